@@ -1,0 +1,40 @@
+"""The two kinds of failure that a user sees without a trace.
+
+An error is an instruction: what was wrong, the value got, what is allowed, and in ``hint`` the next
+command to type. Anything else that escapes is our bug and keeps its trace.
+"""
+
+from __future__ import annotations
+
+
+class NirvanaError(Exception):
+    """The user's problem: one clear message, exit code 1.
+
+    ``hint`` names the next step ("pip install ...", "pass --force"); it is printed on its own line.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class VerificationError(NirvanaError):
+    """A stage's result does not equal the stage before it: exit code 3, artifacts are kept."""
+
+    exit_code = 3
+
+
+class MissingExtraError(NirvanaError):
+    """An optional package is needed now and is not installed."""
+
+    def __init__(self, what_for: str, *, package: str, extra: str) -> None:
+        super().__init__(
+            f"{what_for} needs the package {package!r}, which is not installed.",
+            hint=f"pip install 'nirvana-deploy[{extra}]'",
+        )

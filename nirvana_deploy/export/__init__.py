@@ -1,0 +1,1 @@
+"""From a checkpoint to an ONNX folder that runtimes load, verified against the checkpoint."""

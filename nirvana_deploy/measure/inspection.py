@@ -1,0 +1,204 @@
+"""What an output folder holds, read from its records: what was kept and where, sizes, stages, verification.
+
+The records (manifest.json, plan.json, benchmark.json) are the interface between the stages and everything
+that describes them; nothing here opens a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.artifact import files_under, read_json
+from nirvana_deploy.errors import NirvanaError
+
+_SCHEMA = 1
+
+
+@contextmanager
+def _complete(record: str) -> Iterator[None]:
+    """Turn a missing or misshapen field of ``record`` into a NirvanaError that names both."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise NirvanaError(
+            f"{record} is not complete: {type(error).__name__} {error}.",
+            hint="Was it edited by hand? nirvana-deploy prune-export ... --resume writes it again.",
+        ) from error
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != _SCHEMA:
+        raise NirvanaError(f"{path} has schema {schema!r}; this nirvana-deploy reads schema {_SCHEMA}.")
+    return dict(record)
+
+
+@dataclass(frozen=True)
+class Records:
+    """The parsed records of one output folder; None where a file is not there."""
+
+    manifest: dict[str, Any] | None
+    plan: dict[str, Any] | None
+    benchmark: dict[str, Any] | None
+
+    def stage(self, name: str) -> Mapping[str, Any]:
+        """The manifest's entry of a stage; empty when it did not run."""
+        return ((self.manifest or {}).get("stages") or {}).get(name) or {}
+
+
+def read_records(out: Path) -> Records:
+    """Read the records of an output folder.
+
+    Raises NirvanaError when the folder has none of them, or one is not valid JSON of a known schema.
+    """
+    records = Records(*(_read_record(out / f"{name}.json") for name in ("manifest", "plan", "benchmark")))
+    if records == Records(None, None, None):
+        held_by_parent = (out.resolve().parent / "plan.json").is_file()
+        raise NirvanaError(
+            f"{out} has no manifest.json, plan.json or benchmark.json, so it is not an output folder.",
+            hint=f"Did you mean {out.resolve().parent}?"
+            if held_by_parent
+            else "Make one: nirvana-deploy prune-export MODEL --sparsity 0.4",
+        )
+    return records
+
+
+@dataclass(frozen=True)
+class LayerWidth:
+    """What one decoder layer kept."""
+
+    layer: int
+    of_groups: int
+    kept_groups: tuple[int, ...]
+    """Indices of the KV groups kept, ascending."""
+    of_neurons: int
+    kept_neurons: int
+    """How many FFN neurons were kept."""
+
+
+def layer_widths(plan: Mapping[str, Any]) -> tuple[LayerWidth, ...]:
+    """The kept width of every layer of a parsed plan.json; raises NirvanaError when fields are missing."""
+    with _complete("plan.json"):
+        return tuple(
+            LayerWidth(
+                layer=int(entry["layer"]),
+                of_groups=int(entry["of_groups"]),
+                kept_groups=tuple(entry["kept_groups"]),
+                of_neurons=int(entry["of_neurons"]),
+                kept_neurons=len(entry["kept_neurons"]),
+            )
+            for entry in plan["layers"]
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How one exported model compared with the model it was made from."""
+
+    model: str
+    passed: bool
+    num_checks: int
+    max_abs_diff: float | None
+    """Largest difference of a logit over all checks."""
+    greedy_equal: bool | None
+    """Greedy tokens were equal; None when they were not compared."""
+
+
+def verifications(records: Records) -> tuple[Verification, ...]:
+    """What the verify stage found for each model, in its order; empty when it did not run."""
+    found = []
+    with _complete("manifest.json: the result of stage 'verify'"):
+        for model, result in (records.stage("verify").get("result") or {}).items():
+            if not isinstance(result, dict) or "passed" not in result:
+                continue
+            checks = result.get("checks") or []
+            greedy = result.get("greedy_tokens") or {}
+            found.append(
+                Verification(
+                    model=model,
+                    passed=bool(result["passed"]),
+                    num_checks=len(checks),
+                    max_abs_diff=max((float(c["max_abs_diff"]) for c in checks), default=None),
+                    greedy_equal=greedy.get("equal", greedy.get("passed")),
+                )
+            )
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything ``inspect`` says about an output folder or a plan."""
+
+    path: str
+    model: str | None
+    plan: dict[str, Any]
+    """The plan without its layers: sparsity, gamma, saliency, budget, calibration; empty without a plan."""
+    layers: tuple[LayerWidth, ...]
+    stages: dict[str, dict[str, Any]]
+    """Per stage that ran: ``seconds`` and ``peak_rss_bytes``."""
+    verification: tuple[Verification, ...]
+    folder_bytes: dict[str, int]
+    """Bytes on disk of each folder of artifacts, relative to ``path``; "." is the folder itself."""
+    missing_files: tuple[str, ...]
+    """Files the manifest lists that are not on disk."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def _folder_bytes(out: Path) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for path in files_under(out):
+        folder = path.parent.relative_to(out).as_posix()
+        sizes[folder] = sizes.get(folder, 0) + path.stat().st_size
+    return sizes
+
+
+def listed_files(records: Records) -> dict[str, str]:
+    """Every file that the manifest's stages wrote: path relative to the output folder -> sha256."""
+    stages = ((records.manifest or {}).get("stages") or {}).values()
+    return {name: digest for stage in stages for name, digest in (stage.get("files") or {}).items()}
+
+
+def model_name(records: Records) -> str | None:
+    """The model's short name, from the manifest or else the plan."""
+    for record in (records.manifest, records.plan):
+        name = ((record or {}).get("model") or {}).get("name")
+        if name:
+            return str(name)
+    return None
+
+
+def inspect_path(path: Path) -> Inspection:
+    """Describe an output folder, or a plan.json alone.
+
+    Raises NirvanaError when ``path`` does not exist, is no output folder, or holds a broken record.
+    """
+    if not path.exists():
+        raise NirvanaError(f"{path} does not exist.", hint="Give an output folder or a plan.json.")
+    is_folder = path.is_dir()
+    records = read_records(path) if is_folder else Records(None, _read_record(path), None)
+    plan = records.plan or {}
+    stages = ((records.manifest or {}).get("stages") or {}).items()
+    return Inspection(
+        path=str(path),
+        model=model_name(records),
+        plan={key: value for key, value in plan.items() if key != "layers"},
+        layers=layer_widths(plan) if plan else (),
+        stages={
+            name: {key: stage.get(key) for key in ("seconds", "peak_rss_bytes")} for name, stage in stages
+        },
+        verification=verifications(records),
+        folder_bytes=_folder_bytes(path) if is_folder else {},
+        missing_files=tuple(name for name in listed_files(records) if not (path / name).is_file())
+        if is_folder
+        else (),
+    )

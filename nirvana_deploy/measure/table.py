@@ -1,0 +1,184 @@
+"""Numbers as people read them, and the dense-against-pruned table.
+
+Small pure functions, shared by the report, the figures and the command line's closing summary. Bytes use
+decimal units (1 MB = 10^6 bytes), as disks and downloads do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+MINUS = "\N{MINUS SIGN}"
+ABSENT = "\N{EM DASH}"
+"""Stands in a table where nothing was measured."""
+
+
+def format_number(value: float, *, digits: int = 3) -> str:
+    """``value`` with ``digits`` significant digits, never in exponent form: 0.0123, 12.3, 1,234.
+
+    Digits left of the point are always kept: 1234 is 1,234 with any ``digits``.
+    """
+    if value == 0:
+        return "0"
+    exponent = int(f"{abs(value):.{digits - 1}e}".split("e")[1])
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace("-", MINUS)
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        # 999.5 would round up to "1,000" of this unit
+        if abs(value) < 999.5:
+            return f"{format_number(value)} {unit}".rstrip()
+        value /= 1000
+    return f"{format_number(value)} {units[-1]}"
+
+
+def format_bytes(value_bytes: float) -> str:
+    """Bytes in decimal units with three digits: 512 B, 11.5 kB, 538 MB."""
+    return _scaled(value_bytes, ("B", "kB", "MB", "GB", "TB"))
+
+
+def format_count(count: float) -> str:
+    """A large count with three digits: 960, 46.1 k, 135 M, 8.03 B."""
+    return _scaled(count, ("", "k", "M", "B"))
+
+
+def format_ms(value_ms: float) -> str:
+    """Milliseconds, or seconds from one second on: 0.420 ms, 21.3 ms, 1.23 s."""
+    return f"{format_number(value_ms)} ms" if value_ms < 999.5 else format_seconds(value_ms / 1000)
+
+
+def format_seconds(value_s: float) -> str:
+    """A duration: 0.04 s, 12.3 s, 2 min 05 s."""
+    if value_s < 0.01:
+        return "< 0.01 s"
+    if value_s < 1:
+        return f"{value_s:.2f} s"
+    if value_s < 99.95:
+        return f"{format_number(value_s)} s"
+    minutes, seconds = divmod(round(value_s), 60)
+    return f"{minutes} min {seconds:02d} s"
+
+
+def format_share(share: float) -> str:
+    """A share of one as a percentage with one decimal: 40.0%."""
+    return f"{share * 100:.1f}%".replace("-", MINUS)
+
+
+def format_times(factor: float) -> str:
+    """A factor: 1.43 times is written ``1.43×``."""
+    return f"{format_number(factor)}{TIMES}"
+
+
+def format_change(before: float, after: float) -> str:
+    """The signed relative change: +4.0% or −31.6%; empty when ``before`` is zero."""
+    if before == 0:
+        return ""
+    share = after / before - 1
+    return f"{'+' if share >= 0 else ''}{format_share(share)}"
+
+
+def format_faster(before: float, after: float) -> str:
+    """The change of a latency in words: 1.43× faster, or 1.05× slower."""
+    if before <= 0 or after <= 0:
+        return ""
+    return (
+        f"{format_times(before / after)} faster"
+        if after <= before
+        else f"{format_times(after / before)} slower"
+    )
+
+
+def median_of(variant: Mapping[str, Any], metric: str) -> float | None:
+    """The median of a latency such as ``tpot_ms``, or None when the variant lacks it."""
+    summary = variant.get(metric)
+    return summary.get("p50") if summary else None
+
+
+def baseline_of(benchmark: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The variant that others are compared with: the one comparisons name, else the one called "dense".
+
+    None when only other variants were measured.
+    """
+    names = [comparison.get("baseline") for comparison in benchmark.get("comparisons") or ()]
+    wanted = names[0] if names else "dense"
+    return next((v for v in benchmark.get("variants") or () if v["name"] == wanted), None)
+
+
+def challengers_of(benchmark: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The variants that are not the baseline, in measured order."""
+    baseline = baseline_of(benchmark)
+    return [v for v in benchmark.get("variants") or () if baseline is None or v["name"] != baseline["name"]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headers and rows of strings; every row has as many cells as there are headers."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """One row of the summary: how to read it from a variant, write it, and say its change."""
+
+    label: str
+    read: Callable[[Mapping[str, Any]], float | None]
+    write: Callable[[float], str]
+    change: Callable[[float, float], str]
+
+
+def _quality(key: str) -> Callable[[Mapping[str, Any]], float | None]:
+    return lambda variant: (variant.get("quality") or {}).get(key)
+
+
+def _measures(prompt_tokens: int | None) -> tuple[_Measure, ...]:
+    prompt = f"prompt of {prompt_tokens:,}" if prompt_tokens else "the prompt"
+    return (
+        _Measure("Parameters", lambda v: v.get("parameters"), format_count, format_change),
+        _Measure("Weight file", lambda v: v.get("weights_bytes"), format_bytes, format_change),
+        _Measure("Decode, per token", lambda v: median_of(v, "tpot_ms"), format_ms, format_faster),
+        _Measure(
+            "Decode, tokens per second", lambda v: v.get("decode_tokens_per_s"), format_number, format_change
+        ),
+        _Measure(f"Prefill, {prompt}", lambda v: median_of(v, "prefill_ms"), format_ms, format_faster),
+        _Measure("Time to first token", lambda v: median_of(v, "ttft_ms"), format_ms, format_faster),
+        _Measure("Peak memory (RSS)", lambda v: v.get("peak_rss_bytes"), format_bytes, format_change),
+        _Measure("Peak device memory", lambda v: v.get("peak_device_bytes"), format_bytes, format_change),
+        _Measure(
+            "KV cache per token", lambda v: v.get("kv_cache_bytes_per_token"), format_bytes, format_change
+        ),
+        _Measure("Perplexity", _quality("perplexity"), format_number, lambda a, b: format_times(b / a)),
+        _Measure("KL to dense, nats per token", _quality("kl_vs_dense"), format_number, lambda a, b: ""),
+    )
+
+
+def summary_table(benchmark: Mapping[str, Any]) -> Table:
+    """The measured variants side by side: baseline, then each other variant followed by its change.
+
+    ``benchmark`` is a parsed benchmark.json. Latencies are medians. A row that no variant has is left out;
+    without a baseline there are no columns of change.
+    """
+    baseline, challengers = baseline_of(benchmark), challengers_of(benchmark)
+    headers = ["Measure", *([str(baseline["name"])] if baseline else [])]
+    for variant in challengers:
+        headers += [str(variant["name"]), *(["change"] if baseline else [])]
+    rows = []
+    for measure in _measures((benchmark.get("workload") or {}).get("prompt_tokens")):
+        before = measure.read(baseline) if baseline else None
+        values = [measure.read(variant) for variant in challengers]
+        if before is None and all(value is None for value in values):
+            continue
+        cells = [measure.label]
+        if baseline:
+            cells.append(ABSENT if before is None else measure.write(before))
+        for value in values:
+            cells.append(ABSENT if value is None else measure.write(value))
+            if baseline:
+                cells.append("" if before is None or value is None else measure.change(before, value))
+        rows.append(tuple(cells))
+    return Table(headers=tuple(headers), rows=tuple(rows))

@@ -1,0 +1,180 @@
+"""Weights read one tensor at a time from safetensors, never all at once.
+
+Everything downstream (score, slice, export) asks a :class:`WeightSource` for tensors by name, so memory
+is bounded by what is in use, not by the model. A source can be a view of another one: slicing and
+masking are views (``prune/slicing.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.model.shape import ModelShape
+
+INDEX_FILE = "model.safetensors.index.json"
+_TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class WeightSource(Protocol):
+    """Tensors by name, loaded when asked for."""
+
+    def names(self) -> Sequence[str]:
+        """All tensor names, sorted."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without loading it."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor, without loading it."""
+        ...
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, in its stored dtype."""
+        ...
+
+
+class SafetensorsWeights:
+    """The tensors of a folder with ``model.safetensors`` or a sharded checkpoint with its index.
+
+    Raises NirvanaError for a folder without safetensors, an index that names a missing shard, a truncated
+    or corrupt file, and (on ``load``) for a tensor that holds NaN or Inf.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file_of = _files_by_tensor(folder)
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        for file in sorted(set(self._file_of.values())):
+            with _opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    view = tensors.get_slice(name)
+                    self._headers[name] = (tuple(view.get_shape()), view.get_dtype())
+        missing = sorted(set(self._file_of) - set(self._headers))
+        if missing:
+            raise NirvanaError(
+                f"{folder / INDEX_FILE} places {missing[0]!r} in {self._file_of[missing[0]].name}, "
+                "which does not hold it.",
+                hint="Download the model again.",
+            )
+
+    def names(self) -> Sequence[str]:
+        """All tensor names, sorted."""
+        return sorted(self._headers)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
+        return self._header(name)[0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor, from the file's header."""
+        code = self._header(name)[1]
+        if code not in _TORCH_DTYPES:
+            raise NirvanaError(
+                f"Tensor {name!r} is stored as {code}; supported are {', '.join(_TORCH_DTYPES)}.",
+                hint="Quantized checkpoints cannot be pruned; start from the float model.",
+            )
+        return _TORCH_DTYPES[code]
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU in its stored dtype; raises NirvanaError when it holds NaN or Inf."""
+        self.dtype(name)
+        with _opened(self._file_of[name]) as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(name)
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NirvanaError(
+                f"Tensor {name!r} of {self._file_of[name].name} holds {bad} NaN or infinite values.",
+                hint="The checkpoint is damaged; download or train it again.",
+            )
+        return tensor
+
+    def _header(self, name: str) -> tuple[tuple[int, ...], str]:
+        if name not in self._headers:
+            raise NirvanaError(f"The checkpoint in {self._folder} has no tensor {name!r}.")
+        return self._headers[name]
+
+
+def check_weights(weights: WeightSource, shape: ModelShape) -> None:
+    """Raise NirvanaError unless every tensor of ``shape`` is there with the dimensions that it says."""
+    for name, expected in expected_shapes(shape).items():
+        found = weights.shape(name)
+        if found != expected:
+            raise NirvanaError(
+                f"Tensor {name!r} has shape {list(found)}, but config.json asks for {list(expected)}."
+            )
+
+
+def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that a model of this shape consists of."""
+    family, D, d = shape.family, shape.hidden_size, shape.head_dim
+    tensors: dict[str, tuple[int, ...]] = {
+        f"{family.embedding}.weight": (shape.vocab_size, D),
+        f"{family.final_norm}.weight": (D,),
+    }
+    if not shape.tied_embeddings:
+        tensors[f"{family.head}.weight"] = (shape.vocab_size, D)
+    for index, layer in enumerate(shape.layers):
+        linears = {
+            family.q: (layer.query_heads * d, D, shape.attention_bias),
+            family.k: (layer.kv_heads * d, D, shape.attention_bias),
+            family.v: (layer.kv_heads * d, D, shape.attention_bias),
+            family.o: (D, layer.query_heads * d, shape.output_bias),
+            family.ffn_down: (D, layer.ffn_width, shape.ffn_bias),
+            **{row: (layer.ffn_width, D, shape.ffn_bias) for row in family.ffn_rows},
+        }
+        prefix = family.layer(index)
+        for module, (rows, columns, bias) in linears.items():
+            tensors[f"{prefix}.{module}.weight"] = (rows, columns)
+            if bias:
+                tensors[f"{prefix}.{module}.bias"] = (rows,)
+        for norm in (family.input_norm, family.ffn_norm):
+            tensors[f"{prefix}.{norm}.weight"] = (D,)
+    return tensors
+
+
+def _files_by_tensor(folder: Path) -> dict[str, Path]:
+    index = folder / INDEX_FILE
+    single = folder / "model.safetensors"
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+            raise NirvanaError(f"{index} is not a checkpoint index: {error!r}.") from error
+        for shard in sorted(set(weight_map.values())):
+            if not (folder / shard).is_file():
+                raise NirvanaError(
+                    f"{index} names the shard {shard!r}, which is not in the folder.",
+                    hint="Download the missing shard.",
+                )
+        return {name: folder / shard for name, shard in weight_map.items()}
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise NirvanaError(f"{folder} holds no *.safetensors file.")
+    owners: dict[str, Path] = {}
+    for file in files:
+        with _opened(file) as tensors:
+            owners.update(dict.fromkeys(tensors.keys(), file))
+    return owners
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise NirvanaError(
+            f"{file} is truncated or corrupt: {error}.", hint="Download the file again."
+        ) from error

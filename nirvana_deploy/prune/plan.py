@@ -1,0 +1,354 @@
+"""Decide what to remove: from scores and a budget to a plan. Pure numbers; no model is touched.
+
+The arithmetic is NIRVANA's (arXiv 2509.14230 and its authors' code), with three decisions of ours: units
+are cut by exact count with ties broken by position, every layer keeps its *best* unit of each kind, and
+a budget that cannot be met is refused with the largest one that can.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.artifact import read_json, write_json
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.model.shape import LayerShape, ModelShape
+from nirvana_deploy.prune.units import UnitScores
+
+PLAN_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What stays of one layer."""
+
+    layer: int
+    of_groups: int
+    kept_groups: tuple[int, ...]
+    """Sorted indices of the KV groups that stay."""
+    of_neurons: int
+    kept_neurons: tuple[int, ...]
+    """Sorted indices of the FFN neurons that stay."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was asked and what the plan removes."""
+
+    asked_removed_share: float
+    """Of the decoder's linear weights."""
+    met_removed_share: float
+    """Of the decoder's linear weights, after rounding."""
+    removed_groups: int
+    of_groups: int
+    removed_neurons: int
+    """Before rounding; the count that meets the budget."""
+    removed_neurons_after_rounding: int
+    of_neurons: int
+    linear_parameters_dense: int
+    linear_parameters_kept: int
+    parameters_dense: int
+    parameters_kept: int
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """The decision, complete enough to redo the slice alone."""
+
+    model: dict[str, Any]
+    """name, family and the dimensions that pruning leaves alone."""
+    sparsity: float
+    gamma: float
+    """MLP sparsity / attention sparsity."""
+    saliency: str
+    allocation: str
+    round_to: int
+    seed: int
+    calibration: dict[str, Any] | None
+    """Source, windows, seed and sha256 of the calibration text; None when the saliency needs no data."""
+    budget: Budget
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def kept_groups(self) -> list[tuple[int, ...]]:
+        """Per layer, the kept KV groups."""
+        return [layer.kept_groups for layer in self.layers]
+
+    @property
+    def kept_neurons(self) -> list[tuple[int, ...]]:
+        """Per layer, the kept FFN neurons."""
+        return [layer.kept_neurons for layer in self.layers]
+
+
+def default_gamma(shape: ModelShape) -> float:
+    """M/A, the ratio of the MLP's to the attention's share of the linear weights."""
+    attention, mlp = _costs(shape)
+    return mlp / attention
+
+
+def removed_counts(shape: ModelShape, *, sparsity: float, gamma: float) -> tuple[int, int]:
+    """(KV groups, FFN neurons) to remove in the whole model, before rounding.
+
+    s_attn = s (A+M) / (A + gamma M) and s_mlp = gamma s_attn, with A and M the attention's and the MLP's
+    linear weights; both counts are rounded down. Raises NirvanaError for a sparsity or gamma outside
+    what this model allows, naming the largest feasible sparsity.
+    """
+    if not (math.isfinite(gamma) and gamma > 0):
+        raise NirvanaError(f"gamma must be a positive number, got {gamma}.")
+    largest = largest_sparsity(shape, gamma=gamma)
+    if not 0 < sparsity <= largest:
+        raise NirvanaError(
+            f"sparsity must be above 0 and at most {largest:.3f} for gamma {gamma:g}, got {sparsity}: every layer "
+            "keeps at least one KV group and one block of FFN neurons.",
+            hint=f"Pass --sparsity {math.floor(largest * 100) / 100:g} or less, or another --gamma.",
+        )
+    attention, mlp = _costs(shape)
+    attention_sparsity = sparsity * (attention + mlp) / (attention + gamma * mlp)
+    groups = attention_sparsity * sum(layer.kv_heads for layer in shape.layers)
+    neurons = gamma * attention_sparsity * sum(layer.ffn_width for layer in shape.layers)
+    return _floor(groups), _floor(neurons)
+
+
+def largest_sparsity(shape: ModelShape, *, gamma: float, round_to: int = 1) -> float:
+    """The largest share of linear weights that ``gamma`` lets this model lose, as removed share."""
+    attention, mlp = _costs(shape)
+    groups, neurons = _removable(shape, round_to)
+    most_attention = groups / sum(layer.kv_heads for layer in shape.layers)
+    most_mlp = neurons / sum(layer.ffn_width for layer in shape.layers)
+    attention_sparsity = min(most_attention, most_mlp / gamma)
+    return attention_sparsity * (attention + gamma * mlp) / (attention + mlp)
+
+
+def make_plan(
+    shape: ModelShape,
+    scores: UnitScores,
+    *,
+    sparsity: float,
+    gamma: float | None = None,
+    round_to: int = 8,
+    saliency: str,
+    seed: int = 0,
+    model_name: str = "",
+    calibration: dict[str, Any] | None = None,
+) -> PrunePlan:
+    """Rank units over all layers and cut the least salient, each kind to its own exact count.
+
+    ``gamma`` None means M/A. Kept FFN counts are rounded up to a multiple of ``round_to`` per layer by
+    sparing the best of the cut. The same scores give the same plan, byte for byte.
+    """
+    gamma = default_gamma(shape) if gamma is None else gamma
+    if round_to < 1:
+        raise NirvanaError(f"round_to must be at least 1, got {round_to}.")
+    removed_groups, removed_neurons = removed_counts(shape, sparsity=sparsity, gamma=gamma)
+    most_groups, most_neurons = _removable(shape, round_to)
+    if removed_groups > most_groups or removed_neurons > most_neurons:
+        largest = largest_sparsity(shape, gamma=gamma, round_to=round_to)
+        raise NirvanaError(
+            f"sparsity {sparsity} cannot be met with gamma {gamma:g} and round_to {round_to}: "
+            f"the largest that can is {largest:.3f}.",
+            hint=f"Pass --sparsity {math.floor(largest * 100) / 100:g} or less, or a smaller --round-to.",
+        )
+    kept_groups = kept_units(scores.groups, removed_groups, at_least=1)
+    kept_neurons = kept_units(scores.neurons, removed_neurons, at_least=round_to)
+    rounded = [
+        _rounded_up(kept, score, round_to) for kept, score in zip(kept_neurons, scores.neurons, strict=True)
+    ]
+    layers = tuple(
+        LayerPlan(
+            layer=index,
+            of_groups=layer.kv_heads,
+            kept_groups=_indices(kept_groups[index]),
+            of_neurons=layer.ffn_width,
+            kept_neurons=_indices(rounded[index]),
+        )
+        for index, layer in enumerate(shape.layers)
+    )
+    return PrunePlan(
+        model={
+            "name": model_name,
+            "family": shape.family.name,
+            "hidden_size": shape.hidden_size,
+            "head_dim": shape.head_dim,
+            "vocab_size": shape.vocab_size,
+            "query_heads_per_group": shape.query_heads_per_group,
+            "tied_embeddings": shape.tied_embeddings,
+        },
+        sparsity=sparsity,
+        gamma=gamma,
+        saliency=saliency,
+        allocation="global",
+        round_to=round_to,
+        seed=seed,
+        calibration=calibration,
+        budget=_budget(shape, layers, sparsity, removed_groups, removed_neurons),
+        layers=layers,
+    )
+
+
+def kept_units(
+    scores: Sequence[NDArray[np.float64]], removed: int, *, at_least: int
+) -> list[NDArray[np.bool_]]:
+    """Remove exactly ``removed`` units, the lowest over all layers; every layer keeps its best ``at_least``.
+
+    Ties are broken by position: of equal scores the earlier layer, then the lower index, goes first.
+    """
+    flat = np.concatenate(scores)
+    protected = np.concatenate([_best(layer, at_least) for layer in scores])
+    order = np.argsort(flat, kind="stable")
+    cut = order[~protected[order]][:removed]
+    kept = np.ones(len(flat), dtype=bool)
+    kept[cut] = False
+    return np.split(kept, np.cumsum([len(layer) for layer in scores])[:-1])
+
+
+def pruned_shape(shape: ModelShape, plan: PrunePlan) -> ModelShape:
+    """The shape that the model has after the plan; raises NirvanaError when the plan does not fit it."""
+    check_plan_fits(plan, shape)
+    g = shape.query_heads_per_group
+    layers = tuple(
+        LayerShape(
+            query_heads=g * len(layer.kept_groups),
+            kv_heads=len(layer.kept_groups),
+            ffn_width=len(layer.kept_neurons),
+        )
+        for layer in plan.layers
+    )
+    return replace(shape, layers=layers)
+
+
+def check_plan_fits(plan: PrunePlan, shape: ModelShape) -> None:
+    """Raise NirvanaError unless the plan speaks of a model of exactly this shape."""
+    facts = {
+        "family": shape.family.name,
+        "hidden_size": shape.hidden_size,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "query_heads_per_group": shape.query_heads_per_group,
+    }
+    differences = [
+        f"{key} is {plan.model.get(key)!r} in the plan and {value!r} in the model"
+        for key, value in facts.items()
+        if plan.model.get(key) != value
+    ]
+    if len(plan.layers) != len(shape.layers):
+        differences.append(f"the plan has {len(plan.layers)} layers and the model {len(shape.layers)}")
+    else:
+        for layer, model in zip(plan.layers, shape.layers, strict=True):
+            if (layer.of_groups, layer.of_neurons) != (model.kv_heads, model.ffn_width):
+                differences.append(
+                    f"layer {layer.layer} has {layer.of_groups} KV groups and {layer.of_neurons} neurons in the plan, "
+                    f"{model.kv_heads} and {model.ffn_width} in the model"
+                )
+    if differences:
+        raise NirvanaError(
+            f"The plan does not fit the model: {differences[0]}"
+            + (f" (and {len(differences) - 1} more differences)." if len(differences) > 1 else "."),
+            hint="Use the model that the plan was made for, or make a new plan with 'nirvana-deploy prune'.",
+        )
+
+
+def write_plan(plan: PrunePlan, path: Path) -> None:
+    """Write ``plan.json``; the same plan gives the same bytes."""
+    write_json(path, {"schema": PLAN_SCHEMA, **asdict(plan)})
+
+
+def read_plan(path: Path) -> PrunePlan:
+    """Read and check a ``plan.json``; raises NirvanaError that says what is wrong with it."""
+    data = read_json(path)
+    try:
+        if data["schema"] != PLAN_SCHEMA:
+            raise NirvanaError(
+                f"{path} has schema {data['schema']}; this version reads schema {PLAN_SCHEMA}.",
+                hint="pip install --upgrade nirvana-deploy",
+            )
+        fields = {key: value for key, value in data.items() if key not in ("schema", "budget", "layers")}
+        layers = tuple(
+            LayerPlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in layer.items()})
+            for layer in data["layers"]
+        )
+        plan = PrunePlan(**fields, budget=Budget(**data["budget"]), layers=layers)
+    except (KeyError, TypeError) as error:
+        raise NirvanaError(f"{path} is not a prune plan: {error!r}.") from error
+    for layer in plan.layers:
+        _check_indices(path, layer.layer, "kept_groups", layer.kept_groups, layer.of_groups)
+        _check_indices(path, layer.layer, "kept_neurons", layer.kept_neurons, layer.of_neurons)
+    return plan
+
+
+def _check_indices(path: Path, layer: int, what: str, kept: tuple[int, ...], of: int) -> None:
+    if not kept or list(kept) != sorted(set(kept)) or not all(isinstance(i, int) and 0 <= i < of for i in kept):
+        raise NirvanaError(
+            f"{path}: {what} of layer {layer} must be sorted, unique, at least one and in [0, {of})."
+        )
+
+
+def _costs(shape: ModelShape) -> tuple[int, int]:
+    """(A, M): linear weights of all attention and of all FFN, in units of D weights."""
+    attention = sum(layer.kv_heads for layer in shape.layers) * shape.group_cost
+    mlp = sum(layer.ffn_width for layer in shape.layers) * shape.neuron_cost
+    return attention, mlp
+
+
+def _removable(shape: ModelShape, round_to: int) -> tuple[int, int]:
+    """(KV groups, FFN neurons) that may go while every layer keeps its least."""
+    groups = sum(layer.kv_heads - 1 for layer in shape.layers)
+    neurons = sum(max(layer.ffn_width - round_to, 0) for layer in shape.layers)
+    return groups, neurons
+
+
+def _floor(count: float) -> int:
+    """Round down, forgiving the last bit of a product that is a whole number on paper."""
+    return math.floor(count + 1e-6)
+
+
+def _best(scores: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """Mask of the ``count`` highest scores; of equal ones the later position counts as higher."""
+    mask = np.zeros(len(scores), dtype=bool)
+    mask[np.argsort(scores, kind="stable")[-count:]] = True
+    return mask
+
+
+def _rounded_up(
+    kept: NDArray[np.bool_], scores: NDArray[np.float64], round_to: int
+) -> NDArray[np.bool_]:
+    """Spare the best of the cut until the kept count is a multiple of ``round_to`` (or everything)."""
+    wanted = min(math.ceil(kept.sum() / round_to) * round_to, len(kept))
+    spared = kept.copy()
+    cut = np.flatnonzero(~kept)
+    best_first = cut[np.argsort(scores[cut], kind="stable")[::-1]]
+    spared[best_first[: wanted - int(kept.sum())]] = True
+    return spared
+
+
+def _indices(mask: NDArray[np.bool_]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.flatnonzero(mask))
+
+
+def _budget(
+    shape: ModelShape, layers: tuple[LayerPlan, ...], sparsity: float, removed_groups: int, removed_neurons: int
+) -> Budget:
+    of_groups = sum(layer.of_groups for layer in layers)
+    of_neurons = sum(layer.of_neurons for layer in layers)
+    kept_groups = sum(len(layer.kept_groups) for layer in layers)
+    kept_neurons = sum(len(layer.kept_neurons) for layer in layers)
+    dense = shape.linear_parameters
+    kept = (kept_groups * shape.group_cost + kept_neurons * shape.neuron_cost) * shape.hidden_size
+    return Budget(
+        asked_removed_share=sparsity,
+        met_removed_share=1 - kept / dense,
+        removed_groups=removed_groups,
+        of_groups=of_groups,
+        removed_neurons=removed_neurons,
+        removed_neurons_after_rounding=of_neurons - kept_neurons,
+        of_neurons=of_neurons,
+        linear_parameters_dense=dense,
+        linear_parameters_kept=kept,
+        parameters_dense=dense + shape.embedding_parameters,
+        parameters_kept=kept + shape.embedding_parameters,
+    )

@@ -1,0 +1,81 @@
+"""Apply a plan to weights: a smaller view of the same checkpoint, or the dense one with units zeroed.
+
+Both are views: a tensor is read, cut or zeroed, and handed on when somebody asks for it, so slicing a
+model needs the memory of one tensor. Neither changes the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.weights import WeightSource
+from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
+from nirvana_deploy.prune.units import kept_positions
+
+
+class SlicedWeights:
+    """The checkpoint with the plan's units cut out; raises NirvanaError when the plan does not fit."""
+
+    def __init__(self, source: WeightSource, shape: ModelShape, plan: PrunePlan) -> None:
+        check_plan_fits(plan, shape)
+        self._source = source
+        self._kept = kept_positions(shape, plan.kept_groups, plan.kept_neurons)
+
+    def names(self) -> Sequence[str]:
+        """All tensor names, sorted; the same as the source's."""
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape after the cut."""
+        dimensions = list(self._source.shape(name))
+        if kept := self._kept.get(name):
+            dimensions[kept.dimension] = len(kept.positions)
+        return tuple(dimensions)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype; slicing does not change it."""
+        return self._source.dtype(name)
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor with removed rows or columns cut out, contiguous."""
+        tensor = self._source.load(name)
+        kept = self._kept.get(name)
+        return tensor.index_select(kept.dimension, kept.positions) if kept else tensor
+
+
+class MaskedWeights:
+    """The dense checkpoint with every weight of the removed units set to zero.
+
+    It computes the same function as :class:`SlicedWeights`; what slicing is tested against.
+    """
+
+    def __init__(self, source: WeightSource, shape: ModelShape, plan: PrunePlan) -> None:
+        check_plan_fits(plan, shape)
+        self._source = source
+        self._kept = kept_positions(shape, plan.kept_groups, plan.kept_neurons)
+
+    def names(self) -> Sequence[str]:
+        """All tensor names, sorted; the same as the source's."""
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Dense shape."""
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype."""
+        return self._source.dtype(name)
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor with removed rows or columns zeroed."""
+        tensor = self._source.load(name)
+        kept = self._kept.get(name)
+        if kept is None:
+            return tensor
+        masked = torch.zeros_like(tensor)
+        return masked.index_copy_(
+            kept.dimension, kept.positions, tensor.index_select(kept.dimension, kept.positions)
+        )

@@ -1,0 +1,94 @@
+"""What can be removed, as sums and indices: pure maths between weights and units.
+
+The units are KV groups and FFN neurons (``model/families.py``). Two directions live here: per-weight
+scores are summed into unit scores, and kept units are expanded into tensor rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nirvana_deploy.model.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """The saliency of every unit; higher is more worth keeping."""
+
+    groups: tuple[NDArray[np.float64], ...]
+    """Per layer, [K]."""
+    neurons: tuple[NDArray[np.float64], ...]
+    """Per layer, [F]."""
+
+
+def scored_tensors(shape: ModelShape, layer: int) -> tuple[str, ...]:
+    """Checkpoint names of the tensors of one layer whose weights count in unit scores."""
+    family, prefix = shape.family, shape.family.layer(layer)
+    rows = (family.q, family.k, family.v, *family.ffn_rows)
+    names = [f"{prefix}.{module}.weight" for module in (*rows, family.o, family.ffn_down)]
+    if shape.attention_bias:
+        names += [f"{prefix}.{module}.bias" for module in (family.q, family.k, family.v)]
+    if shape.ffn_bias:
+        names += [f"{prefix}.{module}.bias" for module in family.ffn_rows]
+    return tuple(names)
+
+
+def unit_sums(
+    shape: ModelShape, layer: int, scores: Mapping[str, torch.Tensor]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sum per-weight scores of one layer into (groups [K], neurons [F]), in float64.
+
+    ``scores`` maps each of :func:`scored_tensors` to a tensor of the weight's shape [NIRVANA: the unit's
+    score is the plain sum over its weights; a bias belongs to its row's unit].
+    """
+    family, prefix = shape.family, shape.family.layer(layer)
+    groups = torch.zeros(shape.layers[layer].kv_heads, dtype=torch.float64)
+    neurons = torch.zeros(shape.layers[layer].ffn_width, dtype=torch.float64)
+    columns = {f"{prefix}.{family.o}.weight", f"{prefix}.{family.ffn_down}.weight"}
+    in_ffn = {f"{prefix}.{module}" for module in (*family.ffn_rows, family.ffn_down)}
+    for name, score in scores.items():
+        units = neurons if name.rpartition(".")[0] in in_ffn else groups
+        if score.ndim == 2:
+            score = score.sum(dim=0 if name in columns else 1, dtype=torch.float64)
+        units += score.double().reshape(len(units), -1).sum(dim=1)
+    return groups.numpy(), neurons.numpy()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which positions of one dimension of a tensor stay."""
+
+    dimension: int
+    positions: torch.Tensor
+    """int64, sorted."""
+
+
+def kept_positions(
+    shape: ModelShape, kept_groups: Sequence[Sequence[int]], kept_neurons: Sequence[Sequence[int]]
+) -> dict[str, Kept]:
+    """Tensor name -> what stays of it, for every tensor that loses something; [layers][kept units] in."""
+    family, d, g = shape.family, shape.head_dim, shape.query_heads_per_group
+    kept: dict[str, Kept] = {}
+    for layer, (groups, neurons) in enumerate(zip(kept_groups, kept_neurons, strict=True)):
+        prefix = family.layer(layer)
+        keys = _expanded(groups, d)
+        queries = _expanded(groups, g * d)
+        width = _expanded(neurons, 1)
+        rows = {family.q: queries, family.k: keys, family.v: keys, **dict.fromkeys(family.ffn_rows, width)}
+        for module, positions in rows.items():
+            kept[f"{prefix}.{module}.weight"] = Kept(0, positions)
+            kept[f"{prefix}.{module}.bias"] = Kept(0, positions)
+        kept[f"{prefix}.{family.o}.weight"] = Kept(1, queries)
+        kept[f"{prefix}.{family.ffn_down}.weight"] = Kept(1, width)
+    return kept
+
+
+def _expanded(units: Sequence[int], size: int) -> torch.Tensor:
+    """Positions of ``units`` when each unit is ``size`` consecutive positions."""
+    starts = torch.tensor(units, dtype=torch.int64) * size
+    return (starts[:, None] + torch.arange(size)).flatten()

@@ -1,0 +1,241 @@
+"""Write the frozen records beside this file. They are SYNTHETIC: invented numbers, measured on no machine.
+
+They have the schema and plausible sizes of SmolLM2-135M (30 layers, 3 KV groups, 1536 neurons) pruned to
+sparsity 0.4, so that the report can be tested without a model. Run again only when a schema changes:
+``python tests/data/report/make_records.py``, then read the diff.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+HIDDEN, HEAD_DIM, GROUPS, NEURONS, LAYERS, VOCABULARY = 576, 64, 3, 1536, 30, 49152
+GROUP_WEIGHTS, NEURON_WEIGHTS = 2 * HEAD_DIM * 4 * HIDDEN, 3 * HIDDEN
+EMBEDDING, NORMS = VOCABULARY * HIDDEN, (2 * LAYERS + 1) * HIDDEN
+random.seed(20)
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def middle(index: int) -> float:
+    """0 at the ends, 1 near the middle of the network, which loses most, as scores of real models tend to say."""
+    return max(0.0, 1 - abs(2 * index / (LAYERS - 1) - 1.1))
+
+
+group_counts = [
+    GROUPS - (random.random() < 0.25 + 0.5 * middle(i)) - (random.random() < 0.55 * middle(i))
+    for i in range(LAYERS)
+]
+# what attention does not give of the budget, the neurons give
+linear_dense = LAYERS * (GROUPS * GROUP_WEIGHTS + NEURONS * NEURON_WEIGHTS)
+neuron_budget = (0.6 * linear_dense - sum(group_counts) * GROUP_WEIGHTS) / NEURON_WEIGHTS
+raw_counts = [0.95 - 0.6 * middle(i) + random.uniform(-0.06, 0.06) for i in range(LAYERS)]
+neuron_counts = [min(NEURONS, 8 * round(raw / sum(raw_counts) * neuron_budget / 8)) for raw in raw_counts]
+layers = [
+    {
+        "layer": index,
+        "of_groups": GROUPS,
+        "kept_groups": sorted(random.sample(range(GROUPS), groups)),
+        "of_neurons": NEURONS,
+        "kept_neurons": sorted(random.sample(range(NEURONS), neurons)),
+    }
+    for index, (groups, neurons) in enumerate(zip(group_counts, neuron_counts, strict=True))
+]
+kept_groups = sum(len(entry["kept_groups"]) for entry in layers)
+kept_neurons = sum(len(entry["kept_neurons"]) for entry in layers)
+linear_kept = kept_groups * GROUP_WEIGHTS + kept_neurons * NEURON_WEIGHTS
+dense_parameters = linear_dense + EMBEDDING + NORMS
+kept_parameters = linear_kept + EMBEDDING + NORMS
+
+plan = {
+    "schema": 1,
+    "model": {
+        "name": "smollm2",
+        "family": "llama",
+        "hidden_size": HIDDEN,
+        "head_dim": HEAD_DIM,
+        "vocab_size": VOCABULARY,
+        "query_heads_per_group": 3,
+        "tied_embeddings": True,
+    },
+    "sparsity": 0.4,
+    "gamma": 3.0,
+    "saliency": "nirvana",
+    "allocation": "global",
+    "round_to": 8,
+    "seed": 0,
+    "calibration": {
+        "source": "pydoc",
+        "num_sequences": 32,
+        "seq_len": 128,
+        "text_sha256": digest("synthetic calibration"),
+        "seed": 0,
+    },
+    "budget": {
+        "asked_removed_share": 0.4,
+        "met_removed_share": 1 - linear_kept / linear_dense,
+        "removed_groups": LAYERS * GROUPS - kept_groups,
+        "of_groups": LAYERS * GROUPS,
+        "removed_neurons": LAYERS * NEURONS - kept_neurons + 41,
+        "removed_neurons_after_rounding": LAYERS * NEURONS - kept_neurons,
+        "of_neurons": LAYERS * NEURONS,
+        "linear_parameters_dense": linear_dense,
+        "linear_parameters_kept": linear_kept,
+        "parameters_dense": dense_parameters,
+        "parameters_kept": kept_parameters,
+    },
+    "layers": layers,
+}
+
+
+def latency(median_ms: float, count: int) -> dict[str, Any]:
+    samples = [round(median_ms * random.lognormvariate(0, 0.025), 3) for _ in range(count)]
+    for _ in range(count // 40):
+        samples[random.randrange(count)] = round(median_ms * random.uniform(1.1, 1.35), 3)
+    ordered = sorted(samples)
+    points = {f"p{p}": ordered[min(count - 1, round(p / 100 * (count - 1)))] for p in (50, 90, 99)}
+    return {**points, "samples": samples}
+
+
+def variant(
+    name: str,
+    *,
+    parameters: int,
+    tpot_ms: float,
+    prefill_ms: float,
+    rss: int,
+    kv: int,
+    quality: dict[str, float],
+) -> dict[str, Any]:
+    tpot = latency(tpot_ms, 7 * 63)
+    return {
+        "name": name,
+        "path": "dense/onnx" if name == "dense" else "onnx",
+        "runtime": "onnxruntime-cpu",
+        "parameters": parameters,
+        "weights_bytes": 4 * parameters + 20480,
+        "prefill_ms": latency(prefill_ms, 7),
+        "ttft_ms": latency(prefill_ms * 1.02, 7),
+        "tpot_ms": tpot,
+        "decode_tokens_per_s": 1000 / tpot["p50"],
+        "peak_rss_bytes": rss,
+        "peak_device_bytes": None,
+        "kv_cache_bytes_per_token": kv,
+        "quality": quality,
+    }
+
+
+decode_bytes_bound = (linear_dense + EMBEDDING) / (linear_kept + EMBEDDING)
+kv_bytes = 2 * HEAD_DIM * 4
+dense = variant(
+    "dense",
+    parameters=dense_parameters,
+    tpot_ms=24.1,
+    prefill_ms=431.0,
+    rss=812_304_384,
+    kv=LAYERS * GROUPS * kv_bytes,
+    quality={"perplexity": 19.42, "kl_vs_dense": 0.0, "kl_standard_error": 0.0, "tokens": 8128},
+)
+pruned = variant(
+    "pruned",
+    parameters=kept_parameters,
+    tpot_ms=24.1 / decode_bytes_bound / 0.976,
+    prefill_ms=431 / 1.5712 / 0.94,
+    rss=611_229_696,
+    kv=kept_groups * kv_bytes,
+    quality={"perplexity": 47.86, "kl_vs_dense": 0.914, "kl_standard_error": 0.0131, "tokens": 8128},
+)
+environment = {
+    "python": "3.11.9",
+    "platform": "Linux-6.1-x86_64",
+    "cpu": "Example CPU @ 2.50GHz",
+    "threads": 2,
+    "torch": "2.9.0",
+    "transformers": "5.14.0",
+    "onnxruntime": "1.23.2",
+}
+benchmark = {
+    "schema": 1,
+    "environment": environment,
+    "workload": {
+        "prompt_tokens": 128,
+        "new_tokens": 64,
+        "batch_size": 1,
+        "repeats": 7,
+        "warmup": 1,
+        "threads": 2,
+        "seed": 0,
+    },
+    "evaluation": {"source": "pydoc, held-out windows", "windows": 64, "window_tokens": 128},
+    "variants": [dense, pruned],
+    "comparisons": [
+        {
+            "variant": "pruned",
+            "baseline": "dense",
+            "tpot_speedup": dense["tpot_ms"]["p50"] / pruned["tpot_ms"]["p50"],
+            "bound_tpot_speedup": decode_bytes_bound,
+            "prefill_speedup": dense["prefill_ms"]["p50"] / pruned["prefill_ms"]["p50"],
+            "bound_prefill_speedup": 1.5712,
+        }
+    ],
+}
+
+
+def stage(seconds: float, peak_rss_bytes: int, files: list[str], result: Any = None) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
+        "cpu_seconds": round(seconds * 1.6, 2),
+        "peak_rss_bytes": peak_rss_bytes,
+        "files": {name: digest(name) for name in files},
+        "result": result or {},
+    }
+
+
+def verification(largest: float) -> dict[str, Any]:
+    names = ["prefill 1x7", "prefill 1x33", "decode 5 steps with past", "batch 3, left-padded"]
+    checks = [
+        {"name": name, "max_abs_diff": largest * factor, "tolerance": 1e-3, "passed": True}
+        for name, factor in zip(names, (0.4, 0.7, 1.0, 0.9), strict=True)
+    ]
+    return {"checks": checks, "greedy_tokens": {"prompts": 5, "tokens": 32, "equal": True}, "passed": True}
+
+
+tokenizer_files = ["genai_config.json", "tokenizer.json", "tokenizer_config.json"]
+onnx_files = ["model.onnx", "model.onnx.data", *tokenizer_files]
+checkpoint_files = ["config.json", "model.safetensors", "modeling_nirvana.py", "tokenizer.json"]
+manifest = {
+    "schema": 1,
+    "tool": "nirvana-deploy 0.1.0",
+    "command": "nirvana-deploy prune-export smollm2 --sparsity 0.4",
+    "options": {"sparsity": 0.4, "benchmark": True, "baseline": True},
+    "model": {
+        "name": "smollm2",
+        "origin": "alias smollm2 -> hub HuggingFaceTB/SmolLM2-135M-Instruct",
+        "licence": "Apache-2.0",
+        "files": {name: digest(name) for name in ("config.json", "model.safetensors")},
+    },
+    "environment": environment,
+    "stages": {
+        "calibrate": stage(1.62, 402_000_000, []),
+        "score": stage(38.4, 1_720_000_000, []),
+        "plan": stage(0.31, 640_000_000, ["plan.json"]),
+        "checkpoint": stage(1.9, 905_000_000, [f"checkpoint/{name}" for name in checkpoint_files]),
+        "onnx": stage(4.4, 980_000_000, [f"onnx/{name}" for name in onnx_files]),
+        "dense-onnx": stage(6.2, 1_310_000_000, [f"dense/onnx/{name}" for name in onnx_files]),
+        "verify": stage(
+            17.8, 1_940_000_000, [], {"pruned": verification(3.1e-5), "dense": verification(4.6e-5)}
+        ),
+        "benchmark": stage(61.3, 820_000_000, ["benchmark.json"]),
+        "quality": stage(29.5, 1_560_000_000, []),
+    },
+}
+
+for name, record in (("manifest", manifest), ("plan", plan), ("benchmark", benchmark)):
+    (HERE / f"{name}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
