@@ -10,11 +10,12 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from nirvana_deploy.measure.inspection import LayerWidth
 from nirvana_deploy.measure.table import (
@@ -22,7 +23,6 @@ from nirvana_deploy.measure.table import (
     format_ms,
     format_number,
     format_seconds,
-    format_share,
     format_times,
 )
 
@@ -42,12 +42,14 @@ COLOURS = {
 _SERIES = ("first", "second", "third", "fourth", "fifth")
 _NARROW_IN = 5.0
 _WIDE_IN = 10.2
-_MAX_DOTS = 300
+MAX_DOTS = 300
 """Samples drawn per variant; more would make the page heavy without showing more."""
 
 
 def _svg(figure: Figure, *, name: str, alt: str) -> str:
     """``figure`` as an inline SVG element: no date, no foreign addresses, ids unique by ``name``."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a "$" in a name is a dollar
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -57,6 +59,7 @@ def _svg(figure: Figure, *, name: str, alt: str) -> str:
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # HTML needs none
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r" font-family: [^;]*;", "", svg)  # the page's
     for colour, value in COLOURS.items():
         svg = svg.replace(f": {value}", f": var(--{colour}, {value})")
     label = html.escape(alt, quote=True)
@@ -101,26 +104,30 @@ def _rows(axes: Any, names: Sequence[str]) -> None:
 
 def kept_width_figure(layers: Sequence[LayerWidth]) -> str:
     """Two aligned panels over the layers: which KV groups, and how many FFN neurons, were kept."""
+    of_groups = sum(layer.of_groups for layer in layers)
+    kept_groups = sum(len(layer.kept_groups) for layer in layers)
+    of_neurons = sum(layer.of_neurons for layer in layers)
+    kept_neurons = sum(layer.kept_neurons for layer in layers)
     figure = _new_figure(_WIDE_IN, 3.9)
     groups, neurons = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.5))
-    index = [layer.layer for layer in layers]
-    most_groups = max(layer.of_groups for layer in layers)
-    of_groups, kept_groups = sum(l.of_groups for l in layers), sum(len(l.kept_groups) for l in layers)
-    of_neurons, kept_neurons = sum(l.of_neurons for l in layers), sum(l.kept_neurons for l in layers)
 
-    kept = [(l.layer, g) for l in layers for g in range(l.of_groups) if g in l.kept_groups]
-    removed = [(l.layer, g) for l in layers for g in range(l.of_groups) if g not in l.kept_groups]
-    for cells, colour in ((kept, COLOURS["first"]), (removed, COLOURS["rule"])):
-        groups.bar([x for x, _ in cells], 0.86, bottom=[g - 0.43 for _, g in cells], width=0.8, color=colour)
-    groups.set_ylim(-0.5, most_groups - 0.5)
-    group_step = max(1, most_groups // 4)
-    neurons.bar(index, [l.of_neurons for l in layers], width=0.8, color=COLOURS["rule"])
-    neurons.bar(index, [l.kept_neurons for l in layers], width=0.8, color=COLOURS["first"])
-    most_neurons = max(layer.of_neurons for layer in layers)
+    index = [layer.layer for layer in layers]
+    for layer in layers:
+        every = range(layer.of_groups)
+        colours = [COLOURS["first" if group in layer.kept_groups else "rule"] for group in every]
+        groups.bar(
+            [layer.layer] * len(every), 0.86, bottom=[g - 0.43 for g in every], width=0.8, color=colours
+        )
+    neurons.bar(index, [layer.of_neurons for layer in layers], width=0.8, color=COLOURS["rule"])
+    neurons.bar(index, [layer.kept_neurons for layer in layers], width=0.8, color=COLOURS["first"])
+
     for axes in (groups, neurons):
         _bare(axes, ticks=True)
         axes.set_xlim(index[0] - 0.6, index[-1] + 0.6)
-    groups.set_yticks(range(0, most_groups, group_step))
+    most_groups = max(layer.of_groups for layer in layers)
+    most_neurons = max(layer.of_neurons for layer in layers)
+    groups.set_ylim(-0.5, most_groups - 0.5)
+    groups.set_yticks(range(0, most_groups, max(1, most_groups // 4)))
     groups.set_ylabel("group", color=COLOURS["soft"], fontsize=9)
     neurons.set_yticks([0, most_neurons // 2, most_neurons])
     neurons.set_ylabel("neurons", color=COLOURS["soft"], fontsize=9)
@@ -128,21 +135,23 @@ def kept_width_figure(layers: Sequence[LayerWidth]) -> str:
     neurons.set_xlabel("layer, input on the left", color=COLOURS["soft"], fontsize=9)
     _title(groups, f"Attention: {kept_groups:,} of {of_groups:,} KV groups kept")
     _title(neurons, f"FFN: {kept_neurons:,} of {of_neurons:,} neurons kept")
+    narrowest = min(layers, key=lambda layer: layer.kept_neurons)
     alt = (
-        f"Kept width over {len(layers)} layers. Attention keeps {kept_groups} of {of_groups} KV groups, "
-        f"the FFN {kept_neurons} of {of_neurons} neurons. Narrowest FFN: layer "
-        f"{min(layers, key=lambda l: l.kept_neurons).layer} with {min(l.kept_neurons for l in layers)} neurons."
+        f"Kept width over {len(layers)} layers. Attention keeps {kept_groups:,} of {of_groups:,} KV groups, "
+        f"the FFN {kept_neurons:,} of {of_neurons:,} neurons. "
+        f"Narrowest FFN: layer {narrowest.layer} with {narrowest.kept_neurons:,} neurons."
     )
     return _svg(figure, name="kept-width", alt=alt)
 
 
 def _spread_rows(samples: Sequence[float]) -> list[tuple[float, float]]:
-    """Up to ``_MAX_DOTS`` samples, evenly chosen, each with a vertical offset that separates neighbours.
+    """Up to ``MAX_DOTS`` samples, evenly chosen, each with a vertical offset that separates neighbours.
 
     The offsets follow the golden ratio, so they are even and the same every time.
     """
-    step = max(1, -(-len(samples) // _MAX_DOTS))
-    return [(x, ((i * 0.618034) % 1 - 0.5) * 0.42) for i, x in enumerate(samples[::step])]
+    step = max(1.0, len(samples) / MAX_DOTS)
+    chosen = [samples[int(i * step)] for i in range(min(len(samples), MAX_DOTS))]
+    return [(x, ((i * 0.618034) % 1 - 0.5) * 0.42) for i, x in enumerate(chosen)]
 
 
 def latency_figure(
@@ -162,9 +171,10 @@ def latency_figure(
     names = [str(v["name"]) for v in variants]
     figure = _new_figure(_NARROW_IN, 0.95 + 0.72 * len(variants))
     axes = figure.subplots()
-    _bare(axes)
+    _bare(axes, ticks=True)
     limit = 1.3 * max(v[metric].get("p99") or v[metric]["p50"] for v in variants)
     axes.set_xlim(0, limit)
+    axes.locator_params(axis="x", nbins=5)
     _rows(axes, names)
     colours = _colours(names, baseline)
     for row, variant in enumerate(variants):
@@ -195,7 +205,6 @@ def latency_figure(
         beyond = sum(x > limit for x in samples)
         if beyond:
             _label(axes, limit, row + 0.22, f"{beyond} slower \N{RIGHTWARDS ARROW}", ha="right", fontsize=8.5)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     axes.set_xlabel("milliseconds", color=COLOURS["soft"], fontsize=9)
     _title(axes, title)
     parts = [f"{v['name']} {format_ms(v[metric]['p50'])}" for v in variants]
@@ -246,14 +255,14 @@ def quality_figure(
     names = [str(v["name"]) for v in variants]
     colours = _colours(names, baseline)
     speeds = {**speedups, **({baseline: 1.0} if baseline in names else {})}
-    columns = [
-        ("Decode speed-up", [speeds.get(name) for name in names], format_times),
+    columns: list[tuple[str, list[float | None], Callable[[float], str]]] = [
+        ("Speed-up", [speeds.get(name) for name in names], format_times),
         ("Perplexity", [v["quality"].get("perplexity") for v in variants], format_number),
         ("KL to dense, nats", [v["quality"].get("kl_vs_dense") for v in variants], format_number),
     ]
     columns = [column for column in columns if any(value is not None for value in column[1])]
     errors = [v["quality"].get("kl_standard_error") for v in variants]
-    figure = _new_figure(_NARROW_IN, 0.8 + 0.62 * len(variants))
+    figure = _new_figure(_NARROW_IN, 0.6 + 0.9 * len(variants))
     panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
     for axes, (title, values, write) in zip(panels, columns, strict=True):
         _bare(axes)
@@ -293,10 +302,5 @@ def stage_time_figure(stages: Mapping[str, Mapping[str, Any]]) -> str:
         memory = stage.get("peak_rss_bytes")
         label = f"{format_seconds(stage['seconds'])}" + (f", peak {format_bytes(memory)}" if memory else "")
         _label(axes, stage["seconds"], row, label)
-    total = sum(seconds)
-    slowest = max(timed, key=lambda name: timed[name]["seconds"])
-    alt = (
-        f"Time of each stage: {', '.join(f'{n} {format_seconds(s["seconds"])}' for n, s in timed.items())}. "
-        f"Longest: {slowest}, {format_share(timed[slowest]['seconds'] / total) if total else 'no time'} of all."
-    )
-    return _svg(figure, name="stage-time", alt=alt)
+    parts = [f"{name} {format_seconds(stage['seconds'])}" for name, stage in timed.items()]
+    return _svg(figure, name="stage-time", alt=f"Time of each stage: {', '.join(parts)}.")

@@ -19,7 +19,7 @@ _SCHEMA = 1
 
 
 @contextmanager
-def _complete(record: str) -> Iterator[None]:
+def complete(record: str) -> Iterator[None]:
     """Turn a missing or misshapen field of ``record`` into a NirvanaError that names both."""
     try:
         yield
@@ -85,7 +85,7 @@ class LayerWidth:
 
 def layer_widths(plan: Mapping[str, Any]) -> tuple[LayerWidth, ...]:
     """The kept width of every layer of a parsed plan.json; raises NirvanaError when fields are missing."""
-    with _complete("plan.json"):
+    with complete("plan.json"):
         return tuple(
             LayerWidth(
                 layer=int(entry["layer"]),
@@ -114,7 +114,7 @@ class Verification:
 def verifications(records: Records) -> tuple[Verification, ...]:
     """What the verify stage found for each model, in its order; empty when it did not run."""
     found = []
-    with _complete("manifest.json: the result of stage 'verify'"):
+    with complete("manifest.json: the result of stage 'verify'"):
         for model, result in (records.stage("verify").get("result") or {}).items():
             if not isinstance(result, dict) or "passed" not in result:
                 continue

@@ -92,6 +92,12 @@ def format_faster(before: float, after: float) -> str:
     )
 
 
+def text_bar(part: float, whole: float, *, width: int) -> str:
+    """``part`` of ``whole`` as a bar of ``width`` characters: full blocks, then light shade."""
+    filled = round(width * part / whole) if whole else 0
+    return "\N{FULL BLOCK}" * filled + "\N{LIGHT SHADE}" * (width - filled)
+
+
 def median_of(variant: Mapping[str, Any], metric: str) -> float | None:
     """The median of a latency such as ``tpot_ms``, or None when the variant lacks it."""
     summary = variant.get(metric)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from nirvana_deploy.artifact import read_json
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model import modeling_nirvana
+from nirvana_deploy.model.families import FAMILIES, Family
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
 
@@ -40,8 +45,21 @@ def read_config(folder: Path) -> PreTrainedConfig:
     shape = shape_from_config(config)
     if "per_layer_config" not in config:
         return AutoConfig.for_model(**config)
-    config_class = getattr(modeling_nirvana, f"Nirvana{shape.family.name.capitalize()}Config")
+    config_class = getattr(modeling_nirvana, f"Nirvana{shape.family.architecture}".replace("ForCausalLM", "Config"))
     return config_class.from_dict(config)
+
+
+def model_class(config: PreTrainedConfig, family: Family) -> type[PreTrainedModel]:
+    """The class that computes a checkpoint: transformers' own, or ours when its layers differ."""
+    if config.is_heterogeneous:
+        return getattr(modeling_nirvana, f"Nirvana{family.architecture}")  # type: ignore[no-any-return]
+    return getattr(transformers, family.architecture)  # type: ignore[no-any-return]
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The modules of a model without any weights: parameters live on torch's meta device."""
+    with torch.device("meta"):
+        return model_class(config, FAMILIES[config.model_type])(config).eval()
 
 
 def load_checkpoint(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -56,9 +74,20 @@ def load_checkpoint(folder: Path | str, *, dtype: torch.dtype = torch.float32) -
     config = read_config(folder)
     shape = shape_from_config(config_json(folder))
     check_weights(SafetensorsWeights(folder), shape)
-    if config.is_heterogeneous:
-        model_class = getattr(modeling_nirvana, f"Nirvana{shape.family.name.capitalize()}ForCausalLM")
-    else:
-        model_class = AutoModelForCausalLM
-    model: PreTrainedModel = model_class.from_pretrained(folder, config=config, dtype=dtype)
+    with _quiet_loading():
+        model: PreTrainedModel = model_class(config, shape.family).from_pretrained(
+            folder, config=config, dtype=dtype
+        )
     return model.eval()
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keep transformers' own progress bar off the user's terminal, and leave its setting as it was."""
+    was_on = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            hf_logging.enable_progress_bar()

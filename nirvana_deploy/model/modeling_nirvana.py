@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# (this file travels: it runs under whatever transformers, typed or not, the reader has)
 """Decoder models whose layers differ in width: the module that travels with a pruned checkpoint.
 
 This file is copied beside the weights and loaded by transformers with ``trust_remote_code=True``; it
@@ -8,6 +10,8 @@ query heads per KV head is the dense model's, and the attention code of transfor
 
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+_PERMISSION = "allow_global_per_layer_attribute_access"
 
 
 def _resized(linear, *, inputs=None, outputs=None):
@@ -54,10 +58,23 @@ class _PerLayerWidths:
 
 
 class NirvanaLlamaConfig(LlamaConfig):
-    """A Llama config with per-layer widths; the dense model's numbers stay as the global ones."""
+    """A Llama config with per-layer widths; the dense model's numbers stay as the global ones.
 
-    def validate_architecture(self):
-        """Accept differing layers; LlamaConfig would ask for one number of heads."""
+    LlamaConfig compares the global widths whenever it validates, which a heterogeneous config refuses to
+    answer. So the dense numbers are validated first, and the per-layer ones are applied after.
+    """
+
+    def __init__(self, *args, per_layer_config=None, **kwargs):
+        kwargs.pop(_PERMISSION, None)
+        super().__init__(*args, **kwargs)
+        self.per_layer_config = per_layer_config
+
+    def validate(self):
+        """Skip LlamaConfig's comparison: the dense numbers passed it when the object was made."""
+
+    def to_dict(self):
+        """The config as JSON, with the permission without which LlamaConfig itself cannot open it."""
+        return {**super().to_dict(), _PERMISSION: True}
 
 
 class NirvanaMistralConfig(MistralConfig):

@@ -92,20 +92,25 @@ def default_gamma(shape: ModelShape) -> float:
     return mlp / attention
 
 
-def removed_counts(shape: ModelShape, *, sparsity: float, gamma: float) -> tuple[int, int]:
+def removed_counts(
+    shape: ModelShape, *, sparsity: float, gamma: float, round_to: int = 1
+) -> tuple[int, int]:
     """(KV groups, FFN neurons) to remove in the whole model, before rounding.
 
     s_attn = s (A+M) / (A + gamma M) and s_mlp = gamma s_attn, with A and M the attention's and the MLP's
     linear weights; both counts are rounded down. Raises NirvanaError for a sparsity or gamma outside
-    what this model allows, naming the largest feasible sparsity.
+    what this model allows, naming the largest feasible sparsity: every layer keeps at least one KV group
+    and ``round_to`` neurons.
     """
+    if round_to < 1:
+        raise NirvanaError(f"round_to must be at least 1, got {round_to}.")
     if not (math.isfinite(gamma) and gamma > 0):
         raise NirvanaError(f"gamma must be a positive number, got {gamma}.")
-    largest = largest_sparsity(shape, gamma=gamma)
+    largest = largest_sparsity(shape, gamma=gamma, round_to=round_to)
     if not 0 < sparsity <= largest:
         raise NirvanaError(
-            f"sparsity must be above 0 and at most {largest:.3f} for gamma {gamma:g}, got {sparsity}: every layer "
-            "keeps at least one KV group and one block of FFN neurons.",
+            f"sparsity must be above 0 and at most {largest:.3f} (the largest feasible for gamma {gamma:g}), "
+            f"got {sparsity}: every layer keeps at least one KV group and {round_to} FFN neurons.",
             hint=f"Pass --sparsity {math.floor(largest * 100) / 100:g} or less, or another --gamma.",
         )
     attention, mlp = _costs(shape)
@@ -143,17 +148,9 @@ def make_plan(
     sparing the best of the cut. The same scores give the same plan, byte for byte.
     """
     gamma = default_gamma(shape) if gamma is None else gamma
-    if round_to < 1:
-        raise NirvanaError(f"round_to must be at least 1, got {round_to}.")
-    removed_groups, removed_neurons = removed_counts(shape, sparsity=sparsity, gamma=gamma)
-    most_groups, most_neurons = _removable(shape, round_to)
-    if removed_groups > most_groups or removed_neurons > most_neurons:
-        largest = largest_sparsity(shape, gamma=gamma, round_to=round_to)
-        raise NirvanaError(
-            f"sparsity {sparsity} cannot be met with gamma {gamma:g} and round_to {round_to}: "
-            f"the largest that can is {largest:.3f}.",
-            hint=f"Pass --sparsity {math.floor(largest * 100) / 100:g} or less, or a smaller --round-to.",
-        )
+    removed_groups, removed_neurons = removed_counts(
+        shape, sparsity=sparsity, gamma=gamma, round_to=round_to
+    )
     kept_groups = kept_units(scores.groups, removed_groups, at_least=1)
     kept_neurons = kept_units(scores.neurons, removed_neurons, at_least=round_to)
     rounded = [

@@ -25,7 +25,7 @@ def digest(text: str) -> str:
 
 
 def middle(index: int) -> float:
-    """0 at the ends, 1 near the middle of the network, which loses most, as scores of real models tend to say."""
+    """0 at the ends, 1 near the middle of the network, which loses most here."""
     return max(0.0, 1 - abs(2 * index / (LAYERS - 1) - 1.1))
 
 

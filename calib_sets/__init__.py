@@ -1,0 +1,39 @@
+"""Named calibration sets, as data: one TOML file each. They define where text is; they hold none of it."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+
+from nirvana_deploy.registry import look_up
+
+
+@dataclass(frozen=True)
+class CalibSet:
+    """A calibration set on the Hugging Face hub."""
+
+    dataset: str
+    """Dataset id on the hub."""
+    config: str
+    split: str
+    text_field: str
+    licence: str
+    rows: int
+    """How many rows are read, from the first: enough for any usual N x T, little to download."""
+    streaming: bool
+    """Read the first rows over the network instead of downloading the whole split."""
+    joined_by: str | None = None
+    """Where rows are lines or sentences of one text: what stands between them. None: a row is a document."""
+
+
+def names() -> tuple[str, ...]:
+    """The names of all sets, sorted."""
+    files = resources.files(__name__).iterdir()
+    return tuple(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
+
+
+def load(name: str) -> CalibSet:
+    """The definition called ``name``; raises NirvanaError ("did you mean") for an unknown name."""
+    file = look_up(name, {known: f"{known}.toml" for known in names()}, what="calibration set")
+    return CalibSet(**tomllib.loads((resources.files(__name__) / file).read_text(encoding="utf-8")))

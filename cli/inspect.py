@@ -1,0 +1,104 @@
+"""``nirvana-deploy inspect DIR|plan.json``: what was kept, where, and what the folder holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nirvana_deploy.measure.inspection import Inspection
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what was kept and where.
+
+    PATH is an output folder, or a plan.json. Per layer: the KV groups and FFN neurons kept. For a folder
+    also its sizes, the time of each stage, and whether the exports were verified.
+
+    \b
+    Example:
+      nirvana-deploy inspect smollm2-s0.4
+      nirvana-deploy inspect smollm2-s0.4/plan.json --json | jq .plan.budget
+    """
+    from nirvana_deploy.measure.inspection import inspect_path
+
+    inspection = inspect_path(path)
+    if as_json:
+        click.echo(json.dumps({"schema": 1, **inspection.as_json()}, indent=1))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    _print_plan(console, inspection)
+    _print_folder(console, inspection)
+
+
+def _print_plan(console: Console, inspection: Inspection) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from nirvana_deploy.measure.table import format_count, format_share, text_bar
+
+    budget = inspection.plan.get("budget")
+    if budget:
+        removed, asked = budget["met_removed_share"], budget["asked_removed_share"]
+        dense, kept = budget["parameters_dense"], budget["parameters_kept"]
+        console.print(
+            f"{inspection.model or inspection.path}: {format_share(removed)} of the linear weights removed "
+            f"(asked {format_share(asked)}), {format_count(dense)} parameters to {format_count(kept)}"
+        )
+        settings = ("saliency", "gamma", "allocation", "round_to", "seed")
+        console.print(", ".join(f"{s} {inspection.plan[s]}" for s in settings if s in inspection.plan))
+    if not inspection.layers:
+        return
+    table = Table("layer", "KV groups", "", "FFN neurons", "", box=box.SIMPLE_HEAD)
+    for column in table.columns[:1] + table.columns[1:4:2]:
+        column.justify = "right"
+    for layer in inspection.layers:
+        table.add_row(
+            str(layer.layer),
+            f"{len(layer.kept_groups)} of {layer.of_groups}",
+            text_bar(len(layer.kept_groups), layer.of_groups, width=min(8, layer.of_groups)),
+            f"{layer.kept_neurons:,} of {layer.of_neurons:,}",
+            text_bar(layer.kept_neurons, layer.of_neurons, width=24),
+        )
+    console.print(table)
+
+
+def _print_folder(console: Console, inspection: Inspection) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from nirvana_deploy.measure.table import ABSENT, format_bytes, format_number, format_seconds
+
+    if inspection.folder_bytes:
+        sizes = Table("folder", "size", box=box.SIMPLE_HEAD)
+        for folder, size_bytes in inspection.folder_bytes.items():
+            sizes.add_row(folder, format_bytes(size_bytes))
+        console.print(sizes)
+    if inspection.stages:
+        stages = Table("stage", "time", "peak memory", box=box.SIMPLE_HEAD)
+        for name, stage in inspection.stages.items():
+            seconds, peak = stage["seconds"], stage["peak_rss_bytes"]
+            stages.add_row(
+                name,
+                ABSENT if seconds is None else format_seconds(seconds),
+                ABSENT if peak is None else format_bytes(peak),
+            )
+        console.print(stages)
+    for found in inspection.verification:
+        difference = (
+            "" if found.max_abs_diff is None else f", up to {format_number(found.max_abs_diff, digits=2)}"
+        )
+        verdict = "passed" if found.passed else "FAILED"
+        console.print(f"verification of {found.model}: {verdict}, {found.num_checks} checks{difference}")
+    if inspection.missing_files:
+        console.print(f"missing, though the manifest lists them: {', '.join(inspection.missing_files)}")

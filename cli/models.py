@@ -1,0 +1,40 @@
+"""``nirvana-deploy models``: the short names that MODEL may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import click
+
+
+@click.command("models")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+def models(as_json: bool) -> None:
+    """List the aliases of models: hub id, parameters, family, licence, and whether they work today.
+
+    Besides an alias, MODEL may be a hub id, a folder with safetensors, or a .gguf file.
+
+    \b
+    Example:
+      nirvana-deploy models
+      nirvana-deploy prune-export smollm2 --sparsity 0.4
+    """
+    from nirvana_deploy.model.sources import ALIASES
+
+    if as_json:
+        rows = [
+            {"alias": name, **dataclasses.asdict(alias), "supported": alias.supported}
+            for name, alias in ALIASES.items()
+        ]
+        click.echo(json.dumps({"schema": 1, "models": rows}, indent=1))
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("alias", "hub id", "parameters", "family", "licence", "supported")
+    for name, alias in ALIASES.items():
+        supported = "[green]yes[/]" if alias.supported else "[yellow]not yet[/]"
+        table.add_row(name, alias.hub_id, alias.parameters, alias.family, alias.licence, supported)
+    Console().print(table)

@@ -1,0 +1,30 @@
+"""``nirvana-deploy report OUT``: write the report again from the records of an output folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("report")
+@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+def report(out: Path, as_json: bool) -> None:
+    """Write report.md and report.html into OUT.
+
+    Reads OUT's manifest.json, plan.json and benchmark.json. Nothing is measured again; a part that is
+    missing is named in the report with the command that makes it.
+
+    \b
+    Example:
+      nirvana-deploy report smollm2-s0.4
+    """
+    from nirvana_deploy.measure.report import write_report
+
+    markdown, page = write_report(out)
+    if as_json:
+        click.echo(json.dumps({"schema": 1, "markdown": str(markdown), "html": str(page)}))
+    else:
+        click.echo(f"{page}\n{markdown}")

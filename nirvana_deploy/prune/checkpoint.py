@@ -1,0 +1,128 @@
+"""Write a pruned checkpoint: an ordinary Hugging Face folder whose layers differ in width.
+
+``config.json`` carries transformers' ``per_layer_config`` and an ``auto_map`` to the small module that is
+copied beside the weights, so ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` works
+wherever transformers is installed. The global numbers stay the dense model's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folder, write_json
+from nirvana_deploy.model import modeling_nirvana
+from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, config_json
+from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.weights import (
+    INDEX_FILE,
+    SafetensorsWeights,
+    WeightSource,
+    check_weights,
+    expected_shapes,
+)
+from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.prune.plan import PrunePlan, pruned_shape
+from nirvana_deploy.prune.slicing import SlicedWeights
+
+DEFAULT_SHARD_BYTES = 2_000_000_000
+
+
+def slice_checkpoint(
+    checkpoint: Path,
+    plan: PrunePlan,
+    out: Path,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress = SILENT,
+) -> ModelShape:
+    """Cut the plan's units out of ``checkpoint`` and write the result to the folder ``out``.
+
+    The source is not touched; ``out`` appears whole or not at all. Memory is bounded by one shard of
+    ``shard_bytes``. Returns the shape of what was written.
+    """
+    config = config_json(checkpoint)
+    shape = shape_from_config(config)
+    source = SafetensorsWeights(checkpoint)
+    check_weights(source, shape)
+    smaller = pruned_shape(shape, plan)
+    weights = SlicedWeights(source, shape, plan)
+    shards = _shards(weights, list(expected_shapes(smaller)), shard_bytes)
+    total_bytes = sum(_bytes(weights, name) for shard in shards for name in shard)
+    require_free_bytes(out, total_bytes, what="The pruned checkpoint")
+    with whole_folder(out) as folder, disk_errors(out):
+        with progress.task("Slicing weights", len(shards)) as advance:
+            _write_shards(weights, shards, folder, total_bytes, advance)
+        write_json(folder / "config.json", pruned_config(config, plan, shape))
+        shutil.copyfile(Path(modeling_nirvana.__file__), folder / "modeling_nirvana.py")
+        for name in TOKENIZER_FILES:
+            if (checkpoint / name).is_file():
+                shutil.copyfile(checkpoint / name, folder / name)
+    return smaller
+
+
+def pruned_config(config: dict[str, Any], plan: PrunePlan, shape: ModelShape) -> dict[str, Any]:
+    """``config.json`` of the pruned model, from that of the dense one."""
+    family, smaller = shape.family, pruned_shape(shape, plan)
+    digits = len(str(len(smaller.layers) - 1))
+    prefix = f"modeling_nirvana.Nirvana{family.architecture}"
+    result = {key: value for key, value in config.items() if key not in ("_name_or_path", "_model_name_or_path")}
+    return result | {
+        "architectures": [f"Nirvana{family.architecture}"],
+        "auto_map": {
+            "AutoConfig": prefix.replace("ForCausalLM", "Config"),
+            "AutoModelForCausalLM": prefix,
+        },
+        "head_dim": shape.head_dim,
+        # LlamaConfig compares head numbers while it loads; without this the stock class cannot open the file
+        **({"allow_global_per_layer_attribute_access": True} if family.name == "llama" else {}),
+        "per_layer_config": {
+            str(index).zfill(digits): {
+                "num_attention_heads": layer.query_heads,
+                "num_key_value_heads": layer.kv_heads,
+                "intermediate_size": layer.ffn_width,
+            }
+            for index, layer in enumerate(smaller.layers)
+        },
+    }
+
+
+def _bytes(weights: WeightSource, name: str) -> int:
+    return int(torch.Size(weights.shape(name)).numel()) * weights.dtype(name).itemsize
+
+
+def _shards(weights: WeightSource, names: Sequence[str], shard_bytes: int) -> list[list[str]]:
+    """Split ``names`` in order into shards of at most ``shard_bytes`` (a larger tensor stands alone)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in names:
+        if shards[-1] and size + _bytes(weights, name) > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _bytes(weights, name)
+    return shards
+
+
+def _shard_files(count: int) -> Iterator[str]:
+    if count == 1:
+        yield "model.safetensors"
+    else:
+        yield from (f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1))
+
+
+def _write_shards(
+    weights: WeightSource, shards: list[list[str]], folder: Path, total_bytes: int, advance: Any
+) -> None:
+    weight_map: dict[str, str] = {}
+    for file, names in zip(_shard_files(len(shards)), shards, strict=True):
+        save_file({name: weights.load(name) for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+        advance(1)
+    if len(shards) > 1:
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})

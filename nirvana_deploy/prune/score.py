@@ -1,0 +1,215 @@
+"""Score every unit of a model with one streamed backward pass.
+
+Memory is bounded by one layer and the hidden states at layer borders, not by the model: the forward
+pass keeps the [N, T, D] states that enter each layer; the backward pass walks the layers from last to
+first, loads one, recomputes it, propagates the gradient, reduces ``|w * dw|`` to unit scores and frees it.
+That costs one more forward (4/3 of the work of a plain backward) and is the only path: a model that
+fits in memory is the special case.
+
+f is a mean over sequences, so the gradients of micro-batches add up to the gradient of the whole batch:
+the micro-batch size changes memory and nothing else. Arithmetic is float32 whatever the stored dtype;
+sums over a unit are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.model.checkpoint import config_json, meta_model, read_config
+from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
+from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.prune.saliency import Functional, saliency_named
+from nirvana_deploy.prune.units import UnitScores, scored_tensors, unit_sums
+
+DEFAULT_MICRO_BATCH = 8
+
+
+def score_units(
+    checkpoint: Path,
+    tokens: NDArray[np.int64] | None,
+    *,
+    saliency: str = "nirvana",
+    seed: int = 0,
+    micro_batch: int = DEFAULT_MICRO_BATCH,
+    progress: Progress = SILENT,
+) -> UnitScores:
+    """Score the KV groups and FFN neurons of a checkpoint folder.
+
+    ``tokens`` [N, T] are the calibration windows (None for saliencies that need no data), ``seed`` serves
+    ``random`` alone, ``micro_batch`` is in sequences. Raises NirvanaError for NaN or infinite weights or
+    gradients, naming the tensor or the layer.
+    """
+    method = saliency_named(saliency)
+    shape = shape_from_config(config_json(checkpoint))
+    weights = SafetensorsWeights(checkpoint)
+    check_weights(weights, shape)
+    if method.functional is not None:
+        if tokens is None:
+            raise NirvanaError(f"The saliency {saliency!r} needs calibration text.", hint="Pass --calib SOURCE.")
+        streamed = StreamedModel(checkpoint, weights, shape)
+        return streamed.gradient_scores(
+            torch.from_numpy(tokens), method.functional, micro_batch=micro_batch, progress=progress
+        )
+    if method.reads_weights:
+        return _magnitudes(weights, shape, progress)
+    generator = np.random.default_rng(seed)
+    return UnitScores(
+        groups=tuple(generator.random(layer.kv_heads) for layer in shape.layers),
+        neurons=tuple(generator.random(layer.ffn_width) for layer in shape.layers),
+    )
+
+
+class StreamedModel:
+    """A decoder of which one part at a time has weights; the rest lives on torch's meta device."""
+
+    def __init__(self, checkpoint: Path, weights: WeightSource, shape: ModelShape) -> None:
+        config = read_config(checkpoint)
+        self._model = meta_model(config)
+        self._weights = weights
+        self._shape = shape
+        decoder = self._model.model
+        self._layers: list[nn.Module] = list(decoder.layers)
+        self._rotary: nn.Module = type(decoder.rotary_emb)(config)  # a real one: its frequencies are no weights
+
+    def gradient_scores(
+        self, tokens: torch.Tensor, functional: Functional, *, micro_batch: int, progress: Progress = SILENT
+    ) -> UnitScores:
+        """``|w * df/dw|`` summed over every unit, for tokens [N, T]; f is averaged over the N sequences."""
+        borders, batches = [], tokens.split(micro_batch)
+        label = f"Scoring {tokens.shape[0]} x {tokens.shape[1]} tokens"
+        with progress.task(label, (2 * len(self._layers) + 1) * len(batches)) as advance:
+            hidden = self._embedded(batches)
+            for index in range(len(self._layers)):
+                borders.append(hidden)
+                with self._loaded_layer(index) as layer, torch.no_grad():
+                    hidden = [self._run(layer, states) for states in hidden]
+                advance(len(batches))
+            gradients = self._output_gradients(hidden, batches, functional)
+            advance(len(batches))
+            groups, neurons = [], []
+            for index in reversed(range(len(self._layers))):
+                with self._loaded_layer(index) as layer:
+                    gradients = self._backward(layer, borders.pop(), gradients)
+                    layer_groups, layer_neurons = self._reduced(index, layer)
+                groups.append(layer_groups)
+                neurons.append(layer_neurons)
+                advance(len(batches))
+        return UnitScores(groups=tuple(reversed(groups)), neurons=tuple(reversed(neurons)))
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [N, T, V] of tokens [N, T], one layer in memory at a time."""
+        [hidden] = self._embedded((tokens,))
+        with torch.no_grad():
+            for index in range(len(self._layers)):
+                with self._loaded_layer(index) as layer:
+                    hidden = self._run(layer, hidden)
+            norm, head = self._output_weights()
+            return self._logits(hidden, norm, head)
+
+    def _embedded(self, batches: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        embedding = self._float32(f"{self._shape.family.embedding}.weight")
+        return [nn.functional.embedding(batch, embedding) for batch in batches]
+
+    def _run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """One layer over unpadded windows: causal attention, positions from 0."""
+        positions = torch.arange(hidden.shape[1])[None]
+        angles = self._rotary(hidden, positions)
+        output: torch.Tensor = layer(
+            hidden, attention_mask=None, position_ids=positions, position_embeddings=angles, use_cache=False
+        )
+        return output
+
+    def _output_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        family = self._shape.family
+        head = family.embedding if self._shape.tied_embeddings else family.head
+        return self._float32(f"{family.final_norm}.weight"), self._float32(f"{head}.weight")
+
+    def _logits(self, hidden: torch.Tensor, norm: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        epsilon = self._model.config.rms_norm_eps
+        return nn.functional.rms_norm(hidden, norm.shape, norm, epsilon) @ head.T
+
+    def _output_gradients(
+        self, hidden: list[torch.Tensor], batches: tuple[torch.Tensor, ...], functional: Functional
+    ) -> list[torch.Tensor]:
+        """df/dhidden per micro-batch, [n, T, D] each."""
+        norm, head = self._output_weights()
+        sequences = sum(len(batch) for batch in batches)
+        gradients = []
+        for states, batch in zip(hidden, batches, strict=True):
+            leaf = states.detach().requires_grad_()
+            value = functional(self._logits(leaf, norm, head), batch) / sequences
+            (gradient,) = torch.autograd.grad(value, leaf)
+            gradients.append(gradient)
+        return gradients
+
+    def _backward(
+        self, layer: nn.Module, inputs: list[torch.Tensor], gradients: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Accumulate weight gradients in ``layer`` and return the gradients of its inputs."""
+        passed_on = []
+        for states, gradient in zip(inputs, gradients, strict=True):
+            leaf = states.requires_grad_()
+            torch.autograd.backward(self._run(layer, leaf), gradient)
+            assert leaf.grad is not None
+            passed_on.append(leaf.grad)
+        return passed_on
+
+    def _reduced(self, index: int, layer: nn.Module) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        prefix = self._shape.family.layer(index)
+        parameters = dict(layer.named_parameters(prefix=prefix))
+        scores = {}
+        for name in scored_tensors(self._shape, index):
+            weight, gradient = parameters[name].detach(), parameters[name].grad
+            assert gradient is not None
+            scores[name] = gradient.mul_(weight).abs_()
+        groups, neurons = unit_sums(self._shape, index, scores)
+        if not (np.isfinite(groups).all() and np.isfinite(neurons).all()):
+            raise NirvanaError(f"Layer {index}: the gradients are NaN or infinite; its units cannot be ranked.")
+        return groups, neurons
+
+    def _loaded_layer(self, index: int) -> _LoadedLayer:
+        return _LoadedLayer(self._layers[index], self._layer_tensors(index))
+
+    def _layer_tensors(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+        prefix = self._shape.family.layer(index) + "."
+        for name in self._layers[index].state_dict():
+            yield name, self._float32(prefix + name)
+
+    def _float32(self, name: str) -> torch.Tensor:
+        return self._weights.load(name).to(torch.float32)
+
+
+class _LoadedLayer:
+    """Context in which one layer has its weights; outside it they take no memory."""
+
+    def __init__(self, layer: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self._layer = layer
+        self._tensors = tensors
+
+    def __enter__(self) -> nn.Module:
+        self._layer.load_state_dict(dict(self._tensors), assign=True)
+        return self._layer
+
+    def __exit__(self, *exception: object) -> None:
+        self._layer.to("meta")
+        self._layer.zero_grad(set_to_none=True)
+
+
+def _magnitudes(weights: WeightSource, shape: ModelShape, progress: Progress) -> UnitScores:
+    groups, neurons = [], []
+    with progress.task("Scoring magnitudes", len(shape.layers)) as advance:
+        for index in range(len(shape.layers)):
+            scores = {name: weights.load(name).float().abs() for name in scored_tensors(shape, index)}
+            layer_groups, layer_neurons = unit_sums(shape, index, scores)
+            groups.append(layer_groups)
+            neurons.append(layer_neurons)
+            advance(1)
+    return UnitScores(groups=tuple(groups), neurons=tuple(neurons))

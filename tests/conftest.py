@@ -1,0 +1,94 @@
+"""Tiny random models of every supported kind, with a tokenizer, written once per test run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+
+VOCABULARY = 272
+KINDS: dict[str, Callable[[], Any]] = {
+    "llama-tied": lambda: LlamaConfig(**_size(), tie_word_embeddings=True),
+    "llama-biased": lambda: LlamaConfig(**_size(), attention_bias=True, mlp_bias=True),
+    "mistral": lambda: MistralConfig(**_size(), head_dim=8, sliding_window=None),
+}
+
+
+def _size() -> dict[str, Any]:
+    return {
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and none is visible"))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer: every text encodes, one token a byte."""
+    specials = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(specials + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+def write_tiny(folder: Path, kind: str, *, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+    """Save a random model of ``kind`` with weights large enough that its layers matter."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(KINDS[kind]())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0.0, 0.15)
+    model.to(dtype).save_pretrained(folder, **save)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=list(KINDS))
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of each kind in turn; read-only."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / request.param, request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One tied Llama checkpoint folder; read-only."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "llama", "llama-tied")
+
+
+@pytest.fixture
+def tokens() -> NDArray[np.int64]:
+    """[6, 20] random token ids."""
+    return np.random.default_rng(3).integers(3, VOCABULARY, size=(6, 20))

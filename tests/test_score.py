@@ -1,0 +1,153 @@
+"""The arrow weights -> scores: streamed equals one full backward, and a toy equals paper and pencil."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_tiny
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
+from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.weights import SafetensorsWeights
+from nirvana_deploy.prune.saliency import SALIENCIES, next_token_loss, strongest_logits
+from nirvana_deploy.prune.score import StreamedModel, score_units
+from nirvana_deploy.prune.units import UnitScores, scored_tensors
+
+GRADIENT_SALIENCIES = [name for name, method in SALIENCIES.items() if method.functional]
+
+
+def full_backward_scores(folder: Path, tokens: NDArray[np.int64], saliency: str) -> UnitScores:
+    """The oracle: one backward through transformers' model, and sums written out by hand."""
+    model, shape = load_checkpoint(folder), shape_from_config(config_json(folder))
+    batch = torch.from_numpy(tokens)
+    functional = SALIENCIES[saliency].functional
+    assert functional is not None
+    (functional(model(batch).logits, batch) / len(batch)).backward()
+    d, g = shape.head_dim, shape.query_heads_per_group
+    groups, neurons = [], []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+
+        def score(parameter: torch.nn.Parameter) -> torch.Tensor:
+            assert parameter.grad is not None
+            return (parameter * parameter.grad).abs().detach().double()
+
+        layer_groups = []
+        for k in range(attention.k_proj.out_features // d):
+            keys, queries = slice(k * d, (k + 1) * d), slice(k * g * d, (k + 1) * g * d)
+            total = score(attention.k_proj.weight)[keys].sum() + score(attention.v_proj.weight)[keys].sum()
+            total += score(attention.q_proj.weight)[queries].sum()
+            total += score(attention.o_proj.weight)[:, queries].sum()
+            if attention.k_proj.bias is not None:
+                total += score(attention.k_proj.bias)[keys].sum() + score(attention.v_proj.bias)[keys].sum()
+                total += score(attention.q_proj.bias)[queries].sum()
+            layer_groups.append(float(total))
+        rows = sum(score(m.weight).sum(1) for m in (mlp.gate_proj, mlp.up_proj))
+        if mlp.up_proj.bias is not None:
+            rows = rows + score(mlp.gate_proj.bias) + score(mlp.up_proj.bias)
+        groups.append(np.array(layer_groups))
+        neurons.append((rows + score(mlp.down_proj.weight).sum(0)).numpy())
+    return UnitScores(groups=tuple(groups), neurons=tuple(neurons))
+
+
+def assert_equal(found: UnitScores, expected: UnitScores, rtol: float = 1e-5) -> None:
+    for a, b in zip(found.groups + found.neurons, expected.groups + expected.neurons, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol)
+
+
+@pytest.mark.parametrize("saliency", GRADIENT_SALIENCIES)
+def test_streamed_scores_equal_full_backward(
+    tiny: Path, tokens: NDArray[np.int64], saliency: str
+) -> None:
+    assert_equal(
+        score_units(tiny, tokens, saliency=saliency, micro_batch=2),
+        full_backward_scores(tiny, tokens, saliency),
+    )
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 6, 100])
+def test_micro_batches_do_not_change_scores(
+    tiny_llama: Path, tokens: NDArray[np.int64], micro_batch: int
+) -> None:
+    assert_equal(
+        score_units(tiny_llama, tokens, micro_batch=micro_batch), score_units(tiny_llama, tokens, micro_batch=3)
+    )
+
+
+def test_streamed_logits_equal_transformers(tiny: Path, tokens: NDArray[np.int64]) -> None:
+    shape = shape_from_config(config_json(tiny))
+    streamed = StreamedModel(tiny, SafetensorsWeights(tiny), shape).logits(torch.from_numpy(tokens))
+    with torch.no_grad():
+        expected = load_checkpoint(tiny)(torch.from_numpy(tokens)).logits
+    torch.testing.assert_close(streamed, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sharded_and_bf16_checkpoints_score_in_float32(tmp_path: Path, tokens: NDArray[np.int64]) -> None:
+    folder = write_tiny(tmp_path, "mistral", dtype=torch.bfloat16, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert SafetensorsWeights(folder).dtype("model.norm.weight") == torch.bfloat16
+    assert_equal(score_units(folder, tokens), full_backward_scores(folder, tokens, "nirvana"))
+
+
+def test_strongest_logits_by_hand() -> None:
+    logits = torch.tensor([[[1.0, 5.0], [3.0, 2.0]], [[0.0, 0.0], [-1.0, 4.0]]])  # [N=2, T=2, V=2]
+    assert strongest_logits(logits, torch.zeros(2, 2)).item() == (3 + 5) / 2 + (0 + 4) / 2
+
+
+def test_nirvana_on_a_two_layer_toy_by_hand() -> None:
+    # f(x) = w2 * w1 * x at the position of the largest logit, so |w * df/dw| = |w1 w2 x| for both weights.
+    w1, w2 = torch.tensor(-2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    inputs = torch.tensor([[1.0, -4.0, 2.0]])
+    logits = (w2 * (w1 * inputs))[..., None]  # [1, 3, 1] = [-6, 24, -12]
+    strongest_logits(logits, torch.zeros(1, 3)).backward()
+    assert w1.grad is not None and w2.grad is not None
+    assert (w1 * w1.grad).abs().item() == (w2 * w2.grad).abs().item() == 24.0
+
+
+def test_next_token_loss_of_a_uniform_model_is_log_vocabulary() -> None:
+    loss = next_token_loss(torch.zeros(3, 5, 11), torch.randint(0, 11, (3, 5)))
+    assert loss.item() == pytest.approx(3 * np.log(11), rel=1e-6)
+
+
+def test_magnitude_is_the_sum_of_absolute_weights(tiny: Path) -> None:
+    shape, weights = shape_from_config(config_json(tiny)), SafetensorsWeights(tiny)
+    scores = score_units(tiny, None, saliency="magnitude")
+    for layer in range(len(shape.layers)):
+        total = sum(weights.load(name).double().abs().sum().item() for name in scored_tensors(shape, layer))
+        assert scores.groups[layer].sum() + scores.neurons[layer].sum() == pytest.approx(total, rel=1e-9)
+
+
+def test_random_scores_follow_the_seed(tiny_llama: Path) -> None:
+    first, again, other = (score_units(tiny_llama, None, saliency="random", seed=s) for s in (1, 1, 2))
+    assert_equal(first, again, rtol=0)
+    assert not np.allclose(first.neurons[0], other.neurons[0])
+
+
+def test_a_data_saliency_without_data_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(NirvanaError, match="needs calibration text"):
+        score_units(tiny_llama, None, saliency="taylor")
+
+
+def test_nan_weights_are_named(tmp_path: Path, tokens: NDArray[np.int64]) -> None:
+    folder = write_tiny(tmp_path, "llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NirvanaError, match=r"layers\.1\.mlp\.up_proj\.weight.* 1 NaN"):
+        score_units(folder, tokens)
+
+
+def test_infinite_gradients_name_the_layer(tmp_path: Path, tokens: NDArray[np.int64]) -> None:
+    folder = write_tiny(tmp_path, "llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"] *= 1e38
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NirvanaError, match="Layer 2"):
+        score_units(folder, tokens)
