@@ -26,14 +26,20 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps({"schema": 1, "findings": [dataclasses.asdict(f) for f in findings]}, indent=1))
         return
 
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("", "name", "found", "to get it")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a pipe has no width to fold for
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("", "name", "found", "to get it"):
+        table.add_column(column, overflow="fold")
     for _, section in itertools.groupby(findings, key=lambda finding: finding.section):
         for finding in section:
             mark = "[green]yes[/]" if finding.usable else "[yellow]no[/]"
             table.add_row(mark, escape(finding.name), escape(finding.detail), escape(finding.fix or ""))
         table.add_section()
-    Console().print(table)
+    console.print(table)

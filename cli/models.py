@@ -30,11 +30,17 @@ def models(as_json: bool) -> None:
         click.echo(json.dumps({"schema": 1, "models": rows}, indent=1))
         return
 
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("alias", "hub id", "parameters", "family", "licence", "supported")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a pipe has no width to fold for
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("alias", "hub id", "parameters", "family", "licence", "supported"):
+        table.add_column(column, overflow="fold")
     for name, alias in ALIASES.items():
         supported = "[green]yes[/]" if alias.supported else "[yellow]not yet[/]"
         table.add_row(name, alias.hub_id, alias.parameters, alias.family, alias.licence, supported)
-    Console().print(table)
+    console.print(table)

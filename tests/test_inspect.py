@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-
 from nirvana_deploy.cli.inspect import inspect
 from nirvana_deploy.cli.report import report
+
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.measure.inspection import inspect_path
 
@@ -30,7 +30,9 @@ def out(tmp_path: Path) -> Path:
 def test_layers_repeat_the_plan_and_add_up_to_its_budget(out: Path) -> None:
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     layers = inspect_path(out).layers
-    assert [layer.kept_groups for layer in layers] == [tuple(entry["kept_groups"]) for entry in plan["layers"]]
+    assert [layer.kept_groups for layer in layers] == [
+        tuple(entry["kept_groups"]) for entry in plan["layers"]
+    ]
     removed_neurons = sum(layer.of_neurons - layer.kept_neurons for layer in layers)
     assert removed_neurons == plan["budget"]["removed_neurons_after_rounding"]
 
@@ -47,8 +49,8 @@ def test_a_folder_adds_sizes_stages_verification_and_missing_files(out: Path) ->
     assert inspection.folder_bytes["onnx"] == 6000
     assert inspection.stages["score"] == {"seconds": 38.4, "peak_rss_bytes": 1_720_000_000}
     assert [(v.model, v.passed, v.num_checks, v.greedy_equal) for v in inspection.verification] == [
-        ("pruned", True, 4, True),
-        ("dense", True, 4, True),
+        ("pruned", True, 6, True),
+        ("dense", True, 6, True),
     ]
     assert inspection.verification[0].max_abs_diff == pytest.approx(3.1e-5)
     assert "checkpoint/model.safetensors" in inspection.missing_files
@@ -72,7 +74,7 @@ def test_the_command_prints_a_row_with_a_bar_for_every_layer(out: Path) -> None:
     assert len(rows) == 30
     assert all("\N{FULL BLOCK}" in row for row in rows)
     assert "40.0% of the linear weights removed" in result.output
-    assert "verification of pruned: passed, 4 checks" in result.output
+    assert "verification of pruned: passed, 6 checks" in result.output
 
 
 def test_the_command_prints_json_for_machines(out: Path) -> None:

@@ -245,7 +245,7 @@ def test_the_perplexity_caution_starts_above_half_as_much_again() -> None:
     records = frozen_records()
     assert records.benchmark is not None
     quality = records.benchmark["variants"][1]["quality"]
-    assert any("perplexity of pruned is 2.46" in caution for caution in findings.cautions(records))
+    assert any("19.4 and is now pruned 47.9 (2.46" in caution for caution in findings.cautions(records))
     quality["perplexity"] = 1.5 * records.benchmark["variants"][0]["quality"]["perplexity"]
     assert findings.cautions(records) == ()
 
@@ -259,21 +259,34 @@ def test_a_speed_up_far_from_its_bound_is_a_caution(share: float, cautioned: boo
     said = [caution for caution in findings.cautions(records) if caution.startswith("Decode of pruned")]
     assert bool(said) == cautioned
     if said:
-        assert "89% of its bound" in said[0]
+        assert "89.0% of its bound" in said[0]
 
 
 def test_a_failed_verification_is_the_first_caution_and_the_badge(tmp_path: Path) -> None:
     records = frozen_records()
     assert records.manifest is not None
     result = records.manifest["stages"]["verify"]["result"]["pruned"]
-    result["passed"] = result["checks"][0]["passed"] = result["greedy_tokens"]["equal"] = False
-    assert findings.cautions(records)[0].startswith("Verification failed for pruned")
+    result["passed"] = result["checks"][0]["passed"] = result["greedy"][0]["passed"] = False
+    result["first_departure"] = "layer 3"
+    assert findings.cautions(records)[0].startswith("Verification failed for pruned (first at: layer 3)")
     badge = findings.verification_badge(records)
     assert badge.state == "failed"
     assert badge.detail.endswith("greedy tokens differ")
     markdown, html = report_of(tmp_path, records)
     assert "Verification failed: pruned" in markdown
     assert 'class="badge failed"' in html
+
+
+def test_a_runtime_that_was_not_asked_is_named_and_not_counted(tmp_path: Path) -> None:
+    records = frozen_records()
+    assert records.manifest is not None
+    results = records.manifest["stages"]["verify"]["result"]
+    for result in results.values():
+        result["greedy"] = [{**result["greedy"][1], "not_run": "onnxruntime-genai is not installed"}]
+    assert findings.verification_badge(records).detail.startswith("8 checks of pruned and dense")
+    assert "greedy" not in findings.verification_badge(records).detail
+    markdown, _ = report_of(tmp_path, records)
+    assert markdown.count("not run: onnxruntime-genai is not installed") == 2
 
 
 def test_samples_beyond_the_axis_are_counted_not_hidden() -> None:

@@ -6,8 +6,13 @@ from the static dimensions of the ONNX inputs; the numbers here are only its def
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
 from nirvana_deploy.model.shape import ModelShape
@@ -54,3 +59,26 @@ def genai_config(config: PreTrainedConfig, shape: ModelShape, *, filename: str) 
             "past_present_share_buffer": False,
         },
     }
+
+
+@contextmanager
+def genai_tokens(folder: Path) -> Iterator[Callable[[NDArray[np.int64], int], list[int]]]:
+    """Load ``folder`` in onnxruntime-genai and yield a greedy generator: (prompt [1, T], count) -> new ids.
+
+    It ends at a stop token of the config, which onnxruntime-genai leaves out of the result.
+    """
+    import onnxruntime_genai  # an optional extra: imported when it is asked for
+
+    model = onnxruntime_genai.Model(str(folder))
+
+    def generate(prompt: NDArray[np.int64], new_tokens: int) -> list[int]:
+        parameters = onnxruntime_genai.GeneratorParams(model)
+        length = prompt.shape[1] + new_tokens
+        parameters.set_search_options(max_length=length, do_sample=False)
+        generator = onnxruntime_genai.Generator(model, parameters)
+        generator.append_tokens(prompt[0].astype(np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        return [int(token) for token in generator.get_sequence(0)[prompt.shape[1] :]]
+
+    yield generate

@@ -169,6 +169,32 @@ class OrtDecoder:
         return _as_numpy(logits), DecodeState(cache=tuple(present), attention_mask=attention_mask)
 
 
+def session_outputs(
+    folder: Path, tokens: NDArray[np.int64], names: Sequence[str]
+) -> dict[str, NDArray[np.float32]]:
+    """Values inside the graph for prompts [N, T], by name: for finding where a computation departs.
+
+    The folder is not changed: the extra outputs live in a copy of the graph that stays in memory.
+    """
+    import onnx  # not at the top: the benchmark's workers would count it in their memory
+
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    kept = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in kept)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    mask = np.ones_like(tokens)
+    feeds = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.cumsum(mask, axis=1) - 1}
+    for node in session.get_inputs():
+        if _PAST_KEY.fullmatch(node.name.replace(".value", ".key")):
+            shape = (len(tokens), node.shape[1], 0, node.shape[3])
+            feeds[node.name] = np.empty(shape, dtype=_CACHE_DTYPES[node.type])
+    return dict(zip(names, session.run(list(names), feeds), strict=True))
+
+
 def _open_session(folder: Path, *, threads: int, provider: str) -> Any:
     model = folder / MODEL_FILE
     if not model.is_file():

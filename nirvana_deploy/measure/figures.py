@@ -40,7 +40,7 @@ COLOURS = {
     "fifth": "#e69f00",
 }
 _SERIES = ("first", "second", "third", "fourth", "fifth")
-_NARROW_IN = 5.0
+_NARROW_IN = 4.4
 _WIDE_IN = 10.2
 MAX_DOTS = 300
 """Samples drawn per variant; more would make the page heavy without showing more."""
@@ -292,7 +292,7 @@ def stage_time_figure(stages: Mapping[str, Mapping[str, Any]]) -> str:
     """Bars of where the job's own time went, one per stage in the order they ran, with peak RSS."""
     timed = {name: stage for name, stage in stages.items() if stage.get("seconds") is not None}
     seconds = [stage["seconds"] for stage in timed.values()]
-    figure = _new_figure(_NARROW_IN * 1.4, 0.5 + 0.29 * len(timed))
+    figure = _new_figure(_NARROW_IN * 1.5, 0.5 + 0.29 * len(timed))
     axes = figure.subplots()
     _bare(axes)
     _rows(axes, list(timed))

@@ -1,4 +1,4 @@
-"""What the records say, as a reader wants to hear it: headline numbers, cautions, gaps and details.
+"""What the records say, as a reader wants to hear it: headline numbers, cautions and gaps.
 
 Pure functions from parsed records to small values that both templates of the report render. A caution is
 part of the headline: a report that sells speed says on the same screen what it cost.
@@ -38,7 +38,7 @@ class Gain:
     after_ms: float
     speedup: float
     bound: float | None
-    """The speed-up that fewer weight bytes (decode) or fewer flops (prefill) allow; None if not recorded."""
+    """The speed-up that fewer bytes (decode) or fewer flops (prefill) allow; None if not recorded."""
 
     @property
     def share_of_bound(self) -> float | None:
@@ -133,7 +133,7 @@ def headline_tiles(records: Records) -> tuple[Tile, ...]:
         baseline = None
     decode, prefill = gain(benchmark, variant, "tpot"), gain(benchmark, variant, "prefill")
     if baseline and decode:
-        tiles.append(_speed_tile("Decode speed-up", "per token", "fewer weight bytes", decode))
+        tiles.append(_speed_tile("Decode speed-up", "per token", "fewer bytes", decode))
     elif median_of(variant, "tpot_ms"):
         tiles.append(Tile("Decode", format_ms(variant["tpot_ms"]["p50"]), "per token, median"))
     if baseline and prefill:
@@ -190,46 +190,57 @@ def headline(records: Records) -> str:
     )
 
 
-def evaluation_source(records: Records) -> str | None:
-    """The text that perplexity and KL were measured on, where it is recorded."""
-    benchmark = records.benchmark or {}
-    places = (benchmark.get("evaluation"), records.stage("quality").get("result"))
-    return next((str(place["source"]) for place in places if place and place.get("source")), None)
+def _verification_caution(records: Records) -> str | None:
+    failed = [
+        f"{v.model} (first at: {v.first_departure})" if v.first_departure else v.model
+        for v in verifications(records)
+        if not v.passed
+    ]
+    if not failed:
+        return None
+    return (
+        f"Verification failed for {' and '.join(failed)}: the exported files do not compute what the "
+        "checkpoint computes. Do not deploy them."
+    )
+
+
+def _quality_caution(benchmark: Mapping[str, Any]) -> str | None:
+    before = ((baseline_of(benchmark) or {}).get("quality") or {}).get("perplexity")
+    if not before:
+        return None
+    rises = {v["name"]: (v.get("quality") or {}).get("perplexity") for v in challengers_of(benchmark)}
+    dropped = [
+        f"{name} {format_number(after)} ({format_times(after / before)})"
+        for name, after in rises.items()
+        if after and after > PERPLEXITY_ALARM * before
+    ]
+    if not dropped:
+        return None
+    return (
+        f"Quality dropped: perplexity was {format_number(before)} and is now {', '.join(dropped)}. "
+        "Remove less, or train further, before relying on the result."
+    )
+
+
+def _speed_caution(what: str, name: str, speed: Gain | None) -> str | None:
+    if speed is None or not speed.bound or speed.speedup >= BOUND_SHARE_ALARM * speed.bound:
+        return None
+    return (
+        f"{what} of {name} reached {format_share(speed.speedup / speed.bound)} of its bound: "
+        f"{format_times(speed.speedup)} where {format_times(speed.bound)} is possible. "
+        "Usual reasons: a busy machine, or time spent outside the weights."
+    )
 
 
 def cautions(records: Records) -> tuple[str, ...]:
     """What a reader must know before believing the headline; empty when nothing is wrong."""
-    found = []
-    failed = [v.model for v in verifications(records) if not v.passed]
-    if failed:
-        found.append(
-            f"Verification failed for {' and '.join(failed)}: the exported files do not compute what the "
-            "checkpoint computes. Do not deploy them."
-        )
     benchmark = records.benchmark or {}
-    dense_quality = (baseline_of(benchmark) or {}).get("quality") or {}
+    found = [_verification_caution(records), _quality_caution(benchmark)]
     for variant in challengers_of(benchmark):
-        name, before = variant["name"], dense_quality.get("perplexity")
-        after = (variant.get("quality") or {}).get("perplexity")
-        if before and after and after > PERPLEXITY_ALARM * before:
-            found.append(
-                f"Quality dropped: the perplexity of {name} is {format_times(after / before)} that of the "
-                f"dense model ({format_number(before)} to {format_number(after)}). Remove less, or train it "
-                "further before relying on it."
-            )
-        speeds = (
-            ("Decode", gain(benchmark, variant, "tpot")),
-            ("Prefill", gain(benchmark, variant, "prefill")),
-        )
-        for what, speed in speeds:
-            share = speed.share_of_bound if speed else None
-            if speed and speed.bound and share is not None and share < BOUND_SHARE_ALARM:
-                found.append(
-                    f"{what} of {name} reached {share:.0%} of its bound: {format_times(speed.speedup)} where "
-                    f"{format_times(speed.bound)} is possible. Usual reasons: a busy machine, or time spent "
-                    "outside the weights."
-                )
-    return tuple(found)
+        name = str(variant["name"])
+        found.append(_speed_caution("Decode", name, gain(benchmark, variant, "tpot")))
+        found.append(_speed_caution("Prefill", name, gain(benchmark, variant, "prefill")))
+    return tuple(caution for caution in found if caution)
 
 
 @dataclass(frozen=True)
@@ -272,79 +283,6 @@ def gaps(records: Records) -> tuple[Gap, ...]:
     if not any(variant.get("quality") for variant in (benchmark or {}).get("variants") or ()):
         found.append(Gap("Quality: perplexity and KL were not measured.", "nirvana-deploy evaluate ."))
     return tuple(found)
-
-
-Facts = tuple[tuple[str, str], ...]
-"""Labels and values, in reading order."""
-
-
-def _facts(record: Mapping[str, Any] | None, labels: Mapping[str, str]) -> Facts:
-    record = record or {}
-    return tuple((label, str(record[key])) for key, label in labels.items() if record.get(key) is not None)
-
-
-def _pruning_facts(plan: Mapping[str, Any]) -> Facts:
-    budget, calibration = plan.get("budget") or {}, plan.get("calibration") or {}
-    facts: list[tuple[str, str]] = []
-    if budget:
-        rounded = budget.get("removed_neurons_after_rounding", budget["removed_neurons"])
-        facts = [
-            ("Budget asked", f"{format_share(budget['asked_removed_share'])} of the linear weights"),
-            ("Budget met", f"{budget['met_removed_share'] * 100:.3f}%"),
-            ("KV groups removed", f"{budget['removed_groups']:,} of {budget['of_groups']:,}"),
-            ("FFN neurons removed", f"{rounded:,} of {budget['of_neurons']:,}"),
-            ("before rounding", f"{budget['removed_neurons']:,}"),
-        ]
-    windows = (calibration.get("num_sequences"), calibration.get("seq_len"))
-    names = {
-        "saliency": "Saliency",
-        "gamma": "Gamma",
-        "allocation": "Allocation",
-        "round_to": "Widths rounded to",
-    }
-    drawn = {"source": "Calibration text", "seed": "Calibration seed", "text_sha256": "Text sha256"}
-    size = (("Calibration size", f"{windows[0]} windows of {windows[1]} tokens"),) if all(windows) else ()
-    return (*facts, *_facts(plan, names), *_facts(calibration, drawn), *size)
-
-
-def _quality_facts(records: Records) -> Facts:
-    variants = (records.benchmark or {}).get("variants") or ()
-    tokens = next((q["tokens"] for v in variants if (q := v.get("quality")) and q.get("tokens")), None)
-    if tokens is None:
-        return ()
-    return (
-        ("Evaluation text", evaluation_source(records) or "not recorded"),
-        ("Evaluation size", f"{tokens:,} predicted tokens"),
-    )
-
-
-def details(records: Records) -> tuple[tuple[str, Facts], ...]:
-    """Groups of facts under a heading: pruning, workload, environment, origin; empty groups are left out."""
-    manifest, benchmark = records.manifest or {}, records.benchmark or {}
-    workload = {
-        "prompt_tokens": "Prompt tokens",
-        "new_tokens": "New tokens",
-        "batch_size": "Batch size",
-        "repeats": "Repeats, alternating",
-        "warmup": "Warm-up runs, dropped",
-        "threads": "Threads",
-        "seed": "Seed",
-    }
-    environment = benchmark.get("environment") or manifest.get("environment") or {}
-    origin = {"name": "Model", "origin": "Origin", "licence": "Licence of the weights"}
-    groups = (
-        ("Pruning", _pruning_facts(records.plan or {})),
-        ("Measurement", (*_facts(benchmark.get("workload"), workload), *_quality_facts(records))),
-        ("Environment", _facts(environment, {key: key for key in environment})),
-        (
-            "Origin",
-            (
-                *_facts(manifest.get("model"), origin),
-                *_facts(manifest, {"tool": "Made by", "command": "Command"}),
-            ),
-        ),
-    )
-    return tuple((heading, facts) for heading, facts in groups if facts)
 
 
 def title(records: Records) -> str:

@@ -67,7 +67,37 @@ def read_records(out: Path) -> Records:
             if held_by_parent
             else "Make one: nirvana-deploy prune-export MODEL --sparsity 0.4",
         )
+    _require_fields(records)
     return records
+
+
+_BUDGET_FIELDS = (
+    "asked_removed_share",
+    "met_removed_share",
+    "removed_groups",
+    "of_groups",
+    "removed_neurons",
+    "of_neurons",
+    "parameters_dense",
+    "parameters_kept",
+)
+
+
+def _require_fields(records: Records) -> None:
+    """Find a misshapen record here, where it can be named, and not in the middle of a report."""
+    if records.plan is not None:
+        layer_widths(records.plan)
+    with complete("plan.json"):
+        budget = (records.plan or {}).get("budget")
+        if budget:
+            for field in _BUDGET_FIELDS:
+                float(budget[field])
+    with complete("benchmark.json"):
+        for variant in (records.benchmark or {}).get("variants") or ():
+            str(variant["name"])
+            for metric in ("tpot_ms", "prefill_ms", "ttft_ms"):
+                float((variant.get(metric) or {"p50": 0})["p50"])
+    verifications(records)
 
 
 @dataclass(frozen=True)
@@ -108,7 +138,9 @@ class Verification:
     max_abs_diff: float | None
     """Largest difference of a logit over all checks."""
     greedy_equal: bool | None
-    """Greedy tokens were equal; None when they were not compared."""
+    """Every runtime that was asked generated torch's greedy tokens; None when none was asked."""
+    first_departure: str | None
+    """Where the two first differ, when they do: "embedding", "layer 3", ..."""
 
 
 def verifications(records: Records) -> tuple[Verification, ...]:
@@ -119,14 +151,15 @@ def verifications(records: Records) -> tuple[Verification, ...]:
             if not isinstance(result, dict) or "passed" not in result:
                 continue
             checks = result.get("checks") or []
-            greedy = result.get("greedy_tokens") or {}
+            greedy = [check["passed"] for check in result.get("greedy") or [] if not check.get("not_run")]
             found.append(
                 Verification(
                     model=model,
                     passed=bool(result["passed"]),
-                    num_checks=len(checks),
+                    num_checks=len(checks) + len(greedy),
                     max_abs_diff=max((float(c["max_abs_diff"]) for c in checks), default=None),
-                    greedy_equal=greedy.get("equal", greedy.get("passed")),
+                    greedy_equal=all(greedy) if greedy else None,
+                    first_departure=result.get("first_departure"),
                 )
             )
     return tuple(found)
@@ -186,6 +219,8 @@ def inspect_path(path: Path) -> Inspection:
         raise NirvanaError(f"{path} does not exist.", hint="Give an output folder or a plan.json.")
     is_folder = path.is_dir()
     records = read_records(path) if is_folder else Records(None, _read_record(path), None)
+    if not is_folder:
+        _require_fields(records)
     plan = records.plan or {}
     stages = ((records.manifest or {}).get("stages") or {}).items()
     return Inspection(

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from nirvana_deploy.artifact import write_bytes
 from nirvana_deploy.measure import figures, findings
+from nirvana_deploy.measure.facts import details, evaluation_source
 from nirvana_deploy.measure.inspection import Records, layer_widths, listed_files, read_records
 from nirvana_deploy.measure.table import (
     ABSENT,
@@ -26,6 +27,7 @@ from nirvana_deploy.measure.table import (
     format_number,
     format_seconds,
     format_share,
+    median_of,
     summary_table,
     text_bar,
 )
@@ -39,7 +41,8 @@ tokenizer = og.Tokenizer(model)
 parameters = og.GeneratorParams(model)
 parameters.set_search_options(max_length=64, do_sample=False)
 generator = og.Generator(model, parameters)
-generator.append_tokens(tokenizer.encode("The capital of France is"))
+prompt = tokenizer.encode("The capital of France is")
+generator.append_tokens(prompt)
 while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))"""
@@ -47,10 +50,14 @@ print(tokenizer.decode(generator.get_sequence(0)))"""
 _RUN_TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("checkpoint")
-model = AutoModelForCausalLM.from_pretrained("checkpoint", trust_remote_code=True)
+folder = "checkpoint"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(
+    folder, trust_remote_code=True
+)
 prompt = tokenizer("The capital of France is", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))"""
+tokens = model.generate(**prompt, max_new_tokens=32)
+print(tokenizer.decode(tokens[0]))"""
 
 
 @dataclass(frozen=True)
@@ -72,19 +79,22 @@ class Snippet:
 
 
 def _bounds_ms(benchmark: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """Per variant with a known bound, the latency in ms that it would have there."""
+    """Per variant with a known bound, the median in ms that ``metric`` would have there."""
+    before_ms = median_of(baseline_of(benchmark) or {}, metric)
     bounds = {}
     for variant in challengers_of(benchmark):
-        found = findings.gain(benchmark, variant, "tpot" if metric == "tpot_ms" else "prefill")
-        if found and found.bound:
-            bounds[str(variant["name"])] = found.before_ms / found.bound
+        found = findings.gain(benchmark, variant, "prefill" if metric == "prefill_ms" else "tpot")
+        if found and found.bound and before_ms:
+            bounds[str(variant["name"])] = before_ms / found.bound
     return bounds
 
 
 def _latency_figures(benchmark: Mapping[str, Any], baseline: str | None) -> list[PlacedFigure]:
     prompt = (benchmark.get("workload") or {}).get("prompt_tokens")
+    # the time of every single token shows the spread; the mean per round is what the headline uses
+    every_token = all(v.get("itl_ms") for v in benchmark["variants"])
     titles = {
-        "tpot_ms": "Decode, time per token",
+        "itl_ms" if every_token else "tpot_ms": "Decode, time of each token",
         "prefill_ms": f"Prefill, time for {prompt:,} tokens" if prompt else "Prefill, time for the prompt",
     }
     placed = []
@@ -99,14 +109,14 @@ def _latency_figures(benchmark: Mapping[str, Any], baseline: str | None) -> list
         thinned = f" ({drawn} of them drawn)" if count > drawn else ""
         caption = f"{count:,} samples per variant, one dot each{thinned}; the line is the median."
         if bounds:
-            why = "weight bytes" if metric == "tpot_ms" else "operations"
+            why = "operations" if metric == "prefill_ms" else "bytes read"
             caption += f" Dotted: where the median would be if time followed the {why} alone."
         placed.append(PlacedFigure(Markup(svg), caption))
     return placed
 
 
 def _quality_caption(records: Records) -> str:
-    source = findings.evaluation_source(records) or "not recorded"
+    source = evaluation_source(records) or "not recorded"
     qualities = [q for v in (records.benchmark or {}).get("variants") or () if (q := v.get("quality"))]
     tokens = next((q["tokens"] for q in qualities if q.get("tokens")), None)
     size = f", {tokens:,} predicted tokens" if tokens else ""
@@ -172,15 +182,23 @@ def _snippets(records: Records) -> tuple[Snippet, ...]:
 
 
 def _checks(records: Records) -> tuple[tuple[str, ...], ...]:
-    """Rows of the verification table: model, check, largest difference, tolerance, result."""
+    """Rows of the verification table: model, check, what was found, what is allowed, result."""
     rows = []
     for model, result in (records.stage("verify").get("result") or {}).items():
-        for check in (result.get("checks") or ()) if isinstance(result, dict) else ():
+        for check in result.get("checks") or ():
             difference = format_number(check["max_abs_diff"], digits=2)
             tolerance = format_number(check["tolerance"], digits=2)
             rows.append(
                 (model, check["name"], difference, tolerance, "passed" if check["passed"] else "failed")
             )
+        for check in result.get("greedy") or ():
+            name = f"{check['new_tokens']} greedy tokens, {check['runtime']}"
+            if check.get("not_run"):
+                rows.append((model, name, ABSENT, ABSENT, f"not run: {check['not_run']}"))
+                continue
+            equal, ties, prompts = check["equal_prompts"], check.get("ties"), check["prompts"]
+            found = f"{equal} equal" + (f", {ties} parted at a tie" if ties else "")
+            rows.append((model, name, found, f"{prompts} prompts", "passed" if check["passed"] else "failed"))
     return tuple(rows)
 
 
@@ -218,7 +236,7 @@ def report_context(records: Records) -> dict[str, Any]:
         "cautions": findings.cautions(records),
         "gaps": findings.gaps(records),
         "summary": summary_table(records.benchmark) if records.benchmark else None,
-        "details": findings.details(records),
+        "details": details(records),
         "checks": _checks(records),
         "layers": _layer_rows(records),
         "files": listed_files(records),

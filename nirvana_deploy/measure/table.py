@@ -151,6 +151,9 @@ def _measures(prompt_tokens: int | None) -> tuple[_Measure, ...]:
         _Measure(
             "Decode, tokens per second", lambda v: v.get("decode_tokens_per_s"), format_number, format_change
         ),
+        _Measure(
+            "Decode, GB read per second", lambda v: v.get("achieved_gb_per_s"), format_number, format_change
+        ),
         _Measure(f"Prefill, {prompt}", lambda v: median_of(v, "prefill_ms"), format_ms, format_faster),
         _Measure("Time to first token", lambda v: median_of(v, "ttft_ms"), format_ms, format_faster),
         _Measure("Peak memory (RSS)", lambda v: v.get("peak_rss_bytes"), format_bytes, format_change),
@@ -160,6 +163,7 @@ def _measures(prompt_tokens: int | None) -> tuple[_Measure, ...]:
         ),
         _Measure("Perplexity", _quality("perplexity"), format_number, lambda a, b: format_times(b / a)),
         _Measure("KL to dense, nats per token", _quality("kl_vs_dense"), format_number, lambda a, b: ""),
+        _Measure("Same top token as dense", _quality("top1_agreement"), format_share, lambda a, b: ""),
     )
 
 

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from nirvana_deploy.artifact import read_json
@@ -47,6 +53,19 @@ def read_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.for_model(**config)
     config_class = getattr(modeling_nirvana, f"Nirvana{shape.family.architecture}".replace("ForCausalLM", "Config"))
     return config_class.from_dict(config)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder, dense or pruned; raises NirvanaError when there is none."""
+    if not (folder / "tokenizer_config.json").is_file():
+        raise NirvanaError(f"{folder} has no tokenizer (tokenizer_config.json, tokenizer.json).")
+    return AutoTokenizer.from_pretrained(folder, config=read_config(folder))
+
+
+def stop_token_ids(config: PreTrainedConfig) -> frozenset[int]:
+    """The ids that end a generation."""
+    eos = config.eos_token_id
+    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
 
 def model_class(config: PreTrainedConfig, family: Family) -> type[PreTrainedModel]:

@@ -6,9 +6,9 @@ file in it, so an entry that is damaged or half written is noticed and built aga
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -150,15 +150,12 @@ def _convert(gguf: Path, out: Path, progress: Progress) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # transformers draws its own bars on stderr; ours replace them.
-    with contextlib.redirect_stderr(io.StringIO()), progress.task("Converting GGUF", 3) as advance:
+    with _gguf_bar(progress):
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32
             )
-            advance(1)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            advance(1)
         except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
             raise NirvanaError(f"transformers cannot read {gguf}: {error}.") from error
         # The weights are plain fp32 now; both would make save_pretrained describe them as quantized.
@@ -167,4 +164,26 @@ def _convert(gguf: Path, out: Path, progress: Progress) -> None:
         model.hf_quantizer = None
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        advance(1)
+
+
+@contextmanager
+def _gguf_bar(progress: Progress) -> Iterator[None]:
+    """Let transformers count the tensors it dequantizes on ``progress``; its other bars are off inside."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    def counted(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+        with progress.task("Converting GGUF", len(tensors)) as advance:
+            for tensor in tensors:
+                yield tensor
+                advance(1)
+
+    bar, bars_on = reader.tqdm, logging.is_progress_bar_enabled()
+    reader.tqdm = counted  # it takes no bar from its caller and obeys no switch
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+        if bars_on:
+            logging.enable_progress_bar()

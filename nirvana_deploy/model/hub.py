@@ -87,9 +87,9 @@ def _download(hub_id: str, info: ModelInfo, progress: Progress) -> Path:
     progress.note(f"Downloading {hub_id} (revision {(info.sha or 'main')[:12]}) from the hub")
     try:
         with disk_errors(Path(constants.HF_HUB_CACHE)), _hub_bars(shown=progress is not SILENT):
+            # by branch, not by commit: only then can it be found again when the hub cannot be reached
             folder = snapshot_download(
                 hub_id,
-                revision=info.sha,
                 allow_patterns=list(ALLOWED_FILES),
                 ignore_patterns=list(_IGNORED_FILES),
                 etag_timeout=_ANSWER_TIMEOUT_S,

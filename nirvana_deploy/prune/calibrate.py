@@ -181,20 +181,18 @@ class _Cut:
         fits, heldout_fits = len(self.calibration_starts), len(self.heldout_starts)
         if fits >= num_sequences and heldout_fits >= heldout_sequences:
             return
+        calibration_end = CALIBRATION_SEGMENTS * self.segment
         needed = max(
-            self._needed(num_sequences, 0, CALIBRATION_SEGMENTS * self.segment, self.seq_len),
-            self._needed(
-                heldout_sequences, CALIBRATION_SEGMENTS * self.segment, self.block, self.heldout_len
-            ),
+            self._needed(num_sequences, 0, calibration_end, self.seq_len),
+            self._needed(heldout_sequences, calibration_end, self.block, self.heldout_len),
         )
-        smaller = (
-            f"--num-sequences {fits}" if 0 < fits < num_sequences else "a longer text or smaller --seq-len"
-        )
+        fitting = f"--num-sequences {fits}" if 0 < fits < num_sequences else "a longer text"
         raise NirvanaError(
-            f"{source} is too short: it has {self.length:,} tokens with this model's tokenizer; {needed:,} "
-            f"are needed for {num_sequences} x {self.seq_len} tokens of calibration and {heldout_sequences} x "
-            f"{self.heldout_len} held out (one token in {CALIBRATION_SEGMENTS + 1} is reserved for these).",
-            hint=f"What fits: {fits} calibration and {heldout_fits} held-out windows. Give {smaller}.",
+            f"{source} is too short: it has {self.length:,} tokens with this model's tokenizer. "
+            f"{num_sequences} x {self.seq_len} tokens of calibration and {heldout_sequences} x "
+            f"{self.heldout_len} held out (one token in {CALIBRATION_SEGMENTS + 1} is reserved for these) "
+            f"need {needed:,}.",
+            hint=f"What fits: {fits} calibration and {heldout_fits} held-out windows. Give {fitting}.",
         )
 
     def _needed(self, count: int, begin: int, end: int, window: int) -> int:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
 
-from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.model.checkpoint import load_checkpoint
+from nirvana_deploy.progress import SILENT, Advance, Progress
 
 BATCH_SIZE = 16
 """Windows written side by side; a constant, because the batch decides which random number goes where."""
@@ -31,9 +31,7 @@ def written_by_model(
     ``shapes`` maps a stream (any non-negative integer: the seed of its random numbers) to (N, T); the result
     maps it to int64 tokens [N, T]. Different streams are independent. The model is loaded once, in fp32.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=torch.float32, local_files_only=True
-    ).eval()
+    model = load_checkpoint(model_path)
     starts = _start_tokens(tokenizer)
     steps = sum(-(-count // BATCH_SIZE) * length for count, length in shapes.values())
     with progress.task("Writing calibration text", steps) as advance:
@@ -73,7 +71,7 @@ def _sample(
     length: int,
     eos_token_id: int | None,
     generator: torch.Generator,
-    advance: Any,
+    advance: Advance,
 ) -> torch.Tensor:
     """Sample int64 tokens [count, length]; where a text ends early, another begins after its EOS."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _hub_documents(name: str, progress: Progress) -> tuple[str, ...]:
         rows = load_dataset(
             definition.dataset, definition.config, split=definition.split, streaming=definition.streaming
         )
-        texts = [row[definition.text_field] for row, _ in zip(rows, range(definition.rows), strict=False)]
+        texts = [row[definition.text_field] for row in itertools.islice(rows, definition.rows)]
     except _READ_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NirvanaError(

@@ -1,0 +1,332 @@
+"""Prove an ONNX folder against the checkpoint that it was exported from.
+
+Logits are compared at lengths, batches, paddings and pasts that the export knew nothing of; greedy tokens
+are compared through ONNX Runtime and, where it is installed, onnxruntime-genai. When logits differ, the
+hidden states are compared layer by layer, and the first one that departs is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from nirvana_deploy.errors import NirvanaError, VerificationError
+from nirvana_deploy.export.genai import genai_tokens
+from nirvana_deploy.export.graph import hidden_state_name
+from nirvana_deploy.export.ort import MODEL_FILE, OrtDecoder, session_outputs
+from nirvana_deploy.model.checkpoint import load_checkpoint, load_tokenizer, stop_token_ids
+from nirvana_deploy.progress import SILENT, Progress
+
+RELATIVE_TOLERANCE = 2e-4
+"""Largest difference of float32 logits that counts as equal, as a share of the largest logit."""
+
+PROMPTS = (
+    "The capital of France is",
+    "To make a good cup of coffee, you",
+    "def fibonacci(n):",
+    "Once upon a time, in a small village by the sea,",
+    "The three laws of thermodynamics say that",
+)
+
+
+@dataclass(frozen=True)
+class LogitsCheck:
+    """One comparison of logits."""
+
+    name: str
+    max_abs_diff: float
+    tolerance: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class GreedyCheck:
+    """Greedy continuations of the same prompts by another runtime."""
+
+    runtime: str
+    prompts: int
+    new_tokens: int
+    equal_prompts: int
+    ties: int
+    """Prompts that parted where the two best logits were closer than the tolerance; they count as equal."""
+    passed: bool
+    not_run: str | None = None
+    """Why this runtime was not asked, when it was not."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Everything that was compared, and the verdict."""
+
+    checks: tuple[LogitsCheck, ...]
+    greedy: tuple[GreedyCheck, ...]
+    first_departure: str | None
+    """Where the two first differ, when they do: "embedding", "layer 3" or "final norm or head"."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison that was run passed."""
+        return all(check.passed for check in (*self.checks, *self.greedy))
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {**asdict(self), "passed": self.passed}
+
+    def require_passed(self, folder: Path) -> None:
+        """Raise VerificationError (exit code 3) that names what failed and where it starts."""
+        if self.passed:
+            return
+        failed = [
+            f"{check.name}: logits differ by {check.max_abs_diff:.2e} (allowed {check.tolerance:.2e})"
+            for check in self.checks
+            if not check.passed
+        ] + [
+            f"{check.runtime}: {check.prompts - check.equal_prompts - check.ties} of {check.prompts} prompts "
+            "continue differently"
+            for check in self.greedy
+            if not check.passed
+        ]
+        where = f" The first departure is at: {self.first_departure}." if self.first_departure else ""
+        raise VerificationError(
+            f"{folder} does not compute what its checkpoint computes. {'; '.join(failed)}.{where}",
+            hint="The artifacts are kept. 'nirvana-deploy doctor' lists the versions in use.",
+        )
+
+
+def verify_onnx(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    new_tokens: int = 32,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> VerifyReport:
+    """Compare the ONNX ``folder`` with the ``checkpoint`` folder; reads both, changes neither.
+
+    A difference is a result, not an exception: see ``VerifyReport.require_passed``. Raises NirvanaError
+    when one of the folders cannot be loaded or the ONNX file is not valid.
+    """
+    with progress.task(f"Verifying {folder.name}", 4) as advance:
+        _check_file(folder)
+        model = load_checkpoint(checkpoint)
+        decoder = OrtDecoder(folder, threads=threads)
+        if decoder.vocab_size != model.config.vocab_size:
+            raise NirvanaError(
+                f"{folder} has a vocabulary of {decoder.vocab_size}, its checkpoint {model.config.vocab_size}."
+            )
+        advance(1)
+        checks = tuple(_logits_checks(model, decoder))
+        advance(1)
+        prompts = _prompts(checkpoint, decoder.vocab_size)
+        stops = stop_token_ids(model.config)
+        expected = [_torch_tokens(model, prompt, new_tokens, stops) for prompt in prompts]
+        advance(1)
+        oracle = _Oracle(model=model, prompts=prompts, continuations=expected, new_tokens=new_tokens)
+        greedy = (
+            oracle.compare(
+                "onnxruntime", lambda prompt: _ort_tokens(decoder, prompt, new_tokens, stops)
+            ),
+            _genai_check(folder, oracle),
+        )
+        advance(1)
+    departed = not all(check.passed for check in (*checks, *greedy))
+    return VerifyReport(
+        checks=checks,
+        greedy=greedy,
+        first_departure=_first_departure(model, folder, prompts[-1]) if departed else None,
+    )
+
+
+def _check_file(folder: Path) -> None:
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise NirvanaError(f"{folder} holds no {MODEL_FILE}.", hint="nirvana-deploy export CHECKPOINT --out DIR")
+    try:
+        onnx.checker.check_model(path, full_check=False)
+    except onnx.checker.ValidationError as error:
+        raise NirvanaError(f"{path} is not a valid ONNX model: {error}") from error
+
+
+def _logits_checks(model: PreTrainedModel, decoder: OrtDecoder) -> Iterator[LogitsCheck]:
+    """Prefill at odd lengths, a left-padded batch, and decoding with a past (padded and not)."""
+    generator = np.random.default_rng(11)
+
+    def draw(sequences: int, length: int) -> NDArray[np.int64]:
+        return generator.integers(0, decoder.vocab_size, size=(sequences, length))
+
+    for sequences, length in ((1, 1), (1, 7), (2, 45)):
+        tokens = draw(sequences, length)
+        logits, _ = decoder.prefill(tokens)
+        yield _compare(f"prefill {sequences} x {length}", logits, _torch_logits(model, tokens))
+
+    padding = np.ones((3, 19), dtype=np.int64)
+    padding[0, :11], padding[1, :4] = 0, 0
+    for name, mask, prompt_tokens in (("", padding[2:], 13), (", left-padded", padding, 13)):
+        tokens = draw(len(mask), mask.shape[1])
+        expected = _torch_logits(model, tokens, mask)
+        logits, state = decoder.prefill(tokens[:, :prompt_tokens], mask[:, :prompt_tokens])
+        parts = [logits]
+        for position in range(prompt_tokens, tokens.shape[1]):
+            logits, state = decoder.decode(tokens[:, position : position + 1], state)
+            parts.append(logits)
+        steps = tokens.shape[1] - prompt_tokens
+        found = np.concatenate(parts, axis=1)
+        yield _compare(
+            f"prefill {len(mask)} x {prompt_tokens}{name}, then {steps} decode steps", found, expected, mask
+        )
+
+
+def _compare(
+    name: str,
+    found: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    mask: NDArray[np.int64] | None = None,
+) -> LogitsCheck:
+    """Largest difference over the positions [N, T] that hold a token; NaN counts as a difference."""
+    real = slice(None) if mask is None else mask.astype(bool)
+    difference = float(np.abs(found - expected)[real].max())
+    tolerance = RELATIVE_TOLERANCE * float(np.abs(expected[real]).max())
+    return LogitsCheck(
+        name=name, max_abs_diff=difference, tolerance=tolerance, passed=bool(difference <= tolerance)
+    )
+
+
+def _torch_logits(
+    model: PreTrainedModel, tokens: NDArray[np.int64], mask: NDArray[np.int64] | None = None
+) -> NDArray[np.float32]:
+    """Logits [N, T, V] of transformers, without a cache."""
+    attended = np.ones_like(tokens) if mask is None else mask
+    positions = np.maximum(np.cumsum(attended, axis=1) - 1, 0)
+    with torch.no_grad():
+        output = model(
+            torch.from_numpy(tokens),
+            attention_mask=torch.from_numpy(attended),
+            position_ids=torch.from_numpy(positions),
+            use_cache=False,
+        )
+    logits: NDArray[np.float32] = output.logits.numpy()
+    return logits
+
+
+def _prompts(checkpoint: Path, vocab_size: int) -> list[NDArray[np.int64]]:
+    """Token ids [1, T] of the prompts; random ids where the folder has no tokenizer."""
+    if not (checkpoint / "tokenizer_config.json").is_file():
+        generator = np.random.default_rng(5)
+        return [generator.integers(0, vocab_size, size=(1, 6)) for _ in PROMPTS]
+    tokenizer = load_tokenizer(checkpoint)
+    return [np.array([tokenizer(prompt)["input_ids"]], dtype=np.int64) for prompt in PROMPTS]
+
+
+def _torch_tokens(
+    model: PreTrainedModel, prompt: NDArray[np.int64], new_tokens: int, stops: frozenset[int]
+) -> list[int]:
+    """Greedy continuation by transformers, up to the first stop token, which is left out."""
+    cache: Any = None
+    tokens, new_ids = torch.from_numpy(prompt), []
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            output = model(tokens, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            tokens = output.logits[:, -1:].argmax(-1)
+            if int(tokens) in stops:
+                break
+            new_ids.append(int(tokens))
+    return new_ids
+
+
+def _ort_tokens(
+    decoder: OrtDecoder, prompt: NDArray[np.int64], new_tokens: int, stops: frozenset[int]
+) -> list[int]:
+    """The same by ONNX Runtime."""
+    new_ids = decoder.generate(prompt, max_new_tokens=new_tokens, eos_token_ids=stops)
+    return new_ids[:-1] if new_ids[-1] in stops else new_ids
+
+
+@dataclass(frozen=True)
+class _Oracle:
+    """What torch says about the prompts."""
+
+    model: PreTrainedModel
+    prompts: list[NDArray[np.int64]]
+    continuations: list[list[int]]
+    """Greedy ids up to the first stop token, which is left out."""
+    new_tokens: int
+
+    def compare(self, runtime: str, generate: Callable[[NDArray[np.int64]], list[int]]) -> GreedyCheck:
+        """Ask another runtime to continue every prompt and compare token by token."""
+        equal = ties = 0
+        for prompt, wanted in zip(self.prompts, self.continuations, strict=True):
+            found = generate(prompt)
+            if found == wanted:
+                equal += 1
+            else:
+                ties += self._parted_at_a_tie(prompt, wanted, found)
+        return GreedyCheck(
+            runtime=runtime,
+            prompts=len(self.prompts),
+            new_tokens=self.new_tokens,
+            equal_prompts=equal,
+            ties=ties,
+            passed=equal + ties == len(self.prompts),
+        )
+
+    def _parted_at_a_tie(self, prompt: NDArray[np.int64], wanted: list[int], found: list[int]) -> bool:
+        """Whether the continuations part where torch itself sees both tokens as equally likely."""
+        pairs = enumerate(zip(wanted, found, strict=False))
+        at = next((index for index, (a, b) in pairs if a != b), None)
+        if at is None:
+            return False  # one is shorter: no tie explains that
+        context = np.concatenate([prompt, np.array([wanted[:at]], dtype=np.int64)], axis=1)
+        last = _torch_logits(self.model, context)[0, -1]
+        return bool(abs(last[wanted[at]] - last[found[at]]) <= RELATIVE_TOLERANCE * np.abs(last).max())
+
+
+def _genai_check(folder: Path, oracle: _Oracle) -> GreedyCheck:
+    reason = None
+    if find_spec("onnxruntime_genai") is None:
+        reason = "onnxruntime-genai is not installed (pip install 'nirvana-deploy[genai]')"
+    elif not (folder / "tokenizer.json").is_file():
+        reason = "the folder has no tokenizer.json, which onnxruntime-genai needs"
+    if reason:
+        return GreedyCheck("onnxruntime-genai", 0, oracle.new_tokens, 0, 0, passed=True, not_run=reason)
+    with genai_tokens(folder) as generate:
+        return oracle.compare("onnxruntime-genai", lambda prompt: generate(prompt, oracle.new_tokens))
+
+
+def _first_departure(model: PreTrainedModel, folder: Path, tokens: NDArray[np.int64]) -> str:
+    """Where hidden states first differ by more than the tolerance, going down the layers."""
+    layers = model.model.layers
+    names = [hidden_state_name(index) for index in range(len(layers))]
+    found = session_outputs(folder, tokens, names)
+    with _recorded([model.model.embed_tokens, *layers]) as recorded:
+        _torch_logits(model, tokens)
+    for index, (name, expected) in enumerate(zip(names, recorded[1:], strict=True)):
+        difference = np.abs(found[name] - expected).max()
+        if not difference <= RELATIVE_TOLERANCE * np.abs(expected).max():
+            return f"layer {index}"
+    return "final norm or head"
+
+
+@contextmanager
+def _recorded(modules: list[torch.nn.Module]) -> Iterator[list[NDArray[np.float32]]]:
+    """Collect the outputs of ``modules`` in the order in which they run."""
+    outputs: list[NDArray[np.float32]] = []
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output.numpy()))
+        for module in modules
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

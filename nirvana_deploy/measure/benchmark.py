@@ -1,0 +1,271 @@
+"""Measure variants against a baseline in one run: prefill, TTFT, TPOT, memory, and how near the bound.
+
+Variants take turns round by round, in an order that flips each round, so that a machine that warms up or
+gets busy slows all of them alike. A speed-up is the median over rounds of baseline over variant within
+the same round: drift cancels, one disturbed round does not count. Its p10 and p90 stand beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.measure.bounds import DecoderWork, mean_context_tokens
+from nirvana_deploy.measure.environment import measured_environment
+from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
+from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.progress import SILENT, Progress
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model to measure."""
+
+    name: str
+    """``dense``, ``pruned``, ..."""
+    folder: Path
+    """ONNX folder."""
+    parameters: int
+    """All weights, embeddings included."""
+    embedding_parameters: int
+    """Weights of embedding and head; a tied pair counts once."""
+    work: DecoderWork
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The request that is measured, and how often."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+    batch_size: int = 1
+    repeats: int = 7
+    """Rounds that count."""
+    warmup: int = 1
+    """Rounds before them that do not."""
+    threads: int | None = None
+    """None: the physical cores that this process may use."""
+    seed: int = 0
+    """Of the prompts, which are uniform random token ids, the same for every variant."""
+
+    def __post_init__(self) -> None:
+        least = {"prompt_tokens": 1, "new_tokens": 2, "batch_size": 1, "repeats": 1, "warmup": 0, "seed": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise NirvanaError(f"{name} must be at least {minimum}, got {getattr(self, name)}.")
+        if self.threads is not None and self.threads < 1:
+            raise NirvanaError(f"threads must be at least 1, got {self.threads}.")
+
+    def prompt(self, round_index: int, *, vocab_size: int) -> NDArray[np.int64]:
+        """The prompts [N, T] of one round."""
+        random = np.random.default_rng((self.seed, round_index))
+        return random.integers(0, vocab_size, size=(self.batch_size, self.prompt_tokens), dtype=np.int64)
+
+
+class Runner(Protocol):
+    """What can be asked for a timed round."""
+
+    def measure(self, tokens: NDArray[np.int64], *, new_tokens: int) -> RoundSample:
+        """Time one request."""
+        ...
+
+
+def variant_from_shape(
+    name: str, folder: Path, shape: ModelShape, *, parameters: int | None = None, element_bytes: int = 4
+) -> Variant:
+    """A variant whose sizes follow from its shape.
+
+    ``parameters`` is the exact count when it is known; None counts linears and embeddings, which leaves out
+    norms and biases. ``element_bytes`` is the width of weights and KV cache.
+    """
+    return Variant(
+        name=name,
+        folder=folder,
+        parameters=parameters or shape.linear_parameters + shape.embedding_parameters,
+        embedding_parameters=shape.embedding_parameters,
+        work=DecoderWork(
+            linear_parameters=shape.linear_parameters,
+            head_parameters=shape.vocab_size * shape.hidden_size,
+            attention_width=sum(layer.query_heads for layer in shape.layers) * shape.head_dim,
+            kv_cache_bytes_per_token=shape.kv_cache_bytes_per_token(element_bytes),
+            bytes_per_weight=element_bytes,
+        ),
+    )
+
+
+def benchmark(
+    variants: Sequence[Variant],
+    *,
+    workload: Workload,
+    baseline: str = "dense",
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Measure ``variants``, each in its own process; returns benchmark.json (``quality`` still None).
+
+    ``comparisons`` set every other variant against ``baseline``. Raises NirvanaError for a folder that does
+    not load, a worker that dies, vocabularies that differ, or a baseline that is not among the variants.
+    """
+    names = [variant.name for variant in variants]
+    if len(set(names)) < len(names) or baseline not in names:
+        raise NirvanaError(f"Variants need distinct names, and one must be {baseline!r}; got {names}.")
+    with ExitStack() as stack:
+        workers: dict[str, WorkerProcess] = {}
+        for variant in variants:
+            progress.note(f"Loading {variant.name}")
+            worker = WorkerProcess(variant.name, variant.folder, threads=workload.threads)
+            workers[variant.name] = stack.enter_context(worker)
+        threads = workers[baseline].loaded.threads
+        environment = measured_environment(threads=threads)
+        samples = alternate(
+            workers,
+            workload=workload,
+            vocab_size=_common_vocab_size({n: w.loaded.vocab_size for n, w in workers.items()}),
+            progress=progress,
+        )
+        records = {
+            variant.name: _record(variant, workers[variant.name], samples[variant.name], workload)
+            for variant in variants
+        }
+    return {
+        "schema": SCHEMA,
+        "environment": environment,
+        "workload": asdict(replace(workload, threads=threads)),
+        "variants": list(records.values()),
+        "comparisons": [
+            {
+                "variant": name,
+                "baseline": baseline,
+                **_comparison(samples[baseline], samples[name], records[baseline], records[name]),
+            }
+            for name in names
+            if name != baseline
+        ],
+    }
+
+
+def alternate(
+    runners: Mapping[str, Runner],
+    *,
+    workload: Workload,
+    vocab_size: int,
+    progress: Progress = SILENT,
+) -> dict[str, list[RoundSample]]:
+    """Let the runners take turns; returns each one's counted rounds, warm-up left out."""
+    samples: dict[str, list[RoundSample]] = {name: [] for name in runners}
+    rounds = workload.warmup + workload.repeats
+    with progress.task("Benchmark", rounds * len(runners)) as advance:
+        for index in range(rounds):
+            tokens = workload.prompt(index, vocab_size=vocab_size)
+            for name in list(runners) if index % 2 == 0 else reversed(list(runners)):
+                sample = runners[name].measure(tokens, new_tokens=workload.new_tokens)
+                if index >= workload.warmup:
+                    samples[name].append(sample)
+                advance(1)
+    return samples
+
+
+def summary(samples: Sequence[float]) -> dict[str, Any]:
+    """p50, p90, p99 (linear between samples), mean, min, max and the samples themselves."""
+    p50, p90, p99 = (float(value) for value in np.percentile(samples, (50, 90, 99)))
+    return {
+        "p50": p50,
+        "p90": p90,
+        "p99": p99,
+        "mean": float(np.mean(samples)),
+        "min": min(samples),
+        "max": max(samples),
+        "samples": list(samples),
+    }
+
+
+def speedups(before: Sequence[RoundSample], after: Sequence[RoundSample]) -> dict[str, Any]:
+    """Speed-ups of ``after`` over ``before`` from rounds paired by position, with their p10 and p90."""
+    result: dict[str, Any] = {}
+    for metric in ("prefill", "ttft", "tpot"):
+        pairs = zip(before, after, strict=True)
+        paired = [getattr(b, f"{metric}_ms") / getattr(a, f"{metric}_ms") for b, a in pairs]
+        p10, p50, p90 = (float(value) for value in np.percentile(paired, (10, 50, 90)))
+        result[f"{metric}_speedup"] = p50
+        result[f"{metric}_speedup_p10_p90"] = [p10, p90]
+    return result
+
+
+def _comparison(
+    samples_before: Sequence[RoundSample],
+    samples_after: Sequence[RoundSample],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> dict[str, Any]:
+    """One entry of ``comparisons`` from both variants' rounds and records, names left out."""
+    gains = speedups(samples_before, samples_after)
+    bound_tpot = before["decode_bytes_per_step"] / after["decode_bytes_per_step"]
+    bound_prefill = before["prefill_flops"] / after["prefill_flops"]
+    return {
+        **gains,
+        "decode_tokens_per_s_gain": after["decode_tokens_per_s"] / before["decode_tokens_per_s"],
+        "bound_tpot_speedup": bound_tpot,
+        "bound_prefill_speedup": bound_prefill,
+        "tpot_share_of_bound": gains["tpot_speedup"] / bound_tpot,
+        "prefill_share_of_bound": gains["prefill_speedup"] / bound_prefill,
+        "weights_removed_share": 1 - after["weights_bytes"] / before["weights_bytes"],
+        "peak_rss_removed_share": 1 - after["peak_rss_bytes"] / before["peak_rss_bytes"],
+    }
+
+
+def _record(
+    variant: Variant, worker: WorkerProcess, samples: Sequence[RoundSample], workload: Workload
+) -> dict[str, Any]:
+    """One entry of ``variants``."""
+    tpot_ms = summary([sample.tpot_ms for sample in samples])
+    prefill_ms = summary([sample.prefill_ms for sample in samples])
+    context_tokens = mean_context_tokens(prompt_tokens=workload.prompt_tokens, new_tokens=workload.new_tokens)
+    decode_bytes = variant.work.decode_bytes(context_tokens=context_tokens, batch_size=workload.batch_size)
+    prefill_flops = variant.work.prefill_flops(
+        prompt_tokens=workload.prompt_tokens, batch_size=workload.batch_size
+    )
+    return {
+        "name": variant.name,
+        "path": str(variant.folder),
+        "runtime": worker.loaded.runtime,
+        "parameters": variant.parameters,
+        "linear_parameters": variant.work.linear_parameters,
+        "embedding_parameters": variant.embedding_parameters,
+        "weights_bytes": _weights_bytes(variant.folder),
+        "kv_cache_bytes_per_token": variant.work.kv_cache_bytes_per_token,
+        "load_ms": worker.loaded.load_ms,
+        "interpreter_rss_bytes": worker.loaded.interpreter_rss_bytes,
+        "loaded_rss_bytes": worker.loaded.loaded_rss_bytes,
+        "peak_rss_bytes": worker.peak_rss_bytes,
+        "peak_device_bytes": None,
+        "prefill_ms": prefill_ms,
+        "ttft_ms": summary([sample.ttft_ms for sample in samples]),
+        "tpot_ms": tpot_ms,
+        "itl_ms": summary([gap for sample in samples for gap in sample.itl_ms]),
+        "prefill_tokens_per_s": 1e3 * workload.batch_size * workload.prompt_tokens / prefill_ms["p50"],
+        "decode_tokens_per_s": 1e3 * workload.batch_size / tpot_ms["p50"],
+        "decode_bytes_per_step": decode_bytes,
+        "achieved_gb_per_s": decode_bytes / tpot_ms["p50"] / 1e6,
+        "prefill_flops": prefill_flops,
+        "achieved_gflop_per_s": prefill_flops / prefill_ms["p50"] / 1e6,
+        "quality": None,
+    }
+
+
+def _weights_bytes(folder: Path) -> int:
+    """Bytes of the model's own files: graph and external data, without the tokenizer."""
+    return sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+
+
+def _common_vocab_size(vocab_sizes: Mapping[str, int]) -> int:
+    if len(set(vocab_sizes.values())) > 1:
+        raise NirvanaError(f"Variants of one model share a vocabulary; these differ: {dict(vocab_sizes)}.")
+    return next(iter(vocab_sizes.values()))

@@ -1,0 +1,133 @@
+"""How far a variant departs from the baseline: perplexity, KL divergence, top-1 agreement.
+
+All three are means over the same positions, those whose next token is known: T - 1 of each window. Sums
+run in float64 over a block of positions at a time, so memory is the float32 logits [T, V] of the baseline
+and of one variant, however many windows and variants there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.progress import SILENT, Progress
+
+_BLOCK_TOKENS = 32
+
+
+class Prefiller(Protocol):
+    """What can be judged: an OrtDecoder, or a torch model behind the same method."""
+
+    def prefill(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], Any]:
+        """[1, T] tokens to logits [1, T, V] and a state, which is dropped."""
+        ...
+
+
+@dataclass(frozen=True)
+class PositionScores:
+    """One variant on one window: three numbers per position [T - 1]."""
+
+    negative_log_likelihood: NDArray[np.float64]
+    """-log q(next token), nats."""
+    kl: NDArray[np.float64]
+    """KL(p || q) of the baseline's p against the variant's q, nats."""
+    top1_agrees: NDArray[np.bool_]
+    """Both put the same token first."""
+
+
+def quality_of(
+    baseline: Prefiller,
+    variants: Mapping[str, Prefiller],
+    windows: NDArray[np.int64],
+    *,
+    baseline_name: str = "dense",
+    progress: Progress = SILENT,
+) -> dict[str, dict[str, Any]]:
+    """Judge the baseline and every variant on ``windows`` [M, T]; the baseline runs once per window.
+
+    Returns, under ``baseline_name`` and each variant's name, ``perplexity`` of the next token,
+    ``kl_vs_dense`` (mean over tokens of KL(baseline || variant), nats), its ``kl_standard_error`` over
+    windows (None for one window) and ``kl_standard_error_tokens`` over tokens, ``top1_agreement`` (share of
+    positions), ``tokens`` and ``windows``. The error over windows is the one to quote: tokens of one window
+    are correlated, which makes the other too small.
+
+    Raises NirvanaError for windows without a next token, logits that are not finite, or vocabularies that
+    differ.
+    """
+    if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
+        raise NirvanaError(
+            f"Quality needs windows [M, T] with M >= 1 and T >= 2 tokens, got {windows.shape}."
+        )
+    scores: dict[str, list[PositionScores]] = {name: [] for name in (baseline_name, *variants)}
+    with progress.task("Quality", len(windows) * len(scores)) as advance:
+        for index, window in enumerate(windows):
+            reference = _logits(baseline, window, of=f"{baseline_name}, window {index}")
+            scores[baseline_name].append(position_scores(reference, reference, window[1:]))
+            advance(1)
+            for name, variant in variants.items():
+                logits = _logits(variant, window, of=f"{name}, window {index}")
+                if logits.shape != reference.shape:
+                    raise NirvanaError(
+                        f"{name} has {logits.shape[1]} logits per token and {baseline_name} "
+                        f"{reference.shape[1]}; a KL divergence needs one vocabulary."
+                    )
+                scores[name].append(position_scores(reference, logits, window[1:]))
+                del logits  # before the next variant makes its own
+                advance(1)
+    return {name: _quality(of_windows) for name, of_windows in scores.items()}
+
+
+def position_scores(
+    baseline_logits: NDArray[np.float32], logits: NDArray[np.float32], next_tokens: NDArray[np.int64]
+) -> PositionScores:
+    """Compare two sets of logits [T - 1, V] position by position, given the true next tokens [T - 1]."""
+    count = len(next_tokens)
+    kl, likelihood = np.empty(count), np.empty(count)
+    for start in range(0, count, _BLOCK_TOKENS):
+        block = slice(start, start + _BLOCK_TOKENS)
+        log_q = _log_softmax(logits[block])
+        log_p = log_q if logits is baseline_logits else _log_softmax(baseline_logits[block])
+        likelihood[block] = np.take_along_axis(log_q, next_tokens[block, None], axis=1)[:, 0]
+        kl[block] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    agrees = baseline_logits.argmax(axis=1) == logits.argmax(axis=1)
+    return PositionScores(negative_log_likelihood=-likelihood, kl=kl, top1_agrees=agrees)
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
+
+
+def _logits(model: Prefiller, window: NDArray[np.int64], *, of: str) -> NDArray[np.float32]:
+    """Logits [T - 1, V] at the positions of ``window`` [T] that have a next token."""
+    logits = model.prefill(window[None])[0][0, :-1]
+    if not np.isfinite(logits).all():
+        position = int(np.argmin(np.isfinite(logits).all(axis=1)))
+        raise NirvanaError(f"Logits of {of} are not finite (NaN or infinite), first at position {position}.")
+    return logits
+
+
+def _quality(of_windows: list[PositionScores]) -> dict[str, Any]:
+    kl = np.concatenate([scores.kl for scores in of_windows])
+    nll = np.concatenate([scores.negative_log_likelihood for scores in of_windows])
+    return {
+        "perplexity": float(np.exp(nll.mean())),
+        "kl_vs_dense": float(kl.mean()),
+        "kl_standard_error": _standard_error(np.array([scores.kl.mean() for scores in of_windows])),
+        "kl_standard_error_tokens": _standard_error(kl),
+        "top1_agreement": float(np.concatenate([scores.top1_agrees for scores in of_windows]).mean()),
+        "tokens": len(kl),
+        "windows": len(of_windows),
+    }
+
+
+def _standard_error(values: NDArray[np.float64]) -> float | None:
+    """Of the mean of independent ``values``; None for a single one."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None

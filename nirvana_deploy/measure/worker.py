@@ -1,0 +1,251 @@
+"""One variant in one process: both ends of the pipe, and the stop-watch.
+
+Each variant runs in a process of its own, so that its peak memory is its own, and lives as long as the
+benchmark, so that variants can take turns. The parent writes one JSON request per line; the child
+(``python -m nirvana_deploy.measure.worker FOLDER --threads N``) answers each with one JSON line and is
+blocked in ``read`` in between. End of input ends the child, also when the parent was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Protocol
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+import nirvana_deploy
+from nirvana_deploy.errors import NirvanaError
+
+_STDERR_TAIL_BYTES = 2000
+
+
+class Decoder(Protocol):
+    """What the stop-watch can time."""
+
+    def prefill(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], Any]:
+        """[N, T] tokens to logits [N, T, V] and a state."""
+        ...
+
+    def decode(self, tokens: NDArray[np.int64], state: Any) -> tuple[NDArray[np.float32], Any]:
+        """[N, 1] tokens to logits [N, 1, V] and the next state."""
+        ...
+
+
+@dataclass(frozen=True)
+class RoundSample:
+    """One timed request: a prompt read, then ``new_tokens`` tokens made greedily."""
+
+    prefill_ms: float
+    """The forward pass over the prompt."""
+    ttft_ms: float
+    """Request start to the first token's id."""
+    itl_ms: tuple[float, ...]
+    """Gaps between consecutive tokens: ``new_tokens - 1`` of them."""
+
+    @property
+    def tpot_ms(self) -> float:
+        """(end to end - TTFT) / (new tokens - 1)."""
+        return sum(self.itl_ms) / len(self.itl_ms)
+
+
+def timed_round(
+    decoder: Decoder,
+    tokens: NDArray[np.int64],
+    *,
+    new_tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> RoundSample:
+    """Time one greedy request: ``tokens`` [N, T] in, ``new_tokens`` (at least 2) out per sequence."""
+    start = clock()
+    logits, state = decoder.prefill(tokens)
+    prefilled = clock()
+    token = logits[:, -1].argmax(axis=-1)
+    stamps = [clock()]
+    for _ in range(new_tokens - 1):
+        logits, state = decoder.decode(token[:, None], state)
+        token = logits[:, -1].argmax(axis=-1)
+        stamps.append(clock())
+    return RoundSample(
+        prefill_ms=1e3 * (prefilled - start),
+        ttft_ms=1e3 * (stamps[0] - start),
+        itl_ms=tuple(1e3 * float(gap) for gap in np.diff(stamps)),
+    )
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource  # not on Windows, where this project does not measure
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker says once its model is loaded."""
+
+    runtime: str
+    threads: int
+    vocab_size: int
+    load_ms: float
+    interpreter_rss_bytes: int
+    """Resident before the model: the interpreter and the runtime's libraries."""
+    loaded_rss_bytes: int
+    """Resident after loading, before the first request."""
+
+
+class WorkerProcess:
+    """The parent's end. A context manager: the process ends with the block, whatever happens in it.
+
+    Raises NirvanaError when the model cannot be loaded, or when the process dies; its last words are in
+    the message.
+    """
+
+    loaded: Loaded
+    peak_rss_bytes: int
+    """As of the last answer."""
+
+    def __init__(self, name: str, folder: Path, *, threads: int | None) -> None:
+        self._name = name
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
+        command = [sys.executable, "-P", "-m", __spec__.name, str(folder.absolute())]
+        command += ["--threads", str(threads)] if threads is not None else []
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env={**os.environ, "PYTHONPATH": _python_path()},
+        )
+
+    def __enter__(self) -> WorkerProcess:
+        try:
+            answer = self._answer()
+            self.peak_rss_bytes = answer.pop("peak_rss_bytes")
+            self.loaded = Loaded(**answer)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def measure(self, tokens: NDArray[np.int64], *, new_tokens: int) -> RoundSample:
+        """Have the worker run ``timed_round`` on [N, T] tokens."""
+        assert self._process.stdin is not None
+        request = json.dumps({"tokens": tokens.tolist(), "new_tokens": new_tokens})
+        try:
+            self._process.stdin.write(request.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+        answer = self._answer()
+        self.peak_rss_bytes = answer["peak_rss_bytes"]
+        return RoundSample(
+            prefill_ms=answer["prefill_ms"], ttft_ms=answer["ttft_ms"], itl_ms=tuple(answer["itl_ms"])
+        )
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise self._died()
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise NirvanaError(f"{self._name}: {answer['error']}", hint=answer["hint"])
+        return answer
+
+    def _died(self) -> NirvanaError:
+        """The error for a process that stopped answering."""
+        self._process.kill()  # nothing to do when it has ended by itself
+        code = self._process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - _STDERR_TAIL_BYTES))
+        words = self._stderr.read().decode(errors="replace").strip() or "nothing"
+        hint = "A SIGKILL that nobody sent usually means that memory ran out." if code == -9 else None
+        return NirvanaError(f"The worker of {self._name!r} {how}. It last said: {words}", hint=hint)
+
+    def _end(self) -> None:
+        """Kill the process, busy or idle: it holds nothing that would be lost."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._stderr):
+            assert pipe is not None
+            with suppress(BrokenPipeError):  # an unsent request
+                pipe.close()
+
+
+def _python_path() -> str:
+    """PYTHONPATH with this package first, so that the child runs the same code from any directory."""
+    ours = str(Path(nirvana_deploy.__file__).resolve().parent.parent)
+    return os.pathsep.join(path for path in (ours, os.environ.get("PYTHONPATH")) if path)
+
+
+def serve(folder: Path, *, threads: int | None, requests: IO[str], answers: IO[str]) -> None:
+    """Load ``folder`` and answer requests until they end: the child's end."""
+
+    def say(**answer: Any) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    try:
+        # imported here: the parent needs no runtime, and a missing one is an answer like any other
+        from nirvana_deploy.export.ort import OrtDecoder
+
+        process = psutil.Process()
+        interpreter_rss_bytes = process.memory_info().rss
+        start = time.perf_counter()
+        decoder = OrtDecoder(folder, threads=threads)
+        load_ms = 1e3 * (time.perf_counter() - start)
+    except NirvanaError as error:
+        say(error=error.message, hint=error.hint)
+        return
+    loaded = Loaded(
+        runtime=decoder.runtime,
+        threads=decoder.threads,
+        vocab_size=decoder.vocab_size,
+        load_ms=load_ms,
+        interpreter_rss_bytes=interpreter_rss_bytes,
+        loaded_rss_bytes=process.memory_info().rss,
+    )
+    say(**asdict(loaded), peak_rss_bytes=peak_rss_bytes())
+    for line in requests:
+        request = json.loads(line)
+        tokens = np.array(request["tokens"], dtype=np.int64)
+        sample = timed_round(decoder, tokens, new_tokens=request["new_tokens"])
+        say(**asdict(sample), peak_rss_bytes=peak_rss_bytes())
+
+
+def main() -> None:
+    """Run the child's end on stdin and stdout."""
+    parser = argparse.ArgumentParser(prog="python -m nirvana_deploy.measure.worker", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which closes our input
+    serve(options.folder, threads=options.threads, requests=sys.stdin, answers=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

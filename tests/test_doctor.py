@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+
+from nirvana_deploy.measure import doctor
+from nirvana_deploy.measure.doctor import EXTRAS, Finding, examine
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NIRVANA_DEPLOY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_reports_what_is_really_here(cache: Path) -> None:
+    found = by_name(examine())
+    assert found["onnxruntime"].usable
+    assert found["onnxruntime"].detail.startswith(onnxruntime.__version__)
+    assert "CPUExecutionProvider" in found["onnxruntime"].detail
+    assert found["python"].detail.startswith(sys.version.split()[0])
+    assert str(cache) in found["cache"].detail and not cache.exists()
+    assert {"torch", "onnxruntime-genai", "tensorrt", "tensorrt-rtx", "cpu", "memory", "disk"} <= found.keys()
+
+
+def test_everything_that_is_missing_has_a_command(cache: Path) -> None:
+    assert all(finding.fix for finding in examine() if not finding.usable)
+    assert not any(finding.fix for finding in examine() if finding.usable)
+
+
+def test_missing_runtime(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    finding = by_name(examine())["onnxruntime"]
+    assert finding == Finding(
+        "runtimes", "onnxruntime", False, "not installed", "pip install 'nirvana-deploy[cpu]'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (OSError("libnvinfer.so.11: cannot open shared object file"), "does not load: libnvinfer.so.11"),
+        (ImportError("DLL load failed\nmore"), "does not load: DLL load failed"),
+        (ModuleNotFoundError("No module named 'cuda'", name="cuda"), "installed, but cuda is missing"),
+    ],
+)
+def test_runtime_whose_native_library_does_not_load(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, detail: str
+) -> None:
+    real = doctor.importlib.import_module
+
+    def broken(name: str) -> Any:
+        if name == "tensorrt":
+            raise error
+        return real(name)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    finding = by_name(examine())["tensorrt"]
+    assert (
+        not finding.usable and detail in finding.detail and finding.fix == "pip install 'nirvana-deploy[gpu]'"
+    )
+
+
+def test_missing_extra(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor, "version", nothing)
+    finding = by_name(examine())["datasets [data]"]
+    assert (finding.usable, finding.fix) == (False, "pip install 'nirvana-deploy[data]'")
+
+
+def test_cache_that_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    finding = by_name(examine())["cache"]
+    assert (finding.usable, finding.fix) == (False, "export NIRVANA_DEPLOY_CACHE=DIR")
+
+
+def test_used_bytes_of_the_cache_are_counted(cache: Path) -> None:
+    cache.mkdir()
+    (cache / "weights").write_bytes(bytes(20_000_000))
+    assert "0.02 GB used" in by_name(examine())["cache"].detail
+
+
+def test_extras_are_those_of_pyproject() -> None:
+    pyproject = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    declared = pyproject["project"]["optional-dependencies"]
+    for extra, packages in EXTRAS.items():
+        assert {requirement.split(">")[0] for requirement in declared[extra]} == set(packages)
+    for finding in examine():
+        if finding.fix and "[" in finding.fix:
+            assert finding.fix.split("[")[1].split("]")[0] in declared
+
+
+def test_command_prints_the_findings(cache: Path) -> None:
+    from nirvana_deploy.cli.doctor import doctor as command
+
+    result = CliRunner().invoke(command, ["--json"])
+    findings = json.loads(result.stdout)["findings"]
+    assert {finding["name"] for finding in findings} == by_name(examine()).keys()
+    table = CliRunner().invoke(command).stdout
+    assert "datasets [data]" in table and "pip install 'nirvana-deploy[rtx]'" in table
