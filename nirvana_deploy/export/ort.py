@@ -4,6 +4,11 @@ Everything about the model is read from the session's own inputs, so the layers 
 Between two steps the cache stays in OrtValues and logits are viewed, not copied. The three Python entry
 points of ONNX Runtime (``run``, ``run_with_ort_values``, ``io_binding``) cost the same per token within
 the noise; the one used here needs no rebinding and never shows the cache to numpy.
+
+The session's own defaults stay, as measured on SmolLM2 (538 MB in fp32): prepacking replaces the weights
+rather than doubling them (607 MB resident after loading, 720 MB at the peak, which the head's repacking
+sets), and without it decode slows by a quarter to save 40 MB of peak; arena and memory pattern change
+neither.
 """
 
 from __future__ import annotations
@@ -48,7 +53,11 @@ def default_threads() -> int:
 
 @dataclass(frozen=True)
 class DecodeState:
-    """What the decoder remembers after S tokens of N sequences. Immutable: a step returns a new one."""
+    """What the decoder remembers after S tokens of N sequences. Immutable: a step returns a new one.
+
+    ONNX Runtime's binding hands out all outputs of a step as one vector, so a state keeps the memory of
+    its step's logits too; drop prefill states of long prompts that are not decoded from.
+    """
 
     cache: tuple[Any, ...]
     """OrtValues key, value of layer 0, key, value of layer 1, ...: each [N, K_i, S, d]."""
@@ -110,7 +119,7 @@ class OrtDecoder:
     def prefill(
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
     ) -> tuple[NDArray[np.float32], DecodeState]:
-        """Read whole prompts; returns logits [N, T, V] and the state after them.
+        """Read whole prompts; returns logits [N, T, V], read-only, and the state after them.
 
         ``tokens`` and ``attention_mask`` are [N, T] int64; the mask is 0 where a prompt is padded on the
         left, and None when none is.
