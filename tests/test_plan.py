@@ -104,13 +104,11 @@ def test_budget_is_met_exactly_before_rounding(sparsity: float, gamma: float) ->
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("round_to", [1, 8, 32])
 def test_indices_are_sorted_unique_in_range_and_rounded(seed: int, round_to: int) -> None:
-    plan = make_plan(
-        SMALL, random_scores(SMALL, seed), sparsity=0.45, round_to=round_to, saliency="random"
-    )
+    plan = make_plan(SMALL, random_scores(SMALL, seed), sparsity=0.45, round_to=round_to, saliency="random")
     for layer in plan.layers:
         for kept, of in ((layer.kept_groups, layer.of_groups), (layer.kept_neurons, layer.of_neurons)):
             assert list(kept) == sorted(set(kept))
-            assert kept and 0 <= kept[0] and kept[-1] < of
+            assert kept and kept[0] >= 0 and kept[-1] < of
         assert len(layer.kept_neurons) % round_to == 0
 
 

@@ -71,7 +71,9 @@ def pruned_config(config: dict[str, Any], plan: PrunePlan, shape: ModelShape) ->
     family, smaller = shape.family, pruned_shape(shape, plan)
     digits = len(str(len(smaller.layers) - 1))
     prefix = f"modeling_nirvana.Nirvana{family.architecture}"
-    result = {key: value for key, value in config.items() if key not in ("_name_or_path", "_model_name_or_path")}
+    result = {
+        key: value for key, value in config.items() if key not in ("_name_or_path", "_model_name_or_path")
+    }
     return result | {
         "architectures": [f"Nirvana{family.architecture}"],
         "auto_map": {

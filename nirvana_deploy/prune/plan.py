@@ -92,9 +92,7 @@ def default_gamma(shape: ModelShape) -> float:
     return mlp / attention
 
 
-def removed_counts(
-    shape: ModelShape, *, sparsity: float, gamma: float, round_to: int = 1
-) -> tuple[int, int]:
+def removed_counts(shape: ModelShape, *, sparsity: float, gamma: float, round_to: int = 1) -> tuple[int, int]:
     """(KV groups, FFN neurons) to remove in the whole model, before rounding.
 
     s_attn = s (A+M) / (A + gamma M) and s_mlp = gamma s_attn, with A and M the attention's and the MLP's
@@ -148,9 +146,7 @@ def make_plan(
     sparing the best of the cut. The same scores give the same plan, byte for byte.
     """
     gamma = default_gamma(shape) if gamma is None else gamma
-    removed_groups, removed_neurons = removed_counts(
-        shape, sparsity=sparsity, gamma=gamma, round_to=round_to
-    )
+    removed_groups, removed_neurons = removed_counts(shape, sparsity=sparsity, gamma=gamma, round_to=round_to)
     kept_groups = kept_units(scores.groups, removed_groups, at_least=1)
     kept_neurons = kept_units(scores.neurons, removed_neurons, at_least=round_to)
     rounded = [
@@ -219,6 +215,16 @@ def pruned_shape(shape: ModelShape, plan: PrunePlan) -> ModelShape:
     return replace(shape, layers=layers)
 
 
+def dense_shape(pruned: ModelShape, plan: PrunePlan) -> ModelShape:
+    """The shape that the model had before the plan; the inverse of :func:`pruned_shape`."""
+    g = pruned.query_heads_per_group
+    layers = tuple(
+        LayerShape(query_heads=g * layer.of_groups, kv_heads=layer.of_groups, ffn_width=layer.of_neurons)
+        for layer in plan.layers
+    )
+    return replace(pruned, layers=layers)
+
+
 def check_plan_fits(plan: PrunePlan, shape: ModelShape) -> None:
     """Raise NirvanaError unless the plan speaks of a model of exactly this shape."""
     facts = {
@@ -239,8 +245,8 @@ def check_plan_fits(plan: PrunePlan, shape: ModelShape) -> None:
         for layer, model in zip(plan.layers, shape.layers, strict=True):
             if (layer.of_groups, layer.of_neurons) != (model.kv_heads, model.ffn_width):
                 differences.append(
-                    f"layer {layer.layer} has {layer.of_groups} KV groups and {layer.of_neurons} neurons in the plan, "
-                    f"{model.kv_heads} and {model.ffn_width} in the model"
+                    f"layer {layer.layer} has {layer.of_groups} KV groups and {layer.of_neurons} neurons "
+                    f"in the plan, {model.kv_heads} and {model.ffn_width} in the model"
                 )
     if differences:
         raise NirvanaError(
@@ -265,10 +271,7 @@ def read_plan(path: Path) -> PrunePlan:
                 hint="pip install --upgrade nirvana-deploy",
             )
         fields = {key: value for key, value in data.items() if key not in ("schema", "budget", "layers")}
-        layers = tuple(
-            LayerPlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in layer.items()})
-            for layer in data["layers"]
-        )
+        layers = tuple(_layer_plan(layer) for layer in data["layers"])
         plan = PrunePlan(**fields, budget=Budget(**data["budget"]), layers=layers)
     except (KeyError, TypeError) as error:
         raise NirvanaError(f"{path} is not a prune plan: {error!r}.") from error
@@ -278,8 +281,17 @@ def read_plan(path: Path) -> PrunePlan:
     return plan
 
 
+def _layer_plan(data: dict[str, Any]) -> LayerPlan:
+    kept = {key: tuple(data[key]) for key in ("kept_groups", "kept_neurons")}
+    return LayerPlan(**{**data, **kept})
+
+
 def _check_indices(path: Path, layer: int, what: str, kept: tuple[int, ...], of: int) -> None:
-    if not kept or list(kept) != sorted(set(kept)) or not all(isinstance(i, int) and 0 <= i < of for i in kept):
+    if (
+        not kept
+        or list(kept) != sorted(set(kept))
+        or not all(isinstance(i, int) and 0 <= i < of for i in kept)
+    ):
         raise NirvanaError(
             f"{path}: {what} of layer {layer} must be sorted, unique, at least one and in [0, {of})."
         )
@@ -311,9 +323,7 @@ def _best(scores: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _rounded_up(
-    kept: NDArray[np.bool_], scores: NDArray[np.float64], round_to: int
-) -> NDArray[np.bool_]:
+def _rounded_up(kept: NDArray[np.bool_], scores: NDArray[np.float64], round_to: int) -> NDArray[np.bool_]:
     """Spare the best of the cut until the kept count is a multiple of ``round_to`` (or everything)."""
     wanted = min(math.ceil(kept.sum() / round_to) * round_to, len(kept))
     spared = kept.copy()
@@ -328,7 +338,11 @@ def _indices(mask: NDArray[np.bool_]) -> tuple[int, ...]:
 
 
 def _budget(
-    shape: ModelShape, layers: tuple[LayerPlan, ...], sparsity: float, removed_groups: int, removed_neurons: int
+    shape: ModelShape,
+    layers: tuple[LayerPlan, ...],
+    sparsity: float,
+    removed_groups: int,
+    removed_neurons: int,
 ) -> Budget:
     of_groups = sum(layer.of_groups for layer in layers)
     of_neurons = sum(layer.of_neurons for layer in layers)

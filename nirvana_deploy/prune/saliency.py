@@ -47,7 +47,9 @@ SALIENCIES: dict[str, Saliency] = {
     "nirvana": Saliency(strongest_logits, says="|w * df/dw|, f = mean of the strongest logits (label-free)"),
     "taylor": Saliency(next_token_loss, says="|w * dL/dw|, L = next-token loss"),
     "magnitude": Saliency(None, says="|w|"),
-    "random": Saliency(None, reads_weights=False, says="uniform noise by seed; the floor of every comparison"),
+    "random": Saliency(
+        None, reads_weights=False, says="uniform noise by seed; the floor of every comparison"
+    ),
 }
 
 

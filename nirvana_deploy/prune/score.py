@@ -53,7 +53,9 @@ def score_units(
     check_weights(weights, shape)
     if method.functional is not None:
         if tokens is None:
-            raise NirvanaError(f"The saliency {saliency!r} needs calibration text.", hint="Pass --calib SOURCE.")
+            raise NirvanaError(
+                f"The saliency {saliency!r} needs calibration text.", hint="Pass --calib SOURCE."
+            )
         streamed = StreamedModel(checkpoint, weights, shape)
         return streamed.gradient_scores(
             torch.from_numpy(tokens), method.functional, micro_batch=micro_batch, progress=progress
@@ -77,13 +79,15 @@ class StreamedModel:
         self._shape = shape
         decoder = self._model.model
         self._layers: list[nn.Module] = list(decoder.layers)
-        self._rotary: nn.Module = type(decoder.rotary_emb)(config)  # a real one: its frequencies are no weights
+        self._rotary: nn.Module = type(decoder.rotary_emb)(
+            config
+        )  # a real one: its frequencies are no weights
 
     def gradient_scores(
         self, tokens: torch.Tensor, functional: Functional, *, micro_batch: int, progress: Progress = SILENT
     ) -> UnitScores:
         """``|w * df/dw|`` summed over every unit, for tokens [N, T]; f is averaged over the N sequences."""
-        borders, batches = [], tokens.split(micro_batch)
+        borders, batches = [], torch.split(tokens, micro_batch)
         label = f"Scoring {tokens.shape[0]} x {tokens.shape[1]} tokens"
         with progress.task(label, (2 * len(self._layers) + 1) * len(batches)) as advance:
             hidden = self._embedded(batches)
@@ -172,7 +176,9 @@ class StreamedModel:
             scores[name] = gradient.mul_(weight).abs_()
         groups, neurons = unit_sums(self._shape, index, scores)
         if not (np.isfinite(groups).all() and np.isfinite(neurons).all()):
-            raise NirvanaError(f"Layer {index}: the gradients are NaN or infinite; its units cannot be ranked.")
+            raise NirvanaError(
+                f"Layer {index}: the gradients are NaN or infinite; its units cannot be ranked."
+            )
         return groups, neurons
 
     def _loaded_layer(self, index: int) -> _LoadedLayer:
