@@ -145,7 +145,7 @@ class Run:
     def finished(self, name: str) -> bool:
         """Whether the stage is in the manifest, did not fail, and its files are what it says."""
         stage = self.manifest["stages"].get(name)
-        return stage is not None and stage["result"].get("passed", True) and not self.damaged(name)
+        return stage is not None and not _failed(stage["result"]) and not self.damaged(name)
 
     def damaged(self, name: str) -> list[str]:
         """Files of a recorded stage that are missing or whose sha256 differs."""
@@ -204,6 +204,11 @@ def environment() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         **versions,
     }
+
+
+def _failed(result: Mapping[str, Any]) -> bool:
+    """Whether a result, or a part of it, says that it did not pass."""
+    return any(isinstance(part, Mapping) and part.get("passed") is False for part in result.values())
 
 
 def peak_rss_bytes() -> int:
