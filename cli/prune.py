@@ -24,8 +24,10 @@ def prune(model: str, as_json: bool, **options: Any) -> None:
     """
     from nirvana_deploy import pipeline
 
-    out, plan = pipeline.prune(model, command=command_line(), progress=TerminalProgress(), **options)
-    budget = plan.budget
+    done = pipeline.prune_export(
+        model, until="checkpoint", command=command_line(), progress=TerminalProgress(), **options
+    )
+    out, budget = done.out, done.plan.budget
     if as_json:
         echo_json({"out": str(out), "met_removed_share": budget.met_removed_share})
         return

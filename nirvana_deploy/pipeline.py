@@ -1,55 +1,40 @@
 """The whole arrow: model -> calibrate -> score -> plan -> slice -> checkpoint -> onnx -> measure -> report.
 
-The only module that sees every stage. Each function here runs one stage inside a :class:`Run`, writes its
-files and returns what the manifest should remember; :func:`prune_export` runs them all.
+:func:`prune_export` runs all of it; the other functions do one part of it again on a finished folder.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from nirvana_deploy.artifact import read_json, sha256_of, write_json
-from nirvana_deploy.errors import NirvanaError, VerificationError
-from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.artifact import read_json, require_free_bytes
+from nirvana_deploy.errors import VerificationError
 from nirvana_deploy.export.verify import VerifyReport, verify_onnx
-from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_shape
-from nirvana_deploy.measure.quality import quality_of
-from nirvana_deploy.measure.report import write_report
-from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
-from nirvana_deploy.model.sources import ModelFolder, resolve_model
-from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
+from nirvana_deploy.measure.benchmark import Workload
+from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.prune.calibrate import CalibrationData, TokenWindows, calibration_data, windows_of_text
-from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.prune.plan import (
-    PrunePlan,
-    default_gamma,
-    dense_shape,
-    make_plan,
-    read_plan,
-    removed_counts,
-    write_plan,
-)
+from nirvana_deploy.prune.plan import PrunePlan, default_gamma, removed_counts
 from nirvana_deploy.prune.saliency import saliency_named
-from nirvana_deploy.prune.score import score_units
-from nirvana_deploy.prune.texts import read_text_file
-from nirvana_deploy.prune.windows_file import read_scores, read_windows, write_scores, write_windows
 from nirvana_deploy.run import Run
-
-CALIBRATION_FILE = "calibration.safetensors"
-SCORES_FILE = "scores.safetensors"
-PLAN_FILE = "plan.json"
-QUALITY_FILE = "quality.json"
-BENCHMARK_FILE = "benchmark.json"
-CHECKPOINT = "checkpoint"
-ONNX = "onnx"
-DENSE_ONNX = "dense/onnx"
-HELDOUT_SEQUENCES, HELDOUT_LEN = 16, 256
+from nirvana_deploy.stages import (
+    BENCHMARK_FILE,
+    CHECKPOINT,
+    calibrate,
+    checked_shape,
+    decide,
+    export,
+    folder_of,
+    model_record,
+    quality,
+    refresh_quality,
+    score,
+    slice_stage,
+    speed,
+    verify,
+    write_pages,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +45,7 @@ class Deployment:
     plan: PrunePlan
     manifest: dict[str, Any]
     benchmark: dict[str, Any] | None
-    report: Path
+    report: Path | None
     """report.html"""
 
 
@@ -81,6 +66,7 @@ def prune_export(
     baseline: bool = True,
     run_benchmark: bool = True,
     threads: int | None = None,
+    until: Literal["checkpoint", "report"] = "report",
     resume: bool = False,
     force: bool = False,
     command: str | None = None,
@@ -91,120 +77,20 @@ def prune_export(
     ``model`` is an alias, a hub id, a folder or a .gguf file; ``sparsity`` the share of decoder linear
     weights to remove; ``gamma`` None means M/A; ``calib`` a source of calibration text, of which
     ``num_sequences`` windows of ``seq_len`` tokens are drawn by ``seed``; ``eval_text`` a file to measure
-    quality on instead of held-out windows of the calibration source. ``baseline`` False leaves the dense model out of export and
-    measurements (and with it everything relative). Raises NirvanaError for the user's problems and
+    quality on instead of held-out windows of the calibration source. ``baseline`` False leaves the dense
+    model out of export and measurements, and with it everything relative. ``until`` "checkpoint" stops
+    after plan.json and checkpoint/; ``resume`` continues from there. Raises NirvanaError for the user's problems and
     VerificationError when the exported model does not compute what the checkpoint computes.
     """
-    options = {"baseline": baseline, "benchmark": run_benchmark, "threads": threads}
-    run, source, plan = _pruned(
-        model,
-        sparsity=sparsity,
-        out=out,
-        saliency=saliency,
-        gamma=gamma,
-        round_to=round_to,
-        calib=calib,
-        num_sequences=num_sequences,
-        seq_len=seq_len,
-        seed=seed,
-        micro_batch=micro_batch,
-        eval_text=eval_text,
-        more_options=options,
-        resume=resume,
-        force=force,
-        command=command,
-        progress=progress,
-    )
-    export(run, source, baseline=baseline)
-    report = verify(run, source, baseline=baseline, threads=threads)
-    if all(result.passed for result in report.values()):
-        quality(run, threads=threads)
-        if run_benchmark:
-            speed(run, workload=Workload(threads=threads))
-    page = write_pages(run)
-    for name, result in report.items():
-        result.require_passed(run.out / _folder_of(name))
-    measured = run.out / BENCHMARK_FILE
-    return Deployment(
-        out=run.out,
-        plan=plan,
-        manifest=run.manifest,
-        benchmark=read_json(measured) if run_benchmark else None,
-        report=page,
-    )
-
-
-def prune(
-    model: str,
-    *,
-    sparsity: float,
-    out: Path | str | None = None,
-    saliency: str = "nirvana",
-    gamma: float | None = None,
-    round_to: int = 8,
-    calib: str = "pydoc",
-    num_sequences: int = 32,
-    seq_len: int = 128,
-    seed: int = 0,
-    micro_batch: int = 8,
-    eval_text: Path | str | None = None,
-    resume: bool = False,
-    force: bool = False,
-    command: str | None = None,
-    progress: Progress = SILENT,
-) -> tuple[Path, PrunePlan]:
-    """The first half of :func:`prune_export`, with the same arguments: plan.json and checkpoint/.
-
-    Returns the output folder and the plan. :func:`prune_export` with ``resume`` continues from there.
-    """
-    run, _, plan = _pruned(
-        model,
-        sparsity=sparsity,
-        out=out,
-        saliency=saliency,
-        gamma=gamma,
-        round_to=round_to,
-        calib=calib,
-        num_sequences=num_sequences,
-        seq_len=seq_len,
-        seed=seed,
-        micro_batch=micro_batch,
-        eval_text=eval_text,
-        more_options={},
-        resume=resume,
-        force=force,
-        command=command,
-        progress=progress,
-    )
-    return run.out, plan
-
-
-def _pruned(
-    model: str,
-    *,
-    sparsity: float,
-    out: Path | str | None,
-    saliency: str,
-    gamma: float | None,
-    round_to: int,
-    calib: str,
-    num_sequences: int,
-    seq_len: int,
-    seed: int,
-    micro_batch: int,
-    eval_text: Path | str | None,
-    more_options: dict[str, Any],
-    resume: bool,
-    force: bool,
-    command: str | None,
-    progress: Progress,
-) -> tuple[Run, ModelFolder, PrunePlan]:
-    """Everything up to the smaller checkpoint."""
     saliency_named(saliency)
     source = resolve_model(model, progress=progress)
     shape = checked_shape(source.path, seq_len=seq_len)
     gamma = default_gamma(shape) if gamma is None else gamma
     removed_counts(shape, sparsity=sparsity, gamma=gamma, round_to=round_to)  # refuse before any work
+    out = Path(out) if out is not None else Path(f"{source.name}-s{sparsity:g}")
+    copies = 1 if until == "checkpoint" else 2 + baseline
+    parameters = shape.linear_parameters + shape.embedding_parameters
+    require_free_bytes(out, 4 * copies * parameters, what="The output")
     options = {
         "model": model,
         "sparsity": sparsity,
@@ -218,10 +104,14 @@ def _pruned(
         "seed": seed,
         "micro_batch": micro_batch,
         "eval_text": str(eval_text) if eval_text is not None else None,
-        **more_options,
+        **(
+            {"baseline": baseline, "benchmark": run_benchmark, "threads": threads}
+            if until == "report"
+            else {}
+        ),
     }
     run = Run.begin(
-        Path(out) if out is not None else Path(f"{source.name}-s{sparsity:g}"),
+        out,
         options=options,
         model=model_record(source),
         command=command or "called from Python",
@@ -250,258 +140,25 @@ def _pruned(
         seed=seed,
     )
     slice_stage(run, source, plan)
-    return run, source, plan
-
-
-def checked_shape(checkpoint: Path, *, seq_len: int = 1) -> ModelShape:
-    """The shape of a checkpoint whose config and tensors agree; raises NirvanaError before any work."""
-    config = config_json(checkpoint)
-    shape = shape_from_config(config)
-    check_weights(SafetensorsWeights(checkpoint), shape)
-    longest_tokens = config.get("max_position_embeddings")
-    if longest_tokens is not None and seq_len > longest_tokens:
-        raise NirvanaError(f"seq_len {seq_len} is longer than the model's {longest_tokens} positions.")
-    return shape
-
-
-def model_record(source: ModelFolder) -> dict[str, Any]:
-    """What the manifest says about the input, sha256 included."""
-    files = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.json")])
-    return {
-        "name": source.name,
-        "origin": source.origin,
-        "licence": source.licence,
-        "path": str(source.path),
-        "files": {file.name: sha256_of(file) for file in files},
-    }
-
-
-def calibrate(
-    run: Run,
-    source: ModelFolder,
-    *,
-    calib: str,
-    num_sequences: int,
-    seq_len: int,
-    seed: int,
-    eval_text: Path | str | None,
-) -> None:
-    """Draw the calibration windows and set the evaluation windows aside."""
-
-    def work() -> dict[str, Any]:
-        tokenizer = load_tokenizer(source.path)
-        data = calibration_data(
-            calib,
-            tokenizer,
-            num_sequences=num_sequences,
-            seq_len=seq_len,
-            seed=seed,
-            heldout_sequences=HELDOUT_SEQUENCES if eval_text is None else 0,
-            heldout_len=HELDOUT_LEN,
-            model_path=source.path,
-            progress=run.progress,
-        )
-        if eval_text is not None:
-            windows = _evaluation_windows(Path(eval_text), tokenizer, run.progress)
-            data = CalibrationData(calibration=data.calibration, heldout=windows)
-        write_windows(data, run.out / CALIBRATION_FILE)
-        return {
-            "source": data.calibration.source,
-            "num_sequences": num_sequences,
-            "seq_len": seq_len,
-            "seed": seed,
-            "text_sha256": data.calibration.text_sha256,
-            "evaluation_source": data.heldout.source
-            + (" (held out of calibration)" if eval_text is None else ""),
-            "evaluation_text_sha256": data.heldout.text_sha256,
-        }
-
-    run.stage("calibrate", [CALIBRATION_FILE], work)
-
-
-def score(run: Run, source: ModelFolder, *, saliency: str, seed: int, micro_batch: int) -> None:
-    """Score every unit on the calibration windows."""
-
-    def work() -> dict[str, Any]:
-        tokens = read_windows(run.out / CALIBRATION_FILE)["calibration"]
-        scores = score_units(
-            source.path, tokens, saliency=saliency, seed=seed, micro_batch=micro_batch, progress=run.progress
-        )
-        write_scores(scores, run.out / SCORES_FILE)
-        return {"saliency": saliency, "tokens": int(tokens.size), "micro_batch": micro_batch}
-
-    run.stage("score", [SCORES_FILE], work)
-
-
-def decide(
-    run: Run,
-    source: ModelFolder,
-    shape: ModelShape,
-    *,
-    sparsity: float,
-    gamma: float,
-    round_to: int,
-    saliency: str,
-    seed: int,
-) -> PrunePlan:
-    """Make the plan from the scores."""
-
-    def work() -> dict[str, Any]:
-        drawn = run.manifest["stages"]["calibrate"]["result"]
-        plan = make_plan(
-            shape,
-            read_scores(run.out / SCORES_FILE),
-            sparsity=sparsity,
-            gamma=gamma,
-            round_to=round_to,
-            saliency=saliency,
-            seed=seed,
-            model_name=source.name,
-            calibration={k: v for k, v in drawn.items() if not k.startswith("evaluation")},
-        )
-        write_plan(plan, run.out / PLAN_FILE)
-        return dataclasses.asdict(plan.budget)
-
-    run.stage("plan", [PLAN_FILE], work)
-    return read_plan(run.out / PLAN_FILE)
-
-
-def slice_stage(run: Run, source: ModelFolder, plan: PrunePlan) -> None:
-    """Write the smaller checkpoint."""
-    run.stage(
-        "checkpoint",
-        [CHECKPOINT],
-        lambda: {
-            "linear_parameters": slice_checkpoint(
-                source.path, plan, run.out / CHECKPOINT, progress=run.progress
-            ).linear_parameters
-        },
+    if until == "checkpoint":
+        return Deployment(out=run.out, plan=plan, manifest=run.manifest, benchmark=None, report=None)
+    export(run, source, baseline=baseline)
+    report = verify(run, source, baseline=baseline, threads=threads)
+    if all(result.passed for result in report.values()):
+        quality(run, threads=threads)
+        if run_benchmark:
+            speed(run, workload=Workload(threads=threads))
+    page = write_pages(run)
+    for name, result in report.items():
+        result.require_passed(run.out / folder_of(name))
+    measured = run.out / BENCHMARK_FILE
+    return Deployment(
+        out=run.out,
+        plan=plan,
+        manifest=run.manifest,
+        benchmark=read_json(measured) if run_benchmark else None,
+        report=page,
     )
-
-
-def export(run: Run, source: ModelFolder, *, baseline: bool) -> None:
-    """Export the smaller model and, by the same code, the dense one."""
-
-    def work(checkpoint: Path, folder: str) -> dict[str, Any]:
-        exported = onnx_from_checkpoint(checkpoint, run.out / folder, progress=run.progress)
-        return {"nodes": exported.nodes, "weights_bytes": exported.weights_bytes, "opset": 23}
-
-    run.stage("onnx", [ONNX], lambda: work(run.out / CHECKPOINT, ONNX))
-    if baseline:
-        run.stage("dense-onnx", [DENSE_ONNX], lambda: work(source.path, DENSE_ONNX))
-
-
-def verify(
-    run: Run, source: ModelFolder, *, baseline: bool, threads: int | None, redo: bool = False
-) -> dict[str, VerifyReport]:
-    """Prove both ONNX folders against their checkpoints; differences are a result, not an exception."""
-
-    def work() -> dict[str, Any]:
-        checkpoints = {"pruned": run.out / CHECKPOINT}
-        if baseline:
-            checkpoints["dense"] = source.path
-        reports = {
-            name: verify_onnx(checkpoint, run.out / _folder_of(name), threads=threads, progress=run.progress)
-            for name, checkpoint in checkpoints.items()
-        }
-        return {name: report.to_json() for name, report in reports.items()}
-
-    result = run.stage("verify", [], work, redo=redo)
-    return {name: VerifyReport.from_json(report) for name, report in result.items()}
-
-
-def quality(
-    run: Run,
-    *,
-    threads: int | None,
-    eval_text: Path | None = None,
-    redo: bool = False,
-) -> dict[str, Any]:
-    """Perplexity of the ONNX models, and KL against dense: on the held-out windows, or on another text."""
-
-    def work() -> dict[str, Any]:
-        if eval_text is None:
-            tokens = read_windows(run.out / CALIBRATION_FILE)["heldout"]
-            source = run.manifest["stages"]["calibrate"]["result"]["evaluation_source"]
-        else:
-            windows = _evaluation_windows(eval_text, load_tokenizer(run.out / CHECKPOINT), run.progress)
-            tokens, source = windows.tokens, windows.source
-        pruned = OrtDecoder(run.out / ONNX, threads=threads)
-        if _has_baseline(run):
-            dense = OrtDecoder(run.out / DENSE_ONNX, threads=threads)
-            found = quality_of(dense, {"pruned": pruned}, tokens, progress=run.progress)
-        else:
-            alone = quality_of(pruned, {}, tokens, baseline_name="pruned", progress=run.progress)["pruned"]
-            found = {
-                "pruned": {**alone, "kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
-            }
-        result = {"source": source, "variants": found}
-        write_json(run.out / QUALITY_FILE, result)
-        return result
-
-    return run.stage("quality", [QUALITY_FILE], work, redo=redo)
-
-
-def _evaluation_windows(path: Path, tokenizer: Any, progress: Progress) -> TokenWindows:
-    return windows_of_text(
-        read_text_file(path),
-        tokenizer,
-        seq_len=HELDOUT_LEN,
-        max_sequences=HELDOUT_SEQUENCES,
-        progress=progress,
-    )
-
-
-def speed(run: Run, *, workload: Workload, redo: bool = False) -> dict[str, Any]:
-    """Measure the ONNX models against each other and write benchmark.json, quality included."""
-
-    def work() -> dict[str, Any]:
-        pruned = shape_from_config(config_json(run.out / CHECKPOINT))
-        variants = [variant_from_shape("pruned", run.out / ONNX, pruned)]
-        if _has_baseline(run):
-            plan = read_plan(run.out / PLAN_FILE)
-            variants.insert(0, variant_from_shape("dense", run.out / DENSE_ONNX, dense_shape(pruned, plan)))
-        result = benchmark(variants, workload=workload, baseline=variants[0].name, progress=run.progress)
-        for variant in result["variants"]:
-            variant["path"] = _folder_of(variant["name"])
-        write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
-        return {"comparisons": result["comparisons"]}
-
-    return run.stage("benchmark", [BENCHMARK_FILE], work, redo=redo)
-
-
-def refresh_quality(run: Run) -> None:
-    """Put the quality measured last into benchmark.json, where there is one."""
-    path = run.out / BENCHMARK_FILE
-    if path.is_file() and "benchmark" in run.manifest["stages"]:
-        write_json(path, _with_quality(run, read_json(path)))
-        run.rehash("benchmark")
-
-
-def _with_quality(run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    path = run.out / QUALITY_FILE
-    found = read_json(path) if path.is_file() else {"source": None, "variants": {}}
-    for variant in result["variants"]:
-        variant["quality"] = found["variants"].get(variant["name"])
-    return {**result, "evaluation": {"source": found["source"]}}
-
-
-def write_pages(run: Run) -> Path:
-    """Write report.md and report.html from the records of the run; always anew, it is cheap."""
-
-    def work() -> None:
-        write_report(run.out, progress=run.progress)
-
-    run.stage("report", ["report.md", "report.html"], work, redo=True)
-    return run.out / "report.html"
-
-
-def _has_baseline(run: Run) -> bool:
-    return "dense-onnx" in run.manifest["stages"]
-
-
-def _folder_of(variant: str) -> str:
-    return DENSE_ONNX if variant == "dense" else ONNX
 
 
 @dataclass(frozen=True)
@@ -522,7 +179,7 @@ class FolderCheck:
                 hint="Make them again: repeat the prune-export command with --resume.",
             )
         for name, report in self.reports.items():
-            report.require_passed(self.out / _folder_of(name))
+            report.require_passed(self.out / folder_of(name))
 
 
 def verify_folder(out: Path, *, threads: int | None = None, progress: Progress = SILENT) -> FolderCheck:
@@ -532,9 +189,9 @@ def verify_folder(out: Path, *, threads: int | None = None, progress: Progress =
     dense = Path(run.manifest["model"]["path"])
     checkpoints = {"pruned": out / CHECKPOINT, "dense": dense}
     reports = {
-        name: verify_onnx(checkpoint, out / _folder_of(name), threads=threads, progress=progress)
+        name: verify_onnx(checkpoint, out / folder_of(name), threads=threads, progress=progress)
         for name, checkpoint in checkpoints.items()
-        if checkpoint.is_dir() and (out / _folder_of(name)).is_dir() and not damaged
+        if checkpoint.is_dir() and (out / folder_of(name)).is_dir() and not damaged
     }
     return FolderCheck(out=out, damaged=damaged, reports=reports)
 
