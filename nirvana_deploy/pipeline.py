@@ -79,8 +79,10 @@ def prune_export(
     ``num_sequences`` windows of ``seq_len`` tokens are drawn by ``seed``; ``eval_text`` a file to measure
     quality on instead of held-out windows of the calibration source. ``baseline`` False leaves the dense
     model out of export and measurements, and with it everything relative. ``until`` "checkpoint" stops
-    after plan.json and checkpoint/; ``resume`` continues from there. Raises NirvanaError for the user's problems and
-    VerificationError when the exported model does not compute what the checkpoint computes.
+    after plan.json and checkpoint/; ``resume`` continues from there.
+
+    Raises NirvanaError for the user's problems and VerificationError when the exported model does not
+    compute what the checkpoint computes.
     """
     saliency_named(saliency)
     source = resolve_model(model, progress=progress)
@@ -104,12 +106,9 @@ def prune_export(
         "seed": seed,
         "micro_batch": micro_batch,
         "eval_text": str(eval_text) if eval_text is not None else None,
-        **(
-            {"baseline": baseline, "benchmark": run_benchmark, "threads": threads}
-            if until == "report"
-            else {}
-        ),
     }
+    if until == "report":
+        options |= {"baseline": baseline, "benchmark": run_benchmark, "threads": threads}
     run = Run.begin(
         out,
         options=options,

@@ -295,4 +295,5 @@ def _has_baseline(run: Run) -> bool:
 
 
 def folder_of(variant: str) -> str:
+    """The ONNX folder of a variant, relative to the output folder."""
     return DENSE_ONNX if variant == "dense" else ONNX

@@ -157,7 +157,7 @@ def test_an_existing_folder_is_refused_and_left_alone(finished: Path, model: str
 
 
 def test_prune_then_prune_export_continues(model: str, tmp_path: Path) -> None:
-    out = pipeline.prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS)
+    out = pipeline.prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS).out
     scored = stages_of(out)["score"]
     pipeline.prune_export(model, out=out, resume=True, run_benchmark=False, **OPTIONS)
     assert stages_of(out)["score"] == scored and "verify" in stages_of(out)
@@ -165,9 +165,9 @@ def test_prune_then_prune_export_continues(model: str, tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_plan(finished: Path, model: str, tmp_path: Path) -> None:
-    out = pipeline.prune_export(model, out=tmp_path / "again", until="checkpoint", **OPTIONS)
+    out = pipeline.prune_export(model, out=tmp_path / "again", until="checkpoint", **OPTIONS).out
     assert (out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
-    other = pipeline.prune_export(model, out=tmp_path / "other", seed=1, until="checkpoint", **OPTIONS)
+    other = pipeline.prune_export(model, out=tmp_path / "other", seed=1, until="checkpoint", **OPTIONS).out
     assert (other / "plan.json").read_bytes() != (finished / "plan.json").read_bytes()
 
 
