@@ -32,20 +32,17 @@ def measured_section(benchmark: dict[str, Any]) -> str:
     table = summary_table(benchmark)
     rows = [table.headers, ["---", *["---:"] * (len(table.headers) - 1)], *table.rows]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    comparison, environment = benchmark["comparisons"][0], benchmark["environment"]
-    workload = benchmark["workload"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Decode reaches {comparison['tpot_share_of_bound']:.0%} of the speed-up that the removed bytes allow "
-            f"({comparison['bound_tpot_speedup']:.2f}×), prefill {comparison['prefill_share_of_bound']:.0%} of what "
-            f"the removed operations allow ({comparison['bound_prefill_speedup']:.2f}×). Batch "
-            f"{workload['batch_size']}, {workload['prompt_tokens']} prompt and {workload['new_tokens']} new tokens, "
-            f"{workload['repeats']} alternating rounds; {environment['threads']} threads of {environment['cpu']}, "
-            f"onnxruntime {environment['onnxruntime']}, float32. Quality on {benchmark['evaluation']['source']}.",
-        ]
-    )
+    gain, where, load = benchmark["comparisons"][0], benchmark["environment"], benchmark["workload"]
+    decode, prefill = f"{gain['bound_tpot_speedup']:.2f}", f"{gain['bound_prefill_speedup']:.2f}"
+    notes = [
+        f"Decode reaches {gain['tpot_share_of_bound']:.0%} of the speed-up that the removed bytes allow",
+        f"({decode} times), prefill {gain['prefill_share_of_bound']:.0%} of what the removed operations allow",
+        f"({prefill} times). Batch {load['batch_size']}, {load['prompt_tokens']} prompt tokens,",
+        f"{load['new_tokens']} new ones, {load['repeats']} alternating rounds; {where['threads']} threads of",
+        f"{where['cpu']}, onnxruntime {where['onnxruntime']}, float32.",
+        f"Quality on {benchmark['evaluation']['source']}.",
+    ]
+    return "\n".join([*lines, "", *notes])
 
 
 def with_section(readme: str, section: str) -> str:
