@@ -129,7 +129,7 @@ class TerminalProgress:
 
     def note(self, text: str) -> None:
         """One line of log."""
-        self._console.print(text, style="dim", markup=False)
+        self._console.print(text, style="dim", markup=False, soft_wrap=True)
 
 
 def command_line() -> str:

@@ -30,7 +30,7 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, *, elsewhere: str = "choose another place with --out DIR") -> Iterator[None]:
     """Turn the operating system's errors while ``path`` is written into sentences that name it."""
     try:
         yield
@@ -47,7 +47,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         reason = reasons.get(error.errno or 0) or error.strerror or str(error)
         raise NirvanaError(
             f"Cannot write {path}: {reason}.",
-            hint="Free some space, or choose another place with --out DIR.",
+            hint=f"Free some space, or {elsewhere}.",
         ) from error
 
 
@@ -105,12 +105,12 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, *, elsewhere: str = "choose another place with --out DIR") -> Iterator[Path]:
     """Yield an empty folder beside ``target``; when the block succeeds it becomes ``target``, else it goes.
 
     An existing ``target`` is replaced only at the very end.
     """
-    with disk_errors(target):
+    with disk_errors(target, elsewhere=elsewhere):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{_PARTIAL}{os.getpid()}-{target.name}")
         shutil.rmtree(partial, ignore_errors=True)

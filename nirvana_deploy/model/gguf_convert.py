@@ -23,6 +23,9 @@ _RECORD = "converted.json"
 _MAGIC = b"GGUF"
 
 
+OTHER_CACHE = "set NIRVANA_DEPLOY_CACHE to another folder"
+
+
 def cache_folder() -> Path:
     """Where conversions are kept: NIRVANA_DEPLOY_CACHE, else the user's cache folder (XDG_CACHE_HOME)."""
     if own := os.environ.get("NIRVANA_DEPLOY_CACHE"):
@@ -67,7 +70,7 @@ def converted(
     header = read_header(gguf)
     require_free_bytes(target, 4 * header.parameters, what=f"Converting {gguf.name} to safetensors")
     progress.note(f"Converting {gguf.name} to safetensors, once, into {target}")
-    with whole_folder(target) as partial:
+    with whole_folder(target, elsewhere=OTHER_CACHE) as partial:
         _convert(gguf, partial, progress)
         files = {
             path.name: {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}

@@ -86,7 +86,10 @@ def _check_downloadable(hub_id: str, info: ModelInfo) -> None:
 def _download(hub_id: str, info: ModelInfo, progress: Progress) -> Path:
     progress.note(f"Downloading {hub_id} (revision {(info.sha or 'main')[:12]}) from the hub")
     try:
-        with disk_errors(Path(constants.HF_HUB_CACHE)), _hub_bars(shown=progress is not SILENT):
+        with (
+            disk_errors(Path(constants.HF_HUB_CACHE), elsewhere="set HF_HOME to another folder"),
+            _hub_bars(shown=progress is not SILENT),
+        ):
             # by branch, not by commit: only then can it be found again when the hub cannot be reached
             folder = snapshot_download(
                 hub_id,

