@@ -163,14 +163,16 @@ class _Decoder:
         op, family, d = self.op, self.shape.family, self.shape.head_dim
         prefix, bias = family.layer(index), self.shape.attention_bias
 
-        def heads(module: str, count: int) -> ir.Value:  # [B, count, T, d]
+        def heads(module: str, count: int, norm: str | None = None) -> ir.Value:  # [B, count, T, d]
             projected = self.linear(
                 hidden, f"{prefix}.{module}", self.shape.hidden_size, count * d, bias=bias
             )
-            return op.Transpose(op.Reshape(projected, [0, 0, count, d]), perm=[0, 2, 1, 3])
+            split = op.Reshape(projected, [0, 0, count, d])
+            normed = self.norm(split, f"{prefix}.{norm}", d) if norm else split
+            return op.Transpose(normed, perm=[0, 2, 1, 3])
 
-        query = op.RotaryEmbedding(heads(family.q, layer.query_heads), cosine, sine)
-        new_key = op.RotaryEmbedding(heads(family.k, layer.kv_heads), cosine, sine)
+        query = op.RotaryEmbedding(heads(family.q, layer.query_heads, family.q_norm), cosine, sine)
+        new_key = op.RotaryEmbedding(heads(family.k, layer.kv_heads, family.k_norm), cosine, sine)
         key = self.cache(index, "key", layer, new_key)
         value = self.cache(index, "value", layer, heads(family.v, layer.kv_heads))
         mixed = op.Attention(query, key, value, mask)
@@ -206,9 +208,9 @@ class _Decoder:
         y = self.op.MatMul(x, self.weight(f"{module}.weight", (inputs, outputs), transposed=True))
         return self.op.Add(y, self.weight(f"{module}.bias", (outputs,))) if bias else y
 
-    def norm(self, x: ir.Value, module: str) -> ir.Value:
-        """RMS norm over the hidden width, accumulated in float32."""
-        scale = self.weight(f"{module}.weight", (self.shape.hidden_size,))
+    def norm(self, x: ir.Value, module: str, width: int | None = None) -> ir.Value:
+        """RMS norm over the last dimension (the hidden width when not said), accumulated in float32."""
+        scale = self.weight(f"{module}.weight", (width or self.shape.hidden_size,))
         return self.op.RMSNormalization(x, scale, axis=-1, epsilon=self.norm_epsilon)
 
     def head(self, embedding: ir.Value) -> ir.Value:

@@ -4,7 +4,9 @@ A family says which tensors shrink together. A KV group is its K and V rows, the
 heads and those heads' O columns; an FFN neuron is its gate and up rows and its down column. Biases of
 rows go with the rows; biases of columns (o, down) belong to the hidden width and stay.
 
-Supported today: Llama and Mistral. Others are refused by name before any work.
+Norms of the hidden width, and Qwen3's norms of one head, are shared by all units and stay whole.
+
+What is not in the table is refused by name before any work.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ class Family:
     """Class of transformers that computes it."""
     attention_bias: Literal["config", "qkv", "none"] = "config"
     """Whether q, k, v have biases: as ``attention_bias`` in the config says, always, or never."""
+    layerwise_window: bool = False
+    """A sliding window concerns only some layers, and none unless ``use_sliding_window`` is set."""
     tied_by_default: bool = False
     """``tie_word_embeddings`` when the config is silent."""
     embedding: str = "model.embed_tokens"
@@ -35,6 +39,9 @@ class Family:
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
     o: str = "self_attn.o_proj"
+    q_norm: str | None = None
+    """RMS norm over head_dim of every query head, ahead of the rotary embedding."""
+    k_norm: str | None = None
     ffn_norm: str = "post_attention_layernorm"
     ffn_rows: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Linears whose rows are the neurons."""
@@ -47,11 +54,22 @@ class Family:
         return self.layer_prefix.format(layer=index)
 
 
+_MAX_WINDOW_LAYERS = 28
+"""Layers before the first one with a sliding window, when the config is silent."""
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family(name="llama", architecture="LlamaForCausalLM"),
         Family(name="mistral", architecture="MistralForCausalLM", attention_bias="none"),
+        Family(name="qwen2", architecture="Qwen2ForCausalLM", attention_bias="qkv", layerwise_window=True),
+        Family(
+            name="qwen3",
+            architecture="Qwen3ForCausalLM",
+            layerwise_window=True,
+            q_norm="self_attn.q_norm",
+            k_norm="self_attn.k_norm",
+        ),
     )
 }
 
@@ -69,8 +87,13 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"architectures {config.get('architectures')}. "
             f"Supported: {supported}."
         )
+    family = FAMILIES[model_type]
+    if _has_sliding_layers(config, family):
+        raise NirvanaError(
+            "Unsupported: config.json asks for sliding-window attention "
+            f"(sliding_window = {config.get('sliding_window')!r})."
+        )
     refused = {
-        "sliding_window": "sliding-window attention",
         "quantization_config": "weights that are already quantized",
         "num_local_experts": "mixture of experts",
         "attention_chunk_size": "chunked attention",
@@ -80,4 +103,13 @@ def family_of(config: Mapping[str, Any]) -> Family:
             raise NirvanaError(f"Unsupported: config.json asks for {feature} ({key} = {config[key]!r}).")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise NirvanaError(f"Unsupported: hidden_act {config['hidden_act']!r}; supported: 'silu'.")
-    return FAMILIES[model_type]
+    return family
+
+
+def _has_sliding_layers(config: Mapping[str, Any], family: Family) -> bool:
+    if not family.layerwise_window:
+        return bool(config.get("sliding_window"))
+    if layer_types := config.get("layer_types"):
+        return any(kind != "full_attention" for kind in layer_types)
+    first = config.get("max_window_layers", _MAX_WINDOW_LAYERS)
+    return bool(config.get("use_sliding_window")) and first < config.get("num_hidden_layers", first + 1)

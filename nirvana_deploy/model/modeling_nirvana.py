@@ -9,7 +9,16 @@ query heads per KV head is the dense model's, and the attention code of transfor
 """
 
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 _PERMISSION = "allow_global_per_layer_attribute_access"
 
@@ -81,6 +90,14 @@ class NirvanaMistralConfig(MistralConfig):
     """A Mistral config with per-layer widths; the dense model's numbers stay as the global ones."""
 
 
+class NirvanaQwen2Config(Qwen2Config):
+    """A Qwen2 config with per-layer widths; the dense model's numbers stay as the global ones."""
+
+
+class NirvanaQwen3Config(Qwen3Config):
+    """A Qwen3 config with per-layer widths; the dense model's numbers stay as the global ones."""
+
+
 class NirvanaLlamaForCausalLM(_PerLayerWidths, LlamaForCausalLM):
     """Llama with KV groups and FFN neurons removed layer by layer."""
 
@@ -91,3 +108,15 @@ class NirvanaMistralForCausalLM(_PerLayerWidths, MistralForCausalLM):
     """Mistral with KV groups and FFN neurons removed layer by layer."""
 
     config_class = NirvanaMistralConfig
+
+
+class NirvanaQwen2ForCausalLM(_PerLayerWidths, Qwen2ForCausalLM):
+    """Qwen2 with KV groups and FFN neurons removed layer by layer; q, k and v keep their biases."""
+
+    config_class = NirvanaQwen2Config
+
+
+class NirvanaQwen3ForCausalLM(_PerLayerWidths, Qwen3ForCausalLM):
+    """Qwen3 with KV groups and FFN neurons removed layer by layer; the norms of a head stay whole."""
+
+    config_class = NirvanaQwen3Config

@@ -143,6 +143,8 @@ def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
                 tensors[f"{prefix}.{module}.bias"] = (rows,)
         for norm in (family.input_norm, family.ffn_norm):
             tensors[f"{prefix}.{norm}.weight"] = (D,)
+        for norm in filter(None, (family.q_norm, family.k_norm)):
+            tensors[f"{prefix}.{norm}.weight"] = (d,)
     return tensors
 
 
