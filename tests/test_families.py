@@ -14,12 +14,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.export.verify import verify_onnx
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
-from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.score import score_units
 from nirvana_deploy.prune.slicing import SlicedWeights
@@ -29,17 +26,6 @@ def plan_of(folder: Path, tokens: NDArray[np.int64] | None, *, saliency: str) ->
     shape = shape_from_config(config_json(folder))
     scores = score_units(folder, tokens, saliency=saliency, seed=5)
     return make_plan(shape, scores, sparsity=0.4, gamma=1.0, round_to=4, saliency=saliency)
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_a_pruned_qwen_computes_the_same_in_onnx_runtime(kind: str, tmp_path: Path) -> None:
-    dense = write_tiny(tmp_path / "dense", kind)
-    slice_checkpoint(dense, plan_of(dense, None, saliency="random"), tmp_path / "pruned")
-    onnx_from_checkpoint(tmp_path / "pruned", tmp_path / "onnx")
-    report = verify_onnx(tmp_path / "pruned", tmp_path / "onnx", new_tokens=8, threads=1)
-    assert report.passed, report
-    genai = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())
-    assert genai["model"]["type"] == kind
 
 
 def test_biases_are_cut_with_their_groups_and_head_norms_stay(tmp_path: Path) -> None:
