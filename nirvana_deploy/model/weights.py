@@ -133,10 +133,10 @@ def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
             site.k: (layer.kv_heads * d, D, shape.attention_bias),
             site.v: (layer.kv_heads * d, D, shape.attention_bias),
             site.o: (D, layer.query_heads * d, shape.output_bias),
-            **dict.fromkeys(site.ffn_rows, (layer.ffn_width, D, shape.ffn_bias)),
         }
         if site.ffn_rows:
             linears[site.ffn_down] = (D, layer.ffn_width, shape.ffn_bias)
+            linears |= dict.fromkeys(site.ffn_rows, (layer.ffn_width, D, shape.ffn_bias))
         for module, (rows, columns, bias) in linears.items():
             tensors[f"{prefix}.{module}.weight"] = (rows, columns)
             if bias:
