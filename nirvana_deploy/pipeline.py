@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from nirvana_deploy.artifact import read_json, require_free_bytes
 from nirvana_deploy.errors import VerificationError
+from nirvana_deploy.export.onnx_export import require_exportable
 from nirvana_deploy.export.verify import VerifyReport, verify_onnx
 from nirvana_deploy.measure.benchmark import Workload
 from nirvana_deploy.model.sources import resolve_model
@@ -95,6 +96,8 @@ def prune_export(
     saliency_named(saliency)
     source = resolve_model(model, progress=progress)
     shape = checked_shape(source.path, seq_len=seq_len)
+    if until != "checkpoint":
+        require_exportable(shape)
     gamma = default_gamma(shape) if gamma is None else gamma
     removed_counts(shape, sparsity=sparsity, gamma=gamma, round_to=round_to)  # refuse before any work
     out = Path(out) if out is not None else Path(f"{source.name}-s{sparsity:g}")

@@ -11,13 +11,22 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 VOCABULARY = 272
 KINDS: dict[str, Callable[[], Any]] = {
     "llama-tied": lambda: LlamaConfig(**_size(), tie_word_embeddings=True),
     "llama-biased": lambda: LlamaConfig(**_size(), attention_bias=True, mlp_bias=True),
     "mistral": lambda: MistralConfig(**_size(), head_dim=8, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**_size(), tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_size(), head_dim=16),
 }
 
 

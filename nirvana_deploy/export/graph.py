@@ -141,12 +141,11 @@ class _Decoder:
         sine: ir.Value,
     ) -> ir.Value:
         """One decoder layer with its own dimensions: [B, T, D] -> [B, T, D]."""
-        op, family = self.op, self.shape.family
-        prefix = family.layer(index)
-        normed = self.norm(hidden, f"{prefix}.{family.input_norm}")
+        op, (site, prefix) = self.op, self.shape.place(index)
+        normed = self.norm(hidden, f"{prefix}.{site.input_norm}")
         hidden = op.Add(hidden, self.attention(index, layer, normed, mask, cosine, sine))
-        normed = self.norm(hidden, f"{prefix}.{family.ffn_norm}")
-        hidden = op.Add(hidden, self.feed_forward(prefix, layer, normed))
+        normed = self.norm(hidden, f"{prefix}.{site.ffn_norm}")
+        hidden = op.Add(hidden, self.feed_forward(index, layer, normed))
         hidden.name = hidden_state_name(index)
         return hidden
 
@@ -160,24 +159,26 @@ class _Decoder:
         sine: ir.Value,
     ) -> ir.Value:
         """Grouped-query attention over past and new tokens: [B, T, D] -> [B, T, D]."""
-        op, family, d = self.op, self.shape.family, self.shape.head_dim
-        prefix, bias = family.layer(index), self.shape.attention_bias
+        op, d, bias = self.op, self.shape.head_dim, self.shape.attention_bias
+        site, prefix = self.shape.place(index)
 
-        def heads(module: str, count: int) -> ir.Value:  # [B, count, T, d]
+        def heads(module: str, count: int, norm: str | None = None) -> ir.Value:  # [B, count, T, d]
             projected = self.linear(
                 hidden, f"{prefix}.{module}", self.shape.hidden_size, count * d, bias=bias
             )
-            return op.Transpose(op.Reshape(projected, [0, 0, count, d]), perm=[0, 2, 1, 3])
+            split = op.Reshape(projected, [0, 0, count, d])
+            normed = self.norm(split, f"{prefix}.{norm}", d) if norm else split
+            return op.Transpose(normed, perm=[0, 2, 1, 3])
 
-        query = op.RotaryEmbedding(heads(family.q, layer.query_heads), cosine, sine)
-        new_key = op.RotaryEmbedding(heads(family.k, layer.kv_heads), cosine, sine)
+        query = op.RotaryEmbedding(heads(site.q, layer.query_heads, site.q_norm), cosine, sine)
+        new_key = op.RotaryEmbedding(heads(site.k, layer.kv_heads, site.k_norm), cosine, sine)
         key = self.cache(index, "key", layer, new_key)
-        value = self.cache(index, "value", layer, heads(family.v, layer.kv_heads))
+        value = self.cache(index, "value", layer, heads(site.v, layer.kv_heads))
         mixed = op.Attention(query, key, value, mask)
         joined = op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), [0, 0, layer.query_heads * d])
         return self.linear(
             joined,
-            f"{prefix}.{family.o}",
+            f"{prefix}.{site.o}",
             layer.query_heads * d,
             self.shape.hidden_size,
             bias=self.shape.output_bias,
@@ -193,22 +194,22 @@ class _Decoder:
         self.add_output(present, f"present.{index}.{kind}", ["batch_size", K, "total_sequence_length", d])
         return present
 
-    def feed_forward(self, prefix: str, layer: LayerShape, hidden: ir.Value) -> ir.Value:
+    def feed_forward(self, index: int, layer: LayerShape, hidden: ir.Value) -> ir.Value:
         """Gated SiLU: down(silu(gate(x)) * up(x)), [B, T, D] -> [B, T, D]."""
-        op, family, D, F = self.op, self.shape.family, self.shape.hidden_size, layer.ffn_width
-        bias = self.shape.ffn_bias
-        gate, up = (self.linear(hidden, f"{prefix}.{row}", D, F, bias=bias) for row in family.ffn_rows)
+        op, D, F, bias = self.op, self.shape.hidden_size, layer.ffn_width, self.shape.ffn_bias
+        site, prefix = self.shape.place(index)
+        gate, up = (self.linear(hidden, f"{prefix}.{row}", D, F, bias=bias) for row in site.ffn_rows)
         gated = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
-        return self.linear(gated, f"{prefix}.{family.ffn_down}", F, D, bias=bias)
+        return self.linear(gated, f"{prefix}.{site.ffn_down}", F, D, bias=bias)
 
     def linear(self, x: ir.Value, module: str, inputs: int, outputs: int, *, bias: bool) -> ir.Value:
         """x W^T (+ b); the weight is stored as [inputs, outputs], so that no runtime transposes it."""
         y = self.op.MatMul(x, self.weight(f"{module}.weight", (inputs, outputs), transposed=True))
         return self.op.Add(y, self.weight(f"{module}.bias", (outputs,))) if bias else y
 
-    def norm(self, x: ir.Value, module: str) -> ir.Value:
-        """RMS norm over the hidden width, accumulated in float32."""
-        scale = self.weight(f"{module}.weight", (self.shape.hidden_size,))
+    def norm(self, x: ir.Value, module: str, width: int | None = None) -> ir.Value:
+        """RMS norm over the last dimension (the hidden width when not said), accumulated in float32."""
+        scale = self.weight(f"{module}.weight", (width or self.shape.hidden_size,))
         return self.op.RMSNormalization(x, scale, axis=-1, epsilon=self.norm_epsilon)
 
     def head(self, embedding: ir.Value) -> ir.Value:

@@ -48,6 +48,7 @@ def onnx_from_checkpoint(checkpoint: Path, out: Path, *, progress: Progress = SI
     """
     config = read_config(checkpoint)
     shape = shape_from_config(config.to_dict())
+    require_exportable(shape)
     weights = SafetensorsWeights(checkpoint)
     check_weights(weights, shape)
     require_free_bytes(
@@ -73,6 +74,15 @@ def onnx_from_checkpoint(checkpoint: Path, out: Path, *, progress: Progress = SI
         weights_bytes=(out / DATA_FILE).stat().st_size,
         nodes=model.graph.num_nodes(),
     )
+
+
+def require_exportable(shape: ModelShape) -> None:
+    """Raise NirvanaError for a family that can be pruned and not exported yet."""
+    if shape.family.encoder_decoder:
+        raise NirvanaError(
+            f"Encoder-decoder models ({shape.family.name}) cannot be exported to ONNX yet, only pruned.",
+            hint="nirvana-deploy prune MODEL writes plan.json and a checkpoint that transformers loads.",
+        )
 
 
 def _save(model: ir.Model, path: Path, advance: Callable[[int], None]) -> None:

@@ -49,11 +49,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The config object of a checkpoint; a pruned one gets the class of this package, not of the folder."""
     config = config_json(folder)
     shape = shape_from_config(config)
-    if "per_layer_config" not in config:
+    if "per_layer_config" not in config and "pruned_layers" not in config:
         return AutoConfig.for_model(**config)
-    config_class = getattr(
-        modeling_nirvana, f"Nirvana{shape.family.architecture}".replace("ForCausalLM", "Config")
-    )
+    config_class = getattr(modeling_nirvana, f"Nirvana{shape.family.config_class}")
     return config_class.from_dict(config)
 
 
@@ -72,7 +70,7 @@ def stop_token_ids(config: PreTrainedConfig) -> frozenset[int]:
 
 def model_class(config: PreTrainedConfig, family: Family) -> type[PreTrainedModel]:
     """The class that computes a checkpoint: transformers' own, or ours when its layers differ."""
-    if config.is_heterogeneous:
+    if config.is_heterogeneous or hasattr(config, "pruned_layers"):
         return getattr(modeling_nirvana, f"Nirvana{family.architecture}")  # type: ignore[no-any-return]
     return getattr(transformers, family.architecture)  # type: ignore[no-any-return]
 

@@ -1,15 +1,29 @@
 # mypy: ignore-errors
 # (this file travels: it runs under whatever transformers, typed or not, the reader has)
-"""Decoder models whose layers differ in width: the module that travels with a pruned checkpoint.
+"""Models whose layers differ in width: the module that travels with a pruned checkpoint.
 
 This file is copied beside the weights and loaded by transformers with ``trust_remote_code=True``; it
-needs nothing but transformers. Each layer takes ``num_attention_heads``, ``num_key_value_heads`` and
-``intermediate_size`` from ``config.per_layer_config``. Whole KV groups were removed, so the number of
-query heads per KV head is the dense model's, and the attention code of transformers applies as it is.
+needs nothing but transformers. Each decoder-only layer takes ``num_attention_heads``,
+``num_key_value_heads`` and ``intermediate_size`` from ``config.per_layer_config``. Whole KV groups were
+removed, so the number of query heads per KV head is the dense model's, and the attention code of
+transformers applies as it is. T5 takes ``kept_heads`` and ``d_ff`` from ``config.pruned_layers``.
 """
 
+import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.t5.modeling_t5 import T5Attention
 
 _PERMISSION = "allow_global_per_layer_attribute_access"
 
@@ -81,6 +95,14 @@ class NirvanaMistralConfig(MistralConfig):
     """A Mistral config with per-layer widths; the dense model's numbers stay as the global ones."""
 
 
+class NirvanaQwen2Config(Qwen2Config):
+    """A Qwen2 config with per-layer widths; the dense model's numbers stay as the global ones."""
+
+
+class NirvanaQwen3Config(Qwen3Config):
+    """A Qwen3 config with per-layer widths; the dense model's numbers stay as the global ones."""
+
+
 class NirvanaLlamaForCausalLM(_PerLayerWidths, LlamaForCausalLM):
     """Llama with KV groups and FFN neurons removed layer by layer."""
 
@@ -91,3 +113,105 @@ class NirvanaMistralForCausalLM(_PerLayerWidths, MistralForCausalLM):
     """Mistral with KV groups and FFN neurons removed layer by layer."""
 
     config_class = NirvanaMistralConfig
+
+
+class NirvanaQwen2ForCausalLM(_PerLayerWidths, Qwen2ForCausalLM):
+    """Qwen2 with KV groups and FFN neurons removed layer by layer; q, k and v keep their biases."""
+
+    config_class = NirvanaQwen2Config
+
+
+class NirvanaQwen3ForCausalLM(_PerLayerWidths, Qwen3ForCausalLM):
+    """Qwen3 with KV groups and FFN neurons removed layer by layer; the norms of a head stay whole."""
+
+    config_class = NirvanaQwen3Config
+
+
+class _T5SelfAttention(T5Attention):
+    """T5 self-attention that kept some heads, beside a position bias that all layers of a stack share.
+
+    The shared bias [1, H, queries, keys] is computed in the first layer with every head of the dense model
+    and handed on whole; each layer adds the part of its own heads.
+    """
+
+    def __init__(self, dense, kept_heads):
+        super().__init__(
+            dense.config,
+            dense.has_relative_attention_bias,
+            layer_idx=dense.layer_idx,
+            is_causal=dense.is_causal,
+        )
+        self.kept_heads = kept_heads
+        _resize_t5_attention(self, len(kept_heads))
+
+    def compute_bias(self, *args, **kwargs):
+        """The position bias of this layer's own heads."""
+        return super().compute_bias(*args, **kwargs)[:, self.kept_heads]
+
+    def forward(self, hidden_states, mask=None, position_bias=None, past_key_values=None, **kwargs):
+        """As in T5; takes and returns the position bias of all heads."""
+        past_tokens = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+        if isinstance(past_tokens, torch.Tensor):
+            past_tokens = past_tokens.clone()  # a static cache counts up in place
+        own_bias = None if position_bias is None else position_bias[:, self.kept_heads]
+        output, own_bias, weights = super().forward(
+            hidden_states, mask=mask, position_bias=own_bias, past_key_values=past_key_values, **kwargs
+        )
+        if position_bias is None:
+            position_bias = super().compute_bias(
+                hidden_states.shape[1], own_bias.shape[-1], hidden_states.device, past_tokens
+            )
+        return output, position_bias, weights
+
+
+class _T5CrossAttention(T5Attention):
+    """T5 cross-attention that kept some heads; it has no position bias to share with other layers."""
+
+    def __init__(self, dense, heads):
+        super().__init__(dense.config, layer_idx=dense.layer_idx, is_causal=dense.is_causal)
+        _resize_t5_attention(self, heads)
+
+    def forward(self, hidden_states, position_bias=None, **kwargs):
+        """As in T5, without the zeros that T5 hands from layer to layer, whose heads are too many or few."""
+        output, _, weights = super().forward(hidden_states, **kwargs)
+        return output, None, weights
+
+
+def _resize_t5_attention(attention, heads):
+    width = heads * attention.key_value_proj_dim
+    attention.n_heads, attention.inner_dim = heads, width
+    attention.q = _resized(attention.q, outputs=width)
+    attention.k = _resized(attention.k, outputs=width)
+    attention.v = _resized(attention.v, outputs=width)
+    attention.o = _resized(attention.o, inputs=width)
+
+
+def _resize_t5_block(block, layer):
+    """Give one block of either stack the self-attention heads and the FFN width that it kept."""
+    block.layer[0].SelfAttention = _T5SelfAttention(block.layer[0].SelfAttention, layer["kept_heads"])
+    ffn = block.layer[-1].DenseReluDense
+    for name in ("wi", "wi_0", "wi_1"):
+        if hasattr(ffn, name):
+            setattr(ffn, name, _resized(getattr(ffn, name), outputs=layer["d_ff"]))
+    ffn.wo = _resized(ffn.wo, inputs=layer["d_ff"])
+
+
+class NirvanaT5Config(T5Config):
+    """A T5 config with ``pruned_layers``: what every layer of "encoder", "decoder" and "cross" kept."""
+
+
+class NirvanaT5ForConditionalGeneration(T5ForConditionalGeneration):
+    """T5 or Flan-T5 with heads and FFN neurons removed layer by layer, in both stacks."""
+
+    config_class = NirvanaT5Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        layers = config.pruned_layers
+        for stack, name in ((self.encoder, "encoder"), (self.decoder, "decoder")):
+            for block, layer in zip(stack.block, layers[name], strict=True):
+                _resize_t5_block(block, layer)
+        for block, layer in zip(self.decoder.block, layers["cross"], strict=True):
+            cross = block.layer[1]
+            cross.EncDecAttention = _T5CrossAttention(cross.EncDecAttention, len(layer["kept_heads"]))
+        self.post_init()

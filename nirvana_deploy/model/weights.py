@@ -121,28 +121,33 @@ def check_weights(weights: WeightSource, shape: ModelShape) -> None:
 def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a model of this shape consists of."""
     family, D, d = shape.family, shape.hidden_size, shape.head_dim
-    tensors: dict[str, tuple[int, ...]] = {
-        f"{family.embedding}.weight": (shape.vocab_size, D),
-        f"{family.final_norm}.weight": (D,),
-    }
+    tensors: dict[str, tuple[int, ...]] = {f"{family.embedding}.weight": (shape.vocab_size, D)}
+    for norm in filter(None, (family.encoder_norm, family.final_norm)):
+        tensors[f"{norm}.weight"] = (D,)
     if not shape.tied_embeddings:
         tensors[f"{family.head}.weight"] = (shape.vocab_size, D)
     for index, layer in enumerate(shape.layers):
+        site, prefix = shape.place(index)
         linears = {
-            family.q: (layer.query_heads * d, D, shape.attention_bias),
-            family.k: (layer.kv_heads * d, D, shape.attention_bias),
-            family.v: (layer.kv_heads * d, D, shape.attention_bias),
-            family.o: (D, layer.query_heads * d, shape.output_bias),
-            family.ffn_down: (D, layer.ffn_width, shape.ffn_bias),
-            **dict.fromkeys(family.ffn_rows, (layer.ffn_width, D, shape.ffn_bias)),
+            site.q: (layer.query_heads * d, D, shape.attention_bias),
+            site.k: (layer.kv_heads * d, D, shape.attention_bias),
+            site.v: (layer.kv_heads * d, D, shape.attention_bias),
+            site.o: (D, layer.query_heads * d, shape.output_bias),
         }
-        prefix = family.layer(index)
+        if site.ffn_rows:
+            linears[site.ffn_down] = (D, layer.ffn_width, shape.ffn_bias)
+            linears |= dict.fromkeys(site.ffn_rows, (layer.ffn_width, D, shape.ffn_bias))
         for module, (rows, columns, bias) in linears.items():
             tensors[f"{prefix}.{module}.weight"] = (rows, columns)
             if bias:
                 tensors[f"{prefix}.{module}.bias"] = (rows,)
-        for norm in (family.input_norm, family.ffn_norm):
+        for norm in filter(None, (site.input_norm, site.ffn_norm)):
             tensors[f"{prefix}.{norm}.weight"] = (D,)
+        for norm in filter(None, (site.q_norm, site.k_norm)):
+            tensors[f"{prefix}.{norm}.weight"] = (d,)
+    for site in family.sites:
+        if site.position_bias:
+            tensors[f"{site.layer(0)}.{site.position_bias}.weight"] = shape.position_bias
     return tensors
 
 

@@ -70,18 +70,25 @@ def slice_checkpoint(
 def pruned_config(config: dict[str, Any], plan: PrunePlan, shape: ModelShape) -> dict[str, Any]:
     """``config.json`` of the pruned model, from that of the dense one."""
     family, smaller = shape.family, pruned_shape(shape, plan)
-    digits = len(str(len(smaller.layers) - 1))
-    prefix = f"modeling_nirvana.Nirvana{family.architecture}"
     result = {
         key: value for key, value in config.items() if key not in ("_name_or_path", "_model_name_or_path")
     }
     return result | {
         "architectures": [f"Nirvana{family.architecture}"],
         "auto_map": {
-            "AutoConfig": prefix.replace("ForCausalLM", "Config"),
-            "AutoModelForCausalLM": prefix,
+            "AutoConfig": f"modeling_nirvana.Nirvana{family.config_class}",
+            family.auto_class: f"modeling_nirvana.Nirvana{family.architecture}",
         },
-        "head_dim": shape.head_dim,
+        **(_pruned_layers(config, plan) if family.encoder_decoder else _per_layer_config(smaller)),
+    }
+
+
+def _per_layer_config(smaller: ModelShape) -> dict[str, Any]:
+    """Widths of a decoder-only model in transformers' own words."""
+    digits = len(str(len(smaller.layers) - 1))
+    family = smaller.family
+    return {
+        "head_dim": smaller.head_dim,
         # LlamaConfig compares head numbers while it loads; without this the stock class cannot open the file
         **({"allow_global_per_layer_attribute_access": True} if family.name == "llama" else {}),
         "per_layer_config": {
@@ -93,6 +100,21 @@ def pruned_config(config: dict[str, Any], plan: PrunePlan, shape: ModelShape) ->
             for index, layer in enumerate(smaller.layers)
         },
     }
+
+
+def _pruned_layers(config: dict[str, Any], plan: PrunePlan) -> dict[str, Any]:
+    """What every layer of an encoder-decoder kept: site -> layer -> heads (of the dense model) and FFN width.
+
+    The indices of the heads matter after the cut too: all layers read their own columns of one shared
+    position bias. Cutting a pruned model again composes the two.
+    """
+    before = config.get("pruned_layers")
+    layers: dict[str, list[dict[str, Any]]] = {}
+    for layer in plan.layers:
+        heads = before[layer.site][layer.layer]["kept_heads"] if before else range(layer.of_groups)
+        kept = {"kept_heads": [heads[group] for group in layer.kept_groups], "d_ff": len(layer.kept_neurons)}
+        layers.setdefault(layer.site, []).append(kept)
+    return {"pruned_layers": layers}
 
 
 def _bytes(weights: WeightSource, name: str) -> int:

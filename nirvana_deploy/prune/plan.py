@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.artifact import read_json, write_json
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.model.families import DECODER
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.prune.units import UnitScores
 
@@ -35,6 +36,8 @@ class LayerPlan:
     of_neurons: int
     kept_neurons: tuple[int, ...]
     """Sorted indices of the FFN neurons that stay."""
+    site: str = DECODER
+    """In an encoder-decoder: "encoder", "decoder" or "cross"; each numbers its layers from 0."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +157,12 @@ def make_plan(
     ]
     layers = tuple(
         LayerPlan(
-            layer=index,
+            layer=shape.number(index),
             of_groups=layer.kv_heads,
             kept_groups=_indices(kept_groups[index]),
             of_neurons=layer.ffn_width,
             kept_neurons=_indices(rounded[index]),
+            site=layer.site,
         )
         for index, layer in enumerate(shape.layers)
     )
@@ -209,6 +213,7 @@ def pruned_shape(shape: ModelShape, plan: PrunePlan) -> ModelShape:
             query_heads=g * len(layer.kept_groups),
             kv_heads=len(layer.kept_groups),
             ffn_width=len(layer.kept_neurons),
+            site=layer.site,
         )
         for layer in plan.layers
     )
@@ -219,7 +224,12 @@ def dense_shape(pruned: ModelShape, plan: PrunePlan) -> ModelShape:
     """The shape that the model had before the plan; the inverse of :func:`pruned_shape`."""
     g = pruned.query_heads_per_group
     layers = tuple(
-        LayerShape(query_heads=g * layer.of_groups, kv_heads=layer.of_groups, ffn_width=layer.of_neurons)
+        LayerShape(
+            query_heads=g * layer.of_groups,
+            kv_heads=layer.of_groups,
+            ffn_width=layer.of_neurons,
+            site=layer.site,
+        )
         for layer in plan.layers
     )
     return replace(pruned, layers=layers)
@@ -243,7 +253,8 @@ def check_plan_fits(plan: PrunePlan, shape: ModelShape) -> None:
         differences.append(f"the plan has {len(plan.layers)} layers and the model {len(shape.layers)}")
     else:
         for layer, model in zip(plan.layers, shape.layers, strict=True):
-            if (layer.of_groups, layer.of_neurons) != (model.kv_heads, model.ffn_width):
+            dimensions = (model.site, model.kv_heads, model.ffn_width)
+            if (layer.site, layer.of_groups, layer.of_neurons) != dimensions:
                 differences.append(
                     f"layer {layer.layer} has {layer.of_groups} KV groups and {layer.of_neurons} neurons "
                     f"in the plan, {model.kv_heads} and {model.ffn_width} in the model"
@@ -258,7 +269,11 @@ def check_plan_fits(plan: PrunePlan, shape: ModelShape) -> None:
 
 def write_plan(plan: PrunePlan, path: Path) -> None:
     """Write ``plan.json``; the same plan gives the same bytes."""
-    write_json(path, {"schema": PLAN_SCHEMA, **asdict(plan)})
+    data = {"schema": PLAN_SCHEMA, **asdict(plan)}
+    if all(layer.site == DECODER for layer in plan.layers):
+        for layer in data["layers"]:
+            del layer["site"]  # a decoder-only model has one kind of layer, which needs no name
+    write_json(path, data)
 
 
 def read_plan(path: Path) -> PrunePlan:
@@ -288,7 +303,7 @@ def _layer_plan(data: dict[str, Any]) -> LayerPlan:
 
 def _check_indices(path: Path, layer: int, what: str, kept: tuple[int, ...], of: int) -> None:
     if (
-        not kept
+        (of and not kept)
         or list(kept) != sorted(set(kept))
         or not all(isinstance(i, int) and 0 <= i < of for i in kept)
     ):

@@ -27,6 +27,7 @@ from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.prune.saliency import Functional, saliency_named
+from nirvana_deploy.prune.score_seq2seq import StreamedEncoderDecoder
 from nirvana_deploy.prune.units import UnitScores, scored_tensors, unit_sums
 
 DEFAULT_MICRO_BATCH = 8
@@ -56,7 +57,8 @@ def score_units(
             raise NirvanaError(
                 f"The saliency {saliency!r} needs calibration text.", hint="Pass --calib SOURCE."
             )
-        streamed = StreamedModel(checkpoint, weights, shape)
+        stream = StreamedEncoderDecoder if shape.family.encoder_decoder else StreamedModel
+        streamed = stream(checkpoint, weights, shape)
         return streamed.gradient_scores(
             torch.from_numpy(tokens), method.functional, micro_batch=micro_batch, progress=progress
         )
@@ -73,6 +75,8 @@ class StreamedModel:
     """A decoder of which one part at a time has weights; the rest lives on torch's meta device."""
 
     def __init__(self, checkpoint: Path, weights: WeightSource, shape: ModelShape) -> None:
+        if shape.family.encoder_decoder:
+            raise NirvanaError(f"This needs a decoder-only model; {shape.family.name} is an encoder-decoder.")
         config = read_config(checkpoint)
         self._model = meta_model(config)
         self._weights = weights

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nirvana_deploy.model.checkpoint import load_checkpoint
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
+from nirvana_deploy.model.families import family_of
 from nirvana_deploy.progress import SILENT, Advance, Progress
 
 BATCH_SIZE = 16
@@ -30,7 +32,14 @@ def written_by_model(
 
     ``shapes`` maps a stream (any non-negative integer: the seed of its random numbers) to (N, T); the result
     maps it to int64 tokens [N, T]. Different streams are independent. The model is loaded once, in fp32.
+    Raises NirvanaError for an encoder-decoder.
     """
+    family = family_of(config_json(model_path))
+    if family.encoder_decoder:
+        raise NirvanaError(
+            f"--calib self: only a decoder-only model writes its own calibration text, not {family.name}.",
+            hint="Pass --calib pydoc or a text file.",
+        )
     model = load_checkpoint(model_path)
     starts = _start_tokens(tokenizer)
     steps = sum(-(-count // BATCH_SIZE) * length for count, length in shapes.values())

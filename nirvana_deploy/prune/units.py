@@ -28,13 +28,15 @@ class UnitScores:
 
 def scored_tensors(shape: ModelShape, layer: int) -> tuple[str, ...]:
     """Checkpoint names of the tensors of one layer whose weights count in unit scores."""
-    family, prefix = shape.family, shape.family.layer(layer)
-    rows = (family.q, family.k, family.v, *family.ffn_rows)
-    names = [f"{prefix}.{module}.weight" for module in (*rows, family.o, family.ffn_down)]
+    site, prefix = shape.place(layer)
+    modules = [site.q, site.k, site.v, *site.ffn_rows, site.o]
+    if site.ffn_rows:
+        modules.append(site.ffn_down)
+    names = [f"{prefix}.{module}.weight" for module in modules]
     if shape.attention_bias:
-        names += [f"{prefix}.{module}.bias" for module in (family.q, family.k, family.v)]
+        names += [f"{prefix}.{module}.bias" for module in (site.q, site.k, site.v)]
     if shape.ffn_bias:
-        names += [f"{prefix}.{module}.bias" for module in family.ffn_rows]
+        names += [f"{prefix}.{module}.bias" for module in site.ffn_rows]
     return tuple(names)
 
 
@@ -46,11 +48,11 @@ def unit_sums(
     ``scores`` maps each of :func:`scored_tensors` to a tensor of the weight's shape [NIRVANA: the unit's
     score is the plain sum over its weights; a bias belongs to its row's unit].
     """
-    family, prefix = shape.family, shape.family.layer(layer)
+    site, prefix = shape.place(layer)
     groups = torch.zeros(shape.layers[layer].kv_heads, dtype=torch.float64)
     neurons = torch.zeros(shape.layers[layer].ffn_width, dtype=torch.float64)
-    columns = {f"{prefix}.{family.o}.weight", f"{prefix}.{family.ffn_down}.weight"}
-    in_ffn = {f"{prefix}.{module}" for module in (*family.ffn_rows, family.ffn_down)}
+    columns = {f"{prefix}.{site.o}.weight", f"{prefix}.{site.ffn_down}.weight"}
+    in_ffn = {f"{prefix}.{module}" for module in (*site.ffn_rows, site.ffn_down)}
     for name, score in scores.items():
         units = neurons if name.rpartition(".")[0] in in_ffn else groups
         if score.ndim == 2:
@@ -72,19 +74,20 @@ def kept_positions(
     shape: ModelShape, kept_groups: Sequence[Sequence[int]], kept_neurons: Sequence[Sequence[int]]
 ) -> dict[str, Kept]:
     """Tensor name -> what stays of it, for every tensor that loses something; [layers][kept units] in."""
-    family, d, g = shape.family, shape.head_dim, shape.query_heads_per_group
+    d, g = shape.head_dim, shape.query_heads_per_group
     kept: dict[str, Kept] = {}
     for layer, (groups, neurons) in enumerate(zip(kept_groups, kept_neurons, strict=True)):
-        prefix = family.layer(layer)
+        site, prefix = shape.place(layer)
         keys = _expanded(groups, d)
         queries = _expanded(groups, g * d)
         width = _expanded(neurons, 1)
-        rows = {family.q: queries, family.k: keys, family.v: keys, **dict.fromkeys(family.ffn_rows, width)}
+        rows = {site.q: queries, site.k: keys, site.v: keys, **dict.fromkeys(site.ffn_rows, width)}
         for module, positions in rows.items():
             kept[f"{prefix}.{module}.weight"] = Kept(0, positions)
             kept[f"{prefix}.{module}.bias"] = Kept(0, positions)
-        kept[f"{prefix}.{family.o}.weight"] = Kept(1, queries)
-        kept[f"{prefix}.{family.ffn_down}.weight"] = Kept(1, width)
+        kept[f"{prefix}.{site.o}.weight"] = Kept(1, queries)
+        if site.ffn_rows:
+            kept[f"{prefix}.{site.ffn_down}.weight"] = Kept(1, width)
     return kept
 
 

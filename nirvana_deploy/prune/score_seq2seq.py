@@ -1,0 +1,260 @@
+"""Score an encoder-decoder (T5, Flan-T5) with one streamed backward pass; the decoder-only twin is score.py.
+
+f needs decoder inputs, so the calibration text is read by teacher forcing: the encoder reads the first half
+of a window, the decoder the start token and the second half. No text is masked and no end token is added:
+the windows are those of every other family.
+
+Forward, the encoder runs first; its normed output is the context of every decoder layer. Backward walks the
+decoder from last to first, adds up the gradient of the context over all cross-attentions, takes it through
+the encoder's final norm, and walks the encoder. One block at a time has weights. The position bias that all
+layers of a stack share is computed in its first block and kept; its table belongs to no unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.model.checkpoint import meta_model, read_config
+from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.weights import WeightSource
+from nirvana_deploy.progress import SILENT, Advance, Progress
+from nirvana_deploy.prune.saliency import Functional
+from nirvana_deploy.prune.units import UnitScores, scored_tensors, unit_sums
+
+Scores = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
+"""Position in ``shape.layers`` -> (groups [K], neurons [F])."""
+
+
+def teacher_forced(tokens: torch.Tensor, *, start_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(encoder input [N, T // 2], decoder input [N, T - T // 2 + 1]) of windows [N, T].
+
+    The decoder reads the start token and the second half, so that its logits at every position but the last
+    predict a token of the window. Raises NirvanaError for windows of less than 2 tokens.
+    """
+    if tokens.shape[1] < 2:
+        raise NirvanaError(
+            f"An encoder-decoder needs windows of at least 2 tokens, got {tokens.shape[1]}.",
+            hint="Pass a larger --seq-len.",
+        )
+    half = tokens.shape[1] // 2
+    start = torch.full((len(tokens), 1), start_token, dtype=tokens.dtype)
+    return tokens[:, :half], torch.cat([start, tokens[:, half:]], dim=1)
+
+
+def _micro_batches(tokens: torch.Tensor, sequences: int) -> list[torch.Tensor]:
+    return [tokens[start : start + sequences] for start in range(0, len(tokens), sequences)]
+
+
+@dataclass
+class _Stack:
+    """One stack while it is being walked."""
+
+    name: str
+    blocks: Sequence[nn.Module]
+    mask: torch.Tensor | None = None
+    """Added to attention logits: [1, 1, T, T]; None where every position sees all."""
+    position_bias: torch.Tensor | None = None
+    """[1, H, T, T], known once the first block has run."""
+    borders: list[list[torch.Tensor]] = field(default_factory=list)
+    """Per block that has run, the states [n, T, D] that entered it, one for every micro-batch."""
+
+
+class StreamedEncoderDecoder:
+    """A T5 of which one block at a time has weights; the rest lives on torch's meta device."""
+
+    def __init__(self, checkpoint: Path, weights: WeightSource, shape: ModelShape) -> None:
+        self._config = read_config(checkpoint)
+        self._model = meta_model(self._config)
+        self._weights = weights
+        self._shape = shape
+
+    def gradient_scores(
+        self, tokens: torch.Tensor, functional: Functional, *, micro_batch: int, progress: Progress = SILENT
+    ) -> UnitScores:
+        """``|w * df/dw|`` summed over every unit, for windows [N, T]; f is averaged over the N sequences."""
+        encoder_tokens, decoder_tokens = teacher_forced(tokens, start_token=self._start_token())
+        batches = _micro_batches(decoder_tokens, micro_batch)
+        encoder, decoder = self._stacks(decoder_tokens.shape[1])
+        label = f"Scoring {tokens.shape[0]} x {tokens.shape[1]} tokens"
+        steps = (2 * (len(encoder.blocks) + len(decoder.blocks)) + 1) * len(batches)
+        scores: Scores = {}
+        with progress.task(label, steps) as advance:
+            encoded = self._forward(
+                encoder, self._embedded(_micro_batches(encoder_tokens, micro_batch)), advance
+            )
+            context = [self._encoder_norm(states) for states in encoded]
+            decoded = self._forward(decoder, self._embedded(batches), advance, context)
+            gradients = self._output_gradients(decoded, batches, functional)
+            advance(len(batches))
+            context_gradients = self._backward(decoder, gradients, scores, advance, context)
+            gradients = [
+                self._through_encoder_norm(states, gradient)
+                for states, gradient in zip(encoded, context_gradients, strict=True)
+            ]
+            self._backward(encoder, gradients, scores, advance)
+        ordered = [scores[position] for position in range(len(self._shape.layers))]
+        return UnitScores(groups=tuple(g for g, _ in ordered), neurons=tuple(n for _, n in ordered))
+
+    def logits(self, encoder_tokens: torch.Tensor, decoder_tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [N, T, V] of decoder inputs [N, T] after encoder inputs, one block in memory at a time."""
+        encoder, decoder = self._stacks(decoder_tokens.shape[1])
+        encoded = self._forward(encoder, self._embedded([encoder_tokens]))
+        context = [self._encoder_norm(states) for states in encoded]
+        [decoded] = self._forward(decoder, self._embedded([decoder_tokens]), context=context)
+        return self._logits(decoded, *self._output_weights())
+
+    def _start_token(self) -> int:
+        start = self._config.decoder_start_token_id
+        return int(self._config.pad_token_id if start is None else start)
+
+    def _stacks(self, decoder_length: int) -> tuple[_Stack, _Stack]:
+        hidden_from = torch.full((decoder_length, decoder_length), torch.finfo(torch.float32).min)
+        causal = hidden_from.triu(diagonal=1)[None, None]
+        return (
+            _Stack("encoder", self._model.encoder.block),
+            _Stack("decoder", self._model.decoder.block, mask=causal),
+        )
+
+    def _embedded(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        embedding = self._float32(f"{self._shape.family.embedding}.weight")
+        return [nn.functional.embedding(batch, embedding) for batch in batches]
+
+    def _forward(
+        self,
+        stack: _Stack,
+        hidden: list[torch.Tensor],
+        advance: Advance = lambda steps: None,
+        context: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """Run all blocks; keeps the borders in ``stack`` and returns what leaves the last block."""
+        contexts: Sequence[torch.Tensor | None] = context or [None] * len(hidden)
+        for index in range(len(stack.blocks)):
+            stack.borders.append(hidden)
+            with self._loaded(stack, index) as block, torch.no_grad():
+                hidden = [
+                    self._run(stack, index, block, states, encoded)
+                    for states, encoded in zip(hidden, contexts, strict=True)
+                ]
+            advance(len(hidden))
+        return hidden
+
+    def _run(
+        self, stack: _Stack, index: int, block: nn.Module, hidden: torch.Tensor, context: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One block over unpadded states [n, T, D]."""
+        output, position_bias, _ = block(
+            hidden,
+            attention_mask=stack.mask,
+            position_bias=stack.position_bias if index else None,
+            encoder_hidden_states=context,
+        )
+        if index == 0:
+            stack.position_bias = position_bias.detach()
+        states: torch.Tensor = output
+        return states
+
+    def _backward(
+        self,
+        stack: _Stack,
+        gradients: list[torch.Tensor],
+        scores: Scores,
+        advance: Advance,
+        context: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """Score all blocks from last to first, into ``scores``; returns the gradients of the context."""
+        leaves = [encoded.detach().requires_grad_() for encoded in context or []]
+        for index in reversed(range(len(stack.blocks))):
+            passed_on = []
+            with self._loaded(stack, index) as block:
+                borders = stack.borders.pop()
+                for batch, (states, gradient) in enumerate(zip(borders, gradients, strict=True)):
+                    leaf = states.requires_grad_()
+                    output = self._run(stack, index, block, leaf, leaves[batch] if leaves else None)
+                    torch.autograd.backward(output, gradient)  # gradients of the context add up in its leaf
+                    assert leaf.grad is not None
+                    passed_on.append(leaf.grad)
+                self._reduce(stack, index, block, scores)
+            gradients = passed_on
+            advance(len(gradients))
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    def _reduce(self, stack: _Stack, index: int, block: nn.Module, scores: Scores) -> None:
+        """Sum ``|w * df/dw|`` over the units of every site that lies in the block."""
+        prefix = self._prefix(stack, index)
+        parameters = dict(block.named_parameters(prefix=prefix))
+        for position in range(len(self._shape.layers)):
+            if self._shape.place(position)[1] != prefix:
+                continue
+            weighted = {}
+            for name in scored_tensors(self._shape, position):
+                weight, gradient = parameters[name].detach(), parameters[name].grad
+                assert gradient is not None
+                weighted[name] = gradient.mul_(weight).abs_()
+            groups, neurons = unit_sums(self._shape, position, weighted)
+            if not (np.isfinite(groups).all() and np.isfinite(neurons).all()):
+                raise NirvanaError(
+                    f"{self._shape.label(position)}: the gradients are NaN or infinite; "
+                    "its units cannot be ranked."
+                )
+            scores[position] = groups, neurons
+
+    def _encoder_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        norm = self._float32(f"{self._shape.family.encoder_norm}.weight")
+        return nn.functional.rms_norm(hidden, norm.shape, norm, self._config.layer_norm_epsilon)
+
+    def _through_encoder_norm(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        leaf = hidden.detach().requires_grad_()
+        (passed_on,) = torch.autograd.grad(self._encoder_norm(leaf), leaf, gradient)
+        return passed_on
+
+    def _output_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        family = self._shape.family
+        head = family.embedding if self._shape.tied_embeddings else family.head
+        return self._float32(f"{family.final_norm}.weight"), self._float32(f"{head}.weight")
+
+    def _logits(self, hidden: torch.Tensor, norm: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        normed = nn.functional.rms_norm(hidden, norm.shape, norm, self._config.layer_norm_epsilon)
+        if self._config.scale_decoder_outputs:
+            normed = normed * self._shape.hidden_size**-0.5
+        return normed @ head.T
+
+    def _output_gradients(
+        self, hidden: list[torch.Tensor], batches: Sequence[torch.Tensor], functional: Functional
+    ) -> list[torch.Tensor]:
+        """df/dhidden per micro-batch, [n, T, D] each."""
+        norm, head = self._output_weights()
+        sequences = sum(len(batch) for batch in batches)
+        gradients: list[torch.Tensor] = []
+        for states, batch in zip(hidden, batches, strict=True):
+            leaf = states.detach().requires_grad_()
+            value = functional(self._logits(leaf, norm, head), batch) / sequences
+            gradients += torch.autograd.grad(value, leaf)
+        return gradients
+
+    def _prefix(self, stack: _Stack, index: int) -> str:
+        return self._shape.family.site(stack.name).layer(index)
+
+    @contextmanager
+    def _loaded(self, stack: _Stack, index: int) -> Iterator[nn.Module]:
+        """One block with its weights; afterwards they take no memory."""
+        block, prefix = stack.blocks[index], self._prefix(stack, index)
+        block.load_state_dict(
+            {name: self._float32(f"{prefix}.{name}") for name in block.state_dict()}, assign=True
+        )
+        try:
+            yield block
+        finally:
+            block.to("meta")
+            block.zero_grad(set_to_none=True)
+
+    def _float32(self, name: str) -> torch.Tensor:
+        return self._weights.load(name).to(torch.float32)
