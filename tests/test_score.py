@@ -62,9 +62,7 @@ def assert_equal(found: UnitScores, expected: UnitScores, rtol: float = 1e-5) ->
 
 
 @pytest.mark.parametrize("saliency", GRADIENT_SALIENCIES)
-def test_streamed_scores_equal_full_backward(
-    tiny: Path, tokens: NDArray[np.int64], saliency: str
-) -> None:
+def test_streamed_scores_equal_full_backward(tiny: Path, tokens: NDArray[np.int64], saliency: str) -> None:
     assert_equal(
         score_units(tiny, tokens, saliency=saliency, micro_batch=2),
         full_backward_scores(tiny, tokens, saliency),
@@ -76,7 +74,8 @@ def test_micro_batches_do_not_change_scores(
     tiny_llama: Path, tokens: NDArray[np.int64], micro_batch: int
 ) -> None:
     assert_equal(
-        score_units(tiny_llama, tokens, micro_batch=micro_batch), score_units(tiny_llama, tokens, micro_batch=3)
+        score_units(tiny_llama, tokens, micro_batch=micro_batch),
+        score_units(tiny_llama, tokens, micro_batch=3),
     )
 
 

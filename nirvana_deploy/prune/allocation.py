@@ -95,7 +95,7 @@ def uniform_counts(shape: ModelShape, wish: Wish) -> tuple[int, int, int]:
     """Per layer: (KV groups to remove, FFN neurons to remove, the same before rounding to ``round_to``)."""
     layer = shape.layers[0]
     asked_cost = wish.sparsity * (layer.kv_heads * shape.group_cost + layer.ffn_width * shape.neuron_cost)
-    widths = [*range(wish.round_to, layer.ffn_width, wish.round_to), layer.ffn_width]
+    widths: list[int] = [*range(wish.round_to, layer.ffn_width, wish.round_to), layer.ffn_width]
     wished_groups = wish.groups / len(shape.layers)
 
     def neurons_beside(groups: int) -> float:

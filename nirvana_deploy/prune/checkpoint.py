@@ -78,7 +78,8 @@ def slice_checkpoint(
     if family != shape.family:
         progress.note(
             f"config.json says {family.architecture}: the same function as {shape.family.architecture}, "
-            f"whose config refuses {smaller.layers[0].query_heads} heads for a hidden size of {shape.hidden_size}."
+            f"whose config refuses {smaller.layers[0].query_heads} heads "
+            f"for a hidden size of {shape.hidden_size}."
         )
     with whole_folder(out) as folder, disk_errors(out):
         with progress.task("Slicing weights", len(shards)) as advance:

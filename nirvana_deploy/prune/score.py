@@ -13,7 +13,8 @@ sums over a unit are float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from nirvana_deploy.model.checkpoint import config_json, meta_model, read_config
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
 from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.prune.features import FeatureScore, FeatureStatistics, merged, statistics_of
 from nirvana_deploy.prune.saliency import Functional, saliency_named
 from nirvana_deploy.prune.units import UnitScores, scored_tensors, unit_sums
 
@@ -51,13 +53,18 @@ def score_units(
     shape = shape_from_config(config_json(checkpoint))
     weights = SafetensorsWeights(checkpoint)
     check_weights(weights, shape)
-    if method.functional is not None:
+    if method.needs_data:
         if tokens is None:
-            raise NirvanaError(f"The saliency {saliency!r} needs calibration text.", hint="Pass --calib SOURCE.")
-        streamed = StreamedModel(checkpoint, weights, shape)
-        return streamed.gradient_scores(
-            torch.from_numpy(tokens), method.functional, micro_batch=micro_batch, progress=progress
-        )
+            raise NirvanaError(
+                f"The saliency {saliency!r} needs calibration text.", hint="Pass --calib SOURCE."
+            )
+        streamed, windows = StreamedModel(checkpoint, weights, shape), torch.from_numpy(tokens)
+        if method.functional is not None:
+            return streamed.gradient_scores(
+                windows, method.functional, micro_batch=micro_batch, progress=progress
+            )
+        assert method.features is not None
+        return streamed.feature_scores(windows, method.features, micro_batch=micro_batch, progress=progress)
     if method.reads_weights:
         return _magnitudes(weights, shape, progress)
     generator = np.random.default_rng(seed)
@@ -65,6 +72,11 @@ def score_units(
         groups=tuple(generator.random(layer.kv_heads) for layer in shape.layers),
         neurons=tuple(generator.random(layer.ffn_width) for layer in shape.layers),
     )
+
+
+def micro_batches(tokens: torch.Tensor, sequences: int) -> list[torch.Tensor]:
+    """``tokens`` [N, T] as views [n, T] of at most ``sequences``."""
+    return [tokens[start : start + sequences] for start in range(0, len(tokens), sequences)]
 
 
 class StreamedModel:
@@ -77,13 +89,15 @@ class StreamedModel:
         self._shape = shape
         decoder = self._model.model
         self._layers: list[nn.Module] = list(decoder.layers)
-        self._rotary: nn.Module = type(decoder.rotary_emb)(config)  # a real one: its frequencies are no weights
+        self._rotary: nn.Module = type(decoder.rotary_emb)(
+            config
+        )  # a real one: its frequencies are no weights
 
     def gradient_scores(
         self, tokens: torch.Tensor, functional: Functional, *, micro_batch: int, progress: Progress = SILENT
     ) -> UnitScores:
         """``|w * df/dw|`` summed over every unit, for tokens [N, T]; f is averaged over the N sequences."""
-        borders, batches = [], tokens.split(micro_batch)
+        borders, batches = [], micro_batches(tokens, micro_batch)
         label = f"Scoring {tokens.shape[0]} x {tokens.shape[1]} tokens"
         with progress.task(label, (2 * len(self._layers) + 1) * len(batches)) as advance:
             hidden = self._embedded(batches)
@@ -104,17 +118,53 @@ class StreamedModel:
                 advance(len(batches))
         return UnitScores(groups=tuple(reversed(groups)), neurons=tuple(reversed(neurons)))
 
+    def feature_scores(
+        self, tokens: torch.Tensor, score: FeatureScore, *, micro_batch: int, progress: Progress = SILENT
+    ) -> UnitScores:
+        """Score units by the inputs of o and down over tokens [N, T]: one forward, no gradient."""
+        family, batches = self._shape.family, micro_batches(tokens, micro_batch)
+        groups, neurons = [], []
+        label = f"Scoring {tokens.shape[0]} x {tokens.shape[1]} tokens"
+        with progress.task(label, len(self._layers)) as advance, torch.no_grad():
+            hidden = self._embedded(batches)
+            for index, dimensions in enumerate(self._shape.layers):
+                with self._loaded_layer(index) as layer:
+                    seen: dict[str, FeatureStatistics] = {}
+                    with recorded_inputs(layer, (family.o, family.ffn_down), seen):
+                        hidden = [self._run(layer, states) for states in hidden]
+                    output = layer.get_parameter(f"{family.o}.weight")
+                    down = layer.get_parameter(f"{family.ffn_down}.weight")
+                    groups.append(score(output, seen[family.o], dimensions.kv_heads, True).numpy())
+                    neurons.append(score(down, seen[family.ffn_down], dimensions.ffn_width, False).numpy())
+                if not (np.isfinite(groups[-1]).all() and np.isfinite(neurons[-1]).all()):
+                    raise NirvanaError(
+                        f"Layer {index}: the activations are NaN or infinite; its units cannot be ranked."
+                    )
+                advance(1)
+        return UnitScores(groups=tuple(groups), neurons=tuple(neurons))
+
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [N, T, V] of tokens [N, T], one layer in memory at a time."""
-        [hidden] = self._embedded((tokens,))
-        with torch.no_grad():
+        return self.logits_of_states(self.last_states((tokens,))[0])
+
+    def last_states(
+        self, batches: Sequence[torch.Tensor], *, progress: Progress = SILENT
+    ) -> list[torch.Tensor]:
+        """What leaves the last layer, [n, T, D] for each of ``batches`` [n, T]; each layer is loaded once."""
+        with progress.task("Running layers", len(self._layers)) as advance, torch.no_grad():
+            hidden = self._embedded(batches)
             for index in range(len(self._layers)):
                 with self._loaded_layer(index) as layer:
-                    hidden = self._run(layer, hidden)
-            norm, head = self._output_weights()
-            return self._logits(hidden, norm, head)
+                    hidden = [self._run(layer, states) for states in hidden]
+                advance(1)
+        return hidden
 
-    def _embedded(self, batches: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    def logits_of_states(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [n, T, V] of what left the last layer [n, T, D]; loads the head each time."""
+        with torch.no_grad():
+            return self._logits(states, *self._output_weights())
+
+    def _embedded(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         embedding = self._float32(f"{self._shape.family.embedding}.weight")
         return [nn.functional.embedding(batch, embedding) for batch in batches]
 
@@ -137,7 +187,7 @@ class StreamedModel:
         return nn.functional.rms_norm(hidden, norm.shape, norm, epsilon) @ head.T
 
     def _output_gradients(
-        self, hidden: list[torch.Tensor], batches: tuple[torch.Tensor, ...], functional: Functional
+        self, hidden: list[torch.Tensor], batches: Sequence[torch.Tensor], functional: Functional
     ) -> list[torch.Tensor]:
         """df/dhidden per micro-batch, [n, T, D] each."""
         norm, head = self._output_weights()
@@ -172,7 +222,9 @@ class StreamedModel:
             scores[name] = gradient.mul_(weight).abs_()
         groups, neurons = unit_sums(self._shape, index, scores)
         if not (np.isfinite(groups).all() and np.isfinite(neurons).all()):
-            raise NirvanaError(f"Layer {index}: the gradients are NaN or infinite; its units cannot be ranked.")
+            raise NirvanaError(
+                f"Layer {index}: the gradients are NaN or infinite; its units cannot be ranked."
+            )
         return groups, neurons
 
     def _loaded_layer(self, index: int) -> _LoadedLayer:
@@ -201,6 +253,27 @@ class _LoadedLayer:
     def __exit__(self, *exception: object) -> None:
         self._layer.to("meta")
         self._layer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def recorded_inputs(
+    layer: nn.Module, modules: Sequence[str], seen: dict[str, FeatureStatistics]
+) -> Iterator[None]:
+    """While the block runs, add the statistics of the inputs of ``modules`` to ``seen`` by name."""
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def record(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            now = statistics_of(inputs[0])
+            seen[name] = merged(seen[name], now) if name in seen else now
+
+        return record
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _magnitudes(weights: WeightSource, shape: ModelShape, progress: Progress) -> UnitScores:
