@@ -28,8 +28,8 @@ from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.prune.features import FeatureScore, FeatureStatistics, merged, statistics_of
-from nirvana_deploy.prune.saliency import Functional, saliency_named
-from nirvana_deploy.prune.units import UnitScores, scored_tensors, unit_sums
+from nirvana_deploy.prune.saliency import SALIENCIES, Functional, saliency_named
+from nirvana_deploy.prune.units import UnitScores, WindowScores, scored_tensors, unit_sums
 
 DEFAULT_MICRO_BATCH = 8
 
@@ -79,6 +79,30 @@ def micro_batches(tokens: torch.Tensor, sequences: int) -> list[torch.Tensor]:
     return [tokens[start : start + sequences] for start in range(0, len(tokens), sequences)]
 
 
+def score_windows(
+    checkpoint: Path,
+    tokens: NDArray[np.int64],
+    *,
+    saliency: str = "nirvana",
+    progress: Progress = SILENT,
+) -> WindowScores:
+    """Score every window of ``tokens`` [N, T] on its own, with a gradient saliency.
+
+    A set of windows is then scored by a mean (:meth:`WindowScores.of`): ``mean |w * g_n|`` instead of
+    ``|w * mean g_n|``, so gradients of opposite sign no longer cancel. Raises NirvanaError for a saliency
+    that takes no gradient.
+    """
+    functional = saliency_named(saliency).functional
+    if functional is None:
+        names = ", ".join(name for name, method in SALIENCIES.items() if method.functional)
+        raise NirvanaError(f"Windows are scored one by one with {names}; got {saliency!r}.")
+    shape = shape_from_config(config_json(checkpoint))
+    weights = SafetensorsWeights(checkpoint)
+    check_weights(weights, shape)
+    streamed = StreamedModel(checkpoint, weights, shape)
+    return streamed.window_scores(torch.from_numpy(tokens), functional, progress=progress)
+
+
 class StreamedModel:
     """A decoder of which one part at a time has weights; the rest lives on torch's meta device."""
 
@@ -97,8 +121,32 @@ class StreamedModel:
         self, tokens: torch.Tensor, functional: Functional, *, micro_batch: int, progress: Progress = SILENT
     ) -> UnitScores:
         """``|w * df/dw|`` summed over every unit, for tokens [N, T]; f is averaged over the N sequences."""
-        borders, batches = [], micro_batches(tokens, micro_batch)
-        label = f"Scoring {tokens.shape[0]} x {tokens.shape[1]} tokens"
+        batches = micro_batches(tokens, micro_batch)
+        layers = self._scored_backwards(batches, functional, together=True, progress=progress)
+        return UnitScores(
+            groups=tuple(groups[0] for groups, _ in layers),
+            neurons=tuple(neurons[0] for _, neurons in layers),
+        )
+
+    def window_scores(
+        self, tokens: torch.Tensor, functional: Functional, *, progress: Progress = SILENT
+    ) -> WindowScores:
+        """``|w * df_n/dw|`` summed over every unit, for each window n of tokens [N, T] on its own."""
+        batches = micro_batches(tokens, 1)
+        layers = self._scored_backwards(batches, functional, together=False, progress=progress)
+        return WindowScores(
+            groups=tuple(groups for groups, _ in layers), neurons=tuple(neurons for _, neurons in layers)
+        )
+
+    def _scored_backwards(
+        self, batches: Sequence[torch.Tensor], functional: Functional, *, together: bool, progress: Progress
+    ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Per layer (groups [S, K], neurons [S, F]): S = 1 for the mean of f over all sequences ``together``,
+        else one row per batch, each f averaged over that batch.
+        """
+        borders, scored = [], []
+        sequences = sum(len(batch) for batch in batches)
+        label = f"Scoring {sequences} x {batches[0].shape[1]} tokens"
         with progress.task(label, (2 * len(self._layers) + 1) * len(batches)) as advance:
             hidden = self._embedded(batches)
             for index in range(len(self._layers)):
@@ -106,17 +154,19 @@ class StreamedModel:
                 with self._loaded_layer(index) as layer, torch.no_grad():
                     hidden = [self._run(layer, states) for states in hidden]
                 advance(len(batches))
-            gradients = self._output_gradients(hidden, batches, functional)
+            gradients = self._output_gradients(hidden, batches, functional, together=together)
             advance(len(batches))
-            groups, neurons = [], []
             for index in reversed(range(len(self._layers))):
                 with self._loaded_layer(index) as layer:
-                    gradients = self._backward(layer, borders.pop(), gradients)
-                    layer_groups, layer_neurons = self._reduced(index, layer)
-                groups.append(layer_groups)
-                neurons.append(layer_neurons)
+                    rows, passed_on = [], []
+                    for states, gradient in zip(borders.pop(), gradients, strict=True):
+                        passed_on.append(self._backward(layer, states, gradient))
+                        if not together:
+                            rows.append(self._reduced(index, layer))
+                    gradients = passed_on
+                    scored.append(_stacked(rows or [self._reduced(index, layer)]))
                 advance(len(batches))
-        return UnitScores(groups=tuple(reversed(groups)), neurons=tuple(reversed(neurons)))
+        return scored[::-1]
 
     def feature_scores(
         self, tokens: torch.Tensor, score: FeatureScore, *, micro_batch: int, progress: Progress = SILENT
@@ -187,7 +237,12 @@ class StreamedModel:
         return nn.functional.rms_norm(hidden, norm.shape, norm, epsilon) @ head.T
 
     def _output_gradients(
-        self, hidden: list[torch.Tensor], batches: Sequence[torch.Tensor], functional: Functional
+        self,
+        hidden: list[torch.Tensor],
+        batches: Sequence[torch.Tensor],
+        functional: Functional,
+        *,
+        together: bool,
     ) -> list[torch.Tensor]:
         """df/dhidden per micro-batch, [n, T, D] each."""
         norm, head = self._output_weights()
@@ -195,24 +250,20 @@ class StreamedModel:
         gradients = []
         for states, batch in zip(hidden, batches, strict=True):
             leaf = states.detach().requires_grad_()
-            value = functional(self._logits(leaf, norm, head), batch) / sequences
-            (gradient,) = torch.autograd.grad(value, leaf)
+            value = functional(self._logits(leaf, norm, head), batch)
+            (gradient,) = torch.autograd.grad(value / (sequences if together else len(batch)), leaf)
             gradients.append(gradient)
         return gradients
 
-    def _backward(
-        self, layer: nn.Module, inputs: list[torch.Tensor], gradients: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Accumulate weight gradients in ``layer`` and return the gradients of its inputs."""
-        passed_on = []
-        for states, gradient in zip(inputs, gradients, strict=True):
-            leaf = states.requires_grad_()
-            torch.autograd.backward(self._run(layer, leaf), gradient)
-            assert leaf.grad is not None
-            passed_on.append(leaf.grad)
-        return passed_on
+    def _backward(self, layer: nn.Module, states: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Accumulate weight gradients in ``layer`` and return the gradient of its input."""
+        leaf = states.requires_grad_()
+        torch.autograd.backward(self._run(layer, leaf), gradient)
+        assert leaf.grad is not None
+        return leaf.grad
 
     def _reduced(self, index: int, layer: nn.Module) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Unit scores from the gradients that ``layer`` has gathered, which are used up."""
         prefix = self._shape.family.layer(index)
         parameters = dict(layer.named_parameters(prefix=prefix))
         scores = {}
@@ -221,6 +272,7 @@ class StreamedModel:
             assert gradient is not None
             scores[name] = gradient.mul_(weight).abs_()
         groups, neurons = unit_sums(self._shape, index, scores)
+        layer.zero_grad(set_to_none=True)
         if not (np.isfinite(groups).all() and np.isfinite(neurons).all()):
             raise NirvanaError(
                 f"Layer {index}: the gradients are NaN or infinite; its units cannot be ranked."
@@ -237,6 +289,12 @@ class StreamedModel:
 
     def _float32(self, name: str) -> torch.Tensor:
         return self._weights.load(name).to(torch.float32)
+
+
+def _stacked(
+    rows: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return np.stack([groups for groups, _ in rows]), np.stack([neurons for _, neurons in rows])
 
 
 class _LoadedLayer:
