@@ -117,7 +117,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            readable = partial.stat().st_mode & 0o666  # what the user's umask gives; some writers are stricter
+            readable = (
+                partial.stat().st_mode & 0o666
+            )  # what the user's umask gives; some writers are stricter
             for path in sorted(partial.rglob("*")):
                 if path.is_file():
                     path.chmod(readable)

@@ -22,6 +22,4 @@ def look_up(name: str, table: Mapping[str, Entry], *, what: str, hint: str | Non
         return table[name]
     close = nearest_names(name, list(table))
     guess = f" Did you mean {' or '.join(repr(n) for n in close)}?" if close else ""
-    raise NirvanaError(
-        f"Unknown {what} {name!r}.{guess} Known: {', '.join(sorted(table))}.", hint=hint
-    )
+    raise NirvanaError(f"Unknown {what} {name!r}.{guess} Known: {', '.join(sorted(table))}.", hint=hint)

@@ -271,19 +271,30 @@ def test_a_folder_that_does_not_load_names_the_variant(folder: Path, tmp_path: P
     assert psutil.Process().children() == []
 
 
-def test_workers_end_when_the_parent_is_killed(folder: Path) -> None:
+@pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
+def test_workers_end_with_their_parent(folder: Path, how: str) -> None:
     script = (
         "import sys, pathlib, time; from nirvana_deploy.measure.worker import WorkerProcess\n"
         "with WorkerProcess('dense', pathlib.Path(sys.argv[1]), threads=1) as worker:\n"
         "    print('ready', flush=True); time.sleep(60)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
-    with parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "ready\n"
         (child,) = psutil.Process(parent.pid).children()
-        parent.kill()
+        if how == "kill":
+            parent.kill()
+        else:
+            os.killpg(parent.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the worker too
+        _, words = parent.communicate(timeout=5)
     child.wait(timeout=5)
+    assert words.count("Traceback") == (how == "Ctrl-C")  # the parent's KeyboardInterrupt, no worker's
 
 
 def test_vocabularies_must_agree(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

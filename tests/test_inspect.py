@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from nirvana_deploy.cli.inspect import inspect
 from nirvana_deploy.cli.report import report
-
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.measure.inspection import inspect_path
 

@@ -62,7 +62,7 @@ def build_decoder(
 
 
 def hidden_state_name(layer: int) -> str:
-    """Name of the value that leaves ``layer``, [B, T, D]: where verification looks for the first departure."""
+    """Name of the value that leaves ``layer``, [B, T, D]; verification compares it."""
     return f"hidden_states.{layer}"
 
 
@@ -84,7 +84,9 @@ class _Decoder:
         """Add all nodes, inputs and outputs to the graph."""
         op, family = self.op, self.shape.family
         tokens = self.builder.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
-        valid = self.builder.input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
+        valid = self.builder.input(
+            "attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"]
+        )
         positions = self.builder.input("position_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
 
         embedding = self.weight(f"{family.embedding}.weight", (self.shape.vocab_size, self.shape.hidden_size))
@@ -97,7 +99,9 @@ class _Decoder:
             self.builder.pop_module()
         hidden = self.norm(hidden, family.final_norm)
         logits = op.MatMul(hidden, self.head(embedding))
-        self.add_output(logits, "logits", ["batch_size", "sequence_length", self.shape.vocab_size], first=True)
+        self.add_output(
+            logits, "logits", ["batch_size", "sequence_length", self.shape.vocab_size], first=True
+        )
         for value, name, dimensions in self.outputs:
             value.name, value.shape, value.dtype = name, ir.Shape(dimensions), self.dtype
             self.builder.graph.outputs.append(value)
@@ -128,7 +132,13 @@ class _Decoder:
         return cosine, sine
 
     def layer(
-        self, index: int, layer: LayerShape, hidden: ir.Value, mask: ir.Value, cosine: ir.Value, sine: ir.Value
+        self,
+        index: int,
+        layer: LayerShape,
+        hidden: ir.Value,
+        mask: ir.Value,
+        cosine: ir.Value,
+        sine: ir.Value,
     ) -> ir.Value:
         """One decoder layer with its own dimensions: [B, T, D] -> [B, T, D]."""
         op, family = self.op, self.shape.family
@@ -141,14 +151,22 @@ class _Decoder:
         return hidden
 
     def attention(
-        self, index: int, layer: LayerShape, hidden: ir.Value, mask: ir.Value, cosine: ir.Value, sine: ir.Value
+        self,
+        index: int,
+        layer: LayerShape,
+        hidden: ir.Value,
+        mask: ir.Value,
+        cosine: ir.Value,
+        sine: ir.Value,
     ) -> ir.Value:
         """Grouped-query attention over past and new tokens: [B, T, D] -> [B, T, D]."""
         op, family, d = self.op, self.shape.family, self.shape.head_dim
         prefix, bias = family.layer(index), self.shape.attention_bias
 
         def heads(module: str, count: int) -> ir.Value:  # [B, count, T, d]
-            projected = self.linear(hidden, f"{prefix}.{module}", self.shape.hidden_size, count * d, bias=bias)
+            projected = self.linear(
+                hidden, f"{prefix}.{module}", self.shape.hidden_size, count * d, bias=bias
+            )
             return op.Transpose(op.Reshape(projected, [0, 0, count, d]), perm=[0, 2, 1, 3])
 
         query = op.RotaryEmbedding(heads(family.q, layer.query_heads), cosine, sine)
@@ -158,7 +176,11 @@ class _Decoder:
         mixed = op.Attention(query, key, value, mask)
         joined = op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), [0, 0, layer.query_heads * d])
         return self.linear(
-            joined, f"{prefix}.{family.o}", layer.query_heads * d, self.shape.hidden_size, bias=self.shape.output_bias
+            joined,
+            f"{prefix}.{family.o}",
+            layer.query_heads * d,
+            self.shape.hidden_size,
+            bias=self.shape.output_bias,
         )
 
     def cache(self, index: int, kind: str, layer: LayerShape, new: ir.Value) -> ir.Value:

@@ -95,7 +95,9 @@ def _streamed(weights: WeightSource) -> Callable[[str, tuple[int, ...], bool], i
             tensor = weights.load(name).to(torch.float32)
             array = (tensor.T if transposed else tensor).contiguous().numpy()
             if array.shape != shape:
-                raise NirvanaError(f"Tensor {name!r}: the graph asks for {shape}, the file has {array.shape}.")
+                raise NirvanaError(
+                    f"Tensor {name!r}: the graph asks for {shape}, the file has {array.shape}."
+                )
             return ir.Tensor(array, name=name)
 
         return ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)

@@ -7,7 +7,7 @@ the noise; the one used here needs no rebinding and never shows the cache to num
 
 The session's own defaults stay, as measured on SmolLM2 (538 MB in fp32): prepacking replaces the weights
 rather than doubling them (607 MB resident after loading, 720 MB at the peak, which the head's repacking
-sets), and without it decode slows by a quarter to save 40 MB of peak; arena and memory pattern change
+sets), and without it decode slows by a quarter to save 50 MB of peak; arena and memory pattern change
 neither.
 """
 

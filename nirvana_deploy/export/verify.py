@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,20 @@ class VerifyReport:
     @property
     def passed(self) -> bool:
         """Whether every comparison that was run passed."""
-        return all(check.passed for check in (*self.checks, *self.greedy))
+        return all(check.passed for check in self.checks) and all(check.passed for check in self.greedy)
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
         return {**asdict(self), "passed": self.passed}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> VerifyReport:
+        """What :meth:`to_json` wrote."""
+        return cls(
+            checks=tuple(LogitsCheck(**check) for check in data["checks"]),
+            greedy=tuple(GreedyCheck(**check) for check in data["greedy"]),
+            first_departure=data["first_departure"],
+        )
 
     def require_passed(self, folder: Path) -> None:
         """Raise VerificationError (exit code 3) that names what failed and where it starts."""
@@ -122,7 +131,8 @@ def verify_onnx(
         decoder = OrtDecoder(folder, threads=threads)
         if decoder.vocab_size != model.config.vocab_size:
             raise NirvanaError(
-                f"{folder} has a vocabulary of {decoder.vocab_size}, its checkpoint {model.config.vocab_size}."
+                f"{folder} has a vocabulary of {decoder.vocab_size}, "
+                f"its checkpoint {model.config.vocab_size}."
             )
         advance(1)
         checks = tuple(_logits_checks(model, decoder))
@@ -133,24 +143,22 @@ def verify_onnx(
         advance(1)
         oracle = _Oracle(model=model, prompts=prompts, continuations=expected, new_tokens=new_tokens)
         greedy = (
-            oracle.compare(
-                "onnxruntime", lambda prompt: _ort_tokens(decoder, prompt, new_tokens, stops)
-            ),
+            oracle.compare("onnxruntime", lambda prompt: _ort_tokens(decoder, prompt, new_tokens, stops)),
             _genai_check(folder, oracle),
         )
         advance(1)
-    departed = not all(check.passed for check in (*checks, *greedy))
-    return VerifyReport(
-        checks=checks,
-        greedy=greedy,
-        first_departure=_first_departure(model, folder, prompts[-1]) if departed else None,
-    )
+    report = VerifyReport(checks=checks, greedy=greedy, first_departure=None)
+    if report.passed:
+        return report
+    return replace(report, first_departure=_first_departure(model, folder, prompts[-1]))
 
 
 def _check_file(folder: Path) -> None:
     path = folder / MODEL_FILE
     if not path.is_file():
-        raise NirvanaError(f"{folder} holds no {MODEL_FILE}.", hint="nirvana-deploy export CHECKPOINT --out DIR")
+        raise NirvanaError(
+            f"{folder} holds no {MODEL_FILE}.", hint="nirvana-deploy export CHECKPOINT --out DIR"
+        )
     try:
         onnx.checker.check_model(path, full_check=False)
     except onnx.checker.ValidationError as error:

@@ -2,9 +2,11 @@
 
 Decode of a small batch is bound by memory: each token reads every weight of the decoder linears and of
 the head once, and the KV cache of its context. Prefill is bound by arithmetic: the products with those
-weights, and attention over the causal half of all token pairs. Dense work over pruned work is the bound
-on a speed-up; norms, activations, the embedding row and the runtime's own overhead are left out, so a
-measured speed-up stays below it.
+weights, and attention over the causal half of all token pairs.
+
+Dense work over pruned work bounds the speed-up of a runtime that is equally efficient on both. Norms,
+activations, the embedding row and the runtime's own overhead, which do not shrink alike, are left out.
+A measured speed-up can pass the bound by a few percent where smaller matrices fit the caches better.
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     shape = shape_from_config(config)
     if "per_layer_config" not in config:
         return AutoConfig.for_model(**config)
-    config_class = getattr(modeling_nirvana, f"Nirvana{shape.family.architecture}".replace("ForCausalLM", "Config"))
+    config_class = getattr(
+        modeling_nirvana, f"Nirvana{shape.family.architecture}".replace("ForCausalLM", "Config")
+    )
     return config_class.from_dict(config)
 
 

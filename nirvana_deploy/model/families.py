@@ -65,7 +65,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if model_type not in FAMILIES:
         supported = ", ".join(f"{f.architecture} ({f.name})" for f in FAMILIES.values())
         raise NirvanaError(
-            f"Unsupported architecture: model_type {model_type!r}, architectures {config.get('architectures')}. "
+            f"Unsupported architecture: model_type {model_type!r}, "
+            f"architectures {config.get('architectures')}. "
             f"Supported: {supported}."
         )
     refused = {
@@ -76,9 +77,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     }
     for key, feature in refused.items():
         if config.get(key):
-            raise NirvanaError(
-                f"Unsupported: config.json asks for {feature} ({key} = {config[key]!r})."
-            )
+            raise NirvanaError(f"Unsupported: config.json asks for {feature} ({key} = {config[key]!r}).")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise NirvanaError(f"Unsupported: hidden_act {config['hidden_act']!r}; supported: 'silu'.")
     return FAMILIES[model_type]

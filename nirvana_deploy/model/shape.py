@@ -67,7 +67,9 @@ class ModelShape:
     @property
     def linear_parameters(self) -> int:
         """Weights of all decoder linears: what "sparsity" is a share of."""
-        units = sum(l.kv_heads * self.group_cost + l.ffn_width * self.neuron_cost for l in self.layers)
+        units = sum(
+            layer.kv_heads * self.group_cost + layer.ffn_width * self.neuron_cost for layer in self.layers
+        )
         return units * self.hidden_size
 
     @property
@@ -77,7 +79,7 @@ class ModelShape:
 
     def kv_cache_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes that one token of one sequence adds to the KV cache."""
-        return sum(2 * l.kv_heads * self.head_dim * element_bytes for l in self.layers)
+        return sum(2 * layer.kv_heads * self.head_dim * element_bytes for layer in self.layers)
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
@@ -124,7 +126,9 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         head_dim=config.get("head_dim") or hidden // heads,
         layers=tuple(layers),
         tied_embeddings=bool(config.get("tie_word_embeddings", family.tied_by_default)),
-        attention_bias=bool(config.get("attention_bias", False)) if attention_bias == "config" else attention_bias == "qkv",
+        attention_bias=bool(config.get("attention_bias", False))
+        if attention_bias == "config"
+        else attention_bias == "qkv",
         output_bias=bool(config.get("attention_bias", False)) if attention_bias == "config" else False,
         ffn_bias=bool(config.get("mlp_bias", False)),
     )

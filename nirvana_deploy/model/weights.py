@@ -134,7 +134,7 @@ def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
             family.v: (layer.kv_heads * d, D, shape.attention_bias),
             family.o: (D, layer.query_heads * d, shape.output_bias),
             family.ffn_down: (D, layer.ffn_width, shape.ffn_bias),
-            **{row: (layer.ffn_width, D, shape.ffn_bias) for row in family.ffn_rows},
+            **dict.fromkeys(family.ffn_rows, (layer.ffn_width, D, shape.ffn_bias)),
         }
         prefix = family.layer(index)
         for module, (rows, columns, bias) in linears.items():

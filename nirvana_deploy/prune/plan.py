@@ -200,6 +200,16 @@ def pruned_shape(shape: ModelShape, plan: PrunePlan) -> ModelShape:
     return replace(shape, layers=layers)
 
 
+def dense_shape(pruned: ModelShape, plan: PrunePlan) -> ModelShape:
+    """The shape that the model had before the plan; the inverse of :func:`pruned_shape`."""
+    g = pruned.query_heads_per_group
+    layers = tuple(
+        LayerShape(query_heads=g * layer.of_groups, kv_heads=layer.of_groups, ffn_width=layer.of_neurons)
+        for layer in plan.layers
+    )
+    return replace(pruned, layers=layers)
+
+
 def check_plan_fits(plan: PrunePlan, shape: ModelShape) -> None:
     """Raise NirvanaError unless the plan speaks of a model of exactly this shape."""
     facts = {
@@ -246,10 +256,7 @@ def read_plan(path: Path) -> PrunePlan:
                 hint="pip install --upgrade nirvana-deploy",
             )
         fields = {key: value for key, value in data.items() if key not in ("schema", "budget", "layers")}
-        layers = tuple(
-            LayerPlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in layer.items()})
-            for layer in data["layers"]
-        )
+        layers = tuple(_layer_plan(layer) for layer in data["layers"])
         plan = PrunePlan(**fields, budget=Budget(**data["budget"]), layers=layers)
     except (KeyError, TypeError) as error:
         raise NirvanaError(f"{path} is not a prune plan: {error!r}.") from error
@@ -257,6 +264,11 @@ def read_plan(path: Path) -> PrunePlan:
         _check_indices(path, layer.layer, "kept_groups", layer.kept_groups, layer.of_groups)
         _check_indices(path, layer.layer, "kept_neurons", layer.kept_neurons, layer.of_neurons)
     return plan
+
+
+def _layer_plan(data: dict[str, Any]) -> LayerPlan:
+    kept = {key: tuple(data[key]) for key in ("kept_groups", "kept_neurons")}
+    return LayerPlan(**{**data, **kept})
 
 
 def _check_indices(path: Path, layer: int, what: str, kept: tuple[int, ...], of: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nirvana_deploy import calib_sets
+import nirvana_deploy.calib_sets as calib_sets
 from nirvana_deploy.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.model.hub import NETWORK_ERRORS
 from nirvana_deploy.progress import SILENT, Progress

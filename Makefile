@@ -1,0 +1,30 @@
+# make demo: the main job on the embedded default model.   make test: the tests.
+# Both make .venv on first use, with the exact versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/.demo-ready
+	$(BIN)/nirvana-deploy prune-export smollm2 --sparsity 0.4 --out demo --force
+
+test: .venv/.test-ready
+	$(BIN)/python -m pytest
+
+lint: .venv/.test-ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf .venv demo build *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+
+.venv/.demo-ready: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,genai,gguf]'
+	touch $@
+
+.venv/.test-ready: .venv/.demo-ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,genai,gguf,test]'
+	touch $@

@@ -1,0 +1,149 @@
+"""What several commands share: options, progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from nirvana_deploy.progress import Advance
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Threads of ONNX Runtime. [all physical cores]",
+)
+
+
+def pruning_options(command: Command) -> Command:
+    """The options that decide what is removed, as ``prune`` and ``prune-export`` take them."""
+    options = [
+        click.option(
+            "--sparsity",
+            type=float,
+            required=True,
+            help="Share of the decoder's linear weights to remove, for example 0.4.",
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path),
+            default=None,
+            help="Output folder. [./<model>-s<sparsity>]",
+        ),
+        click.option(
+            "--saliency",
+            default="nirvana",
+            show_default=True,
+            help="nirvana, taylor, magnitude or random.",
+        ),
+        click.option(
+            "--gamma",
+            type=float,
+            default=None,
+            help="MLP sparsity / attention sparsity. [M/A, the ratio of MLP to attention weights]",
+        ),
+        click.option(
+            "--round-to",
+            type=click.IntRange(min=1),
+            default=8,
+            show_default=True,
+            help="Kept FFN widths are multiples of this.",
+        ),
+        click.option(
+            "--calib",
+            default="pydoc",
+            show_default=True,
+            help="Calibration text: a .txt or .jsonl file, pydoc, self, c4, bookcorpus, wikitext, lambada.",
+        ),
+        click.option(
+            "--num-sequences",
+            type=click.IntRange(min=1),
+            default=32,
+            show_default=True,
+            help="Windows drawn.",
+        ),
+        click.option(
+            "--seq-len", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens a window."
+        ),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draw."),
+        click.option(
+            "--micro-batch",
+            type=click.IntRange(min=1),
+            default=8,
+            show_default=True,
+            help="Windows scored at a time; changes memory, not the result.",
+        ),
+        click.option(
+            "--eval-text",
+            type=click.Path(path_type=Path),
+            default=None,
+            help="Measure quality on this text. [held-out windows of the calibration text]",
+        ),
+        click.option("--resume", is_flag=True, help="Continue after the last finished stage in --out."),
+        click.option("--force", is_flag=True, help="Replace what an earlier run left in --out."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+class TerminalProgress:
+    """Bars with an ETA on stderr where it is a terminal, one line a task where it is not."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False)
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Advance]:
+        """Show one task while it runs, and its seconds when it is done."""
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        started = time.perf_counter()
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        if self._console.is_terminal:
+            with Progress(*columns, console=self._console, transient=True) as bars:
+                bar = bars.add_task(label, total=total)
+                yield lambda steps: bars.advance(bar, steps)
+        else:
+            yield lambda steps: None
+        self.note(f"{label}: {time.perf_counter() - started:.1f} s")
+
+    def note(self, text: str) -> None:
+        """One line of log."""
+        self._console.print(text, style="dim", markup=False)
+
+
+def command_line() -> str:
+    """What the user typed, for the manifest."""
+    return shlex.join(["nirvana-deploy", *sys.argv[1:]])
+
+
+def echo_json(value: Any) -> None:
+    """Print a result for machines."""
+    click.echo(json.dumps({"schema": 1, **value}, indent=1))
+
+
+def echo_table(headers: Any, rows: Any, *, title: str | None = None) -> None:
+    """Print a table for people; the first column is text, the others numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, header in enumerate(headers):
+        table.add_column(str(header), justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)

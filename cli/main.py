@@ -1,0 +1,87 @@
+"""The command ``nirvana-deploy``: one module a command, each imported when its name is typed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from nirvana_deploy import __version__
+from nirvana_deploy.errors import NirvanaError
+
+# name -> (module, attribute, help line); spelled out so that --help imports none of them
+_COMMANDS = {
+    "prune-export": ("prune_export", "The whole job: prune, export, verify, measure, report."),
+    "prune": ("prune", "Score a model and cut it: plan.json and a smaller checkpoint."),
+    "export": ("export", "Export a checkpoint, dense or pruned, to an ONNX folder."),
+    "verify": ("verify", "Check an output folder: hashes, logits and greedy tokens against its checkpoint."),
+    "benchmark": ("benchmark", "Measure latency and memory of an output folder again, dense against pruned."),
+    "evaluate": ("evaluate", "Measure perplexity and KL of an output folder again, on any text."),
+    "report": ("report", "Write the report again from the records of an output folder."),
+    "inspect": ("inspect", "Show what was kept, and where."),
+    "models": ("models", "List the model aliases."),
+    "doctor": ("doctor", "Show which runtimes, devices and extras are usable here."),
+}
+
+
+class _LazyGroup(click.Group):
+    """Knows its commands by name, and imports the module of the one that is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the work."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"nirvana_deploy.cli.{_COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Add "did you mean" to click's usage error."""
+        from nirvana_deploy.registry import nearest_names
+
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            close = nearest_names(args[0], list(_COMMANDS))
+            guess = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{guess}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="nirvana-deploy")
+def commands() -> None:
+    """From a Hugging Face model to a smaller, verified, measured deployment, in one command.
+
+    \b
+    Example:
+      nirvana-deploy prune-export smollm2 --sparsity 0.4
+    """
+
+
+def main() -> None:
+    """Run the command line; the user's problems end with one message and no trace."""
+    try:
+        code = commands.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except NirvanaError as error:
+        click.echo(f"Error: {error.message}", err=True)
+        if error.hint:
+            click.echo(error.hint, err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\nInterrupted. Finished stages are kept: repeat the command with --resume.", err=True)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

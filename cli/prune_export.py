@@ -1,0 +1,77 @@
+"""``nirvana-deploy prune-export MODEL``: the whole job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .common import (
+    TerminalProgress,
+    command_line,
+    echo_json,
+    echo_table,
+    json_option,
+    pruning_options,
+    threads_option,
+)
+
+
+@click.command("prune-export")
+@click.argument("model")
+@pruning_options
+@click.option(
+    "--baseline/--no-baseline",
+    default=True,
+    show_default=True,
+    help="Export and measure the dense model too.",
+)
+@click.option(
+    "--benchmark/--no-benchmark", "run_benchmark", default=True, show_default=True, help="Measure latency."
+)
+@threads_option
+@json_option
+def prune_export(model: str, as_json: bool, **options: Any) -> None:
+    """Prune MODEL, export it to ONNX, verify it, measure it against dense, write a report.
+
+    MODEL is an alias ('nirvana-deploy models'), a hub id, a folder with safetensors, or a .gguf file.
+
+    \b
+    Examples:
+      nirvana-deploy prune-export smollm2 --sparsity 0.4
+      nirvana-deploy prune-export ./my-llama --sparsity 0.3 --calib notes.txt --out my-llama-small
+    """
+    from nirvana_deploy import pipeline
+    from nirvana_deploy.measure.table import format_seconds, summary_table
+
+    done = pipeline.prune_export(model, command=command_line(), progress=TerminalProgress(), **options)
+    if as_json:
+        echo_json(
+            {
+                "out": str(done.out),
+                "report": str(done.report),
+                "manifest": done.manifest,
+                "benchmark": done.benchmark,
+            }
+        )
+        return
+    stages = done.manifest["stages"]
+    echo_table(
+        ["Stage", "Seconds", "CPU seconds", "Peak RSS MB"],
+        [
+            [
+                name,
+                format_seconds(s["seconds"]),
+                format_seconds(s["cpu_seconds"]),
+                f"{s['peak_rss_bytes'] / 1e6:,.0f}",
+            ]
+            for name, s in stages.items()
+        ],
+        title="Where the time went",
+    )
+    if done.benchmark is not None:
+        table = summary_table(done.benchmark)
+        echo_table(
+            table.headers, table.rows, title=f"{done.plan.model['name']}, sparsity {done.plan.sparsity:g}"
+        )
+    click.echo(f"Report: {done.report}")

@@ -1,0 +1,299 @@
+"""Each stage inside a run: read what the stage before wrote, do the work, say what to remember.
+
+The stages themselves know nothing of folders of runs or manifests; this module does, and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.artifact import read_json, sha256_of, write_json
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.export.verify import VerifyReport, verify_onnx
+from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_shape
+from nirvana_deploy.measure.quality import quality_of
+from nirvana_deploy.measure.report import write_report
+from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
+from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.sources import ModelFolder
+from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
+from nirvana_deploy.progress import Progress
+from nirvana_deploy.prune.calibrate import CalibrationData, TokenWindows, calibration_data, windows_of_text
+from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.plan import (
+    PrunePlan,
+    dense_shape,
+    make_plan,
+    read_plan,
+    write_plan,
+)
+from nirvana_deploy.prune.score import score_units
+from nirvana_deploy.prune.texts import read_text_file
+from nirvana_deploy.prune.windows_file import read_scores, read_windows, write_scores, write_windows
+from nirvana_deploy.run import Run
+
+CALIBRATION_FILE = "calibration.safetensors"
+SCORES_FILE = "scores.safetensors"
+PLAN_FILE = "plan.json"
+QUALITY_FILE = "quality.json"
+BENCHMARK_FILE = "benchmark.json"
+CHECKPOINT = "checkpoint"
+ONNX = "onnx"
+DENSE_ONNX = "dense/onnx"
+HELDOUT_SEQUENCES, HELDOUT_LEN = 16, 256
+
+
+def checked_shape(checkpoint: Path, *, seq_len: int = 1) -> ModelShape:
+    """The shape of a checkpoint whose config and tensors agree; raises NirvanaError before any work."""
+    config = config_json(checkpoint)
+    shape = shape_from_config(config)
+    check_weights(SafetensorsWeights(checkpoint), shape)
+    longest_tokens = config.get("max_position_embeddings")
+    if longest_tokens is not None and seq_len > longest_tokens:
+        raise NirvanaError(f"seq_len {seq_len} is longer than the model's {longest_tokens} positions.")
+    return shape
+
+
+def model_record(source: ModelFolder) -> dict[str, Any]:
+    """What the manifest says about the input, sha256 included."""
+    files = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.json")])
+    return {
+        "name": source.name,
+        "origin": source.origin,
+        "licence": source.licence,
+        "path": str(source.path),
+        "files": {file.name: sha256_of(file) for file in files},
+    }
+
+
+def calibrate(
+    run: Run,
+    source: ModelFolder,
+    *,
+    calib: str,
+    num_sequences: int,
+    seq_len: int,
+    seed: int,
+    eval_text: Path | str | None,
+) -> None:
+    """Draw the calibration windows and set the evaluation windows aside."""
+
+    def work() -> dict[str, Any]:
+        tokenizer = load_tokenizer(source.path)
+        data = calibration_data(
+            calib,
+            tokenizer,
+            num_sequences=num_sequences,
+            seq_len=seq_len,
+            seed=seed,
+            heldout_sequences=HELDOUT_SEQUENCES if eval_text is None else 0,
+            heldout_len=HELDOUT_LEN,
+            model_path=source.path,
+            progress=run.progress,
+        )
+        if eval_text is not None:
+            windows = _evaluation_windows(Path(eval_text), tokenizer, run.progress)
+            data = CalibrationData(calibration=data.calibration, heldout=windows)
+        write_windows(data, run.out / CALIBRATION_FILE)
+        return {
+            "source": data.calibration.source,
+            "num_sequences": num_sequences,
+            "seq_len": seq_len,
+            "seed": seed,
+            "text_sha256": data.calibration.text_sha256,
+            "evaluation_source": data.heldout.source
+            + (" (held out of calibration)" if eval_text is None else ""),
+            "evaluation_text_sha256": data.heldout.text_sha256,
+        }
+
+    run.stage("calibrate", [CALIBRATION_FILE], work)
+
+
+def score(run: Run, source: ModelFolder, *, saliency: str, seed: int, micro_batch: int) -> None:
+    """Score every unit on the calibration windows."""
+
+    def work() -> dict[str, Any]:
+        tokens = read_windows(run.out / CALIBRATION_FILE)["calibration"]
+        scores = score_units(
+            source.path, tokens, saliency=saliency, seed=seed, micro_batch=micro_batch, progress=run.progress
+        )
+        write_scores(scores, run.out / SCORES_FILE)
+        return {"saliency": saliency, "tokens": int(tokens.size), "micro_batch": micro_batch}
+
+    run.stage("score", [SCORES_FILE], work)
+
+
+def decide(
+    run: Run,
+    source: ModelFolder,
+    shape: ModelShape,
+    *,
+    sparsity: float,
+    gamma: float,
+    round_to: int,
+    saliency: str,
+    seed: int,
+) -> PrunePlan:
+    """Make the plan from the scores."""
+
+    def work() -> dict[str, Any]:
+        drawn = run.manifest["stages"]["calibrate"]["result"]
+        plan = make_plan(
+            shape,
+            read_scores(run.out / SCORES_FILE),
+            sparsity=sparsity,
+            gamma=gamma,
+            round_to=round_to,
+            saliency=saliency,
+            seed=seed,
+            model_name=source.name,
+            calibration={k: v for k, v in drawn.items() if not k.startswith("evaluation")},
+        )
+        write_plan(plan, run.out / PLAN_FILE)
+        return dataclasses.asdict(plan.budget)
+
+    run.stage("plan", [PLAN_FILE], work)
+    return read_plan(run.out / PLAN_FILE)
+
+
+def slice_stage(run: Run, source: ModelFolder, plan: PrunePlan) -> None:
+    """Write the smaller checkpoint."""
+    run.stage(
+        "checkpoint",
+        [CHECKPOINT],
+        lambda: {
+            "linear_parameters": slice_checkpoint(
+                source.path, plan, run.out / CHECKPOINT, progress=run.progress
+            ).linear_parameters
+        },
+    )
+
+
+def export(run: Run, source: ModelFolder, *, baseline: bool) -> None:
+    """Export the smaller model and, by the same code, the dense one."""
+
+    def work(checkpoint: Path, folder: str) -> dict[str, Any]:
+        exported = onnx_from_checkpoint(checkpoint, run.out / folder, progress=run.progress)
+        return {"nodes": exported.nodes, "weights_bytes": exported.weights_bytes, "opset": 23}
+
+    run.stage("onnx", [ONNX], lambda: work(run.out / CHECKPOINT, ONNX))
+    if baseline:
+        run.stage("dense-onnx", [DENSE_ONNX], lambda: work(source.path, DENSE_ONNX))
+
+
+def verify(
+    run: Run, source: ModelFolder, *, baseline: bool, threads: int | None, redo: bool = False
+) -> dict[str, VerifyReport]:
+    """Prove both ONNX folders against their checkpoints; differences are a result, not an exception."""
+
+    def work() -> dict[str, Any]:
+        checkpoints = {"pruned": run.out / CHECKPOINT}
+        if baseline:
+            checkpoints["dense"] = source.path
+        reports = {
+            name: verify_onnx(checkpoint, run.out / folder_of(name), threads=threads, progress=run.progress)
+            for name, checkpoint in checkpoints.items()
+        }
+        return {name: report.to_json() for name, report in reports.items()}
+
+    result = run.stage("verify", [], work, redo=redo)
+    return {name: VerifyReport.from_json(report) for name, report in result.items()}
+
+
+def quality(
+    run: Run,
+    *,
+    threads: int | None,
+    eval_text: Path | None = None,
+    redo: bool = False,
+) -> dict[str, Any]:
+    """Perplexity of the ONNX models, and KL against dense: on the held-out windows, or on another text."""
+
+    def work() -> dict[str, Any]:
+        if eval_text is None:
+            tokens = read_windows(run.out / CALIBRATION_FILE)["heldout"]
+            source = run.manifest["stages"]["calibrate"]["result"]["evaluation_source"]
+        else:
+            windows = _evaluation_windows(eval_text, load_tokenizer(run.out / CHECKPOINT), run.progress)
+            tokens, source = windows.tokens, windows.source
+        pruned = OrtDecoder(run.out / ONNX, threads=threads)
+        if _has_baseline(run):
+            dense = OrtDecoder(run.out / DENSE_ONNX, threads=threads)
+            found = quality_of(dense, {"pruned": pruned}, tokens, progress=run.progress)
+        else:
+            alone = quality_of(pruned, {}, tokens, baseline_name="pruned", progress=run.progress)["pruned"]
+            found = {
+                "pruned": {**alone, "kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
+            }
+        result = {"source": source, "variants": found}
+        write_json(run.out / QUALITY_FILE, result)
+        return result
+
+    return run.stage("quality", [QUALITY_FILE], work, redo=redo)
+
+
+def _evaluation_windows(path: Path, tokenizer: Any, progress: Progress) -> TokenWindows:
+    return windows_of_text(
+        read_text_file(path),
+        tokenizer,
+        seq_len=HELDOUT_LEN,
+        max_sequences=HELDOUT_SEQUENCES,
+        progress=progress,
+    )
+
+
+def speed(run: Run, *, workload: Workload, redo: bool = False) -> dict[str, Any]:
+    """Measure the ONNX models against each other and write benchmark.json, quality included."""
+
+    def work() -> dict[str, Any]:
+        pruned = shape_from_config(config_json(run.out / CHECKPOINT))
+        variants = [variant_from_shape("pruned", run.out / ONNX, pruned)]
+        if _has_baseline(run):
+            plan = read_plan(run.out / PLAN_FILE)
+            variants.insert(0, variant_from_shape("dense", run.out / DENSE_ONNX, dense_shape(pruned, plan)))
+        result = benchmark(variants, workload=workload, baseline=variants[0].name, progress=run.progress)
+        for variant in result["variants"]:
+            variant["path"] = folder_of(variant["name"])
+        write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
+        return {"comparisons": result["comparisons"]}
+
+    return run.stage("benchmark", [BENCHMARK_FILE], work, redo=redo)
+
+
+def refresh_quality(run: Run) -> None:
+    """Put the quality measured last into benchmark.json, where there is one."""
+    path = run.out / BENCHMARK_FILE
+    if path.is_file() and "benchmark" in run.manifest["stages"]:
+        write_json(path, _with_quality(run, read_json(path)))
+        run.rehash("benchmark")
+
+
+def _with_quality(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    path = run.out / QUALITY_FILE
+    found = read_json(path) if path.is_file() else {"source": None, "variants": {}}
+    for variant in result["variants"]:
+        variant["quality"] = found["variants"].get(variant["name"])
+    return {**result, "evaluation": {"source": found["source"]}}
+
+
+def write_pages(run: Run) -> Path:
+    """Write report.md and report.html from the records of the run; always anew, it is cheap."""
+
+    def work() -> None:
+        write_report(run.out, progress=run.progress)
+
+    run.stage("report", ["report.md", "report.html"], work, redo=True)
+    return run.out / "report.html"
+
+
+def _has_baseline(run: Run) -> bool:
+    return "dense-onnx" in run.manifest["stages"]
+
+
+def folder_of(variant: str) -> str:
+    """The ONNX folder of a variant, relative to the output folder."""
+    return DENSE_ONNX if variant == "dense" else ONNX

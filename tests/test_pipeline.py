@@ -1,0 +1,350 @@
+"""The whole job on tiny models: resumed, interrupted, refused; and nothing that looks whole and is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import write_tiny
+from safetensors.torch import load_file, save_file
+
+from nirvana_deploy import NirvanaError, VerificationError, artifact, pipeline, stages
+from nirvana_deploy.measure.benchmark import Workload
+from nirvana_deploy.run import Run
+
+OPTIONS: dict[str, Any] = {
+    "sparsity": 0.3,
+    "gamma": 1.0,
+    "round_to": 4,
+    "num_sequences": 4,
+    "seq_len": 16,
+    "threads": 1,
+}
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and short evaluation windows and rounds."""
+    monkeypatch.setattr(stages, "HELDOUT_SEQUENCES", 3)
+    monkeypatch.setattr(stages, "HELDOUT_LEN", 24)
+    monkeypatch.setattr(
+        pipeline,
+        "Workload",
+        lambda threads: Workload(prompt_tokens=8, new_tokens=4, repeats=2, threads=threads),
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny(tmp_path_factory.mktemp("model") / "tinyllama-like", "llama-tied"))
+
+
+@pytest.fixture(scope="module")
+def finished(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder of the whole job; tests that change it must copy it."""
+    out = tmp_path_factory.mktemp("out") / "done"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "HELDOUT_SEQUENCES", 3)
+        patch.setattr(stages, "HELDOUT_LEN", 24)
+        patch.setattr(
+            pipeline,
+            "Workload",
+            lambda threads: Workload(prompt_tokens=8, new_tokens=4, repeats=2, threads=threads),
+        )
+        pipeline.prune_export(model, out=out, **OPTIONS)
+    return out
+
+
+def stages_of(out: Path) -> dict[str, Any]:
+    stages: dict[str, Any] = json.loads((out / "manifest.json").read_text())["stages"]
+    return stages
+
+
+def test_the_output_folder_is_what_the_documentation_says(finished: Path) -> None:
+    names = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    assert {
+        "manifest.json",
+        "plan.json",
+        "benchmark.json",
+        "report.md",
+        "report.html",
+        "checkpoint/config.json",
+        "checkpoint/model.safetensors",
+        "checkpoint/modeling_nirvana.py",
+        "onnx/model.onnx",
+        "onnx/model.onnx.data",
+        "onnx/genai_config.json",
+        "onnx/tokenizer.json",
+        "dense/onnx/model.onnx",
+    } <= names
+    assert not [name for name in names if artifact._PARTIAL in name]
+    recorded = stages_of(finished)
+    assert list(recorded) == [
+        "calibrate",
+        "score",
+        "plan",
+        "checkpoint",
+        "onnx",
+        "dense-onnx",
+        "verify",
+        "quality",
+        "benchmark",
+        "report",
+    ]
+    for stage in recorded.values():
+        assert stage["seconds"] >= 0 and stage["peak_rss_bytes"] > 0
+        for file, sha256 in stage["files"].items():
+            assert artifact.sha256_of(finished / file) == sha256
+    benchmark = json.loads((finished / "benchmark.json").read_text())
+    assert [variant["name"] for variant in benchmark["variants"]] == ["dense", "pruned"]
+    assert (
+        benchmark["variants"][1]["quality"]["kl_vs_dense"]
+        > 0
+        == benchmark["variants"][0]["quality"]["kl_vs_dense"]
+    )
+    assert benchmark["comparisons"][0]["bound_tpot_speedup"] > 1
+
+
+def test_resume_takes_finished_stages_from_disk_and_redoes_the_rest(
+    finished: Path, model: str, tmp_path: Path
+) -> None:
+    out = copied(finished, tmp_path)
+    before = stages_of(out)
+    (out / "onnx" / "model.onnx.data").write_bytes(b"damaged")
+    pipeline.prune_export(model, out=out, resume=True, **OPTIONS)
+    after = stages_of(out)
+    assert list(after) == list(before)
+    for name in ("calibrate", "score", "plan", "checkpoint"):
+        assert after[name] == before[name]
+    assert after["onnx"]["files"] == before["onnx"]["files"]  # made again, byte for byte
+    assert after["dense-onnx"]["seconds"] != before["dense-onnx"]["seconds"]
+
+
+def test_resume_with_other_options_or_weights_is_refused(finished: Path, model: str, tmp_path: Path) -> None:
+    out = copied(finished, tmp_path)
+    with pytest.raises(NirvanaError, match=r"made with sparsity 0\.3, not 0\.2"):
+        pipeline.prune_export(model, out=out, resume=True, **{**OPTIONS, "sparsity": 0.2})
+    other = write_tiny(tmp_path / "other", "llama-tied")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["options"]["model"] = str(other)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(NirvanaError, match="other weights"):
+        pipeline.prune_export(str(other), out=out, resume=True, **OPTIONS)
+
+
+def test_an_existing_folder_is_refused_and_left_alone(finished: Path, model: str, tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match=r"exists already\. It holds a run[^\0]*--resume[^\0]*--force"):
+        pipeline.prune_export(model, out=finished, **OPTIONS)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    with pytest.raises(NirvanaError, match="It is not empty"):
+        pipeline.prune_export(model, out=mine, until="checkpoint", **OPTIONS)
+    pipeline.prune_export(model, out=mine, force=True, until="checkpoint", **OPTIONS)
+    assert (mine / "thesis.txt").read_text() == "precious"
+
+
+def test_prune_then_prune_export_continues(model: str, tmp_path: Path) -> None:
+    out = pipeline.prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS).out
+    scored = stages_of(out)["score"]
+    pipeline.prune_export(model, out=out, resume=True, run_benchmark=False, **OPTIONS)
+    assert stages_of(out)["score"] == scored and "verify" in stages_of(out)
+    assert "benchmark" not in stages_of(out)
+
+
+def test_the_same_seed_gives_the_same_plan(finished: Path, model: str, tmp_path: Path) -> None:
+    out = pipeline.prune_export(model, out=tmp_path / "again", until="checkpoint", **OPTIONS).out
+    assert (out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
+    other = pipeline.prune_export(model, out=tmp_path / "other", seed=1, until="checkpoint", **OPTIONS).out
+    assert (other / "plan.json").read_bytes() != (finished / "plan.json").read_bytes()
+
+
+def test_a_failed_verification_keeps_everything_and_says_where(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = stages.onnx_from_checkpoint
+
+    def sabotaged(checkpoint: Path, out: Path, **kwargs: Any) -> Any:
+        exported = original(checkpoint, out, **kwargs)
+        data = np.fromfile(out / "model.onnx.data", dtype=np.float32)
+        data[: len(data) // 2] *= -1.5
+        data.tofile(out / "model.onnx.data")
+        return exported
+
+    monkeypatch.setattr(stages, "onnx_from_checkpoint", sabotaged)
+    out = tmp_path / "out"
+    with pytest.raises(VerificationError, match="does not compute what its checkpoint computes"):
+        pipeline.prune_export(model, out=out, **OPTIONS)
+    recorded = stages_of(out)
+    assert recorded["verify"]["result"]["pruned"]["passed"] is False
+    assert (
+        "benchmark" not in recorded
+        and (out / "report.html").is_file()
+        and (out / "onnx/model.onnx").is_file()
+    )
+    monkeypatch.undo()
+    (out / "onnx" / "model.onnx.data").unlink()
+    monkeypatch.setattr(stages, "HELDOUT_LEN", 24)
+    pipeline.prune_export(model, out=out, resume=True, run_benchmark=False, **OPTIONS)
+    assert stages_of(out)["verify"]["result"]["pruned"]["passed"] is True
+
+
+def test_folder_commands_measure_and_check_again(finished: Path, tmp_path: Path) -> None:
+    out = copied(finished, tmp_path)
+    text = tmp_path / "other.txt"
+    text.write_text("A text of its own, long enough for a few windows of evaluation. " * 20)
+    result = pipeline.evaluate_folder(out, eval_text=text, threads=1)
+    assert result["source"] == "file other.txt"
+    benchmark = json.loads((out / "benchmark.json").read_text())
+    assert benchmark["variants"][1]["quality"] == result["variants"]["pruned"]
+    workload = Workload(prompt_tokens=4, new_tokens=2, repeats=1, threads=1)
+    assert pipeline.benchmark_folder(out, workload=workload)["workload"]["prompt_tokens"] == 4
+    check = pipeline.verify_folder(out, threads=1)
+    assert check.damaged == [] and set(check.reports) == {"pruned", "dense"}
+    check.require_passed()
+    (out / "plan.json").write_text("{}")
+    with pytest.raises(VerificationError, match=r"1 files differ .*plan\.json"):
+        pipeline.verify_folder(out, threads=1).require_passed()
+
+
+def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole(model: str, tmp_path: Path) -> None:
+    """Kill the job after ever longer times; every file that the manifest lists must be whole, then finish."""
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "nirvana_deploy",
+        "prune-export",
+        model,
+        "--out",
+        str(out),
+        "--no-benchmark",
+    ]
+    command += [
+        "--sparsity",
+        "0.3",
+        "--gamma",
+        "1",
+        "--round-to",
+        "4",
+        "--num-sequences",
+        "4",
+        "--seq-len",
+        "16",
+    ]
+    killed = 0
+    for attempt, wait_s in enumerate((4.0, 5.5, 7.0)):
+        process = subprocess.Popen(
+            [*command, *(["--resume"] if attempt else [])],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+        if (out / "manifest.json").is_file():
+            run = Run.open(out)
+            assert all(not run.damaged(name) for name in run.manifest["stages"])
+            folders = [path for path in (out / "checkpoint", out / "onnx") if path.is_dir()]
+            assert all((folder / "tokenizer.json").is_file() for folder in folders)
+    assert killed
+    result = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert not [path for path in out.rglob("*") if artifact._PARTIAL in path.name]
+
+
+def test_ctrl_c_says_how_to_continue(model: str, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "nirvana_deploy",
+            "prune-export",
+            model,
+            "--sparsity",
+            "0.3",
+            "--out",
+            str(tmp_path / "o"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "o" / "manifest.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"sparsity": 0.0}, r"sparsity must be above 0 and at most 0\.\d+ \(the largest feasible"),
+        ({"sparsity": 0.97}, r"sparsity must be above 0 and at most 0\.\d+ \(the largest feasible"),
+        ({"saliency": "nirvanna"}, "Did you mean 'nirvana'"),
+        ({"seq_len": 513}, "longer than the model's 512 positions"),
+        ({"calib": "no-such-file.txt"}, "no-such-file.txt does not exist"),
+        ({"eval_text": "no-such-file.txt"}, "no-such-file.txt does not exist"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    model: str, tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(NirvanaError, match=complaint):
+        pipeline.prune_export(model, out=tmp_path / "out", **{**OPTIONS, **change})
+    written = [path.name for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
+    assert written in ([], ["manifest.json"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_place_is_named(model: str, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(NirvanaError, match="permission is denied"):
+        pipeline.prune_export(model, out=tmp_path / "out", **OPTIONS)
+
+
+def test_a_full_disk_is_named(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nirvana_deploy.prune.checkpoint.save_file", full)
+    with pytest.raises(NirvanaError, match=r"Cannot write .*checkpoint: the disk is full"):
+        pipeline.prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS)
+    assert not (tmp_path / "out" / "checkpoint").exists()
+    assert not [path for path in (tmp_path / "out").rglob("*") if artifact._PARTIAL in path.name]
+    assert "plan" in stages_of(tmp_path / "out")
+
+
+def test_too_little_space_is_said_before_the_work(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact.shutil, "disk_usage", lambda _path: _Usage())
+    with pytest.raises(NirvanaError, match=r"has 0\.0 GB free"):
+        pipeline.prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS)
+
+
+class _Usage:
+    free = 1000
+
+
+def copied(folder: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
