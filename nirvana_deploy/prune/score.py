@@ -195,7 +195,8 @@ class StreamedModel:
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [N, T, V] of tokens [N, T], one layer in memory at a time."""
-        return self.logits_of_states(self.last_states((tokens,))[0])
+        [states] = self.last_states((tokens,))
+        return self.output_head()(states)
 
     def last_states(
         self, batches: Sequence[torch.Tensor], *, progress: Progress = SILENT
@@ -209,10 +210,10 @@ class StreamedModel:
                 advance(1)
         return hidden
 
-    def logits_of_states(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits [n, T, V] of what left the last layer [n, T, D]; loads the head each time."""
-        with torch.no_grad():
-            return self._logits(states, *self._output_weights())
+    def output_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What turns states that left the last layer [..., D] into logits [..., V]; loaded once."""
+        norm, head = self._output_weights()
+        return lambda states: self._logits(states, norm, head)
 
     def _embedded(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         embedding = self._float32(f"{self._shape.family.embedding}.weight")
