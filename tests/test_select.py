@@ -19,7 +19,7 @@ from nirvana_deploy.model.checkpoint import config_json, load_checkpoint, load_t
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.prune.calibrate import TokenWindows, calibration_candidates, calibration_data
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.prune.divergence import masked_divergences
+from nirvana_deploy.prune.divergence import masked_divergences, masked_quality
 from nirvana_deploy.prune.plan import PrunePlan, default_gamma, make_plan
 from nirvana_deploy.prune.score import score_units
 from nirvana_deploy.prune.select import gamma_grid, select_calibration
@@ -50,15 +50,18 @@ def test_masked_kl_equals_that_of_the_sliced_checkpoint(
     tiny: Path, tmp_path: Path, tokens: NDArray[np.int64]
 ) -> None:
     plans = [plan_for(tiny, seed=1), plan_for(tiny, seed=2, allocation="uniform")]
-    found = masked_divergences(tiny, plans, tokens, micro_batch=4)
-    assert found.shape == (2, len(tokens))
+    found = masked_quality(tiny, plans, tokens, micro_batch=4)
+    assert found.divergence.shape == found.loss.shape == (2, len(tokens))
     dense = logits_of(tiny, tokens)
     for index, plan in enumerate(plans):
         slice_checkpoint(tiny, plan, tmp_path / str(index))
         sliced = logits_of(tmp_path / str(index), tokens)
         for window, row in enumerate(tokens):
             expected = position_scores(dense[window], sliced[window], row).kl.mean()
-            assert found[index, window] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            assert found.divergence[index, window] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            for model, loss in ((dense, found.dense_loss[window]), (sliced, found.loss[index, window])):
+                scores = position_scores(dense[window, :-1], model[window, :-1], row[1:])
+                assert loss == pytest.approx(scores.negative_log_likelihood.mean(), rel=1e-4)
 
 
 def test_more_plans_than_fit_at_once_are_walked_in_turns(
