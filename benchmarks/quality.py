@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nirvana_deploy.artifact import sha256_of, write_bytes
 from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
@@ -36,12 +37,14 @@ from nirvana_deploy.prune.saliency import SALIENCIES
 from nirvana_deploy.prune.score import score_units
 from nirvana_deploy.prune.select import gamma_grid
 from nirvana_deploy.prune.texts import read_text_file
+from nirvana_deploy.prune.units import UnitScores
 
 EVAL_LEN = 512
 MICRO_BATCH = 2
 """Windows of 512 at a time."""
 
 Row = dict[str, Any]
+Tokens = NDArray[np.int64]
 
 
 def main() -> None:
@@ -74,7 +77,6 @@ def measure(options: argparse.Namespace, rows: list[Row]) -> None:
     """Append to ``rows``, and to the file, every row that is asked for and not there yet."""
     source = resolve_model(options.model)
     tokenizer = load_tokenizer(source.path)
-    shape = shape_from_config(config_json(source.path))
     sparsities = options.sparsity or ([0.4] if options.quick else [0.2, 0.4, 0.5])
     saliencies = options.saliency or (["nirvana", "taylor"] if options.quick else list(SALIENCIES))
     seeds = options.seeds or (2 if options.quick else 3)
@@ -102,57 +104,73 @@ def measure(options: argparse.Namespace, rows: list[Row]) -> None:
             heldout_len=64,
             model_path=source.path,
         )
-        wanted = []
-        for sparsity in sparsities:
-            grid = gamma_grid(shape, sparsity=sparsity)
-            quick = [gamma for gamma in grid if gamma in (1.0, default_gamma(shape))]
-            for gamma in options.gamma or (quick if options.quick else grid):
-                row = {
-                    "settings": settings | {"calib_sha256": data.calibration.text_sha256},
-                    "saliency": saliency,
-                    "sparsity": sparsity,
-                    "gamma": gamma,
-                    "default_gamma": default_gamma(shape),
-                    "seed": seed,
-                }
-                if key(row) not in done:
-                    wanted.append(row)
-        if not wanted:
-            continue
-        start = time.perf_counter()
-        scores = score_units(source.path, data.calibration.tokens, saliency=saliency, seed=seed)
-        scored_s = time.perf_counter() - start
-        for row in wanted:
-            start = time.perf_counter()
-            plan = make_plan(
-                shape,
-                scores,
-                sparsity=row["sparsity"],
-                gamma=row["gamma"],
-                allocation=options.allocation,
-                saliency=saliency,
-                seed=seed,
-            )
-            heldout = masked_quality(source.path, [plan], data.heldout.tokens)
-            test = masked_quality(source.path, [plan], evaluated.tokens, micro_batch=MICRO_BATCH)
-            row |= {
-                "met_removed_share": plan.budget.met_removed_share,
-                "heldout_kl": float(heldout.divergence.mean()),
-                "kl": float(test.divergence.mean()),
-                "kl_standard_error": standard_error(test.divergence[0]),
-                "perplexity": float(np.exp(test.loss.mean())),
-                "dense_perplexity": float(np.exp(test.dense_loss.mean())),
-                "eval_tokens": int(evaluated.tokens.size),
-                "scored_s": scored_s,
-                "evaluated_s": time.perf_counter() - start,
-            }
-            rows.append(row)
+        named = {"settings": settings | {"calib_sha256": data.calibration.text_sha256}, "saliency": saliency}
+        wanted = [
+            row
+            for sparsity in sparsities
+            for gamma in gammas_of(options, source.path, sparsity)
+            if key(row := named | {"sparsity": sparsity, "gamma": gamma, "seed": seed}) not in done
+        ]
+        if wanted:
+            scores = score_units(source.path, data.calibration.tokens, saliency=saliency, seed=seed)
+        for _, together in grouped(wanted, lambda row: row["sparsity"]):
+            rows += measured(source.path, scores, together, data.heldout.tokens, evaluated.tokens)
             write_bytes(options.out, "".join(json.dumps(row) + "\n" for row in rows).encode())
-            print(
-                f"{saliency} {row['sparsity']:g} gamma {row['gamma']:g} seed {seed}: perplexity "
-                f"{row['perplexity']:.1f} (dense {row['dense_perplexity']:.1f}), KL {row['kl']:.3f}",
-                flush=True,
-            )
+
+
+def gammas_of(options: argparse.Namespace, checkpoint: Path, sparsity: float) -> Sequence[float]:
+    """The gammas asked for, or the grid of ``--gamma auto``, or for --quick 1 and M/A."""
+    if options.gamma:
+        return list(options.gamma)
+    shape = shape_from_config(config_json(checkpoint))
+    grid = gamma_grid(shape, sparsity=sparsity)
+    return [gamma for gamma in grid if gamma in (1.0, default_gamma(shape))] if options.quick else grid
+
+
+def measured(
+    checkpoint: Path, scores: UnitScores, rows: Sequence[Row], heldout: Tokens, evaluated: Tokens
+) -> list[Row]:
+    """The rows, which ask for a sparsity and a gamma, with what came out; prints each."""
+    shape = shape_from_config(config_json(checkpoint))
+    start = time.perf_counter()
+    plans = [
+        make_plan(
+            shape,
+            scores,
+            sparsity=row["sparsity"],
+            gamma=row["gamma"],
+            allocation=row["settings"]["allocation"],
+            saliency=row["saliency"],
+            seed=row["seed"],
+        )
+        for row in rows
+    ]
+    seen = masked_quality(checkpoint, plans, heldout)
+    unseen = masked_quality(checkpoint, plans, evaluated, micro_batch=MICRO_BATCH)
+    seconds = (time.perf_counter() - start) / len(rows)
+    results = [
+        row
+        | {
+            "default_gamma": default_gamma(shape),
+            "met_removed_share": plan.budget.met_removed_share,
+            "heldout_kl": float(seen.divergence[index].mean()),
+            "heldout_kl_standard_error": standard_error(seen.divergence[index]),
+            "kl": float(unseen.divergence[index].mean()),
+            "kl_standard_error": standard_error(unseen.divergence[index]),
+            "perplexity": float(np.exp(unseen.loss[index].mean())),
+            "dense_perplexity": float(np.exp(unseen.dense_loss.mean())),
+            "eval_tokens": int(evaluated.size),
+            "evaluated_s": seconds,
+        }
+        for index, (row, plan) in enumerate(zip(rows, plans, strict=True))
+    ]
+    for row in results:
+        print(
+            f"{row['saliency']} {row['sparsity']:g} gamma {row['gamma']:g} seed {row['seed']}: perplexity "
+            f"{row['perplexity']:.1f} (dense {row['dense_perplexity']:.1f}), KL {row['kl']:.3f}",
+            flush=True,
+        )
+    return results
 
 
 def read_rows(path: Path) -> list[Row]:
