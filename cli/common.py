@@ -32,7 +32,7 @@ def pruning_options(command: Command) -> Command:
         click.option(
             "--sparsity",
             type=float,
-            required=True,
+            default=None,
             help="Share of the decoder's linear weights to remove, for example 0.4.",
         ),
         click.option(
@@ -96,6 +96,12 @@ def pruning_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def require_sparsity(options: dict[str, Any]) -> None:
+    """Usage error unless --sparsity was given."""
+    if options["sparsity"] is None:
+        raise click.UsageError("Missing option '--sparsity', for example --sparsity 0.4.")
 
 
 class TerminalProgress:

@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from .common import TerminalProgress, command_line, echo_json, json_option, pruning_options
+from .common import (
+    TerminalProgress,
+    command_line,
+    echo_json,
+    json_option,
+    pruning_options,
+    require_sparsity,
+)
 
 
 @click.command("prune")
 @click.argument("model")
 @pruning_options
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Cut by this plan.json instead of scoring; needs --out.",
+)
 @json_option
-def prune(model: str, as_json: bool, **options: Any) -> None:
+def prune(model: str, plan_file: Path | None, as_json: bool, **options: Any) -> None:
     """Score MODEL, decide what goes, and write plan.json and checkpoint/.
 
     'nirvana-deploy prune-export' with the same options and --resume continues from there.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy prune smollm2 --sparsity 0.4 --out smollm2-small
+      nirvana-deploy prune smollm2 --plan smollm2-small/plan.json --out again
     """
+    if plan_file is None:
+        require_sparsity(options)
+    elif options["out"] is None:
+        raise click.UsageError("--plan needs --out DIR.")
     from nirvana_deploy import pipeline
 
-    done = pipeline.prune_export(
-        model, until="checkpoint", command=command_line(), progress=TerminalProgress(), **options
-    )
-    out, budget = done.out, done.plan.budget
+    out: Path
+    shared: dict[str, Any] = {"command": command_line(), "progress": TerminalProgress()}
+    if plan_file is not None:
+        out, force = options["out"], options["force"]
+        plan = pipeline.prune_by_plan(model, plan=plan_file, out=out, force=force, **shared)
+    else:
+        done = pipeline.prune_export(model, until="checkpoint", **shared, **options)
+        out, plan = done.out, done.plan
+    budget = plan.budget
     if as_json:
         echo_json({"out": str(out), "met_removed_share": budget.met_removed_share})
         return

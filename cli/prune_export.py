@@ -13,6 +13,7 @@ from .common import (
     echo_table,
     json_option,
     pruning_options,
+    require_sparsity,
     threads_option,
 )
 
@@ -41,6 +42,7 @@ def prune_export(model: str, as_json: bool, **options: Any) -> None:
       nirvana-deploy prune-export smollm2 --sparsity 0.4
       nirvana-deploy prune-export ./my-llama --sparsity 0.3 --calib notes.txt --out my-llama-small
     """
+    require_sparsity(options)
     from nirvana_deploy import pipeline
     from nirvana_deploy.measure.table import format_seconds, summary_table
 

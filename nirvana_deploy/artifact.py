@@ -31,7 +31,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "disk full", "read-only" and "not permitted" into sentences that name ``path``."""
+    """Turn the operating system's errors while ``path`` is written into sentences that name it."""
     try:
         yield
     except OSError as error:
@@ -41,12 +41,12 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.EROFS: "the file system is read-only",
             errno.EACCES: "permission is denied",
             errno.EPERM: "permission is denied",
+            errno.ENOENT: "part of the path does not exist",
             errno.ENOTDIR: "part of the path is a file, not a folder",
         }
-        if error.errno not in reasons:
-            raise
+        reason = reasons.get(error.errno or 0) or error.strerror or str(error)
         raise NirvanaError(
-            f"Cannot write {path}: {reasons[error.errno]}.",
+            f"Cannot write {path}: {reason}.",
             hint="Free some space, or choose another place with --out DIR.",
         ) from error
 

@@ -15,12 +15,20 @@ from nirvana_deploy.export.verify import VerifyReport, verify_onnx
 from nirvana_deploy.measure.benchmark import Workload
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.prune.plan import PrunePlan, default_gamma, removed_counts
+from nirvana_deploy.prune.plan import (
+    PrunePlan,
+    check_plan_fits,
+    default_gamma,
+    read_plan,
+    removed_counts,
+    write_plan,
+)
 from nirvana_deploy.prune.saliency import saliency_named
 from nirvana_deploy.run import Run
 from nirvana_deploy.stages import (
     BENCHMARK_FILE,
     CHECKPOINT,
+    PLAN_FILE,
     calibrate,
     checked_shape,
     decide,
@@ -158,6 +166,35 @@ def prune_export(
         benchmark=read_json(measured) if run_benchmark else None,
         report=page,
     )
+
+
+def prune_by_plan(
+    model: str,
+    *,
+    plan: Path,
+    out: Path,
+    force: bool = False,
+    command: str | None = None,
+    progress: Progress = SILENT,
+) -> PrunePlan:
+    """Redo the cut of a plan.json alone: writes ``out``/plan.json and ``out``/checkpoint, scores nothing.
+
+    Raises NirvanaError when the plan is damaged or was made for a model of another shape.
+    """
+    decided = read_plan(plan)
+    source = resolve_model(model, progress=progress)
+    check_plan_fits(decided, checked_shape(source.path))
+    run = Run.begin(
+        out,
+        options={"model": model, "plan": str(plan)},
+        model=model_record(source),
+        command=command or "called from Python",
+        force=force,
+        progress=progress,
+    )
+    run.stage("plan", [PLAN_FILE], lambda: write_plan(decided, run.out / PLAN_FILE))
+    slice_stage(run, source, decided)
+    return decided
 
 
 @dataclass(frozen=True)

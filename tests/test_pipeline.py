@@ -171,6 +171,16 @@ def test_the_same_seed_gives_the_same_plan(finished: Path, model: str, tmp_path:
     assert (other / "plan.json").read_bytes() != (finished / "plan.json").read_bytes()
 
 
+def test_a_plan_alone_redoes_the_cut(finished: Path, model: str, tmp_path: Path) -> None:
+    pipeline.prune_by_plan(model, plan=finished / "plan.json", out=tmp_path / "again")
+    for file in ("plan.json", "checkpoint/model.safetensors", "checkpoint/config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (finished / file).read_bytes()
+    other = write_tiny(tmp_path / "other", "mistral")
+    with pytest.raises(NirvanaError, match="family is 'llama' in the plan and 'mistral' in the model"):
+        pipeline.prune_by_plan(str(other), plan=finished / "plan.json", out=tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
 def test_a_failed_verification_keeps_everything_and_says_where(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

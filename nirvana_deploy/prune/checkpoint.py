@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folder, write_json
@@ -183,7 +184,11 @@ def _write_shards(
 ) -> None:
     weight_map: dict[str, str] = {}
     for file, names in zip(_shard_files(len(shards)), shards, strict=True):
-        save_file({name: weights.load(name) for name in names}, folder / file, metadata={"format": "pt"})
+        tensors = {name: weights.load(name) for name in names}
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # its writer wraps the system's "no space left" and the like
+            raise OSError(str(error)) from error
         weight_map.update(dict.fromkeys(names, file))
         advance(1)
     if len(shards) > 1:

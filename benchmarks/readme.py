@@ -1,0 +1,98 @@
+"""Refresh what the README shows: its table and its picture, from an output folder of the main job.
+
+    nirvana-deploy prune-export smollm2 --sparsity 0.4 --out demo
+    python benchmarks/readme.py demo
+
+Copies the records to benchmarks/results/, rewrites the table between the README's markers, and, where
+Chromium is installed, takes the picture of the report. A test checks that the README shows what the
+records say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.measure.table import summary_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RECORD = RESULTS / "smollm2-s0.4.benchmark.json"
+PICTURE = RESULTS / "report.png"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def measured_section(benchmark: dict[str, Any]) -> str:
+    """The README's table of a benchmark.json, with the bound and the machine under it."""
+    table = summary_table(benchmark)
+    rows = [table.headers, ["---", *["---:"] * (len(table.headers) - 1)], *table.rows]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    gain, where, load = benchmark["comparisons"][0], benchmark["environment"], benchmark["workload"]
+    decode, prefill = f"{gain['bound_tpot_speedup']:.2f}", f"{gain['bound_prefill_speedup']:.2f}"
+    notes = [
+        f"Decode reaches {gain['tpot_share_of_bound']:.0%} of the speed-up that the removed bytes allow",
+        f"({decode} times), prefill {gain['prefill_share_of_bound']:.0%} of what the removed operations allow",
+        f"({prefill} times). Batch {load['batch_size']}, {load['prompt_tokens']} prompt tokens,",
+        f"{load['new_tokens']} new ones, {load['repeats']} alternating rounds; {where['threads']} threads of",
+        f"{where['cpu']}, onnxruntime {where['onnxruntime']}, float32.",
+        f"Quality on {benchmark['evaluation']['source']}.",
+    ]
+    return "\n".join([*lines, "", *notes])
+
+
+def with_section(readme: str, section: str) -> str:
+    """The README with the text between its markers replaced."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+
+
+def take_picture(page: Path) -> None:
+    """The first screen of the report, by headless Chromium; says so where there is none."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        print("No Chromium found: the picture is left as it was.")
+        return
+    with tempfile.TemporaryDirectory() as profile:
+        subprocess.run(
+            [
+                chromium,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--hide-scrollbars",
+                f"--user-data-dir={profile}",
+                "--window-size=1200,1440",
+                f"--screenshot={PICTURE}",
+                page.resolve().as_uri(),
+            ],
+            check=True,
+            capture_output=True,
+        )
+
+
+def main() -> None:
+    """Read the folder named on the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="output folder of the main job")
+    out = parser.parse_args().out
+    benchmark = json.loads((out / "benchmark.json").read_text())
+    RESULTS.mkdir(exist_ok=True)
+    RECORD.write_text(json.dumps(benchmark, indent=1) + "\n")
+    readme = ROOT / "README.md"
+    readme.write_text(with_section(readme.read_text(), measured_section(benchmark)))
+    take_picture(out / "report.html")
+    print(measured_section(benchmark))
+
+
+if __name__ == "__main__":
+    main()
