@@ -14,6 +14,7 @@ from nirvana_deploy.errors import NirvanaError
 _COMMANDS = {
     "prune-export": ("prune_export", "The whole job: prune, export, verify, measure, report."),
     "prune": ("prune", "Score a model and cut it: plan.json and a smaller checkpoint."),
+    "select-calib": ("select_calib", "Choose calibration text, gamma and saliency by KL divergence."),
     "export": ("export", "Export a checkpoint, dense or pruned, to an ONNX folder."),
     "verify": ("verify", "Check an output folder: hashes, logits and greedy tokens against its checkpoint."),
     "benchmark": ("benchmark", "Measure latency and memory of an output folder again, dense against pruned."),

@@ -116,3 +116,21 @@ def test_prune_inspect_and_export_on_a_folder(tmp_path: Path) -> None:
     assert exported.returncode == 0 and "nodes" in exported.stdout, exported.stderr
     again = run("export", "tiny-model-s0.3/checkpoint", "--out", "onnx", cwd=tmp_path)
     assert again.returncode == 1 and "--force" in again.stderr
+
+
+def test_select_calib_ranks_candidates(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "model", "llama-tied")
+    (tmp_path / "text.txt").write_text("".join(f"Line {i} says {i * i}.\n" for i in range(300)))
+    options = ["--sparsity", "0.3", "--candidates", "2", "--corpora", "text.txt", "--gamma", "1,M/A"]
+    sizes = ["--num-sequences", "2", "--seq-len", "16", "--heldout-sequences", "4", "--heldout-len", "8"]
+    command = ["select-calib", "model", *options, *sizes]
+    result = run(*command, "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["schema"] == 1 and len(data["candidates"]) == 4
+    kls = [candidate["kl"] for candidate in data["candidates"]]
+    assert data["winner"] == kls.index(min(kls))
+    table = run(*command, "--round-to", "4", cwd=tmp_path)
+    assert table.returncode == 0 and "Winner: file text.txt" in table.stdout
+    crowded = run(*command[:4], "--candidates", "999", *command[6:], cwd=tmp_path)
+    assert crowded.returncode == 1 and "room for" in crowded.stderr

@@ -12,10 +12,10 @@ import pytest
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.families import FAMILIES
 from nirvana_deploy.model.shape import LayerShape, ModelShape
+from nirvana_deploy.prune.allocation import kept_units
 from nirvana_deploy.prune.plan import (
     check_plan_fits,
     default_gamma,
-    kept_units,
     largest_sparsity,
     make_plan,
     pruned_shape,
@@ -199,3 +199,60 @@ def test_a_damaged_plan_is_refused(tmp_path: Path, change: object, complaint: st
     path.write_text(json.dumps(data))
     with pytest.raises(NirvanaError, match=complaint):
         read_plan(path)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.4, 0.5])
+@pytest.mark.parametrize("round_to", [1, 8, 32])
+def test_uniform_layers_are_alike_and_meet_the_budget(sparsity: float, round_to: int) -> None:
+    scores = random_scores(SMALL)
+    plan = make_plan(
+        SMALL,
+        scores,
+        sparsity=sparsity,
+        gamma=1.0,
+        allocation="uniform",
+        round_to=round_to,
+        saliency="random",
+    )
+    assert plan.allocation == "uniform"
+    assert len(set(pruned_shape(SMALL, plan).layers)) == 1
+    assert len(plan.layers[0].kept_neurons) % round_to == 0
+    one_step = round_to * SMALL.neuron_cost * SMALL.hidden_size * len(SMALL.layers) / SMALL.linear_parameters
+    assert abs(plan.budget.met_removed_share - sparsity) <= one_step / 2 + 1e-9
+    for layer, groups, neurons in zip(plan.layers, scores.groups, scores.neurons, strict=True):
+        for kept, score in ((layer.kept_groups, groups), (layer.kept_neurons, neurons)):
+            assert set(kept) == set(np.argsort(score)[-len(kept) :])  # the best of this very layer
+
+
+def test_uniform_counts_by_hand() -> None:
+    # K=4 groups of 2*8*(2+1) = 48, F=96 neurons of 3: a layer costs 192 + 288 = 480. At 0.4 and gamma 1.5,
+    # s_attn = 0.4*480/(192 + 1.5*288) = 0.308: 1.23 groups, so one; 0.4*480 - 48 = 144 is left: 48 neurons.
+    plan = make_plan(SMALL, random_scores(SMALL), sparsity=0.4, gamma=1.5, allocation="uniform", saliency="x")
+    assert {(len(layer.kept_groups), len(layer.kept_neurons)) for layer in plan.layers} == {(3, 48)}
+    assert plan.budget.met_removed_share == pytest.approx(0.4)
+    assert (plan.budget.removed_groups, plan.budget.removed_neurons) == (4, 4 * 48)
+
+
+def test_uniform_takes_more_groups_where_the_ffn_cannot_make_up() -> None:
+    largest = largest_sparsity(SMALL, gamma=1.0, round_to=32)
+    plan = make_plan(
+        SMALL,
+        random_scores(SMALL),
+        sparsity=largest,
+        gamma=1.0,
+        allocation="uniform",
+        round_to=32,
+        saliency="x",
+    )
+    assert plan.budget.met_removed_share == pytest.approx(largest, abs=16 * 3 / 480)
+
+
+def test_uniform_of_layers_that_differ_is_refused() -> None:
+    wider = replace(SMALL, layers=(replace(SMALL.layers[0], ffn_width=128), *SMALL.layers[1:]))
+    with pytest.raises(NirvanaError, match="layers are all alike"):
+        make_plan(wider, random_scores(wider), sparsity=0.2, allocation="uniform", saliency="x")
+
+
+def test_an_unknown_allocation_is_named() -> None:
+    with pytest.raises(NirvanaError, match="Did you mean 'uniform'"):
+        make_plan(SMALL, random_scores(SMALL), sparsity=0.2, allocation="uniforn", saliency="x")

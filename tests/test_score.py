@@ -16,7 +16,7 @@ from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.prune.saliency import SALIENCIES, next_token_loss, strongest_logits
-from nirvana_deploy.prune.score import StreamedModel, score_units
+from nirvana_deploy.prune.score import StreamedModel, score_units, score_windows
 from nirvana_deploy.prune.units import UnitScores, scored_tensors
 
 GRADIENT_SALIENCIES = [name for name, method in SALIENCIES.items() if method.functional]
@@ -92,6 +92,23 @@ def test_sharded_and_bf16_checkpoints_score_in_float32(tmp_path: Path, tokens: N
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert SafetensorsWeights(folder).dtype("model.norm.weight") == torch.bfloat16
     assert_equal(score_units(folder, tokens), full_backward_scores(folder, tokens, "nirvana"))
+
+
+@pytest.mark.parametrize("saliency", GRADIENT_SALIENCIES)
+def test_scores_of_windows_are_those_of_each_window_alone(
+    tiny_llama: Path, tokens: NDArray[np.int64], saliency: str
+) -> None:
+    windows = score_windows(tiny_llama, tokens, saliency=saliency)
+    for index in range(len(tokens)):
+        alone = score_units(tiny_llama, tokens[index : index + 1], saliency=saliency)
+        assert_equal(windows.of([index]), alone)
+    both = windows.of([1, 4])
+    np.testing.assert_allclose(both.neurons[0], windows.neurons[0][[1, 4]].mean(0), rtol=1e-12)
+
+
+def test_windows_need_a_gradient_saliency(tiny_llama: Path, tokens: NDArray[np.int64]) -> None:
+    with pytest.raises(NirvanaError, match="nirvana, nirvana-vocab, taylor; got 'flap'"):
+        score_windows(tiny_llama, tokens, saliency="flap")
 
 
 def test_strongest_logits_by_hand() -> None:

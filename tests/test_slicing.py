@@ -11,25 +11,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny
+from conftest import VOCABULARY, write_tiny
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
+from nirvana_deploy.progress import SilentProgress
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan, pruned_shape
 from nirvana_deploy.prune.score import StreamedModel, score_units
 from nirvana_deploy.prune.slicing import MaskedWeights, SlicedWeights
 
 
-def plan_for(folder: Path, *, sparsity: float = 0.4, seed: int = 5) -> PrunePlan:
-    """A plan by random scores, so that layers differ in every dimension."""
+def plan_for(folder: Path, *, sparsity: float = 0.4, seed: int = 5, allocation: str = "global") -> PrunePlan:
+    """A plan by random scores; a global one makes layers differ in every dimension."""
     shape = shape_from_config(config_json(folder))
     scores = score_units(folder, None, saliency="random", seed=seed)
-    return make_plan(shape, scores, sparsity=sparsity, gamma=1.0, round_to=4, saliency="random", seed=seed)
+    return make_plan(
+        shape,
+        scores,
+        sparsity=sparsity,
+        gamma=1.0,
+        allocation=allocation,
+        round_to=4,
+        saliency="random",
+        seed=seed,
+    )
 
 
 def logits_of(folder: Path, tokens: NDArray[np.int64]) -> torch.Tensor:
@@ -125,6 +136,93 @@ print(json.dumps({"logits": logits[0, -1].tolist(), "shape": list(generated.shap
     expected = logits_of(tmp_path / "pruned", tokens[:2])[0, -1]
     np.testing.assert_allclose(loaded["logits"], expected.numpy(), rtol=1e-5, atol=1e-5)
     assert loaded["shape"] == [2, tokens.shape[1] + 4]
+
+
+LOADS_STOCK = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+folder, tokens = sys.argv[1], json.loads(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+assert type(model).__module__.startswith("transformers."), type(model)
+assert "nirvana_deploy" not in sys.modules
+with torch.no_grad():
+    logits = model(torch.tensor(tokens)).logits
+print(json.dumps({"architecture": type(model).__name__, "logits": logits.tolist()}))
+"""
+
+
+def write_six_groups(folder: Path, **config: object) -> Path:
+    """A random Llama of six KV groups with two heads each, of which five do not divide the hidden size."""
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 4}
+    widths = {"intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **widths, initializer_range=0.2, **config))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "heads", "architecture"),
+    [(0.2, 10, "MistralForCausalLM"), (0.34, 8, "LlamaForCausalLM")],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_uniform_checkpoint_is_stock(
+    tmp_path: Path, tokens: NDArray[np.int64], sparsity: float, heads: int, architecture: str, tied: bool
+) -> None:
+    folder = write_six_groups(
+        tmp_path / "dense",
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+    )
+    plan, shape = (
+        plan_for(folder, sparsity=sparsity, allocation="uniform"),
+        shape_from_config(config_json(folder)),
+    )
+    written = slice_checkpoint(folder, plan, tmp_path / "pruned")
+    assert written == shape_from_config(config_json(tmp_path / "pruned"))
+    assert (written.layers[0].query_heads, written.family.architecture) == (heads, architecture)
+    assert not list((tmp_path / "pruned").glob("*.py"))
+    result = subprocess.run(
+        [sys.executable, "-c", LOADS_STOCK, str(tmp_path / "pruned"), json.dumps(tokens[:2].tolist())],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    loaded = json.loads(result.stdout.splitlines()[-1])
+    assert loaded["architecture"] == architecture
+    masked = MaskedWeights(SafetensorsWeights(folder), shape, plan)
+    expected = StreamedModel(folder, masked, shape).logits(torch.from_numpy(tokens[:2]))
+    np.testing.assert_allclose(loaded["logits"], expected.numpy(), rtol=1e-4, atol=1e-4)
+    assert (logits_of(folder, tokens[:2]) - expected).abs().max() > 0.1
+
+
+def test_relabelling_is_said(tmp_path: Path) -> None:
+    folder = write_six_groups(tmp_path / "dense")
+    notes: list[str] = []
+
+    class Notes(SilentProgress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    plan = plan_for(folder, sparsity=0.2, allocation="uniform")
+    slice_checkpoint(folder, plan, tmp_path / "pruned", progress=Notes())
+    assert len(notes) == 1 and "MistralForCausalLM" in notes[0] and "10 heads" in notes[0]
+
+
+def test_a_uniform_llama_with_biases_that_does_not_fit_travels_with_its_code(
+    tmp_path: Path, tokens: NDArray[np.int64]
+) -> None:
+    folder = write_six_groups(tmp_path / "dense", attention_bias=True)
+    plan, shape = plan_for(folder, sparsity=0.2, allocation="uniform"), shape_from_config(config_json(folder))
+    slice_checkpoint(folder, plan, tmp_path / "pruned")
+    assert (tmp_path / "pruned" / "modeling_nirvana.py").is_file()
+    masked = MaskedWeights(SafetensorsWeights(folder), shape, plan)
+    expected = StreamedModel(folder, masked, shape).logits(torch.from_numpy(tokens))
+    torch.testing.assert_close(logits_of(tmp_path / "pruned", tokens), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_pruned_checkpoint_can_be_scored_again(

@@ -288,6 +288,54 @@ def quality_figure(
     return _svg(figure, name="quality", alt="Speed beside quality. " + ". ".join(parts) + ".")
 
 
+def selection_figure(selection: Mapping[str, Any]) -> str:
+    """Every candidate's KL as a dot on one strip per saliency, the winner marked, the median as a line.
+
+    ``selection`` is what ``Selection.to_json`` of prune/select.py gives.
+    """
+    candidates, best = selection["candidates"], selection["candidates"][selection["winner"]]
+    names = list(dict.fromkeys(str(candidate["saliency"]) for candidate in candidates))
+    kls = [candidate["kl"] for candidate in candidates]
+    margin = 0.08 * (max(kls) - min(kls)) or 0.05 * (max(kls) or 1)
+    figure = _new_figure(_NARROW_IN * 1.5, 1.1 + 0.72 * len(names))
+    axes = figure.subplots()
+    _bare(axes, ticks=True)
+    _rows(axes, names)
+    axes.set_xlim(min(kls) - margin, max(kls) + margin)
+    axes.locator_params(axis="x", nbins=5)
+    for row, name in enumerate(names):
+        axes.axhline(row, color=COLOURS["rule"], linewidth=0.8, zorder=0)
+        others = [c["kl"] for c in candidates if c["saliency"] == name and c is not best]
+        dots = _spread_rows(others)
+        axes.scatter(
+            [x for x, _ in dots],
+            [row + y for _, y in dots],
+            s=26,
+            color=COLOURS["baseline"],
+            alpha=0.75,
+            linewidths=0,
+        )
+    row = names.index(best["saliency"])
+    axes.scatter([best["kl"]], [row], s=64, color=COLOURS["second"], linewidths=0, zorder=3)
+    text = f"{best['name']}: {format_number(best['kl'])}"
+    _label(axes, best["kl"], row - 0.34, text, offset=(0, 4), ha="left", fontsize=9)
+    median = selection["kl"]["median"]
+    axes.axvline(median, color=COLOURS["soft"], linewidth=1, linestyle=":", zorder=0)
+    axes.set_xlabel(
+        f"KL to dense, nats, on {selection['heldout']['tokens']:,} held-out tokens (dotted: median)",
+        color=COLOURS["soft"],
+        fontsize=9,
+    )
+    _title(axes, f"{len(candidates)} candidates; the axis does not start at zero")
+    lead = "by more than chance" if selection["separable"] else "by no more than chance"
+    alt = (
+        f"KL to dense of {len(candidates)} candidates: {format_number(min(kls))} to "
+        f"{format_number(max(kls))}, median {format_number(median)}. Least: {best['name']}"
+        + (f", ahead of the next {lead}." if selection["runner_up"] is not None else ".")
+    )
+    return _svg(figure, name="selection", alt=alt)
+
+
 def stage_time_figure(stages: Mapping[str, Mapping[str, Any]]) -> str:
     """Bars of where the job's own time went, one per stage in the order they ran, with peak RSS."""
     timed = {name: stage for name, stage in stages.items() if stage.get("seconds") is not None}

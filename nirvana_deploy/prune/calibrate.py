@@ -39,6 +39,18 @@ class TokenWindows:
     """None where no seed had a say: held-out windows and --eval-text."""
     positions: tuple[int, ...]
     """Start of each window in the token stream."""
+    draw: int = 0
+    """Which set of this seed: the windows of a seed's different draws are disjoint."""
+
+
+@dataclass(frozen=True)
+class CandidateSets:
+    """Calibration sets of one source to choose from."""
+
+    calibrations: tuple[TokenWindows, ...]
+    """[N, T] each; no two of them share a window."""
+    heldout: TokenWindows
+    """[M, T_heldout], disjoint from all of them."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ def calibration_data(
     seed: int,
     heldout_sequences: int,
     heldout_len: int,
+    draw: int = 0,
     model_path: Path | None = None,
     progress: Progress = SILENT,
 ) -> CalibrationData:
@@ -67,9 +80,71 @@ def calibration_data(
 
     ``source`` is "pydoc" (the language reference inside this Python), "self" (the model at ``model_path``
     writes), a name in calib_sets/, or a UTF-8 text or .jsonl file; ``tokenizer`` is the model's, from
-    transformers. ``heldout_sequences`` may be 0. Raises NirvanaError for a source that is unknown,
-    unreadable or too short (it says how much fits), MissingExtraError for a named set without ``datasets``.
+    transformers. ``draw`` chooses among a seed's disjoint sets (:func:`calibration_candidates`).
+    ``heldout_sequences`` may be 0. Raises NirvanaError for a source that is unknown, unreadable or too short
+    (it says how much fits), MissingExtraError for a named set without ``datasets``.
     """
+    if draw < 0:
+        raise NirvanaError(f"draw must be at least 0, got {draw}.")
+    sets = _candidate_sets(
+        source,
+        tokenizer,
+        draws=range(draw, draw + 1),
+        calibration_shape=(num_sequences, seq_len),
+        heldout_shape=(heldout_sequences, heldout_len),
+        seed=seed,
+        model_path=model_path,
+        progress=progress,
+    )
+    return CalibrationData(calibration=sets.calibrations[0], heldout=sets.heldout)
+
+
+def calibration_candidates(
+    source: str,
+    tokenizer: Any,
+    *,
+    candidates: int,
+    num_sequences: int,
+    seq_len: int,
+    seed: int,
+    heldout_sequences: int,
+    heldout_len: int,
+    model_path: Path | None = None,
+    progress: Progress = SILENT,
+) -> CandidateSets:
+    """Draw ``candidates`` calibration sets that share no window, and hold M windows out of all of them.
+
+    The sets are the draws 0, 1, ... of ``seed``, so :func:`calibration_data` gives each of them again. For
+    "self", which writes as much text as is asked, they are the seeds ``seed``, ``seed + 1``, ... instead.
+    Raises NirvanaError as :func:`calibration_data` does, and when the text has no room for so many.
+    """
+    if candidates < 1:
+        raise NirvanaError(f"candidates must be at least 1, got {candidates}.")
+    return _candidate_sets(
+        source,
+        tokenizer,
+        draws=range(candidates),
+        calibration_shape=(num_sequences, seq_len),
+        heldout_shape=(heldout_sequences, heldout_len),
+        seed=seed,
+        model_path=model_path,
+        progress=progress,
+    )
+
+
+def _candidate_sets(
+    source: str,
+    tokenizer: Any,
+    *,
+    draws: range,
+    calibration_shape: tuple[int, int],
+    heldout_shape: tuple[int, int],
+    seed: int,
+    model_path: Path | None,
+    progress: Progress,
+) -> CandidateSets:
+    num_sequences, seq_len = calibration_shape
+    heldout_sequences, heldout_len = heldout_shape
     for name, value, least in (
         ("num_sequences", num_sequences, 1),
         ("seq_len", seq_len, 1),
@@ -80,18 +155,35 @@ def calibration_data(
         if value < least:
             raise NirvanaError(f"{name} must be at least {least}, got {value}.")
     if source == "self":
-        calibration_shape, heldout_shape = (num_sequences, seq_len), (heldout_sequences, heldout_len)
-        return _written_by_model(model_path, tokenizer, calibration_shape, heldout_shape, seed, progress)
+        seeds = [seed + draw for draw in draws]
+        return _written_by_model(model_path, tokenizer, calibration_shape, heldout_shape, seeds, progress)
 
     text = read_source(source, progress=progress)
     stream = _token_stream(text.documents, tokenizer, progress)
     cut = _Cut(length=len(stream), seq_len=seq_len, heldout_len=heldout_len)
     cut.require(num_sequences, heldout_sequences, source=text.name)
     starts = cut.calibration_starts
-    drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(starts))[:num_sequences]
+    if draws.stop * num_sequences > len(starts):
+        fits = len(starts) // num_sequences
+        raise NirvanaError(
+            f"{text.name} has room for {fits} disjoint calibration sets of {num_sequences} x {seq_len} "
+            f"tokens; {draws.stop} were asked for.",
+            hint=f"Pass --candidates {fits}, smaller sets (--num-sequences), or a longer text.",
+        )
+    drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(starts))
     spread = np.arange(heldout_sequences) * len(cut.heldout_starts) // max(heldout_sequences, 1)
-    return CalibrationData(
-        calibration=_windows(stream, [starts[i] for i in drawn], seq_len, text, seed),
+    return CandidateSets(
+        calibrations=tuple(
+            _windows(
+                stream,
+                [starts[i] for i in drawn[draw * num_sequences : (draw + 1) * num_sequences]],
+                seq_len,
+                text,
+                seed,
+                draw=draw,
+            )
+            for draw in draws
+        ),
         heldout=_windows(stream, [cut.heldout_starts[i] for i in spread], heldout_len, text, None),
     )
 
@@ -204,10 +296,23 @@ class _Cut:
 
 
 def _windows(
-    stream: NDArray[np.int64], starts: Sequence[int], length: int, text: SourceText, seed: int | None
+    stream: NDArray[np.int64],
+    starts: Sequence[int],
+    length: int,
+    text: SourceText,
+    seed: int | None,
+    *,
+    draw: int = 0,
 ) -> TokenWindows:
     tokens = np.stack([stream[s : s + length] for s in starts]) if starts else np.empty((0, length), np.int64)
-    return TokenWindows(tokens, source=text.name, text_sha256=text.sha256, seed=seed, positions=tuple(starts))
+    return TokenWindows(
+        tokens,
+        source=text.name,
+        text_sha256=text.sha256,
+        seed=seed,
+        positions=tuple(starts),
+        draw=draw,
+    )
 
 
 def _written_by_model(
@@ -215,17 +320,17 @@ def _written_by_model(
     tokenizer: Any,
     calibration_shape: tuple[int, int],
     heldout_shape: tuple[int, int],
-    seed: int,
+    seeds: Sequence[int],
     progress: Progress,
-) -> CalibrationData:
-    """Calibration from the even random stream 2 x seed, held-out text from stream 1, which no seed gives."""
+) -> CandidateSets:
+    """Calibration from the even random streams 2 x seed, held-out text from stream 1, which no seed gives."""
     from nirvana_deploy.prune.selfwrite import written_by_model
 
     if model_path is None:
         raise NirvanaError(
             "The calibration source 'self' needs the model's folder, because the model writes it."
         )
-    shapes = {2 * seed: calibration_shape, 1: heldout_shape}
+    shapes = {**{2 * seed: calibration_shape for seed in seeds}, 1: heldout_shape}
     written = written_by_model(model_path, tokenizer, shapes=shapes, progress=progress)
 
     def windows(stream: int, recorded_seed: int | None) -> TokenWindows:
@@ -235,4 +340,6 @@ def _written_by_model(
             tokens.ravel(), range(0, tokens.size, tokens.shape[1]), tokens.shape[1], text, recorded_seed
         )
 
-    return CalibrationData(calibration=windows(2 * seed, seed), heldout=windows(1, None))
+    return CandidateSets(
+        calibrations=tuple(windows(2 * seed, seed) for seed in seeds), heldout=windows(1, None)
+    )

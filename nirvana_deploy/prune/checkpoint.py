@@ -1,14 +1,22 @@
-"""Write a pruned checkpoint: an ordinary Hugging Face folder whose layers differ in width.
+"""Write a pruned checkpoint: an ordinary Hugging Face folder.
 
-``config.json`` carries transformers' ``per_layer_config`` and an ``auto_map`` to the small module that is
-copied beside the weights, so ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` works
-wherever transformers is installed. The global numbers stay the dense model's.
+Where layers differ (allocation ``global``), ``config.json`` carries transformers' ``per_layer_config`` and an
+``auto_map`` to the small module that is copied beside the weights, so
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` works wherever transformers is
+installed. The global numbers stay the dense model's.
+
+Where all layers have one shape (allocation ``uniform``), the config is a stock one: plain head counts and
+width, an explicit ``head_dim``, no code beside it. LlamaConfig refuses head counts that do not divide the
+hidden size, even with an explicit ``head_dim``; such a Llama is labelled Mistral (full attention, no sliding
+window), which computes the same function and has no such rule. A Llama with biases cannot be: Mistral has
+none; it is written like layers that differ.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +27,7 @@ from safetensors.torch import save_file
 from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folder, write_json
 from nirvana_deploy.model import modeling_nirvana
 from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, config_json
+from nirvana_deploy.model.families import FAMILIES, Family, family_of
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import (
     INDEX_FILE,
@@ -32,6 +41,14 @@ from nirvana_deploy.prune.plan import PrunePlan, pruned_shape
 from nirvana_deploy.prune.slicing import SlicedWeights
 
 DEFAULT_SHARD_BYTES = 2_000_000_000
+_NOT_INHERITED = (
+    "_name_or_path",
+    "_model_name_or_path",
+    "allow_global_per_layer_attribute_access",
+    "auto_map",
+    "per_layer_config",
+)
+"""What the dense config may say that is not true of the pruned model, or is said anew."""
 
 
 def slice_checkpoint(
@@ -45,7 +62,8 @@ def slice_checkpoint(
     """Cut the plan's units out of ``checkpoint`` and write the result to the folder ``out``.
 
     The source is not touched; ``out`` appears whole or not at all. Memory is bounded by one shard of
-    ``shard_bytes``. Returns the shape of what was written.
+    ``shard_bytes``. Returns the shape of what was written; its ``family`` is that of the config written,
+    which is Mistral where a uniform Llama had to be relabelled (a note says so too).
     """
     config = config_json(checkpoint)
     shape = shape_from_config(config)
@@ -56,35 +74,77 @@ def slice_checkpoint(
     shards = _shards(weights, list(expected_shapes(smaller)), shard_bytes)
     total_bytes = sum(_bytes(weights, name) for shard in shards for name in shard)
     require_free_bytes(out, total_bytes, what="The pruned checkpoint")
+    written = pruned_config(config, plan, shape)
+    family = family_of(written)
+    if family != shape.family:
+        progress.note(
+            f"config.json says {family.architecture}: the same function as {shape.family.architecture}, "
+            f"whose config refuses {smaller.layers[0].query_heads} heads "
+            f"for a hidden size of {shape.hidden_size}."
+        )
     with whole_folder(out) as folder, disk_errors(out):
         with progress.task("Slicing weights", len(shards)) as advance:
             _write_shards(weights, shards, folder, total_bytes, advance)
-        write_json(folder / "config.json", pruned_config(config, plan, shape))
-        shutil.copyfile(Path(modeling_nirvana.__file__), folder / "modeling_nirvana.py")
+        write_json(folder / "config.json", written)
+        if "auto_map" in written:
+            shutil.copyfile(Path(modeling_nirvana.__file__), folder / "modeling_nirvana.py")
         for name in TOKENIZER_FILES:
             if (checkpoint / name).is_file():
                 shutil.copyfile(checkpoint / name, folder / name)
-    return smaller
+    return replace(smaller, family=family)
 
 
 def pruned_config(config: dict[str, Any], plan: PrunePlan, shape: ModelShape) -> dict[str, Any]:
-    """``config.json`` of the pruned model, from that of the dense one."""
-    family, smaller = shape.family, pruned_shape(shape, plan)
-    result = {
-        key: value for key, value in config.items() if key not in ("_name_or_path", "_model_name_or_path")
+    """``config.json`` of the pruned model, from that of the dense one; stock where the plan is uniform."""
+    smaller = pruned_shape(shape, plan)
+    kept = {key: value for key, value in config.items() if key not in _NOT_INHERITED}
+    if plan.allocation == "uniform":
+        fits_llama = shape.hidden_size % smaller.layers[0].query_heads == 0
+        if shape.family.name != "llama" or fits_llama:
+            return kept | _stock_widths(smaller)
+        if not (shape.attention_bias or shape.output_bias or shape.ffn_bias):
+            return _as_mistral(kept) | _stock_widths(smaller)
+    family = shape.family
+    widths = _pruned_layers(config, plan) if family.encoder_decoder else _per_layer_widths(smaller)
+    return kept | _own_classes(family) | widths
+
+
+def _stock_widths(smaller: ModelShape) -> dict[str, Any]:
+    """The widths of a model whose layers are all alike."""
+    [layer] = set(smaller.layers)
+    return {
+        "head_dim": smaller.head_dim,
+        "num_attention_heads": layer.query_heads,
+        "num_key_value_heads": layer.kv_heads,
+        "intermediate_size": layer.ffn_width,
+        "tie_word_embeddings": smaller.tied_embeddings,
     }
-    return result | {
+
+
+def _as_mistral(config: dict[str, Any]) -> dict[str, Any]:
+    """A bias-free Llama's config under the name of the family that computes the same."""
+    only_llama = ("attention_bias", "mlp_bias", "pretraining_tp")
+    mistral = FAMILIES["mistral"]
+    return {key: value for key, value in config.items() if key not in only_llama} | {
+        "architectures": [mistral.architecture],
+        "model_type": mistral.name,
+        "sliding_window": None,
+    }
+
+
+def _own_classes(family: Family) -> dict[str, Any]:
+    """Where the code for layers that differ lies."""
+    return {
         "architectures": [f"Nirvana{family.architecture}"],
         "auto_map": {
             "AutoConfig": f"modeling_nirvana.Nirvana{family.config_class}",
             family.auto_class: f"modeling_nirvana.Nirvana{family.architecture}",
         },
-        **(_pruned_layers(config, plan) if family.encoder_decoder else _per_layer_config(smaller)),
     }
 
 
-def _per_layer_config(smaller: ModelShape) -> dict[str, Any]:
-    """Widths of a decoder-only model in transformers' own words."""
+def _per_layer_widths(smaller: ModelShape) -> dict[str, Any]:
+    """Widths of a decoder-only model whose layers differ, in transformers' own words."""
     digits = len(str(len(smaller.layers) - 1))
     family = smaller.family
     return {

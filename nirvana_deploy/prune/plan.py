@@ -8,7 +8,6 @@ a budget that cannot be met is refused with the largest one that can.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ from nirvana_deploy.artifact import read_json, write_json
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.families import DECODER
 from nirvana_deploy.model.shape import LayerShape, ModelShape
+from nirvana_deploy.prune.allocation import ALLOCATIONS, Wish, whole
 from nirvana_deploy.prune.units import UnitScores
+from nirvana_deploy.registry import look_up
 
 PLAN_SCHEMA = 1
 
@@ -71,6 +72,7 @@ class PrunePlan:
     """MLP sparsity / attention sparsity."""
     saliency: str
     allocation: str
+    """"global": layers differ; "uniform": all layers have one shape."""
     round_to: int
     seed: int
     calibration: dict[str, Any] | None
@@ -114,11 +116,8 @@ def removed_counts(shape: ModelShape, *, sparsity: float, gamma: float, round_to
             f"got {sparsity}: every layer keeps at least one KV group and {round_to} FFN neurons.",
             hint=f"Pass --sparsity {math.floor(largest * 100) / 100:g} or less, or another --gamma.",
         )
-    attention, mlp = _costs(shape)
-    attention_sparsity = sparsity * (attention + mlp) / (attention + gamma * mlp)
-    groups = attention_sparsity * sum(layer.kv_heads for layer in shape.layers)
-    neurons = gamma * attention_sparsity * sum(layer.ffn_width for layer in shape.layers)
-    return _floor(groups), _floor(neurons)
+    groups, neurons = _wished_counts(shape, sparsity, gamma)
+    return whole(groups), whole(neurons)
 
 
 def largest_sparsity(shape: ModelShape, *, gamma: float, round_to: int = 1) -> float:
@@ -137,31 +136,33 @@ def make_plan(
     *,
     sparsity: float,
     gamma: float | None = None,
+    allocation: str = "global",
     round_to: int = 8,
     saliency: str,
     seed: int = 0,
     model_name: str = "",
     calibration: dict[str, Any] | None = None,
 ) -> PrunePlan:
-    """Rank units over all layers and cut the least salient, each kind to its own exact count.
+    """Cut the least salient units of each kind, as many as the budget asks.
 
-    ``gamma`` None means M/A. Kept FFN counts are rounded up to a multiple of ``round_to`` per layer by
-    sparing the best of the cut. The same scores give the same plan, byte for byte.
+    ``allocation`` is "global" (rank over all layers) or "uniform" (the same counts in every layer, ranked
+    inside the layer); ``gamma`` None means M/A. Kept FFN widths are multiples of ``round_to``; what the
+    rounding made of the budget is in ``budget``. The same scores give the same plan, byte for byte.
+    Raises NirvanaError for a budget that cannot be met, an unknown allocation, or ``uniform`` for a model
+    whose layers differ.
     """
+    allocate = look_up(allocation, ALLOCATIONS, what="allocation")
     gamma = default_gamma(shape) if gamma is None else gamma
-    removed_groups, removed_neurons = removed_counts(shape, sparsity=sparsity, gamma=gamma, round_to=round_to)
-    kept_groups = kept_units(scores.groups, removed_groups, at_least=1)
-    kept_neurons = kept_units(scores.neurons, removed_neurons, at_least=round_to)
-    rounded = [
-        _rounded_up(kept, score, round_to) for kept, score in zip(kept_neurons, scores.neurons, strict=True)
-    ]
+    removed_counts(shape, sparsity=sparsity, gamma=gamma, round_to=round_to)  # refuses what cannot be met
+    groups, neurons = _wished_counts(shape, sparsity, gamma)
+    cut = allocate(shape, scores, Wish(sparsity=sparsity, groups=groups, neurons=neurons, round_to=round_to))
     layers = tuple(
         LayerPlan(
             layer=shape.number(index),
             of_groups=layer.kv_heads,
-            kept_groups=_indices(kept_groups[index]),
+            kept_groups=_indices(cut.groups[index]),
             of_neurons=layer.ffn_width,
-            kept_neurons=_indices(rounded[index]),
+            kept_neurons=_indices(cut.neurons[index]),
             site=layer.site,
         )
         for index, layer in enumerate(shape.layers)
@@ -179,29 +180,13 @@ def make_plan(
         sparsity=sparsity,
         gamma=gamma,
         saliency=saliency,
-        allocation="global",
+        allocation=allocation,
         round_to=round_to,
         seed=seed,
         calibration=calibration,
-        budget=_budget(shape, layers, sparsity, removed_groups, removed_neurons),
+        budget=_budget(shape, layers, sparsity, cut.removed_groups, cut.removed_neurons),
         layers=layers,
     )
-
-
-def kept_units(
-    scores: Sequence[NDArray[np.float64]], removed: int, *, at_least: int
-) -> list[NDArray[np.bool_]]:
-    """Remove exactly ``removed`` units, the lowest over all layers; every layer keeps its best ``at_least``.
-
-    Ties are broken by position: of equal scores the earlier layer, then the lower index, goes first.
-    """
-    flat = np.concatenate(scores)
-    protected = np.concatenate([_best(layer, at_least) for layer in scores])
-    order = np.argsort(flat, kind="stable")
-    cut = order[~protected[order]][:removed]
-    kept = np.ones(len(flat), dtype=bool)
-    kept[cut] = False
-    return np.split(kept, np.cumsum([len(layer) for layer in scores])[:-1])
 
 
 def pruned_shape(shape: ModelShape, plan: PrunePlan) -> ModelShape:
@@ -319,33 +304,20 @@ def _costs(shape: ModelShape) -> tuple[int, int]:
     return attention, mlp
 
 
+def _wished_counts(shape: ModelShape, sparsity: float, gamma: float) -> tuple[float, float]:
+    """(KV groups, FFN neurons) to remove in the whole model, as real numbers."""
+    attention, mlp = _costs(shape)
+    attention_sparsity = sparsity * (attention + mlp) / (attention + gamma * mlp)
+    groups = attention_sparsity * sum(layer.kv_heads for layer in shape.layers)
+    neurons = gamma * attention_sparsity * sum(layer.ffn_width for layer in shape.layers)
+    return groups, neurons
+
+
 def _removable(shape: ModelShape, round_to: int) -> tuple[int, int]:
     """(KV groups, FFN neurons) that may go while every layer keeps its least."""
     groups = sum(layer.kv_heads - 1 for layer in shape.layers)
     neurons = sum(max(layer.ffn_width - round_to, 0) for layer in shape.layers)
     return groups, neurons
-
-
-def _floor(count: float) -> int:
-    """Round down, forgiving the last bit of a product that is a whole number on paper."""
-    return math.floor(count + 1e-6)
-
-
-def _best(scores: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
-    """Mask of the ``count`` highest scores; of equal ones the later position counts as higher."""
-    mask = np.zeros(len(scores), dtype=bool)
-    mask[np.argsort(scores, kind="stable")[-count:]] = True
-    return mask
-
-
-def _rounded_up(kept: NDArray[np.bool_], scores: NDArray[np.float64], round_to: int) -> NDArray[np.bool_]:
-    """Spare the best of the cut until the kept count is a multiple of ``round_to`` (or everything)."""
-    wanted = min(math.ceil(kept.sum() / round_to) * round_to, len(kept))
-    spared = kept.copy()
-    cut = np.flatnonzero(~kept)
-    best_first = cut[np.argsort(scores[cut], kind="stable")[::-1]]
-    spared[best_first[: wanted - int(kept.sum())]] = True
-    return spared
 
 
 def _indices(mask: NDArray[np.bool_]) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ sums over a unit are float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ from nirvana_deploy.model.checkpoint import config_json, meta_model, read_config
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
 from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.prune.saliency import Functional, saliency_named
+from nirvana_deploy.prune.features import FeatureScore, FeatureStatistics, merged, statistics_of
+from nirvana_deploy.prune.saliency import SALIENCIES, Functional, saliency_named
 from nirvana_deploy.prune.score_seq2seq import StreamedEncoderDecoder
-from nirvana_deploy.prune.units import UnitScores, scored_tensors, unit_sums
+from nirvana_deploy.prune.units import UnitScores, WindowScores, scored_tensors, unit_sums
 
 DEFAULT_MICRO_BATCH = 8
 
@@ -52,15 +54,20 @@ def score_units(
     shape = shape_from_config(config_json(checkpoint))
     weights = SafetensorsWeights(checkpoint)
     check_weights(weights, shape)
-    if method.functional is not None:
+    if method.needs_data:
         if tokens is None:
             raise NirvanaError(
                 f"The saliency {saliency!r} needs calibration text.", hint="Pass --calib SOURCE."
             )
-        stream = StreamedEncoderDecoder if shape.family.encoder_decoder else StreamedModel
-        streamed = stream(checkpoint, weights, shape)
-        return streamed.gradient_scores(
-            torch.from_numpy(tokens), method.functional, micro_batch=micro_batch, progress=progress
+        windows = torch.from_numpy(tokens)
+        if method.functional is not None:
+            stream = StreamedEncoderDecoder if shape.family.encoder_decoder else StreamedModel
+            return stream(checkpoint, weights, shape).gradient_scores(
+                windows, method.functional, micro_batch=micro_batch, progress=progress
+            )
+        assert method.features is not None
+        return StreamedModel(checkpoint, weights, shape).feature_scores(
+            windows, method.features, micro_batch=micro_batch, progress=progress
         )
     if method.reads_weights:
         return _magnitudes(weights, shape, progress)
@@ -69,6 +76,35 @@ def score_units(
         groups=tuple(generator.random(layer.kv_heads) for layer in shape.layers),
         neurons=tuple(generator.random(layer.ffn_width) for layer in shape.layers),
     )
+
+
+def micro_batches(tokens: torch.Tensor, sequences: int) -> list[torch.Tensor]:
+    """``tokens`` [N, T] as views [n, T] of at most ``sequences``."""
+    return [tokens[start : start + sequences] for start in range(0, len(tokens), sequences)]
+
+
+def score_windows(
+    checkpoint: Path,
+    tokens: NDArray[np.int64],
+    *,
+    saliency: str = "nirvana",
+    progress: Progress = SILENT,
+) -> WindowScores:
+    """Score every window of ``tokens`` [N, T] on its own, with a gradient saliency.
+
+    A set of windows is then scored by a mean (:meth:`WindowScores.of`): ``mean |w * g_n|`` instead of
+    ``|w * mean g_n|``, so gradients of opposite sign no longer cancel. Raises NirvanaError for a saliency
+    that takes no gradient.
+    """
+    functional = saliency_named(saliency).functional
+    if functional is None:
+        names = ", ".join(name for name, method in SALIENCIES.items() if method.functional)
+        raise NirvanaError(f"Windows are scored one by one with {names}; got {saliency!r}.")
+    shape = shape_from_config(config_json(checkpoint))
+    weights = SafetensorsWeights(checkpoint)
+    check_weights(weights, shape)
+    streamed = StreamedModel(checkpoint, weights, shape)
+    return streamed.window_scores(torch.from_numpy(tokens), functional, progress=progress)
 
 
 class StreamedModel:
@@ -91,8 +127,32 @@ class StreamedModel:
         self, tokens: torch.Tensor, functional: Functional, *, micro_batch: int, progress: Progress = SILENT
     ) -> UnitScores:
         """``|w * df/dw|`` summed over every unit, for tokens [N, T]; f is averaged over the N sequences."""
-        borders, batches = [], torch.split(tokens, micro_batch)
-        label = f"Scoring {tokens.shape[0]} x {tokens.shape[1]} tokens"
+        batches = micro_batches(tokens, micro_batch)
+        layers = self._scored_backwards(batches, functional, together=True, progress=progress)
+        return UnitScores(
+            groups=tuple(groups[0] for groups, _ in layers),
+            neurons=tuple(neurons[0] for _, neurons in layers),
+        )
+
+    def window_scores(
+        self, tokens: torch.Tensor, functional: Functional, *, progress: Progress = SILENT
+    ) -> WindowScores:
+        """``|w * df_n/dw|`` summed over every unit, for each window n of tokens [N, T] on its own."""
+        batches = micro_batches(tokens, 1)
+        layers = self._scored_backwards(batches, functional, together=False, progress=progress)
+        return WindowScores(
+            groups=tuple(groups for groups, _ in layers), neurons=tuple(neurons for _, neurons in layers)
+        )
+
+    def _scored_backwards(
+        self, batches: Sequence[torch.Tensor], functional: Functional, *, together: bool, progress: Progress
+    ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Per layer (groups [S, K], neurons [S, F]): S = 1 for the mean of f over all sequences ``together``,
+        else one row per batch, each f averaged over that batch.
+        """
+        borders, scored = [], []
+        sequences = sum(len(batch) for batch in batches)
+        label = f"Scoring {sequences} x {batches[0].shape[1]} tokens"
         with progress.task(label, (2 * len(self._layers) + 1) * len(batches)) as advance:
             hidden = self._embedded(batches)
             for index in range(len(self._layers)):
@@ -100,29 +160,70 @@ class StreamedModel:
                 with self._loaded_layer(index) as layer, torch.no_grad():
                     hidden = [self._run(layer, states) for states in hidden]
                 advance(len(batches))
-            gradients = self._output_gradients(hidden, batches, functional)
+            gradients = self._output_gradients(hidden, batches, functional, together=together)
             advance(len(batches))
-            groups, neurons = [], []
             for index in reversed(range(len(self._layers))):
                 with self._loaded_layer(index) as layer:
-                    gradients = self._backward(layer, borders.pop(), gradients)
-                    layer_groups, layer_neurons = self._reduced(index, layer)
-                groups.append(layer_groups)
-                neurons.append(layer_neurons)
+                    rows, passed_on = [], []
+                    for states, gradient in zip(borders.pop(), gradients, strict=True):
+                        passed_on.append(self._backward(layer, states, gradient))
+                        if not together:
+                            rows.append(self._reduced(index, layer))
+                    gradients = passed_on
+                    scored.append(_stacked(rows or [self._reduced(index, layer)]))
                 advance(len(batches))
-        return UnitScores(groups=tuple(reversed(groups)), neurons=tuple(reversed(neurons)))
+        return scored[::-1]
+
+    def feature_scores(
+        self, tokens: torch.Tensor, score: FeatureScore, *, micro_batch: int, progress: Progress = SILENT
+    ) -> UnitScores:
+        """Score units by the inputs of o and down over tokens [N, T]: one forward, no gradient."""
+        family, batches = self._shape.family, micro_batches(tokens, micro_batch)
+        groups, neurons = [], []
+        label = f"Scoring {tokens.shape[0]} x {tokens.shape[1]} tokens"
+        with progress.task(label, len(self._layers)) as advance, torch.no_grad():
+            hidden = self._embedded(batches)
+            for index, dimensions in enumerate(self._shape.layers):
+                with self._loaded_layer(index) as layer:
+                    seen: dict[str, FeatureStatistics] = {}
+                    with recorded_inputs(layer, (family.decoder.o, family.decoder.ffn_down), seen):
+                        hidden = [self._run(layer, states) for states in hidden]
+                    output = layer.get_parameter(f"{family.decoder.o}.weight")
+                    down = layer.get_parameter(f"{family.decoder.ffn_down}.weight")
+                    groups.append(score(output, seen[family.decoder.o], dimensions.kv_heads, True).numpy())
+                    neurons.append(
+                        score(down, seen[family.decoder.ffn_down], dimensions.ffn_width, False).numpy()
+                    )
+                if not (np.isfinite(groups[-1]).all() and np.isfinite(neurons[-1]).all()):
+                    raise NirvanaError(
+                        f"Layer {index}: the activations are NaN or infinite; its units cannot be ranked."
+                    )
+                advance(1)
+        return UnitScores(groups=tuple(groups), neurons=tuple(neurons))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [N, T, V] of tokens [N, T], one layer in memory at a time."""
-        [hidden] = self._embedded((tokens,))
-        with torch.no_grad():
+        [states] = self.last_states((tokens,))
+        return self.output_head()(states)
+
+    def last_states(
+        self, batches: Sequence[torch.Tensor], *, progress: Progress = SILENT
+    ) -> list[torch.Tensor]:
+        """What leaves the last layer, [n, T, D] for each of ``batches`` [n, T]; each layer is loaded once."""
+        with progress.task("Running layers", len(self._layers)) as advance, torch.no_grad():
+            hidden = self._embedded(batches)
             for index in range(len(self._layers)):
                 with self._loaded_layer(index) as layer:
-                    hidden = self._run(layer, hidden)
-            norm, head = self._output_weights()
-            return self._logits(hidden, norm, head)
+                    hidden = [self._run(layer, states) for states in hidden]
+                advance(1)
+        return hidden
 
-    def _embedded(self, batches: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    def output_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What turns states that left the last layer [..., D] into logits [..., V]; loaded once."""
+        norm, head = self._output_weights()
+        return lambda states: self._logits(states, norm, head)
+
+    def _embedded(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         embedding = self._float32(f"{self._shape.family.embedding}.weight")
         return [nn.functional.embedding(batch, embedding) for batch in batches]
 
@@ -145,7 +246,12 @@ class StreamedModel:
         return nn.functional.rms_norm(hidden, norm.shape, norm, epsilon) @ head.T
 
     def _output_gradients(
-        self, hidden: list[torch.Tensor], batches: tuple[torch.Tensor, ...], functional: Functional
+        self,
+        hidden: list[torch.Tensor],
+        batches: Sequence[torch.Tensor],
+        functional: Functional,
+        *,
+        together: bool,
     ) -> list[torch.Tensor]:
         """df/dhidden per micro-batch, [n, T, D] each."""
         norm, head = self._output_weights()
@@ -153,24 +259,20 @@ class StreamedModel:
         gradients = []
         for states, batch in zip(hidden, batches, strict=True):
             leaf = states.detach().requires_grad_()
-            value = functional(self._logits(leaf, norm, head), batch) / sequences
-            (gradient,) = torch.autograd.grad(value, leaf)
+            value = functional(self._logits(leaf, norm, head), batch)
+            (gradient,) = torch.autograd.grad(value / (sequences if together else len(batch)), leaf)
             gradients.append(gradient)
         return gradients
 
-    def _backward(
-        self, layer: nn.Module, inputs: list[torch.Tensor], gradients: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Accumulate weight gradients in ``layer`` and return the gradients of its inputs."""
-        passed_on = []
-        for states, gradient in zip(inputs, gradients, strict=True):
-            leaf = states.requires_grad_()
-            torch.autograd.backward(self._run(layer, leaf), gradient)
-            assert leaf.grad is not None
-            passed_on.append(leaf.grad)
-        return passed_on
+    def _backward(self, layer: nn.Module, states: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Accumulate weight gradients in ``layer`` and return the gradient of its input."""
+        leaf = states.requires_grad_()
+        torch.autograd.backward(self._run(layer, leaf), gradient)
+        assert leaf.grad is not None
+        return leaf.grad
 
     def _reduced(self, index: int, layer: nn.Module) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Unit scores from the gradients that ``layer`` has gathered, which are used up."""
         prefix = self._shape.family.layer(index)
         parameters = dict(layer.named_parameters(prefix=prefix))
         scores = {}
@@ -179,6 +281,7 @@ class StreamedModel:
             assert gradient is not None
             scores[name] = gradient.mul_(weight).abs_()
         groups, neurons = unit_sums(self._shape, index, scores)
+        layer.zero_grad(set_to_none=True)
         if not (np.isfinite(groups).all() and np.isfinite(neurons).all()):
             raise NirvanaError(
                 f"Layer {index}: the gradients are NaN or infinite; its units cannot be ranked."
@@ -197,6 +300,12 @@ class StreamedModel:
         return self._weights.load(name).to(torch.float32)
 
 
+def _stacked(
+    rows: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return np.stack([groups for groups, _ in rows]), np.stack([neurons for _, neurons in rows])
+
+
 class _LoadedLayer:
     """Context in which one layer has its weights; outside it they take no memory."""
 
@@ -211,6 +320,27 @@ class _LoadedLayer:
     def __exit__(self, *exception: object) -> None:
         self._layer.to("meta")
         self._layer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def recorded_inputs(
+    layer: nn.Module, modules: Sequence[str], seen: dict[str, FeatureStatistics]
+) -> Iterator[None]:
+    """While the block runs, add the statistics of the inputs of ``modules`` to ``seen`` by name."""
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def record(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            now = statistics_of(inputs[0])
+            seen[name] = merged(seen[name], now) if name in seen else now
+
+        return record
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _magnitudes(weights: WeightSource, shape: ModelShape, progress: Progress) -> UnitScores:

@@ -26,6 +26,24 @@ class UnitScores:
     """Per layer, [F]."""
 
 
+@dataclass(frozen=True)
+class WindowScores:
+    """The saliency of every unit by each of N calibration windows alone."""
+
+    groups: tuple[NDArray[np.float64], ...]
+    """Per layer, [N, K]."""
+    neurons: tuple[NDArray[np.float64], ...]
+    """Per layer, [N, F]."""
+
+    def of(self, windows: Sequence[int]) -> UnitScores:
+        """The scores by a set of windows: the mean over them."""
+        rows = list(windows)
+        return UnitScores(
+            groups=tuple(layer[rows].mean(axis=0) for layer in self.groups),
+            neurons=tuple(layer[rows].mean(axis=0) for layer in self.neurons),
+        )
+
+
 def scored_tensors(shape: ModelShape, layer: int) -> tuple[str, ...]:
     """Checkpoint names of the tensors of one layer whose weights count in unit scores."""
     site, prefix = shape.place(layer)
