@@ -26,6 +26,21 @@ threads_option = click.option(
 )
 
 
+class _Gamma(click.ParamType[Any]):
+    """A positive number, or the word auto."""
+
+    name = "float|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse what the user typed."""
+        if value == "auto":
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor 'auto'.", param, ctx)
+
+
 def pruning_options(command: Command) -> Command:
     """The options that decide what is removed, as ``prune`` and ``prune-export`` take them."""
     options = [
@@ -45,13 +60,22 @@ def pruning_options(command: Command) -> Command:
             "--saliency",
             default="nirvana",
             show_default=True,
-            help="nirvana, taylor, magnitude or random.",
+            help="nirvana, nirvana-vocab, taylor, wanda-sp, flap, magnitude, random; several with commas, "
+            "or 'auto', are chosen among by KL.",
         ),
         click.option(
             "--gamma",
-            type=float,
+            type=_Gamma(),
             default=None,
-            help="MLP sparsity / attention sparsity. [M/A, the ratio of MLP to attention weights]",
+            help="MLP sparsity / attention sparsity, or 'auto' to choose by KL. "
+            "[M/A, the ratio of MLP to attention weights]",
+        ),
+        click.option(
+            "--allocation",
+            type=click.Choice(["global", "uniform"]),
+            default="global",
+            show_default=True,
+            help="Layers differ, or all get one shape (loads in stock transformers and other consumers).",
         ),
         click.option(
             "--round-to",
@@ -64,7 +88,14 @@ def pruning_options(command: Command) -> Command:
             "--calib",
             default="pydoc",
             show_default=True,
-            help="Calibration text: a .txt or .jsonl file, pydoc, self, c4, bookcorpus, wikitext, lambada.",
+            help="Calibration text: a .txt or .jsonl file, pydoc, self, c4, bookcorpus, wikitext, lambada; "
+            "several with commas, or 'auto' (pydoc and self), are chosen among by KL.",
+        ),
+        click.option(
+            "--candidates",
+            type=click.IntRange(min=1),
+            default=None,
+            help="Calibration sets drawn from each source to choose among. [4 for auto, else 1]",
         ),
         click.option(
             "--num-sequences",

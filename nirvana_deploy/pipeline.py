@@ -14,6 +14,7 @@ from nirvana_deploy.errors import VerificationError
 from nirvana_deploy.export.onnx_export import require_exportable
 from nirvana_deploy.export.verify import VerifyReport, verify_onnx
 from nirvana_deploy.measure.benchmark import Workload
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.prune.plan import (
@@ -25,11 +26,13 @@ from nirvana_deploy.prune.plan import (
     write_plan,
 )
 from nirvana_deploy.prune.saliency import saliency_named
+from nirvana_deploy.prune.select import gamma_grid
 from nirvana_deploy.run import Run
 from nirvana_deploy.stages import (
     BENCHMARK_FILE,
     CHECKPOINT,
     PLAN_FILE,
+    Choices,
     calibrate,
     checked_shape,
     decide,
@@ -39,11 +42,15 @@ from nirvana_deploy.stages import (
     quality,
     refresh_quality,
     score,
+    select,
     slice_stage,
     speed,
     verify,
     write_pages,
 )
+
+_AUTO_CORPORA = ("pydoc", "self")
+_AUTO_SALIENCIES = ("nirvana", "taylor")
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,11 @@ def prune_export(
     sparsity: float,
     out: Path | str | None = None,
     saliency: str = "nirvana",
-    gamma: float | None = None,
+    gamma: float | Literal["auto"] | None = None,
+    allocation: str = "global",
     round_to: int = 8,
     calib: str = "pydoc",
+    candidates: int | None = None,
     num_sequences: int = 32,
     seq_len: int = 128,
     seed: int = 0,
@@ -84,22 +93,34 @@ def prune_export(
     """Prune ``model``, export it to ONNX, verify it, measure it against the dense baseline, write a report.
 
     ``model`` is an alias, a hub id, a folder or a .gguf file; ``sparsity`` the share of decoder linear
-    weights to remove; ``gamma`` None means M/A; ``calib`` a source of calibration text, of which
-    ``num_sequences`` windows of ``seq_len`` tokens are drawn by ``seed``; ``eval_text`` a file to measure
-    quality on instead of held-out windows of the calibration source. ``baseline`` False leaves the dense
-    model out of export and measurements, and with it everything relative. ``until`` "checkpoint" stops
+    weights to remove; ``gamma`` None means M/A; ``allocation`` "global" or "uniform"; ``calib`` a source of
+    calibration text, of which ``num_sequences`` windows of ``seq_len`` tokens are drawn by ``seed``.
+
+    Where there is more than one candidate, the one whose masked model departs least (KL) from the dense one
+    on held-out windows is taken: ``calib`` may be several sources with commas between, or "auto" (pydoc and
+    self); ``candidates`` sets are drawn from each (4 for "auto", else 1); ``saliency`` may be several or
+    "auto" (nirvana and taylor); ``gamma`` may be "auto" (a small grid).
+
+    ``eval_text`` is a file to measure quality on instead of held-out windows. ``baseline`` False leaves the
+    dense model out of export and measurements, and with it everything relative. ``until`` "checkpoint" stops
     after plan.json and checkpoint/; ``resume`` continues from there.
 
     Raises NirvanaError for the user's problems and VerificationError when the exported model does not
     compute what the checkpoint computes.
     """
-    saliency_named(saliency)
+    saliencies = _AUTO_SALIENCIES if saliency == "auto" else _listed(saliency)
+    for name in saliencies:
+        saliency_named(name)
     source = resolve_model(model, progress=progress)
     shape = checked_shape(source.path, seq_len=seq_len)
     if until != "checkpoint":
         require_exportable(shape)
-    gamma = default_gamma(shape) if gamma is None else gamma
-    removed_counts(shape, sparsity=sparsity, gamma=gamma, round_to=round_to)  # refuse before any work
+    choices = Choices(
+        corpora=_corpora(calib),
+        candidates=candidates or (4 if calib == "auto" else 1),
+        saliencies=saliencies,
+        gammas=_gammas(gamma, shape, sparsity=sparsity, round_to=round_to),
+    )
     out = Path(out) if out is not None else Path(f"{source.name}-s{sparsity:g}")
     copies = 1 if until == "checkpoint" else 2 + baseline
     parameters = shape.linear_parameters + shape.embedding_parameters
@@ -108,10 +129,11 @@ def prune_export(
         "model": model,
         "sparsity": sparsity,
         "saliency": saliency,
-        "gamma": gamma,
-        "allocation": "global",
+        "gamma": gamma if gamma is not None else choices.gammas[0],
+        "allocation": allocation,
         "round_to": round_to,
         "calib": calib,
+        "candidates": choices.candidates,
         "num_sequences": num_sequences,
         "seq_len": seq_len,
         "seed": seed,
@@ -129,24 +151,41 @@ def prune_export(
         force=force,
         progress=progress,
     )
-    calibrate(
-        run,
-        source,
-        calib=calib,
-        num_sequences=num_sequences,
-        seq_len=seq_len,
-        seed=seed,
-        eval_text=eval_text,
-    )
-    score(run, source, saliency=saliency, seed=seed, micro_batch=micro_batch)
+    if choices.single:
+        chosen_saliency, chosen_gamma = choices.saliencies[0], choices.gammas[0]
+        calibrate(
+            run,
+            source,
+            calib=choices.corpora[0],
+            num_sequences=num_sequences,
+            seq_len=seq_len,
+            seed=seed,
+            eval_text=eval_text,
+        )
+        score(run, source, saliency=chosen_saliency, seed=seed, micro_batch=micro_batch)
+    else:
+        chosen_saliency, chosen_gamma = select(
+            run,
+            source,
+            choices=choices,
+            sparsity=sparsity,
+            allocation=allocation,
+            round_to=round_to,
+            num_sequences=num_sequences,
+            seq_len=seq_len,
+            seed=seed,
+            micro_batch=micro_batch,
+            eval_text=eval_text,
+        )
     plan = decide(
         run,
         source,
         shape,
         sparsity=sparsity,
-        gamma=gamma,
+        gamma=chosen_gamma,
+        allocation=allocation,
         round_to=round_to,
-        saliency=saliency,
+        saliency=chosen_saliency,
         seed=seed,
     )
     slice_stage(run, source, plan)
@@ -169,6 +208,31 @@ def prune_export(
         benchmark=read_json(measured) if run_benchmark else None,
         report=page,
     )
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated option, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _corpora(calib: str) -> tuple[str, ...]:
+    """The sources to draw from; a file may have a comma in its name."""
+    if calib == "auto":
+        return _AUTO_CORPORA
+    return (calib,) if Path(calib).exists() else _listed(calib)
+
+
+def _gammas(
+    gamma: float | Literal["auto"] | None, shape: ModelShape, *, sparsity: float, round_to: int
+) -> tuple[float, ...]:
+    """The gammas to try; raises NirvanaError, before any work, for one that cannot meet the sparsity."""
+    if gamma == "auto":
+        gammas = gamma_grid(shape, sparsity=sparsity, round_to=round_to)
+    else:
+        gammas = (default_gamma(shape) if gamma is None else gamma,)
+    for one in gammas:
+        removed_counts(shape, sparsity=sparsity, gamma=one, round_to=round_to)
+    return gammas
 
 
 def prune_by_plan(

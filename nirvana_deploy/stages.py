@@ -6,6 +6,7 @@ The stages themselves know nothing of folders of runs or manifests; this module 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.sources import ModelFolder
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
 from nirvana_deploy.progress import Progress
-from nirvana_deploy.prune.calibrate import CalibrationData, TokenWindows, calibration_data, windows_of_text
+from nirvana_deploy.prune.calibrate import (
+    CalibrationData,
+    TokenWindows,
+    calibration_candidates,
+    calibration_data,
+    windows_of_text,
+)
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import (
     PrunePlan,
@@ -32,6 +39,7 @@ from nirvana_deploy.prune.plan import (
     write_plan,
 )
 from nirvana_deploy.prune.score import score_units
+from nirvana_deploy.prune.select import calibration_record, select_calibration
 from nirvana_deploy.prune.texts import read_text_file
 from nirvana_deploy.prune.windows_file import read_scores, read_windows, write_scores, write_windows
 from nirvana_deploy.run import Run
@@ -45,6 +53,8 @@ CHECKPOINT = "checkpoint"
 ONNX = "onnx"
 DENSE_ONNX = "dense/onnx"
 HELDOUT_SEQUENCES, HELDOUT_LEN = 16, 256
+SELECTION_SEQUENCES, SELECTION_LEN = 64, 128
+_CALIBRATION_KEYS = ("source", "num_sequences", "seq_len", "text_sha256", "seed", "draw")
 
 
 def checked_shape(checkpoint: Path, *, seq_len: int = 1) -> ModelShape:
@@ -100,17 +110,118 @@ def calibrate(
             data = CalibrationData(calibration=data.calibration, heldout=windows)
         write_windows(data, run.out / CALIBRATION_FILE)
         return {
-            "source": data.calibration.source,
-            "num_sequences": num_sequences,
-            "seq_len": seq_len,
-            "seed": seed,
-            "text_sha256": data.calibration.text_sha256,
-            "evaluation_source": data.heldout.source
-            + (" (held out of calibration)" if eval_text is None else ""),
-            "evaluation_text_sha256": data.heldout.text_sha256,
+            **calibration_record(data.calibration),
+            **_evaluation_record(data.heldout, held_out=eval_text is None),
         }
 
     run.stage("calibrate", [CALIBRATION_FILE], work)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the selector chooses among; one of each means that there is nothing to choose."""
+
+    corpora: tuple[str, ...]
+    candidates: int
+    """Disjoint calibration sets drawn from each corpus."""
+    saliencies: tuple[str, ...]
+    gammas: tuple[float, ...]
+
+    @property
+    def single(self) -> bool:
+        """Whether there is only one candidate."""
+        return len(self.corpora) * self.candidates * len(self.saliencies) * len(self.gammas) == 1
+
+
+def select(
+    run: Run,
+    source: ModelFolder,
+    *,
+    choices: Choices,
+    sparsity: float,
+    allocation: str,
+    round_to: int,
+    num_sequences: int,
+    seq_len: int,
+    seed: int,
+    micro_batch: int,
+    eval_text: Path | str | None,
+) -> tuple[str, float]:
+    """Choose calibration set, saliency and gamma by held-out KL; returns the winner's saliency and gamma.
+
+    Takes the place of :func:`calibrate` and :func:`score`. The KL is measured on every other held-out
+    window; quality is later measured on the rest, so that no number is quoted on what it was chosen by.
+    """
+
+    def work() -> dict[str, Any]:
+        tokenizer = load_tokenizer(source.path)
+        sets = [
+            calibration_candidates(
+                corpus,
+                tokenizer,
+                candidates=choices.candidates,
+                num_sequences=num_sequences,
+                seq_len=seq_len,
+                seed=seed,
+                heldout_sequences=2 * SELECTION_SEQUENCES // len(choices.corpora),
+                heldout_len=SELECTION_LEN,
+                model_path=source.path,
+                progress=run.progress,
+            )
+            for corpus in choices.corpora
+        ]
+        selection = select_calibration(
+            source.path,
+            [windows for one in sets for windows in one.calibrations],
+            [every_other(one.heldout, 0) for one in sets],
+            sparsity=sparsity,
+            saliencies=choices.saliencies,
+            gammas=choices.gammas,
+            allocation=allocation,
+            round_to=round_to,
+            seed=seed,
+            model_name=source.name,
+            micro_batch=micro_batch,
+            progress=run.progress,
+        )
+        run.progress.note(selection.verdict)
+        chosen = selection.calibration or sets[0].calibrations[0]  # magnitude and random read no text
+        heldout = every_other(sets[0].heldout, 1)
+        if eval_text is not None:
+            heldout = _evaluation_windows(Path(eval_text), tokenizer, run.progress)
+        write_windows(CalibrationData(calibration=chosen, heldout=heldout), run.out / CALIBRATION_FILE)
+        write_scores(selection.scores, run.out / SCORES_FILE)
+        return {
+            **calibration_record(chosen),
+            "saliency": selection.plan.saliency,
+            "gamma": selection.plan.gamma,
+            **_evaluation_record(heldout, held_out=eval_text is None),
+            "selection": selection.to_json(),
+        }
+
+    result = run.stage("select", [CALIBRATION_FILE, SCORES_FILE], work)
+    return result["saliency"], result["gamma"]
+
+
+def every_other(windows: TokenWindows, first: int) -> TokenWindows:
+    """Every second window of [M, T], from window ``first`` on."""
+    return dataclasses.replace(
+        windows, tokens=windows.tokens[first::2], positions=windows.positions[first::2]
+    )
+
+
+def _evaluation_record(windows: TokenWindows, *, held_out: bool) -> dict[str, Any]:
+    return {
+        "evaluation_source": windows.source + (" (held out of calibration)" if held_out else ""),
+        "evaluation_text_sha256": windows.text_sha256,
+    }
+
+
+def _drawn(run: Run) -> dict[str, Any]:
+    """What is recorded of the calibration text, whichever stage drew it."""
+    stages = run.manifest["stages"]
+    result: dict[str, Any] = stages.get("select", stages.get("calibrate"))["result"]
+    return result
 
 
 def score(run: Run, source: ModelFolder, *, saliency: str, seed: int, micro_batch: int) -> None:
@@ -134,6 +245,7 @@ def decide(
     *,
     sparsity: float,
     gamma: float,
+    allocation: str,
     round_to: int,
     saliency: str,
     seed: int,
@@ -141,18 +253,23 @@ def decide(
     """Make the plan from the scores."""
 
     def work() -> dict[str, Any]:
-        drawn = run.manifest["stages"]["calibrate"]["result"]
+        drawn = _drawn(run)
+        selection = drawn.get("selection")
         plan = make_plan(
             shape,
             read_scores(run.out / SCORES_FILE),
             sparsity=sparsity,
             gamma=gamma,
+            allocation=allocation,
             round_to=round_to,
             saliency=saliency,
             seed=seed,
             model_name=source.name,
-            calibration={k: v for k, v in drawn.items() if not k.startswith("evaluation")},
+            calibration={key: drawn[key] for key in _CALIBRATION_KEYS},
         )
+        if selection is not None:
+            candidates = [{"name": one["name"], "kl": one["kl"]} for one in selection["candidates"]]
+            plan = dataclasses.replace(plan, selection={"kl": selection["kl"], "candidates": candidates})
         write_plan(plan, run.out / PLAN_FILE)
         return dataclasses.asdict(plan.budget)
 
@@ -216,7 +333,7 @@ def quality(
     def work() -> dict[str, Any]:
         if eval_text is None:
             tokens = read_windows(run.out / CALIBRATION_FILE)["heldout"]
-            source = run.manifest["stages"]["calibrate"]["result"]["evaluation_source"]
+            source = _drawn(run)["evaluation_source"]
         else:
             windows = _evaluation_windows(eval_text, load_tokenizer(run.out / CHECKPOINT), run.progress)
             tokens, source = windows.tokens, windows.source

@@ -358,3 +358,37 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     import shutil
 
     return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_the_least_kl_is_taken_where_there_is_a_choice(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "SELECTION_SEQUENCES", 4)
+    monkeypatch.setattr(stages, "SELECTION_LEN", 16)
+    options = {key: value for key, value in OPTIONS.items() if key != "gamma"}
+    done = pipeline.prune_export(
+        model,
+        out=tmp_path / "out",
+        saliency="nirvana,random",
+        gamma="auto",
+        candidates=2,
+        run_benchmark=False,
+        **options,
+    )
+    result = done.manifest["stages"]["select"]["result"]
+    tried = result["selection"]["candidates"]
+    assert len(tried) >= 2 * 2 + 2  # two sets for nirvana, none for random; two or more gammas
+    best = min(tried, key=lambda one: one["kl"])
+    assert (done.plan.saliency, done.plan.gamma) == (best["saliency"], best["gamma"])
+    assert done.plan.selection is not None and done.plan.selection["kl"]["min"] == best["kl"]
+    assert "calibrate" not in done.manifest["stages"] and "score" not in done.manifest["stages"]
+    assert done.report is not None and "selection" in done.report.read_text()
+
+
+def test_uniform_layers_export_and_verify(model: str, tmp_path: Path) -> None:
+    done = pipeline.prune_export(
+        model, out=tmp_path / "out", allocation="uniform", run_benchmark=False, **OPTIONS
+    )
+    assert len({(len(layer.kept_groups), len(layer.kept_neurons)) for layer in done.plan.layers}) == 1
+    config = json.loads((done.out / "checkpoint" / "config.json").read_text())
+    assert "auto_map" not in config and "per_layer_config" not in config

@@ -156,7 +156,19 @@ def _figures_of(records: Records) -> list[PlacedFigure]:
         svg = figures.kept_width_figure(layer_widths(records.plan))
         caption = "Blue is kept, grey removed. A KV group is one KV head with its query heads."
         placed.append(PlacedFigure(Markup(svg), caption, wide=True))
+    selection = _selection(records)
+    if selection:
+        svg = figures.selection_figure(selection)
+        caption = "Each candidate was scored, planned and masked; the least KL on held-out text was taken."
+        placed.append(PlacedFigure(Markup(svg), caption, wide=True))
     return placed + _benchmark_figures(records)
+
+
+def _selection(records: Records) -> Mapping[str, Any] | None:
+    """What the selector tried, where there was a choice."""
+    stages = (records.manifest or {}).get("stages") or {}
+    found: Mapping[str, Any] | None = ((stages.get("select") or {}).get("result") or {}).get("selection")
+    return found
 
 
 def _stage_figure(records: Records) -> PlacedFigure | None:

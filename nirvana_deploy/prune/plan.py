@@ -79,6 +79,8 @@ class PrunePlan:
     """Source, windows, seed and sha256 of the calibration text; None when the saliency needs no data."""
     budget: Budget
     layers: tuple[LayerPlan, ...]
+    selection: dict[str, Any] | None = None
+    """Held-out KL of every candidate that was tried, where there was a choice."""
 
     @property
     def kept_groups(self) -> list[tuple[int, ...]]:
