@@ -35,9 +35,9 @@ def measured_section(benchmark: dict[str, Any]) -> str:
     gain, where, load = benchmark["comparisons"][0], benchmark["environment"], benchmark["workload"]
     decode, prefill = f"{gain['bound_tpot_speedup']:.2f}", f"{gain['bound_prefill_speedup']:.2f}"
     notes = [
-        f"Decode reaches {gain['tpot_share_of_bound']:.0%} of the speed-up that the removed bytes allow",
+        f"Decode reaches {gain['tpot_share_of_bound']:.0%} of the speed-up that the removed bytes alone give",
         f"({decode} times), prefill {gain['prefill_share_of_bound']:.0%} of what the removed operations",
-        f"allow ({prefill} times). Batch {load['batch_size']}, {load['prompt_tokens']} prompt tokens,",
+        f"give at equal efficiency ({prefill} times). Batch {load['batch_size']}, {load['prompt_tokens']} prompt tokens,",
         f"{load['new_tokens']} new ones, {load['repeats']} alternating rounds; {where['threads']} threads of",
         f"{where['cpu']}, onnxruntime {where['onnxruntime']}, float32.",
         f"Quality on {benchmark['evaluation']['source']}.",
