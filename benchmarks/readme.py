@@ -37,7 +37,8 @@ def measured_section(benchmark: dict[str, Any]) -> str:
     notes = [
         f"Decode reaches {gain['tpot_share_of_bound']:.0%} of the speed-up that the removed bytes alone give",
         f"({decode} times), prefill {gain['prefill_share_of_bound']:.0%} of what the removed operations",
-        f"give at equal efficiency ({prefill} times). Batch {load['batch_size']}, {load['prompt_tokens']} prompt tokens,",
+        f"give at equal efficiency ({prefill} times).",
+        f"Batch {load['batch_size']}, {load['prompt_tokens']} prompt tokens,",
         f"{load['new_tokens']} new ones, {load['repeats']} alternating rounds; {where['threads']} threads of",
         f"{where['cpu']}, onnxruntime {where['onnxruntime']}, float32.",
         f"Quality on {benchmark['evaluation']['source']}.",

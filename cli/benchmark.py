@@ -21,7 +21,7 @@ from .common import TerminalProgress, echo_json, echo_table, json_option, thread
     "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Prompts at a time."
 )
 @click.option(
-    "--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="Rounds that count."
+    "--repeats", type=click.IntRange(min=1), default=11, show_default=True, help="Rounds that count."
 )
 @threads_option
 @json_option
@@ -38,7 +38,7 @@ def benchmark(
 
     \b
     Example:
-      nirvana-deploy benchmark smollm2-s0.4 --prompt-tokens 512 --repeats 11
+      nirvana-deploy benchmark smollm2-s0.4 --prompt-tokens 512 --repeats 21
     """
     from nirvana_deploy import pipeline
     from nirvana_deploy.measure.benchmark import Workload

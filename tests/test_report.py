@@ -245,7 +245,7 @@ def test_the_perplexity_caution_starts_above_half_as_much_again() -> None:
     records = frozen_records()
     assert records.benchmark is not None
     quality = records.benchmark["variants"][1]["quality"]
-    assert any("19.4 and is now pruned 47.9 (2.46" in caution for caution in findings.cautions(records))
+    assert any("19.4 and became 47.9 in pruned (2.46" in caution for caution in findings.cautions(records))
     quality["perplexity"] = 1.5 * records.benchmark["variants"][0]["quality"]["perplexity"]
     assert findings.cautions(records) == ()
 

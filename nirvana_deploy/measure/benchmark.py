@@ -48,7 +48,7 @@ class Workload:
     prompt_tokens: int = 128
     new_tokens: int = 64
     batch_size: int = 1
-    repeats: int = 7
+    repeats: int = 11
     """Rounds that count."""
     warmup: int = 1
     """Rounds before them that do not."""

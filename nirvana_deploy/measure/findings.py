@@ -210,14 +210,14 @@ def _quality_caution(benchmark: Mapping[str, Any]) -> str | None:
         return None
     rises = {v["name"]: (v.get("quality") or {}).get("perplexity") for v in challengers_of(benchmark)}
     dropped = [
-        f"{name} {format_number(after)} ({format_times(after / before)})"
+        f"{format_number(after)} in {name} ({format_times(after / before)})"
         for name, after in rises.items()
         if after and after > PERPLEXITY_ALARM * before
     ]
     if not dropped:
         return None
     return (
-        f"Quality dropped: perplexity was {format_number(before)} and is now {', '.join(dropped)}. "
+        f"Quality dropped: perplexity was {format_number(before)} and became {', '.join(dropped)}. "
         "Remove less, or train further, before relying on the result."
     )
 

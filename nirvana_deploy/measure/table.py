@@ -136,6 +136,8 @@ class _Measure:
     read: Callable[[Mapping[str, Any]], float | None]
     write: Callable[[float], str]
     change: Callable[[float, float], str]
+    speedup: str | None = None
+    """Key of the comparison that says how much faster, from paired rounds."""
 
 
 def _quality(key: str) -> Callable[[Mapping[str, Any]], float | None]:
@@ -147,15 +149,25 @@ def _measures(prompt_tokens: int | None) -> tuple[_Measure, ...]:
     return (
         _Measure("Parameters", lambda v: v.get("parameters"), format_count, format_change),
         _Measure("Weight file", lambda v: v.get("weights_bytes"), format_bytes, format_change),
-        _Measure("Decode, per token", lambda v: median_of(v, "tpot_ms"), format_ms, format_faster),
+        _Measure(
+            "Decode, per token", lambda v: median_of(v, "tpot_ms"), format_ms, format_faster, "tpot_speedup"
+        ),
         _Measure(
             "Decode, tokens per second", lambda v: v.get("decode_tokens_per_s"), format_number, format_change
         ),
         _Measure(
             "Decode, GB read per second", lambda v: v.get("achieved_gb_per_s"), format_number, format_change
         ),
-        _Measure(f"Prefill, {prompt}", lambda v: median_of(v, "prefill_ms"), format_ms, format_faster),
-        _Measure("Time to first token", lambda v: median_of(v, "ttft_ms"), format_ms, format_faster),
+        _Measure(
+            f"Prefill, {prompt}",
+            lambda v: median_of(v, "prefill_ms"),
+            format_ms,
+            format_faster,
+            "prefill_speedup",
+        ),
+        _Measure(
+            "Time to first token", lambda v: median_of(v, "ttft_ms"), format_ms, format_faster, "ttft_speedup"
+        ),
         _Measure("Peak memory (RSS)", lambda v: v.get("peak_rss_bytes"), format_bytes, format_change),
         _Measure("Peak device memory", lambda v: v.get("peak_device_bytes"), format_bytes, format_change),
         _Measure(
@@ -170,8 +182,9 @@ def _measures(prompt_tokens: int | None) -> tuple[_Measure, ...]:
 def summary_table(benchmark: Mapping[str, Any]) -> Table:
     """The measured variants side by side: baseline, then each other variant followed by its change.
 
-    ``benchmark`` is a parsed benchmark.json. Latencies are medians. A row that no variant has is left out;
-    without a baseline there are no columns of change.
+    ``benchmark`` is a parsed benchmark.json. Latencies are medians; how much faster is the median over rounds
+    in which both ran, so it need not be the ratio of the two cells beside it. A row that no variant has is
+    left out; without a baseline there are no columns of change.
     """
     baseline, challengers = baseline_of(benchmark), challengers_of(benchmark)
     headers = ["Measure", *([str(baseline["name"])] if baseline else [])]
@@ -186,9 +199,26 @@ def summary_table(benchmark: Mapping[str, Any]) -> Table:
         cells = [measure.label]
         if baseline:
             cells.append(ABSENT if before is None else measure.write(before))
-        for value in values:
+        for variant, value in zip(challengers, values, strict=True):
             cells.append(ABSENT if value is None else measure.write(value))
             if baseline:
-                cells.append("" if before is None or value is None else measure.change(before, value))
+                cells.append(_change(benchmark, variant, measure, before, value))
         rows.append(tuple(cells))
     return Table(headers=tuple(headers), rows=tuple(rows))
+
+
+def _change(
+    benchmark: Mapping[str, Any],
+    variant: Mapping[str, Any],
+    measure: _Measure,
+    before: float | None,
+    after: float | None,
+) -> str:
+    """What the column of change says of one measure; empty where one side is missing."""
+    if before is None or after is None:
+        return ""
+    comparisons = benchmark.get("comparisons") or ()
+    recorded: Mapping[str, Any] = next((c for c in comparisons if c.get("variant") == variant["name"]), {})
+    if measure.speedup is not None and measure.speedup in recorded:
+        return format_faster(recorded[measure.speedup], 1.0)
+    return measure.change(before, after)
