@@ -44,6 +44,9 @@ def disk_errors(path: Path, *, elsewhere: str = "choose another place with --out
             errno.ENOENT: "part of the path does not exist",
             errno.ENOTDIR: "part of the path is a file, not a folder",
         }
+        # a bare OSError comes from a writer that wraps the system's; others (of a network, say) are not ours
+        if error.errno not in reasons and type(error) is not OSError:
+            raise
         reason = reasons.get(error.errno or 0) or error.strerror or str(error)
         raise NirvanaError(
             f"Cannot write {path}: {reason}.",
