@@ -257,6 +257,14 @@ def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:
         SafetensorsWeights(folder)
 
 
+def test_an_index_that_points_outside_its_folder_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model", "llama-tied", max_shard_size="50KB")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+    with pytest.raises(NirvanaError, match="outside its folder"):
+        SafetensorsWeights(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -160,6 +160,8 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
             raise NirvanaError(f"{index} is not a checkpoint index: {error!r}.") from error
         for shard in sorted(set(weight_map.values())):
+            if Path(shard).name != shard:
+                raise NirvanaError(f"{index} names a shard outside its folder: {shard!r}.")
             if not (folder / shard).is_file():
                 raise NirvanaError(
                     f"{index} names the shard {shard!r}, which is not in the folder.",
