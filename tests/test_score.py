@@ -159,6 +159,18 @@ def test_only_what_is_read_must_be_finite(tmp_path: Path) -> None:
         weights.rows(name, slice(8, 12))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_one_bad_weight_is_found_in_every_dtype(tmp_path: Path, dtype: torch.dtype, value: str) -> None:
+    tensor = torch.randn(300, 70).to(dtype)
+    save_file({"weight": tensor}, tmp_path / "model.safetensors")
+    assert torch.equal(SafetensorsWeights(tmp_path).load("weight"), tensor)
+    tensor[137, 33] = float(value)
+    save_file({"weight": tensor}, tmp_path / "model.safetensors")
+    with pytest.raises(NirvanaError, match="holds 1 NaN or infinite"):
+        SafetensorsWeights(tmp_path).load("weight")
+
+
 def test_sums_over_blocks_are_the_sums(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = score_units(tiny_llama, None, saliency="magnitude")
     monkeypatch.setattr("nirvana_deploy.prune.units._SUMMED_ELEMENTS", 100)
