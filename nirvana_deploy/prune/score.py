@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,10 @@ from nirvana_deploy.prune.score_seq2seq import StreamedEncoderDecoder
 from nirvana_deploy.prune.units import UnitScores, WindowScores, scored_tensors, unit_sums
 
 DEFAULT_MICRO_BATCH = 8
+Visit = Callable[[int, dict[str, torch.Tensor]], None]
+"""(layer index, df/dw of each of its ``scored_tensors`` by name) -> nothing; the tensors may be kept."""
+_UnitSums = tuple[NDArray[np.float64], NDArray[np.float64]]
+_Row = TypeVar("_Row")
 
 
 def score_units(
@@ -156,10 +161,12 @@ class StreamedModel:
         """``|w * df/dw|`` summed over every unit, for tokens [N, T]; f is averaged over the N sequences."""
         batches = micro_batches(tokens, micro_batch)
         with self._borders(batches, spill, spill_folder, progress) as borders:
-            layers = self._scored(batches, borders, output_gradient, together=True, progress=progress)
+            layers = self._backwards(
+                batches, borders, output_gradient, together=True, reduced=self._reduced, progress=progress
+            )
         return UnitScores(
-            groups=tuple(groups[0] for groups, _ in layers),
-            neurons=tuple(neurons[0] for _, neurons in layers),
+            groups=tuple(groups for [(groups, _)] in layers),
+            neurons=tuple(neurons for [(_, neurons)] in layers),
         )
 
     def window_scores(
@@ -174,10 +181,36 @@ class StreamedModel:
         """``|w * df_n/dw|`` summed over every unit, for each window n of tokens [N, T] on its own."""
         batches = micro_batches(tokens, 1)
         with self._borders(batches, spill, spill_folder, progress) as borders:
-            layers = self._scored(batches, borders, output_gradient, together=False, progress=progress)
+            layers = self._backwards(
+                batches, borders, output_gradient, together=False, reduced=self._reduced, progress=progress
+            )
         return WindowScores(
-            groups=tuple(groups for groups, _ in layers), neurons=tuple(neurons for _, neurons in layers)
+            groups=tuple(np.stack([groups for groups, _ in rows]) for rows in layers),
+            neurons=tuple(np.stack([neurons for _, neurons in rows]) for rows in layers),
         )
+
+    def visit_window_gradients(
+        self,
+        tokens: torch.Tensor,
+        output_gradient: OutputGradient,
+        visit: Visit,
+        *,
+        spill: bool | None = None,
+        spill_folder: Path | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Call ``visit`` with df_n/dw of one layer for each window n of tokens [N, T] in turn, then with the
+        layer before it: from the last layer to the first, N calls each.
+        """
+        batches = micro_batches(tokens, 1)
+
+        def visited(index: int, layer: nn.Module) -> None:
+            visit(index, self._taken_gradients(index, layer))
+
+        with self._borders(batches, spill, spill_folder, progress) as borders:
+            self._backwards(
+                batches, borders, output_gradient, together=False, reduced=visited, progress=progress
+            )
 
     def _borders(
         self, batches: Sequence[torch.Tensor], spill: bool | None, folder: Path | None, progress: Progress
@@ -185,17 +218,18 @@ class StreamedModel:
         shapes = [(*batch.shape, self._shape.hidden_size) for batch in batches]
         return Borders(shapes, levels=len(self._layers) + 1, spill=spill, folder=folder, progress=progress)
 
-    def _scored(
+    def _backwards(
         self,
         batches: Sequence[torch.Tensor],
         borders: Borders,
         output_gradient: OutputGradient,
         *,
         together: bool,
+        reduced: Callable[[int, nn.Module], _Row],
         progress: Progress,
-    ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """Per layer (groups [S, K], neurons [S, F]): S = 1 for the mean of f over all sequences ``together``,
-        else one row per batch, each f averaged over that batch.
+    ) -> list[list[_Row]]:
+        """Per layer what ``reduced`` makes of its gradients, which it must use up: one row for the mean of f
+        over all sequences ``together``, else one per batch, each f averaged over that batch.
 
         On the way back, gradients take the place of the states that are no longer needed.
         """
@@ -225,8 +259,8 @@ class StreamedModel:
                             layer, borders[index, number], borders[index + 1, number]
                         )
                         if not together:
-                            rows.append(self._reduced(index, layer))
-                    scored.append(_stacked(rows or [self._reduced(index, layer)]))
+                            rows.append(reduced(index, layer))
+                    scored.append(rows or [reduced(index, layer)])
                 borders.forget(index + 1)
                 advance(len(batches))
         return scored[::-1]
@@ -304,17 +338,25 @@ class StreamedModel:
         assert leaf.grad is not None
         return leaf.grad
 
-    def _reduced(self, index: int, layer: nn.Module) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Unit scores from the gradients that ``layer`` has gathered, which are used up."""
-        prefix = self._shape.family.layer(index)
-        parameters = dict(layer.named_parameters(prefix=prefix))
-        scores = {}
+    def _taken_gradients(self, index: int, layer: nn.Module) -> dict[str, torch.Tensor]:
+        """The gradients that ``layer`` has gathered, by checkpoint name; it keeps none."""
+        parameters = dict(layer.named_parameters(prefix=self._shape.family.layer(index)))
+        gradients = {}
         for name in scored_tensors(self._shape, index):
-            weight, gradient = parameters[name].detach(), parameters[name].grad
+            gradient = parameters[name].grad
             assert gradient is not None
-            scores[name] = gradient.mul_(weight).abs_()
-        groups, neurons = unit_sums(self._shape, index, scores)
+            gradients[name] = gradient
         layer.zero_grad(set_to_none=True)
+        return gradients
+
+    def _reduced(self, index: int, layer: nn.Module) -> _UnitSums:
+        """Unit scores from the gradients that ``layer`` has gathered, which are used up."""
+        parameters = dict(layer.named_parameters(prefix=self._shape.family.layer(index)))
+        scores = {
+            name: gradient.mul_(parameters[name].detach()).abs_()
+            for name, gradient in self._taken_gradients(index, layer).items()
+        }
+        groups, neurons = unit_sums(self._shape, index, scores)
         if not (np.isfinite(groups).all() and np.isfinite(neurons).all()):
             raise NirvanaError(
                 f"Layer {index}: the gradients are NaN or infinite; its units cannot be ranked."
@@ -331,12 +373,6 @@ class StreamedModel:
 
     def _float32(self, name: str) -> torch.Tensor:
         return self._weights.load(name).to(torch.float32)
-
-
-def _stacked(
-    rows: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return np.stack([groups for groups, _ in rows]), np.stack([neurons for _, neurons in rows])
 
 
 class _LoadedLayer:
