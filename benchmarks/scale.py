@@ -338,7 +338,8 @@ def table(record: dict[str, Any]) -> str:
     """For people."""
     lines = [
         f"{record['shape']}: {record['parameters'] / 1e9:.2f}e9 parameters, "
-        f"{record['dense_bytes'] / 1e9:.2f} GB in bf16; {record['sequences']} x {record['seq_len']} tokens, {record['saliency']}"
+        f"{record['dense_bytes'] / 1e9:.2f} GB in bf16; "
+        f"{record['sequences']} x {record['seq_len']} tokens, {record['saliency']}"
     ]
     for run in ("streamed", "in_memory"):
         for name, cost in record.get(run, {"stages": {}})["stages"].items():
