@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.model.shape import ModelShape
 
-_SUMMED_ELEMENTS = 1 << 22
+_SUMMED_ELEMENTS = 1 << 18
+"""So many that their float64 copy stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def unit_sums(
 
 
 def _exact_sum(score: torch.Tensor, *, dimension: int) -> torch.Tensor:
-    """Sum a matrix in float64, block by block: torch would convert all of it first."""
+    """Sum a matrix in float64, block by block: torch converts what it sums to a copy first."""
     blocks = torch.split(score, max(1, _SUMMED_ELEMENTS // score.shape[1]))
     sums = [block.sum(dim=dimension, dtype=torch.float64) for block in blocks]
     return torch.stack(sums).sum(dim=0) if dimension == 0 else torch.cat(sums)
