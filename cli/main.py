@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -84,5 +85,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("\nInterrupted. Finished stages are kept: repeat the command with --resume.", err=True)
-        sys.exit(130)
+        sys.stdout.flush()
+        # Everything is unwound. An ordinary exit may be turned into death by SIGINT by the interpreter, which
+        # remembers an interrupt that arrived while a module was being imported.
+        os._exit(130)
     sys.exit(code if isinstance(code, int) else 0)

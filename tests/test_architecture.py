@@ -50,7 +50,7 @@ def test_imports_point_left(module: str, path: Path) -> None:
 
 def test_modules_stay_small() -> None:
     lines = {module: len(path.read_text().splitlines()) for module, path in modules()}
-    assert {module: count for module, count in lines.items() if count > 420} == {}
+    assert {module: count for module, count in lines.items() if count > 450} == {}
 
 
 @pytest.mark.parametrize(
