@@ -1,11 +1,12 @@
-"""Refresh what the README shows: its table and its picture, from an output folder of the main job.
+"""Refresh what the README shows: its tables and its picture.
 
     nirvana-deploy prune-export smollm2 --sparsity 0.4 --out demo
+    python benchmarks/quality.py smollm2 --calib A --eval-text B --out benchmarks/results/quality.jsonl
     python benchmarks/readme.py demo
 
-Copies the records to benchmarks/results/, rewrites the table between the README's markers, and, where
-Chromium is installed, takes the picture of the report. A test checks that the README shows what the
-records say.
+Copies the records of the main job to benchmarks/results/, rewrites the tables between the README's markers
+from there, and, where Chromium is installed, takes the picture of the report. A test checks that the README
+shows what the records say.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from quality import read_rows, table  # the script beside this one
+
 from nirvana_deploy.measure.table import summary_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RECORD = RESULTS / "smollm2-s0.4.benchmark.json"
 PICTURE = RESULTS / "report.png"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+QUALITY = RESULTS / "quality.jsonl"
 
 
 def measured_section(benchmark: dict[str, Any]) -> str:
@@ -46,11 +49,17 @@ def measured_section(benchmark: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *notes])
 
 
-def with_section(readme: str, section: str) -> str:
-    """The README with the text between its markers replaced."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+def quality_section() -> str:
+    """The README's table of benchmarks/results/quality.jsonl."""
+    return str(table(read_rows(QUALITY)))
+
+
+def with_section(readme: str, name: str, section: str) -> str:
+    """The README with the text between the markers of ``name`` replaced."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = readme.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def take_picture(page: Path) -> None:
@@ -90,7 +99,8 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     RECORD.write_text(json.dumps(benchmark, indent=1) + "\n")
     readme = ROOT / "README.md"
-    readme.write_text(with_section(readme.read_text(), measured_section(benchmark)))
+    text = with_section(readme.read_text(), "measured", measured_section(benchmark))
+    readme.write_text(with_section(text, "quality", quality_section()))
     take_picture(out / "report.html")
     print(measured_section(benchmark))
 

@@ -230,7 +230,13 @@ def score(run: Run, source: ModelFolder, *, saliency: str, seed: int, micro_batc
     def work() -> dict[str, Any]:
         tokens = read_windows(run.out / CALIBRATION_FILE)["calibration"]
         scores = score_units(
-            source.path, tokens, saliency=saliency, seed=seed, micro_batch=micro_batch, progress=run.progress
+            source.path,
+            tokens,
+            saliency=saliency,
+            seed=seed,
+            micro_batch=micro_batch,
+            spill_folder=run.out,
+            progress=run.progress,
         )
         write_scores(scores, run.out / SCORES_FILE)
         return {"saliency": saliency, "tokens": int(tokens.size), "micro_batch": micro_batch}

@@ -29,10 +29,11 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def test_the_table_is_what_the_records_say() -> None:
+def test_the_tables_are_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     readme = script("readme")
-    section = readme.measured_section(json.loads(readme.RECORD.read_text()))
-    assert section in README
+    assert readme.measured_section(json.loads(readme.RECORD.read_text())) in README
+    assert readme.quality_section() in README
 
 
 def test_the_picture_is_there() -> None:

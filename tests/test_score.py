@@ -15,6 +15,7 @@ from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
+from nirvana_deploy.prune.output import embedded, head_blocks
 from nirvana_deploy.prune.saliency import SALIENCIES, next_token_loss, strongest_logits
 from nirvana_deploy.prune.score import StreamedModel, score_units, score_windows
 from nirvana_deploy.prune.units import UnitScores, scored_tensors
@@ -109,6 +110,71 @@ def test_scores_of_windows_are_those_of_each_window_alone(
 def test_windows_need_a_gradient_saliency(tiny_llama: Path, tokens: NDArray[np.int64]) -> None:
     with pytest.raises(NirvanaError, match="nirvana, nirvana-vocab, taylor; got 'flap'"):
         score_windows(tiny_llama, tokens, saliency="flap")
+
+
+@pytest.mark.parametrize("saliency", GRADIENT_SALIENCIES)
+@pytest.mark.parametrize("block_rows", [1, 7, 29, 100])
+def test_gradients_by_blocks_of_the_vocabulary_are_those_of_the_functional(
+    saliency: str, block_rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    head = torch.randn(29, 8, generator=generator)
+    states = torch.randn(3, 6, 8, generator=generator).requires_grad_()
+    tokens = torch.randint(0, 29, (3, 6), generator=generator)
+    method = SALIENCIES[saliency]
+    assert method.functional is not None and method.output_gradient is not None
+    (expected,) = torch.autograd.grad(method.functional(states @ head.T, tokens), states)
+    found = method.output_gradient(states.detach(), tokens, lambda: iter(head.split(block_rows)))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("saliency", GRADIENT_SALIENCIES)
+@pytest.mark.parametrize("kind", ["llama-tied", "mistral"])
+def test_scores_do_not_depend_on_the_blocks(
+    tmp_path: Path, tokens: NDArray[np.int64], saliency: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny(tmp_path, kind)
+    whole = score_units(folder, tokens, saliency=saliency)
+    monkeypatch.setattr(head_blocks, "__kwdefaults__", {"block_rows": 50})
+    assert_equal(score_units(folder, tokens, saliency=saliency), whole, rtol=1e-6)
+
+
+def test_embedding_rows_are_those_of_the_whole_matrix(tiny_llama: Path, tokens: NDArray[np.int64]) -> None:
+    weights, shape = SafetensorsWeights(tiny_llama), shape_from_config(config_json(tiny_llama))
+    windows = torch.from_numpy(tokens)
+    expected = weights.load("model.embed_tokens.weight")[windows]
+    assert torch.equal(embedded(weights, shape, windows), expected)
+
+
+def test_only_what_is_read_must_be_finite(tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    folder = write_tiny(tmp_path, "llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][9] = float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = SafetensorsWeights(folder)
+    assert torch.equal(weights.rows(name, slice(2, 5)), tensors[name][2:5])
+    assert torch.equal(weights.rows(name, torch.tensor([8, 10])), tensors[name][[8, 10]])
+    with pytest.raises(NirvanaError, match=r"embed_tokens\.weight.* 48 NaN or infinite"):
+        weights.rows(name, slice(8, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_one_bad_weight_is_found_in_every_dtype(tmp_path: Path, dtype: torch.dtype, value: str) -> None:
+    tensor = torch.randn(300, 70).to(dtype)
+    save_file({"weight": tensor}, tmp_path / "model.safetensors")
+    assert torch.equal(SafetensorsWeights(tmp_path).load("weight"), tensor)
+    tensor[137, 33] = float(value)
+    save_file({"weight": tensor}, tmp_path / "model.safetensors")
+    with pytest.raises(NirvanaError, match="holds 1 NaN or infinite"):
+        SafetensorsWeights(tmp_path).load("weight")
+
+
+def test_sums_over_blocks_are_the_sums(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = score_units(tiny_llama, None, saliency="magnitude")
+    monkeypatch.setattr("nirvana_deploy.prune.units._SUMMED_ELEMENTS", 100)
+    assert_equal(score_units(tiny_llama, None, saliency="magnitude"), whole, rtol=1e-12)
 
 
 def test_strongest_logits_by_hand() -> None:

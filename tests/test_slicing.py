@@ -77,6 +77,12 @@ def test_views_leave_the_source_alone(tiny_llama: Path) -> None:
     torch.testing.assert_close(source.load(name), before, rtol=0, atol=0)
     kept = list(plan.layers[0].kept_neurons)
     torch.testing.assert_close(sliced.load(name), before[:, kept], rtol=0, atol=0)
+    for view in (sliced, MaskedWeights(source, shape, plan)):
+        assert torch.equal(view.rows(name, slice(3, 9)), view.load(name)[3:9])
+        assert torch.equal(
+            view.rows("model.embed_tokens.weight", slice(3, 9)),
+            source.rows("model.embed_tokens.weight", slice(3, 9)),
+        )
 
 
 def test_save_and_load_give_identical_logits(tiny: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
@@ -254,6 +260,14 @@ def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(NirvanaError, match=shard.name):
+        SafetensorsWeights(folder)
+
+
+def test_an_index_that_points_outside_its_folder_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model", "llama-tied", max_shard_size="50KB")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+    with pytest.raises(NirvanaError, match="outside its folder"):
         SafetensorsWeights(folder)
 
 

@@ -32,7 +32,7 @@ from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
-from nirvana_deploy.prune.saliency import Functional, saliency_named
+from nirvana_deploy.prune.saliency import Saliency, saliency_named
 from nirvana_deploy.prune.score import StreamedModel, micro_batches, score_units
 from nirvana_deploy.prune.slicing import MaskedWeights
 from nirvana_deploy.prune.units import Kept, kept_positions
@@ -143,8 +143,8 @@ def measure_ntk(
     if tokens.ndim != 2 or tokens.size == 0:
         raise NirvanaError(f"A kernel needs windows [n, T] with n and T at least 1, got {tokens.shape}.")
     name = functional or (plan.saliency if saliency_named(plan.saliency).functional else _DEFAULT_FUNCTIONAL)
-    f = saliency_named(name).functional
-    if f is None:
+    method = saliency_named(name)
+    if method.functional is None:
         raise NirvanaError(f"The saliency {name!r} takes no gradient, so it has no tangent kernel.")
     shape = shape_from_config(config_json(checkpoint))
     weights = SafetensorsWeights(checkpoint)
@@ -156,10 +156,10 @@ def measure_ntk(
     windows = torch.from_numpy(tokens)
     masks = [kept_positions(shape, one.kept_groups, one.kept_neurons) for one in plans.values()]
     masked = [MaskedWeights(weights, shape, one) for one in plans.values()]  # refuses one that does not fit
-    values, whole, parts = _dense_pass(_Model(checkpoint, weights, shape), windows, f, masks, progress)
+    values, whole, parts = _dense_pass(_Model(checkpoint, weights, shape), windows, method, masks, progress)
     cuts = []
     for (label, one), source, part in zip(plans.items(), masked, parts, strict=True):
-        pruned_values, kernels = _kernel_pass(_Model(checkpoint, source, shape), windows, f, progress)
+        pruned_values, kernels = _kernel_pass(_Model(checkpoint, source, shape), windows, method, progress)
         cuts.append(
             CutDrift(
                 name=label,
@@ -198,17 +198,19 @@ class _Model:
         self.shape = shape
         self._streamed = StreamedModel(checkpoint, weights, shape)
 
-    def values(self, windows: torch.Tensor, f: Functional) -> Vector:
+    def values(self, windows: torch.Tensor, method: Saliency) -> Vector:
         """f of each window of [n, T], [n]."""
         batches = micro_batches(windows, 1)
         states, head = self._streamed.last_states(batches), self._streamed.output_head()
         with torch.no_grad():
-            return np.array([float(f(head(s), b)) for s, b in zip(states, batches, strict=True)])
+            assert method.functional is not None
+            pairs = zip(states, batches, strict=True)
+            return np.array([float(method.functional(head(s), b)) for s, b in pairs])
 
     def each_tensor(
         self,
         windows: torch.Tensor,
-        f: Functional,
+        method: Saliency,
         use: Callable[[str, list[torch.Tensor]], None],
         progress: Progress,
     ) -> None:
@@ -226,11 +228,16 @@ class _Model:
                     use(name, [window[name] for window in gathered])
                 gathered.clear()
 
-        self._streamed.visit_window_gradients(windows, f, visit, progress=progress)
+        assert method.output_gradient is not None
+        self._streamed.visit_window_gradients(windows, method.output_gradient, visit, progress=progress)
 
 
 def _dense_pass(
-    model: _Model, windows: torch.Tensor, f: Functional, masks: Sequence[dict[str, Kept]], progress: Progress
+    model: _Model,
+    windows: torch.Tensor,
+    method: Saliency,
+    masks: Sequence[dict[str, Kept]],
+    progress: Progress,
 ) -> tuple[Vector, Removed, list[Removed]]:
     """f of the windows, what all weights hold, and what each cut takes of it."""
     nothing = Removed(no_kernels(len(windows)), np.zeros(len(windows)), np.zeros(len(windows)))
@@ -241,12 +248,12 @@ def _dense_pass(
         for index, kept in enumerate([None, *(mask[name] for mask in masks)]):
             totals[index] += removed_part(weight, gradients, kept)
 
-    model.each_tensor(windows, f, use, progress)
-    return model.values(windows, f), totals[0], totals[1:]
+    model.each_tensor(windows, method, use, progress)
+    return model.values(windows, method), totals[0], totals[1:]
 
 
 def _kernel_pass(
-    model: _Model, windows: torch.Tensor, f: Functional, progress: Progress
+    model: _Model, windows: torch.Tensor, method: Saliency, progress: Progress
 ) -> tuple[Vector, Kernels]:
     """f of the windows and the kernels of a masked model."""
     totals = [no_kernels(len(windows))]
@@ -254,5 +261,5 @@ def _kernel_pass(
     def use(name: str, gradients: list[torch.Tensor]) -> None:
         totals[0] += kernels_of(gradients)
 
-    model.each_tensor(windows, f, use, progress)
-    return model.values(windows, f), totals[0]
+    model.each_tensor(windows, method, use, progress)
+    return model.values(windows, method), totals[0]

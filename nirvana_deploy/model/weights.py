@@ -27,6 +27,11 @@ _TORCH_DTYPES = {
 }
 
 
+Rows = slice | torch.Tensor
+"""Which rows: a range, or int64 positions."""
+_CHECKED_ELEMENTS = 1 << 22
+
+
 class WeightSource(Protocol):
     """Tensors by name, loaded when asked for."""
 
@@ -46,12 +51,16 @@ class WeightSource(Protocol):
         """The tensor on the CPU, in its stored dtype."""
         ...
 
+    def rows(self, name: str, positions: Rows) -> torch.Tensor:
+        """Some rows of the tensor, as :meth:`load` would give them, without reading the others."""
+        ...
+
 
 class SafetensorsWeights:
     """The tensors of a folder with ``model.safetensors`` or a sharded checkpoint with its index.
 
     Raises NirvanaError for a folder without safetensors, an index that names a missing shard, a truncated
-    or corrupt file, and (on ``load``) for a tensor that holds NaN or Inf.
+    or corrupt file, and (on ``load`` and ``rows``) where what is read holds NaN or Inf.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,11 +100,24 @@ class SafetensorsWeights:
 
     def load(self, name: str) -> torch.Tensor:
         """The tensor on the CPU in its stored dtype; raises NirvanaError when it holds NaN or Inf."""
+        return self._finite(name, self._mapped(name))
+
+    def rows(self, name: str, positions: Rows) -> torch.Tensor:
+        """Some rows of the tensor; only they are read from disk and checked for NaN and Inf."""
+        return self._finite(name, self._mapped(name)[positions])
+
+    def _mapped(self, name: str) -> torch.Tensor:
+        """The tensor as a view of its file: what is not touched is not read."""
         self.dtype(name)
         with _opened(self._file_of[name]) as tensors:
             tensor: torch.Tensor = tensors.get_tensor(name)
-        if not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
+        return tensor
+
+    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        # one pass without copies; NaN is passed on to both ends
+        if not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
+            blocks = torch.split(tensor.flatten(), _CHECKED_ELEMENTS)
+            bad = sum(int((~torch.isfinite(block)).sum()) for block in blocks)
             raise NirvanaError(
                 f"Tensor {name!r} of {self._file_of[name].name} holds {bad} NaN or infinite values.",
                 hint="The checkpoint is damaged; download or train it again.",
@@ -160,6 +182,8 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
             raise NirvanaError(f"{index} is not a checkpoint index: {error!r}.") from error
         for shard in sorted(set(weight_map.values())):
+            if Path(shard).name != shard:
+                raise NirvanaError(f"{index} names a shard outside its folder: {shard!r}.")
             if not (folder / shard).is_file():
                 raise NirvanaError(
                     f"{index} names the shard {shard!r}, which is not in the folder.",

@@ -40,7 +40,7 @@ from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.prune.plan import PrunePlan, pruned_shape
 from nirvana_deploy.prune.slicing import SlicedWeights
 
-DEFAULT_SHARD_BYTES = 2_000_000_000
+DEFAULT_SHARD_BYTES = 1_000_000_000
 _NOT_INHERITED = (
     "_name_or_path",
     "_model_name_or_path",
@@ -62,8 +62,8 @@ def slice_checkpoint(
     """Cut the plan's units out of ``checkpoint`` and write the result to the folder ``out``.
 
     The source is not touched; ``out`` appears whole or not at all. Memory is bounded by one shard of
-    ``shard_bytes``. Returns the shape of what was written; its ``family`` is that of the config written,
-    which is Mistral where a uniform Llama had to be relabelled (a note says so too).
+    ``shard_bytes`` and one tensor. Returns the shape of what was written; its ``family`` is that of the
+    config written, which is Mistral where a uniform Llama had to be relabelled (a note says so too).
     """
     config = config_json(checkpoint)
     shape = shape_from_config(config)

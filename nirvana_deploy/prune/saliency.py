@@ -6,11 +6,15 @@ vocabulary]; ``nirvana-vocab`` takes its other reading, the maximum over the voc
 which follows the token that the model would say at each position; ``taylor`` takes the language-model loss.
 ``wanda-sp`` and ``flap`` need no gradient (``features.py``). Pure maths on tensors: no model, no device,
 no log.
+
+Each functional is written twice: as it is defined, on logits, and as its gradient by the states that the head
+turns into logits, with the head in blocks of the vocabulary. The second is what scoring uses: neither the
+head nor the logits of a large vocabulary are ever in memory as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +25,10 @@ from nirvana_deploy.registry import look_up
 
 Functional = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits [n, T, V] float32, tokens [n, T]) -> the sum of f over the n sequences, a scalar."""
+Head = Callable[[], Iterator[torch.Tensor]]
+"""Walks the rows of the head [V, D] in order, as blocks [C, D] float32; can be called again."""
+OutputGradient = Callable[[torch.Tensor, torch.Tensor, Head], torch.Tensor]
+"""(states [n, T, D] that the head multiplies, tokens [n, T], head) -> the functional's gradient [n, T, D]."""
 
 
 def strongest_logits(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -40,12 +48,56 @@ def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return loss / wanted.shape[1]
 
 
+@torch.no_grad()
+def strongest_logits_gradient(states: torch.Tensor, tokens: torch.Tensor, head: Head) -> torch.Tensor:
+    """Of :func:`strongest_logits`: every entry's row goes to the position where its logit is largest."""
+    gradient, vocabulary = torch.zeros_like(states), 0
+    for rows in head():
+        vocabulary += len(rows)
+        strongest = (states @ rows.T).max(dim=1).indices  # [n, C]
+        for sequence, positions in zip(gradient, strongest, strict=True):
+            sequence.index_add_(0, positions, rows)
+    return gradient / vocabulary
+
+
+@torch.no_grad()
+def strongest_tokens_gradient(states: torch.Tensor, tokens: torch.Tensor, head: Head) -> torch.Tensor:
+    """Of :func:`strongest_tokens`: every position gets the row of its largest logit."""
+    gradient = torch.zeros_like(states)
+    largest = states.new_full(states.shape[:2], -torch.inf)
+    for rows in head():
+        block = (states @ rows.T).max(dim=2)
+        larger = block.values > largest
+        largest[larger] = block.values[larger]
+        gradient[larger] = rows[block.indices[larger]]
+    return gradient / states.shape[1]
+
+
+@torch.no_grad()
+def next_token_loss_gradient(states: torch.Tensor, tokens: torch.Tensor, head: Head) -> torch.Tensor:
+    """Of :func:`next_token_loss`: softmax minus what was wanted, times the rows; reads the head twice."""
+    predicting, wanted = states[:, :-1], tokens[:, 1:]
+    total = predicting.new_full(predicting.shape[:2], -torch.inf)  # log of the sum of exp(logits)
+    for rows in head():
+        total = torch.logaddexp(total, (predicting @ rows.T).logsumexp(dim=2))
+    gradient, start = torch.zeros_like(states), 0
+    for rows in head():
+        excess = (predicting @ rows.T).sub_(total[..., None]).exp_()  # [n, T-1, C]
+        here = (wanted >= start) & (wanted < start + len(rows))
+        excess[(*here.nonzero(as_tuple=True), wanted[here] - start)] -= 1
+        gradient[:, :-1] += excess @ rows
+        start += len(rows)
+    return gradient / wanted.shape[1]
+
+
 @dataclass(frozen=True)
 class Saliency:
     """How a weight is scored."""
 
     functional: Functional | None
     """f, for saliencies that need its gradient and calibration data."""
+    output_gradient: OutputGradient | None = None
+    """The gradient of ``functional`` at the output, where there is one."""
     features: FeatureScore | None = None
     """For saliencies that need calibration data but no gradient: the inputs of o and down."""
     reads_weights: bool = True
@@ -60,11 +112,17 @@ class Saliency:
 
 
 SALIENCIES: dict[str, Saliency] = {
-    "nirvana": Saliency(strongest_logits, says="|w * df/dw|, f = mean of the strongest logits (label-free)"),
-    "nirvana-vocab": Saliency(
-        strongest_tokens, says="|w * df/dw|, f = mean over positions of the strongest logit (label-free)"
+    "nirvana": Saliency(
+        strongest_logits,
+        strongest_logits_gradient,
+        says="|w * df/dw|, f = mean of the strongest logits (label-free)",
     ),
-    "taylor": Saliency(next_token_loss, says="|w * dL/dw|, L = next-token loss"),
+    "nirvana-vocab": Saliency(
+        strongest_tokens,
+        strongest_tokens_gradient,
+        says="|w * df/dw|, f = mean over positions of the strongest logit (label-free)",
+    ),
+    "taylor": Saliency(next_token_loss, next_token_loss_gradient, says="|w * dL/dw|, L = next-token loss"),
     "wanda-sp": Saliency(None, features=wanda_sp, says="|w| times the norm of its input, of o and down"),
     "flap": Saliency(None, features=flap, says="variance of the inputs of o and down times their weights"),
     "magnitude": Saliency(None, says="|w|"),

@@ -1,8 +1,9 @@
 """Score every unit of a model with one streamed backward pass.
 
-Memory is bounded by one layer and the hidden states at layer borders, not by the model: the forward
-pass keeps the [N, T, D] states that enter each layer; the backward pass walks the layers from last to
-first, loads one, recomputes it, propagates the gradient, reduces ``|w * dw|`` to unit scores and frees it.
+Memory is bounded by one layer with its gradients, not by the model: the forward pass keeps the [N, T, D]
+states that enter each layer (``borders.py``: in memory, or on disk when they are many); the backward pass
+walks the layers from last to first, loads one, recomputes it, propagates the gradient, reduces ``|w * dw|``
+to unit scores and frees it. Embedding and head are read in part (``output.py``).
 That costs one more forward (4/3 of the work of a plain backward) and is the only path: a model that
 fits in memory is the special case.
 
@@ -13,7 +14,7 @@ sums over a unit are float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -28,8 +29,10 @@ from nirvana_deploy.model.checkpoint import config_json, meta_model, read_config
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
 from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.prune.borders import Borders
 from nirvana_deploy.prune.features import FeatureScore, FeatureStatistics, merged, statistics_of
-from nirvana_deploy.prune.saliency import SALIENCIES, Functional, saliency_named
+from nirvana_deploy.prune.output import embedded, head_blocks, head_name, states_gradient
+from nirvana_deploy.prune.saliency import SALIENCIES, OutputGradient, saliency_named
 from nirvana_deploy.prune.score_seq2seq import StreamedEncoderDecoder
 from nirvana_deploy.prune.units import UnitScores, WindowScores, scored_tensors, unit_sums
 
@@ -47,13 +50,17 @@ def score_units(
     saliency: str = "nirvana",
     seed: int = 0,
     micro_batch: int = DEFAULT_MICRO_BATCH,
+    spill: bool | None = None,
+    spill_folder: Path | None = None,
     progress: Progress = SILENT,
 ) -> UnitScores:
     """Score the KV groups and FFN neurons of a checkpoint folder.
 
     ``tokens`` [N, T] are the calibration windows (None for saliencies that need no data), ``seed`` serves
-    ``random`` alone, ``micro_batch`` is in sequences. Raises NirvanaError for NaN or infinite weights or
-    gradients, naming the tensor or the layer.
+    ``random`` alone, ``micro_batch`` is in sequences. ``spill`` keeps hidden states in a temporary file of
+    ``spill_folder`` [the system's]; None does so when they are large (``borders.py``). It does not change
+    the scores. Raises NirvanaError for NaN or infinite weights or gradients, naming the tensor or the layer,
+    and for a disk too small for the file.
     """
     method = saliency_named(saliency)
     shape = shape_from_config(config_json(checkpoint))
@@ -65,10 +72,15 @@ def score_units(
                 f"The saliency {saliency!r} needs calibration text.", hint="Pass --calib SOURCE."
             )
         windows = torch.from_numpy(tokens)
-        if method.functional is not None:
+        if method.output_gradient is not None:
             stream = StreamedEncoderDecoder if shape.family.encoder_decoder else StreamedModel
             return stream(checkpoint, weights, shape).gradient_scores(
-                windows, method.functional, micro_batch=micro_batch, progress=progress
+                windows,
+                method.output_gradient,
+                micro_batch=micro_batch,
+                spill=spill,
+                spill_folder=spill_folder,
+                progress=progress,
             )
         assert method.features is not None
         return StreamedModel(checkpoint, weights, shape).feature_scores(
@@ -93,23 +105,31 @@ def score_windows(
     tokens: NDArray[np.int64],
     *,
     saliency: str = "nirvana",
+    spill: bool | None = None,
+    spill_folder: Path | None = None,
     progress: Progress = SILENT,
 ) -> WindowScores:
     """Score every window of ``tokens`` [N, T] on its own, with a gradient saliency.
 
     A set of windows is then scored by a mean (:meth:`WindowScores.of`): ``mean |w * g_n|`` instead of
-    ``|w * mean g_n|``, so gradients of opposite sign no longer cancel. Raises NirvanaError for a saliency
-    that takes no gradient.
+    ``|w * mean g_n|``, so gradients of opposite sign no longer cancel. ``spill`` and ``spill_folder`` are
+    those of :func:`score_units`. Raises NirvanaError for a saliency that takes no gradient.
     """
-    functional = saliency_named(saliency).functional
-    if functional is None:
+    output_gradient = saliency_named(saliency).output_gradient
+    if output_gradient is None:
         names = ", ".join(name for name, method in SALIENCIES.items() if method.functional)
         raise NirvanaError(f"Windows are scored one by one with {names}; got {saliency!r}.")
     shape = shape_from_config(config_json(checkpoint))
     weights = SafetensorsWeights(checkpoint)
     check_weights(weights, shape)
     streamed = StreamedModel(checkpoint, weights, shape)
-    return streamed.window_scores(torch.from_numpy(tokens), functional, progress=progress)
+    return streamed.window_scores(
+        torch.from_numpy(tokens),
+        output_gradient,
+        spill=spill,
+        spill_folder=spill_folder,
+        progress=progress,
+    )
 
 
 class StreamedModel:
@@ -129,31 +149,55 @@ class StreamedModel:
         )  # a real one: its frequencies are no weights
 
     def gradient_scores(
-        self, tokens: torch.Tensor, functional: Functional, *, micro_batch: int, progress: Progress = SILENT
+        self,
+        tokens: torch.Tensor,
+        output_gradient: OutputGradient,
+        *,
+        micro_batch: int,
+        spill: bool | None = None,
+        spill_folder: Path | None = None,
+        progress: Progress = SILENT,
     ) -> UnitScores:
         """``|w * df/dw|`` summed over every unit, for tokens [N, T]; f is averaged over the N sequences."""
         batches = micro_batches(tokens, micro_batch)
-        layers = self._backwards(batches, functional, together=True, reduced=self._reduced, progress=progress)
+        with self._borders(batches, spill, spill_folder, progress) as borders:
+            layers = self._backwards(
+                batches, borders, output_gradient, together=True, reduced=self._reduced, progress=progress
+            )
         return UnitScores(
             groups=tuple(groups for [(groups, _)] in layers),
             neurons=tuple(neurons for [(_, neurons)] in layers),
         )
 
     def window_scores(
-        self, tokens: torch.Tensor, functional: Functional, *, progress: Progress = SILENT
+        self,
+        tokens: torch.Tensor,
+        output_gradient: OutputGradient,
+        *,
+        spill: bool | None = None,
+        spill_folder: Path | None = None,
+        progress: Progress = SILENT,
     ) -> WindowScores:
         """``|w * df_n/dw|`` summed over every unit, for each window n of tokens [N, T] on its own."""
         batches = micro_batches(tokens, 1)
-        layers = self._backwards(
-            batches, functional, together=False, reduced=self._reduced, progress=progress
-        )
+        with self._borders(batches, spill, spill_folder, progress) as borders:
+            layers = self._backwards(
+                batches, borders, output_gradient, together=False, reduced=self._reduced, progress=progress
+            )
         return WindowScores(
             groups=tuple(np.stack([groups for groups, _ in rows]) for rows in layers),
             neurons=tuple(np.stack([neurons for _, neurons in rows]) for rows in layers),
         )
 
     def visit_window_gradients(
-        self, tokens: torch.Tensor, functional: Functional, visit: Visit, *, progress: Progress = SILENT
+        self,
+        tokens: torch.Tensor,
+        output_gradient: OutputGradient,
+        visit: Visit,
+        *,
+        spill: bool | None = None,
+        spill_folder: Path | None = None,
+        progress: Progress = SILENT,
     ) -> None:
         """Call ``visit`` with df_n/dw of one layer for each window n of tokens [N, T] in turn, then with the
         layer before it: from the last layer to the first, N calls each.
@@ -163,12 +207,22 @@ class StreamedModel:
         def visited(index: int, layer: nn.Module) -> None:
             visit(index, self._taken_gradients(index, layer))
 
-        self._backwards(batches, functional, together=False, reduced=visited, progress=progress)
+        with self._borders(batches, spill, spill_folder, progress) as borders:
+            self._backwards(
+                batches, borders, output_gradient, together=False, reduced=visited, progress=progress
+            )
+
+    def _borders(
+        self, batches: Sequence[torch.Tensor], spill: bool | None, folder: Path | None, progress: Progress
+    ) -> Borders:
+        shapes = [(*batch.shape, self._shape.hidden_size) for batch in batches]
+        return Borders(shapes, levels=len(self._layers) + 1, spill=spill, folder=folder, progress=progress)
 
     def _backwards(
         self,
         batches: Sequence[torch.Tensor],
-        functional: Functional,
+        borders: Borders,
+        output_gradient: OutputGradient,
         *,
         together: bool,
         reduced: Callable[[int, nn.Module], _Row],
@@ -176,28 +230,38 @@ class StreamedModel:
     ) -> list[list[_Row]]:
         """Per layer what ``reduced`` makes of its gradients, which it must use up: one row for the mean of f
         over all sequences ``together``, else one per batch, each f averaged over that batch.
+
+        On the way back, gradients take the place of the states that are no longer needed.
         """
-        borders, scored = [], []
+        scored, depth = [], len(self._layers)
         sequences = sum(len(batch) for batch in batches)
         label = f"Scoring {sequences} x {batches[0].shape[1]} tokens"
-        with progress.task(label, (2 * len(self._layers) + 1) * len(batches)) as advance:
-            hidden = self._embedded(batches)
-            for index in range(len(self._layers)):
-                borders.append(hidden)
+        with progress.task(label, (2 * depth + 1) * len(batches)) as advance:
+            for number, states in enumerate(self._embedded(batches)):
+                borders[0, number] = states
+            for index in range(depth):
                 with self._loaded_layer(index) as layer, torch.no_grad():
-                    hidden = [self._run(layer, states) for states in hidden]
+                    for number in range(len(batches)):
+                        borders[index + 1, number] = self._run(layer, borders[index, number])
                 advance(len(batches))
-            gradients = self._output_gradients(hidden, batches, functional, together=together)
-            advance(len(batches))
-            for index in reversed(range(len(self._layers))):
+            final, head = self._final_norm(), head_blocks(self._weights, self._shape)
+            for number, batch in enumerate(batches):
+                gradient = states_gradient(
+                    borders[depth, number], batch, final=final, head=head, output_gradient=output_gradient
+                )
+                borders[depth, number] = gradient / (sequences if together else len(batch))
+                advance(1)
+            for index in reversed(range(depth)):
                 with self._loaded_layer(index) as layer:
-                    rows, passed_on = [], []
-                    for states, gradient in zip(borders.pop(), gradients, strict=True):
-                        passed_on.append(self._backward(layer, states, gradient))
+                    rows = []
+                    for number in range(len(batches)):
+                        borders[index, number] = self._backward(
+                            layer, borders[index, number], borders[index + 1, number]
+                        )
                         if not together:
                             rows.append(reduced(index, layer))
-                    gradients = passed_on
                     scored.append(rows or [reduced(index, layer)])
+                borders.forget(index + 1)
                 advance(len(batches))
         return scored[::-1]
 
@@ -209,7 +273,7 @@ class StreamedModel:
         groups, neurons = [], []
         label = f"Scoring {tokens.shape[0]} x {tokens.shape[1]} tokens"
         with progress.task(label, len(self._layers)) as advance, torch.no_grad():
-            hidden = self._embedded(batches)
+            hidden = list(self._embedded(batches))
             for index, dimensions in enumerate(self._shape.layers):
                 with self._loaded_layer(index) as layer:
                     seen: dict[str, FeatureStatistics] = {}
@@ -238,7 +302,7 @@ class StreamedModel:
     ) -> list[torch.Tensor]:
         """What leaves the last layer, [n, T, D] for each of ``batches`` [n, T]; each layer is loaded once."""
         with progress.task("Running layers", len(self._layers)) as advance, torch.no_grad():
-            hidden = self._embedded(batches)
+            hidden = list(self._embedded(batches))
             for index in range(len(self._layers)):
                 with self._loaded_layer(index) as layer:
                     hidden = [self._run(layer, states) for states in hidden]
@@ -247,12 +311,11 @@ class StreamedModel:
 
     def output_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """What turns states that left the last layer [..., D] into logits [..., V]; loaded once."""
-        norm, head = self._output_weights()
-        return lambda states: self._logits(states, norm, head)
+        final, head = self._final_norm(), self._float32(head_name(self._shape))
+        return lambda states: final(states) @ head.T
 
-    def _embedded(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        embedding = self._float32(f"{self._shape.family.embedding}.weight")
-        return [nn.functional.embedding(batch, embedding) for batch in batches]
+    def _embedded(self, batches: Sequence[torch.Tensor]) -> Iterable[torch.Tensor]:
+        return (embedded(self._weights, self._shape, batch) for batch in batches)
 
     def _run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """One layer over unpadded windows: causal attention, positions from 0."""
@@ -263,37 +326,14 @@ class StreamedModel:
         )
         return output
 
-    def _output_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        family = self._shape.family
-        head = family.embedding if self._shape.tied_embeddings else family.head
-        return self._float32(f"{family.final_norm}.weight"), self._float32(f"{head}.weight")
-
-    def _logits(self, hidden: torch.Tensor, norm: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    def _final_norm(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        norm = self._float32(f"{self._shape.family.final_norm}.weight")
         epsilon = self._model.config.rms_norm_eps
-        return nn.functional.rms_norm(hidden, norm.shape, norm, epsilon) @ head.T
-
-    def _output_gradients(
-        self,
-        hidden: list[torch.Tensor],
-        batches: Sequence[torch.Tensor],
-        functional: Functional,
-        *,
-        together: bool,
-    ) -> list[torch.Tensor]:
-        """df/dhidden per micro-batch, [n, T, D] each."""
-        norm, head = self._output_weights()
-        sequences = sum(len(batch) for batch in batches)
-        gradients = []
-        for states, batch in zip(hidden, batches, strict=True):
-            leaf = states.detach().requires_grad_()
-            value = functional(self._logits(leaf, norm, head), batch)
-            (gradient,) = torch.autograd.grad(value / (sequences if together else len(batch)), leaf)
-            gradients.append(gradient)
-        return gradients
+        return lambda states: nn.functional.rms_norm(states, norm.shape, norm, epsilon)
 
     def _backward(self, layer: nn.Module, states: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Accumulate weight gradients in ``layer`` and return the gradient of its input."""
-        leaf = states.requires_grad_()
+        leaf = states.detach().requires_grad_()
         torch.autograd.backward(self._run(layer, leaf), gradient)
         assert leaf.grad is not None
         return leaf.grad

@@ -7,14 +7,15 @@ the windows are those of every other family.
 Forward, the encoder runs first; its normed output is the context of every decoder layer. Backward walks the
 decoder from last to first, adds up the gradient of the context over all cross-attentions, takes it through
 the encoder's final norm, and walks the encoder. One block at a time has weights. The position bias that all
-layers of a stack share is computed in its first block and kept; its table belongs to no unit.
+layers of a stack share is computed in its first block and kept; its table belongs to no unit. Block borders
+may go to disk (``borders.py``); the context and its gradient stay in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,9 @@ from nirvana_deploy.model.checkpoint import meta_model, read_config
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import WeightSource
 from nirvana_deploy.progress import SILENT, Advance, Progress
-from nirvana_deploy.prune.saliency import Functional
+from nirvana_deploy.prune.borders import Borders
+from nirvana_deploy.prune.output import embedded, head_blocks, head_name, states_gradient
+from nirvana_deploy.prune.saliency import OutputGradient
 from nirvana_deploy.prune.units import UnitScores, scored_tensors, unit_sums
 
 Scores = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
@@ -64,8 +67,6 @@ class _Stack:
     """Added to attention logits: [1, 1, T, T]; None where every position sees all."""
     position_bias: torch.Tensor | None = None
     """[1, H, T, T], known once the first block has run."""
-    borders: list[list[torch.Tensor]] = field(default_factory=list)
-    """Per block that has run, the states [n, T, D] that entered it, one for every micro-batch."""
 
 
 class StreamedEncoderDecoder:
@@ -78,39 +79,68 @@ class StreamedEncoderDecoder:
         self._shape = shape
 
     def gradient_scores(
-        self, tokens: torch.Tensor, functional: Functional, *, micro_batch: int, progress: Progress = SILENT
+        self,
+        tokens: torch.Tensor,
+        output_gradient: OutputGradient,
+        *,
+        micro_batch: int,
+        spill: bool | None = None,
+        spill_folder: Path | None = None,
+        progress: Progress = SILENT,
     ) -> UnitScores:
         """``|w * df/dw|`` summed over every unit, for windows [N, T]; f is averaged over the N sequences."""
         encoder_tokens, decoder_tokens = teacher_forced(tokens, start_token=self._start_token())
-        batches = _micro_batches(decoder_tokens, micro_batch)
+        read, batches = (
+            _micro_batches(encoder_tokens, micro_batch),
+            _micro_batches(decoder_tokens, micro_batch),
+        )
         encoder, decoder = self._stacks(decoder_tokens.shape[1])
         label = f"Scoring {tokens.shape[0]} x {tokens.shape[1]} tokens"
         steps = (2 * (len(encoder.blocks) + len(decoder.blocks)) + 1) * len(batches)
         scores: Scores = {}
-        with progress.task(label, steps) as advance:
-            encoded = self._forward(
-                encoder, self._embedded(_micro_batches(encoder_tokens, micro_batch)), advance
-            )
+        with (
+            self._borders(encoder, read, spill, spill_folder, progress) as encoding,
+            self._borders(decoder, batches, spill, spill_folder, progress) as decoding,
+            progress.task(label, steps) as advance,
+        ):
+            self._forward(encoder, read, encoding, advance)
+            encoded = [encoding[len(encoder.blocks), number] for number in range(len(read))]
             context = [self._encoder_norm(states) for states in encoded]
-            decoded = self._forward(decoder, self._embedded(batches), advance, context)
-            gradients = self._output_gradients(decoded, batches, functional)
+            self._forward(decoder, batches, decoding, advance, context)
+            self._output_gradients(decoding, len(decoder.blocks), batches, output_gradient)
             advance(len(batches))
-            context_gradients = self._backward(decoder, gradients, scores, advance, context)
-            gradients = [
-                self._through_encoder_norm(states, gradient)
-                for states, gradient in zip(encoded, context_gradients, strict=True)
-            ]
-            self._backward(encoder, gradients, scores, advance)
+            context_gradients = self._backward(decoder, len(batches), decoding, scores, advance, context)
+            for number, (states, gradient) in enumerate(zip(encoded, context_gradients, strict=True)):
+                encoding[len(encoder.blocks), number] = self._through_encoder_norm(states, gradient)
+            self._backward(encoder, len(batches), encoding, scores, advance)
         ordered = [scores[position] for position in range(len(self._shape.layers))]
         return UnitScores(groups=tuple(g for g, _ in ordered), neurons=tuple(n for _, n in ordered))
 
     def logits(self, encoder_tokens: torch.Tensor, decoder_tokens: torch.Tensor) -> torch.Tensor:
         """Logits [N, T, V] of decoder inputs [N, T] after encoder inputs, one block in memory at a time."""
         encoder, decoder = self._stacks(decoder_tokens.shape[1])
-        encoded = self._forward(encoder, self._embedded([encoder_tokens]))
-        context = [self._encoder_norm(states) for states in encoded]
-        [decoded] = self._forward(decoder, self._embedded([decoder_tokens]), context=context)
-        return self._logits(decoded, *self._output_weights())
+        encoded = self._last_states(encoder, encoder_tokens)
+        decoded = self._last_states(decoder, decoder_tokens, [self._encoder_norm(encoded)])
+        return self._final()(decoded) @ self._float32(head_name(self._shape)).T
+
+    def _last_states(
+        self, stack: _Stack, tokens: torch.Tensor, context: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """What leaves the last block, [N, T, D], for tokens [N, T]."""
+        with self._borders(stack, [tokens], False, None, SILENT) as borders:
+            self._forward(stack, [tokens], borders, context=context)
+            return borders[len(stack.blocks), 0]
+
+    def _borders(
+        self,
+        stack: _Stack,
+        batches: Sequence[torch.Tensor],
+        spill: bool | None,
+        folder: Path | None,
+        progress: Progress,
+    ) -> Borders:
+        shapes = [(*batch.shape, self._shape.hidden_size) for batch in batches]
+        return Borders(shapes, levels=len(stack.blocks) + 1, spill=spill, folder=folder, progress=progress)
 
     def _start_token(self) -> int:
         start = self._config.decoder_start_token_id
@@ -124,28 +154,25 @@ class StreamedEncoderDecoder:
             _Stack("decoder", self._model.decoder.block, mask=causal),
         )
 
-    def _embedded(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        embedding = self._float32(f"{self._shape.family.embedding}.weight")
-        return [nn.functional.embedding(batch, embedding) for batch in batches]
-
     def _forward(
         self,
         stack: _Stack,
-        hidden: list[torch.Tensor],
+        batches: Sequence[torch.Tensor],
+        borders: Borders,
         advance: Advance = lambda steps: None,
         context: list[torch.Tensor] | None = None,
-    ) -> list[torch.Tensor]:
-        """Run all blocks; keeps the borders in ``stack`` and returns what leaves the last block."""
-        contexts: Sequence[torch.Tensor | None] = context or [None] * len(hidden)
+    ) -> None:
+        """Run all blocks; ``borders`` gets what enters each of them and what leaves the last."""
+        contexts: Sequence[torch.Tensor | None] = context or [None] * len(batches)
+        for number, batch in enumerate(batches):
+            borders[0, number] = embedded(self._weights, self._shape, batch)
         for index in range(len(stack.blocks)):
-            stack.borders.append(hidden)
             with self._loaded(stack, index) as block, torch.no_grad():
-                hidden = [
-                    self._run(stack, index, block, states, encoded)
-                    for states, encoded in zip(hidden, contexts, strict=True)
-                ]
-            advance(len(hidden))
-        return hidden
+                for number, encoded in enumerate(contexts):
+                    borders[index + 1, number] = self._run(
+                        stack, index, block, borders[index, number], encoded
+                    )
+            advance(len(batches))
 
     def _run(
         self, stack: _Stack, index: int, block: nn.Module, hidden: torch.Tensor, context: torch.Tensor | None
@@ -165,26 +192,30 @@ class StreamedEncoderDecoder:
     def _backward(
         self,
         stack: _Stack,
-        gradients: list[torch.Tensor],
+        batches: int,
+        borders: Borders,
         scores: Scores,
         advance: Advance,
         context: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
-        """Score all blocks from last to first, into ``scores``; returns the gradients of the context."""
+        """Score all blocks from last to first, into ``scores``; returns the gradients of the context.
+
+        The last level of ``borders`` holds the gradients of what left the stack; they replace the states of
+        each level in turn.
+        """
         leaves = [encoded.detach().requires_grad_() for encoded in context or []]
         for index in reversed(range(len(stack.blocks))):
-            passed_on = []
             with self._loaded(stack, index) as block:
-                borders = stack.borders.pop()
-                for batch, (states, gradient) in enumerate(zip(borders, gradients, strict=True)):
-                    leaf = states.requires_grad_()
-                    output = self._run(stack, index, block, leaf, leaves[batch] if leaves else None)
-                    torch.autograd.backward(output, gradient)  # gradients of the context add up in its leaf
+                for number in range(batches):
+                    leaf = borders[index, number].detach().requires_grad_()
+                    output = self._run(stack, index, block, leaf, leaves[number] if leaves else None)
+                    # gradients of the context add up in its leaf
+                    torch.autograd.backward(output, borders[index + 1, number])
                     assert leaf.grad is not None
-                    passed_on.append(leaf.grad)
+                    borders[index, number] = leaf.grad
                 self._reduce(stack, index, block, scores)
-            gradients = passed_on
-            advance(len(gradients))
+            borders.forget(index + 1)
+            advance(batches)
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
     def _reduce(self, stack: _Stack, index: int, block: nn.Module, scores: Scores) -> None:
@@ -216,29 +247,24 @@ class StreamedEncoderDecoder:
         (passed_on,) = torch.autograd.grad(self._encoder_norm(leaf), leaf, gradient)
         return passed_on
 
-    def _output_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        family = self._shape.family
-        head = family.embedding if self._shape.tied_embeddings else family.head
-        return self._float32(f"{family.final_norm}.weight"), self._float32(f"{head}.weight")
-
-    def _logits(self, hidden: torch.Tensor, norm: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        normed = nn.functional.rms_norm(hidden, norm.shape, norm, self._config.layer_norm_epsilon)
-        if self._config.scale_decoder_outputs:
-            normed = normed * self._shape.hidden_size**-0.5
-        return normed @ head.T
+    def _final(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What lies between the last block and the head: the norm, and the scale of a tied head."""
+        norm = self._float32(f"{self._shape.family.final_norm}.weight")
+        scale = self._shape.hidden_size**-0.5 if self._config.scale_decoder_outputs else 1.0
+        epsilon = self._config.layer_norm_epsilon
+        return lambda states: nn.functional.rms_norm(states, norm.shape, norm, epsilon) * scale
 
     def _output_gradients(
-        self, hidden: list[torch.Tensor], batches: Sequence[torch.Tensor], functional: Functional
-    ) -> list[torch.Tensor]:
-        """df/dhidden per micro-batch, [n, T, D] each."""
-        norm, head = self._output_weights()
+        self, borders: Borders, level: int, batches: Sequence[torch.Tensor], output_gradient: OutputGradient
+    ) -> None:
+        """Replace the states of ``level``, which left the last block, by df/dstates."""
+        final, head = self._final(), head_blocks(self._weights, self._shape)
         sequences = sum(len(batch) for batch in batches)
-        gradients: list[torch.Tensor] = []
-        for states, batch in zip(hidden, batches, strict=True):
-            leaf = states.detach().requires_grad_()
-            value = functional(self._logits(leaf, norm, head), batch) / sequences
-            gradients += torch.autograd.grad(value, leaf)
-        return gradients
+        for number, batch in enumerate(batches):
+            gradient = states_gradient(
+                borders[level, number], batch, final=final, head=head, output_gradient=output_gradient
+            )
+            borders[level, number] = gradient / sequences
 
     def _prefix(self, stack: _Stack, index: int) -> str:
         return self._shape.family.site(stack.name).layer(index)

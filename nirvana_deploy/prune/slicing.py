@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from nirvana_deploy.model.shape import ModelShape
-from nirvana_deploy.model.weights import WeightSource
+from nirvana_deploy.model.weights import Rows, WeightSource
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
 from nirvana_deploy.prune.units import kept_positions
 
@@ -44,6 +44,10 @@ class SlicedWeights:
         tensor = self._source.load(name)
         kept = self._kept.get(name)
         return tensor.index_select(kept.dimension, kept.positions) if kept else tensor
+
+    def rows(self, name: str, positions: Rows) -> torch.Tensor:
+        """Some rows of the tensor after the cut."""
+        return self.load(name)[positions] if name in self._kept else self._source.rows(name, positions)
 
 
 class MaskedWeights:
@@ -79,3 +83,7 @@ class MaskedWeights:
         return masked.index_copy_(
             kept.dimension, kept.positions, tensor.index_select(kept.dimension, kept.positions)
         )
+
+    def rows(self, name: str, positions: Rows) -> torch.Tensor:
+        """Some rows of the tensor with removed units zeroed."""
+        return self.load(name)[positions] if name in self._kept else self._source.rows(name, positions)

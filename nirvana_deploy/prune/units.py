@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.model.shape import ModelShape
 
+_SUMMED_ELEMENTS = 1 << 22
+
 
 @dataclass(frozen=True)
 class UnitScores:
@@ -74,9 +76,16 @@ def unit_sums(
     for name, score in scores.items():
         units = neurons if name.rpartition(".")[0] in in_ffn else groups
         if score.ndim == 2:
-            score = score.sum(dim=0 if name in columns else 1, dtype=torch.float64)
+            score = _exact_sum(score, dimension=0 if name in columns else 1)
         units += score.double().reshape(len(units), -1).sum(dim=1)
     return groups.numpy(), neurons.numpy()
+
+
+def _exact_sum(score: torch.Tensor, *, dimension: int) -> torch.Tensor:
+    """Sum a matrix in float64, block by block: torch would convert all of it first."""
+    blocks = torch.split(score, max(1, _SUMMED_ELEMENTS // score.shape[1]))
+    sums = [block.sum(dim=dimension, dtype=torch.float64) for block in blocks]
+    return torch.stack(sums).sum(dim=0) if dimension == 0 else torch.cat(sums)
 
 
 @dataclass(frozen=True)
