@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from nirvana_deploy.measure.inspection import LayerWidth
+from nirvana_deploy.measure.ntk_page import headers
 from nirvana_deploy.measure.table import (
     format_bytes,
     format_ms,
@@ -344,7 +345,7 @@ def kernel_figure(record: Mapping[str, Any]) -> str:
     the kernel by many times its size.
     """
     cuts = record["cuts"]
-    names = [f"{cut['name']} ({cut['saliency']})" for cut in cuts]
+    names = list(headers(record)[1:])
     colours = [COLOURS[_SERIES[i % len(_SERIES)]] for i in range(len(cuts))]
     marks = [cut["adam"][key] for cut in cuts for key in ("drift", "removed", "removed_bound")]
     figure = _new_figure(_NARROW_IN * 1.5, 1.0 + 0.8 * len(cuts))
@@ -358,7 +359,9 @@ def kernel_figure(record: Mapping[str, Any]) -> str:
     axes.minorticks_off()
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     for row, (cut, colour) in enumerate(zip(cuts, colours, strict=True)):
-        drift, removed, bound = (max(cut["adam"][key], floor) for key in ("drift", "removed", "removed_bound"))
+        drift, removed, bound = (
+            max(cut["adam"][key], floor) for key in ("drift", "removed", "removed_bound")
+        )
         axes.axhline(row, color=COLOURS["rule"], linewidth=0.8, zorder=0)
         axes.plot([removed, bound], [row, row], color=COLOURS["baseline"], linewidth=5, alpha=0.6, zorder=1)
         axes.plot([removed] * 2, [row - 0.22, row + 0.22], color=COLOURS["ink"], linewidth=1.4)
@@ -366,14 +369,14 @@ def kernel_figure(record: Mapping[str, Any]) -> str:
         axes.scatter([drift], [row], s=60, color=colour, linewidths=0, zorder=3)
         _label(axes, drift, row - 0.2, f"changed {format_share(drift)}", offset=(0, 6), ha="center")
     axes.set_xlabel(
-        "of the dense kernel's norm, logarithmic (line: removed weights alone; dotted: linear bound)",
+        "share of the dense kernel, logarithmic",
         color=COLOURS["soft"],
         fontsize=9,
     )
     _title(axes, "Change of the tangent kernel")
     parts = [
-        f"{name} {format_share(cut['adam']['drift'])}, by removal alone {format_share(cut['adam']['removed'])}"
-        for name, cut in zip(names, cuts, strict=True)
+        f"{name} {format_share(adam['drift'])}, by removal alone {format_share(adam['removed'])}"
+        for name, adam in zip(names, (cut["adam"] for cut in cuts), strict=True)
     ]
     return _svg(figure, name="kernel", alt=f"Change of the tangent kernel: {'; '.join(parts)}.")
 

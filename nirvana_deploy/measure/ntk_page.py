@@ -13,9 +13,9 @@ def explain(record: Mapping[str, Any]) -> tuple[str, ...]:
     """What was measured and found, in a few sentences; the first cut of ``record`` is the one in question."""
     pruned, *others = record["cuts"]
     lines = [
-        f"The tangent kernel tells how one Adam step on one text moves the output on another; a cut that "
-        f"leaves it alone leaves a model that still learns like the dense one. Measured exactly, over all "
-        f"prunable weights, on {record['windows']} windows of {record['window_tokens']} tokens"
+        "The tangent kernel tells how one Adam step on one text moves the output on another; a cut that "
+        "leaves it alone leaves a model whose next training steps act like the dense one's. Measured exactly, "
+        f"over all prunable weights, on {record['windows']} windows of {record['window_tokens']} tokens"
         + (f" ({record['source']})" if record.get("source") else "")
         + f", for the output functional of the saliency {record['functional']!r}.",
         _prediction(pruned, others),
@@ -26,47 +26,44 @@ def explain(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _prediction(pruned: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
-    text = (
-        f"Predicted: the cut removes {format_share(pruned['removed_share'])} of the linear weights, which hold "
-        f"{format_share(removed_diagonal(pruned))} of the kernel's diagonal"
-    )
+    share, held = format_share(pruned["removed_share"]), format_share(removed_diagonal(pruned))
+    text = f"Predicted: the cut removes {share} of the linear weights, with {held} of the kernel's diagonal"
     if others:
-        text += f"; a random cut of the same budget takes {format_share(fmean(map(removed_diagonal, others)))}"
+        by_chance = format_share(fmean(removed_diagonal(other) for other in others))
+        text += f"; a random cut of the same budget takes {by_chance}"
     return text + ". This part is an identity, computed from the dense model alone."
 
 
 def _drift(pruned: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     adam = pruned["adam"]
+    drift, removed, bound = (format_share(adam[key]) for key in ("drift", "removed", "removed_bound"))
     within = adam["drift"] <= adam["removed_bound"]
     text = (
-        f"Measured: the kernel changes by {format_share(adam['drift'])} of its size (Frobenius norm); the removed "
-        f"weights alone would change it by {format_share(adam['removed'])}, and by at most "
-        f"{format_share(adam['removed_bound'])} for any signs. The change is "
+        f"Measured: the kernel changes by {drift} of its size (Frobenius norm). The removed weights alone "
+        f"would change it by {removed}, and by no more than {bound} whatever their signs: the change is "
         f"{'within' if within else 'beyond'} that linear bound"
     )
     if others:
         drifts = [other["adam"]["drift"] for other in others]
-        text += f"; the random cut changes it by {format_share(fmean(drifts))}"
+        text += f". The random cut changes it by {format_share(fmean(drifts))}"
         if adam["drift"] >= min(drifts):
             text += ", so the saliency bought no stability here"
-    return text + (
-        ". The kept weights' gradients move too, which no first-order score bounds: that it stays small "
-        "is a measurement, not a theorem."
-        if within
-        else ". The rest is the movement of the kept weights' gradients, which no first-order score bounds."
-    )
+    tail = "staying within is a measurement, not a theorem" if within else "this is where the rest comes from"
+    return f"{text}. The gradients of the kept weights move too, which no first-order score bounds: {tail}."
 
 
 def _outputs(record: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:
-    shot = pruned["zero_shot"]
+    shot, change = pruned["zero_shot"], mean_change(pruned)
     pairs = list(zip(shot["change"], shot["removed_saliency"], strict=True))
-    held = sum(abs(change) <= bound for change, bound in pairs)
+    held = sum(abs(moved) <= bound for moved, bound in pairs)
+    share = format_share(change / _mean_size(record["dense"]["values"]))
+    bound = fmean(shot["removed_saliency"])
     return (
-        f"The output itself changes by {format_number(mean_change(pruned))} on average, "
-        f"{format_share(mean_change(pruned) / _mean_size(record['dense']['values']))} of its value. To first "
-        f"order it may change by the removed saliency, {format_number(fmean(shot['removed_saliency']))} on "
-        f"average, which held on {held} of {len(pairs)} windows; the signed first-order prediction was "
-        f"{format_number(_mean_size(shot['first_order_change']))}."
+        f"The output itself changes by {format_number(change)} on average, {share} of its value; the signed "
+        f"first-order prediction was {format_number(_mean_size(shot['first_order_change']))}. To first order "
+        f"the removed saliency bounds it, which held on {held} of {len(pairs)} windows; at "
+        f"{format_number(bound)} that bound adds up all weights as if they pulled one way, so it ranks cuts "
+        "and forecasts nothing."
     )
 
 
@@ -90,7 +87,12 @@ def rows(record: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
 
 def headers(record: Mapping[str, Any]) -> tuple[str, ...]:
     """Of the table: one column a cut."""
-    return ("", *(f"{cut['name']} ({cut['saliency']})" for cut in record["cuts"]))
+    return ("", *(_label(cut) for cut in record["cuts"]))
+
+
+def _label(cut: Mapping[str, Any]) -> str:
+    name, saliency = str(cut["name"]), str(cut["saliency"])
+    return name if name.startswith(saliency) else f"{name} ({saliency})"
 
 
 def removed_diagonal(cut: Mapping[str, Any]) -> float:
