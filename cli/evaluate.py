@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,22 +18,80 @@ from .common import TerminalProgress, echo_json, echo_table, json_option, thread
     default=None,
     help="Text to measure on. [the windows that calibration held out]",
 )
+@click.option(
+    "--window",
+    "window_tokens",
+    type=click.IntRange(min=2),
+    default=None,
+    help="Tokens a window of --eval-text, for example 512 or 2048. [256]",
+)
+@click.option(
+    "--max-windows",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Windows of --eval-text, from its beginning. [16]",
+)
+@click.option("--ntk", is_flag=True, help="Also measure how far the cut changed the tangent kernel.")
+@click.option(
+    "--ntk-windows",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Held-out windows that --ntk reads.",
+)
+@click.option("--tasks", default=None, help="Tasks of lm-evaluation-harness, comma-separated: piqa,arc_easy.")
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Examples of each task. [all]")
 @threads_option
 @json_option
-def evaluate(out: Path, eval_text: Path | None, threads: int | None, as_json: bool) -> None:
+def evaluate(
+    out: Path,
+    eval_text: Path | None,
+    window_tokens: int | None,
+    max_windows: int | None,
+    ntk: bool,
+    ntk_windows: int,
+    tasks: str | None,
+    limit: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
     """Measure perplexity, and KL against dense, of the ONNX models in OUT; rewrites the report.
 
     \b
     Example:
-      nirvana-deploy evaluate smollm2-s0.4 --eval-text handbook.txt
+      nirvana-deploy evaluate smollm2-s0.4 --eval-text handbook.txt --window 512
+      nirvana-deploy evaluate smollm2-s0.4 --ntk
+      nirvana-deploy evaluate smollm2-s0.4 --tasks piqa,arc_easy --limit 100
     """
     from nirvana_deploy import pipeline
-    from nirvana_deploy.measure.table import format_number
 
-    result = pipeline.evaluate_folder(out, eval_text=eval_text, threads=threads, progress=TerminalProgress())
+    if eval_text is None and (window_tokens or max_windows):
+        raise click.UsageError("--window and --max-windows cut --eval-text into windows; it is missing.")
+    result = pipeline.evaluate_folder(
+        out,
+        eval_text=eval_text,
+        window_tokens=window_tokens,
+        max_windows=max_windows,
+        ntk_windows=ntk_windows if ntk else None,
+        task_names=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
+        task_limit=limit,
+        threads=threads,
+        progress=TerminalProgress(),
+    )
     if as_json:
         echo_json(result)
         return
+    if "variants" in result:
+        _show_quality(result)
+    if "ntk" in result:
+        _show_kernel(result["ntk"])
+    if "tasks" in result:
+        _show_tasks(result["tasks"]["variants"])
+
+
+def _show_quality(result: dict[str, Any]) -> None:
+    from nirvana_deploy.measure.table import format_number
+
     rows = []
     for name, found in result["variants"].items():
         kl = (
@@ -42,3 +101,22 @@ def evaluate(out: Path, eval_text: Path | None, threads: int | None, as_json: bo
         )
         rows.append([name, format_number(found["perplexity"]), kl, f"{found['tokens']:,}"])
     echo_table(["Variant", "Perplexity", "KL vs dense, nats", "Tokens"], rows, title=result["source"])
+
+
+def _show_kernel(record: dict[str, Any]) -> None:
+    from nirvana_deploy.measure.ntk_page import explain, headers, rows
+
+    echo_table(headers(record), rows(record), title="Change of the tangent kernel")
+    click.echo("\n" + "\n\n".join(explain(record)))
+
+
+def _show_tasks(variants: dict[str, Any]) -> None:
+    from nirvana_deploy.measure.table import format_number
+
+    rows = [
+        [f"{task} {metric}", name, format_number(value)]
+        for name, found in variants.items()
+        for task, metrics in found.items()
+        for metric, value in metrics.items()
+    ]
+    echo_table(["Task", "Variant", "Value"], sorted(rows), title="lm-evaluation-harness")

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.artifact import read_json, sha256_of, write_json
+from nirvana_deploy.artifact import sha256_of
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.export.ort import OrtDecoder
 from nirvana_deploy.export.verify import VerifyReport, verify_onnx
-from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_shape
-from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.measure.report import write_report
 from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
@@ -33,7 +30,6 @@ from nirvana_deploy.prune.calibrate import (
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import (
     PrunePlan,
-    dense_shape,
     make_plan,
     read_plan,
     write_plan,
@@ -106,7 +102,7 @@ def calibrate(
             progress=run.progress,
         )
         if eval_text is not None:
-            windows = _evaluation_windows(Path(eval_text), tokenizer, run.progress)
+            windows = evaluation_windows(Path(eval_text), tokenizer, run.progress)
             data = CalibrationData(calibration=data.calibration, heldout=windows)
         write_windows(data, run.out / CALIBRATION_FILE)
         return {
@@ -188,7 +184,7 @@ def select(
         chosen = selection.calibration or sets[0].calibrations[0]  # magnitude and random read no text
         heldout = every_other(sets[0].heldout, 1)
         if eval_text is not None:
-            heldout = _evaluation_windows(Path(eval_text), tokenizer, run.progress)
+            heldout = evaluation_windows(Path(eval_text), tokenizer, run.progress)
         write_windows(CalibrationData(calibration=chosen, heldout=heldout), run.out / CALIBRATION_FILE)
         write_scores(selection.scores, run.out / SCORES_FILE)
         return {
@@ -217,7 +213,7 @@ def _evaluation_record(windows: TokenWindows, *, held_out: bool) -> dict[str, An
     }
 
 
-def _drawn(run: Run) -> dict[str, Any]:
+def drawn_record(run: Run) -> dict[str, Any]:
     """What is recorded of the calibration text, whichever stage drew it."""
     stages = run.manifest["stages"]
     result: dict[str, Any] = stages.get("select", stages.get("calibrate"))["result"]
@@ -259,7 +255,7 @@ def decide(
     """Make the plan from the scores."""
 
     def work() -> dict[str, Any]:
-        drawn = _drawn(run)
+        drawn = drawn_record(run)
         selection = drawn.get("selection")
         plan = make_plan(
             shape,
@@ -327,80 +323,22 @@ def verify(
     return {name: VerifyReport.from_json(report) for name, report in result.items()}
 
 
-def quality(
-    run: Run,
+def evaluation_windows(
+    path: Path,
+    tokenizer: Any,
+    progress: Progress,
     *,
-    threads: int | None,
-    eval_text: Path | None = None,
-    redo: bool = False,
-) -> dict[str, Any]:
-    """Perplexity of the ONNX models, and KL against dense: on the held-out windows, or on another text."""
-
-    def work() -> dict[str, Any]:
-        if eval_text is None:
-            tokens = read_windows(run.out / CALIBRATION_FILE)["heldout"]
-            source = _drawn(run)["evaluation_source"]
-        else:
-            windows = _evaluation_windows(eval_text, load_tokenizer(run.out / CHECKPOINT), run.progress)
-            tokens, source = windows.tokens, windows.source
-        pruned = OrtDecoder(run.out / ONNX, threads=threads)
-        if _has_baseline(run):
-            dense = OrtDecoder(run.out / DENSE_ONNX, threads=threads)
-            found = quality_of(dense, {"pruned": pruned}, tokens, progress=run.progress)
-        else:
-            alone = quality_of(pruned, {}, tokens, baseline_name="pruned", progress=run.progress)["pruned"]
-            found = {
-                "pruned": {**alone, "kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
-            }
-        result = {"source": source, "variants": found}
-        write_json(run.out / QUALITY_FILE, result)
-        return result
-
-    return run.stage("quality", [QUALITY_FILE], work, redo=redo)
-
-
-def _evaluation_windows(path: Path, tokenizer: Any, progress: Progress) -> TokenWindows:
+    seq_len: int | None = None,
+    max_sequences: int | None = None,
+) -> TokenWindows:
+    """Consecutive windows of a text file; 16 of 256 tokens unless told otherwise."""
     return windows_of_text(
         read_text_file(path),
         tokenizer,
-        seq_len=HELDOUT_LEN,
-        max_sequences=HELDOUT_SEQUENCES,
+        seq_len=seq_len or HELDOUT_LEN,
+        max_sequences=max_sequences or HELDOUT_SEQUENCES,
         progress=progress,
     )
-
-
-def speed(run: Run, *, workload: Workload, redo: bool = False) -> dict[str, Any]:
-    """Measure the ONNX models against each other and write benchmark.json, quality included."""
-
-    def work() -> dict[str, Any]:
-        pruned = shape_from_config(config_json(run.out / CHECKPOINT))
-        variants = [variant_from_shape("pruned", run.out / ONNX, pruned)]
-        if _has_baseline(run):
-            plan = read_plan(run.out / PLAN_FILE)
-            variants.insert(0, variant_from_shape("dense", run.out / DENSE_ONNX, dense_shape(pruned, plan)))
-        result = benchmark(variants, workload=workload, baseline=variants[0].name, progress=run.progress)
-        for variant in result["variants"]:
-            variant["path"] = folder_of(variant["name"])
-        write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
-        return {"comparisons": result["comparisons"]}
-
-    return run.stage("benchmark", [BENCHMARK_FILE], work, redo=redo)
-
-
-def refresh_quality(run: Run) -> None:
-    """Put the quality measured last into benchmark.json, where there is one."""
-    path = run.out / BENCHMARK_FILE
-    if path.is_file() and "benchmark" in run.manifest["stages"]:
-        write_json(path, _with_quality(run, read_json(path)))
-        run.rehash("benchmark")
-
-
-def _with_quality(run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    path = run.out / QUALITY_FILE
-    found = read_json(path) if path.is_file() else {"source": None, "variants": {}}
-    for variant in result["variants"]:
-        variant["quality"] = found["variants"].get(variant["name"])
-    return {**result, "evaluation": {"source": found["source"]}}
 
 
 def write_pages(run: Run) -> Path:
@@ -411,10 +349,6 @@ def write_pages(run: Run) -> Path:
 
     run.stage("report", ["report.md", "report.html"], work, redo=True)
     return run.out / "report.html"
-
-
-def _has_baseline(run: Run) -> bool:
-    return "dense-onnx" in run.manifest["stages"]
 
 
 def folder_of(variant: str) -> str:

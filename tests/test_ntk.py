@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.measure.figures import kernel_figure
 from nirvana_deploy.measure.kernels import kernels_of, removed_part
 from nirvana_deploy.measure.ntk import NtkStudy, measure_ntk
+from nirvana_deploy.measure.ntk_page import explain, headers, rows
 from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
@@ -188,3 +192,33 @@ def test_bad_input_is_named(tiny_llama: Path, windows: NDArray[np.int64], tmp_pa
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NirvanaError, match="Layer 2"):
         measure_ntk(broken, plan, windows)
+
+
+def page_record(study: NtkStudy) -> dict[str, Any]:
+    return {**study.to_json(), "source": "a text"}
+
+
+def test_the_words_follow_the_numbers(study: NtkStudy) -> None:
+    record = page_record(study)
+    says = " ".join(explain(record))
+    assert "3 windows of 12 tokens (a text)" in says and "'nirvana'" in says
+    pruned, random = record["cuts"][0], record["cuts"][1]
+    pruned["adam"] |= {"drift": 0.25, "removed": 0.2, "removed_bound": 0.5}
+    random["adam"]["drift"] = record["cuts"][2]["adam"]["drift"] = 7.5
+    says = " ".join(explain(record))
+    assert "changes by 25.0%" in says and "within that linear bound" in says and "750.0%" in says
+    assert "bought no stability" not in says
+    pruned["adam"]["drift"] = 9.0
+    says = " ".join(explain(record))
+    assert "beyond that linear bound" in says and "bought no stability" in says
+    assert all(len(row) == len(headers(record)) == 4 for row in rows(record))
+    assert "random" not in " ".join(explain({**record, "cuts": [pruned]}))
+
+
+def test_the_figure_is_well_formed_and_the_same_twice(study: NtkStudy) -> None:
+    record = page_record(study)
+    svg = kernel_figure(record)
+    ElementTree.fromstring(svg)
+    assert "pruned (nirvana)" in svg and kernel_figure(record) == svg
+    record["cuts"][0]["adam"] |= {"drift": 0.0, "removed": 0.0, "removed_bound": 0.0}
+    ElementTree.fromstring(kernel_figure(record))

@@ -22,6 +22,7 @@ from nirvana_deploy.model.gguf_convert import cache_folder
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "data": ("datasets",),
+    "eval": ("accelerate", "lm-eval"),
     "gguf": ("accelerate", "gguf"),
     "test": ("mypy", "pytest", "ruff"),
 }

@@ -76,8 +76,13 @@ def _quality_facts(records: Records) -> Facts:
         return ()
     return (
         ("Evaluation text", evaluation_source(records) or "not recorded"),
-        ("Evaluation size", f"{tokens:,} predicted tokens"),
+        ("Evaluation size", f"{tokens:,} predicted tokens" + _in_windows(records)),
     )
+
+
+def _in_windows(records: Records) -> str:
+    window_tokens = ((records.benchmark or {}).get("evaluation") or {}).get("window_tokens")
+    return f" in windows of {window_tokens:,}" if window_tokens else ""
 
 
 def details(records: Records) -> tuple[tuple[str, Facts], ...]:

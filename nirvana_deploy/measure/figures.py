@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from nirvana_deploy.measure.inspection import LayerWidth
+from nirvana_deploy.measure.ntk_page import headers
 from nirvana_deploy.measure.table import (
     format_bytes,
     format_ms,
     format_number,
     format_seconds,
+    format_share,
     format_times,
 )
 
@@ -334,6 +336,49 @@ def selection_figure(selection: Mapping[str, Any]) -> str:
         + (f", ahead of the next {lead}." if selection["runner_up"] is not None else ".")
     )
     return _svg(figure, name="selection", alt=alt)
+
+
+def kernel_figure(record: Mapping[str, Any]) -> str:
+    """How much each cut changed the Adam kernel: measured, by removal alone, and the linear bound.
+
+    ``record`` is what ``NtkStudy.to_json`` of measure/ntk.py gives. The axis is logarithmic: a cut may change
+    the kernel by many times its size.
+    """
+    cuts = record["cuts"]
+    names = list(headers(record)[1:])
+    colours = [COLOURS[_SERIES[i % len(_SERIES)]] for i in range(len(cuts))]
+    marks = [cut["adam"][key] for cut in cuts for key in ("drift", "removed", "removed_bound")]
+    figure = _new_figure(_NARROW_IN * 1.5, 1.0 + 0.8 * len(cuts))
+    axes = figure.subplots()
+    _bare(axes, ticks=True)
+    _rows(axes, names)
+    axes.set_xscale("log")
+    floor = 1e-6  # what a figure can show; an empty cut has no logarithm
+    least = max(min(marks), floor)
+    axes.set_xlim(least / 2, max(*marks, floor) * 3)
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    for row, (cut, colour) in enumerate(zip(cuts, colours, strict=True)):
+        drift, removed, bound = (
+            max(cut["adam"][key], floor) for key in ("drift", "removed", "removed_bound")
+        )
+        axes.axhline(row, color=COLOURS["rule"], linewidth=0.8, zorder=0)
+        axes.plot([removed, bound], [row, row], color=COLOURS["baseline"], linewidth=5, alpha=0.6, zorder=1)
+        axes.plot([removed] * 2, [row - 0.22, row + 0.22], color=COLOURS["ink"], linewidth=1.4)
+        axes.plot([bound] * 2, [row - 0.22, row + 0.22], color=COLOURS["ink"], linewidth=1, linestyle=":")
+        axes.scatter([drift], [row], s=60, color=colour, linewidths=0, zorder=3)
+        _label(axes, drift, row - 0.2, f"changed {format_share(drift)}", offset=(0, 6), ha="center")
+    axes.set_xlabel(
+        "share of the dense kernel, logarithmic",
+        color=COLOURS["soft"],
+        fontsize=9,
+    )
+    _title(axes, "Change of the tangent kernel")
+    parts = [
+        f"{name} {format_share(adam['drift'])}, by removal alone {format_share(adam['removed'])}"
+        for name, adam in zip(names, (cut["adam"] for cut in cuts), strict=True)
+    ]
+    return _svg(figure, name="kernel", alt=f"Change of the tangent kernel: {'; '.join(parts)}.")
 
 
 def stage_time_figure(stages: Mapping[str, Mapping[str, Any]]) -> str:

@@ -24,7 +24,7 @@ A cut removes the weights P and keeps Q; w_P goes to zero. A prime marks the pru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.prune.units import Kept
 
-_BLOCK_WEIGHTS = 1 << 20
+_BLOCK_WEIGHTS = 1 << 18
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
@@ -61,12 +61,21 @@ def no_kernels(windows: int) -> Kernels:
 
 def kernels_of(gradients: Sequence[torch.Tensor]) -> Kernels:
     """The kernels over the weights of one tensor, of whose shape each of the n ``gradients`` is."""
-    rows = [gradient.reshape(-1) for gradient in gradients]
-    total = no_kernels(len(rows))
-    for start in range(0, rows[0].numel(), _BLOCK_WEIGHTS):
-        block = torch.stack([row[start : start + _BLOCK_WEIGHTS] for row in rows]).double()
-        total += Kernels(adam=(block @ block.sign().T).numpy(), plain=(block @ block.T).numpy())
+    total = no_kernels(len(gradients))
+    for block in _blocks(gradients):
+        total += _block_kernels(block)
     return total
+
+
+def _blocks(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Tensors of one shape as the rows of float64 blocks [rows, at most ``_BLOCK_WEIGHTS``]."""
+    rows = [tensor.reshape(-1) for tensor in tensors]
+    for start in range(0, rows[0].numel(), _BLOCK_WEIGHTS):
+        yield torch.stack([row[start : start + _BLOCK_WEIGHTS] for row in rows]).double()
+
+
+def _block_kernels(block: torch.Tensor) -> Kernels:
+    return Kernels(adam=(block @ block.sign().T).numpy(), plain=(block @ block.T).numpy())
 
 
 @dataclass(frozen=True)
@@ -97,10 +106,12 @@ def removed_part(weight: torch.Tensor, gradients: Sequence[torch.Tensor], kept: 
         positions = gone.nonzero()[:, 0]
         weight = weight.index_select(kept.dimension, positions)
         gradients = [gradient.index_select(kept.dimension, positions) for gradient in gradients]
-    columns = kept is not None and kept.dimension == 1
-    products = [weight * gradient for gradient in gradients]
-    return Removed(
-        kernels=kernels_of(gradients),
-        saliency=np.array([float(p.abs().sum(dtype=torch.float64)) for p in products]),
-        change=np.array([float(p.sum(dtype=torch.float64)) * columns for p in products]),
-    )
+    windows = len(gradients)
+    kernels, saliency, change = no_kernels(windows), np.zeros(windows), np.zeros(windows)
+    for rows in _blocks([weight, *gradients]):
+        weights, block = rows[0], rows[1:]
+        kernels += _block_kernels(block)
+        saliency += (block.abs() @ weights.abs()).numpy()
+        if kept is not None and kept.dimension == 1:
+            change += (block @ weights).numpy()
+    return Removed(kernels=kernels, saliency=saliency, change=change)

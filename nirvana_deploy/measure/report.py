@@ -16,9 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nirvana_deploy.artifact import write_bytes
-from nirvana_deploy.measure import figures, findings
+from nirvana_deploy.measure import figures, findings, ntk_page
 from nirvana_deploy.measure.facts import details, evaluation_source
-from nirvana_deploy.measure.inspection import Records, layer_widths, listed_files, read_records
+from nirvana_deploy.measure.inspection import Records, complete, layer_widths, listed_files, read_records
 from nirvana_deploy.measure.table import (
     ABSENT,
     baseline_of,
@@ -171,6 +171,46 @@ def _selection(records: Records) -> Mapping[str, Any] | None:
     return found
 
 
+def _kernel(records: Records) -> dict[str, Any] | None:
+    """What the section on the tangent kernel says, where it was measured."""
+    record = records.stage("ntk").get("result")
+    if not record:
+        return None
+    with complete("manifest.json: the result of stage 'ntk'"):
+        return {
+            "says": ntk_page.explain(record),
+            "headers": ntk_page.headers(record),
+            "rows": ntk_page.rows(record),
+        }
+
+
+def _kernel_figure(records: Records) -> PlacedFigure | None:
+    record = records.stage("ntk").get("result")
+    if not record:
+        return None
+    caption = "Line: what the removed weights alone take, an identity. Dotted: the most that they can take."
+    return PlacedFigure(Markup(figures.kernel_figure(record)), caption)
+
+
+def _task_rows(records: Records) -> tuple[tuple[str, ...], ...]:
+    """Rows of the table of tasks: task, metric, then one cell a variant; the first row is the header."""
+    variants = (records.stage("tasks").get("result") or {}).get("variants") or {}
+    if not variants:
+        return ()
+    keys = dict.fromkeys(
+        (task, metric) for found in variants.values() for task in found for metric in found[task]
+    )
+    rows = [
+        (task, metric, *(_cell(found.get(task, {}).get(metric)) for found in variants.values()))
+        for task, metric in keys
+    ]
+    return (("task", "metric", *variants), *rows)
+
+
+def _cell(value: float | None) -> str:
+    return ABSENT if value is None else format_number(value)
+
+
 def _stage_figure(records: Records) -> PlacedFigure | None:
     stages = (records.manifest or {}).get("stages") or {}
     seconds = [stage["seconds"] for stage in stages.values() if stage.get("seconds") is not None]
@@ -249,6 +289,8 @@ def report_context(records: Records) -> dict[str, Any]:
         "gaps": findings.gaps(records),
         "summary": summary_table(records.benchmark) if records.benchmark else None,
         "details": details(records),
+        "kernel": _kernel(records),
+        "tasks": _task_rows(records),
         "checks": _checks(records),
         "layers": _layer_rows(records),
         "files": listed_files(records),
@@ -288,7 +330,10 @@ def render_markdown(context: Mapping[str, Any]) -> str:
 
 
 def render_html(
-    context: Mapping[str, Any], placed: list[PlacedFigure], stage_figure: PlacedFigure | None
+    context: Mapping[str, Any],
+    placed: list[PlacedFigure],
+    stage_figure: PlacedFigure | None,
+    kernel_figure: PlacedFigure | None = None,
 ) -> str:
     """report.html from ``report_context`` and its figures; every value is escaped for HTML."""
     environment = Environment(
@@ -300,7 +345,7 @@ def render_html(
         keep_trailing_newline=True,
     )
     template = environment.get_template("report.html.j2")
-    return template.render(context, figures=placed, stage_figure=stage_figure)
+    return template.render(context, figures=placed, stage_figure=stage_figure, kernel_figure=kernel_figure)
 
 
 def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]:
@@ -315,7 +360,7 @@ def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]
         markdown, page = out / "report.md", out / "report.html"
         write_bytes(markdown, render_markdown(context).encode())
         advance(1)
-        html = render_html(context, _figures_of(records), _stage_figure(records))
+        html = render_html(context, _figures_of(records), _stage_figure(records), _kernel_figure(records))
         write_bytes(page, html.encode())
         advance(1)
     return markdown, page

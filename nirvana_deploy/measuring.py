@@ -1,0 +1,159 @@
+"""The stages that measure a finished folder: quality, speed, tangent kernel, tasks.
+
+Each can be run again alone; ``evaluate`` and ``benchmark`` do. What makes the folder is in ``stages.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.artifact import read_json, write_json
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_shape
+from nirvana_deploy.measure.ntk import measure_ntk
+from nirvana_deploy.measure.quality import quality_of
+from nirvana_deploy.measure.tasks import evaluate_tasks
+from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.prune.calibrate import TokenWindows
+from nirvana_deploy.prune.plan import dense_shape, read_plan
+from nirvana_deploy.prune.windows_file import read_windows
+from nirvana_deploy.run import Run
+from nirvana_deploy.stages import (
+    BENCHMARK_FILE,
+    CALIBRATION_FILE,
+    CHECKPOINT,
+    DENSE_ONNX,
+    ONNX,
+    PLAN_FILE,
+    QUALITY_FILE,
+    drawn_record,
+    folder_of,
+)
+
+NTK_FILE = "ntk.json"
+TASKS_FILE = "tasks.json"
+
+
+def quality(
+    run: Run,
+    *,
+    threads: int | None,
+    windows: TokenWindows | None = None,
+    redo: bool = False,
+) -> dict[str, Any]:
+    """Perplexity of the ONNX models, and KL against dense: on ``windows``, else on the held-out ones."""
+
+    def work() -> dict[str, Any]:
+        if windows is None:
+            tokens, source = heldout_windows(run)
+        else:
+            tokens, source = windows.tokens, windows.source
+        pruned = OrtDecoder(run.out / ONNX, threads=threads)
+        if _has_baseline(run):
+            dense = OrtDecoder(run.out / DENSE_ONNX, threads=threads)
+            found = quality_of(dense, {"pruned": pruned}, tokens, progress=run.progress)
+        else:
+            alone = quality_of(pruned, {}, tokens, baseline_name="pruned", progress=run.progress)["pruned"]
+            found = {
+                "pruned": {**alone, "kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
+            }
+        result = {"source": source, "window_tokens": tokens.shape[1], "variants": found}
+        write_json(run.out / QUALITY_FILE, result)
+        return result
+
+    return run.stage("quality", [QUALITY_FILE], work, redo=redo)
+
+
+def heldout_windows(run: Run) -> tuple[NDArray[np.int64], str]:
+    """The windows [M, T] that calibration set aside, and where they come from."""
+    return read_windows(run.out / CALIBRATION_FILE)["heldout"], drawn_record(run)["evaluation_source"]
+
+
+def speed(run: Run, *, workload: Workload, redo: bool = False) -> dict[str, Any]:
+    """Measure the ONNX models against each other and write benchmark.json, quality included."""
+
+    def work() -> dict[str, Any]:
+        pruned = shape_from_config(config_json(run.out / CHECKPOINT))
+        variants = [variant_from_shape("pruned", run.out / ONNX, pruned)]
+        if _has_baseline(run):
+            plan = read_plan(run.out / PLAN_FILE)
+            variants.insert(0, variant_from_shape("dense", run.out / DENSE_ONNX, dense_shape(pruned, plan)))
+        result = benchmark(variants, workload=workload, baseline=variants[0].name, progress=run.progress)
+        for variant in result["variants"]:
+            variant["path"] = folder_of(variant["name"])
+        write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
+        return {"comparisons": result["comparisons"]}
+
+    return run.stage("benchmark", [BENCHMARK_FILE], work, redo=redo)
+
+
+def refresh_quality(run: Run) -> None:
+    """Put the quality measured last into benchmark.json, where there is one."""
+    path = run.out / BENCHMARK_FILE
+    if path.is_file() and "benchmark" in run.manifest["stages"]:
+        write_json(path, _with_quality(run, read_json(path)))
+        run.rehash("benchmark")
+
+
+def _with_quality(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    path = run.out / QUALITY_FILE
+    found = read_json(path) if path.is_file() else {"variants": {}}
+    for variant in result["variants"]:
+        variant["quality"] = found["variants"].get(variant["name"])
+    return {**result, "evaluation": {key: found.get(key) for key in ("source", "window_tokens")}}
+
+
+def _has_baseline(run: Run) -> bool:
+    return "dense-onnx" in run.manifest["stages"]
+
+
+def tangent_kernel(run: Run, *, windows: int) -> dict[str, Any]:
+    """Compare the tangent kernels of dense, pruned and randomly cut model on the first held-out windows.
+
+    Returns ntk.json. Raises NirvanaError when the folder has no held-out windows or the dense model is gone.
+    """
+    if not (run.out / CALIBRATION_FILE).is_file():
+        raise NirvanaError(
+            f"{run.out} has no {CALIBRATION_FILE}, whose held-out windows --ntk is measured on.",
+            hint="Prune from a model instead of a plan: nirvana-deploy prune MODEL --sparsity 0.4",
+        )
+    dense = dense_checkpoint(run)
+
+    def work() -> dict[str, Any]:
+        tokens, source = heldout_windows(run)
+        study = measure_ntk(dense, read_plan(run.out / PLAN_FILE), tokens[:windows], progress=run.progress)
+        result = {**study.to_json(), "source": source}
+        write_json(run.out / NTK_FILE, result)
+        return result
+
+    return run.stage("ntk", [NTK_FILE], work, redo=True)
+
+
+def tasks(run: Run, names: Sequence[str], *, limit: int | None) -> dict[str, Any]:
+    """Run tasks of lm-evaluation-harness on the dense and the pruned checkpoint; returns tasks.json."""
+    checkpoints = {"dense": dense_checkpoint(run), "pruned": run.out / CHECKPOINT}
+
+    def work() -> dict[str, Any]:
+        result = evaluate_tasks(checkpoints, names, limit=limit, progress=run.progress)
+        write_json(run.out / TASKS_FILE, result)
+        return result
+
+    return run.stage("tasks", [TASKS_FILE], work, redo=True)
+
+
+def dense_checkpoint(run: Run) -> Path:
+    """The model that was pruned; raises NirvanaError when it is not where it was."""
+    path = Path(run.manifest["model"]["path"])
+    if not path.is_dir():
+        raise NirvanaError(
+            f"The dense model is no longer at {path}, and this compares with it.",
+            hint=f"Fetch it again: nirvana-deploy prune {run.manifest['options']['model']} --sparsity 0.4",
+        )
+    return path

@@ -1,0 +1,144 @@
+"""``evaluate``: the tangent kernel, windows of a wished length, and tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import write_tiny
+
+from nirvana_deploy import pipeline, stages
+from nirvana_deploy.cli.evaluate import evaluate
+from nirvana_deploy.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.measure.tasks import evaluate_tasks
+from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.plan import read_plan
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
+OPTIONS: dict[str, Any] = {"sparsity": 0.3, "gamma": 1.0, "round_to": 4, "num_sequences": 4, "seq_len": 16}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder with ONNX models, not benchmarked; tests write their records into it."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    model = str(write_tiny(folder / "model", "llama-tied"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "HELDOUT_SEQUENCES", 3)
+        patch.setattr(stages, "HELDOUT_LEN", 24)
+        pipeline.prune_export(model, out=folder / "out", run_benchmark=False, threads=1, **OPTIONS)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint and no ONNX model."""
+    folder = tmp_path_factory.mktemp("cut")
+    model = str(write_tiny(folder / "model", "qwen2"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "HELDOUT_SEQUENCES", 3)
+        patch.setattr(stages, "HELDOUT_LEN", 24)
+        pipeline.prune_export(model, out=folder / "out", until="checkpoint", **OPTIONS)
+    return folder / "out"
+
+
+def harness(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]) -> None:
+    """Stand in for lm_eval: record the call, answer in its shape, print as it does."""
+
+    def simple_evaluate(**arguments: Any) -> dict[str, Any]:
+        calls.append(arguments)
+        print("hf (pretrained=...)")  # noqa: T201
+        if "nonsense" in arguments["tasks"]:
+            raise KeyError("nonsense")
+        accuracy = {"alias": "piqa", "acc,none": 0.6, "acc_stderr,none": "N/A"}
+        return {"results": {task: dict(accuracy) for task in arguments["tasks"]}}
+
+    module = ModuleType("lm_eval")
+    module.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval", module)
+
+
+def test_ntk_is_measured_recorded_and_reported(out: Path) -> None:
+    result = CliRunner().invoke(evaluate, [str(out), "--ntk", "--ntk-windows", "2", "--threads", "1"])
+    assert result.exit_code == 0, result.output
+    assert "Adam kernel: change measured" in result.stdout and "Perplexity" in result.stdout
+    record = json.loads((out / "ntk.json").read_text())
+    assert record["windows"] == 2 and record["window_tokens"] == 24 and "held out" in record["source"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["stages"]["ntk"]["result"] == record
+    assert "ntk.json" in manifest["stages"]["ntk"]["files"]
+    for page in ("report.md", "report.html"):
+        text = (out / page).read_text()
+        assert "Does it still learn like the dense model?" in text and "random" in text
+    assert 'aria-label="Change of the tangent kernel' in (out / "report.html").read_text()
+
+
+def test_a_folder_without_onnx_is_measured_by_its_kernel_alone(cut: Path) -> None:
+    result = pipeline.evaluate_folder(cut, ntk_windows=1)
+    assert set(result) == {"ntk"} and "ntk" in (cut / "manifest.json").read_text()
+
+
+def test_a_missing_dense_model_is_named(cut: Path) -> None:
+    model = cut.parent / "model"
+    model.rename(cut.parent / "elsewhere")
+    try:
+        with pytest.raises(NirvanaError, match="no longer at"):
+            pipeline.evaluate_folder(cut, ntk_windows=1)
+    finally:
+        (cut.parent / "elsewhere").rename(model)
+
+
+def test_windows_of_a_text_have_the_wished_length(out: Path, tmp_path: Path) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("A text of its own, long enough for a few windows of evaluation. " * 20)
+    result = pipeline.evaluate_folder(out, eval_text=text, window_tokens=50, max_windows=3, threads=1)
+    assert result["window_tokens"] == 50 and result["variants"]["pruned"]["tokens"] == 3 * 49
+    with pytest.raises(NirvanaError, match="longer than the model's 512 positions"):
+        pipeline.evaluate_folder(out, eval_text=text, window_tokens=2048)
+    usage = CliRunner().invoke(evaluate, [str(out), "--window", "512"])
+    assert usage.exit_code == 2 and "--eval-text" in usage.output
+
+
+def test_tasks_without_the_harness_name_the_extra(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    before = (out / "quality.json").stat().st_mtime_ns
+    with pytest.raises(MissingExtraError, match="'lm-eval', which is not installed") as caught:
+        pipeline.evaluate_folder(out, task_names=("piqa",))
+    assert caught.value.hint == "pip install 'nirvana-deploy[eval]'"
+    assert (out / "quality.json").stat().st_mtime_ns == before  # said before any work
+
+
+def test_tasks_are_run_on_both_models_and_reported(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    harness(monkeypatch, calls)
+    result = CliRunner().invoke(evaluate, [str(cut), "--tasks", "piqa, arc_easy", "--limit", "5", "--json"])
+    assert result.exit_code == 0, result.output
+    variants = json.loads(result.stdout)["tasks"]["variants"]
+    assert variants["pruned"] == {"piqa": {"acc,none": 0.6}, "arc_easy": {"acc,none": 0.6}}
+    dense, pruned = calls
+    assert dense["tasks"] == ["piqa", "arc_easy"] and dense["limit"] == 5 and dense["model"] == "hf"
+    assert "trust_remote_code" not in dense["model_args"]
+    assert pruned["model_args"]["trust_remote_code"] is True
+    assert pruned["model_args"]["pretrained"].endswith("checkpoint")
+    assert "arc\\_easy | acc,none | 0.600 | 0.600" in (cut / "report.md").read_text()
+
+
+def test_foreign_code_and_unknown_tasks_are_refused(
+    cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    harness(monkeypatch, calls)
+    with pytest.raises(NirvanaError, match="cannot run nonsense on the pruned model"):
+        evaluate_tasks({"pruned": cut / "checkpoint"}, ["nonsense"])
+    changed = tmp_path / "changed"
+    slice_checkpoint(cut.parent / "model", read_plan(cut / "plan.json"), changed)
+    with (changed / "modeling_nirvana.py").open("a") as module:
+        module.write("import os\n")
+    with pytest.raises(NirvanaError, match="not this package's"):
+        evaluate_tasks({"pruned": changed}, ["piqa"])
+    assert len(calls) == 1
