@@ -14,7 +14,8 @@ def explain(record: Mapping[str, Any]) -> tuple[str, ...]:
     pruned, *others = record["cuts"]
     lines = [
         "The tangent kernel tells how one Adam step on one text moves the output on another; a cut that "
-        "leaves it alone leaves a model whose next training steps act like the dense one's. Measured exactly, "
+        "leaves it alone leaves a model whose next training steps act like the dense one's. Measured "
+        "exactly, "
         f"over all prunable weights, on {record['windows']} windows of {record['window_tokens']} tokens"
         + (f" ({record['source']})" if record.get("source") else "")
         + f", for the output functional of the saliency {record['functional']!r}.",
