@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import write_tiny
 
@@ -55,7 +56,7 @@ def harness(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]) -> Non
         print("hf (pretrained=...)")  # noqa: T201
         if "nonsense" in arguments["tasks"]:
             raise KeyError("nonsense")
-        accuracy = {"alias": "piqa", "acc,none": 0.6, "acc_stderr,none": "N/A"}
+        accuracy = {"alias": "piqa", "sample_len": 5, "acc,none": 0.6, "acc_stderr,none": "N/A"}
         return {"results": {task: dict(accuracy) for task in arguments["tasks"]}}
 
     module = ModuleType("lm_eval")
@@ -122,6 +123,7 @@ def test_tasks_are_run_on_both_models_and_reported(cut: Path, monkeypatch: pytes
     assert variants["pruned"] == {"piqa": {"acc,none": 0.6}, "arc_easy": {"acc,none": 0.6}}
     dense, pruned = calls
     assert dense["tasks"] == ["piqa", "arc_easy"] and dense["limit"] == 5 and dense["model"] == "hf"
+    assert dense["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert "trust_remote_code" not in dense["model_args"]
     assert pruned["model_args"]["trust_remote_code"] is True
     assert pruned["model_args"]["pretrained"].endswith("checkpoint")

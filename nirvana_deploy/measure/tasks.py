@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from nirvana_deploy.artifact import sha256_of
 from nirvana_deploy.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.model import modeling_nirvana
@@ -54,6 +56,7 @@ def evaluate_tasks(
                         model="hf",
                         model_args=model_args,
                         tasks=list(names),
+                        device="cuda" if torch.cuda.is_available() else "cpu",  # its default is cuda
                         limit=limit,
                         log_samples=False,
                     )
@@ -98,9 +101,9 @@ def _model_arguments(folder: Path) -> dict[str, Any]:
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of one task; the harness puts names and "N/A" between them."""
+    """The metrics of one task, which are called "name,filter"; the harness puts other facts between them."""
     return {
         metric: float(value)
         for metric, value in result.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if "," in metric and isinstance(value, int | float)
     }
