@@ -30,6 +30,10 @@ KINDS: dict[str, Callable[[], Any]] = {
 }
 
 
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""First line of a script that is to be interrupted: a shell's background jobs inherit SIGINT ignored."""
+
+
 def _size() -> dict[str, Any]:
     return {
         "hidden_size": 48,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from conftest import INTERRUPTIBLE
 from numpy.typing import NDArray
 from tiny_decoder import KV_HEADS, VOCAB, write_tiny_decoder
 
@@ -273,7 +274,7 @@ def test_a_folder_that_does_not_load_names_the_variant(folder: Path, tmp_path: P
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
 def test_workers_end_with_their_parent(folder: Path, how: str) -> None:
-    script = (
+    script = INTERRUPTIBLE + (
         "import sys, pathlib, time; from nirvana_deploy.measure.worker import WorkerProcess\n"
         "with WorkerProcess('dense', pathlib.Path(sys.argv[1]), threads=1) as worker:\n"
         "    print('ready', flush=True); time.sleep(60)\n"

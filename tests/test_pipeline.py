@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_tiny
+from conftest import INTERRUPTIBLE, write_tiny
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy import NirvanaError, VerificationError, artifact, pipeline, stages
@@ -279,18 +279,10 @@ def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole(model: str, tmp_pa
 
 
 def test_ctrl_c_says_how_to_continue(model: str, tmp_path: Path) -> None:
+    script = INTERRUPTIBLE + "from nirvana_deploy.cli.main import main; main()"
+    arguments = ["prune-export", model, "--sparsity", "0.3", "--out", str(tmp_path / "o")]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "nirvana_deploy",
-            "prune-export",
-            model,
-            "--sparsity",
-            "0.3",
-            "--out",
-            str(tmp_path / "o"),
-        ],
+        [sys.executable, "-c", script, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
