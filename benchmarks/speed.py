@@ -17,20 +17,18 @@ from typing import Any
 from nirvana_deploy.artifact import read_json, write_json
 from nirvana_deploy.measure.benchmark import Variant, Workload, benchmark, variant_from_shape
 from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.prune.plan import dense_shape, read_plan
 
 SHARE_OF_BOUND_PROMISES = {"tpot": 0.9, "prefill": 0.8}
 
 
 def variants_of(out: Path) -> tuple[Variant, Variant]:
-    """The dense and the pruned variant of an output folder.
-
-    A pruned config.json keeps the dense dimensions and overrides them per layer.
-    """
-    config = read_json(out / "checkpoint" / "config.json")
-    dense = {key: value for key, value in config.items() if key != "per_layer_config"}
+    """The dense and the pruned variant of an output folder; plan.json knows the dense widths."""
+    pruned = shape_from_config(read_json(out / "checkpoint" / "config.json"))
+    dense = dense_shape(pruned, read_plan(out / "plan.json"))
     return (
-        variant_from_shape("dense", out / "dense" / "onnx", shape_from_config(dense)),
-        variant_from_shape("pruned", out / "onnx", shape_from_config(config)),
+        variant_from_shape("dense", out / "dense" / "onnx", dense),
+        variant_from_shape("pruned", out / "onnx", pruned),
     )
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from nirvana_deploy.artifact import disk_errors, read_json, require_free_bytes, whole_folder, write_json
+from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folder, write_json
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export import DATA_FILE, MODEL_FILE
 from nirvana_deploy.export.genai import genai_config
 from nirvana_deploy.export.graph import Rotary, build_decoder
 from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, read_config
@@ -24,8 +25,6 @@ from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
 from nirvana_deploy.progress import SILENT, Progress
 
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 _ALIGNMENT_BYTES = 4096  # a page: runtimes can map large tensors straight from the file
 
 
@@ -113,9 +112,3 @@ def _streamed(weights: WeightSource) -> Callable[[str, tuple[int, ...], bool], i
         return ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
 
     return parameter
-
-
-def load_genai_config(folder: Path) -> dict[str, object]:
-    """The parsed ``genai_config.json`` of an ONNX folder."""
-    config: dict[str, object] = read_json(folder / "genai_config.json")
-    return config

@@ -25,6 +25,7 @@ import psutil
 from numpy.typing import NDArray
 
 from nirvana_deploy.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.export import DATA_FILE, MODEL_FILE
 
 try:
     import onnxruntime
@@ -33,8 +34,6 @@ except ModuleNotFoundError as error:
         raise
     raise MissingExtraError("Running ONNX models", package="onnxruntime", extra="cpu") from None
 
-MODEL_FILE = "model.onnx"
-WEIGHTS_FILE = "model.onnx.data"
 
 _PAST_KEY = re.compile(r"past_key_values\.(\d+)\.key")
 _CACHE_DTYPES: dict[str, type[np.floating[Any]]] = {
@@ -220,8 +219,8 @@ def _open_session(folder: Path, *, threads: int, provider: str) -> Any:
     try:
         return onnxruntime.InferenceSession(model, options, providers=[provider])
     except Exception as error:  # the binding has no common base class for its load errors
-        missing = not (folder / WEIGHTS_FILE).is_file() and WEIGHTS_FILE in str(error)
-        reason = f"{WEIGHTS_FILE} is missing beside it" if missing else str(error)
+        missing = not (folder / DATA_FILE).is_file() and DATA_FILE in str(error)
+        reason = f"{DATA_FILE} is missing beside it" if missing else str(error)
         raise NirvanaError(f"{model} cannot be loaded: {reason}.", hint=_export_hint(folder)) from error
 
 

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from nirvana_deploy.errors import NirvanaError, VerificationError
+from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.export.genai import genai_tokens
 from nirvana_deploy.export.graph import hidden_state_name
-from nirvana_deploy.export.ort import MODEL_FILE, OrtDecoder, session_outputs
+from nirvana_deploy.export.ort import OrtDecoder, session_outputs
 from nirvana_deploy.model.checkpoint import load_checkpoint, load_tokenizer, stop_token_ids
 from nirvana_deploy.progress import SILENT, Progress
 
