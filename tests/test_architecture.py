@@ -12,7 +12,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Left to right: a module imports only what stands to its left (or in its own group).
-ORDER = ["base", "model", "prune", "export", "measure", "run", "stages", "measuring", "pipeline", "cli"]
+ORDER = [
+    "base",
+    "model",
+    "prune",
+    "export",
+    "quantize",
+    "engine",
+    "measure",
+    "run",
+    "stages",
+    "measuring",
+    "pipeline",
+    "cli",
+]
 BASE = {"errors", "registry", "progress", "artifact", "__init__", "calib_sets"}
 
 

@@ -1,0 +1,1 @@
+"""TensorRT engines from ONNX folders: built without a GPU where the builder can, run where there is one."""
