@@ -18,11 +18,17 @@ from transformers import PreTrainedConfig
 from nirvana_deploy.model.shape import ModelShape
 
 
-def genai_config(config: PreTrainedConfig, shape: ModelShape, *, filename: str) -> dict[str, Any]:
-    """The configuration of a decoder exported by ``onnx_export`` (KV cache concatenated, not shared)."""
+def genai_config(
+    config: PreTrainedConfig, shape: ModelShape, *, filename: str, flavor: str = "portable"
+) -> dict[str, Any]:
+    """The configuration of a decoder exported by ``onnx_export`` in ``flavor`` "portable" or "gqa".
+
+    With "gqa" past and present share one buffer of ``max_length`` tokens, also where layers differ.
+    """
     context_tokens = config.max_position_embeddings
     eos = config.eos_token_id
     first_eos = eos[0] if isinstance(eos, list) else eos
+    positions = {} if flavor == "gqa" else {"position_ids": "position_ids"}  # gqa counts by itself
     return {
         "model": {
             "type": shape.family.name,
@@ -42,7 +48,7 @@ def genai_config(config: PreTrainedConfig, shape: ModelShape, *, filename: str) 
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
-                    "position_ids": "position_ids",
+                    **positions,
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },
@@ -56,7 +62,7 @@ def genai_config(config: PreTrainedConfig, shape: ModelShape, *, filename: str) 
         "search": {
             "max_length": context_tokens,
             "do_sample": False,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": flavor == "gqa",
         },
     }
 

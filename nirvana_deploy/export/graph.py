@@ -1,64 +1,106 @@
-"""The decoder as an ONNX graph, built layer by layer: portable flavor, standard operators of opset 23.
+"""The decoder as an ONNX graph, built layer by layer from parts.
 
 The graph is built rather than traced: it has about twenty nodes a layer with names that say where they
 come from, takes each layer's own dimensions, and refers to weights by name without holding them.
 
-What makes it portable (one file for ONNX Runtime, onnxruntime-genai and the TensorRT parser):
+Flavors, by how they keep the KV cache (``attention.py`` says what each takes and gives):
 
-* the KV cache is concatenated outside ``Attention``, which has a single output;
-* the mask is an explicit boolean input of ``Attention``: no ``is_causal``, whose alignment differs
-  between runtimes;
-* every layer's KV heads and head_dim are static dimensions of its own cache inputs.
+========================  ======================================  =======================================
+``portable`` (opset 23)   past and new concatenated               ONNX Runtime, onnxruntime-genai, TensorRT
+``gqa`` (opset 23)        com.microsoft.GroupQueryAttention       ONNX Runtime, onnxruntime-genai
+``static-cache`` (24)     fixed length, updated in place          TensorRT, ONNX Runtime
+========================  ======================================  =======================================
 
-Rotary angles are computed from ``position_ids`` once per call instead of being read from a table of
-``max_position_embeddings`` rows: the same arithmetic as transformers, no limit, and no megabytes.
+What other stages rely on (quantization replaces weights by these rules):
 
-Dimension letters as in ``model/shape.py``; B sequences of a batch, S past plus new tokens.
+* every linear is a ``MatMul`` whose second input is the initializer ``<module>.weight``, stored as
+  [inputs, outputs], with ``<module>`` as the checkpoint names it; its bias, where there is one, is the
+  initializer ``<module>.bias`` of the ``Add`` behind;
+* the embedding is the initializer ``<embedding>.weight`` [V, D]; a tied head is the ``Transpose`` of it,
+  an untied one the linear ``<head>.weight`` [D, V];
+* the hidden state that leaves layer i is called ``hidden_states.i``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
-from onnxscript import GraphBuilder, OpBuilder
 
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export.attention import (
+    ConcatenatedCache,
+    GroupQueryCache,
+    HeadNorms,
+    KvForm,
+    Rotary,
+    StaticCache,
+)
+from nirvana_deploy.export.dtypes import Dtype
+from nirvana_deploy.export.parts import GraphParts
+from nirvana_deploy.export.streaming import Parameter
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 
-OPSET = 23
-IR_VERSION = 10  # the newest that every consumer reads
-PRODUCER = "nirvana-deploy"
-
-Parameter = Callable[[str, tuple[int, ...], bool], ir.TensorProtocol]
-"""(checkpoint name, shape in the graph, transposed) -> tensor whose bytes are read when it is written."""
+FLAVORS = ("portable", "gqa", "static-cache")
+GRAPH_SCHEMA = 1
+_METADATA = "nirvana_deploy."
 
 
 @dataclass(frozen=True)
-class Rotary:
-    """Rotary position embedding, as the checkpoint's config defines it."""
+class GraphOptions:
+    """What a user can choose about a decoder's graph."""
 
-    inverse_frequencies: NDArray[np.float32]
-    """[d/2]."""
-    scaling: float = 1.0
-    """Factor on cosine and sine (1 unless the rope type says otherwise)."""
+    dtype: Dtype
+    flavor: str = "portable"
+    cache_tokens: int | None = None
+    """C of ``static-cache``; None for the other flavors."""
+    last_logits: bool = False
+    """Logits of the last position only, [B, 1, V]: all that a prompt needs."""
+
+    def __post_init__(self) -> None:
+        if self.flavor not in FLAVORS:
+            raise NirvanaError(f"Unknown flavor {self.flavor!r}; there are {', '.join(FLAVORS)}.")
+        if self.flavor == "static-cache" and (self.cache_tokens is None or self.cache_tokens < 1):
+            raise NirvanaError(
+                f"The flavor static-cache needs the length of its cache, got {self.cache_tokens}.",
+                hint="Pass --cache-length TOKENS, prompt and answer together.",
+            )
+        if self.flavor != "static-cache" and self.cache_tokens is not None:
+            raise NirvanaError(f"A cache length was given, and the cache of {self.flavor} grows.")
+
+    @property
+    def opset(self) -> int:
+        """Of the standard operators."""
+        return 24 if self.flavor == "static-cache" else 23
 
 
 def build_decoder(
-    shape: ModelShape, *, rotary: Rotary, norm_epsilon: float, parameter: Parameter
+    shape: ModelShape,
+    options: GraphOptions,
+    *,
+    rotary: Rotary,
+    norm_epsilon: float,
+    max_positions: int,
+    parameter: Parameter,
 ) -> ir.Model:
-    """Build the decoder with KV cache for ``shape``; float32.
+    """Build the decoder with KV cache for ``shape``.
 
-    Inputs ``input_ids`` [B, T], ``attention_mask`` [B, S], ``position_ids`` [B, T] (int64) and per layer
-    ``past_key_values.{i}.key|value`` [B, K, S-T, d]; outputs ``logits`` [B, T, V] and
-    ``present.{i}.key|value`` [B, K, S, d]. Keys are cached after the rotary embedding.
+    Inputs ``input_ids`` [B, T] and, by flavor, ``attention_mask`` [B, S], ``position_ids`` [B, T] or
+    ``write_indices`` [B] (all int64); per layer ``past_key_values.{i}.key|value``. Outputs ``logits``
+    [B, T, V] (or [B, 1, V]) and ``present.{i}.key|value``. ``max_positions`` is the length of the rotary
+    tables of ``gqa``.
     """
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="decoder")
-    decoder = _Decoder(GraphBuilder(graph), shape, norm_epsilon, parameter)
-    decoder.build(rotary)
-    return ir.Model(graph, ir_version=IR_VERSION, producer_name=PRODUCER)
+    parts = GraphParts(
+        "decoder", opset=options.opset, dtype=options.dtype, norm_epsilon=norm_epsilon, parameter=parameter
+    )
+    _Decoder(parts, shape, options).build(rotary, max_positions)
+    return parts.finish(
+        {
+            f"{_METADATA}schema": str(GRAPH_SCHEMA),
+            f"{_METADATA}flavor": options.flavor,
+            f"{_METADATA}dtype": options.dtype.name,
+        }
+    )
 
 
 def hidden_state_name(layer: int) -> str:
@@ -69,169 +111,86 @@ def hidden_state_name(layer: int) -> str:
 class _Decoder:
     """Holds what every part of the graph needs while it is being built."""
 
-    def __init__(
-        self, builder: GraphBuilder, shape: ModelShape, norm_epsilon: float, parameter: Parameter
-    ) -> None:
-        self.builder = builder
-        self.op: OpBuilder = builder.op
+    def __init__(self, parts: GraphParts, shape: ModelShape, options: GraphOptions) -> None:
+        self.parts = parts
+        self.op = parts.op
         self.shape = shape
-        self.norm_epsilon = norm_epsilon
-        self.parameter = parameter
-        self.dtype = ir.DataType.FLOAT
-        self.outputs: list[tuple[ir.Value, str, list[int | str]]] = []
+        self.options = options
 
-    def build(self, rotary: Rotary) -> None:
+    def build(self, rotary: Rotary, max_positions: int) -> None:
         """Add all nodes, inputs and outputs to the graph."""
-        op, family = self.op, self.shape.family
-        tokens = self.builder.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
-        valid = self.builder.input(
-            "attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"]
-        )
-        positions = self.builder.input("position_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+        op, shape, family = self.op, self.shape, self.shape.family
+        form = self.kv_form(rotary, max_positions)
+        embedding = self.parts.weight(f"{family.embedding}.weight", (shape.vocab_size, shape.hidden_size))
+        hidden, change = op.Gather(embedding, form.tokens, axis=0), None
+        for index, layer in enumerate(shape.layers):
+            self.parts.builder.push_module(family.layer(index))
+            hidden, change = self.layer(index, layer, hidden, change, form)
+            self.parts.builder.pop_module()
+        normed, _ = self.add_and_norm(hidden, change, family.final_norm, name=len(shape.layers) - 1)
+        length: int | str = "sequence_length"
+        if self.options.last_logits:
+            normed, length = op.Slice(normed, [-1], [2**62], [1]), 1
+        logits = op.MatMul(normed, self.head(embedding))
+        self.parts.add_output(logits, "logits", ["batch_size", length, shape.vocab_size], first=True)
 
-        embedding = self.weight(f"{family.embedding}.weight", (self.shape.vocab_size, self.shape.hidden_size))
-        hidden = op.Gather(embedding, tokens, axis=0)
-        mask = self.attention_mask(tokens, valid)
-        cosine, sine = self.rotary_angles(positions, rotary)
-        for index, layer in enumerate(self.shape.layers):
-            self.builder.push_module(family.layer(index))
-            hidden = self.layer(index, layer, hidden, mask, cosine, sine)
-            self.builder.pop_module()
-        hidden = self.norm(hidden, family.final_norm)
-        logits = op.MatMul(hidden, self.head(embedding))
-        self.add_output(
-            logits, "logits", ["batch_size", "sequence_length", self.shape.vocab_size], first=True
-        )
-        for value, name, dimensions in self.outputs:
-            value.name, value.shape, value.dtype = name, ir.Shape(dimensions), self.dtype
-            self.builder.graph.outputs.append(value)
-
-    def attention_mask(self, tokens: ir.Value, valid: ir.Value) -> ir.Value:
-        """Boolean [B, 1, T, S]: key j is seen by query i when it is not later and not padding.
-
-        A query always sees itself, so that padded rows have something to attend to: a row without any
-        key would be NaN and spread through the values of later layers.
-        """
-        op = self.op
-        new = op.Shape(tokens, start=1, end=2)
-        total = op.Shape(valid, start=1, end=2)
-        keys = op.Range(0, op.Squeeze(total), 1)
-        queries = op.Unsqueeze(op.Range(op.Squeeze(op.Sub(total, new)), op.Squeeze(total), 1), [1])
-        not_padding = op.Unsqueeze(op.Cast(valid, to=ir.DataType.BOOL), [1, 2])
-        seen = op.Or(not_padding, op.Equal(keys, queries))
-        return op.And(seen, op.LessOrEqual(keys, queries))
-
-    def rotary_angles(self, positions: ir.Value, rotary: Rotary) -> tuple[ir.Value, ir.Value]:
-        """Cosine and sine [B, T, d/2] of the angles at ``positions``."""
-        op = self.op
-        frequencies = self.constant("rotary.inverse_frequencies", rotary.inverse_frequencies)
-        angles = op.Mul(op.Cast(op.Unsqueeze(positions, [2]), to=ir.DataType.FLOAT), frequencies)
-        cosine, sine = op.Cos(angles), op.Sin(angles)
-        if rotary.scaling != 1.0:
-            cosine, sine = op.Mul(cosine, rotary.scaling), op.Mul(sine, rotary.scaling)
-        return cosine, sine
+    def kv_form(self, rotary: Rotary, max_positions: int) -> KvForm:
+        """The form that the flavor asks for; declares the inputs of tokens."""
+        d = self.shape.head_dim
+        if self.options.flavor == "gqa":
+            return GroupQueryCache(self.parts, rotary, d, max_positions=max_positions)
+        if self.options.cache_tokens is not None:
+            return StaticCache(self.parts, rotary, d, cache_tokens=self.options.cache_tokens)
+        return ConcatenatedCache(self.parts, rotary, d)
 
     def layer(
-        self,
-        index: int,
-        layer: LayerShape,
-        hidden: ir.Value,
-        mask: ir.Value,
-        cosine: ir.Value,
-        sine: ir.Value,
-    ) -> ir.Value:
-        """One decoder layer with its own dimensions: [B, T, D] -> [B, T, D]."""
-        op, (site, prefix) = self.op, self.shape.place(index)
-        normed = self.norm(hidden, f"{prefix}.{site.input_norm}")
-        hidden = op.Add(hidden, self.attention(index, layer, normed, mask, cosine, sine))
-        normed = self.norm(hidden, f"{prefix}.{site.ffn_norm}")
-        hidden = op.Add(hidden, self.feed_forward(index, layer, normed))
-        hidden.name = hidden_state_name(index)
-        return hidden
-
-    def attention(
-        self,
-        index: int,
-        layer: LayerShape,
-        hidden: ir.Value,
-        mask: ir.Value,
-        cosine: ir.Value,
-        sine: ir.Value,
-    ) -> ir.Value:
-        """Grouped-query attention over past and new tokens: [B, T, D] -> [B, T, D]."""
-        op, d, bias = self.op, self.shape.head_dim, self.shape.attention_bias
+        self, index: int, layer: LayerShape, hidden: ir.Value, change: ir.Value | None, form: KvForm
+    ) -> tuple[ir.Value, ir.Value]:
+        """One layer with its own dimensions: (hidden, what is yet to be added to it), each [B, T, D]."""
         site, prefix = self.shape.place(index)
+        normed, hidden = self.add_and_norm(hidden, change, f"{prefix}.{site.input_norm}", name=index - 1)
+        change = self.attention(index, layer, normed, form)
+        normed, hidden = self.add_and_norm(hidden, change, f"{prefix}.{site.ffn_norm}")
+        return hidden, self.feed_forward(index, layer, normed)
 
-        def heads(module: str, count: int, norm: str | None = None) -> ir.Value:  # [B, count, T, d]
-            projected = self.linear(
-                hidden, f"{prefix}.{module}", self.shape.hidden_size, count * d, bias=bias
-            )
-            split = op.Reshape(projected, [0, 0, count, d])
-            normed = self.norm(split, f"{prefix}.{norm}", d) if norm else split
-            return op.Transpose(normed, perm=[0, 2, 1, 3])
+    def add_and_norm(
+        self, hidden: ir.Value, change: ir.Value | None, module: str, *, name: int | None = None
+    ) -> tuple[ir.Value, ir.Value]:
+        """(norm of hidden + change, hidden + change); the sum leaves layer ``name``, when that is said."""
+        width = self.shape.hidden_size
+        if change is None:
+            return self.parts.norm(hidden, module, width), hidden
+        total = self.op.Add(hidden, change)
+        if name is not None:
+            total.name = hidden_state_name(name)
+        return self.parts.norm(total, module, width), total
 
-        query = op.RotaryEmbedding(heads(site.q, layer.query_heads, site.q_norm), cosine, sine)
-        new_key = op.RotaryEmbedding(heads(site.k, layer.kv_heads, site.k_norm), cosine, sine)
-        key = self.cache(index, "key", layer, new_key)
-        value = self.cache(index, "value", layer, heads(site.v, layer.kv_heads))
-        mixed = op.Attention(query, key, value, mask)
-        joined = op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), [0, 0, layer.query_heads * d])
-        return self.linear(
-            joined,
-            f"{prefix}.{site.o}",
-            layer.query_heads * d,
-            self.shape.hidden_size,
-            bias=self.shape.output_bias,
+    def attention(self, index: int, layer: LayerShape, hidden: ir.Value, form: KvForm) -> ir.Value:
+        """Grouped-query attention over past and new tokens: [B, T, D] -> [B, T, D]."""
+        D, d, bias = self.shape.hidden_size, self.shape.head_dim, self.shape.attention_bias
+        site, prefix = self.shape.place(index)
+        counts = ((site.q, layer.query_heads), (site.k, layer.kv_heads), (site.v, layer.kv_heads))
+        query, key, value = (
+            self.parts.linear(hidden, f"{prefix}.{module}", D, count * d, bias=bias)
+            for module, count in counts
         )
-
-    def cache(self, index: int, kind: str, layer: LayerShape, new: ir.Value) -> ir.Value:
-        """Past and new keys or values, [B, K, S, d]; also a graph output."""
-        K, d = layer.kv_heads, self.shape.head_dim
-        past = self.builder.input(
-            f"past_key_values.{index}.{kind}", self.dtype, ["batch_size", K, "past_sequence_length", d]
+        norms = HeadNorms(*(f"{prefix}.{norm}" if norm else None for norm in (site.q_norm, site.k_norm)))
+        mixed = form.attend(index, layer, query, key, value, norms)
+        return self.parts.linear(
+            mixed, f"{prefix}.{site.o}", layer.query_heads * d, D, bias=self.shape.output_bias
         )
-        present = self.op.Concat(past, new, axis=2)
-        self.add_output(present, f"present.{index}.{kind}", ["batch_size", K, "total_sequence_length", d])
-        return present
 
     def feed_forward(self, index: int, layer: LayerShape, hidden: ir.Value) -> ir.Value:
         """Gated SiLU: down(silu(gate(x)) * up(x)), [B, T, D] -> [B, T, D]."""
         op, D, F, bias = self.op, self.shape.hidden_size, layer.ffn_width, self.shape.ffn_bias
         site, prefix = self.shape.place(index)
-        gate, up = (self.linear(hidden, f"{prefix}.{row}", D, F, bias=bias) for row in site.ffn_rows)
+        gate, up = (self.parts.linear(hidden, f"{prefix}.{row}", D, F, bias=bias) for row in site.ffn_rows)
         gated = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
-        return self.linear(gated, f"{prefix}.{site.ffn_down}", F, D, bias=bias)
-
-    def linear(self, x: ir.Value, module: str, inputs: int, outputs: int, *, bias: bool) -> ir.Value:
-        """x W^T (+ b); the weight is stored as [inputs, outputs], so that no runtime transposes it."""
-        y = self.op.MatMul(x, self.weight(f"{module}.weight", (inputs, outputs), transposed=True))
-        return self.op.Add(y, self.weight(f"{module}.bias", (outputs,))) if bias else y
-
-    def norm(self, x: ir.Value, module: str, width: int | None = None) -> ir.Value:
-        """RMS norm over the last dimension (the hidden width when not said), accumulated in float32."""
-        scale = self.weight(f"{module}.weight", (width or self.shape.hidden_size,))
-        return self.op.RMSNormalization(x, scale, axis=-1, epsilon=self.norm_epsilon)
+        return self.parts.linear(gated, f"{prefix}.{site.ffn_down}", F, D, bias=bias)
 
     def head(self, embedding: ir.Value) -> ir.Value:
         """The [D, V] matrix of the head: its own weight, or the embedding transposed when they are tied."""
         if self.shape.tied_embeddings:
             return self.op.Transpose(embedding, perm=[1, 0])
         size = (self.shape.hidden_size, self.shape.vocab_size)
-        return self.weight(f"{self.shape.family.head}.weight", size, transposed=True)
-
-    def weight(self, name: str, shape: tuple[int, ...], *, transposed: bool = False) -> ir.Value:
-        """An initializer named as in the checkpoint, whose bytes are read when the file is written."""
-        value = ir.Value(name=name, type=ir.TensorType(self.dtype), shape=ir.Shape(shape))
-        value.const_value = self.parameter(name, shape, transposed)
-        self.builder.graph.register_initializer(value)
-        return value
-
-    def constant(self, name: str, array: NDArray[np.float32]) -> ir.Value:
-        """A small initializer held in the graph file itself."""
-        return self.builder.initializer(ir.Tensor(array, name=name), name, qualify=False)
-
-    def add_output(
-        self, value: ir.Value, name: str, dimensions: list[int | str], *, first: bool = False
-    ) -> None:
-        """Make ``value`` a graph output; consumers expect ``logits`` before the caches."""
-        self.outputs.insert(0 if first else len(self.outputs), (value, name, dimensions))
+        return self.parts.weight(f"{self.shape.family.head}.weight", size, transposed=True)

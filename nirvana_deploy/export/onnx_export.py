@@ -1,7 +1,7 @@
 """From a checkpoint folder to an ONNX folder: graph, one external-data file, tokenizer, genai_config.
 
-Weights stream: the graph holds names, and each tensor is read, transposed where a MatMul wants it so,
-written and dropped, so peak memory is a few tensors whatever the depth.
+Weights stream (``streaming.py``): the graph holds names, and each tensor is read, converted, transposed where
+a MatMul wants it so, and written a block at a time, so peak memory is a few blocks whatever the depth.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-import torch
 
 from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folder, write_json
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import DATA_FILE, MODEL_FILE
+from nirvana_deploy.export.attention import Rotary
+from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.export.genai import genai_config
-from nirvana_deploy.export.graph import Rotary, build_decoder
+from nirvana_deploy.export.graph import GraphOptions, build_decoder
+from nirvana_deploy.export.streaming import streamed_parameters
 from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, read_config
 from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
-from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
+from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
 from nirvana_deploy.progress import SILENT, Progress
 
 _ALIGNMENT_BYTES = 4096  # a page: runtimes can map large tensors straight from the file
@@ -34,42 +36,63 @@ class OnnxFolder:
 
     path: Path
     shape: ModelShape
+    options: GraphOptions
     weights_bytes: int
     """Size of the external-data file."""
     nodes: int
 
 
-def onnx_from_checkpoint(checkpoint: Path, out: Path, *, progress: Progress = SILENT) -> OnnxFolder:
-    """Export a checkpoint folder (dense or pruned), float32, to the ONNX folder ``out``.
+def onnx_from_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str = "fp32",
+    flavor: str = "portable",
+    cache_tokens: int | None = None,
+    last_logits: bool = False,
+    progress: Progress = SILENT,
+) -> OnnxFolder:
+    """Export a checkpoint folder (dense or pruned) to the ONNX folder ``out``.
+
+    ``dtype`` is "fp32", "fp16" or "bf16" (``dtypes.py`` says what stays float32 inside), ``flavor``
+    "portable", "gqa" or "static-cache" (``graph.py``), the last with a cache of ``cache_tokens`` slots;
+    ``last_logits`` keeps the logits of the last position only.
 
     ``out`` appears whole or not at all, and replaces what was there. Raises NirvanaError for an
-    unsupported architecture, weights that do not fit the config, or a disk without room.
+    unsupported architecture, weights that do not fit the config or the dtype, or a disk without room.
     """
+    options = GraphOptions(
+        dtype=dtype_named(dtype), flavor=flavor, cache_tokens=cache_tokens, last_logits=last_logits
+    )
     config = read_config(checkpoint)
     shape = shape_from_config(config.to_dict())
     require_exportable(shape)
     weights = SafetensorsWeights(checkpoint)
     check_weights(weights, shape)
-    require_free_bytes(
-        out, 4 * (shape.linear_parameters + shape.embedding_parameters), what="The ONNX export"
-    )
+    parameters = shape.linear_parameters + shape.embedding_parameters
+    require_free_bytes(out, options.dtype.element_bytes * parameters, what="The ONNX export")
     frequencies, scaling = rotary_frequencies(config, head_dim=shape.head_dim)
     model = build_decoder(
         shape,
+        options,
         rotary=Rotary(inverse_frequencies=frequencies.numpy(), scaling=scaling),
         norm_epsilon=config.rms_norm_eps,
-        parameter=_streamed(weights),
+        max_positions=config.max_position_embeddings,
+        parameter=streamed_parameters(weights, options.dtype),
     )
     count = len(model.graph.initializers)
     with whole_folder(out) as folder, progress.task("Writing ONNX weights", count) as advance:
         _save(model, folder / MODEL_FILE, advance)
-        write_json(folder / "genai_config.json", genai_config(config, shape, filename=MODEL_FILE))
+        if options.flavor != "static-cache":  # which onnxruntime-genai cannot drive
+            settings = genai_config(config, shape, filename=MODEL_FILE, flavor=flavor)
+            write_json(folder / "genai_config.json", settings)
         for name in TOKENIZER_FILES:
             if (checkpoint / name).is_file():
                 shutil.copyfile(checkpoint / name, folder / name)
     return OnnxFolder(
         path=out,
         shape=shape,
+        options=options,
         weights_bytes=(out / DATA_FILE).stat().st_size,
         nodes=model.graph.num_nodes(),
     )
@@ -94,21 +117,3 @@ def _save(model: ir.Model, path: Path, advance: Callable[[int], None]) -> None:
             max_workers=1,
             callback=lambda tensor, info: advance(1),
         )
-
-
-def _streamed(weights: WeightSource) -> Callable[[str, tuple[int, ...], bool], ir.TensorProtocol]:
-    """Parameters that read themselves from ``weights`` when they are written."""
-
-    def parameter(name: str, shape: tuple[int, ...], transposed: bool) -> ir.TensorProtocol:
-        def read() -> ir.TensorProtocol:
-            tensor = weights.load(name).to(torch.float32)
-            array = (tensor.T if transposed else tensor).contiguous().numpy()
-            if array.shape != shape:
-                raise NirvanaError(
-                    f"Tensor {name!r}: the graph asks for {shape}, the file has {array.shape}."
-                )
-            return ir.Tensor(array, name=name)
-
-        return ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
-
-    return parameter
