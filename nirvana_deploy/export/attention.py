@@ -24,7 +24,6 @@ from nirvana_deploy.export.parts import GraphParts
 from nirvana_deploy.export.streaming import as_array
 from nirvana_deploy.model.shape import LayerShape
 
-CONTRIB = "com.microsoft"
 _FLOAT32 = int(ir.DataType.FLOAT)
 
 
@@ -138,8 +137,8 @@ class GroupQueryCache:
     """
 
     def __init__(self, parts: GraphParts, rotary: Rotary, head_dim: int, *, max_positions: int) -> None:
-        self._parts, self._d = parts, head_dim
-        self._op = parts.builder.opset(CONTRIB, 1)
+        self._parts, self._d, self._positions = parts, head_dim, max_positions
+        self._op = parts.contrib()
         self.tokens = parts.ids("input_ids", ["batch_size", "sequence_length"])
         valid = parts.ids("attention_mask", ["batch_size", "total_sequence_length"])
         op = parts.op
@@ -148,17 +147,15 @@ class GroupQueryCache:
         total = op.Squeeze(op.Shape(valid, start=1, end=2))
         self._total = op.Cast(total, to=ir.DataType.INT32)  # scalar
         self._tables = [
-            parts.table(
-                f"rotary.{name}", (max_positions, head_dim // 2), self._table(of, rotary, max_positions)
-            )
+            parts.table(f"rotary.{name}", (max_positions, head_dim // 2), self._table(of, rotary))
             for name, of in (("cosine", torch.cos), ("sine", torch.sin))
         ]
 
     def _table(
-        self, of: Callable[[torch.Tensor], torch.Tensor], rotary: Rotary, max_positions: int
+        self, of: Callable[[torch.Tensor], torch.Tensor], rotary: Rotary
     ) -> Callable[[], NDArray[np.generic]]:
         def compute() -> NDArray[np.generic]:
-            positions = torch.arange(max_positions, dtype=torch.float32)
+            positions = torch.arange(self._positions, dtype=torch.float32)
             angles = torch.outer(positions, torch.from_numpy(rotary.inverse_frequencies))
             return as_array((of(angles) * rotary.scaling).to(self._parts.dtype.torch))
 

@@ -1,7 +1,10 @@
-"""Run an exported decoder folder in ONNX Runtime: one session, KV cache kept where the runtime put it.
+"""Run an exported decoder folder in ONNX Runtime: one session, one interface for every flavor of the graph.
 
-Everything about the model is read from the session's own inputs, so the layers may differ in KV heads.
-Between two steps the cache stays in OrtValues and logits are viewed, not copied. The three Python entry
+Everything about the model is read from the session's own inputs, so the layers may differ in KV heads. A
+cache that the graph concatenates (``portable``) stays in OrtValues where the runtime put it; one that it
+updates in place (``gqa``, ``static-cache``) is allocated once (``slots.py``), and bound as input and output
+at the same time. Prompts of a batch are padded on the left whatever the flavor: where a graph wants its rows
+to start in slot 0, they are moved there and back. Logits are viewed, not copied. The three Python entry
 points of ONNX Runtime (``run``, ``run_with_ort_values``, ``io_binding``) cost the same per token within
 the noise; the one used here needs no rebinding and never shows the cache to numpy.
 
@@ -24,8 +27,17 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from nirvana_deploy.artifact import read_json
 from nirvana_deploy.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.export import DATA_FILE, MODEL_FILE
+from nirvana_deploy.export.slots import (
+    CacheLayout,
+    SlotCache,
+    moved_left,
+    moved_right,
+    ones_then_zeros,
+    require_left_padding,
+)
 
 try:
     import onnxruntime
@@ -40,6 +52,8 @@ _CACHE_DTYPES: dict[str, type[np.floating[Any]]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
 }
+_HEADROOM_TOKENS = 256
+"""Slots beyond the prompt in a buffer that can grow."""
 _RUNTIMES = {"CPUExecutionProvider": "onnxruntime-cpu", "CUDAExecutionProvider": "onnxruntime-cuda"}
 
 
@@ -54,21 +68,29 @@ def default_threads() -> int:
 class DecodeState:
     """What the decoder remembers after S tokens of N sequences. Immutable: a step returns a new one.
 
+    With buffers that are written in place, continuing a state makes void what followed it before.
+
     ONNX Runtime's binding hands out all outputs of a step as one vector, so a state keeps the memory of
     its step's logits too; drop prefill states of long prompts that are not decoded from.
     """
 
     cache: tuple[Any, ...]
-    """OrtValues key, value of layer 0, key, value of layer 1, ...: each [N, K_i, S, d]."""
+    """OrtValues key, value of layer 0, key, value of layer 1, ...: each [N, K_i, S, d] or longer."""
     attention_mask: NDArray[np.int64]
     """[N, S]: 1 for a token, 0 for left padding."""
+    slots: SlotCache | None = None
+    """The buffers of ``cache``, where they are written in place."""
+    mark: int = 0
+    """Which state of these buffers it is."""
 
 
 class OrtDecoder:
     """One exported decoder folder in one ONNX Runtime session.
 
     ``threads`` is the size of the intra-op pool, the calling thread included; None means
-    ``default_threads()``. Raises NirvanaError when the folder is incomplete, corrupt, or not a decoder.
+    ``default_threads()``. ``in_float32`` computes a half-precision model in float32 on the CPU, from the
+    same stored weights (``float32_twin.py``). Raises NirvanaError when the folder is incomplete, corrupt, or
+    not a decoder.
     """
 
     runtime: str
@@ -82,12 +104,17 @@ class OrtDecoder:
     """V."""
 
     def __init__(
-        self, folder: Path, *, threads: int | None = None, provider: str = "CPUExecutionProvider"
+        self,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        provider: str = "CPUExecutionProvider",
+        in_float32: bool = False,
     ) -> None:
         self.threads = threads if threads is not None else default_threads()
         if self.threads < 1:
             raise NirvanaError(f"threads must be at least 1, got {self.threads}.")
-        self._session = _open_session(folder, threads=self.threads, provider=provider)
+        self._session = _open_session(folder, threads=self.threads, provider=provider, in_float32=in_float32)
         inputs = {node.name: node for node in self._session.get_inputs()}
         outputs = {node.name: node for node in self._session.get_outputs()}
         layers = sorted(int(m[1]) for m in map(_PAST_KEY.fullmatch, inputs) if m)
@@ -98,22 +125,30 @@ class OrtDecoder:
                 hint=_export_hint(folder),
             )
         self.runtime = _RUNTIMES.get(provider, provider)
-        names = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
-        self._past_names = [f"past_key_values.{name}" for name in names]
-        self._output_names = ["logits", *(f"present.{name}" for name in names)]
-        self._token_inputs = inputs.keys() & {"input_ids", "attention_mask", "position_ids"}
-        self._cache_shapes = [
-            (_static(inputs[name], 1, folder), _static(inputs[name], 3, folder)) for name in self._past_names
-        ]
-        self._cache_dtype = _CACHE_DTYPES.get(inputs[self._past_names[0]].type)
-        if self._cache_dtype is None:
+        names = tuple(f"{layer}.{part}" for layer in layers for part in ("key", "value"))
+        past = [inputs[f"past_key_values.{name}"] for name in names]
+        dtype = _CACHE_DTYPES.get(past[0].type)
+        if dtype is None:
             raise NirvanaError(
-                f"{folder / MODEL_FILE} keeps its KV cache as {inputs[self._past_names[0]].type}; "
+                f"{folder / MODEL_FILE} keeps its KV cache as {past[0].type}; "
                 f"this runtime reads {' and '.join(_CACHE_DTYPES)}."
             )
-        self.kv_heads = tuple(heads for heads, _ in self._cache_shapes[::2])
-        self.head_dim = self._cache_shapes[0][1]
+        shapes = tuple((_static(node, 1, folder), _static(node, 3, folder)) for node in past)
+        self._layout = CacheLayout(names=names, shapes=shapes, dtype=dtype)
+        self._output_names = ["logits", *(f"present.{name}" for name in names)]
+        self._token_inputs = inputs.keys() & {
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "write_indices",
+        }
+        self._in_place = "write_indices" in inputs or _shares_buffers(self._session, folder)
+        slots = past[0].shape[2]
+        self._fixed_slots = slots if isinstance(slots, int) else None
+        self.kv_heads = tuple(heads for heads, _ in shapes[::2])
+        self.head_dim = shapes[0][1]
         self.vocab_size = _static(outputs["logits"], 2, folder)
+        self._last_logits = outputs["logits"].shape[1] == 1
 
     def prefill(
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
@@ -121,17 +156,15 @@ class OrtDecoder:
         """Read whole prompts; returns logits [N, T, V], read-only, and the state after them.
 
         ``tokens`` and ``attention_mask`` are [N, T] int64; the mask is 0 where a prompt is padded on the
-        left, and None when none is.
+        left, and None when none is. A graph made with last logits only returns [N, 1, V].
         """
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise NirvanaError(f"Prompts must be an array [N, T] of at least one token, got {tokens.shape}.")
         if attention_mask is None:
             attention_mask = np.ones(tokens.shape, dtype=np.int64)
-        cache = tuple(
-            _as_ort(np.empty((tokens.shape[0], heads, 0, dim), dtype=self._cache_dtype))
-            for heads, dim in self._cache_shapes
-        )
-        return self._step(tokens, attention_mask, cache)
+        if self._in_place:
+            return self._prefill_in_place(tokens, attention_mask)
+        return self._step(tokens, attention_mask, tuple(map(_as_ort, self._layout.arrays(len(tokens), 0))))
 
     def decode(
         self, tokens: NDArray[np.int64], state: DecodeState
@@ -139,6 +172,8 @@ class OrtDecoder:
         """Read one more token per sequence, [N, 1]; returns logits [N, 1, V] and the state after it."""
         grown = np.ones((len(tokens), state.attention_mask.shape[1] + 1), dtype=np.int64)
         grown[:, :-1] = state.attention_mask
+        if state.slots is not None:
+            return self._step_in_place(tokens, grown, state.slots, state.mark)
         return self._step(tokens, grown, state.cache)
 
     def generate(
@@ -167,14 +202,80 @@ class OrtDecoder:
     ) -> tuple[NDArray[np.float32], DecodeState]:
         """Run the graph on [N, T] new tokens; ``attention_mask`` [N, S+T] covers past and new ones."""
         positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -tokens.shape[1] :]
-        of_tokens = {"input_ids": tokens, "attention_mask": attention_mask, "position_ids": positions}
-        feeds = {
+        feeds = self._feeds(input_ids=tokens, attention_mask=attention_mask, position_ids=positions)
+        feeds.update(zip((f"past_key_values.{name}" for name in self._layout.names), cache, strict=True))
+        logits, *present = self._session.run_with_ort_values(self._output_names, feeds)
+        return _as_numpy(logits), DecodeState(cache=tuple(present), attention_mask=attention_mask)
+
+    def _prefill_in_place(
+        self, tokens: NDArray[np.int64], mask: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], DecodeState]:
+        """Prompts [N, T] padded on the left, into new buffers where every row starts in slot 0."""
+        require_left_padding(mask)
+        padded = not mask.all()
+        if padded and self._last_logits:
+            raise NirvanaError(
+                "This graph gives the logits of the last position only, where prompts of different lengths "
+                "have their padding.",
+                hint="Prefill prompts of one length, or export without --last-logits.",
+            )
+        slots = self._fixed_slots or tokens.shape[1] + _HEADROOM_TOKENS
+        buffers = SlotCache(self._layout.arrays(len(tokens), slots))
+        rows = moved_right(mask, tokens) if padded else tokens
+        logits, state = self._step_in_place(rows, mask, buffers, 0)
+        return (moved_left(mask, logits) if padded else logits), state
+
+    def _step_in_place(
+        self, tokens: NDArray[np.int64], mask: NDArray[np.int64], buffers: SlotCache, mark: int
+    ) -> tuple[NDArray[np.float32], DecodeState]:
+        """Run the graph on rows [N, T] that start in slot 0; ``mask`` [N, S+T] counts each row's tokens."""
+        lengths = mask.sum(axis=1)
+        prompt = tokens.shape[1] == mask.shape[1]
+        past = np.zeros_like(lengths) if prompt else lengths - tokens.shape[1]
+        end = int(past.max()) + tokens.shape[1]
+        if end > buffers.slots:
+            buffers, mark = self._grown(buffers, end), 0
+        mark = buffers.advance(mark)
+        feeds = self._feeds(
+            input_ids=tokens,
+            attention_mask=ones_then_zeros(lengths, end),
+            position_ids=past[:, None] + np.arange(tokens.shape[1]),
+            write_indices=past,
+        )
+        if buffers.binding is None:
+            buffers.binding = self._bound(buffers)
+        for name, value in feeds.items():
+            buffers.binding.bind_ortvalue_input(name, value)
+        buffers.binding.bind_output("logits")  # new memory: what was returned before stays as it is
+        self._session.run_with_iobinding(buffers.binding)
+        logits, *cache = buffers.binding.get_outputs()
+        state = DecodeState(cache=tuple(cache), attention_mask=mask, slots=buffers, mark=mark)
+        return _as_numpy(logits), state
+
+    def _bound(self, buffers: SlotCache) -> Any:
+        """A binding in which every buffer is input and output."""
+        binding = self._session.io_binding()
+        binding.bind_output("logits")
+        for name, array in zip(self._layout.names, buffers.arrays, strict=True):
+            value = _as_ort(array)
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        return binding
+
+    def _grown(self, buffers: SlotCache, needed: int) -> SlotCache:
+        if self._fixed_slots is not None:
+            raise NirvanaError(
+                f"The cache of this graph holds {self._fixed_slots} tokens, and {needed} are needed.",
+                hint="Export again with a larger --cache-length, or ask for fewer tokens.",
+            )
+        return buffers.grown(max(needed, 2 * buffers.slots))
+
+    def _feeds(self, **of_tokens: NDArray[np.int64]) -> dict[str, Any]:
+        """Those of the inputs that the graph has."""
+        return {
             name: _as_ort(np.ascontiguousarray(of_tokens[name], dtype=np.int64))
             for name in self._token_inputs
         }
-        feeds.update(zip(self._past_names, cache, strict=True))
-        logits, *present = self._session.run_with_ort_values(self._output_names, feeds)
-        return _as_numpy(logits), DecodeState(cache=tuple(present), attention_mask=attention_mask)
 
 
 def session_outputs(
@@ -182,28 +283,61 @@ def session_outputs(
 ) -> dict[str, NDArray[np.float32]]:
     """Values inside the graph for prompts [N, T], by name: for finding where a computation departs.
 
-    The folder is not changed: the extra outputs live in a copy of the graph that stays in memory.
+    Computed in float32 whatever the model's dtype. The folder is not changed: the extra outputs live in a
+    copy of the graph that stays in memory.
     """
     import onnx  # not at the top: the benchmark's workers would count it in their memory
 
-    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    from nirvana_deploy.export.float32_twin import float32_twin
+
+    model = float32_twin(folder)
     kept = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in kept)
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = _session_of(model, folder, threads=default_threads())
     mask = np.ones_like(tokens)
-    feeds = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.cumsum(mask, axis=1) - 1}
+    of_tokens = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "position_ids": np.cumsum(mask, axis=1) - 1,
+        "write_indices": np.zeros(len(tokens), dtype=np.int64),
+    }
+    feeds = {}
     for node in session.get_inputs():
-        if _PAST_KEY.fullmatch(node.name.replace(".value", ".key")):
-            shape = (len(tokens), node.shape[1], 0, node.shape[3])
-            feeds[node.name] = np.empty(shape, dtype=_CACHE_DTYPES[node.type])
+        if node.name in of_tokens:
+            feeds[node.name] = of_tokens[node.name]
+        else:
+            _, heads, slots, dim = node.shape
+            shape = (len(tokens), heads, slots if isinstance(slots, int) else 0, dim)
+            feeds[node.name] = np.zeros(shape, dtype=np.float32)
     return dict(zip(names, session.run(list(names), feeds), strict=True))
 
 
-def _open_session(folder: Path, *, threads: int, provider: str) -> Any:
+def _session_of(model: Any, folder: Path, *, threads: int) -> Any:
+    """A session on a model in memory whose external data lies in ``folder``."""
+    options = _session_options(threads)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def _session_options(threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    return options
+
+
+def _shares_buffers(session: Any, folder: Path) -> bool:
+    """Whether past and present may be one buffer: what the graph says of itself, else genai_config.json."""
+    metadata = session.get_modelmeta().custom_metadata_map
+    if "nirvana_deploy.flavor" in metadata:
+        return bool(metadata["nirvana_deploy.flavor"] == "gqa")
+    config = folder / "genai_config.json"
+    return config.is_file() and bool(read_json(config)["search"].get("past_present_share_buffer"))
+
+
+def _open_session(folder: Path, *, threads: int, provider: str, in_float32: bool) -> Any:
     model = folder / MODEL_FILE
     if not model.is_file():
         raise NirvanaError(f"{folder} holds no {MODEL_FILE}.", hint=_export_hint(folder))
@@ -213,14 +347,20 @@ def _open_session(folder: Path, *, threads: int, provider: str) -> Any:
             f"it has {', '.join(onnxruntime.get_available_providers())}.",
             hint="nirvana-deploy doctor",
         )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
     try:
-        return onnxruntime.InferenceSession(model, options, providers=[provider])
+        if in_float32:
+            from nirvana_deploy.export.float32_twin import float32_twin
+
+            return _session_of(float32_twin(folder), folder, threads=threads)
+        return onnxruntime.InferenceSession(model, _session_options(threads), providers=[provider])
     except Exception as error:  # the binding has no common base class for its load errors
         missing = not (folder / DATA_FILE).is_file() and DATA_FILE in str(error)
         reason = f"{DATA_FILE} is missing beside it" if missing else str(error)
+        if "NOT_IMPLEMENTED" in reason:
+            raise NirvanaError(
+                f"{model} cannot run on {provider}: {reason}.",
+                hint="bfloat16 has no kernels on the CPU: export with --dtype fp32 or fp16 to run it there.",
+            ) from error
         raise NirvanaError(f"{model} cannot be loaded: {reason}.", hint=_export_hint(folder)) from error
 
 

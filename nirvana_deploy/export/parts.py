@@ -17,6 +17,7 @@ from nirvana_deploy.export.streaming import Parameter
 
 IR_VERSION = 10  # the newest that every consumer reads
 PRODUCER = "nirvana-deploy"
+_CONTRIB = "com.microsoft"
 _FLOAT32 = int(ir.DataType.FLOAT)
 
 
@@ -41,6 +42,11 @@ class GraphParts:
             value.name, value.shape, value.dtype = name, ir.Shape(dimensions), self.dtype.ir
             graph.outputs.append(value)
         return ir.Model(graph, ir_version=IR_VERSION, producer_name=PRODUCER, metadata_props=dict(metadata))
+
+    def contrib(self) -> OpBuilder:
+        """The operators of ONNX Runtime's own domain; from now on the graph imports it."""
+        self.builder.graph.opset_imports[_CONTRIB] = 1
+        return self.builder.opset(_CONTRIB, 1)
 
     def ids(self, name: str, dimensions: list[int | str]) -> ir.Value:
         """An int64 graph input."""

@@ -1,0 +1,45 @@
+"""A half-precision model computed in float32: how its graph and its stored weights are proved exactly.
+
+ONNX Runtime's CPU has no bfloat16 arithmetic, and float16 arithmetic rounds after every operator, which hides
+small mistakes. The twin is the same file with the same external data: weights are widened as they are read,
+what the graph rounds explicitly (rotary angles) is rounded, and everything between is float32. It must equal
+the checkpoint rounded to the same type within float32's tolerance.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from nirvana_deploy.export import MODEL_FILE
+
+_HALF = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+
+
+def float32_twin(folder: Path) -> onnx.ModelProto:
+    """The model of ``folder`` with float32 activations, its external data not loaded; changes no file."""
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    graph = model.graph
+    nodes: list[onnx.NodeProto] = []
+    for tensor in graph.initializer:
+        if tensor.data_type in _HALF:
+            nodes.append(_widening(f"{tensor.name}/stored", tensor.name))
+            tensor.name = f"{tensor.name}/stored"
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        kind = value.type.tensor_type
+        if kind.elem_type in _HALF:
+            kind.elem_type = onnx.TensorProto.FLOAT
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type == "Cast" and node.attribute[0].i in _HALF:
+            name = node.output[0]
+            node.output[0] = f"{name}/rounded"
+            nodes.append(_widening(node.output[0], name))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return model
+
+
+def _widening(source: str, target: str) -> onnx.NodeProto:
+    return onnx.helper.make_node("Cast", [source], [target], name=target, to=onnx.TensorProto.FLOAT)
