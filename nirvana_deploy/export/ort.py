@@ -13,7 +13,6 @@ neither.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,33 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
-from nirvana_deploy.errors import MissingExtraError, NirvanaError
-from nirvana_deploy.export import DATA_FILE, MODEL_FILE
-
-try:
-    import onnxruntime
-except ModuleNotFoundError as error:
-    if error.name != "onnxruntime":
-        raise
-    raise MissingExtraError("Running ONNX models", package="onnxruntime", extra="cpu") from None
-
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.export.ort_session import (
+    CACHE_DTYPES,
+    RUNTIMES,
+    as_numpy,
+    as_ort,
+    checked_threads,
+    export_hint,
+    first_names,
+    graph_values,
+    open_session,
+    static_dimension,
+)
 
 _PAST_KEY = re.compile(r"past_key_values\.(\d+)\.key")
-_CACHE_DTYPES: dict[str, type[np.floating[Any]]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-}
-_RUNTIMES = {"CPUExecutionProvider": "onnxruntime-cpu", "CUDAExecutionProvider": "onnxruntime-cuda"}
-
-
-def default_threads() -> int:
-    """Physical cores that this process may use: what decode gains from, without hyper-threads."""
-    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return min(physical, allowed)
 
 
 @dataclass(frozen=True)
@@ -84,36 +74,40 @@ class OrtDecoder:
     def __init__(
         self, folder: Path, *, threads: int | None = None, provider: str = "CPUExecutionProvider"
     ) -> None:
-        self.threads = threads if threads is not None else default_threads()
-        if self.threads < 1:
-            raise NirvanaError(f"threads must be at least 1, got {self.threads}.")
-        self._session = _open_session(folder, threads=self.threads, provider=provider)
+        self.threads = checked_threads(threads)
+        model = folder / MODEL_FILE
+        self._session = open_session(model, threads=self.threads, provider=provider)
         inputs = {node.name: node for node in self._session.get_inputs()}
         outputs = {node.name: node for node in self._session.get_outputs()}
         layers = sorted(int(m[1]) for m in map(_PAST_KEY.fullmatch, inputs) if m)
         if not layers or "logits" not in outputs or "input_ids" not in inputs:
             raise NirvanaError(
-                f"{folder / MODEL_FILE} is not a decoder with a KV cache: its inputs are {_first(inputs)}, "
-                f"its outputs {_first(outputs)}; it needs input_ids, past_key_values.0.key, ... and logits.",
-                hint=_export_hint(folder),
+                f"{model} is not a decoder with a KV cache: its inputs are {first_names(inputs)}, "
+                f"its outputs {first_names(outputs)}; "
+                "it needs input_ids, past_key_values.0.key, ... and logits.",
+                hint=export_hint(folder),
             )
-        self.runtime = _RUNTIMES.get(provider, provider)
+        self.runtime = RUNTIMES.get(provider, provider)
         names = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
         self._past_names = [f"past_key_values.{name}" for name in names]
         self._output_names = ["logits", *(f"present.{name}" for name in names)]
         self._token_inputs = inputs.keys() & {"input_ids", "attention_mask", "position_ids"}
         self._cache_shapes = [
-            (_static(inputs[name], 1, folder), _static(inputs[name], 3, folder)) for name in self._past_names
+            (
+                static_dimension(inputs[name], 1, model),
+                static_dimension(inputs[name], 3, model),
+            )
+            for name in self._past_names
         ]
-        self._cache_dtype = _CACHE_DTYPES.get(inputs[self._past_names[0]].type)
+        self._cache_dtype = CACHE_DTYPES.get(inputs[self._past_names[0]].type)
         if self._cache_dtype is None:
             raise NirvanaError(
-                f"{folder / MODEL_FILE} keeps its KV cache as {inputs[self._past_names[0]].type}; "
-                f"this runtime reads {' and '.join(_CACHE_DTYPES)}."
+                f"{model} keeps its KV cache as {inputs[self._past_names[0]].type}; "
+                f"this runtime reads {' and '.join(CACHE_DTYPES)}."
             )
         self.kv_heads = tuple(heads for heads, _ in self._cache_shapes[::2])
         self.head_dim = self._cache_shapes[0][1]
-        self.vocab_size = _static(outputs["logits"], 2, folder)
+        self.vocab_size = static_dimension(outputs["logits"], 2, model)
 
     def prefill(
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
@@ -128,7 +122,7 @@ class OrtDecoder:
         if attention_mask is None:
             attention_mask = np.ones(tokens.shape, dtype=np.int64)
         cache = tuple(
-            _as_ort(np.empty((tokens.shape[0], heads, 0, dim), dtype=self._cache_dtype))
+            as_ort(np.empty((tokens.shape[0], heads, 0, dim), dtype=self._cache_dtype))
             for heads, dim in self._cache_shapes
         )
         return self._step(tokens, attention_mask, cache)
@@ -169,12 +163,11 @@ class OrtDecoder:
         positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -tokens.shape[1] :]
         of_tokens = {"input_ids": tokens, "attention_mask": attention_mask, "position_ids": positions}
         feeds = {
-            name: _as_ort(np.ascontiguousarray(of_tokens[name], dtype=np.int64))
-            for name in self._token_inputs
+            name: as_ort(np.ascontiguousarray(of_tokens[name], dtype=np.int64)) for name in self._token_inputs
         }
         feeds.update(zip(self._past_names, cache, strict=True))
         logits, *present = self._session.run_with_ort_values(self._output_names, feeds)
-        return _as_numpy(logits), DecodeState(cache=tuple(present), attention_mask=attention_mask)
+        return as_numpy(logits), DecodeState(cache=tuple(present), attention_mask=attention_mask)
 
 
 def session_outputs(
@@ -184,72 +177,15 @@ def session_outputs(
 
     The folder is not changed: the extra outputs live in a copy of the graph that stays in memory.
     """
-    import onnx  # not at the top: the benchmark's workers would count it in their memory
-
-    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
-    kept = {output.name for output in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in kept)
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
     mask = np.ones_like(tokens)
-    feeds = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.cumsum(mask, axis=1) - 1}
-    for node in session.get_inputs():
-        if _PAST_KEY.fullmatch(node.name.replace(".value", ".key")):
-            shape = (len(tokens), node.shape[1], 0, node.shape[3])
-            feeds[node.name] = np.empty(shape, dtype=_CACHE_DTYPES[node.type])
-    return dict(zip(names, session.run(list(names), feeds), strict=True))
+    of_tokens = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.cumsum(mask, axis=1) - 1}
 
+    def feeds(inputs: Sequence[Any]) -> dict[str, NDArray[Any]]:
+        empty = {
+            node.name: np.empty((len(tokens), node.shape[1], 0, node.shape[3]), CACHE_DTYPES[node.type])
+            for node in inputs
+            if _PAST_KEY.fullmatch(node.name.replace(".value", ".key"))
+        }
+        return of_tokens | empty
 
-def _open_session(folder: Path, *, threads: int, provider: str) -> Any:
-    model = folder / MODEL_FILE
-    if not model.is_file():
-        raise NirvanaError(f"{folder} holds no {MODEL_FILE}.", hint=_export_hint(folder))
-    if provider not in onnxruntime.get_available_providers():
-        raise NirvanaError(
-            f"This onnxruntime has no {provider!r}; "
-            f"it has {', '.join(onnxruntime.get_available_providers())}.",
-            hint="nirvana-deploy doctor",
-        )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=[provider])
-    except Exception as error:  # the binding has no common base class for its load errors
-        missing = not (folder / DATA_FILE).is_file() and DATA_FILE in str(error)
-        reason = f"{DATA_FILE} is missing beside it" if missing else str(error)
-        raise NirvanaError(f"{model} cannot be loaded: {reason}.", hint=_export_hint(folder)) from error
-
-
-def _export_hint(folder: Path) -> str:
-    return f"Export it again: nirvana-deploy export CHECKPOINT --out {folder}"
-
-
-def _first(names: Sequence[str] | dict[str, Any], at_most: int = 4) -> str:
-    listed = list(names)
-    return ", ".join(listed[:at_most]) + (", ..." if len(listed) > at_most else "")
-
-
-def _static(node: Any, axis: int, folder: Path) -> int:
-    """Dimension ``axis`` of a graph input or output, which must be a number and not a name."""
-    size = node.shape[axis] if len(node.shape) > axis else None
-    if not isinstance(size, int):
-        raise NirvanaError(
-            f"{folder / MODEL_FILE}: dimension {axis} of {node.name!r} must be static, got {node.shape}.",
-            hint=_export_hint(folder),
-        )
-    return size
-
-
-def _as_ort(array: NDArray[Any]) -> Any:
-    """An OrtValue on the array's own memory (it keeps the array alive)."""
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
-
-
-def _as_numpy(value: Any) -> NDArray[np.float32]:
-    """Logits as float32, on the runtime's own memory where the binding speaks DLPack."""
-    array = np.from_dlpack(value) if hasattr(value, "__dlpack__") else value.numpy()
-    return array.astype(np.float32, copy=False)
+    return graph_values(folder / MODEL_FILE, feeds, names)
