@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.artifact import read_json, write_json
-from nirvana_deploy.measure.benchmark import Variant, Workload, benchmark, variant_from_shape
+from nirvana_deploy.measure.benchmark import Variant, Workload, benchmark, variant_from_folder
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.prune.plan import dense_shape, read_plan
 
@@ -27,8 +27,8 @@ def variants_of(out: Path) -> tuple[Variant, Variant]:
     pruned = shape_from_config(read_json(out / "checkpoint" / "config.json"))
     dense = dense_shape(pruned, read_plan(out / "plan.json"))
     return (
-        variant_from_shape("dense", out / "dense" / "onnx", dense),
-        variant_from_shape("pruned", out / "onnx", pruned),
+        variant_from_folder("dense", out / "dense" / "onnx", dense),
+        variant_from_folder("pruned", out / "onnx", pruned),
     )
 
 

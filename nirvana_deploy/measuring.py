@@ -15,30 +15,21 @@ from numpy.typing import NDArray
 from nirvana_deploy.artifact import read_json, write_json
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.ort import OrtDecoder
-from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_shape
+from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
 from nirvana_deploy.measure.ntk import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.measure.tasks import evaluate_tasks
-from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.prune.calibrate import TokenWindows
-from nirvana_deploy.prune.plan import dense_shape, read_plan
+from nirvana_deploy.prune.plan import read_plan
 from nirvana_deploy.prune.windows_file import read_windows
 from nirvana_deploy.run import Run
-from nirvana_deploy.stages import (
-    BENCHMARK_FILE,
-    CALIBRATION_FILE,
-    CHECKPOINT,
-    DENSE_ONNX,
-    ONNX,
-    PLAN_FILE,
-    QUALITY_FILE,
-    drawn_record,
-    folder_of,
-)
+from nirvana_deploy.stages import BENCHMARK_FILE, CALIBRATION_FILE, QUALITY_FILE, drawn_record
+from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, shape_of, variant_named, variants_of
 
 NTK_FILE = "ntk.json"
 TASKS_FILE = "tasks.json"
+_NOTHING_DENSE = {"kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
+"""What a measurement without the dense baseline cannot say."""
 
 
 def quality(
@@ -55,15 +46,19 @@ def quality(
             tokens, source = heldout_windows(run)
         else:
             tokens, source = windows.tokens, windows.source
-        pruned = OrtDecoder(run.out / ONNX, threads=threads)
-        if _has_baseline(run):
-            dense = OrtDecoder(run.out / DENSE_ONNX, threads=threads)
-            found = quality_of(dense, {"pruned": pruned}, tokens, progress=run.progress)
-        else:
-            alone = quality_of(pruned, {}, tokens, baseline_name="pruned", progress=run.progress)["pruned"]
-            found = {
-                "pruned": {**alone, "kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
-            }
+        variants = variants_of(run)
+        decoders = {v.name: OrtDecoder(run.out / v.folder, threads=threads) for v in variants}
+        baseline = variants[0].name
+        found = quality_of(
+            decoders.pop(baseline),
+            decoders,
+            tokens,
+            baseline_name=baseline,
+            parents={v.name: v.parent for v in variants if v.parent},
+            progress=run.progress,
+        )
+        if baseline != DENSE:
+            found = {name: found[name] | _NOTHING_DENSE for name in found}
         result = {"source": source, "window_tokens": tokens.shape[1], "variants": found}
         write_json(run.out / QUALITY_FILE, result)
         return result
@@ -80,14 +75,15 @@ def speed(run: Run, *, workload: Workload, redo: bool = False) -> dict[str, Any]
     """Measure the ONNX models against each other and write benchmark.json, quality included."""
 
     def work() -> dict[str, Any]:
-        pruned = shape_from_config(config_json(run.out / CHECKPOINT))
-        variants = [variant_from_shape("pruned", run.out / ONNX, pruned)]
-        if _has_baseline(run):
-            plan = read_plan(run.out / PLAN_FILE)
-            variants.insert(0, variant_from_shape("dense", run.out / DENSE_ONNX, dense_shape(pruned, plan)))
+        variants = [
+            variant_from_folder(
+                v.name, run.out / v.folder, shape_of(run.out, v), float_arithmetic=v.scheme is None
+            )
+            for v in variants_of(run)
+        ]
         result = benchmark(variants, workload=workload, baseline=variants[0].name, progress=run.progress)
         for variant in result["variants"]:
-            variant["path"] = folder_of(variant["name"])
+            variant["path"] = variant_named(variant["name"]).folder
         write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
         return {"comparisons": result["comparisons"]}
 
@@ -108,10 +104,6 @@ def _with_quality(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     for variant in result["variants"]:
         variant["quality"] = found["variants"].get(variant["name"])
     return {**result, "evaluation": {key: found.get(key) for key in ("source", "window_tokens")}}
-
-
-def _has_baseline(run: Run) -> bool:
-    return "dense-onnx" in run.manifest["stages"]
 
 
 def tangent_kernel(run: Run, *, windows: int) -> dict[str, Any]:
@@ -138,7 +130,7 @@ def tangent_kernel(run: Run, *, windows: int) -> dict[str, Any]:
 
 def tasks(run: Run, names: Sequence[str], *, limit: int | None) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness on the dense and the pruned checkpoint; returns tasks.json."""
-    checkpoints = {"dense": dense_checkpoint(run), "pruned": run.out / CHECKPOINT}
+    checkpoints = {DENSE: dense_checkpoint(run), "pruned": run.out / CHECKPOINT}
 
     def work() -> dict[str, Any]:
         result = evaluate_tasks(checkpoints, names, limit=limit, progress=run.progress)

@@ -34,15 +34,12 @@ from nirvana_deploy.prune.select import gamma_grid
 from nirvana_deploy.run import Run
 from nirvana_deploy.stages import (
     BENCHMARK_FILE,
-    CHECKPOINT,
-    PLAN_FILE,
     Choices,
     calibrate,
     checked_shape,
     decide,
     evaluation_windows,
     export,
-    folder_of,
     model_record,
     score,
     select,
@@ -50,6 +47,7 @@ from nirvana_deploy.stages import (
     verify,
     write_pages,
 )
+from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, PRUNED, variant_named
 
 _AUTO_CORPORA = ("pydoc", "self")
 _AUTO_SALIENCIES = ("nirvana", "taylor")
@@ -201,7 +199,7 @@ def prune_export(
             speed(run, workload=Workload(threads=threads))
     page = write_pages(run)
     for name, result in report.items():
-        result.require_passed(run.out / folder_of(name))
+        result.require_passed(run.out / variant_named(name).folder)
     measured = run.out / BENCHMARK_FILE
     return Deployment(
         out=run.out,
@@ -284,7 +282,7 @@ class FolderCheck:
                 hint="Make them again: repeat the prune-export command with --resume.",
             )
         for name, report in self.reports.items():
-            report.require_passed(self.out / folder_of(name))
+            report.require_passed(self.out / variant_named(name).folder)
 
 
 def verify_folder(out: Path, *, threads: int | None = None, progress: Progress = SILENT) -> FolderCheck:
@@ -292,11 +290,11 @@ def verify_folder(out: Path, *, threads: int | None = None, progress: Progress =
     run = Run.open(out, progress=progress)
     damaged = [file for name in run.manifest["stages"] for file in run.damaged(name)]
     dense = Path(run.manifest["model"]["path"])
-    checkpoints = {"pruned": out / CHECKPOINT, "dense": dense}
+    checkpoints = {PRUNED: out / CHECKPOINT, DENSE: dense}
     reports = {
-        name: verify_onnx(checkpoint, out / folder_of(name), threads=threads, progress=progress)
+        name: verify_onnx(checkpoint, out / variant_named(name).folder, threads=threads, progress=progress)
         for name, checkpoint in checkpoints.items()
-        if checkpoint.is_dir() and (out / folder_of(name)).is_dir() and not damaged
+        if checkpoint.is_dir() and (out / variant_named(name).folder).is_dir() and not damaged
     }
     return FolderCheck(out=out, damaged=damaged, reports=reports)
 

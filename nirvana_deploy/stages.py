@@ -39,15 +39,12 @@ from nirvana_deploy.prune.select import calibration_record, select_calibration
 from nirvana_deploy.prune.texts import read_text_file
 from nirvana_deploy.prune.windows_file import read_scores, read_windows, write_scores, write_windows
 from nirvana_deploy.run import Run
+from nirvana_deploy.variants import CHECKPOINT, DENSE_ONNX, ONNX, PLAN_FILE, variant_named
 
 CALIBRATION_FILE = "calibration.safetensors"
 SCORES_FILE = "scores.safetensors"
-PLAN_FILE = "plan.json"
 QUALITY_FILE = "quality.json"
 BENCHMARK_FILE = "benchmark.json"
-CHECKPOINT = "checkpoint"
-ONNX = "onnx"
-DENSE_ONNX = "dense/onnx"
 HELDOUT_SEQUENCES, HELDOUT_LEN = 16, 256
 SELECTION_SEQUENCES, SELECTION_LEN = 64, 128
 _CALIBRATION_KEYS = ("source", "num_sequences", "seq_len", "text_sha256", "seed", "draw")
@@ -314,7 +311,9 @@ def verify(
         if baseline:
             checkpoints["dense"] = source.path
         reports = {
-            name: verify_onnx(checkpoint, run.out / folder_of(name), threads=threads, progress=run.progress)
+            name: verify_onnx(
+                checkpoint, run.out / variant_named(name).folder, threads=threads, progress=run.progress
+            )
             for name, checkpoint in checkpoints.items()
         }
         return {name: report.to_json() for name, report in reports.items()}
@@ -349,8 +348,3 @@ def write_pages(run: Run) -> Path:
 
     run.stage("report", ["report.md", "report.html"], work, redo=True)
     return run.out / "report.html"
-
-
-def folder_of(variant: str) -> str:
-    """The ONNX folder of a variant, relative to the output folder."""
-    return DENSE_ONNX if variant == "dense" else ONNX

@@ -21,6 +21,7 @@ ORDER = [
     "engine",
     "measure",
     "run",
+    "variants",
     "stages",
     "measuring",
     "pipeline",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from tiny_decoder import KV_HEADS, VOCAB, write_tiny_decoder
 
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export.footprint import Footprint
+from nirvana_deploy.measure import benchmark as benchmark_module
 from nirvana_deploy.measure.benchmark import (
     Variant,
     Workload,
@@ -24,7 +27,7 @@ from nirvana_deploy.measure.benchmark import (
     benchmark,
     speedups,
     summary,
-    variant_from_shape,
+    variant_from_folder,
 )
 from nirvana_deploy.measure.bounds import DecoderWork, mean_context_tokens
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess, timed_round
@@ -86,6 +89,7 @@ def tiny_variant(folder: Path, name: str = "dense", *, linear_parameters: int = 
         head_parameters=88,
         attention_width=12,
         kv_cache_bytes_per_token=4 * 2 * 4 * sum(KV_HEADS),
+        weight_bytes_per_step=4 * (linear_parameters + 88),
     )
     return Variant(name=name, folder=folder, parameters=976, embedding_parameters=88, work=work)
 
@@ -108,8 +112,9 @@ def test_a_decoder_of_known_latency_is_measured() -> None:
     assert decoder.fed == [1, 2, 3, 4] * 5
     assert all(len(sample.itl_ms) == 4 for sample in samples)
     assert all(40 <= sample.prefill_ms <= sample.ttft_ms for sample in samples)
-    assert min(sample.ttft_ms for sample in samples) == pytest.approx(40, abs=4)
-    assert min(sample.tpot_ms for sample in samples) == pytest.approx(10, abs=1)
+    # loose above, for busy machines; prefill counted into decode would already be 20 per token
+    assert 40 <= min(sample.ttft_ms for sample in samples) < 50
+    assert 10 <= min(sample.tpot_ms for sample in samples) < 15
 
 
 def test_what_each_interval_covers() -> None:
@@ -161,19 +166,28 @@ def test_summary_by_hand() -> None:
     }
 
 
-def test_the_work_of_smollm2_by_hand() -> None:
-    variant = variant_from_shape("dense", Path("onnx"), shape_from_config(SMOLLM2))
+def test_the_work_of_smollm2_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    footprint = Footprint(weight_bytes_per_step=4_000, kv_cache_bytes_per_token=46080)
+    monkeypatch.setattr(benchmark_module, "footprint_of", lambda folder: footprint)
+    variant = variant_from_folder("dense", Path("onnx"), shape_from_config(SMOLLM2))
     linears = 30 * (576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536)
     head = 49152 * 576
     assert (variant.work.linear_parameters, variant.work.head_parameters) == (linears, head)
     assert variant.parameters == linears + head
-    assert variant.work.kv_cache_bytes_per_token == 30 * 2 * 3 * 64 * 4
-    assert variant.work.decode_bytes(context_tokens=160) == 4 * (linears + head) + 160 * 46080
-    assert variant.work.decode_bytes(context_tokens=160, batch_size=4) == 4 * (linears + head) + 640 * 46080
+    assert variant.work.decode_bytes(context_tokens=160) == 4_000 + 160 * 46080
+    assert variant.work.decode_bytes(context_tokens=160, batch_size=4) == 4_000 + 640 * 46080
     attention = 30 * 9 * 2 * 2 * 64 * (1 + 2 + 3)  # three tokens: 1, 2 and 3 keys, two products each
     assert variant.work.prefill_flops(prompt_tokens=3) == 2 * 3 * (linears + head) + attention
     assert variant.work.prefill_flops(prompt_tokens=3, batch_size=2) == 2 * (6 * (linears + head) + attention)
     assert mean_context_tokens(prompt_tokens=10, new_tokens=4) == np.mean([11, 12, 13])
+
+
+def test_integer_products_are_not_compared_with_float_ones(folder: Path) -> None:
+    quantized = replace(tiny_variant(folder, "int8"), float_arithmetic=False)
+    workload = Workload(prompt_tokens=4, new_tokens=3, repeats=1, warmup=0, threads=1)
+    (comparison,) = benchmark([tiny_variant(folder), quantized], workload=workload)["comparisons"]
+    assert comparison["bound_prefill_speedup"] is comparison["prefill_share_of_bound"] is None
+    assert comparison["bound_tpot_speedup"] == 1
 
 
 def test_benchmark_end_to_end(folder: Path, tmp_path: Path) -> None:

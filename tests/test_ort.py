@@ -9,8 +9,9 @@ import pytest
 from tiny_decoder import HEAD_DIM, KV_HEADS, VOCAB, numpy_logits, tiny_weights, write_tiny_decoder
 
 from nirvana_deploy.errors import MissingExtraError, NirvanaError
-from nirvana_deploy.export import ort
-from nirvana_deploy.export.ort import OrtDecoder, default_threads
+from nirvana_deploy.export import ort_session
+from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.export.ort_session import default_threads
 
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2], dtype=np.int64)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -146,7 +147,7 @@ def test_an_unknown_provider_is_refused(folder: Path) -> None:
 
 def test_without_onnxruntime_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    spec = importlib.util.spec_from_file_location("ort_without_onnxruntime", ort.__file__)
+    spec = importlib.util.spec_from_file_location("ort_without_onnxruntime", ort_session.__file__)
     assert spec is not None
     assert spec.loader is not None
     with pytest.raises(MissingExtraError, match=r"nirvana-deploy\[cpu\]"):

@@ -98,3 +98,20 @@ def test_different_vocabularies_are_refused() -> None:
 def test_windows_without_a_next_token_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(NirvanaError, match="T >= 2"):
         quality_of(random_model(1), {}, np.zeros(shape, dtype=np.int64))
+
+
+def test_kl_to_the_parent_is_the_kl_between_the_two() -> None:
+    models = {"pruned": random_model(2), "pruned-int8": random_model(3)}
+    parents = {"pruned-int8": "pruned"}
+    found = quality_of(random_model(1), models, WINDOWS, parents=parents)
+    alone = quality_of(random_model(2), {"int8": random_model(3)}, WINDOWS, baseline_name="pruned")
+    assert "kl_vs_parent" not in found["pruned"]
+    assert found["pruned-int8"]["kl_vs_parent"] == pytest.approx(alone["int8"]["kl_vs_dense"], rel=1e-12)
+    assert found["pruned-int8"]["kl_vs_parent"] != found["pruned-int8"]["kl_vs_dense"]
+
+
+def test_the_baseline_can_be_the_parent() -> None:
+    found = quality_of(
+        random_model(1), {"w8": random_model(2)}, WINDOWS, baseline_name="pruned", parents={"w8": "pruned"}
+    )
+    assert found["w8"]["kl_vs_parent"] == found["w8"]["kl_vs_dense"] > 0

@@ -2,4 +2,7 @@
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-"""External data of MODEL_FILE, in the same folder."""
+"""External data of the graphs in the same folder: of MODEL_FILE, or of the two below."""
+ENCODER_FILE = "encoder_model.onnx"
+DECODER_FILE = "decoder_model_merged.onnx"
+"""An encoder-decoder's graphs, named as optimum and transformers.js look for them."""

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import onnx
 
-from nirvana_deploy.export import MODEL_FILE
-
 _HALF = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 
-def float32_twin(folder: Path) -> onnx.ModelProto:
-    """The model of ``folder`` with float32 activations, its external data not loaded; changes no file."""
-    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+def float32_twin(path: Path) -> onnx.ModelProto:
+    """The model in ``path`` with float32 activations, its external data not loaded; changes no file."""
+    model = onnx.load(path, load_external_data=False)
     graph = model.graph
     nodes: list[onnx.NodeProto] = []
     for tensor in graph.initializer:

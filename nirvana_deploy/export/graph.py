@@ -37,7 +37,7 @@ from nirvana_deploy.export.attention import (
     StaticCache,
 )
 from nirvana_deploy.export.dtypes import Dtype
-from nirvana_deploy.export.parts import GraphParts
+from nirvana_deploy.export.parts import OPSET, GraphParts
 from nirvana_deploy.export.streaming import Parameter
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 
@@ -71,7 +71,7 @@ class GraphOptions:
     @property
     def opset(self) -> int:
         """Of the standard operators."""
-        return 24 if self.flavor == "static-cache" else 23
+        return 24 if self.flavor == "static-cache" else OPSET
 
 
 def build_decoder(

@@ -16,7 +16,6 @@ neither.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,12 +23,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from nirvana_deploy.artifact import read_json
-from nirvana_deploy.errors import MissingExtraError, NirvanaError
-from nirvana_deploy.export import DATA_FILE, MODEL_FILE
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.export.ort_session import (
+    CACHE_DTYPES,
+    RUNTIMES,
+    as_numpy,
+    as_ort,
+    checked_threads,
+    export_hint,
+    first_names,
+    graph_values,
+    open_session,
+    static_dimension,
+)
 from nirvana_deploy.export.slots import (
     CacheLayout,
     SlotCache,
@@ -39,29 +49,9 @@ from nirvana_deploy.export.slots import (
     require_left_padding,
 )
 
-try:
-    import onnxruntime
-except ModuleNotFoundError as error:
-    if error.name != "onnxruntime":
-        raise
-    raise MissingExtraError("Running ONNX models", package="onnxruntime", extra="cpu") from None
-
-
 _PAST_KEY = re.compile(r"past_key_values\.(\d+)\.key")
-_CACHE_DTYPES: dict[str, type[np.floating[Any]]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-}
 _HEADROOM_TOKENS = 256
 """Slots beyond the prompt in a buffer that can grow."""
-_RUNTIMES = {"CPUExecutionProvider": "onnxruntime-cpu", "CUDAExecutionProvider": "onnxruntime-cuda"}
-
-
-def default_threads() -> int:
-    """Physical cores that this process may use: what decode gains from, without hyper-threads."""
-    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return min(physical, allowed)
 
 
 @dataclass(frozen=True)
@@ -111,29 +101,29 @@ class OrtDecoder:
         provider: str = "CPUExecutionProvider",
         in_float32: bool = False,
     ) -> None:
-        self.threads = threads if threads is not None else default_threads()
-        if self.threads < 1:
-            raise NirvanaError(f"threads must be at least 1, got {self.threads}.")
-        self._session = _open_session(folder, threads=self.threads, provider=provider, in_float32=in_float32)
+        self.threads = checked_threads(threads)
+        model = folder / MODEL_FILE
+        self._session = open_session(model, threads=self.threads, provider=provider, in_float32=in_float32)
         inputs = {node.name: node for node in self._session.get_inputs()}
         outputs = {node.name: node for node in self._session.get_outputs()}
         layers = sorted(int(m[1]) for m in map(_PAST_KEY.fullmatch, inputs) if m)
         if not layers or "logits" not in outputs or "input_ids" not in inputs:
             raise NirvanaError(
-                f"{folder / MODEL_FILE} is not a decoder with a KV cache: its inputs are {_first(inputs)}, "
-                f"its outputs {_first(outputs)}; it needs input_ids, past_key_values.0.key, ... and logits.",
-                hint=_export_hint(folder),
+                f"{model} is not a decoder with a KV cache: its inputs are {first_names(inputs)}, "
+                f"its outputs {first_names(outputs)}; "
+                "it needs input_ids, past_key_values.0.key, ... and logits.",
+                hint=export_hint(folder),
             )
-        self.runtime = _RUNTIMES.get(provider, provider)
+        self.runtime = RUNTIMES.get(provider, provider)
         names = tuple(f"{layer}.{part}" for layer in layers for part in ("key", "value"))
         past = [inputs[f"past_key_values.{name}"] for name in names]
-        dtype = _CACHE_DTYPES.get(past[0].type)
+        dtype = CACHE_DTYPES.get(past[0].type)
         if dtype is None:
             raise NirvanaError(
-                f"{folder / MODEL_FILE} keeps its KV cache as {past[0].type}; "
-                f"this runtime reads {' and '.join(_CACHE_DTYPES)}."
+                f"{model} keeps its KV cache as {past[0].type}; "
+                f"this runtime reads {' and '.join(CACHE_DTYPES)}."
             )
-        shapes = tuple((_static(node, 1, folder), _static(node, 3, folder)) for node in past)
+        shapes = tuple((static_dimension(node, 1, model), static_dimension(node, 3, model)) for node in past)
         self._layout = CacheLayout(names=names, shapes=shapes, dtype=dtype)
         self._output_names = ["logits", *(f"present.{name}" for name in names)]
         self._token_inputs = inputs.keys() & {
@@ -147,7 +137,7 @@ class OrtDecoder:
         self._fixed_slots = slots if isinstance(slots, int) else None
         self.kv_heads = tuple(heads for heads, _ in shapes[::2])
         self.head_dim = shapes[0][1]
-        self.vocab_size = _static(outputs["logits"], 2, folder)
+        self.vocab_size = static_dimension(outputs["logits"], 2, model)
         self._last_logits = outputs["logits"].shape[1] == 1
 
     def prefill(
@@ -164,7 +154,7 @@ class OrtDecoder:
             attention_mask = np.ones(tokens.shape, dtype=np.int64)
         if self._in_place:
             return self._prefill_in_place(tokens, attention_mask)
-        return self._step(tokens, attention_mask, tuple(map(_as_ort, self._layout.arrays(len(tokens), 0))))
+        return self._step(tokens, attention_mask, tuple(map(as_ort, self._layout.arrays(len(tokens), 0))))
 
     def decode(
         self, tokens: NDArray[np.int64], state: DecodeState
@@ -205,7 +195,7 @@ class OrtDecoder:
         feeds = self._feeds(input_ids=tokens, attention_mask=attention_mask, position_ids=positions)
         feeds.update(zip((f"past_key_values.{name}" for name in self._layout.names), cache, strict=True))
         logits, *present = self._session.run_with_ort_values(self._output_names, feeds)
-        return _as_numpy(logits), DecodeState(cache=tuple(present), attention_mask=attention_mask)
+        return as_numpy(logits), DecodeState(cache=tuple(present), attention_mask=attention_mask)
 
     def _prefill_in_place(
         self, tokens: NDArray[np.int64], mask: NDArray[np.int64]
@@ -250,14 +240,14 @@ class OrtDecoder:
         self._session.run_with_iobinding(buffers.binding)
         logits, *cache = buffers.binding.get_outputs()
         state = DecodeState(cache=tuple(cache), attention_mask=mask, slots=buffers, mark=mark)
-        return _as_numpy(logits), state
+        return as_numpy(logits), state
 
     def _bound(self, buffers: SlotCache) -> Any:
         """A binding in which every buffer is input and output."""
         binding = self._session.io_binding()
         binding.bind_output("logits")
         for name, array in zip(self._layout.names, buffers.arrays, strict=True):
-            value = _as_ort(array)
+            value = as_ort(array)
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         return binding
@@ -273,8 +263,7 @@ class OrtDecoder:
     def _feeds(self, **of_tokens: NDArray[np.int64]) -> dict[str, Any]:
         """Those of the inputs that the graph has."""
         return {
-            name: _as_ort(np.ascontiguousarray(of_tokens[name], dtype=np.int64))
-            for name in self._token_inputs
+            name: as_ort(np.ascontiguousarray(of_tokens[name], dtype=np.int64)) for name in self._token_inputs
         }
 
 
@@ -286,14 +275,6 @@ def session_outputs(
     Computed in float32 whatever the model's dtype. The folder is not changed: the extra outputs live in a
     copy of the graph that stays in memory.
     """
-    import onnx  # not at the top: the benchmark's workers would count it in their memory
-
-    from nirvana_deploy.export.float32_twin import float32_twin
-
-    model = float32_twin(folder)
-    kept = {output.name for output in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in kept)
-    session = _session_of(model, folder, threads=default_threads())
     mask = np.ones_like(tokens)
     of_tokens = {
         "input_ids": tokens,
@@ -301,31 +282,19 @@ def session_outputs(
         "position_ids": np.cumsum(mask, axis=1) - 1,
         "write_indices": np.zeros(len(tokens), dtype=np.int64),
     }
-    feeds = {}
-    for node in session.get_inputs():
-        if node.name in of_tokens:
-            feeds[node.name] = of_tokens[node.name]
-        else:
-            _, heads, slots, dim = node.shape
-            shape = (len(tokens), heads, slots if isinstance(slots, int) else 0, dim)
-            feeds[node.name] = np.zeros(shape, dtype=np.float32)
-    return dict(zip(names, session.run(list(names), feeds), strict=True))
 
+    def feeds(inputs: Sequence[Any]) -> dict[str, NDArray[Any]]:
+        made = {}
+        for node in inputs:
+            if node.name in of_tokens:
+                made[node.name] = of_tokens[node.name]
+            else:
+                _, heads, slots, dim = node.shape
+                shape = (len(tokens), heads, slots if isinstance(slots, int) else 0, dim)
+                made[node.name] = np.zeros(shape, dtype=np.float32)
+        return made
 
-def _session_of(model: Any, folder: Path, *, threads: int) -> Any:
-    """A session on a model in memory whose external data lies in ``folder``."""
-    options = _session_options(threads)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def _session_options(threads: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    return options
+    return graph_values(folder / MODEL_FILE, feeds, names)
 
 
 def _shares_buffers(session: Any, folder: Path) -> bool:
@@ -335,61 +304,3 @@ def _shares_buffers(session: Any, folder: Path) -> bool:
         return bool(metadata["nirvana_deploy.flavor"] == "gqa")
     config = folder / "genai_config.json"
     return config.is_file() and bool(read_json(config)["search"].get("past_present_share_buffer"))
-
-
-def _open_session(folder: Path, *, threads: int, provider: str, in_float32: bool) -> Any:
-    model = folder / MODEL_FILE
-    if not model.is_file():
-        raise NirvanaError(f"{folder} holds no {MODEL_FILE}.", hint=_export_hint(folder))
-    if provider not in onnxruntime.get_available_providers():
-        raise NirvanaError(
-            f"This onnxruntime has no {provider!r}; "
-            f"it has {', '.join(onnxruntime.get_available_providers())}.",
-            hint="nirvana-deploy doctor",
-        )
-    try:
-        if in_float32:
-            from nirvana_deploy.export.float32_twin import float32_twin
-
-            return _session_of(float32_twin(folder), folder, threads=threads)
-        return onnxruntime.InferenceSession(model, _session_options(threads), providers=[provider])
-    except Exception as error:  # the binding has no common base class for its load errors
-        missing = not (folder / DATA_FILE).is_file() and DATA_FILE in str(error)
-        reason = f"{DATA_FILE} is missing beside it" if missing else str(error)
-        if "NOT_IMPLEMENTED" in reason:
-            raise NirvanaError(
-                f"{model} cannot run on {provider}: {reason}.",
-                hint="bfloat16 has no kernels on the CPU: export with --dtype fp32 or fp16 to run it there.",
-            ) from error
-        raise NirvanaError(f"{model} cannot be loaded: {reason}.", hint=_export_hint(folder)) from error
-
-
-def _export_hint(folder: Path) -> str:
-    return f"Export it again: nirvana-deploy export CHECKPOINT --out {folder}"
-
-
-def _first(names: Sequence[str] | dict[str, Any], at_most: int = 4) -> str:
-    listed = list(names)
-    return ", ".join(listed[:at_most]) + (", ..." if len(listed) > at_most else "")
-
-
-def _static(node: Any, axis: int, folder: Path) -> int:
-    """Dimension ``axis`` of a graph input or output, which must be a number and not a name."""
-    size = node.shape[axis] if len(node.shape) > axis else None
-    if not isinstance(size, int):
-        raise NirvanaError(
-            f"{folder / MODEL_FILE}: dimension {axis} of {node.name!r} must be static, got {node.shape}.",
-            hint=_export_hint(folder),
-        )
-    return size
-
-
-def _as_ort(array: NDArray[Any]) -> Any:
-    """An OrtValue on the array's own memory (it keeps the array alive)."""
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
-
-
-def _as_numpy(value: Any) -> NDArray[np.float32]:
-    """Logits as float32, on the runtime's own memory where the binding speaks DLPack."""
-    array = np.from_dlpack(value) if hasattr(value, "__dlpack__") else value.numpy()
-    return array.astype(np.float32, copy=False)

@@ -15,6 +15,7 @@ from onnxscript import GraphBuilder, OpBuilder
 from nirvana_deploy.export.dtypes import Dtype
 from nirvana_deploy.export.streaming import Parameter
 
+OPSET = 23
 IR_VERSION = 10  # the newest that every consumer reads
 PRODUCER = "nirvana-deploy"
 _CONTRIB = "com.microsoft"

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.measure.bounds import DecoderWork, mean_context_tokens
 from nirvana_deploy.measure.environment import measured_environment
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
@@ -39,6 +40,8 @@ class Variant:
     embedding_parameters: int
     """Weights of embedding and head; a tied pair counts once."""
     work: DecoderWork
+    float_arithmetic: bool = True
+    """Products are float multiplications, so that operations of two such variants compare."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,20 @@ class Runner(Protocol):
         ...
 
 
-def variant_from_shape(
-    name: str, folder: Path, shape: ModelShape, *, parameters: int | None = None, element_bytes: int = 4
+def variant_from_folder(
+    name: str,
+    folder: Path,
+    shape: ModelShape,
+    *,
+    parameters: int | None = None,
+    float_arithmetic: bool = True,
 ) -> Variant:
-    """A variant whose sizes follow from its shape.
+    """A variant whose counts follow from its shape and whose bytes are those of the ONNX file in ``folder``.
 
     ``parameters`` is the exact count when it is known; None counts linears and embeddings, which leaves out
-    norms and biases. ``element_bytes`` is the width of weights and KV cache.
+    norms and biases. ``float_arithmetic`` is False where weights or activations are quantized.
     """
+    footprint = footprint_of(folder)
     return Variant(
         name=name,
         folder=folder,
@@ -96,9 +105,10 @@ def variant_from_shape(
             linear_parameters=shape.linear_parameters,
             head_parameters=shape.vocab_size * shape.hidden_size,
             attention_width=sum(layer.query_heads for layer in shape.layers) * shape.head_dim,
-            kv_cache_bytes_per_token=shape.kv_cache_bytes_per_token(element_bytes),
-            bytes_per_weight=element_bytes,
+            kv_cache_bytes_per_token=footprint.kv_cache_bytes_per_token,
+            weight_bytes_per_step=footprint.weight_bytes_per_step,
         ),
+        float_arithmetic=float_arithmetic,
     )
 
 
@@ -208,14 +218,16 @@ def _comparison(
     """One entry of ``comparisons`` from both variants' rounds and records, names left out."""
     gains = speedups(samples_before, samples_after)
     bound_tpot = before["decode_bytes_per_step"] / after["decode_bytes_per_step"]
-    bound_prefill = before["prefill_flops"] / after["prefill_flops"]
+    # integer products cost less than float ones: counting both as operations would bound nothing
+    comparable = before["float_arithmetic"] and after["float_arithmetic"]
+    bound_prefill = before["prefill_flops"] / after["prefill_flops"] if comparable else None
     return {
         **gains,
         "decode_tokens_per_s_gain": after["decode_tokens_per_s"] / before["decode_tokens_per_s"],
         "bound_tpot_speedup": bound_tpot,
         "bound_prefill_speedup": bound_prefill,
         "tpot_share_of_bound": gains["tpot_speedup"] / bound_tpot,
-        "prefill_share_of_bound": gains["prefill_speedup"] / bound_prefill,
+        "prefill_share_of_bound": gains["prefill_speedup"] / bound_prefill if bound_prefill else None,
         "weights_removed_share": 1 - after["weights_bytes"] / before["weights_bytes"],
         "peak_rss_removed_share": 1 - after["peak_rss_bytes"] / before["peak_rss_bytes"],
     }
@@ -239,6 +251,7 @@ def _record(
         "parameters": variant.parameters,
         "linear_parameters": variant.work.linear_parameters,
         "embedding_parameters": variant.embedding_parameters,
+        "float_arithmetic": variant.float_arithmetic,
         "weights_bytes": _weights_bytes(variant.folder),
         "kv_cache_bytes_per_token": variant.work.kv_cache_bytes_per_token,
         "load_ms": worker.loaded.load_ms,

@@ -26,12 +26,12 @@ class DecoderWork:
     """Sum of H d over the layers."""
     kv_cache_bytes_per_token: int
     """Bytes that one token of one sequence adds to the KV cache."""
-    bytes_per_weight: float = 4.0
+    weight_bytes_per_step: float
+    """Bytes of linears and head in the precision that they are stored in, scales included."""
 
     def decode_bytes(self, *, context_tokens: float, batch_size: int = 1) -> float:
         """Bytes read by one decode step of ``batch_size`` sequences with ``context_tokens`` each."""
-        weights = (self.linear_parameters + self.head_parameters) * self.bytes_per_weight
-        return weights + batch_size * context_tokens * self.kv_cache_bytes_per_token
+        return self.weight_bytes_per_step + batch_size * context_tokens * self.kv_cache_bytes_per_token
 
     def prefill_flops(self, *, prompt_tokens: int, batch_size: int = 1) -> float:
         """Floating-point operations of reading ``batch_size`` prompts, with logits at every position."""

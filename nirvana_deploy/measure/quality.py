@@ -1,8 +1,8 @@
 """How far a variant departs from the baseline: perplexity, KL divergence, top-1 agreement.
 
 All three are means over the same positions, those whose next token is known: T - 1 of each window. Sums
-run in float64 over a block of positions at a time, so memory is the float32 logits [T, V] of the baseline
-and of one variant, however many windows and variants there are.
+run in float64 over a block of positions at a time, so memory is the float32 logits [T, V] of the baseline,
+of one variant and of its parent, however many windows and variants there are.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def quality_of(
     windows: NDArray[np.int64],
     *,
     baseline_name: str = "dense",
+    parents: Mapping[str, str] | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, dict[str, Any]]:
     """Judge the baseline and every variant on ``windows`` [M, T]; the baseline runs once per window.
@@ -53,8 +54,9 @@ def quality_of(
     Returns, under ``baseline_name`` and each variant's name, ``perplexity`` of the next token,
     ``kl_vs_dense`` (mean over tokens of KL(baseline || variant), nats), its ``kl_standard_error`` over
     windows (None for one window) and ``kl_standard_error_tokens`` over tokens, ``top1_agreement`` (share of
-    positions), ``tokens`` and ``windows``. The error over windows is the one to quote: tokens of one window
-    are correlated, which makes the other too small.
+    positions), ``tokens`` and ``windows``. A variant that ``parents`` maps to another one, judged before it,
+    also gets ``kl_vs_parent``: how far quantization alone carried it. The error over windows is the one to
+    quote: tokens of one window are correlated, which makes the other too small.
 
     Raises NirvanaError for windows without a next token, logits that are not finite, or vocabularies that
     differ.
@@ -64,10 +66,13 @@ def quality_of(
             f"Quality needs windows [M, T] with M >= 1 and T >= 2 tokens, got {windows.shape}."
         )
     scores: dict[str, list[PositionScores]] = {name: [] for name in (baseline_name, *variants)}
+    parents = parents or {}
+    to_parent: dict[str, list[NDArray[np.float64]]] = {name: [] for name in parents}
     with progress.task("Quality", len(windows) * len(scores)) as advance:
         for index, window in enumerate(windows):
             reference = _logits(baseline, window, of=f"{baseline_name}, window {index}")
             scores[baseline_name].append(position_scores(reference, reference, window[1:]))
+            of_parents = {baseline_name: reference} if baseline_name in parents.values() else {}
             advance(1)
             for name, variant in variants.items():
                 logits = _logits(variant, window, of=f"{name}, window {index}")
@@ -77,9 +82,17 @@ def quality_of(
                         f"{reference.shape[1]}; a KL divergence needs one vocabulary."
                     )
                 scores[name].append(position_scores(reference, logits, window[1:]))
+                if name in parents:
+                    compared = position_scores(of_parents[parents[name]], logits, window[1:])
+                    to_parent[name].append(compared.kl)
+                if name in parents.values():
+                    of_parents[name] = logits
                 del logits  # before the next variant makes its own
                 advance(1)
-    return {name: _quality(of_windows) for name, of_windows in scores.items()}
+    found = {name: _quality(of_windows) for name, of_windows in scores.items()}
+    for name, divergences in to_parent.items():
+        found[name]["kl_vs_parent"] = float(np.concatenate(divergences).mean())
+    return found
 
 
 def position_scores(

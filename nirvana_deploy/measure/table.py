@@ -175,21 +175,24 @@ def _measures(prompt_tokens: int | None) -> tuple[_Measure, ...]:
         ),
         _Measure("Perplexity", _quality("perplexity"), format_number, lambda a, b: format_times(b / a)),
         _Measure("KL to dense, nats per token", _quality("kl_vs_dense"), format_number, lambda a, b: ""),
+        _Measure("KL to its float model", _quality("kl_vs_parent"), format_number, lambda a, b: ""),
         _Measure("Same top token as dense", _quality("top1_agreement"), format_share, lambda a, b: ""),
     )
 
 
 def summary_table(benchmark: Mapping[str, Any]) -> Table:
-    """The measured variants side by side: baseline, then each other variant followed by its change.
+    """The measured variants side by side: the baseline, then each other variant with its change.
 
     ``benchmark`` is a parsed benchmark.json. Latencies are medians; how much faster is the median over rounds
-    in which both ran, so it need not be the ratio of the two cells beside it. A row that no variant has is
-    left out; without a baseline there are no columns of change.
+    in which both ran, so it need not be the ratio of the two cells beside it. One variant has its change in a
+    column of its own, several have it in brackets behind the number. A row that no variant has is left out;
+    without a baseline there is no change.
     """
     baseline, challengers = baseline_of(benchmark), challengers_of(benchmark)
+    apart = baseline is not None and len(challengers) == 1
     headers = ["Measure", *([str(baseline["name"])] if baseline else [])]
     for variant in challengers:
-        headers += [str(variant["name"]), *(["change"] if baseline else [])]
+        headers += [str(variant["name"]), *(["change"] if apart else [])]
     rows = []
     for measure in _measures((benchmark.get("workload") or {}).get("prompt_tokens")):
         before = measure.read(baseline) if baseline else None
@@ -200,9 +203,12 @@ def summary_table(benchmark: Mapping[str, Any]) -> Table:
         if baseline:
             cells.append(ABSENT if before is None else measure.write(before))
         for variant, value in zip(challengers, values, strict=True):
-            cells.append(ABSENT if value is None else measure.write(value))
-            if baseline:
-                cells.append(_change(benchmark, variant, measure, before, value))
+            written = ABSENT if value is None else measure.write(value)
+            change = _change(benchmark, variant, measure, before, value)
+            if apart:
+                cells += [written, change]
+            else:
+                cells.append(f"{written} ({change})" if change else written)
         rows.append(tuple(cells))
     return Table(headers=tuple(headers), rows=tuple(rows))
 

@@ -1,0 +1,377 @@
+"""T5 and Flan-T5 as two ONNX graphs, encoder and decoder: standard operators of opset 23, no control flow.
+
+The decoder serves the first step and all later ones. Its keys and values of the cross-attention are
+``past ++ project(encoder_hidden_states[:, length of past:])``: all of them when the past is empty, none when
+it is complete, so they are computed once and no ``If`` is needed. ``Attention`` gets an additive float mask
+that holds the relative position bias, the causal order and the padding, and does not scale (T5 does not).
+
+A relative position bias is a table [buckets, H] in the first layer of a stack, shared by all of its layers.
+A layer that lost heads takes the rows of its own heads from the shared bias. The bucket of a distance is
+looked up in a list that the export computes with the arithmetic of transformers; distances beyond its
+end share the last bucket, so any length is legal.
+
+Below float32 the residual stream, the norms and (float16 only) the FFN's ``wo`` stay float32: sums of the
+residual stream leave float16's range in real T5 models, and transformers keeps the same weights.
+
+Dimension letters as in ``model/shape.py``; B sequences of a batch, E encoder tokens, S past plus new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from onnxscript import GraphBuilder, OpBuilder
+
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export.graph import hidden_state_name
+from nirvana_deploy.export.parts import IR_VERSION, OPSET, PRODUCER
+from nirvana_deploy.model.families import DECODER
+from nirvana_deploy.model.shape import LayerShape, ModelShape
+
+_ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish")
+_TO_THE_END = np.iinfo(np.int64).max
+
+TypedParameter = Callable[[str, tuple[int, ...], bool, ir.DataType], ir.TensorProtocol]
+"""(checkpoint name, shape in the graph, transposed, dtype) -> tensor whose bytes are read when written."""
+
+
+@dataclass(frozen=True)
+class T5Recipe:
+    """What a T5 computes, beyond its dimensions."""
+
+    norm_epsilon: float
+    activation: str
+    head_scale: float
+    """Factor between the final norm and the head: D^-0.5 for a tied head, else 1."""
+    max_distance: int
+    """Relative positions from here on share a bucket."""
+    kept_heads: Mapping[str, tuple[tuple[int, ...], ...]]
+    """Site -> layer -> its heads among those of the dense model, whose bias is shared."""
+
+
+def recipe_from_config(config: Any, shape: ModelShape) -> T5Recipe:
+    """Read the recipe of a dense or pruned T5; raises NirvanaError for an activation without operator."""
+    if config.dense_act_fn not in _ACTIVATIONS:
+        raise NirvanaError(
+            f"Unsupported: feed_forward_proj {config.feed_forward_proj!r}; "
+            f"the activations that can be exported are {', '.join(_ACTIVATIONS)}."
+        )
+    if shape.position_bias[0] // 2 >= config.relative_attention_max_distance:
+        raise NirvanaError(
+            f"config.json: a relative_attention_max_distance of {config.relative_attention_max_distance} "
+            f"leaves no room for {shape.position_bias[0]} relative_attention_num_buckets."
+        )
+    pruned = getattr(config, "pruned_layers", None)
+    heads: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for site in shape.family.sites:
+        count = sum(layer.site == site.name for layer in shape.layers)
+        whole = tuple(range(shape.position_bias[1]))
+        heads[site.name] = (
+            tuple(tuple(layer["kept_heads"]) for layer in pruned[site.name]) if pruned else (whole,) * count
+        )
+    return T5Recipe(
+        norm_epsilon=config.layer_norm_epsilon,
+        activation=config.dense_act_fn,
+        head_scale=shape.hidden_size**-0.5 if config.scale_decoder_outputs else 1.0,
+        max_distance=config.relative_attention_max_distance,
+        kept_heads=heads,
+    )
+
+
+def build_encoder(
+    shape: ModelShape, recipe: T5Recipe, *, parameter: TypedParameter, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Model:
+    """Build the encoder: ``input_ids``, ``attention_mask`` [B, E] to ``last_hidden_state`` [B, E, D]."""
+    stack = _Stack("encoder", shape, recipe, parameter, dtype)
+    op = stack.op
+    sizes = ["batch_size", "encoder_sequence_length"]
+    tokens = stack.builder.input("input_ids", ir.DataType.INT64, sizes)
+    valid = stack.builder.input("attention_mask", ir.DataType.INT64, sizes)
+    hidden = stack.embedded(tokens)
+    length = op.Squeeze(op.Shape(tokens, start=1, end=2))
+    keys = op.Range(0, length, 1)
+    bias = stack.position_bias("encoder", op.Unsqueeze(keys, [1]), keys)
+    mask = op.Where(stack.seen(valid), bias, stack.lowest())  # [B, H, E, E]
+    masks = _HeadMasks(stack, mask, shape.position_bias[1])
+    for position, layer in stack.layers("encoder"):
+        normed = stack.norm(hidden, stack.module(position, "input_norm"))
+        query, key, value = (stack.heads(normed, position, name) for name in "qkv")
+        kept = recipe.kept_heads["encoder"][shape.number(position)]
+        attended = stack.attention(position, query, key, value, masks.of(kept))
+        hidden = op.Add(hidden, attended)
+        hidden = stack.feed_forward(position, layer, hidden)
+        hidden.name = hidden_state_name(shape.number(position))
+    assert shape.family.encoder_norm is not None
+    states = stack.norm(hidden, shape.family.encoder_norm)
+    stack.output(states, "last_hidden_state", [*sizes, shape.hidden_size])
+    return stack.model()
+
+
+def build_cached_decoder(
+    shape: ModelShape, recipe: T5Recipe, *, parameter: TypedParameter, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Model:
+    """Build the decoder with caches of self- and cross-attention, for the first step and all later ones.
+
+    Inputs ``encoder_attention_mask`` [B, E], ``input_ids`` [B, T], ``encoder_hidden_states`` [B, E, D], per
+    layer ``past_key_values.{i}.decoder.key|value`` [B, K, S-T, d] and, of the cross-attention,
+    ``past_key_values.{i}.encoder.key|value`` [B, K, 0 or E, d], and ``use_cache_branch`` [1] (bool), false
+    while the past is empty. Outputs ``logits`` [B, T, V] and, per layer, ``present.{i}.decoder.key|value``
+    [B, K, S, d] and ``present.{i}.encoder.key|value`` [B, K, E, d].
+    """
+    stack = _Stack(DECODER, shape, recipe, parameter, dtype)
+    op, E = stack.op, "encoder_sequence_length"
+    encoder_valid = stack.builder.input("encoder_attention_mask", ir.DataType.INT64, ["batch_size", E])
+    tokens = stack.builder.input("input_ids", ir.DataType.INT64, ["batch_size", "decoder_sequence_length"])
+    states = stack.builder.input("encoder_hidden_states", dtype, ["batch_size", E, shape.hidden_size])
+    own, crossed = [], []
+    for (position, _), (cross, _) in zip(stack.layers(DECODER), stack.layers("cross"), strict=True):
+        own.append(stack.past(position, "decoder"))  # runtimes pass the caches in this order
+        crossed.append(stack.past(cross, "encoder"))
+    cached = stack.builder.input("use_cache_branch", ir.DataType.BOOL, [1])
+
+    hidden = stack.embedded(tokens)
+    new = op.Shape(tokens, start=1, end=2)
+    past = op.Shape(own[0][0], start=2, end=3)
+    total = op.Add(past, new)
+    keys = op.Range(0, op.Squeeze(total), 1)
+    queries = op.Unsqueeze(op.Range(op.Squeeze(past), op.Squeeze(total), 1), [1])
+    bias = stack.position_bias(DECODER, queries, keys)
+    mask = op.Where(op.LessOrEqual(keys, queries), bias, stack.lowest())  # [1, H, T, S]
+    masks = _HeadMasks(stack, mask, shape.position_bias[1])
+    padding = op.Where(stack.seen(encoder_valid), stack.constant("zero", np.array(0.0)), stack.lowest())
+    cross_mask = op.Expand(padding, op.Concat([1, 1], new, [1], axis=0))  # [B, 1, T, E]
+    taken = op.Mul(op.Shape(crossed[0][0], start=2, end=3), op.Cast(cached, to=ir.DataType.INT64))
+    fresh = op.Slice(states, taken, [_TO_THE_END], [1])  # [B, E or 0, D]
+
+    for (position, layer), (cross, _) in zip(stack.layers(DECODER), stack.layers("cross"), strict=True):
+        number = shape.number(position)
+        normed = stack.norm(hidden, stack.module(position, "input_norm"))
+        key, value = (
+            op.Concat(before, stack.heads(normed, position, name), axis=2)
+            for before, name in zip(own[number], "kv", strict=True)
+        )
+        query = stack.heads(normed, position, "q")
+        kept = recipe.kept_heads[DECODER][number]
+        hidden = op.Add(hidden, stack.attention(position, query, key, value, masks.of(kept)))
+
+        normed = stack.norm(hidden, stack.module(cross, "input_norm"))
+        cross_key, cross_value = (
+            op.Concat(before, stack.heads(fresh, cross, name), axis=2)
+            for before, name in zip(crossed[number], "kv", strict=True)
+        )
+        query = stack.heads(normed, cross, "q")
+        hidden = op.Add(hidden, stack.attention(cross, query, cross_key, cross_value, cross_mask))
+        hidden = stack.feed_forward(position, layer, hidden)
+        hidden.name = hidden_state_name(number)
+        stack.present(position, "decoder", key, value)
+        stack.present(cross, "encoder", cross_key, cross_value)
+
+    hidden = stack.norm(hidden, shape.family.final_norm)
+    if recipe.head_scale != 1.0:
+        hidden = op.Mul(hidden, stack.constant("head_scale", np.array(recipe.head_scale)))
+    logits = op.MatMul(hidden, stack.head())
+    stack.output(logits, "logits", ["batch_size", "decoder_sequence_length", shape.vocab_size], first=True)
+    return stack.model()
+
+
+def position_buckets(*, buckets: int, max_distance: int, bidirectional: bool) -> NDArray[np.int64]:
+    """Bucket of every relative position (key - query) from -max_distance to max_distance, as transformers.
+
+    Half of the buckets of a direction are for exact distances, the rest grow with the logarithm [T5, Mesh
+    TensorFlow]; without ``bidirectional`` later keys share bucket 0.
+    """
+    relative = torch.arange(-max_distance, max_distance + 1)
+    offset = torch.zeros_like(relative)
+    if bidirectional:
+        buckets //= 2
+        offset = (relative > 0) * buckets
+        distance = relative.abs()
+    else:
+        distance = (-relative).clamp(min=0)
+    exact = buckets // 2
+    share = torch.log(distance.clamp(min=1).float() / exact) / float(np.log(max_distance / exact))
+    grown = exact + (share * (buckets - exact)).to(torch.int64)
+    found = offset + torch.where(distance < exact, distance, grown.clamp(max=buckets - 1))
+    return found.numpy().astype(np.int64)
+
+
+class _HeadMasks:
+    """The mask of all heads, and the parts of it that layers with fewer heads need, each made once."""
+
+    def __init__(self, stack: _Stack, mask: ir.Value, heads: int) -> None:
+        self._stack = stack
+        self._masks = {tuple(range(heads)): mask}
+
+    def of(self, kept: tuple[int, ...]) -> ir.Value:
+        """[B or 1, K, T, S] for the ``kept`` heads."""
+        if kept not in self._masks:
+            whole = next(iter(self._masks.values()))
+            self._masks[kept] = self._stack.op.Gather(whole, list(kept), axis=1)
+        return self._masks[kept]
+
+
+class _Stack:
+    """One graph while it is being built: what encoder and decoder have in common."""
+
+    def __init__(
+        self, name: str, shape: ModelShape, recipe: T5Recipe, parameter: TypedParameter, dtype: ir.DataType
+    ) -> None:
+        self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
+        self.builder = GraphBuilder(self.graph)
+        self.op: OpBuilder = self.builder.op
+        self.shape = shape
+        self.recipe = recipe
+        self.parameter = parameter
+        self.dtype = dtype
+        self.outputs: list[ir.Value] = []
+        self.embedding = self.weight(
+            f"{shape.family.embedding}.weight", (shape.vocab_size, shape.hidden_size)
+        )
+
+    def layers(self, site: str) -> Iterator[tuple[int, LayerShape]]:
+        """(position in the shape, dimensions) of the layers of ``site``."""
+        return ((at, layer) for at, layer in enumerate(self.shape.layers) if layer.site == site)
+
+    def module(self, position: int, role: str) -> str:
+        """Checkpoint name of the module that plays ``role`` in a layer."""
+        site, prefix = self.shape.place(position)
+        return f"{prefix}.{getattr(site, role)}"
+
+    def embedded(self, tokens: ir.Value) -> ir.Value:
+        """[B, T] token ids to the residual stream [B, T, D], float32."""
+        return self.widened(self.op.Gather(self.embedding, tokens, axis=0))
+
+    def position_bias(self, site: str, queries: ir.Value, keys: ir.Value) -> ir.Value:
+        """Bias [1, H, T, S] of all heads, for positions of queries [T, 1] and keys [S]."""
+        op, (buckets, heads), limit = self.op, self.shape.position_bias, self.recipe.max_distance
+        module = f"{self.shape.family.site(site).layer(0)}.{self.shape.family.site(site).position_bias}"
+        table = self.weight(f"{module}.weight", (buckets, heads))
+        found = position_buckets(buckets=buckets, max_distance=limit, bidirectional=site == "encoder")
+        distance = op.Min(op.Max(op.Sub(keys, queries), -limit), limit)
+        bucket = op.Gather(self.constant("position_buckets", found), op.Add(distance, limit))
+        return op.Unsqueeze(op.Transpose(op.Gather(table, bucket, axis=0), perm=[2, 0, 1]), [0])
+
+    def seen(self, valid: ir.Value) -> ir.Value:
+        """Attention mask [B, E] of 0 and 1 as bool [B, 1, 1, E]."""
+        return self.op.Unsqueeze(self.op.Cast(valid, to=ir.DataType.BOOL), [1, 2])
+
+    def lowest(self) -> ir.Value:
+        """Added to a logit that is not to count; finite, so that a row of padding is not NaN."""
+        return self.constant("lowest", np.array(_lowest_of(self.dtype)))
+
+    def heads(self, x: ir.Value, position: int, role: str) -> ir.Value:
+        """Project [B, T, D] by q, k or v and split: [B, K, T, d]."""
+        count, d = self.shape.layers[position].kv_heads, self.shape.head_dim
+        projected = self.linear(x, self.module(position, role), self.shape.hidden_size, count * d)
+        return self.op.Transpose(self.op.Reshape(projected, [0, 0, count, d]), perm=[0, 2, 1, 3])
+
+    def attention(
+        self, position: int, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value
+    ) -> ir.Value:
+        """[B, K, T, d] over [B, K, S, d] with an additive mask, projected to [B, T, D], float32."""
+        width = self.shape.layers[position].kv_heads * self.shape.head_dim
+        mixed = self.op.Attention(query, key, value, mask, scale=1.0)
+        joined = self.op.Reshape(self.op.Transpose(mixed, perm=[0, 2, 1, 3]), [0, 0, width])
+        return self.widened(self.linear(joined, self.module(position, "o"), width, self.shape.hidden_size))
+
+    def feed_forward(self, position: int, layer: LayerShape, hidden: ir.Value) -> ir.Value:
+        """The residual stream [B, T, D] plus wo(act(wi(x))), or wo(act(wi_0(x)) * wi_1(x)) when gated."""
+        op, D, F = self.op, self.shape.hidden_size, layer.ffn_width
+        site, prefix = self.shape.place(position)
+        normed = self.norm(hidden, self.module(position, "ffn_norm"))
+        first, *others = (self.linear(normed, f"{prefix}.{row}", D, F) for row in site.ffn_rows)
+        inner = self.activation(first)
+        for other in others:
+            inner = op.Mul(inner, other)
+        if self.dtype == ir.DataType.FLOAT16:
+            down = self.linear(self.widened(inner), f"{prefix}.{site.ffn_down}", F, D, ir.DataType.FLOAT)
+        else:
+            down = self.widened(self.linear(inner, f"{prefix}.{site.ffn_down}", F, D))
+        return op.Add(hidden, down)
+
+    def activation(self, x: ir.Value) -> ir.Value:
+        op, name = self.op, self.recipe.activation
+        if name == "relu":
+            return op.Relu(x)
+        if name.startswith("gelu"):
+            return op.Gelu(x, approximate="tanh" if name == "gelu_new" else "none")
+        return op.Mul(x, op.Sigmoid(x))
+
+    def norm(self, x: ir.Value, module: str) -> ir.Value:
+        """RMS norm of the residual stream, in the dtype of the linears."""
+        scale = self.weight(f"{module}.weight", (self.shape.hidden_size,), dtype=ir.DataType.FLOAT)
+        normed = self.op.RMSNormalization(x, scale, axis=-1, epsilon=self.recipe.norm_epsilon)
+        return normed if self.dtype == ir.DataType.FLOAT else self.op.Cast(normed, to=self.dtype)
+
+    def widened(self, x: ir.Value) -> ir.Value:
+        """``x`` in float32."""
+        return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=ir.DataType.FLOAT)
+
+    def linear(
+        self, x: ir.Value, module: str, inputs: int, outputs: int, dtype: ir.DataType | None = None
+    ) -> ir.Value:
+        """x W^T; the weight is stored as [inputs, outputs], so that no runtime transposes it."""
+        name = f"{module}.weight"
+        return self.op.MatMul(x, self.weight(name, (inputs, outputs), transposed=True, dtype=dtype))
+
+    def head(self) -> ir.Value:
+        """The [D, V] matrix of the head: its own weight, or the embedding transposed when they are tied."""
+        if self.shape.tied_embeddings:
+            return self.op.Transpose(self.embedding, perm=[1, 0])
+        size = (self.shape.hidden_size, self.shape.vocab_size)
+        return self.weight(f"{self.shape.family.head}.weight", size, transposed=True)
+
+    def weight(
+        self, name: str, shape: tuple[int, ...], *, transposed: bool = False, dtype: ir.DataType | None = None
+    ) -> ir.Value:
+        """An initializer named as in the checkpoint, whose bytes are read when the file is written."""
+        dtype = dtype or self.dtype
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        value.const_value = self.parameter(name, shape, transposed, dtype)
+        self.graph.register_initializer(value)
+        return value
+
+    def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """A small initializer held in the graph file itself; floats take the dtype of the graph."""
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        tensor = ir.Tensor(array if array.dtype == np.int64 else array.astype(self.dtype.numpy()), name=name)
+        return self.builder.initializer(tensor, name, qualify=False)
+
+    def past(self, position: int, kind: str) -> tuple[ir.Value, ir.Value]:
+        """Inputs for the cached keys and values of a layer, each [B, K, tokens, d]."""
+        heads, d = self.shape.layers[position].kv_heads, self.shape.head_dim
+        sizes = ["batch_size", heads, f"past_{kind}_sequence_length", d]
+        name = f"past_key_values.{self.shape.number(position)}.{kind}"
+        key, value = (self.builder.input(f"{name}.{part}", self.dtype, sizes) for part in ("key", "value"))
+        return key, value
+
+    def present(self, position: int, kind: str, key: ir.Value, value: ir.Value) -> None:
+        """Outputs of the keys and values that the next step takes back."""
+        heads, d = self.shape.layers[position].kv_heads, self.shape.head_dim
+        tokens = "encoder_sequence_length" if kind == "encoder" else "total_decoder_sequence_length"
+        name = f"present.{self.shape.number(position)}.{kind}"
+        for part, tensor in (("key", key), ("value", value)):
+            self.output(tensor, f"{name}.{part}", ["batch_size", heads, tokens, d])
+
+    def output(self, value: ir.Value, name: str, dimensions: list[int | str], *, first: bool = False) -> None:
+        """Make ``value`` a graph output in the graph's dtype."""
+        value.name, value.shape, value.dtype = name, ir.Shape(dimensions), self.dtype
+        self.outputs.insert(0 if first else len(self.outputs), value)
+
+    def model(self) -> ir.Model:
+        """The finished model."""
+        self.graph.outputs.extend(self.outputs)
+        return ir.Model(self.graph, ir_version=IR_VERSION, producer_name=PRODUCER)
+
+
+def _lowest_of(dtype: ir.DataType) -> float:
+    """The lowest finite number of a float dtype."""
+    torch_dtype = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+    return torch.finfo(torch_dtype.get(dtype, torch.float32)).min

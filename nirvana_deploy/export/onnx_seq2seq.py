@@ -1,0 +1,109 @@
+"""The two graphs of an encoder-decoder as files of one folder that share one external-data file.
+
+Encoder and decoder both look tokens up in the embedding, which a tied head reads once more: it lies on disk
+once, and a runtime that maps the file holds its pages once for both sessions. ``config.json`` lies beside
+the graphs, since optimum and transformers.js read it; it names transformers' own class and no code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from nirvana_deploy.artifact import disk_errors, write_json
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export import DATA_FILE, DECODER_FILE, ENCODER_FILE
+from nirvana_deploy.export.graph_seq2seq import (
+    TypedParameter,
+    build_cached_decoder,
+    build_encoder,
+    recipe_from_config,
+)
+from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.weights import WeightSource
+
+_TORCH_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
+
+
+def seq2seq_graphs(
+    config: PreTrainedConfig, shape: ModelShape, weights: WeightSource, *, dtype: ir.DataType
+) -> dict[str, ir.Model]:
+    """File name -> graph of encoder and decoder, whose weights are read when they are written."""
+    recipe, parameter = recipe_from_config(config, shape), _streamed(weights)
+    return {
+        ENCODER_FILE: build_encoder(shape, recipe, parameter=parameter, dtype=dtype),
+        DECODER_FILE: build_cached_decoder(shape, recipe, parameter=parameter, dtype=dtype),
+    }
+
+
+def save_sharing_weights(
+    models: Mapping[str, ir.Model], folder: Path, *, alignment: int, advance: Callable[[int], None]
+) -> None:
+    """Write ``models`` into ``folder``; initializers of one name are stored once, in DATA_FILE."""
+    holders: dict[str, list[ir.Value]] = {}
+    for model in models.values():
+        for name, value in model.graph.initializers.items():
+            if isinstance(value.const_value, ir.LazyTensor):
+                holders.setdefault(name, []).append(value)
+    with disk_errors(folder):
+        stored = ir.external_data.convert_tensors_to_external(
+            [values[0].const_value for values in holders.values() if values[0].const_value is not None],
+            folder,
+            DATA_FILE,
+            alignment=alignment,
+            max_workers=1,
+            callback=lambda tensor, info: advance(1),
+        )
+        for values, tensor in zip(holders.values(), stored, strict=True):
+            for value in values:
+                value.const_value = tensor
+        for name, model in models.items():
+            ir.save(model, folder / name)
+
+
+def write_consumer_configs(config: PreTrainedConfig, checkpoint: Path, folder: Path) -> None:
+    """``config.json`` and ``generation_config.json`` beside the graphs, where the checkpoint's do not fit."""
+    written: dict[str, Any] = config.to_dict()
+    written["architectures"] = ["T5ForConditionalGeneration"]
+    written.pop("auto_map", None)
+    write_json(folder / "config.json", written)
+    if not (checkpoint / "generation_config.json").is_file():
+        write_json(
+            folder / "generation_config.json", GenerationConfig.from_model_config(config).to_diff_dict()
+        )
+
+
+def _streamed(weights: WeightSource) -> TypedParameter:
+    """Parameters that read themselves from ``weights`` when they are written."""
+
+    def parameter(
+        name: str, shape: tuple[int, ...], transposed: bool, dtype: ir.DataType
+    ) -> ir.TensorProtocol:
+        def read() -> ir.TensorProtocol:
+            tensor = weights.load(name).to(_TORCH_DTYPES[dtype])
+            if dtype == ir.DataType.FLOAT16 and not torch.isfinite(tensor).all():
+                raise NirvanaError(
+                    f"Tensor {name!r} holds values that float16 cannot represent.",
+                    hint="Export it with --dtype bf16 or --dtype fp32.",
+                )
+            tensor = (tensor.T if transposed else tensor).contiguous()
+            if tuple(tensor.shape) != shape:
+                raise NirvanaError(
+                    f"Tensor {name!r}: the graph asks for {shape}, the file has {tuple(tensor.shape)}."
+                )
+            if dtype == ir.DataType.BFLOAT16:  # numpy has no bfloat16 of its own
+                return ir.Tensor(tensor.view(torch.uint16).numpy(), dtype=dtype, name=name)
+            return ir.Tensor(tensor.numpy(), name=name)
+
+        return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name)
+
+    return parameter

@@ -1,0 +1,400 @@
+"""An ONNX folder opened for rewriting: find its linears, replace what computes them, write it streamed.
+
+What a quantizer does with it::
+
+    graphs = open_folder(folder)                     # reads no weights
+    for graph in graphs:
+        for linear in graph.linears:                 # name, role, K, N, node, x, weight
+            w = graph.initializer(f"{linear.name}.weight_quantized", ir.DataType.INT8,
+                                  (linear.K, linear.N), lambda: ...linear.read_weight()...)
+            y = graph.node("MatMulNBits", [linear.x, w, ...], before=linear.node,
+                           name=f"{linear.name}.matmul", domain="com.microsoft", attributes={"K": ...})
+            graph.replace(linear, y)                 # everything that read the MatMul now reads y
+    write_folder(folder, out, graphs, records={"quantization.json": {...}}, progress=progress)
+
+Weights stream: a graph holds names and places in files. :meth:`Linear.read_weight` copies one weight and
+unmaps it; the bytes of a new initializer are computed when it is written and dropped after. So peak
+memory is a few tensors, whatever the depth. Rewrites stack: :meth:`OnnxGraph.rewrite` changes an
+initializer in place (lazily), and a linear read afterwards reads the changed one.
+
+A linear is a MatMul whose second input is an initializer ``<module>.weight`` [K, N], or the transpose of
+one: a tied head, which reads the embedding. Biases are Adds of their own and stay.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folder, write_json
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.model.families import FAMILIES, Family, family_of
+from nirvana_deploy.progress import SILENT, Progress
+
+RECORD_FILE = "quantization.json"
+"""What was decided, beside the graph that it was done to."""
+HEAD = "head"
+
+_QUANTIZED_OPERATORS = frozenset(
+    {
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "DynamicQuantizeMatMul",
+        "GatherBlockQuantized",
+        "MatMulBnb4",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QLinearMatMul",
+        "QuantizeLinear",
+    }
+)
+_ALIGNMENT_BYTES = 4096  # a page: runtimes can map large tensors straight from the file
+_PROBE_LAYER = 987654321  # a layer number that occurs in no name
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """One linear of a graph: y [..., N] = x [..., K] W [K, N]."""
+
+    name: str
+    """Module name as in the checkpoint, for example ``model.layers.3.mlp.down_proj``."""
+    role: str
+    """q, k, v, o, gate, up, down, head, or other when the name belongs to no known family."""
+    site: str
+    """Which kind of layer: ``decoder``, and in an encoder-decoder also ``encoder`` and ``cross``."""
+    layer: int | None
+    """Number within its site; None for the head and for unknown names."""
+    node: ir.Node
+    """The MatMul."""
+    weight: ir.Value
+    """The initializer: [K, N], or [N, K] when ``transposed``."""
+    transposed: bool
+    """A Transpose stands between the initializer and the MatMul, as for a tied head."""
+
+    @property
+    def K(self) -> int:  # noqa: N802 (a dimension letter)
+        """Inputs: length of the sum."""
+        return _static_shape(self.weight)[1 if self.transposed else 0]
+
+    @property
+    def N(self) -> int:  # noqa: N802 (a dimension letter)
+        """Outputs."""
+        return _static_shape(self.weight)[0 if self.transposed else 1]
+
+    @property
+    def x(self) -> ir.Value:
+        """What the MatMul reads, [..., K]."""
+        return _input(self.node, 0)
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Element type of weight and activations: FLOAT, FLOAT16 or BFLOAT16."""
+        return self.weight.dtype or ir.DataType.FLOAT
+
+    def read_weight(self) -> NDArray[np.float32]:
+        """W [K, N], float32, in memory of its own; read anew at each call."""
+        array = read_initializer(self.weight).astype(np.float32, copy=False)
+        return np.ascontiguousarray(array.T) if self.transposed else array
+
+
+class OnnxGraph:
+    """One ONNX file opened lazily: no weight is read until it is asked for or written.
+
+    Mutable; the file is not changed. Raises NirvanaError when the file is not ONNX, its external data is
+    missing, too short or outside its folder, it is quantized already, or it has no linear.
+    """
+
+    path: Path
+    model: ir.Model
+    linears: tuple[Linear, ...]
+    """In the order of the graph. They stay valid while other linears are replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model = _load(path)
+        _check_external_data(self.model, path)
+        _require_float(self.model, path)
+        self.linears = tuple(_find_linears(self.model))
+        if not self.linears:
+            raise NirvanaError(
+                f"{path} has no linear to quantize: no MatMul reads a weight [K, N] of the graph.",
+                hint="nirvana-deploy export CHECKPOINT --out DIR writes a graph with linears.",
+            )
+
+    def initializer(
+        self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], NDArray[Any]]
+    ) -> ir.Value:
+        """Add an initializer whose values ``read`` computes when the file is written (each time it is).
+
+        4-bit types are given unpacked, in ``dtype.numpy()``.
+        """
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        value.const_value = _lazy(name, dtype, tuple(shape), read)
+        self.model.graph.register_initializer(value)
+        return value
+
+    def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """Add a small initializer, its values at hand."""
+        tensor = ir.Tensor(array, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        self.model.graph.register_initializer(value)
+        return value
+
+    def rewrite(self, initializer: ir.Value, change: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+        """Change an initializer's values, shape and dtype kept; computed when it is read."""
+        before, dtype = initializer.const_value, initializer.dtype or ir.DataType.FLOAT
+
+        def read() -> NDArray[Any]:
+            return change(_read_tensor(before)).astype(dtype.numpy(), copy=False)
+
+        initializer.const_value = _lazy(initializer.name or "", dtype, _static_shape(initializer), read)
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value],
+        *,
+        before: ir.Node,
+        name: str,
+        domain: str = "",
+        attributes: Mapping[str, Any] | None = None,
+        dtype: ir.DataType | None = None,
+    ) -> ir.Value:
+        """Insert a node with one output, which takes ``name`` too; ``dtype`` of the output where it is known.
+
+        A ``domain`` that the file did not import yet is imported at version 1.
+        """
+        self.model.graph.opset_imports.setdefault(domain, 1)
+        node = ir.node(operator, list(inputs), attributes or {}, domain=domain, name=name)
+        output = node.outputs[0]
+        output.name = name
+        if dtype is not None:
+            output.type = ir.TensorType(dtype)
+        self.model.graph.insert_before(before, node)
+        return output
+
+    def replace(self, linear: Linear, output: ir.Value) -> None:
+        """Let ``output`` take the place of the MatMul's result; a weight that nobody reads is not written."""
+        before = linear.node.outputs[0]
+        output.type, output.shape = before.type, before.shape
+        name, is_output = before.name, before.is_graph_output()
+        ir.convenience.replace_all_uses_with(before, output, replace_graph_outputs=True)
+        if is_output:
+            before.name = f"{linear.name}.float"
+            output.name = name
+        self.model.graph.remove(linear.node, safe=True)
+
+    def drop_unused(self) -> None:
+        """Remove nodes and initializers that nothing reads any more; :func:`write_folder` calls it."""
+        RemoveUnusedNodesPass()(self.model)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all initializers as they would be written now."""
+        return sum(
+            value.const_value.nbytes
+            for value in self.model.graph.initializers.values()
+            if value.const_value is not None
+        )
+
+
+def open_folder(folder: Path) -> tuple[OnnxGraph, ...]:
+    """All graphs of an ONNX folder: one of a decoder, several of an encoder-decoder; sorted by file name."""
+    files = sorted(folder.glob("*.onnx"))
+    if not files:
+        raise NirvanaError(
+            f"{folder} holds no *.onnx file.", hint="nirvana-deploy export CHECKPOINT --out DIR"
+        )
+    return tuple(OnnxGraph(file) for file in files)
+
+
+def write_folder(
+    source: Path,
+    out: Path,
+    graphs: Sequence[OnnxGraph],
+    *,
+    records: Mapping[str, Any] | None = None,
+    label: str = "Writing quantized weights",
+    progress: Progress = SILENT,
+) -> int:
+    """Write ``graphs`` (of ``source``) to ``out``, with what else ``source`` holds, whole or not at all.
+
+    Tokenizer, genai_config and the like are copied; ``records`` are JSON files to add, by name. Replaces
+    what ``out`` held. Returns the bytes of all external data. Raises NirvanaError when ``out`` is
+    ``source``, or the disk has no room.
+    """
+    if out.resolve() == source.resolve():
+        raise NirvanaError(
+            f"{out} cannot be written while it is read.", hint="Choose another folder with --out DIR."
+        )
+    data_files = {file for graph in graphs for file in _data_files(graph.model)}
+    for graph in graphs:
+        graph.drop_unused()
+    written_bytes = sum(graph.weights_bytes for graph in graphs)
+    require_free_bytes(out, written_bytes, what="The quantized folder")
+    count = sum(len(graph.model.graph.initializers) for graph in graphs)
+    with whole_folder(out) as folder, progress.task(label, count) as advance:
+        for graph in graphs:
+            path = folder / graph.path.name
+            with disk_errors(path):
+                ir.save(
+                    graph.model,
+                    path,
+                    external_data=f"{path.name}.data",
+                    alignment=_ALIGNMENT_BYTES,
+                    max_workers=1,
+                    callback=lambda tensor, info: advance(1),
+                )
+        skipped = data_files | {graph.path.name for graph in graphs} | {RECORD_FILE}
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.name not in skipped:
+                shutil.copyfile(file, folder / file.name)
+        for name, record in (records or {}).items():
+            write_json(folder / name, record)
+    return sum((out / f"{graph.path.name}.data").stat().st_size for graph in graphs)
+
+
+def read_initializer(value: ir.Value) -> NDArray[Any]:
+    """An initializer's values in memory of their own; what was mapped of its file is unmapped again."""
+    return _read_tensor(value.const_value)
+
+
+def _read_tensor(tensor: ir.TensorProtocol | None) -> NDArray[Any]:
+    if tensor is None:
+        raise ValueError("not an initializer")
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.array(tensor.numpy())
+    array = np.array(tensor.numpy())
+    tensor.release()
+    return array
+
+
+def _lazy(
+    name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], NDArray[Any]]
+) -> ir.LazyTensor:
+    def tensor() -> ir.TensorProtocol:
+        array = read()
+        if array.shape != shape:
+            raise ValueError(f"{name}: the graph says {shape}, computed were {array.shape}")
+        return ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+
+    return ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name)
+
+
+def _load(path: Path) -> ir.Model:
+    if not path.is_file():
+        raise NirvanaError(f"{path} does not exist.", hint="nirvana-deploy export CHECKPOINT --out DIR")
+    try:
+        return ir.load(path)
+    except (DecodeError, ValueError) as error:
+        raise NirvanaError(f"{path} is not a valid ONNX model: {error}.") from error
+
+
+def _externals(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield value.const_value
+
+
+def _data_files(model: ir.Model) -> set[str]:
+    return {str(tensor.location) for tensor in _externals(model)}
+
+
+def _check_external_data(model: ir.Model, path: Path) -> None:
+    """Every external tensor lies within a file of the same folder."""
+    for tensor in _externals(model):
+        location = Path(tensor.location)
+        data = path.parent / location
+        if location.is_absolute() or not data.resolve().is_relative_to(path.parent.resolve()):
+            raise NirvanaError(f"{path} places {tensor.name!r} outside its folder: {str(location)!r}.")
+        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        size = data.stat().st_size if data.is_file() else -1
+        if size < end:
+            state = "is not there" if size < 0 else f"ends at byte {size}"
+            raise NirvanaError(
+                f"{path} places {tensor.name!r} up to byte {end} of {location}, which {state}.",
+                hint="Copy the folder again as a whole, or export it again.",
+            )
+
+
+def _require_float(model: ir.Model, path: Path) -> None:
+    for node in model.graph:
+        if node.op_type in _QUANTIZED_OPERATORS:
+            raise NirvanaError(
+                f"{path} is quantized already: node {node.name!r} is a {node.op_type}.",
+                hint="Quantize the float folder that it was made from.",
+            )
+
+
+def _find_linears(model: ir.Model) -> Iterator[Linear]:
+    for node in model.graph:
+        if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx"):
+            continue
+        weight, transposed = _input(node, 1), False
+        producer = weight.producer()
+        if producer is not None and producer.op_type == "Transpose":
+            weight, transposed = _input(producer, 0), True
+        if weight.const_value is None or weight.shape is None or len(weight.shape) != 2:
+            continue
+        name, role, site, layer = _describe((weight.name or "").removesuffix(".weight"), transposed)
+        yield Linear(
+            name=name, role=role, site=site, layer=layer, node=node, weight=weight, transposed=transposed
+        )
+
+
+def _describe(name: str, transposed: bool) -> tuple[str, str, str, int | None]:
+    """(name, role, site, layer) of the linear whose weight is ``<name>.weight``."""
+    for family in _families():
+        if name == family.head or (transposed and name == family.embedding):
+            return family.head, HEAD, "", None
+    for pattern, role, site in _patterns():
+        if match := pattern.fullmatch(name):
+            return name, role, site, int(match[1])
+    return name, "other", "", None
+
+
+@cache
+def _families() -> tuple[Family, ...]:
+    gated = family_of({"model_type": "t5", "feed_forward_proj": "gated-gelu"})
+    return (*FAMILIES.values(), gated)
+
+
+@cache
+def _patterns() -> tuple[tuple[re.Pattern[str], str, str], ...]:
+    """(module name with its layer number as group 1, role, site), for every linear of every family."""
+    found: dict[str, tuple[re.Pattern[str], str, str]] = {}
+    for family in _families():
+        for site in family.sites:
+            roles = {site.q: "q", site.k: "k", site.v: "v", site.o: "o"}
+            if site.ffn_rows:
+                roles |= dict(zip(reversed(site.ffn_rows), ("up", "gate"), strict=False))
+                roles[site.ffn_down] = "down"
+            for module, role in roles.items():
+                text = re.escape(f"{site.layer(_PROBE_LAYER)}.{module}").replace(str(_PROBE_LAYER), r"(\d+)")
+                found[text] = (re.compile(text), role, site.name)
+    return tuple(found.values())
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    if value is None:
+        raise ValueError(f"input {index} of {node.name!r} is missing")
+    return value
+
+
+def _static_shape(value: ir.Value) -> tuple[int, ...]:
+    if value.shape is None:
+        raise ValueError(f"{value.name!r} has no shape")
+    return tuple(value.shape.numpy())
