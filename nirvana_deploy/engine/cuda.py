@@ -292,13 +292,10 @@ def _first_call(driver: Driver, index: int) -> Any:
         name, text = _words(driver, status)
         raise NirvanaError(f"The NVIDIA driver does not start: {name} ({text}).", hint=_ONNX_RUNS_HERE)
     count = int(counted[0]) if int(status) == _SUCCESS else 0
+    if count == 0:
+        raise NirvanaError("The NVIDIA driver of this machine sees no GPU.", hint=_ONNX_RUNS_HERE)
     if index >= count:
-        seen = (
-            "no GPU"
-            if count == 0
-            else f"{count} GPU{'s' if count > 1 else ''}, and number {index} is asked for"
-        )
-        raise NirvanaError(f"The NVIDIA driver of this machine sees {seen}.", hint=_ONNX_RUNS_HERE)
+        raise NirvanaError(f"GPU {index} is asked for; this machine has {count}, counted from 0.")
     status, device = driver.cuDeviceGet(index)
     return device
 
