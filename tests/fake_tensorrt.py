@@ -74,7 +74,7 @@ class _Location(IntEnum):
 def fake_module(driver: FakeDriver, *, runtime: str = "tensorrt-rtx", version: str = "1.7.1.116") -> Any:
     """What stands in for ``tensorrt`` or ``tensorrt_rtx``; its engines live on ``driver``'s device.
 
-    ``engines`` of the result lists what was deserialized, for tests to look at.
+    ``passes`` of the result holds one list a context made: "run" or "captured" for every pass queued.
     """
     module = SimpleNamespace(
         __name__=runtime.replace("-", "_"),
@@ -83,7 +83,7 @@ def fake_module(driver: FakeDriver, *, runtime: str = "tensorrt-rtx", version: s
         ExecutionContextAllocationStrategy=_Strategy,
         DynamicShapesKernelSpecializationStrategy=_Specialization,
         TensorLocation=_Location,
-        engines=[],
+        passes=[],
     )
     module.Runtime = lambda logger: FakeRuntime(logger, driver=driver, module=module)
     return module
@@ -103,9 +103,7 @@ class FakeRuntime:
             self._logger.log(_Severity.WARNING, "Something that does not matter.")
             self._logger.log(_Severity.ERROR, "header.magicTag == kEXPECTED_MAGIC_TAG failed.")
             return None
-        engine = FakeEngine(content, driver=self._driver, logger=self._logger, module=self._module)
-        self._module.engines.append(engine)
-        return engine
+        return FakeEngine(content, driver=self._driver, logger=self._logger, module=self._module)
 
 
 class FakeEngine:
@@ -116,7 +114,6 @@ class FakeEngine:
         self.in_place: bool = content["in_place"]
         self.profiles: list[Profile] = content["profiles"]
         self.capturable: bool = content["capturable"]
-        self.contexts: list[FakeContext] = []
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(Path(content["onnx"]) / "model.onnx", options)
@@ -161,7 +158,6 @@ class FakeEngine:
         context = FakeContext(self)
         if self.module.__name__ == "tensorrt_rtx":
             context.is_stream_capturable = lambda stream: self.capturable
-        self.contexts.append(context)
         return context
 
 
@@ -177,7 +173,7 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
         self.passes: list[str] = []
-        """"run" or "captured", one a call of execute_async_v3."""
+        engine.module.passes.append(self.passes)
         self._settled = False  # one run since the last change: no deferred work left
         self._captured = False
 

@@ -140,10 +140,14 @@ class CudaDevice:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Wait for the stream, then free everything in reverse order; a second call does nothing."""
+    def settle(self) -> None:
+        """Wait for the stream whatever became of its work: ahead of freeing what the work used."""
         if self._releases:
             self._driver.cuStreamSynchronize(self._stream)
+
+    def close(self) -> None:
+        """Wait for the stream, then free everything in reverse order; a second call does nothing."""
+        self.settle()
         while self._releases:
             self._releases.pop()()
 

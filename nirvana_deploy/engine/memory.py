@@ -75,8 +75,8 @@ def plan_memory(record: EngineRecord) -> MemoryPlan:
     caches = [name for name in inputs if name.startswith(PAST)]
     if record.kv == "none" or not caches or LOGITS not in outputs or "input_ids" not in inputs:
         raise NirvanaError(
-            f"{record.engine_file} is a {record.part} with KV cache {record.kv!r}; running needs a decoder "
-            "with input_ids, past_key_values.0.key, ... and logits."
+            f"{record.engine_file} is of the part {record.part!r}, its KV cache {record.kv!r}; running needs "
+            "a decoder with input_ids, past_key_values.0.key, ... and logits."
         )
     limits = _limits(record)
     logits = outputs[LOGITS]

@@ -38,6 +38,7 @@ from nirvana_deploy.engine.kv_cache import (
     padded_right,
 )
 from nirvana_deploy.engine.loading import (
+    LoadedEngine,
     load_engine,
     require_target,
     require_version,
@@ -98,16 +99,22 @@ class TensorRTRunner:
         trt = module if module is not None else tensorrt_module(self._record.runtime)
         require_version(self._record, trt.__version__)
         self.device = CudaDevice(index=device_index, driver=driver)
+        self._contexts: dict[tuple[int, int], Context] = {}
+        self._loaded: LoadedEngine | None = None
         try:
             require_target(self._record, self.device)
             self._open(engine, trt)
         except BaseException:
-            self.device.close()
+            self.close()
             raise
 
     def _open(self, engine: Path, trt: Any) -> None:
         record, plan, device = self._record, self._plan, self.device
         self._loaded = load_engine(engine, record, module=trt, device=device)
+        scratch_bytes = max(
+            self._loaded.engine.get_device_memory_size_for_profile_v2(index)
+            for index in range(len(record.profiles))
+        )
         heads = cache_heads(record)
         self.runtime, self.threads = record.runtime, 1
         self.kv_heads = tuple(K for name, (K, _) in heads.items() if name.endswith(".key"))
@@ -125,12 +132,7 @@ class TensorRTRunner:
         self._dtypes = {t.name: np.dtype(t.dtype) for t in record.inputs if t.name in self._inputs}
         self._logits = device.allocate(plan.logits_bytes, "logits", hint=_ROOM)
         self._host_logits = device.pinned(plan.decode_logits_bytes)
-        sizes = (
-            self._loaded.engine.get_device_memory_size_for_profile_v2(index)
-            for index in range(len(record.profiles))
-        )
-        self._scratch = device.allocate(max(sizes), "engine's scratch memory", hint=_ROOM)
-        self._contexts: dict[tuple[int, int], Context] = {}
+        self._scratch = device.allocate(scratch_bytes, "engine's scratch memory", hint=_ROOM)
         self._start, self._end = device.event(), device.event()
         self._passes_ms: list[float] = []
         self._step = 0
@@ -144,9 +146,9 @@ class TensorRTRunner:
 
     def close(self) -> None:
         """Free the device; the runner cannot be used afterwards."""
-        self.device.synchronize()
+        self.device.settle()
         self._contexts.clear()
-        del self._loaded  # before the device: TensorRT frees its own memory in the same context
+        self._loaded = None  # before the device: TensorRT frees its own memory in the same context
         self.device.close()
 
     def peak_device_bytes(self) -> int:
@@ -277,6 +279,7 @@ class TensorRTRunner:
         """The context of a profile, or of a repeated decode pass of that many sequences."""
         key = profile, repeated_batch
         if key not in self._contexts:
+            assert self._loaded is not None, "the runner was closed"
             self._contexts[key] = Context(self._loaded, profile, device=self.device, scratch=self._scratch)
         return self._contexts[key]
 
