@@ -311,6 +311,18 @@ class TensorRTRunner:
         return as_float32(host, self._logits_dtype).reshape(shape)
 
 
+def open_engine(path: Path, *, runtime: str, threads: int | None = None) -> TensorRTRunner:
+    """Open an engine of ``runtime``; ``threads`` is not used. Raises NirvanaError for another one's."""
+    record = read_engine_record(path, check_bytes=False)
+    if record.runtime != runtime:
+        raise NirvanaError(
+            f"{path} is an engine of {record.runtime}, and {runtime} is asked for.",
+            hint=f"Pass --runtime {record.runtime}, or build one: "
+            f"nirvana-deploy build-engine DIR --engine {runtime}",
+        )
+    return TensorRTRunner(path)
+
+
 def as_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
     """Bytes of a tensor of ``dtype`` as a new float32 array; bfloat16 is the upper half of a float32."""
     if dtype == "bfloat16":
