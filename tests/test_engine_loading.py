@@ -10,9 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from fake_cuda import FakeDriver
 from fake_tensorrt import FakeContext, FakeEngine, FakeRuntime, decoder_profiles, write_fake_engine
 from onnx import TensorProto, helper, numpy_helper
 from tiny_decoder import write_tiny_decoder
@@ -84,14 +82,14 @@ def test_an_engine_without_a_gpu_is_one_sentence(engine: Path) -> None:
 @without_gpu
 def test_what_tensorrt_says_when_it_does_not_read_a_real_engine(engine: Path) -> None:
     device = SimpleNamespace(name="no GPU at all")
-    with pytest.raises(NirvanaError, match="does not read .* on no GPU at all: .*CUDA driver version"):
+    with pytest.raises(NirvanaError, match=r"does not read .* on no GPU at all: .*CUDA driver version"):
         load_engine(engine, read_engine_record(engine), module=trt, device=device)  # type: ignore[arg-type]
 
 
 def test_what_tensorrt_says_of_bytes_that_are_no_engine(engine: Path) -> None:
     rewritten(engine, b"x" * 500)
     device = SimpleNamespace(name="any GPU")
-    with pytest.raises(NirvanaError, match="does not read .*magicTag"):
+    with pytest.raises(NirvanaError, match=r"does not read .*magicTag"):
         load_engine(engine, read_engine_record(engine), module=trt, device=device)  # type: ignore[arg-type]
 
 

@@ -133,22 +133,6 @@ def cache_heads(record: EngineRecord) -> dict[str, tuple[int, int]]:
     }
 
 
-def padded_right(rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows [N, T] padded on the left, moved to the left edge; 0 fills the rest."""
-    moved = np.zeros_like(rows)
-    for row, source, length in zip(moved, rows, lengths, strict=True):
-        row[:length] = source[len(source) - length :]
-    return moved
-
-
-def padded_left(values: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The way back for logits [N, T, V]: rows at the right edge, 0 before them."""
-    moved = np.zeros_like(values)
-    for row, source, length in zip(moved, values, lengths, strict=True):
-        row[len(source) - length :] = source[:length]
-    return moved
-
-
 def first_misfit(
     shapes: Mapping[str, Shape], allowed: Mapping[str, Sequence[Sequence[int]]]
 ) -> tuple[str, Shape, Sequence[int], Sequence[int]] | None:

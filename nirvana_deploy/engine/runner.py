@@ -34,8 +34,6 @@ from nirvana_deploy.engine.kv_cache import (
     KvCache,
     cache_heads,
     first_misfit,
-    padded_left,
-    padded_right,
 )
 from nirvana_deploy.engine.loading import (
     LoadedEngine,
@@ -49,6 +47,7 @@ from nirvana_deploy.engine.memory import ITEM_BYTES, LOGITS, plan_memory
 from nirvana_deploy.engine.record import read_engine_record
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.greedy import greedy_tokens
+from nirvana_deploy.export.slots import moved_left, moved_right, require_left_padding
 
 _ROOM = (
     "Build the engine with fewer tokens or a smaller batch: its cache is N x tokens x bytes per token "
@@ -172,22 +171,22 @@ class TensorRTRunner:
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise NirvanaError(f"Prompts must be an array [N, T] of at least one token, got {tokens.shape}.")
         mask = np.ones(tokens.shape, dtype=np.int64) if attention_mask is None else attention_mask
-        lengths = mask.sum(axis=1)
+        require_left_padding(mask)
         N, T = tokens.shape
-        moved = self._cache.in_place and bool((lengths < T).any())
+        moved = self._cache.in_place and not mask.all()
         if moved and self._last_only:
             raise NirvanaError(
                 f"{self._record.engine_file} gives logits of the last position alone and keeps its cache in "
                 "place: prompts of one batch must have the same length."
             )
-        rows = padded_right(tokens, lengths) if moved else tokens
+        rows = moved_right(mask, tokens) if moved else tokens
         parts = []
         for start in range(0, T, self._plan.limits.step_tokens):
             stop = min(T, start + self._plan.limits.step_tokens)
             parts.append(self._pass(rows[:, start:stop], mask[:, :stop], np.full(N, start)))
         logits = parts[-1] if self._last_only or len(parts) == 1 else np.concatenate(parts, axis=1)
         if moved:
-            logits = padded_left(logits, lengths)
+            logits = moved_left(mask, logits)
         return logits, EngineState(attention_mask=mask, step=self._step)
 
     def decode(

@@ -18,14 +18,10 @@ from nirvana_deploy.artifact import sha256_of
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.export.ort_session import RUNTIMES
 from nirvana_deploy.model.gguf_convert import cache_folder
 
-PROVIDERS = {
-    "onnxruntime-cpu": "CPUExecutionProvider",
-    "onnxruntime-cuda": "CUDAExecutionProvider",
-    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
-    "onnxruntime-nvtensorrtrtx": "NvTensorRTRTXExecutionProvider",
-}
+PROVIDERS = {runtime: provider for provider, runtime in RUNTIMES.items()}
 """Runtime -> the name of its provider."""
 
 PACKAGES = {
@@ -49,7 +45,7 @@ def open_decoder(path: Path, *, runtime: str, threads: int | None = None) -> Ort
             f"This onnxruntime has no {provider}, which the runtime {runtime} is.",
             hint=f"{PACKAGES[runtime]}; then: nirvana-deploy doctor",
         )
-    return OrtDecoder(path, threads=threads, provider=provider, options=options_for(path, provider))
+    return OrtDecoder(path, threads=threads, provider=provider, provider_options=options_for(path, provider))
 
 
 def available(provider: str) -> bool:
