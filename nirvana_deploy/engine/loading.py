@@ -19,6 +19,8 @@ from nirvana_deploy.errors import MissingExtraError, NirvanaError
 
 MODULES = {"tensorrt": ("tensorrt", "gpu"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
 """Runtime -> the module to import, the extra that installs it."""
+_NATIVE = "native"
+"""The target of an engine that was built for the GPU of the building machine."""
 
 
 def tensorrt_module(runtime: str) -> Any:
@@ -32,11 +34,19 @@ def tensorrt_module(runtime: str) -> Any:
         raise MissingExtraError(f"Engines of {runtime}", package=runtime, extra=extra) from None
 
 
+def version_compatible(record: EngineRecord) -> bool:
+    """Whether an engine may be read by later versions than its own."""
+    return "--versionCompatible" in record.trtexec.split()
+
+
 def require_version(record: EngineRecord, installed: str) -> None:
     """Refuse an engine that the installed version cannot read.
 
-    TensorRT reads engines of its own version, TensorRT-RTX of its own major and minor version.
+    TensorRT reads engines of its own version, unless they were built to be version compatible; TensorRT-RTX
+    those of its own major and minor version.
     """
+    if version_compatible(record):
+        return
     parts = 2 if record.runtime == "tensorrt-rtx" else 3
     built, found = (version.split(".")[:parts] for version in (record.runtime_version, installed))
     if built != found:
@@ -49,8 +59,8 @@ def require_version(record: EngineRecord, installed: str) -> None:
 
 
 def require_target(record: EngineRecord, device: CudaDevice) -> None:
-    """Refuse a GPU that the engine was not built for."""
-    if device.compute_capability not in record.targets:
+    """Refuse a GPU that the engine was not built for; ``native`` engines are left to TensorRT's own check."""
+    if record.targets != (_NATIVE,) and device.compute_capability not in record.targets:
         raise NirvanaError(
             f"{record.engine_file} was built for {', '.join(record.targets)}; "
             f"this machine's {device.name} is {device.compute_capability}.",
@@ -100,6 +110,8 @@ def load_engine(path: Path, record: EngineRecord, *, module: Any, device: CudaDe
     """
     log = BuilderLog()
     runtime = module.Runtime(_logger(module, log))
+    if version_compatible(record):
+        runtime.engine_host_code_allowed = True  # such an engine brings its own runtime along
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as blob:
         engine = runtime.deserialize_cuda_engine(blob)
     if engine is None:

@@ -50,8 +50,8 @@ from nirvana_deploy.export.greedy import greedy_tokens
 from nirvana_deploy.export.slots import moved_left, moved_right, require_left_padding
 
 _ROOM = (
-    "Build the engine with fewer tokens or a smaller batch: its cache is N x tokens x bytes per token "
-    "(nirvana-deploy build-engine --help)."
+    "Build the engine smaller: nirvana-deploy build-engine DIR --max-batch 1 --max-length 1024 --force; its "
+    "logits shrink most when the ONNX is exported with --last-logits."
 )
 
 
@@ -259,7 +259,7 @@ class TensorRTRunner:
             raise NirvanaError(
                 f"{total_tokens} tokens, prompt and answer together, exceed the "
                 f"{self._plan.limits.total_tokens} that {self._record.engine_file} has room for.",
-                hint="Ask for fewer, or build an engine for more: nirvana-deploy build-engine --help",
+                hint="Ask for fewer, or: nirvana-deploy build-engine DIR --max-length N --force",
             )
         misfits = []
         profiles = enumerate(self._record.profiles)
@@ -271,7 +271,7 @@ class TensorRTRunner:
             misfits.append(f"{profile.name!r} takes {name} of {list(low)} to {list(high)}, not {list(shape)}")
         raise NirvanaError(
             f"No profile of {self._record.engine_file} takes this pass: {'; '.join(misfits)}.",
-            hint="Build an engine for it: nirvana-deploy build-engine --help",
+            hint="nirvana-deploy build-engine DIR --max-batch N --max-length N --force",
         )
 
     def _context(self, profile: int, repeated_batch: int) -> Context:

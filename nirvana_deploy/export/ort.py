@@ -149,6 +149,13 @@ class OrtDecoder:
         self.vocab_size = static_dimension(outputs["logits"], 2, model)
         self._last_logits = outputs["logits"].shape[1] == 1
 
+    def __enter__(self) -> OrtDecoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the session go: weights and arenas are freed with the last state."""
+        del self._session
+
     def prefill(
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
     ) -> tuple[NDArray[np.float32], DecodeState]:

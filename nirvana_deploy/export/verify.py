@@ -92,7 +92,7 @@ class VerifyReport:
             first_departure=data["first_departure"],
         )
 
-    def require_passed(self, folder: Path) -> None:
+    def require_passed(self, folder: Path, *, against: str = "its checkpoint") -> None:
         """Raise VerificationError (exit code 3) that names what failed and where it starts."""
         if self.passed:
             return
@@ -108,7 +108,7 @@ class VerifyReport:
         ]
         where = f" The first departure is at: {self.first_departure}." if self.first_departure else ""
         raise VerificationError(
-            f"{folder} does not compute what its checkpoint computes. {'; '.join(failed)}.{where}",
+            f"{folder} does not compute what {against} computes. {'; '.join(failed)}.{where}",
             hint="The artifacts are kept. 'nirvana-deploy doctor' lists the versions in use.",
         )
 
@@ -138,7 +138,7 @@ def verify_onnx(
         advance(1)
         checks = tuple(_logits_checks(model, decoder))
         advance(1)
-        prompts = _prompts(checkpoint, decoder.vocab_size)
+        prompts = prompts_for(checkpoint, decoder.vocab_size)
         stops = stop_token_ids(model.config)
         expected = [_torch_tokens(model, prompt, new_tokens, stops) for prompt in prompts]
         advance(1)
@@ -227,7 +227,7 @@ def _torch_logits(
     return logits
 
 
-def _prompts(checkpoint: Path, vocab_size: int) -> list[NDArray[np.int64]]:
+def prompts_for(checkpoint: Path, vocab_size: int) -> list[NDArray[np.int64]]:
     """Token ids [1, T] of the prompts; random ids where the folder has no tokenizer."""
     if not (checkpoint / "tokenizer_config.json").is_file():
         generator = np.random.default_rng(5)

@@ -92,18 +92,18 @@ def variant_from_folder(
     parameters: int | None = None,
     float_arithmetic: bool = True,
     runtime: str | None = None,
-    engine: Path | None = None,
+    path: Path | None = None,
 ) -> Variant:
     """A variant whose counts follow from its shape and whose bytes are those of the ONNX file in ``folder``.
 
     ``parameters`` is the exact count when it is known; None counts linears and embeddings, which leaves out
-    norms and biases. ``float_arithmetic`` is False where weights or activations are quantized. ``engine``
-    is the engine file that was built from ``folder`` and runs in its place.
+    norms and biases. ``float_arithmetic`` is False where weights or activations are quantized. ``path``
+    is what runs in the place of ``folder``: an engine that was built from it.
     """
     footprint = footprint_of(folder)
     return Variant(
         name=name,
-        path=engine or folder,
+        path=path or folder,
         parameters=parameters or shape.linear_parameters + shape.embedding_parameters,
         embedding_parameters=shape.embedding_parameters,
         work=DecoderWork(

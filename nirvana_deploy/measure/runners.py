@@ -32,11 +32,18 @@ DEFAULT = "onnxruntime-cpu"
 
 
 class Runner(Protocol):
-    """A decoder with a KV cache, loaded. N sequences, T tokens, V vocabulary."""
+    """A decoder with a KV cache, loaded, and released at the end of its block.
+
+    N sequences, T tokens, V vocabulary.
+    """
 
     runtime: str
     threads: int
     vocab_size: int
+
+    def __enter__(self) -> Runner: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
     def prefill(
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
