@@ -17,7 +17,7 @@ from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint
 from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.run import MANIFEST, Run
-from nirvana_deploy.stages import CHECKPOINT, ONNX
+from nirvana_deploy.variants import CHECKPOINT, ONNX
 
 GGUF_FOLDER = "gguf"
 TRITON_FOLDER = "triton"
@@ -98,9 +98,12 @@ def _part(source: Path, inside: str, landmark: str, command: str) -> Path:
 def _name_of(source: Path) -> str:
     """A name for files and servers: that of the folder, or of the one around a part like ``checkpoint``."""
     folder = source.resolve()
-    if folder.name in (CHECKPOINT, ONNX):
-        folder = folder.parent
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name) or "model"
+    name = folder.name
+    if name in (CHECKPOINT, ONNX):
+        name = folder.parent.name
+    elif name.startswith(f"{ONNX}-"):  # a quantized variant
+        name = folder.parent.name + name.removeprefix(ONNX)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name) or "model"
 
 
 def _require_free(target: Path, force: bool) -> None:

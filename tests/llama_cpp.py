@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from nirvana_deploy.model.checkpoint import load_checkpoint
 
 VERSION = "3.22.1"
 CONSUMER_VERSION = "v0.5.0"
 """llama.cpp's own version inside that package."""
 PACKAGES = [f"node-llama-cpp@{VERSION}", f"@node-llama-cpp/linux-x64@{VERSION}"]
+
+REAL_PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in 1984,",
+    "def fibonacci(n):\n",
+    "Water boils at 100 degrees",
+    "Dear Sir or Madam, 12 + 345 =",
+]
 
 
 def installed_llama_cpp(cache: pytest.Cache) -> Path:
@@ -42,3 +53,18 @@ def run_llama_cpp(folder: Path, jobs: Sequence[dict[str, Any]], scratch: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     answers: list[dict[str, Any]] = json.loads((scratch / "answers.json").read_text())
     return answers
+
+
+def greedy_share(checkpoint: Path, prompts: Sequence[list[int]], continued: Sequence[list[int]]) -> float:
+    """Share of new tokens that are torch's greedy choice after all before them.
+
+    At 1, greedy decoding in torch gives the same tokens: one forward pass proves what generating would.
+    """
+    model = load_checkpoint(checkpoint)
+    same = total = 0
+    for prompt, new in zip(prompts, continued, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
+        same += int((logits.argmax(dim=-1) == torch.tensor(new)).sum())
+        total += len(new)
+    return same / total

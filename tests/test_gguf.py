@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import KINDS, VOCABULARY, _size, write_tiny
-from llama_cpp import CONSUMER_VERSION, installed_llama_cpp, run_llama_cpp
+from llama_cpp import CONSUMER_VERSION, REAL_PROMPTS, greedy_share, installed_llama_cpp, run_llama_cpp
 from test_slicing import plan_for
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -30,13 +30,17 @@ from transformers import (
 
 from nirvana_deploy.cli.package import package
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.model.checkpoint import load_checkpoint, load_tokenizer
+from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
+from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.package.gguf_export import gguf_from_checkpoint
 from nirvana_deploy.package.gguf_layout import pairs_adjacent
 from nirvana_deploy.package.gguf_tokenizer import _BY_PATTERN
 from nirvana_deploy.packaging import package_gguf
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.plan import make_plan
+from nirvana_deploy.prune.score import score_units
 
 TEXTS = [
     "The capital of France is",
@@ -153,15 +157,6 @@ def prompts_for(folder: Path) -> list[list[int]]:
     return [tokenizer(text)["input_ids"][:20] for text in TEXTS]
 
 
-def require_greedy(checkpoint: Path, prompts: list[list[int]], continued: list[list[int]]) -> None:
-    """Every new token is torch's greedy choice after all before it: its greedy decoding gives the same."""
-    model = load_checkpoint(checkpoint)
-    for prompt, new in zip(prompts, continued, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
-        assert logits.argmax(dim=-1).tolist() == new
-
-
 @pytest.mark.consumer(
     "llama.cpp",
     artifact="GGUF of tiny Llama, Mistral, Qwen2 and Qwen3: dense, global, uniform",
@@ -196,7 +191,7 @@ def test_every_family_generates_its_tokens_in_llama_cpp(llama_cpp: Path, tmp_pat
     ):
         assert "error" not in answer, (job["path"], answer)
         assert all(len(new) == NEW_TOKENS for new in answer["tokens"])
-        require_greedy(checkpoint, prompts, answer["tokens"])
+        assert greedy_share(checkpoint, prompts, answer["tokens"]) == 1
 
 
 def test_llama_cpp_cuts_the_same_tokens(llama_cpp: Path, tmp_path: Path) -> None:
@@ -329,3 +324,45 @@ def test_the_command_packages_a_checkpoint(checkpoint: Path, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(NirvanaError, match=r"no checkpoint/config\.json"):
         package_gguf(tmp_path / "empty")
+
+
+@pytest.mark.slow
+@pytest.mark.consumer(
+    "llama.cpp",
+    artifact="GGUF of SmolLM2, uniform (llama)",
+    proof="5 x 32 greedy tokens equal torch's",
+    version=CONSUMER_VERSION,
+)
+def test_a_uniform_smollm2_generates_its_tokens(llama_cpp: Path, tmp_path: Path) -> None:
+    dense = resolve_model("smollm2").path
+    scores = score_units(dense, None, saliency="magnitude", seed=0)
+    plan = make_plan(
+        shape_from_config(config_json(dense)),
+        scores,
+        sparsity=0.4,
+        gamma=1.0,
+        allocation="uniform",
+        round_to=8,
+        saliency="magnitude",
+        seed=0,
+    )
+    assert all(
+        len(layer.kept_groups) < layer.of_groups for layer in plan.layers
+    )  # heads go, not neurons alone
+    slice_checkpoint(dense, plan, tmp_path / "checkpoint")
+    tokenizer = load_tokenizer(tmp_path / "checkpoint")
+    prompts = [tokenizer(text)["input_ids"] for text in REAL_PROMPTS]
+    shares = {"f32": 1.0, "f16": 0.9, "bf16": 0.75, "q8_0": 0.75}
+    jobs = []
+    for weight_type in shares:
+        file = tmp_path / f"{weight_type}.gguf"
+        written = gguf_from_checkpoint(tmp_path / "checkpoint", file, weight_type=weight_type)
+        assert written.architecture == "llama"
+        jobs.append(
+            {"path": str(file), "prompts": prompts, "new_tokens": 32, "texts": [*REAL_PROMPTS, *TEXTS]}
+        )
+    want = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in [*REAL_PROMPTS, *TEXTS]]
+    answers = run_llama_cpp(llama_cpp, jobs, tmp_path)
+    for answer, (weight_type, share) in zip(answers, shares.items(), strict=True):
+        assert answer["tokenized"] == want
+        assert greedy_share(tmp_path / "checkpoint", prompts, answer["tokens"]) >= share, weight_type

@@ -180,8 +180,8 @@ def ask(model: Any, **inputs: Any) -> FakeSender:
 @pytest.mark.consumer(
     "Triton",
     artifact="model repository, global",
-    proof="config.pbtxt parses by tritonclient's schema; model.py, run with onnxruntime-genai and a stand-in for "
-    "Triton's utilities, streams the greedy tokens of the ONNX folder; no Triton server was run",
+    proof="config.pbtxt parses by tritonclient's schema; model.py, run with onnxruntime-genai and a stand-in "
+    "for Triton's utilities, streams the greedy tokens of the ONNX folder; no Triton server was run",
     version=importlib.metadata.version("tritonclient"),
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
