@@ -160,7 +160,7 @@ def apply_to(graphs: Sequence[OnnxGraph], spec: Int8Spec) -> None:
             hint="Apply it to an export of the same checkpoint.",
         )
     for graph in graphs:
-        apply_folds(graph, [fold for fold in find_folds(graph)], spec.smoothing)
+        apply_folds(graph, find_folds(graph), spec.smoothing)
         for linear in graph.linears:
             if linear.name in spec.linears:
                 quantize_linear(graph, linear, spec.linears[linear.name])
@@ -195,12 +195,17 @@ def divergence_of(folder: Path, spec: Int8Spec, yardstick: Yardstick, *, scratch
         return yardstick.divergence(Runner(Path(temporary) / "int8").logits)
 
 
-def smoothing_alpha(smooth: float | Literal["auto"] | None) -> float | Literal["auto"] | None:
-    """``smooth`` checked; raises NirvanaError for a number outside [0, 1]."""
+def smoothing_alpha(smooth: float | str | None) -> float | Literal["auto"] | None:
+    """What is asked for: an alpha, "auto" (also when nothing is said), or None for no smoothing.
+
+    Raises NirvanaError for a number outside [0, 1] or another word.
+    """
     if smooth is None or smooth == "auto":
-        return smooth
-    if not 0.0 <= smooth <= 1.0:
-        raise NirvanaError(f"The smoothing alpha must lie in [0, 1] or be 'auto', got {smooth}.")
+        return "auto"
+    if smooth == "none":
+        return None
+    if isinstance(smooth, str) or not 0.0 <= smooth <= 1.0:
+        raise NirvanaError(f"The smoothing alpha must lie in [0, 1] or be 'auto' or 'none', got {smooth!r}.")
     return float(smooth)
 
 

@@ -10,8 +10,9 @@ import platform
 import tempfile
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -47,6 +48,10 @@ class Coverage:
         """For people: "210/210 linears run in integer kernels (210 MatMulIntegerToFloat)"."""
         kinds = ", ".join(f"{count} {name}" for name, count in sorted(self.operators.items()))
         return f"{self.found}/{self.promised} linears run in integer kernels ({kinds or 'none'})"
+
+    def to_json(self) -> dict[str, Any]:
+        """For quantization.json."""
+        return {**asdict(self), "missing": list(self.missing)}
 
     def require_whole(self, folder: Path) -> None:
         """Raise VerificationError (exit code 3) that names the linears which run in float."""
@@ -90,7 +95,7 @@ def slow_host_note() -> str | None:
     if flags is None or flags & _DOT_PRODUCT_FLAGS:
         return None
     return (
-        "This CPU has no integer dot product (VNNI, AMX or its Arm kin). int8 computes the same numbers here, "
+        "This CPU has no integer dot product (VNNI, AMX or Arm's). int8 computes the same numbers here, "
         "but signed-by-signed kernels are slow without it: expect a quarter of the bytes and no more speed "
         "than float; measure before deploying (nirvana-deploy benchmark)."
     )

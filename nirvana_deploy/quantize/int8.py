@@ -49,7 +49,7 @@ def quantize_weight(
 
 def positive_scale(bound: NDArray[np.float32], dtype: np.dtype[np.generic]) -> NDArray[np.float32]:
     """bound / 127 as ``dtype`` can say it (values float32), never below its smallest normal number."""
-    scale = np.maximum(bound.astype(np.float32) / LEVELS, np.float32(ml_dtypes.finfo(dtype).smallest_normal))
+    scale = np.maximum(bound.astype(np.float32) / LEVELS, _smallest_normal(dtype))
     return scale.astype(dtype).astype(np.float32)
 
 
@@ -144,3 +144,7 @@ def _streamed(
         return known[0].astype(dtype)
 
     return quantized, scale
+
+
+def _smallest_normal(dtype: np.dtype[np.generic]) -> np.float32:
+    return np.float32(ml_dtypes.finfo(dtype).smallest_normal)  # type: ignore[no-untyped-call]

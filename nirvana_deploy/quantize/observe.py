@@ -47,11 +47,10 @@ def observe(
     activations are NaN or infinite.
     """
     require_prefill(windows)
-    readers = {
-        (file, str(linear.x.name)): linear
-        for file, several in linears.items()
-        for linear in reversed(several)
-    }
+    readers: dict[tuple[str, str], Linear] = {}
+    for file, several in linears.items():
+        for linear in several:
+            readers.setdefault((file, str(linear.x.name)), linear)
     outputs = {file: [name for of, name in readers if of == file] for file in linears}
     runner = Runner(folder, outputs=outputs, threads=threads)
     channels = {key: np.zeros(linear.K, dtype=np.float32) for key, linear in readers.items()}

@@ -56,7 +56,7 @@ def quantize_onnx(
     scheme: str,
     calibration: NDArray[np.int64] | None = None,
     heldout: NDArray[np.int64] | None = None,
-    smooth: float | Literal["auto"] | None = None,
+    smooth: float | Literal["auto", "none"] | None = None,
     ranges: str = "minmax",
     keep_fp: int = 0,
     sensitivity: bool = False,
@@ -68,8 +68,9 @@ def quantize_onnx(
     """Quantize the float ONNX ``folder`` into ``out``, which appears whole and replaces what was there.
 
     ``scheme`` is ``int8`` (W8A8). ``calibration`` [N, T] are token ids to take ranges from; ``heldout``
-    [M, T'] those that choices are made by (the calibration windows where there are none): ``smooth`` "auto"
-    takes the alpha of least KL, ``keep_fp`` leaves that many linears in float, the worst by
+    [M, T'] those that choices are made by (the calibration windows where there are none): ``smooth`` "auto",
+    which int8 does when nothing is said, takes the alpha of least KL; a number is the alpha; "none" leaves
+    the activations as they are. ``keep_fp`` leaves that many linears in float, the worst by
     ``sensitivity``. ``head`` quantizes lm_head as well.
 
     Raises NirvanaError for a folder that is quantized already or has no linears, an unknown scheme or range
@@ -91,7 +92,7 @@ def quantize_onnx(
     float_bytes = sum(graph.weights_bytes for graph in graphs)
     seen = calibrated(folder, graphs, calibration, head=head, progress=progress)
     out.parent.mkdir(parents=True, exist_ok=True)
-    yardstick, tried = None, ()
+    tried: tuple[Candidate, ...] = ()
     if alpha == "auto":
         yardstick = Yardstick(Runner(folder).logits, calibration if heldout is None else heldout)
         alpha, tried = choose_alpha(seen, yardstick, scratch=out.parent, progress=progress)
@@ -131,7 +132,7 @@ def _written(
         folder, out, graphs, records={RECORD_FILE: record | {"coverage": None}}, progress=progress
     )
     coverage = coverage_of(out, tuple(spec.linears))
-    record["coverage"] = asdict(coverage)
+    record["coverage"] = coverage.to_json()
     write_json(out / RECORD_FILE, record)
     progress.note(coverage.line)
     coverage.require_whole(out)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,9 +71,9 @@ class Histogram:
         return self.reach / BINS
 
     @property
-    def centers(self) -> NDArray[np.float64]:
+    def centers(self) -> NDArray[np.floating[Any]]:
         """[BINS]: the middles of the bins."""
-        return (np.arange(BINS) + 0.5) * self.width
+        return (np.arange(BINS, dtype=np.float64) + 0.5) * self.width
 
 
 def minmax(histogram: Histogram) -> float:

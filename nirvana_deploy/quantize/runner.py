@@ -7,7 +7,7 @@ Every flavor of the exporter is known by the inputs of its graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.artifact import read_json
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export.ort import default_threads
+from nirvana_deploy.export.ort_session import default_threads
 
 LOGITS = "logits"
 _ENCODER_STATES = "encoder_hidden_states"
 _LAST_HIDDEN_STATE = "last_hidden_state"
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-Change = Callable[[onnx.ModelProto], None]
 
 
 class Runner:
@@ -81,7 +80,8 @@ class Runner:
             found = values.get(LOGITS, found)
         if found is None:
             raise NirvanaError(f"{self._folder} has no graph with an output 'logits'.")
-        return found[0].astype(np.float32, copy=False)
+        logits: NDArray[np.float32] = found[0].astype(np.float32, copy=False)
+        return logits
 
     def _run(
         self, name: str, given: Mapping[str, NDArray[Any] | None], *, extra: Sequence[str] = ()

@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -88,9 +90,17 @@ def apply_folds(graph: OnnxGraph, folds: Sequence[Fold], factors: Mapping[str, V
         if s.shape != (fold.channels,):
             raise ValueError(f"{fold.name}: {s.shape} factors for {fold.channels} channels")
         for writer in fold.writers:
-            graph.rewrite(writer, lambda w, s=s: w / s.astype(w.dtype))
+            graph.rewrite(writer, partial(_divided, by=s))
         for reader in fold.readers:
-            graph.rewrite(reader.weight, lambda w, s=fold.of_readers(s)[:, None]: w * s.astype(w.dtype))
+            graph.rewrite(reader.weight, partial(_rows_multiplied, by=fold.of_readers(s)))
+
+
+def _divided(array: NDArray[Any], *, by: Vector) -> NDArray[Any]:
+    return np.asarray(array / by.astype(array.dtype))
+
+
+def _rows_multiplied(array: NDArray[Any], *, by: Vector) -> NDArray[Any]:
+    return np.asarray(array * by[:, None].astype(array.dtype))
 
 
 def _folds(graph: OnnxGraph) -> Iterator[Fold]:
@@ -163,14 +173,14 @@ def _is_linear_in(x: ir.Value, up: Linear) -> bool:
     """Whether ``x`` is up's result times something else, or its ReLU."""
     result = up.node.outputs[0]
     if _bias(up) is not None:
-        result = result.uses()[0].node.outputs[0]
+        result = next(iter(result.uses())).node.outputs[0]
     producer = x.producer()
     while producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
         producer = producer.inputs[0].producer()
     if producer is None or producer.op_type not in ("Mul", "Relu"):
         return False
     readers = {node for node, _ in result.uses()}
-    return readers == {producer} and [value for value in producer.inputs].count(result) == 1
+    return readers == {producer} and list(producer.inputs).count(result) == 1
 
 
 def _head_dim(graph: OnnxGraph, v: Linear) -> int | None:
