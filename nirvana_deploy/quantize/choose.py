@@ -15,7 +15,8 @@ from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.quantize.divergence import Yardstick
 from nirvana_deploy.quantize.int8 import SMALLEST_DIMENSION, quantize_linear
-from nirvana_deploy.quantize.linears import HEAD, Linear, OnnxGraph, open_folder, write_folder
+from nirvana_deploy.quantize.linears import Linear, OnnxGraph, open_folder, write_folder
+from nirvana_deploy.quantize.names import HEAD
 from nirvana_deploy.quantize.observe import Observed, observe
 from nirvana_deploy.quantize.ranges import bound_of
 from nirvana_deploy.quantize.runner import Runner

@@ -23,12 +23,10 @@ one: a tied head, which reads the embedding. Biases are Adds of their own and st
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +39,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folder, write_json
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import DATA_FILE
-from nirvana_deploy.model.families import FAMILIES, Family, family_of
 from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.quantize.names import described
 
 RECORD_FILE = "quantization.json"
 """What was decided, beside the graph that it was done to."""
-HEAD = "head"
 
 _QUANTIZED_OPERATORS = frozenset(
     {
@@ -64,7 +61,6 @@ _QUANTIZED_OPERATORS = frozenset(
 )
 _ALIGNMENT_BYTES = 4096  # a page: runtimes can map large tensors straight from the file
 _INLINE_BYTES = 256  # smaller tensors stay in the graph's own file
-_PROBE_LAYER = 987654321  # a layer number that occurs in no name
 
 
 @dataclass(frozen=True, eq=False)
@@ -402,43 +398,10 @@ def _find_linears(model: ir.Model) -> Iterator[Linear]:
             weight, transposed = _input(producer, 0), True
         if weight.const_value is None or weight.shape is None or len(weight.shape) != 2:
             continue
-        name, role, site, layer = _describe((weight.name or "").removesuffix(".weight"), transposed)
+        name, role, site, layer = described((weight.name or "").removesuffix(".weight"), transposed)
         yield Linear(
             name=name, role=role, site=site, layer=layer, node=node, weight=weight, transposed=transposed
         )
-
-
-def _describe(name: str, transposed: bool) -> tuple[str, str, str, int | None]:
-    """(name, role, site, layer) of the linear whose weight is ``<name>.weight``."""
-    for family in _families():
-        if name == family.head or (transposed and name == family.embedding):
-            return family.head, HEAD, "", None
-    for pattern, role, site in _patterns():
-        if match := pattern.fullmatch(name):
-            return name, role, site, int(match[1])
-    return name, "other", "", None
-
-
-@cache
-def _families() -> tuple[Family, ...]:
-    gated = family_of({"model_type": "t5", "feed_forward_proj": "gated-gelu"})
-    return (*FAMILIES.values(), gated)
-
-
-@cache
-def _patterns() -> tuple[tuple[re.Pattern[str], str, str], ...]:
-    """(module name with its layer number as group 1, role, site), for every linear of every family."""
-    found: dict[str, tuple[re.Pattern[str], str, str]] = {}
-    for family in _families():
-        for site in family.sites:
-            roles = {site.q: "q", site.k: "k", site.v: "v", site.o: "o"}
-            if site.ffn_rows:
-                roles |= dict(zip(reversed(site.ffn_rows), ("up", "gate"), strict=False))
-                roles[site.ffn_down] = "down"
-            for module, role in roles.items():
-                text = re.escape(f"{site.layer(_PROBE_LAYER)}.{module}").replace(str(_PROBE_LAYER), r"(\d+)")
-                found[text] = (re.compile(text), role, site.name)
-    return tuple(found.values())
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

@@ -26,7 +26,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nirvana_deploy.quantize.linears import HEAD, Linear, OnnxGraph
+from nirvana_deploy.quantize.linears import Linear, OnnxGraph
+from nirvana_deploy.quantize.names import HEAD
 
 _LARGEST_EXPONENT = 12
 """Factors stay within 2^-12 ... 2^12, so that float16 graphs keep normal numbers."""
