@@ -101,7 +101,7 @@ def test_a_provider_that_falls_back_is_refused(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
     session = SimpleNamespace(get_providers=lambda: both[1:])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
-    with pytest.raises(NirvanaError, match="does not start on this machine: .* fell back to CPUExecution"):
+    with pytest.raises(NirvanaError, match=r"does not start on this machine: .* fell back to CPUExecution"):
         open_runner(folder, runtime="onnxruntime-cuda")
 
 
