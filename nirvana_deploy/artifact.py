@@ -92,6 +92,21 @@ def write_bytes(path: Path, data: bytes) -> None:
         _fsync(path.parent)
 
 
+@contextmanager
+def whole_file(target: Path, *, elsewhere: str = "choose another place with --out FILE") -> Iterator[Path]:
+    """Yield a name beside ``target``: it becomes ``target`` when the block succeeds, else it goes."""
+    with disk_errors(target, elsewhere=elsewhere):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{_PARTIAL}{os.getpid()}-{target.name}")
+        try:
+            yield partial
+            _fsync(partial)
+            partial.replace(target)
+            _fsync(target.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON with a stable layout (same value, same bytes), whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,30 @@ def _size() -> dict[str, Any]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--consumers", metavar="FILE", help="write what the tests marked consumer found")
+
+
+_CONSUMERS = pytest.StashKey[list[dict[str, Any]]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Keep the outcome of a test that shows an artifact in the program it is made for."""
+    report = yield
+    if report.when == "call" or not report.passed:
+        found = item.config.stash.setdefault(_CONSUMERS, [])
+        found += [
+            {"test": item.nodeid, "outcome": report.outcome, **mark.kwargs, "consumer": mark.args[0]}
+            for mark in item.iter_markers("consumer")
+        ]
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if file := session.config.getoption("--consumers"):
+        Path(file).write_text(json.dumps(session.config.stash.get(_CONSUMERS, []), indent=1) + "\n")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

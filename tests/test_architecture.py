@@ -19,11 +19,13 @@ ORDER = [
     "export",
     "quantize",
     "engine",
+    "package",
     "measure",
     "run",
     "variants",
     "stages",
     "measuring",
+    "packaging",
     "pipeline",
     "cli",
 ]

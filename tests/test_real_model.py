@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from llama_cpp import CONSUMER_VERSION, REAL_PROMPTS, greedy_share, installed_llama_cpp, run_llama_cpp
+
+from nirvana_deploy.model.checkpoint import load_tokenizer
+from nirvana_deploy.packaging import package_gguf
+from nirvana_deploy.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +61,27 @@ def test_the_result_is_on_stdout_and_the_log_on_stderr(
     assert json.loads(result.stdout)["out"] == str(out)
     assert "Scoring 8 x 128 tokens" in result.stderr and "Error" not in result.stderr
     assert (out / "report.html").is_file()
+
+
+@pytest.mark.consumer(
+    "llama.cpp",
+    artifact="GGUF of SmolLM2, global (deci)",
+    proof="5 x 32 greedy tokens equal torch's",
+    version=CONSUMER_VERSION,
+)
+def test_llama_cpp_generates_the_tokens_of_the_checkpoint(
+    job: tuple[Path, object], tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    assert pytestconfig.cache is not None
+    llama_cpp = installed_llama_cpp(pytestconfig.cache)
+    file = package_gguf(job[0], weight_type="f32")
+    assert file.architecture == "deci"
+    run = Run.open(job[0])
+    assert list(run.manifest["stages"]["gguf-f32"]["files"]) == ["gguf/smollm2-s0.4-f32.gguf"]
+    assert run.damaged("gguf-f32") == []
+    tokenizer = load_tokenizer(job[0] / "checkpoint")
+    prompts = [tokenizer(text)["input_ids"] for text in REAL_PROMPTS]
+    order = {"path": str(file.path), "prompts": prompts, "new_tokens": 32, "texts": REAL_PROMPTS}
+    [answer] = run_llama_cpp(llama_cpp, [order], tmp_path)
+    assert answer["tokenized"] == prompts
+    assert greedy_share(job[0] / "checkpoint", prompts, answer["tokens"]) == 1

@@ -1,0 +1,190 @@
+"""From a checkpoint folder to one GGUF file for llama.cpp, written with gguf-py, one tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nirvana_deploy.artifact import require_free_bytes, whole_file
+from nirvana_deploy.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.model.checkpoint import config_json, read_config
+from nirvana_deploy.model.rope import rotary_frequencies
+from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
+from nirvana_deploy.package.gguf_layout import (
+    Architecture,
+    GgufTensor,
+    architecture_for,
+    gguf_tensors,
+    metadata,
+    rope_of,
+)
+from nirvana_deploy.package.gguf_tokenizer import tokenizer_metadata
+from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.registry import look_up
+
+GGUF_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+"""Weight types by the names of llama.cpp's command line -> gguf-py's name."""
+_FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
+_Q8_BLOCK = 32
+_QUANTIZED_ROWS = 4096  # converted at a time: the temporaries of a conversion are several times its size
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A written GGUF file."""
+
+    path: Path
+    architecture: str
+    tensors: int
+    size_bytes: int
+    left_in_f16: int
+    """Matrices whose rows are no multiple of a q8_0 block, which stayed in f16."""
+
+
+def gguf_from_checkpoint(
+    checkpoint: Path, out: Path, *, weight_type: str = "f16", progress: Progress = SILENT
+) -> GgufFile:
+    """Write a decoder checkpoint, dense or pruned, as the GGUF file ``out``; it appears whole or not at all.
+
+    ``weight_type`` is f32, f16, bf16 or q8_0 and concerns matrices; norms and biases are float32. llama.cpp's
+    own ``llama-quantize`` makes the smaller types from such a file. Raises NirvanaError for a model that
+    llama.cpp has no architecture for, a tokenizer it would read otherwise, or a disk without room, and
+    MissingExtraError without gguf.
+    """
+    gguf = _gguf()
+    look_up(weight_type, GGUF_TYPES, what="GGUF weight type")
+    if not (checkpoint / "config.json").is_file():
+        raise NirvanaError(f"{checkpoint} is not a checkpoint: it has no config.json.")
+    config = config_json(checkpoint)
+    shape = shape_from_config(config)
+    architecture = architecture_for(shape)
+    weights = SafetensorsWeights(checkpoint)
+    check_weights(weights, shape)
+    full_config = read_config(checkpoint)
+    frequencies, scaling = rotary_frequencies(full_config, head_dim=shape.head_dim)
+    rope = rope_of(architecture, full_config.rope_parameters, frequencies, scaling)
+    tensors = gguf_tensors(architecture, shape, weights, rope_factors=rope.factors)
+    kinds = [_kind(tensor, weight_type) for tensor in tensors]
+    needed_bytes = sum(_nbytes(gguf, tensor, kind) for tensor, kind in zip(tensors, kinds, strict=True))
+    require_free_bytes(out, needed_bytes, what="The GGUF file")
+    values = metadata(
+        architecture, shape, {**full_config.to_dict(), "rms_norm_eps": full_config.rms_norm_eps}
+    )
+    with whole_file(out) as partial:
+        writer = gguf.GGUFWriter(partial, architecture.name)
+        try:
+            _add_metadata(gguf, writer, architecture, values | rope.metadata)
+            _add_plain(writer, tokenizer_metadata(checkpoint, vocab_size=shape.vocab_size, config=config))
+            writer.add_name(out.stem)
+            writer.add_file_type(_FILE_TYPES[weight_type])
+            if weight_type == "q8_0":
+                writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            _write_tensors(gguf, writer, tensors, kinds, progress)
+        finally:
+            writer.close()
+    return GgufFile(
+        path=out,
+        architecture=architecture.name,
+        tensors=len(tensors),
+        size_bytes=out.stat().st_size,
+        left_in_f16=kinds.count("f16") if weight_type == "q8_0" else 0,
+    )
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise MissingExtraError("Writing GGUF files", package="gguf", extra="gguf") from None
+    return gguf
+
+
+def _kind(tensor: GgufTensor, weight_type: str) -> str:
+    """The type a tensor is stored in: rows that are not whole q8_0 blocks stay f16, as in llama.cpp."""
+    if not tensor.is_matrix:
+        return "f32"
+    return "f16" if weight_type == "q8_0" and tensor.shape[1] % _Q8_BLOCK else weight_type
+
+
+def _add_metadata(gguf: Any, writer: Any, architecture: Architecture, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        name = f"{architecture.name}.{key}"
+        if isinstance(value, list):
+            writer.add_key_value(name, value, gguf.GGUFValueType.ARRAY, sub_type=gguf.GGUFValueType.INT32)
+        else:
+            _add(writer, name, value)
+
+
+def _add_plain(writer: Any, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            _add(writer, key, value)
+
+
+def _add(writer: Any, key: str, value: bool | int | float | str) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def _write_tensors(
+    gguf: Any, writer: Any, tensors: Sequence[GgufTensor], kinds: Sequence[str], progress: Progress
+) -> None:
+    for tensor, kind in zip(tensors, kinds, strict=True):
+        dtype, stored = _stored(gguf, tensor.shape, kind)
+        raw_type = gguf.GGMLQuantizationType[GGUF_TYPES[kind]]
+        writer.add_tensor_info(tensor.name, stored, dtype, _nbytes(gguf, tensor, kind), raw_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    with progress.task("Writing GGUF weights", len(tensors)) as advance:
+        for tensor, kind in zip(tensors, kinds, strict=True):
+            writer.write_tensor_data(_encoded(gguf, tensor, kind))
+            advance(1)
+        for file in writer.fout or ():
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _stored(gguf: Any, shape: tuple[int, ...], kind: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """dtype and shape of the array that holds a tensor: bytes for the types numpy does not have."""
+    if kind in ("f32", "f16"):
+        return np.dtype({"f32": np.float32, "f16": np.float16}[kind]), shape
+    raw_type = gguf.GGMLQuantizationType[GGUF_TYPES[kind]]
+    return np.dtype(np.uint8), gguf.quants.quant_shape_to_byte_shape(shape, raw_type)
+
+
+def _nbytes(gguf: Any, tensor: GgufTensor, kind: str) -> int:
+    dtype, stored = _stored(gguf, tensor.shape, kind)
+    return int(np.prod(stored)) * dtype.itemsize
+
+
+def _encoded(gguf: Any, tensor: GgufTensor, kind: str) -> NDArray[Any]:
+    """The tensor in its stored form, converted some rows at a time."""
+    dtype, stored = _stored(gguf, tensor.shape, kind)
+    raw_type = gguf.GGMLQuantizationType[GGUF_TYPES[kind]]
+    source = tensor.read()
+    if tuple(source.shape) != tensor.shape:
+        raise NirvanaError(f"Tensor {tensor.name!r}: expected {tensor.shape}, got {tuple(source.shape)}.")
+    encoded = np.empty(stored, dtype=dtype)
+    for first in range(0, len(source), _QUANTIZED_ROWS):
+        rows = slice(first, first + _QUANTIZED_ROWS)
+        encoded[rows] = gguf.quants.quantize(source[rows].to(torch.float32).contiguous().numpy(), raw_type)
+    return encoded

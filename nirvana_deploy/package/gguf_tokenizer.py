@@ -1,0 +1,204 @@
+"""A checkpoint's tokenizer in llama.cpp's words.
+
+Two kinds of ``tokenizer.json`` are known: byte-level BPE ("gpt2" there), whose way of cutting text into words
+llama.cpp knows by name, and BPE over SentencePiece pieces with byte fallback ("llama" there), whose merges
+it finds by the scores of the pieces. The name is found from what the file says its pre-tokenizer does, never
+from the model's name; an unknown one is refused, since it would silently cut other tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.artifact import read_json
+from nirvana_deploy.errors import NirvanaError
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_NUMBERS_OF = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BY_PATTERN = {
+    _NUMBERS_OF % "{1,3}": "llama-bpe",
+    _NUMBERS_OF % "": "qwen2",
+    _TEKKEN: "tekken",
+}
+"""How a Split step cuts text -> llama.cpp's name of it."""
+_WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")
+"""Names under which llama.cpp takes a word that is a token without merging (``ignore_merges``)."""
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_HINT = "Deploy the ONNX folder instead: nirvana-deploy export CHECKPOINT --out DIR"
+_LONG_AGO = -1e6
+
+
+def tokenizer_metadata(checkpoint: Path, *, vocab_size: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``tokenizer.*`` keys of a checkpoint folder with a ``tokenizer.json``, for V = ``vocab_size``.
+
+    Raises NirvanaError for a folder without one, and for a tokenizer that llama.cpp would read otherwise.
+    """
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise NirvanaError(
+            f"{checkpoint} has no tokenizer.json, which a GGUF file must contain.",
+            hint="Copy the model's tokenizer files into the folder.",
+        )
+    tokenizer = read_json(checkpoint / "tokenizer.json")
+    model = tokenizer["model"]
+    if model.get("type") != "BPE":
+        raise NirvanaError(
+            f"A tokenizer of type {model.get('type')!r} is not known here; BPE is.", hint=_HINT
+        )
+    pieces, types = _pieces(tokenizer, vocab_size)
+    found: dict[str, Any] = {
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": types,
+        **_special_ids(checkpoint, tokenizer, config),
+    }
+    if model.get("byte_fallback"):
+        return found | _sentencepiece(tokenizer, pieces)
+    return found | {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre_tokenizer_name(tokenizer),
+        "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in _merges(model)],
+    }
+
+
+def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
+    """llama.cpp's name for what ``pre_tokenizer`` of a byte-level tokenizer.json does.
+
+    GPT-2's own expression alone is "gpt-2"; after a step that cuts digits one by one it is "smollm" (that is
+    what SmolLM's own tokenizer says); the expressions of Llama 3, Qwen2 and Mistral's Tekken are known as
+    Split steps. Raises NirvanaError for anything else.
+    """
+    outer = tokenizer.get("pre_tokenizer") or {}
+    steps = outer["pretokenizers"] if outer.get("type") == "Sequence" else [outer]
+    kinds = [step.get("type") for step in steps]
+    known = (tokenizer.get("normalizer") or {}).get("type") in (None, "NFC")
+    if known and kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
+        own_words = steps[-1].get("use_regex", True)
+        if kinds == ["ByteLevel"] and own_words:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and own_words and steps[0].get("individual_digits"):
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and not own_words and steps[0].get("behavior") == "Isolated":
+            pattern = steps[0]["pattern"].get("Regex")
+            name = _BY_PATTERN.get(pattern)
+            if name and bool(tokenizer["model"].get("ignore_merges")) == (name in _WHOLE_WORDS_FIRST):
+                return name
+    raise NirvanaError(
+        f"The pre-tokenizer of tokenizer.json is not one that llama.cpp knows by name: {outer!r}.", hint=_HINT
+    )
+
+
+def _pieces(tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """The text of every id below V and its kind; ids that no token has are unused padding."""
+    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
+    unknown = tokenizer["model"].get("unk_token")
+    pieces = [f"[PAD{index}]" for index in range(vocab_size)]
+    types = [_UNUSED] * vocab_size
+    added = {token["content"]: token for token in tokenizer.get("added_tokens", ())}
+    for piece, index in (vocabulary | {text: token["id"] for text, token in added.items()}).items():
+        if index >= vocab_size:
+            raise NirvanaError(
+                f"tokenizer.json has a token {piece!r} of id {index}, and the model's vocabulary has "
+                f"{vocab_size} rows.",
+                hint="The tokenizer is another model's: copy the right one into the checkpoint folder.",
+            )
+        pieces[index] = piece
+        if piece == unknown and tokenizer["model"].get("byte_fallback"):
+            types[index] = _UNKNOWN
+        elif piece in added:
+            types[index] = _CONTROL if added[piece]["special"] else _USER_DEFINED
+        elif tokenizer["model"].get("byte_fallback") and _BYTE_PIECE.fullmatch(piece):
+            types[index] = _BYTE
+        else:
+            types[index] = _NORMAL
+    return pieces, types
+
+
+def _merges(model: Mapping[str, Any]) -> list[Any]:
+    if not model["merges"]:
+        raise NirvanaError(
+            "tokenizer.json has no merges, and llama.cpp refuses a BPE without them.", hint=_HINT
+        )
+    return list(model["merges"])
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    """Both spellings of a merge: "a b" and ["a", "b"]."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _sentencepiece(tokenizer: Mapping[str, Any], pieces: list[str]) -> dict[str, Any]:
+    """Scores that make llama.cpp merge in the order of ``merges``: the earlier a piece, the higher."""
+    order: dict[str, int] = {}
+    for rank, merge in enumerate(_merges(tokenizer["model"])):
+        order.setdefault("".join(_pair(merge)), rank)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": [-float(order[piece]) if piece in order else _LONG_AGO for piece in pieces],
+        "tokenizer.ggml.add_space_prefix": _prefixes_space(tokenizer),
+        "tokenizer.ggml.remove_extra_whitespaces": False,
+    }
+
+
+def _prefixes_space(tokenizer: Mapping[str, Any]) -> bool:
+    normalizer = tokenizer.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    words = tokenizer.get("pre_tokenizer") or {}
+    return any(step.get("type") == "Prepend" for step in steps) or (
+        words.get("type") == "Metaspace" and words.get("prepend_scheme") != "never"
+    )
+
+
+def _special_ids(checkpoint: Path, tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Ids of the special tokens, whether one goes before every text, and the chat template."""
+    settings = _optional_json(checkpoint / "tokenizer_config.json")
+    generation = _optional_json(checkpoint / "generation_config.json")
+    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
+    found: dict[str, Any] = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        value = config.get(f"{name}_token_id")
+        of_tokenizer = ids.get(_content(settings.get(f"{name}_token")))
+        value = of_tokenizer if of_tokenizer is not None else value
+        if isinstance(value, list):
+            value = value[0] if value else None
+        if value is not None:
+            found[f"tokenizer.ggml.{key}_token_id"] = value
+    stops = [
+        stop
+        for source in (config, generation)
+        for stop in _listed(source.get("eos_token_id"))
+        if stop != found.get("tokenizer.ggml.eos_token_id")
+    ]
+    if stops:
+        found["tokenizer.ggml.eot_token_id"] = stops[0]
+    template = (tokenizer.get("post_processor") or {}).get("single") or []
+    found["tokenizer.ggml.add_bos_token"] = bool(template) and "SpecialToken" in template[0]
+    chat = checkpoint / "chat_template.jinja"
+    text = chat.read_text(encoding="utf-8") if chat.is_file() else settings.get("chat_template")
+    if isinstance(text, str):
+        found["tokenizer.chat_template"] = text
+    return found
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def _content(token: Any) -> Any:
+    """A token of tokenizer_config.json: its text, or a dict that holds it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _listed(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]

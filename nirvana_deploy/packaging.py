@@ -1,0 +1,125 @@
+"""Packages of an output folder: where they go, and that the manifest knows those which lie inside it.
+
+A package inside the folder is recorded like a stage, with its sha256, so that ``verify`` notices damage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint
+from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
+from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.run import MANIFEST, Run
+from nirvana_deploy.variants import CHECKPOINT, ONNX
+
+GGUF_FOLDER = "gguf"
+TRITON_FOLDER = "triton"
+
+
+def package_gguf(
+    source: Path,
+    target: Path | None = None,
+    *,
+    weight_type: str = "f16",
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> GgufFile:
+    """Write the checkpoint of ``source``, an output folder or a checkpoint folder, as a GGUF file.
+
+    ``target`` None means ``source``/gguf/NAME-TYPE.gguf. Raises NirvanaError when there is no checkpoint,
+    when ``target`` exists and ``force`` is not given, and as :func:`gguf_from_checkpoint` does.
+    """
+    checkpoint = _part(
+        source, CHECKPOINT, "config.json", "nirvana-deploy prune MODEL --sparsity 0.4 --out DIR"
+    )
+    name = f"{_name_of(source)}-{weight_type}.gguf"
+    target = target or source / GGUF_FOLDER / name
+    _require_free(target, force)
+    made: list[GgufFile] = []
+
+    def work() -> dict[str, Any]:
+        made.append(gguf_from_checkpoint(checkpoint, target, weight_type=weight_type, progress=progress))
+        return {key: value for key, value in gguf_record(made[0]).items() if key != "out"}
+
+    _record(source, f"gguf-{weight_type}", target, work, progress)
+    return made[0]
+
+
+def gguf_record(file: GgufFile) -> dict[str, Any]:
+    """What is said of a GGUF file to machines."""
+    record = dataclasses.asdict(file)
+    return {"out": str(record.pop("path")), **record}
+
+
+def package_triton(
+    source: Path,
+    target: Path | None = None,
+    *,
+    name: str | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> TritonRepository:
+    """Write the ONNX model of ``source``, an output folder or an ONNX folder, as a Triton model repository.
+
+    ``target`` None means ``source``/triton; ``name`` None means the folder's name. Raises NirvanaError when
+    there is no ONNX model, when ``target`` exists and ``force`` is not given, and as
+    :func:`triton_from_onnx` does.
+    """
+    onnx = _part(source, ONNX, MODEL_FILE, "nirvana-deploy export CHECKPOINT --out DIR")
+    target = target or source / TRITON_FOLDER
+    _require_free(target, force)
+    made: list[TritonRepository] = []
+
+    def work() -> dict[str, Any]:
+        made.append(triton_from_onnx(onnx, target, name=name or _name_of(source), progress=progress))
+        return {"models": list(made[0].models)}
+
+    _record(source, "triton", target, work, progress)
+    return made[0]
+
+
+def _part(source: Path, inside: str, landmark: str, command: str) -> Path:
+    """The folder that holds ``landmark``: ``source`` itself, or its part ``inside``."""
+    for folder in (source / inside, source):
+        if (folder / landmark).is_file():
+            return folder
+    raise NirvanaError(
+        f"{source} holds no {inside}/{landmark}, and no {landmark}.", hint=f"Make it: {command}"
+    )
+
+
+def _name_of(source: Path) -> str:
+    """A name for files and servers: that of the folder, or of the one around a part like ``checkpoint``."""
+    folder = source.resolve()
+    name = folder.name
+    if name in (CHECKPOINT, ONNX):
+        name = folder.parent.name
+    elif name.startswith(f"{ONNX}-"):  # a quantized variant
+        name = folder.parent.name + name.removeprefix(ONNX)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name) or "model"
+
+
+def _require_free(target: Path, force: bool) -> None:
+    if target.exists() and not force:
+        raise NirvanaError(
+            f"{target} exists already.", hint="Pass --force to replace it, or another place with --out."
+        )
+
+
+def _record(
+    source: Path, stage: str, target: Path, work: Callable[[], dict[str, Any]], progress: Progress
+) -> None:
+    """Do ``work``; a package inside an output folder is written into its manifest."""
+    inside = target.resolve().is_relative_to(source.resolve())
+    if inside and (source / MANIFEST).is_file():
+        run = Run.open(source, progress=progress)
+        run.stage(stage, [target.resolve().relative_to(source.resolve()).as_posix()], work, redo=True)
+    else:
+        work()
