@@ -23,11 +23,10 @@ one: a tied head, which reads the embedding. Biases are Adds of their own and st
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folder, write_json
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.model.families import FAMILIES, Family, family_of
+from nirvana_deploy.export import DATA_FILE
 from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.quantize.names import described
 
 RECORD_FILE = "quantization.json"
 """What was decided, beside the graph that it was done to."""
-HEAD = "head"
 
 _QUANTIZED_OPERATORS = frozenset(
     {
@@ -61,7 +60,7 @@ _QUANTIZED_OPERATORS = frozenset(
     }
 )
 _ALIGNMENT_BYTES = 4096  # a page: runtimes can map large tensors straight from the file
-_PROBE_LAYER = 987654321  # a layer number that occurs in no name
+_INLINE_BYTES = 256  # smaller tensors stay in the graph's own file
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +195,23 @@ class OnnxGraph:
             output.name = name
         self.model.graph.remove(linear.node, safe=True)
 
+    def add_to_result(self, linear: Linear, value: ir.Value, *, name: str) -> None:
+        """Add ``value`` to what the MatMul gives, for everything that reads it."""
+        before = linear.node.outputs[0]
+        add = ir.node("Add", [before, value], name=name)
+        total = add.outputs[0]
+        total.name, total.type, total.shape = name, before.type, before.shape
+        readers = list(before.uses())
+        self.model.graph.insert_after(linear.node, add)
+        if before.is_graph_output():
+            ir.convenience.replace_all_uses_with(before, total, replace_graph_outputs=True)
+            before.name, total.name = name, before.name
+            add.replace_input_with(0, before)
+            return
+        for node, index in readers:
+            if node is not add:
+                node.replace_input_with(index, total)
+
     def drop_unused(self) -> None:
         """Remove nodes and initializers that nothing reads any more; :func:`write_folder` calls it."""
         RemoveUnusedNodesPass()(self.model)
@@ -203,11 +219,7 @@ class OnnxGraph:
     @property
     def weights_bytes(self) -> int:
         """Bytes of all initializers as they would be written now."""
-        return sum(
-            value.const_value.nbytes
-            for value in self.model.graph.initializers.values()
-            if value.const_value is not None
-        )
+        return sum(_bytes(value) for value in self.model.graph.initializers.values())
 
 
 def open_folder(folder: Path) -> tuple[OnnxGraph, ...]:
@@ -232,38 +244,72 @@ def write_folder(
     """Write ``graphs`` (of ``source``) to ``out``, with what else ``source`` holds, whole or not at all.
 
     Tokenizer, genai_config and the like are copied; ``records`` are JSON files to add, by name. Replaces
-    what ``out`` held. Returns the bytes of all external data. Raises NirvanaError when ``out`` is
+    what ``out`` held. All graphs share one data file, in which a tensor that they share lies once.
+    Returns its bytes. Raises NirvanaError when ``out`` is
     ``source``, or the disk has no room.
     """
     if out.resolve() == source.resolve():
         raise NirvanaError(
             f"{out} cannot be written while it is read.", hint="Choose another folder with --out DIR."
         )
-    data_files = {file for graph in graphs for file in _data_files(graph.model)}
+    skipped = {file for graph in graphs for file in _data_files(graph.model)} | {RECORD_FILE}
+    skipped |= {graph.path.name for graph in graphs}
     for graph in graphs:
         graph.drop_unused()
-    written_bytes = sum(graph.weights_bytes for graph in graphs)
-    require_free_bytes(out, written_bytes, what="The quantized folder")
-    count = sum(len(graph.model.graph.initializers) for graph in graphs)
-    with whole_folder(out) as folder, progress.task(label, count) as advance:
-        for graph in graphs:
-            path = folder / graph.path.name
-            with disk_errors(path):
-                ir.save(
-                    graph.model,
-                    path,
-                    external_data=f"{path.name}.data",
-                    alignment=_ALIGNMENT_BYTES,
-                    max_workers=1,
-                    callback=lambda tensor, info: advance(1),
-                )
-        skipped = data_files | {graph.path.name for graph in graphs} | {RECORD_FILE}
+    holders = _stored_once(graphs)
+    require_free_bytes(out, sum(_bytes(values[0]) for values in holders), what="The quantized folder")
+    with whole_folder(out) as folder, progress.task(label, len(holders)) as advance:
+        with disk_errors(folder), _external(holders, folder, advance):
+            for graph in graphs:
+                ir.save(graph.model, folder / graph.path.name)
         for file in sorted(source.iterdir()):
             if file.is_file() and file.name not in skipped:
                 shutil.copyfile(file, folder / file.name)
         for name, record in (records or {}).items():
             write_json(folder / name, record)
-    return sum((out / f"{graph.path.name}.data").stat().st_size for graph in graphs)
+    return (out / DATA_FILE).stat().st_size
+
+
+def _stored_once(graphs: Sequence[OnnxGraph]) -> list[list[ir.Value]]:
+    """The initializers that go to the data file; those that share a place in the source's share one here."""
+    holders: dict[Any, list[ir.Value]] = {}
+    for graph in graphs:
+        for value in graph.model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes <= _INLINE_BYTES:
+                continue
+            key: object = id(tensor)
+            if isinstance(tensor, ir.ExternalTensor):
+                key = (str(tensor.location), tensor.offset)
+            holders.setdefault(key, []).append(value)
+    return list(holders.values())
+
+
+@contextmanager
+def _external(
+    holders: Sequence[Sequence[ir.Value]], folder: Path, advance: Callable[[int], None]
+) -> Iterator[None]:
+    """Write every tensor to the data file of ``folder``; inside the block the values refer to it."""
+    before = [values[0].const_value for values in holders]
+    stored = ir.external_data.convert_tensors_to_external(
+        [tensor for tensor in before if tensor is not None],
+        folder,
+        DATA_FILE,
+        alignment=_ALIGNMENT_BYTES,
+        max_workers=1,
+        callback=lambda tensor, info: advance(1),
+    )
+    _refer(holders, stored)
+    try:
+        yield
+    finally:
+        _refer(holders, before)
+
+
+def _refer(holders: Sequence[Sequence[ir.Value]], tensors: Sequence[ir.TensorProtocol | None]) -> None:
+    for values, tensor in zip(holders, tensors, strict=True):
+        for value in values:
+            value.const_value = tensor
 
 
 def read_initializer(value: ir.Value) -> NDArray[Any]:
@@ -279,6 +325,10 @@ def _read_tensor(tensor: ir.TensorProtocol | None) -> NDArray[Any]:
     array = np.array(tensor.numpy())
     tensor.release()
     return array
+
+
+def _bytes(value: ir.Value) -> int:
+    return value.const_value.nbytes if value.const_value is not None else 0
 
 
 def _lazy(
@@ -348,43 +398,10 @@ def _find_linears(model: ir.Model) -> Iterator[Linear]:
             weight, transposed = _input(producer, 0), True
         if weight.const_value is None or weight.shape is None or len(weight.shape) != 2:
             continue
-        name, role, site, layer = _describe((weight.name or "").removesuffix(".weight"), transposed)
+        name, role, site, layer = described((weight.name or "").removesuffix(".weight"), transposed)
         yield Linear(
             name=name, role=role, site=site, layer=layer, node=node, weight=weight, transposed=transposed
         )
-
-
-def _describe(name: str, transposed: bool) -> tuple[str, str, str, int | None]:
-    """(name, role, site, layer) of the linear whose weight is ``<name>.weight``."""
-    for family in _families():
-        if name == family.head or (transposed and name == family.embedding):
-            return family.head, HEAD, "", None
-    for pattern, role, site in _patterns():
-        if match := pattern.fullmatch(name):
-            return name, role, site, int(match[1])
-    return name, "other", "", None
-
-
-@cache
-def _families() -> tuple[Family, ...]:
-    gated = family_of({"model_type": "t5", "feed_forward_proj": "gated-gelu"})
-    return (*FAMILIES.values(), gated)
-
-
-@cache
-def _patterns() -> tuple[tuple[re.Pattern[str], str, str], ...]:
-    """(module name with its layer number as group 1, role, site), for every linear of every family."""
-    found: dict[str, tuple[re.Pattern[str], str, str]] = {}
-    for family in _families():
-        for site in family.sites:
-            roles = {site.q: "q", site.k: "k", site.v: "v", site.o: "o"}
-            if site.ffn_rows:
-                roles |= dict(zip(reversed(site.ffn_rows), ("up", "gate"), strict=False))
-                roles[site.ffn_down] = "down"
-            for module, role in roles.items():
-                text = re.escape(f"{site.layer(_PROBE_LAYER)}.{module}").replace(str(_PROBE_LAYER), r"(\d+)")
-                found[text] = (re.compile(text), role, site.name)
-    return tuple(found.values())
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

@@ -1,0 +1,125 @@
+"""Proof that the linears run in integer kernels: the graph as ONNX Runtime optimizes it, counted.
+
+ONNX Runtime does not say when it runs a Q/DQ graph in float; it does so, several times slower than the float
+graph, wherever a pair is not what its fusions look for. So the optimized graph is saved and read.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from nirvana_deploy.errors import VerificationError
+from nirvana_deploy.quantize.runner import session_of
+
+INTEGER_OPERATORS = frozenset(
+    {
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QGemm",
+        "QLinearMatMul",
+    }
+)
+_DOT_PRODUCT_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many of the promised linears run in integer kernels."""
+
+    promised: int
+    found: int
+    operators: dict[str, int]
+    """Integer operators of the optimized graphs, counted."""
+    missing: tuple[str, ...]
+    """Promised linears that run in float all the same."""
+
+    @property
+    def line(self) -> str:
+        """For people: "210/210 linears run in integer kernels (210 MatMulIntegerToFloat)"."""
+        kinds = ", ".join(f"{count} {name}" for name, count in sorted(self.operators.items()))
+        return f"{self.found}/{self.promised} linears run in integer kernels ({kinds or 'none'})"
+
+    def to_json(self) -> dict[str, Any]:
+        """For quantization.json."""
+        return {**asdict(self), "missing": list(self.missing)}
+
+    def require_whole(self, folder: Path) -> None:
+        """Raise VerificationError (exit code 3) that names the linears which run in float."""
+        if not self.missing:
+            return
+        named = ", ".join(self.missing[:5]) + (", ..." if len(self.missing) > 5 else "")
+        raise VerificationError(
+            f"{folder}: {self.line} of ONNX Runtime; in float still run {named}.",
+            hint="The folder is kept. 'nirvana-deploy doctor' shows the version of ONNX Runtime.",
+        )
+
+
+def coverage_of(folder: Path, promised: Collection[str], *, scratch: Path | None = None) -> Coverage:
+    """Optimize every graph of ``folder`` and look for the ``promised`` linears, by module name.
+
+    A linear counts when an integer operator reads an initializer named after it. ``scratch`` is where the
+    optimized graph is written for a moment, weights included; by default beside ``folder``.
+    """
+    operators: Counter[str] = Counter()
+    found: set[str] = set()
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=scratch or folder.parent) as temporary:
+        for path in sorted(folder.glob("*.onnx")):
+            optimized = Path(temporary) / path.name
+            model = onnx.load(path, load_external_data=False)
+            session_of(model, folder, threads=1, optimized=optimized)
+            for node in onnx.load(optimized, load_external_data=False).graph.node:
+                if node.op_type in INTEGER_OPERATORS:
+                    operators[node.op_type] += 1
+                    found |= _linears_read(node, promised)
+    return Coverage(
+        promised=len(promised),
+        found=len(found),
+        operators=dict(operators),
+        missing=tuple(name for name in promised if name not in found),
+    )
+
+
+def slow_host_note() -> str | None:
+    """What to expect of int8 on a host without integer dot products; None where there are some."""
+    flags = _cpu_flags()
+    if flags is None or flags & _DOT_PRODUCT_FLAGS:
+        return None
+    return (
+        "This CPU has no integer dot product (VNNI, AMX or Arm's). int8 computes the same numbers here, "
+        "but signed-by-signed kernels are slow without it: expect a quarter of the bytes and no more speed "
+        "than float; measure before deploying (nirvana-deploy benchmark)."
+    )
+
+
+def _linears_read(node: onnx.NodeProto, promised: Collection[str]) -> set[str]:
+    names = set()
+    for value in node.input:
+        module = value.partition(".weight")[0]
+        if module in promised:
+            names.add(module)
+    return names
+
+
+def _cpu_flags() -> set[str] | None:
+    """Of the first processor, on Linux; None where they cannot be read."""
+    if platform.system() != "Linux":
+        return None
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return set(value.split())
+    return None

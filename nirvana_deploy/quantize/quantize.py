@@ -1,0 +1,157 @@
+"""``quantize_onnx``: a float ONNX folder to a quantized one, with the proof and the decision beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.artifact import write_json
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.quantize.choose import (
+    Candidate,
+    apply_to,
+    calibrated,
+    choose_alpha,
+    decide,
+    smoothing_alpha,
+)
+from nirvana_deploy.quantize.coverage import Coverage, coverage_of, slow_host_note
+from nirvana_deploy.quantize.divergence import Yardstick
+from nirvana_deploy.quantize.linears import RECORD_FILE, OnnxGraph, open_folder, write_folder
+from nirvana_deploy.quantize.observe import require_prefill
+from nirvana_deploy.quantize.ranges import METHODS
+from nirvana_deploy.quantize.runner import Runner
+from nirvana_deploy.quantize.spec import Int8Spec, record_of
+from nirvana_deploy.registry import look_up
+
+SCHEMES = ("int8",)
+
+
+@dataclass(frozen=True)
+class QuantizedFolder:
+    """A quantized ONNX folder."""
+
+    path: Path
+    scheme: str
+    weights_bytes: int
+    """Size of its external data."""
+    float_bytes: int
+    """The same of the folder that it was made from."""
+    coverage: Coverage
+    record: dict[str, Any]
+    """Content of its quantization.json."""
+
+
+def quantize_onnx(
+    folder: Path,
+    out: Path,
+    *,
+    scheme: str,
+    calibration: NDArray[np.int64] | None = None,
+    heldout: NDArray[np.int64] | None = None,
+    smooth: float | Literal["auto", "none"] | None = None,
+    ranges: str = "minmax",
+    keep_fp: int = 0,
+    sensitivity: bool = False,
+    head: bool = False,
+    block_size: int = 32,
+    rounding: str = "plain",
+    progress: Progress = SILENT,
+) -> QuantizedFolder:
+    """Quantize the float ONNX ``folder`` into ``out``, which appears whole and replaces what was there.
+
+    ``scheme`` is ``int8`` (W8A8). ``calibration`` [N, T] are token ids to take ranges from; ``heldout``
+    [M, T'] those that choices are made by (the calibration windows where there are none): ``smooth`` "auto",
+    which int8 does when nothing is said, takes the alpha of least KL; a number is the alpha; "none" leaves
+    the activations as they are. ``keep_fp`` leaves that many linears in float, the worst by
+    ``sensitivity``. ``head`` quantizes lm_head as well.
+
+    Raises NirvanaError for a folder that is quantized already or has no linears, an unknown scheme or range
+    method, and calibration that is missing or useless; VerificationError, ``out`` kept, when ONNX Runtime
+    runs fewer linears in integer kernels than promised.
+    """
+    look_up(scheme, {name: name for name in SCHEMES}, what="scheme")
+    look_up(ranges, METHODS, what="range method")
+    alpha = smoothing_alpha(smooth)
+    if calibration is None:
+        raise NirvanaError(
+            "int8 takes the ranges of its activations from calibration windows, and none were given.",
+            hint="--calib FILE, or quantize inside an output folder, which has its own.",
+        )
+    require_prefill(calibration)
+    if (note := slow_host_note()) is not None:
+        progress.note(note)
+    graphs = open_folder(folder)
+    float_bytes = sum(graph.weights_bytes for graph in graphs)
+    seen = calibrated(folder, graphs, calibration, head=head, progress=progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tried: tuple[Candidate, ...] = ()
+    if alpha == "auto":
+        yardstick = Yardstick(Runner(folder).logits, calibration if heldout is None else heldout)
+        alpha, tried = choose_alpha(seen, yardstick, scratch=out.parent, progress=progress)
+        progress.note(_verdict(tried))
+    spec = decide(seen, alpha=alpha, ranges=ranges, progress=progress)
+    del keep_fp, sensitivity, block_size, rounding
+    entries = {
+        "calibration": _windows_record(calibration),
+        "alpha_by_kl": [asdict(candidate) for candidate in tried],
+    }
+    return _written(folder, out, spec, entries, float_bytes=float_bytes, progress=progress)
+
+
+def apply_spec(folder: Path, spec: Int8Spec, out: Path, *, progress: Progress = SILENT) -> QuantizedFolder:
+    """Apply an int8 decision (``read_spec``) to another float export of the same checkpoint.
+
+    Scales take the dtype of the graph, float16 in a float16 export, as TensorRT asks. Raises NirvanaError
+    when the folder does not fit, VerificationError as :func:`quantize_onnx` does.
+    """
+    float_bytes = sum(graph.weights_bytes for graph in open_folder(folder))
+    return _written(folder, out, spec, {"applied": True}, float_bytes=float_bytes, progress=progress)
+
+
+def _written(
+    folder: Path,
+    out: Path,
+    spec: Int8Spec,
+    entries: dict[str, Any],
+    *,
+    float_bytes: int,
+    progress: Progress,
+) -> QuantizedFolder:
+    graphs: Sequence[OnnxGraph] = open_folder(folder)
+    apply_to(graphs, spec)
+    record = record_of(scheme="int8", **entries, int8=spec.to_json())
+    weights_bytes = write_folder(
+        folder, out, graphs, records={RECORD_FILE: record | {"coverage": None}}, progress=progress
+    )
+    coverage = coverage_of(out, tuple(spec.linears))
+    record["coverage"] = coverage.to_json()
+    write_json(out / RECORD_FILE, record)
+    progress.note(coverage.line)
+    coverage.require_whole(out)
+    return QuantizedFolder(
+        path=out,
+        scheme="int8",
+        weights_bytes=weights_bytes,
+        float_bytes=float_bytes,
+        coverage=coverage,
+        record=record,
+    )
+
+
+def _windows_record(windows: NDArray[np.int64]) -> dict[str, Any]:
+    digest = hashlib.sha256(np.ascontiguousarray(windows, dtype="<i8").tobytes()).hexdigest()
+    return {"windows": int(windows.shape[0]), "tokens": int(windows.shape[1]), "sha256": digest}
+
+
+def _verdict(tried: Sequence[Candidate]) -> str:
+    best = min(tried, key=lambda candidate: candidate.kl)
+    listed = ", ".join(f"{candidate.alpha:g}: {candidate.kl:.4f}" for candidate in tried)
+    return f"Smoothing alpha {best.alpha:g} by KL in nats ({listed})"
