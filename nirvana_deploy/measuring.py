@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from nirvana_deploy.artifact import read_json, write_json
 from nirvana_deploy.engine.record import read_engine_record
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.export.ort import OrtDecoder
-from nirvana_deploy.export.verify import VerifyReport, prompts_for
+from nirvana_deploy.export.verify import VerifyReport, dtype_of_graph, prompts_for
 from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
 from nirvana_deploy.measure.compare import (
     DEFAULT_CASES,
-    TOLERANCES,
     cases_of,
     compare_runners,
-    logits_dtype,
+    device_tolerance,
 )
 from nirvana_deploy.measure.ntk import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
@@ -146,7 +146,11 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
                 reference,
                 runner,
                 cases=DEFAULT_CASES if record is None else cases_of(record, vocab_size=vocab_size),
-                tolerance=TOLERANCES[record.dtype if record else logits_dtype(folder)],
+                tolerance=device_tolerance(
+                    record.dtype if record else dtype_of_graph(folder / MODEL_FILE).name,
+                    layers=len(reference.kv_heads),
+                    quantization=variant.scheme,
+                ),
                 prompts=prompts_for(run.out / CHECKPOINT, vocab_size),
                 progress=run.progress,
             )

@@ -99,10 +99,20 @@ def write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def write_tiny(folder: Path, kind: str, *, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+def write_tiny(
+    folder: Path,
+    kind: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int | None = None,
+    **save: Any,
+) -> Path:
     """Save a random model of ``kind`` with weights large enough that its layers matter."""
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(KINDS[kind]())
+    config = KINDS[kind]()
+    if head_dim is not None:
+        config.head_dim = head_dim
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -31,7 +31,7 @@ from nirvana_deploy.measure.compare import (
     Case,
     cases_of,
     compare_runners,
-    logits_dtype,
+    device_tolerance,
     random_prompts,
 )
 from nirvana_deploy.measure.runners import RUNNERS, open_runner, runtime_for
@@ -256,9 +256,11 @@ def test_two_vocabularies_are_two_models(folder: Path) -> None:
         compare_runners(reference, other, cases=(Case(1, 1),), tolerance=1.0, prompts=[])
 
 
-def test_the_dtype_of_logits_is_read_from_the_graph(folder: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    onnx_from_checkpoint(tiny_llama, tmp_path / "half", dtype="fp16")
-    assert (logits_dtype(folder), logits_dtype(tmp_path / "half")) == ("fp32", "fp16")
+def test_what_a_gpu_rounds_is_allowed_and_no_more() -> None:
+    half, coarse = device_tolerance("fp16", layers=30), device_tolerance("bf16", layers=30)
+    assert device_tolerance("fp32", layers=30) == half == pytest.approx(4 * 2**-11 * np.sqrt(14 * 30))
+    assert device_tolerance("fp16", layers=30, quantization="int8") == coarse == pytest.approx(8 * half)
+    assert device_tolerance("fp16", layers=30, quantization="w8") == half
 
 
 # streaming text

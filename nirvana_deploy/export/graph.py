@@ -44,6 +44,7 @@ from nirvana_deploy.model.shape import LayerShape, ModelShape
 FLAVORS = ("portable", "gqa", "static-cache")
 GRAPH_SCHEMA = 1
 _METADATA = "nirvana_deploy."
+_GQA_HEAD_DIM_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,12 @@ class _Decoder:
         """The form that the flavor asks for; declares the inputs of tokens."""
         d = self.shape.head_dim
         if self.options.flavor == "gqa":
+            if d % _GQA_HEAD_DIM_MULTIPLE:
+                raise NirvanaError(
+                    f"GroupQueryAttention rotates heads of a multiple of {_GQA_HEAD_DIM_MULTIPLE} numbers, "
+                    f"and head_dim is {d}.",
+                    hint="Export with --flavor portable.",
+                )
             return GroupQueryCache(self.parts, rotary, d, max_positions=max_positions)
         if self.options.cache_tokens is not None:
             return StaticCache(self.parts, rotary, d, cache_tokens=self.options.cache_tokens)

@@ -92,6 +92,12 @@ class OrtDecoder:
     """d."""
     vocab_size: int
     """V."""
+    last_logits: bool
+    """The graph gives the logits of the last position only."""
+    max_tokens: int | None
+    """What the cache holds, prompt and answer together; None for a cache that grows."""
+    in_place: bool
+    """The KV cache is one buffer that every step writes into."""
 
     def __init__(
         self,
@@ -141,13 +147,13 @@ class OrtDecoder:
             "position_ids",
             "write_indices",
         }
-        self._in_place = "write_indices" in inputs or _shares_buffers(self._session, folder)
+        self.in_place = "write_indices" in inputs or _shares_buffers(self._session, folder)
         slots = past[0].shape[2]
-        self._fixed_slots = slots if isinstance(slots, int) else None
+        self.max_tokens = slots if isinstance(slots, int) else None
         self.kv_heads = tuple(heads for heads, _ in shapes[::2])
         self.head_dim = shapes[0][1]
         self.vocab_size = static_dimension(outputs["logits"], 2, model)
-        self._last_logits = outputs["logits"].shape[1] == 1
+        self.last_logits = outputs["logits"].shape[1] == 1
 
     def __enter__(self) -> OrtDecoder:
         return self
@@ -168,7 +174,7 @@ class OrtDecoder:
             raise NirvanaError(f"Prompts must be an array [N, T] of at least one token, got {tokens.shape}.")
         if attention_mask is None:
             attention_mask = np.ones(tokens.shape, dtype=np.int64)
-        if self._in_place:
+        if self.in_place:
             return self._prefill_in_place(tokens, attention_mask)
         empty = self._layout.arrays(len(tokens), 0)
         return self._step(tokens, attention_mask, tuple(as_ort(array, self._device) for array in empty))
@@ -232,13 +238,13 @@ class OrtDecoder:
         """Prompts [N, T] padded on the left, into new buffers where every row starts in slot 0."""
         require_left_padding(mask)
         padded = not mask.all()
-        if padded and self._last_logits:
+        if padded and self.last_logits:
             raise NirvanaError(
                 "This graph gives the logits of the last position only, where prompts of different lengths "
                 "have their padding.",
                 hint="Prefill prompts of one length, or export without --last-logits.",
             )
-        slots = self._fixed_slots or tokens.shape[1] + _HEADROOM_TOKENS
+        slots = self.max_tokens or tokens.shape[1] + _HEADROOM_TOKENS
         buffers = SlotCache(self._layout.arrays(len(tokens), slots))
         rows = moved_right(mask, tokens) if padded else tokens
         logits, state = self._step_in_place(rows, mask, buffers, 0)
@@ -282,9 +288,9 @@ class OrtDecoder:
         return binding
 
     def _grown(self, buffers: SlotCache, needed: int) -> SlotCache:
-        if self._fixed_slots is not None:
+        if self.max_tokens is not None:
             raise NirvanaError(
-                f"The cache of this graph holds {self._fixed_slots} tokens, and {needed} are needed.",
+                f"The cache of this graph holds {self.max_tokens} tokens, and {needed} are needed.",
                 hint="Export again with a larger --cache-length, or ask for fewer tokens.",
             )
         if self._device != "cpu":

@@ -65,21 +65,20 @@ class GraphParts:
 
     def weight(self, name: str, shape: tuple[int, ...], *, transposed: bool = False) -> ir.Value:
         """An initializer named as in the checkpoint, whose bytes are read when the file is written."""
-        return self._initializer(self._parameter(name, shape, transposed))
+        return self._initializer(self._parameter(name, shape, transposed), shape)
 
     def constant(self, name: str, array: NDArray[np.float32]) -> ir.Value:
         """A small float32 initializer."""
-        return self._initializer(ir.Tensor(array, name=name))
+        return self._initializer(ir.Tensor(array, name=name), array.shape)
 
     def table(
         self, name: str, shape: tuple[int, ...], compute: Callable[[], NDArray[np.generic]]
     ) -> ir.Value:
         """An initializer of the graph's dtype that is computed when the file is written."""
-        return self._initializer(
-            ir.LazyTensor(
-                lambda: ir.Tensor(compute(), name=name), dtype=self.dtype.ir, shape=ir.Shape(shape), name=name
-            )
+        tensor = ir.LazyTensor(
+            lambda: ir.Tensor(compute(), name=name), dtype=self.dtype.ir, shape=ir.Shape(shape), name=name
         )
+        return self._initializer(tensor, shape)
 
     def linear(self, x: ir.Value, module: str, inputs: int, outputs: int, *, bias: bool) -> ir.Value:
         """x W^T (+ b); the weight is stored as [inputs, outputs], so that no runtime transposes it."""
@@ -95,8 +94,8 @@ class GraphParts:
         """float32 to the graph's dtype."""
         return self.op.Cast(x, to=self.dtype.ir) if self.dtype.half_precision else x
 
-    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+    def _initializer(self, tensor: ir.TensorProtocol, shape: tuple[int, ...]) -> ir.Value:
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape))
         value.const_value = tensor
         self.builder.graph.register_initializer(value)
         return value

@@ -68,7 +68,7 @@ class _StreamedTensor(ir.LazyTensor):
     def tofile(self, file: IO[bytes]) -> None:
         """Write the bytes, little-endian, without ever holding them all."""
         for block in self._blocks():
-            file.write(as_array(block).view(np.uint8))
+            file.write(as_array(block).view(np.uint8).data)
 
 
 def _blocks(

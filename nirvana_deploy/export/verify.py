@@ -3,10 +3,17 @@
 Logits are compared at lengths, batches, paddings and pasts that the export knew nothing of; greedy tokens
 are compared through ONNX Runtime and, where it is installed, onnxruntime-genai. When logits differ, the
 hidden states are compared layer by layer, and the first one that departs is named.
+
+Below float32 the reference is the checkpoint rounded to the same dtype and computed in float32, and two
+things are shown. The graph and its stored weights, computed in float32 too, must equal it as closely as a
+float32 model equals its own (``float32_twin.py``). Then the file runs as it is, where ONNX Runtime's CPU can
+(float16; bfloat16 has no arithmetic there, and the report says that it was not run), and may differ by what
+rounding explains: see :func:`relative_tolerance`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +29,7 @@ from transformers import PreTrainedModel
 
 from nirvana_deploy.errors import NirvanaError, VerificationError
 from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.export.dtypes import DTYPES, Dtype
 from nirvana_deploy.export.genai import genai_tokens
 from nirvana_deploy.export.graph import hidden_state_name
 from nirvana_deploy.export.ort import OrtDecoder, session_outputs
@@ -30,6 +38,12 @@ from nirvana_deploy.progress import SILENT, Progress
 
 RELATIVE_TOLERANCE = 2e-4
 """Largest difference of float32 logits that counts as equal, as a share of the largest logit."""
+_ROUNDINGS_PER_LAYER = 14
+"""Operators of a layer that round their result: two norms, seven linears, rotation, attention, SiLU times up,
+two additions."""
+_SIGMAS = 4
+_LONGEST_TOKENS = 64
+"""Of the comparisons, prompts and answers included."""
 
 PROMPTS = (
     "The capital of France is",
@@ -128,30 +142,86 @@ def verify_onnx(
     """
     with progress.task(f"Verifying {folder.name}", 4) as advance:
         _check_file(folder)
-        model = load_checkpoint(checkpoint)
-        decoder = OrtDecoder(folder, threads=threads)
+        dtype = dtype_of_graph(folder / MODEL_FILE)
+        model = _reference(checkpoint, dtype)
+        decoder = OrtDecoder(folder, threads=threads, in_float32=dtype.half_precision)
+        if decoder.max_tokens is not None and decoder.max_tokens < _LONGEST_TOKENS:
+            raise NirvanaError(
+                f"{folder} has a cache of {decoder.max_tokens} tokens; verifying needs {_LONGEST_TOKENS}.",
+                hint=f"Export it with --cache-length {_LONGEST_TOKENS} or more to verify the graph.",
+            )
         if decoder.vocab_size != model.config.vocab_size:
             raise NirvanaError(
                 f"{folder} has a vocabulary of {decoder.vocab_size}, "
                 f"its checkpoint {model.config.vocab_size}."
             )
         advance(1)
-        checks = tuple(_logits_checks(model, decoder))
+        checks = tuple(logits_checks(model, decoder, RELATIVE_TOLERANCE))
+        tolerance, runs_as_it_is = RELATIVE_TOLERANCE, dtype.name != "bf16"
+        if dtype.half_precision:
+            checks = tuple(replace(check, name=f"in float32: {check.name}") for check in checks)
+        if dtype.half_precision and runs_as_it_is:
+            tolerance = relative_tolerance(dtype, layers=len(decoder.kv_heads))
+            decoder = OrtDecoder(folder, threads=threads)
+            checks += tuple(logits_checks(model, decoder, tolerance))
         advance(1)
         prompts = prompts_for(checkpoint, decoder.vocab_size)
+        if decoder.max_tokens is not None:
+            longest = max(prompt.shape[1] for prompt in prompts)
+            new_tokens = min(new_tokens, decoder.max_tokens - longest)
         stops = stop_token_ids(model.config)
         expected = [_torch_tokens(model, prompt, new_tokens, stops) for prompt in prompts]
         advance(1)
-        oracle = _Oracle(model=model, prompts=prompts, continuations=expected, new_tokens=new_tokens)
+        oracle = _Oracle(
+            model=model,
+            prompts=prompts,
+            continuations=expected,
+            new_tokens=new_tokens,
+            relative_tolerance=tolerance,
+        )
+        runtime = "onnxruntime" if runs_as_it_is else "onnxruntime (in float32)"
         greedy = (
-            oracle.compare("onnxruntime", lambda prompt: _ort_tokens(decoder, prompt, new_tokens, stops)),
-            _genai_check(folder, oracle),
+            oracle.compare(runtime, lambda prompt: _ort_tokens(decoder, prompt, new_tokens, stops)),
+            _genai_check(folder, oracle, runs_as_it_is=runs_as_it_is),
         )
         advance(1)
     report = VerifyReport(checks=checks, greedy=greedy, first_departure=None)
     if report.passed:
         return report
     return replace(report, first_departure=_first_departure(model, folder, prompts[-1]))
+
+
+def relative_tolerance(dtype: Dtype, *, layers: int) -> float:
+    """Largest difference of logits that rounding to ``dtype`` explains, as a share of the largest logit.
+
+    Each of R roundings on the way through the model moves its result by at most the unit roundoff u, in a
+    direction of its own, so together they move it by about u sqrt(R); four times that is allowed. For
+    float32 the order of summation decides instead, which differs from runtime to runtime, and
+    ``RELATIVE_TOLERANCE`` stands.
+    """
+    if not dtype.half_precision:
+        return RELATIVE_TOLERANCE
+    return _SIGMAS * dtype.unit_roundoff * math.sqrt(_ROUNDINGS_PER_LAYER * layers)
+
+
+def dtype_of_graph(path: Path) -> Dtype:
+    """The dtype of an ONNX decoder: that of its KV cache. Reads the graph only, no weights."""
+    graph = onnx.load(path, load_external_data=False).graph
+    kinds = {value.type.tensor_type.elem_type for value in graph.input if "past_key_values" in value.name}
+    return next((dtype for dtype in DTYPES.values() if int(dtype.ir) in kinds), DTYPES["fp32"])
+
+
+def _reference(checkpoint: Path, dtype: Dtype) -> PreTrainedModel:
+    """The checkpoint in float32, after rounding to ``dtype`` what the graph stores or casts to it."""
+    if not dtype.half_precision:
+        return load_checkpoint(checkpoint)
+    model = load_checkpoint(checkpoint, dtype=dtype.torch).float()
+
+    def rounded(_module: Any, _inputs: Any, angles: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(angle.to(dtype.torch).float() for angle in angles)
+
+    model.model.rotary_emb.register_forward_hook(rounded)
+    return model
 
 
 def _check_file(folder: Path) -> None:
@@ -166,21 +236,39 @@ def _check_file(folder: Path) -> None:
         raise NirvanaError(f"{path} is not a valid ONNX model: {error}") from error
 
 
-def _logits_checks(model: PreTrainedModel, decoder: OrtDecoder) -> Iterator[LogitsCheck]:
-    """Prefill at odd lengths, a left-padded batch, and decoding with a past (padded and not)."""
+def logits_checks(
+    model: PreTrainedModel, decoder: OrtDecoder, relative_tolerance: float
+) -> Iterator[LogitsCheck]:
+    """Prefill at odd lengths, a left-padded batch, and decoding with a past (padded and not).
+
+    Yields comparisons of ``decoder`` with ``model``, whose difference may be ``relative_tolerance`` of the
+    largest logit; of a graph with last logits only the last position is compared.
+    """
     generator = np.random.default_rng(11)
 
     def draw(sequences: int, length: int) -> NDArray[np.int64]:
         return generator.integers(0, decoder.vocab_size, size=(sequences, length))
 
+    def compare(
+        name: str,
+        found: NDArray[np.float32],
+        expected: NDArray[np.float32],
+        mask: NDArray[np.int64] | None = None,
+    ) -> LogitsCheck:
+        if decoder.last_logits:
+            found, expected, mask = found[:, -1:], expected[:, -1:], None
+        return _compare(name, found, expected, mask, relative_tolerance)
+
     for sequences, length in ((1, 1), (1, 7), (2, 45)):
         tokens = draw(sequences, length)
         logits, _ = decoder.prefill(tokens)
-        yield _compare(f"prefill {sequences} x {length}", logits, _torch_logits(model, tokens))
+        yield compare(f"prefill {sequences} x {length}", logits, _torch_logits(model, tokens))
 
     padding = np.ones((3, 19), dtype=np.int64)
     padding[0, :11], padding[1, :4] = 0, 0
-    for name, mask, prompt_tokens in (("", padding[2:], 13), (", left-padded", padding, 13)):
+    left_padded = [] if decoder.last_logits and decoder.in_place else [(", left-padded", padding)]
+    for name, mask in [("", padding[2:]), *left_padded]:
+        prompt_tokens = 13
         tokens = draw(len(mask), mask.shape[1])
         expected = _torch_logits(model, tokens, mask)
         logits, state = decoder.prefill(tokens[:, :prompt_tokens], mask[:, :prompt_tokens])
@@ -190,7 +278,7 @@ def _logits_checks(model: PreTrainedModel, decoder: OrtDecoder) -> Iterator[Logi
             parts.append(logits)
         steps = tokens.shape[1] - prompt_tokens
         found = np.concatenate(parts, axis=1)
-        yield _compare(
+        yield compare(
             f"prefill {len(mask)} x {prompt_tokens}{name}, then {steps} decode steps", found, expected, mask
         )
 
@@ -199,12 +287,13 @@ def _compare(
     name: str,
     found: NDArray[np.float32],
     expected: NDArray[np.float32],
-    mask: NDArray[np.int64] | None = None,
+    mask: NDArray[np.int64] | None,
+    relative_tolerance: float,
 ) -> LogitsCheck:
     """Largest difference over the positions [N, T] that hold a token; NaN counts as a difference."""
     real = slice(None) if mask is None else mask.astype(bool)
     difference = float(np.abs(found - expected)[real].max())
-    tolerance = RELATIVE_TOLERANCE * float(np.abs(expected[real]).max())
+    tolerance = relative_tolerance * float(np.abs(expected[real]).max())
     return LogitsCheck(
         name=name, max_abs_diff=difference, tolerance=tolerance, passed=bool(difference <= tolerance)
     )
@@ -270,6 +359,7 @@ class _Oracle:
     continuations: list[list[int]]
     """Greedy ids up to the first stop token, which is left out."""
     new_tokens: int
+    relative_tolerance: float
 
     def compare(self, runtime: str, generate: Callable[[NDArray[np.int64]], list[int]]) -> GreedyCheck:
         """Ask another runtime to continue every prompt and compare token by token."""
@@ -297,12 +387,16 @@ class _Oracle:
             return False  # one is shorter: no tie explains that
         context = np.concatenate([prompt, np.array([wanted[:at]], dtype=np.int64)], axis=1)
         last = _torch_logits(self.model, context)[0, -1]
-        return bool(abs(last[wanted[at]] - last[found[at]]) <= RELATIVE_TOLERANCE * np.abs(last).max())
+        return bool(abs(last[wanted[at]] - last[found[at]]) <= self.relative_tolerance * np.abs(last).max())
 
 
-def _genai_check(folder: Path, oracle: _Oracle) -> GreedyCheck:
+def _genai_check(folder: Path, oracle: _Oracle, *, runs_as_it_is: bool) -> GreedyCheck:
     reason = None
-    if find_spec("onnxruntime_genai") is None:
+    if not runs_as_it_is:
+        reason = "ONNX Runtime has no bfloat16 arithmetic on the CPU"
+    elif not (folder / "genai_config.json").is_file():
+        reason = "the folder has no genai_config.json: this flavor is not for onnxruntime-genai"
+    elif find_spec("onnxruntime_genai") is None:
         reason = "onnxruntime-genai is not installed (pip install 'nirvana-deploy[genai]')"
     elif not (folder / "tokenizer.json").is_file():
         reason = "the folder has no tokenizer.json, which onnxruntime-genai needs"
