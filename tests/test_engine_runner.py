@@ -434,4 +434,4 @@ def test_an_engine_that_is_not_what_its_record_says(tiny_engine: Path) -> None:
 def test_a_device_too_small_names_the_buffer_and_what_to_lower(tiny_engine: Path) -> None:
     error = refused(tiny_engine, driver=FakeDriver(memory_bytes=WEIGHTS_BYTES + 2000))
     assert "has no room for the KV cache (past of 0." in error.message
-    assert "fewer tokens or a smaller batch" in str(error.hint)
+    assert "--max-batch 1 --max-length 1024" in str(error.hint)
