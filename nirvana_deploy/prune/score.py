@@ -27,8 +27,8 @@ from torch import nn
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import config_json, meta_model, read_config
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
-from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
-from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.model.weights import RememberedWeights, SafetensorsWeights, WeightSource, check_weights
+from nirvana_deploy.progress import SILENT, Advance, Progress
 from nirvana_deploy.prune.borders import Borders
 from nirvana_deploy.prune.features import FeatureScore, FeatureStatistics, merged, statistics_of
 from nirvana_deploy.prune.output import embedded, head_blocks, head_name, states_gradient
@@ -39,6 +39,8 @@ from nirvana_deploy.prune.units import UnitScores, WindowScores, scored_tensors,
 DEFAULT_MICRO_BATCH = 8
 Visit = Callable[[int, dict[str, torch.Tensor]], None]
 """(layer index, df/dw of each of its ``scored_tensors`` by name) -> nothing; the tensors may be kept."""
+View = Callable[[WeightSource], WeightSource]
+"""A checkpoint's weights as a plan would have them, or as they are."""
 _UnitSums = tuple[NDArray[np.float64], NDArray[np.float64]]
 _Row = TypeVar("_Row")
 
@@ -301,12 +303,24 @@ class StreamedModel:
         self, batches: Sequence[torch.Tensor], *, progress: Progress = SILENT
     ) -> list[torch.Tensor]:
         """What leaves the last layer, [n, T, D] for each of ``batches`` [n, T]; each layer is loaded once."""
-        with progress.task("Running layers", len(self._layers)) as advance, torch.no_grad():
-            hidden = list(self._embedded(batches))
-            for index in range(len(self._layers)):
-                with self._loaded_layer(index) as layer:
-                    hidden = [self._run(layer, states) for states in hidden]
-                advance(1)
+        with progress.task("Running layers", len(self._layers)) as advance:
+            [states] = self.last_states_of([lambda weights: weights], batches, advance=advance)
+        return states
+
+    def last_states_of(
+        self, views: Sequence[View], batches: Sequence[torch.Tensor], *, advance: Advance
+    ) -> list[list[torch.Tensor]]:
+        """:meth:`last_states` of several sliced or masked views; each layer is read once for all of them."""
+        remembered = RememberedWeights(self._weights)
+        seen = [view(remembered) for view in views]
+        with torch.no_grad():
+            hidden = [list(self._embedded(batches)) for _ in views]
+            for index, layer in enumerate(self._layers):
+                for number, weights in enumerate(seen):
+                    with _LoadedLayer(layer, self._layer_tensors(index, weights)):
+                        hidden[number] = [self._run(layer, states) for states in hidden[number]]
+                    advance(1)
+                remembered.forget()
         return hidden
 
     def output_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -364,26 +378,31 @@ class StreamedModel:
         return groups, neurons
 
     def _loaded_layer(self, index: int) -> _LoadedLayer:
-        return _LoadedLayer(self._layers[index], self._layer_tensors(index))
+        return _LoadedLayer(self._layers[index], self._layer_tensors(index, self._weights))
 
-    def _layer_tensors(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def _layer_tensors(self, index: int, weights: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
         prefix = self._shape.family.layer(index) + "."
         for name in self._layers[index].state_dict():
-            yield name, self._float32(prefix + name)
+            yield name, weights.load(prefix + name).to(torch.float32)
 
     def _float32(self, name: str) -> torch.Tensor:
         return self._weights.load(name).to(torch.float32)
 
 
 class _LoadedLayer:
-    """Context in which one layer has its weights; outside it they take no memory."""
+    """Context in which one layer has its weights; outside it they take no memory.
+
+    They may be narrower than the layer was made for: its code reads widths off the weights.
+    """
 
     def __init__(self, layer: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         self._layer = layer
         self._tensors = tensors
 
     def __enter__(self) -> nn.Module:
-        self._layer.load_state_dict(dict(self._tensors), assign=True)
+        for name, tensor in self._tensors:
+            module, _, parameter = name.rpartition(".")
+            setattr(self._layer.get_submodule(module), parameter, nn.Parameter(tensor))
         return self._layer
 
     def __exit__(self, *exception: object) -> None:
