@@ -49,7 +49,6 @@ from nirvana_deploy.stages import (
 )
 from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, PRUNED, variant_named
 
-_AUTO_CORPORA = ("pydoc", "self")
 _AUTO_SALIENCIES = ("nirvana", "taylor")
 
 
@@ -98,8 +97,9 @@ def prune_export(
 
     Where there is more than one candidate, the one whose masked model departs least (KL) from the dense one
     on held-out windows is taken: ``calib`` may be several sources with commas between, or "auto" (pydoc and
-    self); ``candidates`` sets are drawn from each (4 for "auto", else 1); ``saliency`` may be several or
-    "auto" (nirvana and taylor); ``gamma`` may be "auto" (a small grid).
+    self; for an encoder-decoder, which writes no text, pydoc); ``candidates`` sets are drawn from each (4
+    for "auto", else 1); ``saliency`` may be several or "auto" (nirvana and taylor); ``gamma`` may be "auto"
+    (a small grid).
 
     ``eval_text`` is a file to measure quality on instead of held-out windows. ``baseline`` False leaves the
     dense model out of export and measurements, and with it everything relative. ``until`` "checkpoint" stops
@@ -116,7 +116,7 @@ def prune_export(
     if until != "checkpoint":
         require_exportable(shape)
     choices = Choices(
-        corpora=_corpora(calib),
+        corpora=_corpora(calib, shape),
         candidates=candidates or (4 if calib == "auto" else 1),
         saliencies=saliencies,
         gammas=_gammas(gamma, shape, sparsity=sparsity, round_to=round_to),
@@ -215,10 +215,10 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _corpora(calib: str) -> tuple[str, ...]:
-    """The sources to draw from; a file may have a comma in its name."""
+def _corpora(calib: str, shape: ModelShape) -> tuple[str, ...]:
+    """The sources to draw from; a file may have a comma in its name. An encoder-decoder writes no text."""
     if calib == "auto":
-        return _AUTO_CORPORA
+        return ("pydoc",) if shape.family.encoder_decoder else ("pydoc", "self")
     return (calib,) if Path(calib).exists() else _listed(calib)
 
 

@@ -1,10 +1,10 @@
 """How far pruned models depart from the dense one: KL divergence, many plans on the same windows.
 
 Nothing is built: each layer is read once, every plan's view of it is cut out in memory (fewer operations
-than a mask, the same function) and run, and of every model only what comes out of its last layer is left,
-[M, T, D]. Final norm and head are the dense model's for all of them, so one walk over the positions computes
-the dense log-probabilities once, block by block, and compares all plans with them: exact float32, and no
-[M, T, V] is ever kept.
+than a mask, the same function; the blocks of an encoder-decoder are masked) and run, and of every model only
+what comes out of its last layer is left, [M, T, D]. Final norm and head are the dense model's for all of
+them, so one walk over the positions computes the dense log-probabilities once, block by block, and compares
+all plans with them: exact float32, and no [M, T, V] is ever kept.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource
 from nirvana_deploy.progress import SILENT, Advance, Progress
 from nirvana_deploy.prune.plan import PrunePlan
-from nirvana_deploy.prune.score import StreamedModel, View, micro_batches
-from nirvana_deploy.prune.slicing import SlicedWeights
+from nirvana_deploy.prune.score import micro_batches, streamed_model
+from nirvana_deploy.prune.score_seq2seq import View
+from nirvana_deploy.prune.slicing import MaskedWeights, SlicedWeights
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """States [..., D] to logits [..., V]."""
@@ -39,7 +40,7 @@ class MaskedQuality:
     """What P pruned models and the dense one make of M windows; all float64, nats."""
 
     divergence: NDArray[np.float64]
-    """[P, M]: mean over the T positions of KL(dense || pruned)."""
+    """[P, M]: mean over the T positions of KL(dense || pruned); an encoder-decoder's are the decoder's."""
     loss: NDArray[np.float64]
     """[P, M]: mean over the T - 1 positions with a next token of its negative log-likelihood."""
     dense_loss: NDArray[np.float64]
@@ -71,16 +72,14 @@ def masked_quality(
     positions in float64. Raises NirvanaError for a plan that does not fit, or logits that are not finite.
     """
     shape = shape_from_config(config_json(checkpoint))
-    model = StreamedModel(checkpoint, SafetensorsWeights(checkpoint), shape)
+    model = streamed_model(checkpoint, SafetensorsWeights(checkpoint), shape)
     batches = [
         batch
         for windows in window_sets
         for batch in micro_batches(torch.from_numpy(windows), max(1, _BATCH_TOKENS // windows.shape[1]))
     ]
-    # the last of a window has no next token; what stands there is not used
-    next_tokens = torch.cat(
-        [torch.from_numpy(np.roll(windows, -1, axis=1)).flatten() for windows in window_sets]
-    )
+    targets = [model.next_tokens(torch.from_numpy(windows)) for windows in window_sets]
+    next_tokens = torch.cat([windows.flatten() for windows in targets])
     at_once = max(1, _STATES_BYTES // (len(next_tokens) * shape.hidden_size * 4) - 1)
     steps = (len(plans) + 1) * (len(shape.layers) + 1)
     results: list[_Positions] = []
@@ -97,7 +96,7 @@ def masked_quality(
             views = [_pruned(shape, plan) for plan in plans[start : start + at_once]]
             by_model = _by_position(head, [reference, *last_states(views)], next_tokens, advance)
             results += by_model if start == 0 else by_model[1:]
-    return _by_window(results, window_sets)
+    return _by_window(results, [windows.shape for windows in targets])
 
 
 def _dense(weights: WeightSource) -> WeightSource:
@@ -105,7 +104,8 @@ def _dense(weights: WeightSource) -> WeightSource:
 
 
 def _pruned(shape: ModelShape, plan: PrunePlan) -> View:
-    return lambda weights: SlicedWeights(weights, shape, plan)
+    kind = MaskedWeights if shape.family.encoder_decoder else SlicedWeights
+    return lambda weights: kind(weights, shape, plan)
 
 
 @dataclass(frozen=True)
@@ -138,21 +138,19 @@ def _by_position(
     return results
 
 
-def _by_window(
-    results: Sequence[_Positions], window_sets: Sequence[NDArray[np.int64]]
-) -> list[MaskedQuality]:
-    """Means over the positions of each window; ``results`` are the dense model's and those of the P plans."""
+def _by_window(results: Sequence[_Positions], shapes: Sequence[torch.Size]) -> list[MaskedQuality]:
+    """Means over the positions of windows [M, T], of the dense model and then of the P plans."""
     divergence = torch.stack([result.divergence for result in results])
     loss = torch.stack([result.loss for result in results])
     if not (torch.isfinite(divergence).all() and torch.isfinite(loss).all()):
         raise NirvanaError(
             "The logits of the dense or a pruned model are NaN or infinite; none can be chosen."
         )
-    sizes = [windows.size for windows in window_sets]
+    sizes = [shape.numel() for shape in shapes]
     qualities = []
-    by_set = zip(window_sets, torch.split(divergence, sizes, 1), torch.split(loss, sizes, 1), strict=True)
-    for windows, kl, nll in by_set:
-        losses: NDArray[np.float64] = nll.reshape(-1, *windows.shape)[:, :, :-1].mean(dim=2).numpy()
-        divergences = kl.reshape(-1, *windows.shape)[1:].mean(dim=2).numpy()
+    by_set = zip(shapes, torch.split(divergence, sizes, 1), torch.split(loss, sizes, 1), strict=True)
+    for shape, kl, nll in by_set:
+        losses: NDArray[np.float64] = nll.reshape(-1, *shape)[:, :, :-1].mean(dim=2).numpy()
+        divergences = kl.reshape(-1, *shape)[1:].mean(dim=2).numpy()
         qualities.append(MaskedQuality(divergence=divergences, loss=losses[1:], dense_loss=losses[0]))
     return qualities
