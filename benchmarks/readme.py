@@ -8,8 +8,7 @@
 
 Copies the records of the main job to benchmarks/results/, rewrites the tables between the README's markers
 from there, and, where Chromium is installed, takes the picture of the report. Without a folder it rewrites
-the tables of quality alone. A test checks that the README
-shows what the records say.
+the tables of quality alone. A test checks that the README shows what the records say.
 """
 
 from __future__ import annotations

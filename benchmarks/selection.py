@@ -1,6 +1,6 @@
 """Does choosing by KL pay? What the selector takes, beside what random draws give.
 
-    python benchmarks/selection.py MODEL --calib valid.txt --eval-text test.txt \
+    python benchmarks/selection.py MODEL --calib valid.txt --eval-text test.txt \\
         --quality quality.jsonl --out selection.jsonl
 
 Candidates are calibration sets from several corpora (--calib, ``pydoc``, and ``self``, the model's own) and
