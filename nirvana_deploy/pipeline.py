@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nirvana_deploy.artifact import read_json, require_free_bytes
+from nirvana_deploy.deploying import quantize as quantize_stage
+from nirvana_deploy.deploying import require_quantized
 from nirvana_deploy.errors import VerificationError
 from nirvana_deploy.export.onnx_export import require_exportable
 from nirvana_deploy.export.verify import VerifyReport, verify_onnx
@@ -31,6 +33,7 @@ from nirvana_deploy.prune.plan import (
 )
 from nirvana_deploy.prune.saliency import saliency_named
 from nirvana_deploy.prune.select import gamma_grid
+from nirvana_deploy.registry import look_up
 from nirvana_deploy.run import Run
 from nirvana_deploy.stages import (
     BENCHMARK_FILE,
@@ -47,7 +50,7 @@ from nirvana_deploy.stages import (
     verify,
     write_pages,
 )
-from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, PRUNED, variant_named
+from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, PRUNED, SCHEMES, variant_named
 
 _AUTO_SALIENCIES = ("nirvana", "taylor")
 
@@ -82,6 +85,7 @@ def prune_export(
     eval_text: Path | str | None = None,
     baseline: bool = True,
     run_benchmark: bool = True,
+    quantize: Sequence[str] = (),
     threads: int | None = None,
     until: Literal["checkpoint", "report"] = "report",
     resume: bool = False,
@@ -102,12 +106,16 @@ def prune_export(
     (a small grid).
 
     ``eval_text`` is a file to measure quality on instead of held-out windows. ``baseline`` False leaves the
-    dense model out of export and measurements, and with it everything relative. ``until`` "checkpoint" stops
+    dense model out of export and measurements, and with it everything relative. ``quantize`` lists schemes
+    ("int8", "w8", "w4") in which the pruned model is quantized too, on the same calibration windows, each a
+    variant of its own in the report. ``until`` "checkpoint" stops
     after plan.json and checkpoint/; ``resume`` continues from there.
 
     Raises NirvanaError for the user's problems and VerificationError when the exported model does not
-    compute what the checkpoint computes.
+    compute what the checkpoint computes, or a quantized one does not run in integer kernels.
     """
+    for scheme in quantize:
+        look_up(scheme, {name: name for name in SCHEMES}, what="scheme")
     saliencies = _AUTO_SALIENCIES if saliency == "auto" else _listed(saliency)
     for name in saliencies:
         saliency_named(name)
@@ -122,7 +130,7 @@ def prune_export(
         gammas=_gammas(gamma, shape, sparsity=sparsity, round_to=round_to),
     )
     out = Path(out) if out is not None else Path(f"{source.name}-s{sparsity:g}")
-    copies = 1 if until == "checkpoint" else 2 + baseline
+    copies = 1 if until == "checkpoint" else 2 + baseline + len(quantize)
     parameters = shape.linear_parameters + shape.embedding_parameters
     require_free_bytes(out, 4 * copies * parameters, what="The output")
     options = {
@@ -141,7 +149,12 @@ def prune_export(
         "eval_text": str(eval_text) if eval_text is not None else None,
     }
     if until == "report":
-        options |= {"baseline": baseline, "benchmark": run_benchmark, "threads": threads}
+        options |= {
+            "baseline": baseline,
+            "benchmark": run_benchmark,
+            "quantize": list(quantize),
+            "threads": threads,
+        }
     run = Run.begin(
         out,
         options=options,
@@ -193,13 +206,17 @@ def prune_export(
         return Deployment(out=run.out, plan=plan, manifest=run.manifest, benchmark=None, report=None)
     export(run, source, baseline=baseline)
     report = verify(run, source, baseline=baseline, threads=threads)
+    quantized = {}
     if all(result.passed for result in report.values()):
+        quantized = {scheme: quantize_stage(run, scheme) for scheme in dict.fromkeys(quantize)}
         quality(run, threads=threads)
         if run_benchmark:
             speed(run, workload=Workload(threads=threads))
     page = write_pages(run)
     for name, result in report.items():
         result.require_passed(run.out / variant_named(name).folder)
+    for scheme, record in quantized.items():
+        require_quantized(record, run.out / variant_named(f"{PRUNED}-{scheme}").folder)
     measured = run.out / BENCHMARK_FILE
     return Deployment(
         out=run.out,

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nirvana_deploy.artifact import write_bytes
-from nirvana_deploy.measure import figures, findings, ntk_page
+from nirvana_deploy.measure import deployed_page, figures, findings, ntk_page
 from nirvana_deploy.measure.facts import details, evaluation_source
 from nirvana_deploy.measure.inspection import (
     LayerWidth,
@@ -299,6 +299,8 @@ def report_context(records: Records) -> dict[str, Any]:
         "cautions": findings.cautions(records),
         "gaps": findings.gaps(records),
         "summary": summary_table(records.benchmark) if records.benchmark else None,
+        "quantized_headers": deployed_page.QUANTIZED_HEADERS,
+        "quantized": deployed_page.quantized_rows(records),
         "details": details(records),
         "kernel": _kernel(records),
         "tasks": _task_rows(records),
