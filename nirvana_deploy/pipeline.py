@@ -13,7 +13,7 @@ from typing import Any, Literal
 from nirvana_deploy.artifact import read_json, require_free_bytes
 from nirvana_deploy.deploying import quantize as quantize_stage
 from nirvana_deploy.deploying import require_quantized
-from nirvana_deploy.errors import VerificationError
+from nirvana_deploy.errors import NirvanaError, VerificationError
 from nirvana_deploy.export.onnx_export import require_exportable
 from nirvana_deploy.export.verify import VerifyReport, verify_onnx
 from nirvana_deploy.measure.benchmark import Workload
@@ -33,6 +33,7 @@ from nirvana_deploy.prune.plan import (
 )
 from nirvana_deploy.prune.saliency import saliency_named
 from nirvana_deploy.prune.select import gamma_grid
+from nirvana_deploy.quantize.spec import read_record
 from nirvana_deploy.registry import look_up
 from nirvana_deploy.run import Run
 from nirvana_deploy.stages import (
@@ -328,6 +329,49 @@ def verify_folder(
     }
     compared = compare_in(run, runtime, threads=threads) if runtime is not None and not damaged else {}
     return FolderCheck(out=out, damaged=damaged, reports=reports, compared=compared)
+
+
+def quantize_folder(
+    out: Path,
+    *,
+    scheme: str,
+    smooth: float | Literal["auto"] | None = None,
+    ranges: str = "minmax",
+    keep_fp: int = 0,
+    sensitivity: bool = False,
+    head: bool = False,
+    block_size: int = 32,
+    rounding: str = "plain",
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Quantize the pruned model of an output folder into ``onnx-<scheme>``, in place of an earlier one.
+
+    Calibrates on the windows that the folder was pruned with; options as in ``quantize_onnx``. Returns the
+    content of quantization.json; ``benchmark`` and ``evaluate`` measure the new variant. Raises NirvanaError
+    for a folder without ONNX model, VerificationError as ``quantize_onnx`` does.
+    """
+    run = Run.open(out, progress=progress)
+    if "onnx" not in run.manifest["stages"]:
+        raise NirvanaError(
+            f"{out} has a checkpoint and no ONNX model yet.",
+            hint="Export it first: repeat its prune command as prune-export, with --resume.",
+        )
+    record = quantize_stage(
+        run,
+        scheme,
+        smooth=smooth,
+        ranges=ranges,
+        keep_fp=keep_fp,
+        sensitivity=sensitivity,
+        head=head,
+        block_size=block_size,
+        rounding=rounding,
+        redo=True,
+    )
+    write_pages(run)
+    folder = out / variant_named(f"{PRUNED}-{scheme}").folder
+    require_quantized(record, folder)
+    return read_record(folder)
 
 
 def benchmark_folder(
