@@ -82,7 +82,7 @@ def quality(
         write_json(run.out / QUALITY_FILE, result)
         return result
 
-    return run.stage("quality", [QUALITY_FILE], work, redo=redo or _outdated(run, "quality"))
+    return run.stage("quality", [QUALITY_FILE], work, redo=redo or _outdated(run, "quality", runtime))
 
 
 def heldout_windows(run: Run) -> tuple[NDArray[np.int64], str]:
@@ -115,15 +115,15 @@ def speed(run: Run, *, workload: Workload, runtime: str | None = None, redo: boo
             "comparisons": result["comparisons"],
         }
 
-    return run.stage("benchmark", [BENCHMARK_FILE], work, redo=redo or _outdated(run, "benchmark"))
+    return run.stage("benchmark", [BENCHMARK_FILE], work, redo=redo or _outdated(run, "benchmark", runtime))
 
 
-def _outdated(run: Run, stage: str) -> bool:
+def _outdated(run: Run, stage: str, runtime: str | None) -> bool:
     """Whether a stage measured other variants than the folder holds now."""
     recorded = run.manifest["stages"].get(stage)
     if recorded is None:
         return False
-    return set(recorded["result"]["variants"]) != {variant.name for variant in variants_of(run)}
+    return set(recorded["result"]["variants"]) != {variant.name for variant in models_for(run, runtime)}
 
 
 def refresh_quality(run: Run) -> None:
