@@ -47,7 +47,10 @@ def quality(
         else:
             tokens, source = windows.tokens, windows.source
         variants = variants_of(run)
-        decoders = {v.name: OrtDecoder(run.out / v.folder, threads=threads) for v in variants}
+        widened = run.manifest["options"].get("dtype") == "bf16"  # which ONNX Runtime's CPU cannot compute
+        decoders = {
+            v.name: OrtDecoder(run.out / v.folder, threads=threads, in_float32=widened) for v in variants
+        }
         baseline = variants[0].name
         found = quality_of(
             decoders.pop(baseline),
