@@ -108,8 +108,8 @@ def prune_export(
     ``eval_text`` is a file to measure quality on instead of held-out windows. ``dtype`` ("fp32", "fp16",
     "bf16") and ``flavor`` ("portable", "gqa") are those of the ONNX graphs; bfloat16 has no arithmetic in
     ONNX Runtime's CPU, where its quality is computed in float32 and nothing is timed. ``baseline`` False
-    leaves the dense model out of export and measurements, and with it everything relative. ``until`` "checkpoint" stops
-    after plan.json and checkpoint/; ``resume`` continues from there.
+    leaves the dense model out of export and measurements, and with it everything relative. ``until``
+    "checkpoint" stops after plan.json and checkpoint/; ``resume`` continues from there.
 
     Raises NirvanaError for the user's problems and VerificationError when the exported model does not
     compute what the checkpoint computes.
