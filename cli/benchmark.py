@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import TerminalProgress, echo_json, echo_table, json_option, threads_option
+from .common import TerminalProgress, echo_json, echo_table, json_option, runtime_option, threads_option
 
 
 @click.command("benchmark")
@@ -23,6 +23,7 @@ from .common import TerminalProgress, echo_json, echo_table, json_option, thread
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=11, show_default=True, help="Rounds that count."
 )
+@runtime_option
 @threads_option
 @json_option
 def benchmark(
@@ -31,6 +32,7 @@ def benchmark(
     new_tokens: int,
     batch_size: int,
     repeats: int,
+    runtime: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -51,7 +53,7 @@ def benchmark(
         repeats=repeats,
         threads=threads,
     )
-    result = pipeline.benchmark_folder(out, workload=workload, progress=TerminalProgress())
+    result = pipeline.benchmark_folder(out, workload=workload, runtime=runtime, progress=TerminalProgress())
     if as_json:
         echo_json(result)
         return

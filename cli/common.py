@@ -25,6 +25,22 @@ threads_option = click.option(
     help="Threads of ONNX Runtime. [all physical cores]",
 )
 
+RUNTIMES = (
+    "onnxruntime-cpu",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "onnxruntime-nvtensorrtrtx",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+"""The names of ``measure.runners.RUNNERS``, spelled out so that --help imports nothing; tested to agree."""
+runtime_option = click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    default=None,
+    help="What runs the model. [an engine's own, else onnxruntime-cpu]",
+)
+
 
 class _Gamma(click.ParamType[Any]):
     """A positive number, or the word auto."""

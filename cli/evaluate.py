@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .common import TerminalProgress, echo_json, echo_table, json_option, threads_option
+from .common import TerminalProgress, echo_json, echo_table, json_option, runtime_option, threads_option
 
 
 @click.command("evaluate")
@@ -41,6 +41,7 @@ from .common import TerminalProgress, echo_json, echo_table, json_option, thread
 )
 @click.option("--tasks", default=None, help="Tasks of lm-evaluation-harness, comma-separated: piqa,arc_easy.")
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Examples of each task. [all]")
+@runtime_option
 @threads_option
 @json_option
 def evaluate(
@@ -52,6 +53,7 @@ def evaluate(
     ntk_windows: int,
     tasks: str | None,
     limit: int | None,
+    runtime: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -76,6 +78,7 @@ def evaluate(
         task_names=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
         task_limit=limit,
         threads=threads,
+        runtime=runtime,
         progress=TerminalProgress(),
     )
     if as_json:

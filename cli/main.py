@@ -20,6 +20,7 @@ _COMMANDS = {
     "verify": ("verify", "Check an output folder: hashes, logits and greedy tokens against its checkpoint."),
     "benchmark": ("benchmark", "Measure latency and memory of an output folder again, dense against pruned."),
     "evaluate": ("evaluate", "Measure perplexity and KL of an output folder again, on any text."),
+    "generate": ("generate", "Stream text from an output folder, an ONNX folder or an engine."),
     "package": ("package", "Package an output folder: GGUF for llama.cpp, a repository for Triton."),
     "report": ("report", "Write the report again from the records of an output folder."),
     "inspect": ("inspect", "Show what was kept, and where."),

@@ -6,29 +6,35 @@ from pathlib import Path
 
 import click
 
-from .common import TerminalProgress, echo_json, echo_table, json_option, threads_option
+from .common import TerminalProgress, echo_json, echo_table, json_option, runtime_option, threads_option
 
 
 @click.command("verify")
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@runtime_option
 @threads_option
 @json_option
-def verify(out: Path, threads: int | None, as_json: bool) -> None:
+def verify(out: Path, runtime: str | None, threads: int | None, as_json: bool) -> None:
     """Check OUT: sha256 of its files, then logits and greedy tokens of its ONNX against its checkpoint.
 
     The dense baseline is checked too where the model it came from is still in place. Exit code 3 when
-    something differs.
+    something differs. --runtime also runs the models there, and compares it with ONNX Runtime on the CPU: an
+    engine at the smallest, optimal and largest sizes of its profiles.
 
     \b
     Example:
       nirvana-deploy verify smollm2-s0.4
+      nirvana-deploy verify smollm2-s0.4 --runtime tensorrt-rtx
     """
     from nirvana_deploy import pipeline
 
-    result = pipeline.verify_folder(out, threads=threads, progress=TerminalProgress())
+    result = pipeline.verify_folder(out, threads=threads, runtime=runtime, progress=TerminalProgress())
     if as_json:
-        echo_json({"damaged": result.damaged, **{name: r.to_json() for name, r in result.reports.items()}})
+        reports = {name: report.to_json() for name, report in result.reports.items()}
+        compared = {name: report.to_json() for name, report in result.compared.items()}
+        echo_json({"damaged": result.damaged, **reports, **({"compared": compared} if compared else {})})
     else:
+        shown = {**result.reports, **{f"{name} in {runtime}": r for name, r in result.compared.items()}}
         rows = [
             [
                 f"{name}: {check.name}",
@@ -36,10 +42,10 @@ def verify(out: Path, threads: int | None, as_json: bool) -> None:
                 f"{check.tolerance:.1e}",
                 _word(check.passed),
             ]
-            for name, report in result.reports.items()
+            for name, report in shown.items()
             for check in report.checks
         ]
-        for name, report in result.reports.items():
+        for name, report in shown.items():
             for greedy in report.greedy:
                 same = greedy.not_run or f"{greedy.equal_prompts + greedy.ties} of {greedy.prompts} equal"
                 verdict = "not run" if greedy.not_run else _word(greedy.passed)

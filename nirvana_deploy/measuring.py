@@ -6,6 +6,7 @@ Each can be run again alone; ``evaluate`` and ``benchmark`` do. What makes the f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.artifact import read_json, write_json
+from nirvana_deploy.engine.record import read_engine_record
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.export.verify import VerifyReport, dtype_of_graph, prompts_for
 from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
+from nirvana_deploy.measure.compare import (
+    DEFAULT_CASES,
+    cases_of,
+    compare_runners,
+    device_tolerance,
+)
 from nirvana_deploy.measure.ntk import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
+from nirvana_deploy.measure.runners import Runner, is_engine, open_runner
 from nirvana_deploy.measure.tasks import evaluate_tasks
 from nirvana_deploy.prune.calibrate import TokenWindows
 from nirvana_deploy.prune.plan import read_plan
 from nirvana_deploy.prune.windows_file import read_windows
 from nirvana_deploy.run import Run
 from nirvana_deploy.stages import BENCHMARK_FILE, CALIBRATION_FILE, QUALITY_FILE, drawn_record
-from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, shape_of, variant_named, variants_of
+from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, models_for, shape_of
 
 NTK_FILE = "ntk.json"
 TASKS_FILE = "tasks.json"
@@ -37,29 +48,34 @@ def quality(
     *,
     threads: int | None,
     windows: TokenWindows | None = None,
+    runtime: str | None = None,
     redo: bool = False,
 ) -> dict[str, Any]:
-    """Perplexity of the ONNX models, and KL against dense: on ``windows``, else on the held-out ones."""
+    """Perplexity of the models, and KL against dense: on ``windows``, else on the held-out ones.
+
+    ``runtime`` runs them (``runners.RUNNERS``), ONNX Runtime on the CPU when it is None.
+    """
 
     def work() -> dict[str, Any]:
         if windows is None:
             tokens, source = heldout_windows(run)
         else:
             tokens, source = windows.tokens, windows.source
-        variants = variants_of(run)
-        widened = run.manifest["options"].get("dtype") == "bf16"  # which ONNX Runtime's CPU cannot compute
-        decoders = {
-            v.name: OrtDecoder(run.out / v.folder, threads=threads, in_float32=widened) for v in variants
-        }
-        baseline = variants[0].name
-        found = quality_of(
-            decoders.pop(baseline),
-            decoders,
-            tokens,
-            baseline_name=baseline,
-            parents={v.name: v.parent for v in variants if v.parent},
-            progress=run.progress,
-        )
+        models = models_for(run, runtime)
+        with ExitStack() as stack:
+            opened = {
+                v.name: stack.enter_context(_opened(run, path, runtime=runtime, threads=threads))
+                for v, path in models.items()
+            }
+            baseline = next(iter(opened))
+            found = quality_of(
+                opened.pop(baseline),
+                opened,
+                tokens,
+                baseline_name=baseline,
+                parents={v.name: v.parent for v in models if v.parent in opened},
+                progress=run.progress,
+            )
         if baseline != DENSE:
             found = {name: found[name] | _NOTHING_DENSE for name in found}
         result = {"source": source, "window_tokens": tokens.shape[1], "variants": found}
@@ -74,19 +90,25 @@ def heldout_windows(run: Run) -> tuple[NDArray[np.int64], str]:
     return read_windows(run.out / CALIBRATION_FILE)["heldout"], drawn_record(run)["evaluation_source"]
 
 
-def speed(run: Run, *, workload: Workload, redo: bool = False) -> dict[str, Any]:
-    """Measure the ONNX models against each other and write benchmark.json, quality included."""
+def speed(run: Run, *, workload: Workload, runtime: str | None = None, redo: bool = False) -> dict[str, Any]:
+    """Measure the models against each other in ``runtime`` and write benchmark.json, quality included."""
 
     def work() -> dict[str, Any]:
+        models = models_for(run, runtime)
         variants = [
             variant_from_folder(
-                v.name, run.out / v.folder, shape_of(run.out, v), float_arithmetic=v.scheme is None
+                v.name,
+                run.out / v.folder,
+                shape_of(run.out, v),
+                float_arithmetic=v.scheme is None,
+                runtime=runtime,
+                path=path,
             )
-            for v in variants_of(run)
+            for v, path in models.items()
         ]
         result = benchmark(variants, workload=workload, baseline=variants[0].name, progress=run.progress)
-        for variant in result["variants"]:
-            variant["path"] = variant_named(variant["name"]).folder
+        for variant, path in zip(result["variants"], models.values(), strict=True):
+            variant["path"] = path.relative_to(run.out).as_posix()
         write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
         return {"comparisons": result["comparisons"]}
 
@@ -107,6 +129,32 @@ def _with_quality(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     for variant in result["variants"]:
         variant["quality"] = found["variants"].get(variant["name"])
     return {**result, "evaluation": {key: found.get(key) for key in ("source", "window_tokens")}}
+
+
+def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, VerifyReport]:
+    """Every model in ``runtime`` against ONNX Runtime on the CPU, which computes it in float32."""
+    reports = {}
+    for variant, path in models_for(run, runtime).items():
+        folder = run.out / variant.folder
+        with (
+            OrtDecoder(folder, threads=threads, in_float32=True) as reference,
+            open_runner(path, runtime=runtime, threads=threads) as runner,
+        ):
+            vocab_size = runner.vocab_size
+            record = read_engine_record(path, check_bytes=False) if is_engine(path) else None
+            reports[variant.name] = compare_runners(
+                reference,
+                runner,
+                cases=DEFAULT_CASES if record is None else cases_of(record, vocab_size=vocab_size),
+                tolerance=device_tolerance(
+                    record.dtype if record else dtype_of_graph(folder / MODEL_FILE).name,
+                    layers=len(reference.kv_heads),
+                    quantization=variant.scheme,
+                ),
+                prompts=prompts_for(run.out / CHECKPOINT, vocab_size),
+                progress=run.progress,
+            )
+    return reports
 
 
 def tangent_kernel(run: Run, *, windows: int) -> dict[str, Any]:
@@ -152,3 +200,10 @@ def dense_checkpoint(run: Run) -> Path:
             hint=f"Fetch it again: nirvana-deploy prune {run.manifest['options']['model']} --sparsity 0.4",
         )
     return path
+
+
+def _opened(run: Run, path: Path, *, runtime: str | None, threads: int | None) -> Runner:
+    """A runner; a bfloat16 model that no other runtime was named for is computed in float32 on the CPU."""
+    if runtime is None and not is_engine(path) and run.manifest["options"].get("dtype") == "bf16":
+        return OrtDecoder(path, threads=threads, in_float32=True)
+    return open_runner(path, runtime=runtime, threads=threads)

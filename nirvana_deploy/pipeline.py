@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from nirvana_deploy.export.onnx_export import require_exportable
 from nirvana_deploy.export.verify import VerifyReport, verify_onnx
 from nirvana_deploy.measure.benchmark import Workload
 from nirvana_deploy.measure.tasks import require_tasks
-from nirvana_deploy.measuring import quality, refresh_quality, speed, tangent_kernel, tasks
+from nirvana_deploy.measuring import compare_in, quality, refresh_quality, speed, tangent_kernel, tasks
 from nirvana_deploy.model.checkpoint import load_tokenizer
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import resolve_model
@@ -284,6 +284,9 @@ class FolderCheck:
     damaged: list[str]
     """Files that are missing or whose sha256 differs from the manifest's."""
     reports: dict[str, VerifyReport]
+    """ONNX against checkpoint, by variant."""
+    compared: dict[str, VerifyReport] = field(default_factory=dict)
+    """A runtime that was named against ONNX Runtime on the CPU, likewise."""
 
     def require_passed(self) -> None:
         """Raise VerificationError unless every file and every comparison is as it should be."""
@@ -295,10 +298,20 @@ class FolderCheck:
             )
         for name, report in self.reports.items():
             report.require_passed(self.out / variant_named(name).folder)
+        for name, report in self.compared.items():
+            runtime = report.greedy[0].runtime
+            report.require_passed(
+                self.out / variant_named(name).folder, against=f"ONNX Runtime on the CPU ({runtime} differs)"
+            )
 
 
-def verify_folder(out: Path, *, threads: int | None = None, progress: Progress = SILENT) -> FolderCheck:
-    """Check an output folder: sha256 of every file, then ONNX against checkpoint; changes nothing."""
+def verify_folder(
+    out: Path, *, threads: int | None = None, runtime: str | None = None, progress: Progress = SILENT
+) -> FolderCheck:
+    """Check an output folder: sha256 of every file, then ONNX against checkpoint; changes nothing.
+
+    ``runtime`` also runs the models there, and compares it with ONNX Runtime on the CPU.
+    """
     run = Run.open(out, progress=progress)
     damaged = [file for name in run.manifest["stages"] for file in run.damaged(name)]
     dense = Path(run.manifest["model"]["path"])
@@ -308,13 +321,19 @@ def verify_folder(out: Path, *, threads: int | None = None, progress: Progress =
         for name, checkpoint in checkpoints.items()
         if checkpoint.is_dir() and (out / variant_named(name).folder).is_dir() and not damaged
     }
-    return FolderCheck(out=out, damaged=damaged, reports=reports)
+    compared = compare_in(run, runtime, threads=threads) if runtime is not None and not damaged else {}
+    return FolderCheck(out=out, damaged=damaged, reports=reports, compared=compared)
 
 
-def benchmark_folder(out: Path, *, workload: Workload, progress: Progress = SILENT) -> dict[str, Any]:
-    """Measure an output folder again; rewrites benchmark.json and the report, returns benchmark.json."""
+def benchmark_folder(
+    out: Path, *, workload: Workload, runtime: str | None = None, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """Measure an output folder again in ``runtime`` [onnxruntime-cpu].
+
+    Rewrites benchmark.json and the report, returns benchmark.json.
+    """
     run = Run.open(out, progress=progress)
-    speed(run, workload=workload, redo=True)
+    speed(run, workload=workload, runtime=runtime, redo=True)
     write_pages(run)
     result: dict[str, Any] = read_json(out / BENCHMARK_FILE)
     return result
@@ -330,13 +349,15 @@ def evaluate_folder(
     task_names: Sequence[str] = (),
     task_limit: int | None = None,
     threads: int | None = None,
+    runtime: str | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Measure quality of an output folder again; rewrites quality.json, benchmark.json and the report.
 
     On ``eval_text`` in windows of ``window_tokens`` tokens [256], at most ``max_windows`` of them [16]; else
-    on the held-out windows. ``ntk_windows`` also measures the tangent kernels on so many held-out windows,
-    ``task_names`` runs tasks of lm-evaluation-harness on ``task_limit`` examples each [all]. A folder
+    on the held-out windows; in ``runtime`` [onnxruntime-cpu]. ``ntk_windows`` also measures the tangent
+    kernels on so many held-out windows, ``task_names`` runs tasks of lm-evaluation-harness on ``task_limit``
+    examples each [all]. A folder
     without ONNX model is measured by these two alone. Returns quality.json with ``ntk`` and ``tasks`` added.
     """
     run = Run.open(out, progress=progress)
@@ -354,7 +375,7 @@ def evaluate_folder(
                 seq_len=window_tokens,
                 max_sequences=max_windows,
             )
-        result = quality(run, threads=threads, windows=windows, redo=True)
+        result = quality(run, threads=threads, windows=windows, runtime=runtime, redo=True)
         refresh_quality(run)
     if ntk_windows:
         result = {**result, "ntk": tangent_kernel(run, windows=ntk_windows)}

@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from nirvana_deploy.engine.loading import MODULES
+from nirvana_deploy.engine.record import ENGINE_SUFFIX, EngineRecord, read_engine_record
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.prune.plan import dense_shape, read_plan
@@ -60,6 +64,36 @@ def variant_named(name: str) -> ModelVariant:
 def variants_of(run: Run) -> tuple[ModelVariant, ...]:
     """The variants that ``run`` has made, the baseline first."""
     return tuple(variant for variant in KNOWN if variant.stage in run.manifest["stages"])
+
+
+def models_for(run: Run, runtime: str | None) -> dict[ModelVariant, Path]:
+    """What to run of each variant, the baseline first: its ONNX folder, or its engine of ``runtime``.
+
+    An engine belongs to the variant whose ``model.onnx`` it was built from, or else whose name it has.
+    Raises NirvanaError where ``runtime`` runs engines and the folder has none of them.
+    """
+    variants = variants_of(run)
+    if runtime not in MODULES:
+        return {variant: run.out / variant.folder for variant in variants}
+    engines = _engines(run.out, runtime)
+    found = {}
+    for variant in variants:
+        onnx = run.manifest["stages"][variant.stage]["files"].get(f"{variant.folder}/{MODEL_FILE}")
+        for path, record in engines.items():
+            if record.onnx_sha256.get(MODEL_FILE) == onnx or record.name == variant.name:
+                found[variant] = path
+    if not found:
+        raise NirvanaError(
+            f"{run.out} has no engine of {runtime}.",
+            hint=f"nirvana-deploy build-engine {run.out} --engine {runtime}",
+        )
+    return found
+
+
+def _engines(out: Path, runtime: str) -> dict[Path, EngineRecord]:
+    paths = sorted(out.rglob(f"*{ENGINE_SUFFIX}"))
+    records = {path: read_engine_record(path, check_bytes=False) for path in paths}
+    return {path: record for path, record in records.items() if record.runtime == runtime}
 
 
 def shape_of(out: Path, variant: ModelVariant) -> ModelShape:

@@ -91,7 +91,7 @@ def tiny_variant(folder: Path, name: str = "dense", *, linear_parameters: int = 
         kv_cache_bytes_per_token=4 * 2 * 4 * sum(KV_HEADS),
         weight_bytes_per_step=4 * (linear_parameters + 88),
     )
-    return Variant(name=name, folder=folder, parameters=976, embedding_parameters=88, work=work)
+    return Variant(name=name, path=folder, parameters=976, embedding_parameters=88, work=work)
 
 
 @pytest.fixture(scope="module")

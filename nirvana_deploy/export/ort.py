@@ -17,7 +17,7 @@ neither.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,20 @@ class OrtDecoder:
         *,
         threads: int | None = None,
         provider: str = "CPUExecutionProvider",
+        provider_options: Mapping[str, str] | None = None,
         in_float32: bool = False,
     ) -> None:
         self.threads = checked_threads(threads)
         model = folder / MODEL_FILE
-        self._session = open_session(model, threads=self.threads, provider=provider, in_float32=in_float32)
+        self._session = open_session(
+            model,
+            threads=self.threads,
+            provider=provider,
+            provider_options=provider_options,
+            in_float32=in_float32,
+        )
+        self._device = "cpu" if provider == "CPUExecutionProvider" else "cuda"
+        self._binds_outputs = self._device != "cpu"  # else ONNX Runtime brings every output to the host
         inputs = {node.name: node for node in self._session.get_inputs()}
         outputs = {node.name: node for node in self._session.get_outputs()}
         layers = sorted(int(m[1]) for m in map(_PAST_KEY.fullmatch, inputs) if m)
@@ -146,6 +155,13 @@ class OrtDecoder:
         self.vocab_size = static_dimension(outputs["logits"], 2, model)
         self.last_logits = outputs["logits"].shape[1] == 1
 
+    def __enter__(self) -> OrtDecoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the session go: weights and arenas are freed with the last state."""
+        del self._session
+
     def prefill(
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
     ) -> tuple[NDArray[np.float32], DecodeState]:
@@ -160,7 +176,8 @@ class OrtDecoder:
             attention_mask = np.ones(tokens.shape, dtype=np.int64)
         if self.in_place:
             return self._prefill_in_place(tokens, attention_mask)
-        return self._step(tokens, attention_mask, tuple(map(as_ort, self._layout.arrays(len(tokens), 0))))
+        empty = self._layout.arrays(len(tokens), 0)
+        return self._step(tokens, attention_mask, tuple(as_ort(array, self._device) for array in empty))
 
     def decode(
         self, tokens: NDArray[np.int64], state: DecodeState
@@ -200,8 +217,20 @@ class OrtDecoder:
         positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -tokens.shape[1] :]
         feeds = self._feeds(input_ids=tokens, attention_mask=attention_mask, position_ids=positions)
         feeds.update(zip((f"past_key_values.{name}" for name in self._layout.names), cache, strict=True))
-        logits, *present = self._session.run_with_ort_values(self._output_names, feeds)
+        run = self._run_on_device if self._binds_outputs else self._session.run_with_ort_values
+        logits, *present = run(self._output_names, feeds)
         return as_numpy(logits), DecodeState(cache=tuple(present), attention_mask=attention_mask)
+
+    def _run_on_device(self, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+        """Run with logits brought to the host and everything else left on the device."""
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in names:
+            binding.bind_output(name, "cpu" if name == "logits" else self._device, 0)
+        self._session.run_with_iobinding(binding)
+        outputs: list[Any] = binding.get_outputs()
+        return outputs
 
     def _prefill_in_place(
         self, tokens: NDArray[np.int64], mask: NDArray[np.int64]
@@ -252,8 +281,8 @@ class OrtDecoder:
         """A binding in which every buffer is input and output."""
         binding = self._session.io_binding()
         binding.bind_output("logits")
-        for name, array in zip(self._layout.names, buffers.arrays, strict=True):
-            value = as_ort(array)
+        buffers.values = [as_ort(array, self._device) for array in buffers.arrays]
+        for name, value in zip(self._layout.names, buffers.values, strict=True):
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         return binding
@@ -264,6 +293,8 @@ class OrtDecoder:
                 f"The cache of this graph holds {self.max_tokens} tokens, and {needed} are needed.",
                 hint="Export again with a larger --cache-length, or ask for fewer tokens.",
             )
+        if self._device != "cpu":
+            buffers.arrays = [value.numpy() for value in buffers.values]
         return buffers.grown(max(needed, 2 * buffers.slots))
 
     def _feeds(self, **of_tokens: NDArray[np.int64]) -> dict[str, Any]:

@@ -27,7 +27,13 @@ CACHE_DTYPES: dict[str, type[np.floating[Any]]] = {
     "tensor(float16)": np.float16,
 }
 """What a KV cache may be stored as."""
-RUNTIMES = {"CPUExecutionProvider": "onnxruntime-cpu", "CUDAExecutionProvider": "onnxruntime-cuda"}
+RUNTIMES = {
+    "CPUExecutionProvider": "onnxruntime-cpu",
+    "CUDAExecutionProvider": "onnxruntime-cuda",
+    "TensorrtExecutionProvider": "onnxruntime-tensorrt",
+    "NvTensorRTRTXExecutionProvider": "onnxruntime-nvtensorrtrtx",
+}
+"""Execution provider -> the name of the runtime that it is."""
 
 
 def default_threads() -> int:
@@ -45,10 +51,18 @@ def checked_threads(threads: int | None) -> int:
     return threads
 
 
-def open_session(model: Path, *, threads: int, provider: str, in_float32: bool = False) -> Any:
+def open_session(
+    model: Path,
+    *,
+    threads: int,
+    provider: str,
+    provider_options: Mapping[str, str] | None = None,
+    in_float32: bool = False,
+) -> Any:
     """An InferenceSession; raises NirvanaError for a missing or corrupt file, or a provider it has not.
 
-    ``in_float32`` opens the float32 twin of a half-precision model (``float32_twin.py``).
+    ``in_float32`` opens the float32 twin of a half-precision model (``float32_twin.py``). A provider whose
+    libraries do not load is an error too: ONNX Runtime would go on with another one.
     """
     if not model.is_file():
         raise NirvanaError(f"{model.parent} holds no {model.name}.", hint=export_hint(model.parent))
@@ -64,7 +78,8 @@ def open_session(model: Path, *, threads: int, provider: str, in_float32: bool =
     try:
         if in_float32:
             return _session_beside(model, _float32_twin(model), options)
-        return onnxruntime.InferenceSession(model, options, providers=[provider])
+        asked = [(provider, dict(provider_options or {}))]
+        session = onnxruntime.InferenceSession(model, options, providers=asked)
     except Exception as error:  # the binding has no common base class for its load errors
         missing = not (model.parent / DATA_FILE).is_file() and DATA_FILE in str(error)
         reason = f"{DATA_FILE} is missing beside it" if missing else str(error)
@@ -74,6 +89,13 @@ def open_session(model: Path, *, threads: int, provider: str, in_float32: bool =
                 hint="ONNX Runtime has no bfloat16 arithmetic on the CPU: export with --dtype fp32 or fp16.",
             ) from error
         raise NirvanaError(f"{model} cannot be loaded: {reason}.", hint=export_hint(model.parent)) from error
+    if provider not in session.get_providers():
+        raise NirvanaError(
+            f"{provider} does not start on this machine: ONNX Runtime fell back to "
+            f"{', '.join(session.get_providers())}. Its libraries or the GPU are missing.",
+            hint="nirvana-deploy doctor",
+        )
+    return session
 
 
 def graph_values(
@@ -132,9 +154,9 @@ def static_dimension(node: Any, axis: int, model: Path) -> int:
     return size
 
 
-def as_ort(array: NDArray[Any]) -> Any:
-    """An OrtValue on the array's own memory (it keeps the array alive)."""
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+def as_ort(array: NDArray[Any], device: str = "cpu") -> Any:
+    """An OrtValue on the array's own memory (it keeps the array alive), or a copy of it on ``cuda``."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
 
 
 def as_numpy(value: Any) -> NDArray[np.float32]:

@@ -40,6 +40,8 @@ class SlotCache:
 
     def __init__(self, arrays: list[NDArray[Any]]) -> None:
         self.arrays = arrays
+        self.values: list[Any] = []
+        """The runtime's view of the buffers, or its copies on another device."""
         self.binding: Any = None
         """The runtime's binding to the buffers, made once."""
         self._lineage = [0]

@@ -106,7 +106,7 @@ class VerifyReport:
             first_departure=data["first_departure"],
         )
 
-    def require_passed(self, folder: Path) -> None:
+    def require_passed(self, folder: Path, *, against: str = "its checkpoint") -> None:
         """Raise VerificationError (exit code 3) that names what failed and where it starts."""
         if self.passed:
             return
@@ -122,7 +122,7 @@ class VerifyReport:
         ]
         where = f" The first departure is at: {self.first_departure}." if self.first_departure else ""
         raise VerificationError(
-            f"{folder} does not compute what its checkpoint computes. {'; '.join(failed)}.{where}",
+            f"{folder} does not compute what {against} computes. {'; '.join(failed)}.{where}",
             hint="The artifacts are kept. 'nirvana-deploy doctor' lists the versions in use.",
         )
 
@@ -165,7 +165,7 @@ def verify_onnx(
             decoder = OrtDecoder(folder, threads=threads)
             checks += tuple(logits_checks(model, decoder, tolerance))
         advance(1)
-        prompts = _prompts(checkpoint, decoder.vocab_size)
+        prompts = prompts_for(checkpoint, decoder.vocab_size)
         if decoder.max_tokens is not None:
             longest = max(prompt.shape[1] for prompt in prompts)
             new_tokens = min(new_tokens, decoder.max_tokens - longest)
@@ -316,7 +316,7 @@ def _torch_logits(
     return logits
 
 
-def _prompts(checkpoint: Path, vocab_size: int) -> list[NDArray[np.int64]]:
+def prompts_for(checkpoint: Path, vocab_size: int) -> list[NDArray[np.int64]]:
     """Token ids [1, T] of the prompts; random ids where the folder has no tokenizer."""
     if not (checkpoint / "tokenizer_config.json").is_file():
         generator = np.random.default_rng(5)

@@ -33,8 +33,8 @@ class Variant:
 
     name: str
     """``dense``, ``pruned``, ..."""
-    folder: Path
-    """ONNX folder."""
+    path: Path
+    """ONNX folder, or engine file."""
     parameters: int
     """All weights, embeddings included."""
     embedding_parameters: int
@@ -42,6 +42,8 @@ class Variant:
     work: DecoderWork
     float_arithmetic: bool = True
     """Products are float multiplications, so that operations of two such variants compare."""
+    runtime: str | None = None
+    """A name of ``runners.RUNNERS``; None for the one that the path is for."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,19 @@ def variant_from_folder(
     *,
     parameters: int | None = None,
     float_arithmetic: bool = True,
+    runtime: str | None = None,
+    path: Path | None = None,
 ) -> Variant:
     """A variant whose counts follow from its shape and whose bytes are those of the ONNX file in ``folder``.
 
     ``parameters`` is the exact count when it is known; None counts linears and embeddings, which leaves out
-    norms and biases. ``float_arithmetic`` is False where weights or activations are quantized.
+    norms and biases. ``float_arithmetic`` is False where weights or activations are quantized. ``path``
+    is what runs in the place of ``folder``: an engine that was built from it.
     """
     footprint = footprint_of(folder)
     return Variant(
         name=name,
-        folder=folder,
+        path=path or folder,
         parameters=parameters or shape.linear_parameters + shape.embedding_parameters,
         embedding_parameters=shape.embedding_parameters,
         work=DecoderWork(
@@ -109,6 +114,7 @@ def variant_from_folder(
             weight_bytes_per_step=footprint.weight_bytes_per_step,
         ),
         float_arithmetic=float_arithmetic,
+        runtime=runtime,
     )
 
 
@@ -131,7 +137,9 @@ def benchmark(
         workers: dict[str, WorkerProcess] = {}
         for variant in variants:
             progress.note(f"Loading {variant.name}")
-            worker = WorkerProcess(variant.name, variant.folder, threads=workload.threads)
+            worker = WorkerProcess(
+                variant.name, variant.path, threads=workload.threads, runtime=variant.runtime
+            )
             workers[variant.name] = stack.enter_context(worker)
         threads = workers[baseline].loaded.threads
         environment = measured_environment(threads=threads)
@@ -246,23 +254,24 @@ def _record(
     )
     return {
         "name": variant.name,
-        "path": str(variant.folder),
+        "path": str(variant.path),
         "runtime": worker.loaded.runtime,
         "parameters": variant.parameters,
         "linear_parameters": variant.work.linear_parameters,
         "embedding_parameters": variant.embedding_parameters,
         "float_arithmetic": variant.float_arithmetic,
-        "weights_bytes": _weights_bytes(variant.folder),
+        "weights_bytes": _weights_bytes(variant.path),
         "kv_cache_bytes_per_token": variant.work.kv_cache_bytes_per_token,
         "load_ms": worker.loaded.load_ms,
         "interpreter_rss_bytes": worker.loaded.interpreter_rss_bytes,
         "loaded_rss_bytes": worker.loaded.loaded_rss_bytes,
         "peak_rss_bytes": worker.peak_rss_bytes,
-        "peak_device_bytes": None,
+        "peak_device_bytes": worker.peak_device_bytes,
         "prefill_ms": prefill_ms,
         "ttft_ms": summary([sample.ttft_ms for sample in samples]),
         "tpot_ms": tpot_ms,
         "itl_ms": summary([gap for sample in samples for gap in sample.itl_ms]),
+        **_device_times(samples),
         "prefill_tokens_per_s": 1e3 * workload.batch_size * workload.prompt_tokens / prefill_ms["p50"],
         "decode_tokens_per_s": 1e3 * workload.batch_size / tpot_ms["p50"],
         "decode_bytes_per_step": decode_bytes,
@@ -273,9 +282,21 @@ def _record(
     }
 
 
-def _weights_bytes(folder: Path) -> int:
-    """Bytes of the model's own files: graph and external data, without the tokenizer."""
-    return sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+def _device_times(samples: Sequence[RoundSample]) -> dict[str, Any]:
+    """GPU compute time of prefill and of one decode pass, where every round has it; None else."""
+    passes = [sample.device_ms for sample in samples if sample.device_ms]
+    if len(passes) < len(samples):
+        return {"prefill_device_ms": None, "decode_device_ms": None}
+    decode_passes = len(samples[0].itl_ms)  # the last ones; a long prompt takes several passes before them
+    return {
+        "prefill_device_ms": summary([sum(of_round[:-decode_passes]) for of_round in passes]),
+        "decode_device_ms": summary([ms for of_round in passes for ms in of_round[-decode_passes:]]),
+    }
+
+
+def _weights_bytes(path: Path) -> int:
+    """Bytes of the model's own files: an engine, or graph and external data without the tokenizer."""
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("model.onnx*"))
 
 
 def _common_vocab_size(vocab_sizes: Mapping[str, int]) -> int:

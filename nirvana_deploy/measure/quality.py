@@ -120,7 +120,13 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _logits(model: Prefiller, window: NDArray[np.int64], *, of: str) -> NDArray[np.float32]:
     """Logits [T - 1, V] at the positions of ``window`` [T] that have a next token."""
-    logits = model.prefill(window[None])[0][0, :-1]
+    logits: NDArray[np.float32] = model.prefill(window[None])[0][0]
+    if len(logits) < len(window):
+        raise NirvanaError(
+            f"Quality is measured at every position, and {of} gives the logits of the last one alone.",
+            hint="Export without --last-logits, and build the engine again.",
+        )
+    logits = logits[:-1]
     if not np.isfinite(logits).all():
         position = int(np.argmin(np.isfinite(logits).all(axis=1)))
         raise NirvanaError(f"Logits of {of} are not finite (NaN or infinite), first at position {position}.")

@@ -2,7 +2,7 @@
 
 Each variant runs in a process of its own, so that its peak memory is its own, and lives as long as the
 benchmark, so that variants can take turns. The parent writes one JSON request per line; the child
-(``python -m nirvana_deploy.measure.worker FOLDER --threads N``) answers each with one JSON line and is
+(``python -m nirvana_deploy.measure.worker PATH --threads N``) answers each with one JSON line and is
 blocked in ``read`` in between. End of input ends the child, also when the parent was killed.
 """
 
@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -55,6 +55,8 @@ class RoundSample:
     """Request start to the first token's id."""
     itl_ms: tuple[float, ...]
     """Gaps between consecutive tokens: ``new_tokens - 1`` of them."""
+    device_ms: tuple[float, ...] | None = None
+    """GPU compute time of every pass, the prefill's first, where the runtime tells: no copies, no host."""
 
     @property
     def tpot_ms(self) -> float:
@@ -122,12 +124,15 @@ class WorkerProcess:
     loaded: Loaded
     peak_rss_bytes: int
     """As of the last answer."""
+    peak_device_bytes: int | None
+    """Likewise, of the device that the runtime runs on; None for the CPU, or where it does not tell."""
 
-    def __init__(self, name: str, folder: Path, *, threads: int | None) -> None:
+    def __init__(self, name: str, path: Path, *, threads: int | None, runtime: str | None = None) -> None:
         self._name = name
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
-        command = [sys.executable, "-P", "-m", __spec__.name, str(folder.absolute())]
+        command = [sys.executable, "-P", "-m", __spec__.name, str(path.absolute())]
         command += ["--threads", str(threads)] if threads is not None else []
+        command += ["--runtime", runtime] if runtime is not None else []
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -138,9 +143,7 @@ class WorkerProcess:
 
     def __enter__(self) -> WorkerProcess:
         try:
-            answer = self._answer()
-            self.peak_rss_bytes = answer.pop("peak_rss_bytes")
-            self.loaded = Loaded(**answer)
+            self.loaded = Loaded(**self._answer())
         except BaseException:
             self._end()
             raise
@@ -161,9 +164,12 @@ class WorkerProcess:
         except BrokenPipeError:
             raise self._died() from None
         answer = self._answer()
-        self.peak_rss_bytes = answer["peak_rss_bytes"]
+        device_ms = answer["device_ms"]
         return RoundSample(
-            prefill_ms=answer["prefill_ms"], ttft_ms=answer["ttft_ms"], itl_ms=tuple(answer["itl_ms"])
+            prefill_ms=answer["prefill_ms"],
+            ttft_ms=answer["ttft_ms"],
+            itl_ms=tuple(answer["itl_ms"]),
+            device_ms=None if device_ms is None else tuple(device_ms),
         )
 
     def _answer(self) -> dict[str, Any]:
@@ -174,6 +180,8 @@ class WorkerProcess:
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise NirvanaError(f"{self._name}: {answer['error']}", hint=answer["hint"])
+        self.peak_rss_bytes = answer.pop("peak_rss_bytes")
+        self.peak_device_bytes = answer.pop("peak_device_bytes")
         return answer
 
     def _died(self) -> NirvanaError:
@@ -202,8 +210,10 @@ def _python_path() -> str:
     return os.pathsep.join(path for path in (ours, os.environ.get("PYTHONPATH")) if path)
 
 
-def serve(folder: Path, *, threads: int | None, requests: IO[str], answers: IO[str]) -> None:
-    """Load ``folder`` and answer requests until they end: the child's end."""
+def serve(
+    path: Path, *, threads: int | None, runtime: str | None = None, requests: IO[str], answers: IO[str]
+) -> None:
+    """Load an ONNX folder or an engine and answer requests until they end: the child's end."""
 
     def say(**answer: Any) -> None:
         answers.write(json.dumps(answer) + "\n")
@@ -211,40 +221,59 @@ def serve(folder: Path, *, threads: int | None, requests: IO[str], answers: IO[s
 
     try:
         # imported here: the parent needs no runtime, and a missing one is an answer like any other
-        from nirvana_deploy.export.ort import OrtDecoder
+        from nirvana_deploy.measure.runners import OnDevice, open_runner
 
         process = psutil.Process()
         interpreter_rss_bytes = process.memory_info().rss
         start = time.perf_counter()
-        decoder = OrtDecoder(folder, threads=threads)
+        runner = open_runner(path, runtime=runtime, threads=threads)
         load_ms = 1e3 * (time.perf_counter() - start)
     except NirvanaError as error:
         say(error=error.message, hint=error.hint)
         return
+    device = runner if isinstance(runner, OnDevice) else None
+
+    def peaks() -> dict[str, int | None]:
+        device_bytes = None if device is None else device.peak_device_bytes()
+        return {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": device_bytes}
+
     loaded = Loaded(
-        runtime=decoder.runtime,
-        threads=decoder.threads,
-        vocab_size=decoder.vocab_size,
+        runtime=runner.runtime,
+        threads=runner.threads,
+        vocab_size=runner.vocab_size,
         load_ms=load_ms,
         interpreter_rss_bytes=interpreter_rss_bytes,
         loaded_rss_bytes=process.memory_info().rss,
     )
-    say(**asdict(loaded), peak_rss_bytes=peak_rss_bytes())
+    say(**asdict(loaded), **peaks())
     for line in requests:
         request = json.loads(line)
         tokens = np.array(request["tokens"], dtype=np.int64)
-        sample = timed_round(decoder, tokens, new_tokens=request["new_tokens"])
-        say(**asdict(sample), peak_rss_bytes=peak_rss_bytes())
+        try:
+            sample = timed_round(runner, tokens, new_tokens=request["new_tokens"])
+        except NirvanaError as error:  # a prompt that an engine's profiles do not take, for one
+            say(error=error.message, hint=error.hint)
+            return
+        if device is not None:
+            sample = replace(sample, device_ms=device.device_ms())
+        say(**asdict(sample), **peaks())
 
 
 def main() -> None:
     """Run the child's end on stdin and stdout."""
     parser = argparse.ArgumentParser(prog="python -m nirvana_deploy.measure.worker", description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("path", type=Path)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--runtime")
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which closes our input
-    serve(options.folder, threads=options.threads, requests=sys.stdin, answers=sys.stdout)
+    serve(
+        options.path,
+        threads=options.threads,
+        runtime=options.runtime,
+        requests=sys.stdin,
+        answers=sys.stdout,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,329 @@
+"""Run a decoder engine: the interface of ``OrtDecoder`` on TensorRT and the CUDA driver, without torch.
+
+All device memory is allocated once, at the size of the largest profile. A pass copies its few token inputs
+in from page-locked memory, runs, and copies logits out; the cache never leaves the device. The decode pass
+of an in-place engine always has the same shapes and addresses, so it is captured as a CUDA graph after its
+first run and repeated from then on.
+
+An execution context holds shapes, so each profile has one of its own, and each batch size of a captured
+decode pass too: what a graph was captured from must not change. They share one scratch buffer, which is
+safe because all of them run on one stream.
+
+    with TensorRTRunner(Path("out/engine/model.engine")) as runner:
+        runner.generate(prompt, max_new_tokens=64, on_token=print)
+
+The logic here is tested against ONNX Runtime with a driver and a TensorRT that are fakes; **it has not run
+on a GPU yet**.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.engine.context import Context
+from nirvana_deploy.engine.cuda import CudaDevice, CudaError, Driver
+from nirvana_deploy.engine.kv_cache import (
+    ConcatenatedCache,
+    InPlaceCache,
+    KvCache,
+    cache_heads,
+    first_misfit,
+)
+from nirvana_deploy.engine.loading import (
+    LoadedEngine,
+    load_engine,
+    require_target,
+    require_version,
+    require_weights,
+    tensorrt_module,
+)
+from nirvana_deploy.engine.memory import ITEM_BYTES, LOGITS, plan_memory
+from nirvana_deploy.engine.record import read_engine_record
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export.greedy import greedy_tokens
+from nirvana_deploy.export.slots import moved_left, moved_right, require_left_padding
+
+_ROOM = (
+    "Build the engine smaller: nirvana-deploy build-engine DIR --max-batch 1 --max-length 1024 --force; its "
+    "logits shrink most when the ONNX is exported with --last-logits."
+)
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What was read so far. The cache itself is the runner's only one, so a state can be continued once."""
+
+    attention_mask: NDArray[np.int64]
+    """[N, S]: 1 for a token, 0 for left padding."""
+    step: int
+    """Passes that the runner had made when this state was new."""
+
+
+class TensorRTRunner:
+    """One engine on one GPU. A context manager; ``close`` frees what it holds.
+
+    ``driver`` and ``module`` stand in for ``cuda.bindings.driver`` and for ``tensorrt`` or
+    ``tensorrt_rtx``. Raises NirvanaError when the file is not what its record says, when the package or
+    the GPU is missing or the wrong one, and when the device has no room.
+    """
+
+    runtime: str
+    """``tensorrt`` or ``tensorrt-rtx``."""
+    threads: int
+    """1: the host only queues work."""
+    kv_heads: tuple[int, ...]
+    """K of each layer."""
+    head_dim: int
+    """d."""
+    vocab_size: int
+    """V."""
+
+    def __init__(
+        self,
+        engine: Path,
+        *,
+        device_index: int = 0,
+        driver: Driver | None = None,
+        module: Any = None,
+    ) -> None:
+        self._record = read_engine_record(engine)
+        self._plan = plan_memory(self._record)
+        require_weights(self._record)
+        trt = module if module is not None else tensorrt_module(self._record.runtime)
+        require_version(self._record, trt.__version__)
+        self.device = CudaDevice(index=device_index, driver=driver)
+        self._contexts: dict[tuple[int, int], Context] = {}
+        self._loaded: LoadedEngine | None = None
+        try:
+            require_target(self._record, self.device)
+            self._open(engine, trt)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, engine: Path, trt: Any) -> None:
+        record, plan, device = self._record, self._plan, self.device
+        self._loaded = load_engine(engine, record, module=trt, device=device)
+        scratch_bytes = max(
+            self._loaded.engine.get_device_memory_size_for_profile_v2(index)
+            for index in range(len(record.profiles))
+        )
+        heads = cache_heads(record)
+        self.runtime, self.threads = record.runtime, 1
+        self.kv_heads = tuple(K for name, (K, _) in heads.items() if name.endswith(".key"))
+        self.head_dim = next(iter(heads.values()))[1]
+        logits = next(tensor for tensor in record.outputs if tensor.name == LOGITS)
+        assert logits.shape[2] is not None
+        self.vocab_size, self._logits_dtype = logits.shape[2], logits.dtype
+        self._last_only = logits.shape[1] == 1
+        form = InPlaceCache if record.kv == "in-place" else ConcatenatedCache
+        self._cache: KvCache = form(record, plan, device, hint=_ROOM)
+        self._inputs = {
+            name: device.allocate(size, name, hint=_ROOM) for name, size in plan.token_inputs_bytes.items()
+        }
+        self._staging = {name: device.pinned(size) for name, size in plan.token_inputs_bytes.items()}
+        self._dtypes = {t.name: np.dtype(t.dtype) for t in record.inputs if t.name in self._inputs}
+        self._logits = device.allocate(plan.logits_bytes, "logits", hint=_ROOM)
+        self._host_logits = device.pinned(plan.decode_logits_bytes)
+        self._scratch = device.allocate(scratch_bytes, "engine's scratch memory", hint=_ROOM)
+        self._start, self._end = device.event(), device.event()
+        self._passes_ms: list[float] = []
+        self._step = 0
+        self.graph_refused: str | None = None
+
+    def __enter__(self) -> TensorRTRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the device; the runner cannot be used afterwards."""
+        self.device.settle()
+        self._contexts.clear()
+        self._loaded = None  # before the device: TensorRT frees its own memory in the same context
+        self.device.close()
+
+    def peak_device_bytes(self) -> int:
+        """See :meth:`CudaDevice.peak_bytes`: weights, scratch memory, cache and I/O."""
+        return self.device.peak_bytes()
+
+    def device_ms(self) -> tuple[float, ...]:
+        """GPU compute time of every pass since the last call of this: without copies and host time."""
+        passes_ms, self._passes_ms = tuple(self._passes_ms), []
+        return passes_ms
+
+    def prefill(
+        self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.float32], EngineState]:
+        """Read whole prompts; returns logits [N, T, V] and the state after them.
+
+        ``tokens`` and ``attention_mask`` are [N, T] int64; the mask is 0 where a prompt is padded on the
+        left, and None when none is. A prompt longer than a pass is read in several. Logits of padding are
+        undefined. An engine with logits of the last position alone gives [N, 1, V].
+        """
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise NirvanaError(f"Prompts must be an array [N, T] of at least one token, got {tokens.shape}.")
+        mask = np.ones(tokens.shape, dtype=np.int64) if attention_mask is None else attention_mask
+        require_left_padding(mask)
+        N, T = tokens.shape
+        moved = self._cache.in_place and not mask.all()
+        if moved and self._last_only:
+            raise NirvanaError(
+                f"{self._record.engine_file} gives logits of the last position alone and keeps its cache in "
+                "place: prompts of one batch must have the same length."
+            )
+        rows = moved_right(mask, tokens) if moved else tokens
+        parts = []
+        for start in range(0, T, self._plan.limits.step_tokens):
+            stop = min(T, start + self._plan.limits.step_tokens)
+            parts.append(self._pass(rows[:, start:stop], mask[:, :stop], np.full(N, start)))
+        logits = parts[-1] if self._last_only or len(parts) == 1 else np.concatenate(parts, axis=1)
+        if moved:
+            logits = moved_left(mask, logits)
+        return logits, EngineState(attention_mask=mask, step=self._step)
+
+    def decode(
+        self, tokens: NDArray[np.int64], state: EngineState
+    ) -> tuple[NDArray[np.float32], EngineState]:
+        """Read one more token per sequence, [N, 1]; returns logits [N, 1, V] and the state after it."""
+        if state.step != self._step:
+            raise NirvanaError(
+                "This state is no longer in the engine's cache: another prompt or step came after it. "
+                "An engine continues the latest state alone; read the prompt again."
+            )
+        before = state.attention_mask
+        mask = np.concatenate([before, np.ones((len(tokens), 1), dtype=np.int64)], axis=1)
+        logits = self._pass(tokens, mask, before.sum(axis=1))
+        return logits, EngineState(attention_mask=mask, step=self._step)
+
+    def generate(
+        self,
+        tokens: NDArray[np.int64],
+        *,
+        max_new_tokens: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """Continue one prompt [1, T] greedily; returns the new ids, a stop token included when one came."""
+        return greedy_tokens(
+            self, tokens, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, on_token=on_token
+        )
+
+    def _pass(
+        self, tokens: NDArray[np.int64], mask: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """One run over [N, T] new tokens after the S that are in the cache; logits [N, T, V]."""
+        (N, T), total = tokens.shape, mask.shape[1]
+        feeds = self._cache.token_inputs(tokens, mask, lengths)
+        feeds = {name: array for name, array in feeds.items() if name in self._inputs}
+        shapes = {
+            **{name: array.shape for name, array in feeds.items()},
+            **self._cache.shapes(N, total - T),
+        }
+        profile = self._profile(shapes, total)
+        for name, array in feeds.items():
+            self._copy_in(name, array)
+        context = self._context(profile, N if self._repeats(T) else 0)
+        context.bind(
+            shapes,
+            {
+                **{name: self._inputs[name].address for name in feeds},
+                **self._cache.addresses(),
+                LOGITS: self._logits.address,
+            },
+        )
+        self._run(context, graph=self._repeats(T))
+        logits = self._copy_out((N, 1 if self._last_only else T, self.vocab_size))
+        self._passes_ms.append(self.device.elapsed_ms(self._start, self._end))
+        self._cache.advance()
+        self._step += 1
+        return logits
+
+    def _repeats(self, new_tokens: int) -> bool:
+        """Whether a pass is the one that decoding repeats unchanged."""
+        return self._cache.in_place and new_tokens == 1
+
+    def _profile(self, shapes: dict[str, tuple[int, ...]], total_tokens: int) -> int:
+        """The tightest profile that takes ``shapes`` (a decode pass may fit prefill's too).
+
+        Raises NirvanaError where none does.
+        """
+        if total_tokens > self._plan.limits.total_tokens:
+            raise NirvanaError(
+                f"{total_tokens} tokens, prompt and answer together, exceed the "
+                f"{self._plan.limits.total_tokens} that {self._record.engine_file} has room for.",
+                hint="Ask for fewer, or: nirvana-deploy build-engine DIR --max-length N --force",
+            )
+        misfits = []
+        profiles = enumerate(self._record.profiles)
+        for index, profile in sorted(profiles, key=lambda one: one[1].shapes["input_ids"][2][1]):
+            misfit = first_misfit(shapes, profile.shapes)
+            if misfit is None:
+                return index
+            name, shape, low, high = misfit
+            misfits.append(f"{profile.name!r} takes {name} of {list(low)} to {list(high)}, not {list(shape)}")
+        raise NirvanaError(
+            f"No profile of {self._record.engine_file} takes this pass: {'; '.join(misfits)}.",
+            hint="nirvana-deploy build-engine DIR --max-batch N --max-length N --force",
+        )
+
+    def _context(self, profile: int, repeated_batch: int) -> Context:
+        """The context of a profile, or of a repeated decode pass of that many sequences."""
+        key = profile, repeated_batch
+        if key not in self._contexts:
+            assert self._loaded is not None, "the runner was closed"
+            self._contexts[key] = Context(self._loaded, profile, device=self.device, scratch=self._scratch)
+        return self._contexts[key]
+
+    def _run(self, context: Context, *, graph: bool) -> None:
+        """Queue the pass between two time stamps; by graph from the second time on."""
+        if graph and context.graph is None and context.runs and self.graph_refused is None:
+            try:
+                context.capture()
+            except (CudaError, NirvanaError) as error:
+                self.graph_refused = str(error)
+        self.device.record(self._start)
+        context.run()
+        self.device.record(self._end)
+
+    def _copy_in(self, name: str, array: NDArray[np.int64]) -> None:
+        """Through page-locked memory, which is free again: every pass ends with a wait."""
+        values = array.astype(self._dtypes[name], copy=False)
+        staged = self._staging[name][: values.nbytes].view(self._dtypes[name])
+        staged[:] = values.ravel()
+        self.device.copy_in(self._inputs[name], staged)
+
+    def _copy_out(self, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+        """Wait for the pass and return its logits as float32, in memory of their own."""
+        size_bytes = shape[0] * shape[1] * shape[2] * ITEM_BYTES[self._logits_dtype]
+        fits = size_bytes <= len(self._host_logits)
+        host = self._host_logits[:size_bytes] if fits else np.empty(size_bytes, dtype=np.uint8)
+        self.device.copy_out(host, self._logits)
+        self.device.synchronize()
+        return as_float32(host, self._logits_dtype).reshape(shape)
+
+
+def open_engine(path: Path, *, runtime: str, threads: int | None = None) -> TensorRTRunner:
+    """Open an engine of ``runtime``; ``threads`` is not used. Raises NirvanaError for another one's."""
+    record = read_engine_record(path, check_bytes=False)
+    if record.runtime != runtime:
+        raise NirvanaError(
+            f"{path} is an engine of {record.runtime}, and {runtime} is asked for.",
+            hint=f"Pass --runtime {record.runtime}, or build one: "
+            f"nirvana-deploy build-engine DIR --engine {runtime}",
+        )
+    return TensorRTRunner(path)
+
+
+def as_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    """Bytes of a tensor of ``dtype`` as a new float32 array; bfloat16 is the upper half of a float32."""
+    if dtype == "bfloat16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return raw.view(np.dtype(dtype)).astype(np.float32)
