@@ -3,14 +3,19 @@
     python benchmarks/quality.py MODEL --calib valid.txt --eval-text test.txt --out quality.jsonl
     python benchmarks/quality.py MODEL --calib valid.txt --eval-text test.txt --out quality.jsonl --quick
 
-MODEL is an alias or a folder. Each row is one pruned model, masked, not built: calibration windows drawn by
-seed from --calib, perplexity (windows of 512 tokens) and KL to the dense model on --eval-text, and the KL on
-held-out windows of --calib, which is all that a selector may see. From the rows the table derives gamma
-``auto`` (of each seed, the gamma of least held-out KL) and the KL-selected seed beside the median seed.
+MODEL is an alias or a folder. Each row is one pruned model, cut in memory, not built: calibration windows
+drawn by seed from --calib, perplexity (windows of 512 tokens) and KL to the dense model on --eval-text, and
+the KL on held-out windows of --calib, which is all that a selector may see. From the rows the table derives
+gamma ``auto`` (of each seed, the gamma of least held-out KL) and the KL-selected seed beside the median seed.
 
-Rows are written as they are measured; the same command continues where it stopped. --quick measures
-sparsity 0.4, nirvana and taylor, gamma 1 and M/A, two seeds and 8 windows. With --table nothing is
-measured and the table of what is there is printed.
+``nirvana`` and ``taylor`` are measured with the whole grid of ``--gamma auto``, the others with gamma 1 and
+M/A; magnitudes know no seed. Rows are written as they are measured, the sparsities in the order given; the
+same command continues where it stopped. --quick measures sparsity 0.4, nirvana and taylor, gamma 1 and M/A,
+two seeds. With --table nothing is measured and the table of what is there is printed.
+
+One candidate costs 2 x (linear weights left + head) operations a token. For SmolLM2 at sparsity 0.4 and the
+default 8 x 512 + 32 x 64 tokens that is 1.1e12 (a GEMM of its shapes runs at 0.2e12 a second on two
+AVX-512 cores), and scoring 32 x 128 tokens by gradient is 3.5e12, once for all sparsities and gammas.
 """
 
 from __future__ import annotations
@@ -24,13 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nirvana_deploy.artifact import sha256_of, write_bytes
 from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
-from nirvana_deploy.prune.calibrate import calibration_data, windows_of_text
+from nirvana_deploy.prune.calibrate import (
+    CalibrationData,
+    calibration_data,
+    windows_of_text,
+)
 from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import default_gamma, make_plan
 from nirvana_deploy.prune.saliency import SALIENCIES
@@ -40,11 +48,10 @@ from nirvana_deploy.prune.texts import read_text_file
 from nirvana_deploy.prune.units import UnitScores
 
 EVAL_LEN = 512
-MICRO_BATCH = 2
-"""Windows of 512 at a time."""
+WHOLE_GRID = ("nirvana", "taylor")
+"""Saliencies that are measured with every gamma that ``--gamma auto`` tries."""
 
 Row = dict[str, Any]
-Tokens = NDArray[np.int64]
 
 
 def main() -> None:
@@ -58,12 +65,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSONL of rows; continued when it exists")
     parser.add_argument("--quick", action="store_true", help="a small subset, see above")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=None)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.4, 0.2, 0.5])
     parser.add_argument("--saliency", nargs="+", choices=list(SALIENCIES), default=None)
-    parser.add_argument("--gamma", type=float, nargs="+", default=None, help="[1, 2, M/A and 1.5 M/A]")
+    parser.add_argument("--gamma", type=float, nargs="+", default=None, help="[see above]")
     parser.add_argument("--seeds", type=int, default=None, help="[3]")
-    parser.add_argument("--eval-windows", type=int, default=None, help="of 512 tokens [40]")
-    parser.add_argument("--heldout-windows", type=int, default=64, help="of 64 tokens, of --calib")
+    parser.add_argument("--eval-windows", type=int, default=8, help="of 512 tokens")
+    parser.add_argument("--heldout-windows", type=int, default=32, help="of 64 tokens, of --calib")
     parser.add_argument("--num-sequences", type=int, default=32, help="calibration windows of 128 tokens")
     parser.add_argument("--allocation", default="global")
     options = parser.parse_args()
@@ -76,101 +83,135 @@ def main() -> None:
 def measure(options: argparse.Namespace, rows: list[Row]) -> None:
     """Append to ``rows``, and to the file, every row that is asked for and not there yet."""
     source = resolve_model(options.model)
-    tokenizer = load_tokenizer(source.path)
-    sparsities = options.sparsity or ([0.4] if options.quick else [0.2, 0.4, 0.5])
-    saliencies = options.saliency or (["nirvana", "taylor"] if options.quick else list(SALIENCIES))
-    seeds = options.seeds or (2 if options.quick else 3)
-    count = options.eval_windows or (8 if options.quick else 40)
-    text = read_text_file(options.eval_text)
-    evaluated = windows_of_text(text, tokenizer, seq_len=EVAL_LEN, max_sequences=count)
-    settings = {
-        "model": source.name,
-        "model_sha256": [sha256_of(file) for file in sorted(source.path.glob("*.safetensors"))],
-        "eval_sha256": text.sha256,
-        "eval_windows": len(evaluated.tokens),
-        "heldout_windows": options.heldout_windows,
-        "num_sequences": options.num_sequences,
-        "allocation": options.allocation,
-    }
+    grid = Grid(source.path, load_tokenizer(source.path), options)
+    settings = grid.settings(source.name)
     done = {key(row) for row in rows}
-    for seed, saliency in itertools.product(range(seeds), saliencies):
-        data = calibration_data(
-            options.calib,
-            tokenizer,
-            num_sequences=options.num_sequences,
-            seq_len=128,
-            seed=seed,
-            heldout_sequences=options.heldout_windows,
-            heldout_len=64,
-            model_path=source.path,
-        )
-        named = {"settings": settings | {"calib_sha256": data.calibration.text_sha256}, "saliency": saliency}
+    sparsities = [0.4] if options.quick else options.sparsity
+    saliencies = options.saliency or (WHOLE_GRID if options.quick else list(SALIENCIES))
+    for sparsity, saliency in itertools.product(sparsities, saliencies):
+        seeds = 1 if saliency == "magnitude" else options.seeds or (2 if options.quick else 3)
         wanted = [
             row
-            for sparsity in sparsities
-            for gamma in gammas_of(options, source.path, sparsity)
-            if key(row := named | {"sparsity": sparsity, "gamma": gamma, "seed": seed}) not in done
+            for seed in range(seeds)
+            for gamma in grid.gammas(saliency, sparsity)
+            if key(row := new_row(settings, saliency, sparsity, gamma, seed)) not in done
         ]
         if wanted:
-            scores = score_units(source.path, data.calibration.tokens, saliency=saliency, seed=seed)
-        for _, together in grouped(wanted, lambda row: row["sparsity"]):
-            rows += measured(source.path, scores, together, data.heldout.tokens, evaluated.tokens)
+            rows += grid.measured(wanted)
             write_bytes(options.out, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def gammas_of(options: argparse.Namespace, checkpoint: Path, sparsity: float) -> Sequence[float]:
-    """The gammas asked for, or the grid of ``--gamma auto``, or for --quick 1 and M/A."""
-    if options.gamma:
-        return list(options.gamma)
-    shape = shape_from_config(config_json(checkpoint))
-    grid = gamma_grid(shape, sparsity=sparsity)
-    return [gamma for gamma in grid if gamma in (1.0, default_gamma(shape))] if options.quick else grid
+def new_row(settings: Row, saliency: str, sparsity: float, gamma: float, seed: int) -> Row:
+    """What makes a row, before it is measured."""
+    return {"settings": settings, "saliency": saliency, "sparsity": sparsity, "gamma": gamma, "seed": seed}
 
 
-def measured(
-    checkpoint: Path, scores: UnitScores, rows: Sequence[Row], heldout: Tokens, evaluated: Tokens
-) -> list[Row]:
-    """The rows, which ask for a sparsity and a gamma, with what came out; prints each."""
-    shape = shape_from_config(config_json(checkpoint))
-    start = time.perf_counter()
-    plans = [
-        make_plan(
-            shape,
-            scores,
-            sparsity=row["sparsity"],
-            gamma=row["gamma"],
-            allocation=row["settings"]["allocation"],
-            saliency=row["saliency"],
-            seed=row["seed"],
+class Grid:
+    """The texts, and what was scored on them so far."""
+
+    def __init__(self, checkpoint: Path, tokenizer: Any, options: argparse.Namespace) -> None:
+        self._checkpoint = checkpoint
+        self._shape = shape_from_config(config_json(checkpoint))
+        self._tokenizer = tokenizer
+        self._options = options
+        self.evaluated = windows_of_text(
+            read_text_file(options.eval_text), tokenizer, seq_len=EVAL_LEN, max_sequences=options.eval_windows
         )
-        for row in rows
-    ]
-    seen = masked_quality(checkpoint, plans, heldout)
-    unseen = masked_quality(checkpoint, plans, evaluated, micro_batch=MICRO_BATCH)
-    seconds = (time.perf_counter() - start) / len(rows)
-    results = [
-        row
-        | {
-            "default_gamma": default_gamma(shape),
-            "met_removed_share": plan.budget.met_removed_share,
-            "heldout_kl": float(seen.divergence[index].mean()),
-            "heldout_kl_standard_error": standard_error(seen.divergence[index]),
-            "kl": float(unseen.divergence[index].mean()),
-            "kl_standard_error": standard_error(unseen.divergence[index]),
-            "perplexity": float(np.exp(unseen.loss[index].mean())),
-            "dense_perplexity": float(np.exp(unseen.dense_loss.mean())),
-            "eval_tokens": int(evaluated.size),
-            "evaluated_s": seconds,
+        self._heldout = self._data(0).heldout
+        self._scores: dict[tuple[str, str | None, int], UnitScores] = {}
+
+    def _data(self, seed: int, *, corpus: str | None = None) -> CalibrationData:
+        """Of one seed; the held-out windows are the same for all."""
+        return calibration_data(
+            corpus or self._options.calib,
+            self._tokenizer,
+            num_sequences=self._options.num_sequences,
+            seq_len=128,
+            seed=seed,
+            heldout_sequences=self._options.heldout_windows,
+            heldout_len=64,
+            model_path=self._checkpoint,
+        )
+
+    def settings(self, model: str) -> Row:
+        """What all rows have in common."""
+        options, files = self._options, sorted(self._checkpoint.glob("*.safetensors"))
+        return {
+            "model": model,
+            "model_sha256": [sha256_of(file) for file in files],
+            "calib_sha256": self._heldout.text_sha256,
+            "eval_sha256": self.evaluated.text_sha256,
+            "eval_windows": len(self.evaluated.tokens),
+            "heldout_windows": options.heldout_windows,
+            "num_sequences": options.num_sequences,
+            "allocation": options.allocation,
         }
-        for index, (row, plan) in enumerate(zip(rows, plans, strict=True))
-    ]
-    for row in results:
-        print(
-            f"{row['saliency']} {row['sparsity']:g} gamma {row['gamma']:g} seed {row['seed']}: perplexity "
-            f"{row['perplexity']:.1f} (dense {row['dense_perplexity']:.1f}), KL {row['kl']:.3f}",
-            flush=True,
-        )
-    return results
+
+    @property
+    def default_gamma(self) -> float:
+        """M/A."""
+        return default_gamma(self._shape)
+
+    def gammas(self, saliency: str, sparsity: float) -> Sequence[float]:
+        """The gammas asked for, or those of the table, as far as the model allows them."""
+        if self._options.gamma:
+            return list(self._options.gamma)
+        grid = gamma_grid(self._shape, sparsity=sparsity)
+        whole = saliency in WHOLE_GRID and not self._options.quick
+        return [gamma for gamma in grid if whole or gamma in (1.0, default_gamma(self._shape))]
+
+    def scores(self, row: Row) -> UnitScores:
+        """Of every unit; they serve all sparsities and gammas. A row may name another corpus than --calib."""
+        saliency, corpus, seed = row["saliency"], row.get("corpus"), row["seed"]
+        if (saliency, corpus, seed) not in self._scores:
+            tokens = self._data(seed, corpus=corpus).calibration.tokens
+            self._scores[saliency, corpus, seed] = score_units(
+                self._checkpoint, tokens, saliency=saliency, seed=seed
+            )
+        return self._scores[saliency, corpus, seed]
+
+    def measured(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows, which ask for a saliency, a seed, a sparsity and a gamma, with what came out."""
+        plans = [
+            make_plan(
+                self._shape,
+                self.scores(row),
+                sparsity=row["sparsity"],
+                gamma=row["gamma"],
+                allocation=row["settings"]["allocation"],
+                saliency=row["saliency"],
+                seed=row["seed"],
+            )
+            for row in rows
+        ]
+        start = time.process_time()
+        window_sets = [self._heldout.tokens, self.evaluated.tokens]
+        seen, unseen = masked_quality(self._checkpoint, plans, window_sets)
+        cpu_s = (time.process_time() - start) / len(rows)
+        results = [
+            row
+            | {
+                "default_gamma": default_gamma(self._shape),
+                "met_removed_share": plan.budget.met_removed_share,
+                "heldout_kl": float(seen.divergence[index].mean()),
+                "heldout_kl_standard_error": standard_error(seen.divergence[index]),
+                "kl": float(unseen.divergence[index].mean()),
+                "kl_standard_error": standard_error(unseen.divergence[index]),
+                "perplexity": float(np.exp(unseen.loss[index].mean())),
+                "dense_perplexity": float(np.exp(unseen.dense_loss.mean())),
+                "eval_tokens": int(self.evaluated.tokens.size),
+                "evaluated_cpu_s": cpu_s,
+            }
+            for index, (row, plan) in enumerate(zip(rows, plans, strict=True))
+        ]
+        for row in results:
+            print(
+                f"{row['saliency']} {row['sparsity']:g} gamma {row['gamma']:g} seed {row['seed']}: "
+                f"perplexity {row['perplexity']:.1f} (dense {row['dense_perplexity']:.1f}), "
+                f"KL {row['kl']:.3f}",
+                flush=True,
+            )
+        return results
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -180,7 +221,8 @@ def read_rows(path: Path) -> list[Row]:
 
 def key(row: Row) -> str:
     """What makes two rows the same measurement."""
-    return json.dumps([row[name] for name in ("settings", "saliency", "sparsity", "gamma", "seed")])
+    names = ("settings", "saliency", "sparsity", "gamma", "seed", "corpus")
+    return json.dumps([row.get(name) for name in names])
 
 
 def standard_error(values: Any) -> float | None:
@@ -189,35 +231,37 @@ def standard_error(values: Any) -> float | None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: one line per settings, sparsity, saliency and gamma; seeds as median and range."""
+    """Markdown: a line per settings, sparsity and saliency; perplexity as the median of the seeds (range)."""
     lines = [
-        "| sparsity | saliency | gamma | seeds | perplexity: median (range) | KL: median | "
-        "KL-selected seed: perplexity |",
-        "|---|---|---|---|---|---|---|",
+        "| sparsity | saliency | seeds | gamma 1 | gamma M/A | gamma auto | KL, gamma auto | "
+        "seed of least KL, gamma auto |",
+        "|---|---|---|---|---|---|---|---|",
     ]
 
     def group(row: Row) -> tuple[Any, ...]:
         return json.dumps(row["settings"]), row["sparsity"], row["saliency"]
 
     for (_, sparsity, saliency), members in grouped(rows, group):
-        for gamma, chosen in grouped(members, lambda row: row["gamma"]):
-            usual = " (M/A)" if gamma == chosen[0]["default_gamma"] else ""
-            lines.append(line(sparsity, saliency, f"{gamma:.3g}{usual}", chosen))
-        by_seed = [least_heldout(same) for _, same in grouped(members, lambda row: row["seed"])]
-        lines.append(line(sparsity, saliency, "auto", by_seed))
+        usual = members[0]["default_gamma"]
+        by_gamma = dict(grouped(members, lambda row: row["gamma"]))
+        auto = [least_heldout(same) for _, same in grouped(members, lambda row: row["seed"])]
+        selected = least_heldout(auto)
+        cells = [f"{sparsity:g}", saliency, str(len(auto))]
+        cells += [spread(by_gamma.get(1.0, [])), spread(by_gamma.get(usual, [])), spread(auto)]
+        cells += [f"{np.median([row['kl'] for row in auto]):.3f}", f"{selected['perplexity']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     dense = {f"{row['dense_perplexity']:.1f}" for row in rows}
     return "\n".join([*lines, "", f"Dense perplexity: {', '.join(sorted(dense))}."])
 
 
-def line(sparsity: float, saliency: str, gamma: str, rows: Sequence[Row]) -> str:
-    """One line of the table."""
-    perplexities = [row["perplexity"] for row in rows]
-    selected = least_heldout(rows)
-    return (
-        f"| {sparsity:g} | {saliency} | {gamma} | {len(rows)} | {np.median(perplexities):.1f} "
-        f"({min(perplexities):.1f}-{max(perplexities):.1f}) | {np.median([row['kl'] for row in rows]):.3f} | "
-        f"{selected['perplexity']:.1f} (seed {selected['seed']}) |"
-    )
+def spread(rows: Sequence[Row]) -> str:
+    """Perplexity of some rows: median and range."""
+    values = sorted(row["perplexity"] for row in rows)
+    if not values:
+        return ""
+    digits = 1 if values[-1] < 1000 else 0
+    most = f" ({values[0]:.{digits}f}-{values[-1]:.{digits}f})" if len(values) > 1 else ""
+    return f"{np.median(values):.{digits}f}{most}"
 
 
 def least_heldout(rows: Sequence[Row]) -> Row:

@@ -2,11 +2,13 @@
 
     nirvana-deploy prune-export smollm2 --sparsity 0.4 --out demo
     python benchmarks/quality.py smollm2 --calib A --eval-text B --out benchmarks/results/quality.jsonl
+    python benchmarks/selection.py smollm2 --calib A --eval-text B \\
+        --quality benchmarks/results/quality.jsonl --out benchmarks/results/selection.jsonl
     python benchmarks/readme.py demo
 
 Copies the records of the main job to benchmarks/results/, rewrites the tables between the README's markers
-from there, and, where Chromium is installed, takes the picture of the report. A test checks that the README
-shows what the records say.
+from there, and, where Chromium is installed, takes the picture of the report. Without a folder it rewrites
+the tables of quality alone. A test checks that the README shows what the records say.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quality import read_rows, table  # the script beside this one
+from quality import read_rows, table  # the scripts beside this one
+from selection import table as selection_table
 
 from nirvana_deploy.measure.table import summary_table
 
@@ -28,6 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 RECORD = RESULTS / "smollm2-s0.4.benchmark.json"
 PICTURE = RESULTS / "report.png"
 QUALITY = RESULTS / "quality.jsonl"
+SELECTION = RESULTS / "selection.jsonl"
 
 
 def measured_section(benchmark: dict[str, Any]) -> str:
@@ -50,8 +54,9 @@ def measured_section(benchmark: dict[str, Any]) -> str:
 
 
 def quality_section() -> str:
-    """The README's table of benchmarks/results/quality.jsonl."""
-    return str(table(read_rows(QUALITY)))
+    """The README's tables of quality.jsonl and, where it is there, selection.jsonl."""
+    rows, others = read_rows(QUALITY), read_rows(SELECTION)
+    return "\n\n".join([table(rows), *([selection_table([*rows, *others])] if others else [])])
 
 
 def with_section(readme: str, name: str, section: str) -> str:
@@ -93,16 +98,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="output folder of the main job")
+    parser.add_argument("out", type=Path, nargs="?", help="output folder of the main job")
     out = parser.parse_args().out
-    benchmark = json.loads((out / "benchmark.json").read_text())
-    RESULTS.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps(benchmark, indent=1) + "\n")
     readme = ROOT / "README.md"
-    text = with_section(readme.read_text(), "measured", measured_section(benchmark))
-    readme.write_text(with_section(text, "quality", quality_section()))
-    take_picture(out / "report.html")
-    print(measured_section(benchmark))
+    text = with_section(readme.read_text(), "quality", quality_section())
+    if out is not None:
+        benchmark = json.loads((out / "benchmark.json").read_text())
+        RESULTS.mkdir(exist_ok=True)
+        RECORD.write_text(json.dumps(benchmark, indent=1) + "\n")
+        text = with_section(text, "measured", measured_section(benchmark))
+        take_picture(out / "report.html")
+    readme.write_text(text)
+    print(measured_section(json.loads(RECORD.read_text())))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def _print_plan(console: Console, inspection: Inspection) -> None:
     from rich import box
     from rich.table import Table
 
-    from nirvana_deploy.measure.table import format_count, format_share, text_bar
+    from nirvana_deploy.measure.table import ABSENT, format_count, format_share, text_bar
 
     budget = inspection.plan.get("budget")
     if budget:
@@ -64,11 +64,12 @@ def _print_plan(console: Console, inspection: Inspection) -> None:
         column.justify = "right"
     for layer in inspection.layers:
         table.add_row(
-            str(layer.layer),
+            layer.label,
             f"{len(layer.kept_groups)} of {layer.of_groups}",
             text_bar(len(layer.kept_groups), layer.of_groups, width=min(8, layer.of_groups)),
-            f"{layer.kept_neurons:,} of {layer.of_neurons:,}",
-            text_bar(layer.kept_neurons, layer.of_neurons, width=24),
+            # a cross-attention has no FFN
+            f"{layer.kept_neurons:,} of {layer.of_neurons:,}" if layer.of_neurons else ABSENT,
+            text_bar(layer.kept_neurons, layer.of_neurons, width=24) if layer.of_neurons else "",
         )
     console.print(table)
 

@@ -44,6 +44,13 @@ from .common import (
 @click.option(
     "--benchmark/--no-benchmark", "run_benchmark", default=True, show_default=True, help="Measure latency."
 )
+@click.option(
+    "--quantize",
+    multiple=True,
+    type=click.Choice(["int8", "w8", "w4"]),
+    help="Quantize the pruned model too, on the same calibration set; may be repeated. "
+    "int8: weights and activations; w8, w4: weights alone.",
+)
 @threads_option
 @json_option
 def prune_export(model: str, as_json: bool, **options: Any) -> None:
@@ -54,6 +61,7 @@ def prune_export(model: str, as_json: bool, **options: Any) -> None:
     \b
     Examples:
       nirvana-deploy prune-export smollm2 --sparsity 0.4
+      nirvana-deploy prune-export smollm2 --sparsity 0.2 --quantize int8 --quantize w4
       nirvana-deploy prune-export ./my-llama --sparsity 0.3 --calib notes.txt --out my-llama-small
     """
     require_sparsity(options)

@@ -82,7 +82,7 @@ def quality(
         write_json(run.out / QUALITY_FILE, result)
         return result
 
-    return run.stage("quality", [QUALITY_FILE], work, redo=redo)
+    return run.stage("quality", [QUALITY_FILE], work, redo=redo or _outdated(run, "quality", runtime))
 
 
 def heldout_windows(run: Run) -> tuple[NDArray[np.int64], str]:
@@ -110,9 +110,20 @@ def speed(run: Run, *, workload: Workload, runtime: str | None = None, redo: boo
         for variant, path in zip(result["variants"], models.values(), strict=True):
             variant["path"] = path.relative_to(run.out).as_posix()
         write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
-        return {"comparisons": result["comparisons"]}
+        return {
+            "variants": [variant["name"] for variant in result["variants"]],
+            "comparisons": result["comparisons"],
+        }
 
-    return run.stage("benchmark", [BENCHMARK_FILE], work, redo=redo)
+    return run.stage("benchmark", [BENCHMARK_FILE], work, redo=redo or _outdated(run, "benchmark", runtime))
+
+
+def _outdated(run: Run, stage: str, runtime: str | None) -> bool:
+    """Whether a stage measured other variants than the folder holds now."""
+    recorded = run.manifest["stages"].get(stage)
+    if recorded is None:
+        return False
+    return set(recorded["result"]["variants"]) != {variant.name for variant in models_for(run, runtime)}
 
 
 def refresh_quality(run: Run) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nirvana_deploy.artifact import read_json, require_free_bytes
-from nirvana_deploy.errors import VerificationError
+from nirvana_deploy.deploying import quantize as quantize_stage
+from nirvana_deploy.deploying import require_quantized
+from nirvana_deploy.errors import NirvanaError, VerificationError
 from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.export.graph import GraphOptions
 from nirvana_deploy.export.onnx_export import require_exportable
@@ -33,6 +35,8 @@ from nirvana_deploy.prune.plan import (
 )
 from nirvana_deploy.prune.saliency import saliency_named
 from nirvana_deploy.prune.select import gamma_grid
+from nirvana_deploy.quantize.spec import read_record
+from nirvana_deploy.registry import look_up
 from nirvana_deploy.run import Run
 from nirvana_deploy.stages import (
     BENCHMARK_FILE,
@@ -49,9 +53,8 @@ from nirvana_deploy.stages import (
     verify,
     write_pages,
 )
-from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, PRUNED, variant_named
+from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, PRUNED, SCHEMES, variant_named
 
-_AUTO_CORPORA = ("pydoc", "self")
 _AUTO_SALIENCIES = ("nirvana", "taylor")
 
 
@@ -87,6 +90,7 @@ def prune_export(
     flavor: str = "portable",
     baseline: bool = True,
     run_benchmark: bool = True,
+    quantize: Sequence[str] = (),
     threads: int | None = None,
     until: Literal["checkpoint", "report"] = "report",
     resume: bool = False,
@@ -102,18 +106,23 @@ def prune_export(
 
     Where there is more than one candidate, the one whose masked model departs least (KL) from the dense one
     on held-out windows is taken: ``calib`` may be several sources with commas between, or "auto" (pydoc and
-    self); ``candidates`` sets are drawn from each (4 for "auto", else 1); ``saliency`` may be several or
-    "auto" (nirvana and taylor); ``gamma`` may be "auto" (a small grid).
+    self; for an encoder-decoder, which writes no text, pydoc); ``candidates`` sets are drawn from each (4
+    for "auto", else 1); ``saliency`` may be several or "auto" (nirvana and taylor); ``gamma`` may be "auto"
+    (a small grid).
 
     ``eval_text`` is a file to measure quality on instead of held-out windows. ``dtype`` ("fp32", "fp16",
     "bf16") and ``flavor`` ("portable", "gqa") are those of the ONNX graphs; bfloat16 has no arithmetic in
     ONNX Runtime's CPU, where its quality is computed in float32 and nothing is timed. ``baseline`` False
-    leaves the dense model out of export and measurements, and with it everything relative. ``until``
-    "checkpoint" stops after plan.json and checkpoint/; ``resume`` continues from there.
+    leaves the dense model out of export and measurements, and with it everything relative. ``quantize`` lists
+    schemes ("int8", "w8", "w4") in which the pruned model is quantized too, on the same calibration windows,
+    each a variant of its own in the report. ``until`` "checkpoint" stops after plan.json and checkpoint/;
+    ``resume`` continues from there.
 
     Raises NirvanaError for the user's problems and VerificationError when the exported model does not
-    compute what the checkpoint computes.
+    compute what the checkpoint computes, or a quantized one does not run in integer kernels.
     """
+    for scheme in quantize:
+        look_up(scheme, {name: name for name in SCHEMES}, what="scheme")
     saliencies = _AUTO_SALIENCIES if saliency == "auto" else _listed(saliency)
     for name in saliencies:
         saliency_named(name)
@@ -124,7 +133,7 @@ def prune_export(
         require_exportable(shape)
         graph.require_fits(shape)
     choices = Choices(
-        corpora=_corpora(calib),
+        corpora=_corpora(calib, shape),
         candidates=candidates or (4 if calib == "auto" else 1),
         saliencies=saliencies,
         gammas=_gammas(gamma, shape, sparsity=sparsity, round_to=round_to),
@@ -133,7 +142,7 @@ def prune_export(
         run_benchmark = False
         progress.note("bf16 cannot be timed on the CPU: it has no bfloat16 arithmetic in ONNX Runtime")
     out = Path(out) if out is not None else Path(f"{source.name}-s{sparsity:g}")
-    copies = 1 if until == "checkpoint" else 2 + baseline
+    copies = 1 if until == "checkpoint" else 2 + baseline + len(quantize)
     parameters = shape.linear_parameters + shape.embedding_parameters
     require_free_bytes(out, 4 * copies * parameters, what="The output")
     options = {
@@ -152,8 +161,14 @@ def prune_export(
         "eval_text": str(eval_text) if eval_text is not None else None,
     }
     if until == "report":
-        options |= {"baseline": baseline, "benchmark": run_benchmark, "threads": threads}
-        options |= {"dtype": dtype, "flavor": flavor}
+        options |= {
+            "dtype": dtype,
+            "flavor": flavor,
+            "baseline": baseline,
+            "benchmark": run_benchmark,
+            "quantize": list(quantize),
+            "threads": threads,
+        }
     run = Run.begin(
         out,
         options=options,
@@ -205,13 +220,17 @@ def prune_export(
         return Deployment(out=run.out, plan=plan, manifest=run.manifest, benchmark=None, report=None)
     export(run, source, baseline=baseline, dtype=dtype, flavor=flavor)
     report = verify(run, source, baseline=baseline, threads=threads)
+    quantized = {}
     if all(result.passed for result in report.values()):
+        quantized = {scheme: quantize_stage(run, scheme) for scheme in dict.fromkeys(quantize)}
         quality(run, threads=threads)
         if run_benchmark:
             speed(run, workload=Workload(threads=threads))
     page = write_pages(run)
     for name, result in report.items():
         result.require_passed(run.out / variant_named(name).folder)
+    for scheme, record in quantized.items():
+        require_quantized(record, run.out / variant_named(f"{PRUNED}-{scheme}").folder)
     measured = run.out / BENCHMARK_FILE
     return Deployment(
         out=run.out,
@@ -227,10 +246,10 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _corpora(calib: str) -> tuple[str, ...]:
-    """The sources to draw from; a file may have a comma in its name."""
+def _corpora(calib: str, shape: ModelShape) -> tuple[str, ...]:
+    """The sources to draw from; a file may have a comma in its name. An encoder-decoder writes no text."""
     if calib == "auto":
-        return _AUTO_CORPORA
+        return ("pydoc",) if shape.family.encoder_decoder else ("pydoc", "self")
     return (calib,) if Path(calib).exists() else _listed(calib)
 
 
@@ -323,6 +342,49 @@ def verify_folder(
     }
     compared = compare_in(run, runtime, threads=threads) if runtime is not None and not damaged else {}
     return FolderCheck(out=out, damaged=damaged, reports=reports, compared=compared)
+
+
+def quantize_folder(
+    out: Path,
+    *,
+    scheme: str,
+    smooth: float | Literal["auto"] | None = None,
+    ranges: str = "minmax",
+    keep_fp: int = 0,
+    sensitivity: bool = False,
+    head: bool = False,
+    block_size: int = 32,
+    rounding: str = "plain",
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Quantize the pruned model of an output folder into ``onnx-<scheme>``, in place of an earlier one.
+
+    Calibrates on the windows that the folder was pruned with; options as in ``quantize_onnx``. Returns the
+    content of quantization.json; ``benchmark`` and ``evaluate`` measure the new variant. Raises NirvanaError
+    for a folder without ONNX model, VerificationError as ``quantize_onnx`` does.
+    """
+    run = Run.open(out, progress=progress)
+    if "onnx" not in run.manifest["stages"]:
+        raise NirvanaError(
+            f"{out} has a checkpoint and no ONNX model yet.",
+            hint="Export it first: repeat its prune command as prune-export, with --resume.",
+        )
+    record = quantize_stage(
+        run,
+        scheme,
+        smooth=smooth,
+        ranges=ranges,
+        keep_fp=keep_fp,
+        sensitivity=sensitivity,
+        head=head,
+        block_size=block_size,
+        rounding=rounding,
+        redo=True,
+    )
+    write_pages(run)
+    folder = out / variant_named(f"{PRUNED}-{scheme}").folder
+    require_quantized(record, folder)
+    return read_record(folder)
 
 
 def benchmark_folder(

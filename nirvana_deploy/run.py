@@ -35,7 +35,7 @@ _VERSIONS = (
     "numpy",
 )
 
-_MAY_CHANGE = ("baseline", "benchmark", "threads")
+_MAY_CHANGE = ("baseline", "benchmark", "quantize", "threads")
 """Options that a resumed run may change: they add stages and change none that is finished."""
 
 
@@ -47,6 +47,7 @@ class Run:
         self.manifest = manifest
         self.progress = progress
         self._all_finished = True  # every stage asked for so far was taken from disk
+        self._passed: list[str] = []  # stages asked for so far, in order
 
     @classmethod
     def begin(
@@ -123,6 +124,7 @@ class Run:
         runs it although it is finished.
         """
         if not redo and self._all_finished and self.finished(name):
+            self._passed.append(name)
             self.progress.note(f"{name}: finished before, sha256 checked")
             result: dict[str, Any] = self.manifest["stages"][name]["result"]
             return result
@@ -139,6 +141,9 @@ class Run:
             "files": self._hashes(outputs),
             "result": result,
         }
+        if not redo:
+            self._passed.append(name)
+            self._in_order()
         write_json(self.out / MANIFEST, self.manifest)
         return result
 
@@ -160,6 +165,12 @@ class Run:
         stage = self.manifest["stages"][name]
         stage["files"] = self._hashes(list(stage["files"]))
         write_json(self.out / MANIFEST, self.manifest)
+
+    def _in_order(self) -> None:
+        """A stage that a resumed run adds stands behind those it followed, ahead of what follows it."""
+        stages = self.manifest["stages"]
+        names = [*self._passed, *(name for name in stages if name not in self._passed)]
+        self.manifest["stages"] = {name: stages[name] for name in names}
 
     def _forget_from(self, name: str) -> None:
         """Drop ``name`` and whatever was recorded after it: it is about to be made anew."""

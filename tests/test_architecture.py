@@ -24,6 +24,7 @@ ORDER = [
     "run",
     "variants",
     "stages",
+    "deploying",
     "measuring",
     "packaging",
     "pipeline",

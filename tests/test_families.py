@@ -16,16 +16,17 @@ from safetensors.torch import load_file, save_file
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.score import score_units
 from nirvana_deploy.prune.slicing import SlicedWeights
 
 
-def plan_of(folder: Path, tokens: NDArray[np.int64] | None, *, saliency: str) -> PrunePlan:
+def plan_of(folder: Path, tokens: NDArray[np.int64] | None, *, saliency: str, round_to: int = 4) -> PrunePlan:
     shape = shape_from_config(config_json(folder))
     scores = score_units(folder, tokens, saliency=saliency, seed=5)
-    return make_plan(shape, scores, sparsity=0.4, gamma=1.0, round_to=4, saliency=saliency)
+    return make_plan(shape, scores, sparsity=0.4, gamma=1.0, round_to=round_to, saliency=saliency)
 
 
 def test_biases_are_cut_with_their_groups_and_head_norms_stay(tmp_path: Path) -> None:
@@ -47,6 +48,15 @@ def test_a_llama_in_qwen2_clothes_gets_the_same_plan(tmp_path: Path, tokens: NDA
     llama, twin = write_tiny(tmp_path / "llama", "llama-tied"), tmp_path / "qwen2"
     write_qwen2_twin(llama, twin)
     ours, theirs = (plan_of(folder, tokens, saliency="nirvana") for folder in (llama, twin))
+    assert replace(theirs, model=ours.model) == ours
+
+
+def test_smollm2_in_qwen2_clothes_gets_the_same_plan(tmp_path: Path) -> None:
+    llama, twin = resolve_model("smollm2").path, tmp_path / "qwen2"
+    write_qwen2_twin(llama, twin)
+    words = np.random.default_rng(0).integers(100, 49000, size=(1, 24))
+    ours, theirs = (plan_of(folder, words, saliency="nirvana", round_to=8) for folder in (llama, twin))
+    assert ours.budget.of_neurons == 30 * 1536
     assert replace(theirs, model=ours.model) == ours
 
 

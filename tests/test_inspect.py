@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -13,6 +14,10 @@ from nirvana_deploy.cli.inspect import inspect
 from nirvana_deploy.cli.report import report
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.measure.inspection import inspect_path
+from nirvana_deploy.measure.table import ABSENT
+from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.prune.plan import make_plan, write_plan
+from nirvana_deploy.prune.units import UnitScores
 
 FROZEN = Path(__file__).parent / "data" / "report"
 
@@ -90,3 +95,38 @@ def test_the_report_command_prints_where_it_wrote(out: Path) -> None:
     paths = json.loads(result.stdout)
     assert (paths["markdown"], paths["html"]) == (str(out / "report.md"), str(out / "report.html"))
     assert (out / "report.html").stat().st_size > 50_000
+
+
+T5_CONFIG = {
+    "model_type": "t5",
+    "architectures": ["T5ForConditionalGeneration"],
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_heads": 4,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "vocab_size": 100,
+}
+
+
+def test_an_encoder_decoder_names_its_sites(tmp_path: Path) -> None:
+    shape = shape_from_config(T5_CONFIG)
+    scores = UnitScores(
+        groups=tuple(np.arange(layer.kv_heads) + 1.0 * i for i, layer in enumerate(shape.layers)),
+        neurons=tuple(np.arange(layer.ffn_width) + 1.0 * i for i, layer in enumerate(shape.layers)),
+    )
+    plan = make_plan(shape, scores, sparsity=0.3, gamma=1.0, saliency="random", model_name="t5")
+    write_plan(plan, tmp_path / "plan.json")
+    layers = inspect_path(tmp_path / "plan.json").layers
+    sites = ["encoder"] * 3 + ["decoder"] * 2 + ["cross"] * 2
+    assert [layer.site for layer in layers] == sites
+    assert [layer.label for layer in layers[2:6]] == ["encoder 2", "decoder 0", "decoder 1", "cross 0"]
+    printed = CliRunner().invoke(inspect, [str(tmp_path / "plan.json")], catch_exceptions=False).output
+    assert "decoder 1" in printed and "of 64" in printed and "of 0" not in printed
+    written = CliRunner().invoke(report, [str(tmp_path)], catch_exceptions=False)
+    assert written.exit_code == 0
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"| cross 1 | 4 of 4 | {ABSENT} | {ABSENT} |  |" in markdown
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "over 7 layers" in page and "of 0" not in markdown

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from nirvana_deploy import NirvanaError, VerificationError, artifact, pipeline, stages
 from nirvana_deploy.measure.benchmark import Workload
+from nirvana_deploy.quantize import quantize as quantize_module
+from nirvana_deploy.quantize.coverage import Coverage
 from nirvana_deploy.run import Run
 
 OPTIONS: dict[str, Any] = {
@@ -112,6 +114,60 @@ def test_the_output_folder_is_what_the_documentation_says(finished: Path) -> Non
         == benchmark["variants"][0]["quality"]["kl_vs_dense"]
     )
     assert benchmark["comparisons"][0]["bound_tpot_speedup"] > 1
+
+
+def test_a_quantized_variant_stands_beside_its_float_model(
+    finished: Path, model: str, tmp_path: Path
+) -> None:
+    out = copied(finished, tmp_path)
+    done = pipeline.prune_export(model, out=out, resume=True, quantize=["int8"], **OPTIONS)
+    assert done.benchmark is not None
+    variants = {variant["name"]: variant for variant in done.benchmark["variants"]}
+    assert list(variants) == ["dense", "pruned", "pruned-int8"]
+    quantized, pruned = variants["pruned-int8"], variants["pruned"]
+    assert quantized["path"] == "onnx-int8" and (out / "onnx-int8/quantization.json").is_file()
+    assert quantized["decode_bytes_per_step"] < pruned["decode_bytes_per_step"]
+    assert 0 < quantized["quality"]["kl_vs_parent"] < quantized["quality"]["kl_vs_dense"]
+    assert stages_of(out)["onnx"] == stages_of(finished)["onnx"]  # taken from disk, not made again
+    order = list(stages_of(out))
+    assert order.index("verify") < order.index("onnx-int8") < order.index("quality")
+    coverage = stages_of(out)["onnx-int8"]["result"]["coverage"]
+    assert f"| int8 | {coverage['promised']} of {coverage['promised']} |" in (out / "report.md").read_text()
+
+
+def test_linears_that_do_not_run_in_integers_are_reported_and_exit_with_3(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = copied(finished, tmp_path)
+    none = Coverage(promised=2, found=0, operators={}, missing=("a", "b"))
+    monkeypatch.setattr(quantize_module, "coverage_of", lambda *args, **options: none)
+    with pytest.raises(VerificationError, match=r"in float still run a, b"):
+        pipeline.quantize_folder(out, scheme="int8", smooth=0.5)
+    assert (out / "onnx-int8/model.onnx").is_file()
+    assert "Quantization did not hold its promise" in (out / "report.md").read_text()
+
+
+def test_a_variant_made_later_is_measured_by_the_next_run(finished: Path, model: str, tmp_path: Path) -> None:
+    out = copied(finished, tmp_path)
+    record = pipeline.quantize_folder(out, scheme="int8", smooth=0.5)
+    assert record["coverage"]["found"] == record["coverage"]["promised"] > 0
+    done = pipeline.prune_export(model, out=out, resume=True, quantize=["int8"], **OPTIONS)
+    assert done.benchmark is not None
+    assert [v["name"] for v in done.benchmark["variants"]] == ["dense", "pruned", "pruned-int8"]
+    assert stages_of(out)["quality"]["result"]["variants"].keys() == {"dense", "pruned", "pruned-int8"}
+
+
+def test_a_folder_cut_by_a_plan_has_no_calibration_set(model: str, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "by-plan"
+    pipeline.prune_by_plan(model, plan=finished / "plan.json", out=out)
+    with pytest.raises(NirvanaError, match="no ONNX model yet"):
+        pipeline.quantize_folder(out, scheme="int8")
+
+
+def test_an_unknown_scheme_is_refused_before_any_work(model: str, tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match=r"Unknown scheme 'int9'\. Did you mean 'int8'"):
+        pipeline.prune_export(model, out=tmp_path / "out", quantize=["int9"], **OPTIONS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_resume_takes_finished_stages_from_disk_and_redoes_the_rest(

@@ -11,7 +11,7 @@ import pytest
 
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.families import FAMILIES
-from nirvana_deploy.model.shape import LayerShape, ModelShape
+from nirvana_deploy.model.shape import LayerShape, ModelShape, shape_from_config
 from nirvana_deploy.prune.allocation import kept_units
 from nirvana_deploy.prune.plan import (
     check_plan_fits,
@@ -41,8 +41,18 @@ def llama_shape(*, layers: int, hidden: int, heads: int, kv_heads: int, d: int, 
     )
 
 
-LLAMA_8B = llama_shape(layers=32, hidden=4096, heads=32, kv_heads=8, d=128, ffn=14336)
-LLAMA_3B = llama_shape(layers=28, hidden=3072, heads=24, kv_heads=8, d=128, ffn=8192)
+def shape_of_config(*, layers: int, hidden: int, heads: int, ffn: int, tied: bool) -> ModelShape:
+    """From the fields of a config.json, without weights."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256}
+    return shape_from_config(
+        config
+        | {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": ffn, "head_dim": 128}
+        | {"num_attention_heads": heads, "num_key_value_heads": 8, "tie_word_embeddings": tied}
+    )
+
+
+LLAMA_8B = shape_of_config(layers=32, hidden=4096, heads=32, ffn=14336, tied=False)
+LLAMA_3B = shape_of_config(layers=28, hidden=3072, heads=24, ffn=8192, tied=True)
 SMALL = llama_shape(layers=4, hidden=64, heads=8, kv_heads=4, d=8, ffn=96)
 
 
@@ -84,6 +94,9 @@ def test_check_values_of_the_paper_settings(
 def test_shares_of_the_8b_model() -> None:
     assert default_gamma(LLAMA_8B) == pytest.approx(4.2)
     assert default_gamma(LLAMA_3B) == pytest.approx(3.0)
+    plan = make_plan(LLAMA_8B, random_scores(LLAMA_8B), sparsity=0.5, gamma=3.36, saliency="random")
+    removed = 1 - plan.budget.parameters_kept / plan.budget.parameters_dense
+    assert removed == pytest.approx(0.435, abs=1e-3)  # of all parameters, where s is of linears
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.4, 0.52])

@@ -213,6 +213,37 @@ def test_more_variants_get_columns_bars_and_a_mention(tmp_path: Path) -> None:
     assert html.count("w4") > 5
 
 
+def with_quantized(records: Records, scheme: str, **changes: Any) -> Records:
+    """The records of a folder that also holds a quantized model."""
+    assert records.manifest is not None and records.benchmark is not None
+    result = {
+        "scheme": scheme,
+        "coverage": {"promised": 210, "found": 210, "operators": {}, "missing": []},
+        "weights_bytes": 92_000_000,
+        "passed": True,
+        "problem": None,
+        **changes,
+    }
+    records.manifest["stages"][f"onnx-{scheme}"] = {"seconds": 1.0, "files": {}, "result": result}
+    variant = challenger(records.benchmark, f"pruned-{scheme}")
+    variant["quality"] = {**variant["quality"], "kl_vs_parent": 0.0123}
+    records.benchmark["variants"].append(variant)
+    return records
+
+
+def test_quantized_models_show_their_coverage_and_what_quantizing_alone_cost(tmp_path: Path) -> None:
+    markdown, html = report_of(tmp_path, with_quantized(frozen_records(), "int8"))
+    assert "| int8 | 210 of 210 | 92.0 MB | 0.0123 |" in markdown
+    assert "210 of 210" in html
+
+
+def test_fewer_integer_kernels_than_promised_are_said_first(tmp_path: Path) -> None:
+    records = with_quantized(frozen_records(), "int8", passed=False, problem="208/210 linears run.")
+    markdown, _ = report_of(tmp_path, records)
+    caution = "Quantization did not hold its promise. int8: 208/210 linears run."
+    assert caution in markdown and markdown.index(caution) < markdown.index("| Headline")
+
+
 def test_summary_reads_medians_and_says_the_change() -> None:
     rows = {row[0]: row[1:] for row in summary_table(frozen("benchmark")).rows}
     assert rows["Weight file"] == ("538 MB", "368 MB", "\N{MINUS SIGN}31.6%")

@@ -10,12 +10,14 @@ import torch
 from conftest import write_tiny
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.prune.output import embedded, head_blocks
+from nirvana_deploy.prune.plan import make_plan, write_plan
 from nirvana_deploy.prune.saliency import SALIENCIES, next_token_loss, strongest_logits
 from nirvana_deploy.prune.score import StreamedModel, score_units, score_windows
 from nirvana_deploy.prune.units import UnitScores, scored_tensors
@@ -88,11 +90,45 @@ def test_streamed_logits_equal_transformers(tiny: Path, tokens: NDArray[np.int64
     torch.testing.assert_close(streamed, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_sharded_and_bf16_checkpoints_score_in_float32(tmp_path: Path, tokens: NDArray[np.int64]) -> None:
-    folder = write_tiny(tmp_path, "mistral", dtype=torch.bfloat16, max_shard_size="50KB")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sharded_checkpoints_of_half_precision_score_in_float32(
+    tmp_path: Path, tokens: NDArray[np.int64], dtype: torch.dtype
+) -> None:
+    folder = write_tiny(tmp_path, "mistral", dtype=dtype, max_shard_size="50KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
-    assert SafetensorsWeights(folder).dtype("model.norm.weight") == torch.bfloat16
+    assert SafetensorsWeights(folder).dtype("model.norm.weight") == dtype
     assert_equal(score_units(folder, tokens), full_backward_scores(folder, tokens, "nirvana"))
+
+
+@pytest.mark.parametrize("saliency", ["nirvana", "taylor", "wanda-sp", "flap"])
+def test_another_number_of_threads_gives_the_same_plan(tmp_path: Path, saliency: str) -> None:
+    config = LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        vocab_size=272,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokens, shape = (
+        np.random.default_rng(0).integers(3, 272, size=(8, 96)),
+        shape_from_config(config.to_dict()),
+    )
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            scores = score_units(tmp_path, tokens, saliency=saliency)
+            write_plan(
+                make_plan(shape, scores, sparsity=0.4, saliency=saliency), tmp_path / f"{threads}.json"
+            )
+    finally:
+        torch.set_num_threads(before)
+    plans = {(tmp_path / f"{threads}.json").read_bytes() for threads in (1, 2, 5)}
+    assert len(plans) == 1
 
 
 @pytest.mark.parametrize("saliency", GRADIENT_SALIENCIES)

@@ -21,11 +21,14 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, expected_shapes
+from nirvana_deploy.prune.calibrate import TokenWindows
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import PrunePlan, make_plan, pruned_shape, read_plan, write_plan
 from nirvana_deploy.prune.saliency import SALIENCIES
 from nirvana_deploy.prune.score import StreamedModel, score_units
 from nirvana_deploy.prune.score_seq2seq import StreamedEncoderDecoder, teacher_forced
+from nirvana_deploy.prune.select import select_calibration
 from nirvana_deploy.prune.selfwrite import written_by_model
 from nirvana_deploy.prune.slicing import MaskedWeights
 
@@ -173,6 +176,42 @@ def test_sliced_equals_masked(t5: Path, tmp_path: Path, halves: Tokens, seed: in
     torch.testing.assert_close(logits_of(tmp_path / "pruned", halves), expected, rtol=1e-4, atol=1e-4)
     assert (expected - logits_of(t5, halves)).abs().max() > 0.1  # the cut does something
     assert shape_of(tmp_path / "pruned") == pruned_shape(shape, plan)
+
+
+def test_kl_of_many_plans_equals_that_of_each_pruned_checkpoint(
+    t5: Path, tmp_path: Path, tokens: NDArray[np.int64]
+) -> None:
+    plans = [plan_for(t5, seed=seed) for seed in range(2)]
+    short = tokens[:2, :9]
+    found = masked_quality(t5, plans, [tokens, short])
+    for windows, quality in zip((tokens, short), found, strict=True):
+        halves = teacher_forced(torch.from_numpy(windows), start_token=0)
+        dense = logits_of(t5, halves).log_softmax(-1)
+        for index, plan in enumerate(plans):
+            out = tmp_path / f"{index}-{windows.shape[1]}"
+            slice_checkpoint(t5, plan, out)
+            pruned = logits_of(out, halves).log_softmax(-1)
+            kl = (dense.exp() * (dense - pruned)).sum(-1).mean(1)
+            np.testing.assert_allclose(quality.divergence[index], kl, rtol=1e-3)
+            loss = -pruned[:, :-1].gather(2, halves[1][:, 1:, None]).mean((1, 2))
+            np.testing.assert_allclose(quality.loss[index], loss, rtol=1e-4)
+
+
+def test_the_least_kl_is_chosen(t5: Path, tokens: NDArray[np.int64]) -> None:
+    calibration = TokenWindows(tokens, "noise", "sha-a", seed=0, positions=tuple(range(0, 600, 100)))
+    other = np.random.default_rng(8).integers(3, VOCABULARY, size=(4, 16))
+    heldout = TokenWindows(other, "other", "sha-b", seed=None, positions=tuple(range(0, 64, 16)))
+    selection = select_calibration(
+        t5,
+        [calibration],
+        [heldout],
+        sparsity=0.3,
+        saliencies=("nirvana", "random"),
+        gammas=(1.0, 2.0),
+        round_to=4,
+    )
+    kls = [candidate.kl for candidate in selection.candidates]
+    assert len(kls) == 4 and selection.winner == int(np.argmin(kls)) and min(kls) > 0
 
 
 def test_the_shared_position_bias_stays_whole_and_is_read_by_head(t5: Path, tmp_path: Path) -> None:

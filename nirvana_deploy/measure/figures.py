@@ -113,13 +113,11 @@ def kept_width_figure(layers: Sequence[LayerWidth]) -> str:
     figure = _new_figure(_WIDE_IN, 3.9)
     groups, neurons = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.5))
 
-    index = [layer.layer for layer in layers]
-    for layer in layers:
+    index = range(len(layers))
+    for place, layer in enumerate(layers):
         every = range(layer.of_groups)
         colours = [COLOURS["first" if group in layer.kept_groups else "rule"] for group in every]
-        groups.bar(
-            [layer.layer] * len(every), 0.86, bottom=[g - 0.43 for g in every], width=0.8, color=colours
-        )
+        groups.bar([place] * len(every), 0.86, bottom=[g - 0.43 for g in every], width=0.8, color=colours)
     neurons.bar(index, [layer.of_neurons for layer in layers], width=0.8, color=COLOURS["rule"])
     neurons.bar(index, [layer.kept_neurons for layer in layers], width=0.8, color=COLOURS["first"])
 
@@ -133,15 +131,21 @@ def kept_width_figure(layers: Sequence[LayerWidth]) -> str:
     groups.set_ylabel("group", color=COLOURS["soft"], fontsize=9)
     neurons.set_yticks([0, most_neurons // 2, most_neurons])
     neurons.set_ylabel("neurons", color=COLOURS["soft"], fontsize=9)
-    neurons.set_xticks(index[:: max(1, len(index) // 10)])
+    ticks = [place for place in index if layers[place].layer % max(1, len(layers) // 10) == 0]
+    starts = [place for place in ticks if layers[place].site and not layers[place].layer]
+    names = [layers[place].label if place in starts else str(layers[place].layer) for place in ticks]
+    neurons.set_xticks(ticks, names)
+    for axes in (groups, neurons):
+        for start in starts[1:]:
+            axes.axvline(start - 0.5, color=COLOURS["soft"], linewidth=0.8)
     neurons.set_xlabel("layer, input on the left", color=COLOURS["soft"], fontsize=9)
     _title(groups, f"Attention: {kept_groups:,} of {of_groups:,} KV groups kept")
     _title(neurons, f"FFN: {kept_neurons:,} of {of_neurons:,} neurons kept")
-    narrowest = min(layers, key=lambda layer: layer.kept_neurons)
+    narrowest = min((layer for layer in layers if layer.of_neurons), key=lambda layer: layer.kept_neurons)
     alt = (
         f"Kept width over {len(layers)} layers. Attention keeps {kept_groups:,} of {of_groups:,} KV groups, "
         f"the FFN {kept_neurons:,} of {of_neurons:,} neurons. "
-        f"Narrowest FFN: layer {narrowest.layer} with {narrowest.kept_neurons:,} neurons."
+        f"Narrowest FFN: layer {narrowest.label} with {narrowest.kept_neurons:,} neurons."
     )
     return _svg(figure, name="kept-width", alt=alt)
 

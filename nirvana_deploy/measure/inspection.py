@@ -102,7 +102,7 @@ def _require_fields(records: Records) -> None:
 
 @dataclass(frozen=True)
 class LayerWidth:
-    """What one decoder layer kept."""
+    """What one layer kept."""
 
     layer: int
     of_groups: int
@@ -111,6 +111,13 @@ class LayerWidth:
     of_neurons: int
     kept_neurons: int
     """How many FFN neurons were kept."""
+    site: str | None = None
+    """In an encoder-decoder: "encoder", "decoder" or "cross" (a cross-attention, which has no FFN)."""
+
+    @property
+    def label(self) -> str:
+        """For people: "3", or "encoder 3"."""
+        return str(self.layer) if self.site is None else f"{self.site} {self.layer}"
 
 
 def layer_widths(plan: Mapping[str, Any]) -> tuple[LayerWidth, ...]:
@@ -123,6 +130,7 @@ def layer_widths(plan: Mapping[str, Any]) -> tuple[LayerWidth, ...]:
                 kept_groups=tuple(entry["kept_groups"]),
                 of_neurons=int(entry["of_neurons"]),
                 kept_neurons=len(entry["kept_neurons"]),
+                site=entry.get("site"),
             )
             for entry in plan["layers"]
         )

@@ -16,9 +16,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nirvana_deploy.artifact import write_bytes
-from nirvana_deploy.measure import figures, findings, ntk_page
+from nirvana_deploy.measure import deployed_page, figures, findings, ntk_page
 from nirvana_deploy.measure.facts import details, evaluation_source
-from nirvana_deploy.measure.inspection import Records, complete, layer_widths, listed_files, read_records
+from nirvana_deploy.measure.inspection import (
+    LayerWidth,
+    Records,
+    complete,
+    layer_widths,
+    listed_files,
+    read_records,
+)
 from nirvana_deploy.measure.table import (
     ABSENT,
     baseline_of,
@@ -257,14 +264,18 @@ def _checks(records: Records) -> tuple[tuple[str, ...], ...]:
 def _layer_rows(records: Records) -> tuple[tuple[str, ...], ...]:
     """Rows of the width table: layer, KV groups kept, FFN neurons kept, and that as a share and a bar."""
     return tuple(
-        (
-            str(layer.layer),
-            f"{len(layer.kept_groups)} of {layer.of_groups}",
-            f"{layer.kept_neurons:,} of {layer.of_neurons:,}",
-            format_share(layer.kept_neurons / layer.of_neurons),
-            text_bar(layer.kept_neurons, layer.of_neurons, width=20),
-        )
+        (layer.label, f"{len(layer.kept_groups)} of {layer.of_groups}", *_neurons(layer))
         for layer in (layer_widths(records.plan) if records.plan else ())
+    )
+
+
+def _neurons(layer: LayerWidth) -> tuple[str, str, str]:
+    if not layer.of_neurons:  # a cross-attention
+        return ABSENT, ABSENT, ""
+    return (
+        f"{layer.kept_neurons:,} of {layer.of_neurons:,}",
+        format_share(layer.kept_neurons / layer.of_neurons),
+        text_bar(layer.kept_neurons, layer.of_neurons, width=20),
     )
 
 
@@ -288,6 +299,8 @@ def report_context(records: Records) -> dict[str, Any]:
         "cautions": findings.cautions(records),
         "gaps": findings.gaps(records),
         "summary": summary_table(records.benchmark) if records.benchmark else None,
+        "quantized_headers": deployed_page.QUANTIZED_HEADERS,
+        "quantized": deployed_page.quantized_rows(records),
         "details": details(records),
         "kernel": _kernel(records),
         "tasks": _task_rows(records),

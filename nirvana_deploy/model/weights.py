@@ -130,6 +130,40 @@ class SafetensorsWeights:
         return self._headers[name]
 
 
+class RememberedWeights:
+    """A source that reads every tensor once, until it is told to :meth:`forget` what it has read."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def names(self) -> Sequence[str]:
+        """All tensor names, sorted."""
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without loading it."""
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor, without loading it."""
+        return self._source.dtype(name)
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor; not to be changed."""
+        if name not in self._tensors:
+            self._tensors[name] = self._source.load(name)
+        return self._tensors[name]
+
+    def rows(self, name: str, positions: Rows) -> torch.Tensor:
+        """Some rows of the tensor; these are not remembered."""
+        return self._source.rows(name, positions)
+
+    def forget(self) -> None:
+        """Free what was read."""
+        self._tensors.clear()
+
+
 def check_weights(weights: WeightSource, shape: ModelShape) -> None:
     """Raise NirvanaError unless every tensor of ``shape`` is there with the dimensions that it says."""
     for name, expected in expected_shapes(shape).items():

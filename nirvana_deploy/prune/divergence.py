@@ -1,8 +1,9 @@
-"""How far masked models depart from the dense one: KL divergence, many plans on the same windows.
+"""How far pruned models depart from the dense one: KL divergence, many plans on the same windows.
 
-Nothing is built: a plan is judged with its units zeroed. Every model runs layer by layer and leaves only
-what comes out of its last layer, [M, T, D]; final norm and head are the dense model's for all of them. So
-one walk over the positions computes the dense log-probabilities once, block by block, and compares
+Nothing is built: each layer is read once, every plan's view of it is cut out in memory (fewer operations
+than a mask, the same function; the blocks of an encoder-decoder are masked) and run, and of every model only
+what comes out of its last layer is left, [M, T, D]. Final norm and head are the dense model's for all of
+them, so one walk over the positions computes the dense log-probabilities once, block by block, and compares
 all plans with them: exact float32, and no [M, T, V] is ever kept.
 """
 
@@ -18,26 +19,28 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource
-from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.progress import SILENT, Advance, Progress
 from nirvana_deploy.prune.plan import PrunePlan
-from nirvana_deploy.prune.score import DEFAULT_MICRO_BATCH, StreamedModel, micro_batches
-from nirvana_deploy.prune.slicing import MaskedWeights
+from nirvana_deploy.prune.score import micro_batches, streamed_model
+from nirvana_deploy.prune.score_seq2seq import View
+from nirvana_deploy.prune.slicing import MaskedWeights, SlicedWeights
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """States [..., D] to logits [..., V]."""
+_BATCH_TOKENS = 1024
 _BLOCK_POSITIONS = 128
 _STATES_BYTES = 2 << 30
-"""What the last states of the plans compared in one walk may take; more plans are walked in turns."""
+"""What the states of the plans compared in one walk may take; more plans are walked in turns."""
 
 
 @dataclass(frozen=True)
 class MaskedQuality:
-    """What P masked models and the dense one make of M windows; all float64, nats."""
+    """What P pruned models and the dense one make of M windows; all float64, nats."""
 
     divergence: NDArray[np.float64]
-    """[P, M]: mean over the T positions of KL(dense || masked)."""
+    """[P, M]: mean over the T positions of KL(dense || pruned); an encoder-decoder's are the decoder's."""
     loss: NDArray[np.float64]
     """[P, M]: mean over the T - 1 positions with a next token of its negative log-likelihood."""
     dense_loss: NDArray[np.float64]
@@ -49,68 +52,74 @@ def masked_divergences(
     plans: Sequence[PrunePlan],
     tokens: NDArray[np.int64],
     *,
-    micro_batch: int = DEFAULT_MICRO_BATCH,
     progress: Progress = SILENT,
 ) -> NDArray[np.float64]:
-    """``masked_quality(...).divergence``, float64 [P, M]."""
-    return masked_quality(checkpoint, plans, tokens, micro_batch=micro_batch, progress=progress).divergence
+    """``masked_quality(...).divergence`` on one set of windows [M, T]; float64 [P, M]."""
+    [quality] = masked_quality(checkpoint, plans, [tokens], progress=progress)
+    return quality.divergence
 
 
 def masked_quality(
     checkpoint: Path,
     plans: Sequence[PrunePlan],
-    tokens: NDArray[np.int64],
+    window_sets: Sequence[NDArray[np.int64]],
     *,
-    micro_batch: int = DEFAULT_MICRO_BATCH,
     progress: Progress = SILENT,
-) -> MaskedQuality:
-    """KL to the dense model and next-token loss of P masked models on windows [M, T].
+) -> list[MaskedQuality]:
+    """KL to the dense model and next-token loss of P pruned models, for each set of windows [M, T].
 
-    Each position is computed in float32, sums over positions in float64. Raises NirvanaError for a plan that
-    does not fit, or logits that are not finite.
+    All sets are read in one pass; they may differ in M and T. Each position is computed in float32, sums over
+    positions in float64. Raises NirvanaError for a plan that does not fit, or logits that are not finite.
     """
     shape = shape_from_config(config_json(checkpoint))
-    weights = SafetensorsWeights(checkpoint)
-    batches = micro_batches(torch.from_numpy(tokens), micro_batch)
-    next_tokens = torch.from_numpy(np.roll(tokens, -1, axis=1)).flatten()  # the last of a window is not used
-
-    def last_states(source: WeightSource) -> torch.Tensor:
-        """[M x T, D]."""
-        return torch.cat(StreamedModel(checkpoint, source, shape).last_states(batches)).flatten(0, 1)
-
-    at_once = max(1, _STATES_BYTES // (tokens.size * shape.hidden_size * 4))
+    model = streamed_model(checkpoint, SafetensorsWeights(checkpoint), shape)
+    batches = [
+        batch
+        for windows in window_sets
+        for batch in micro_batches(torch.from_numpy(windows), max(1, _BATCH_TOKENS // windows.shape[1]))
+    ]
+    targets = [model.next_tokens(torch.from_numpy(windows)) for windows in window_sets]
+    next_tokens = torch.cat([windows.flatten() for windows in targets])
+    at_once = max(1, _STATES_BYTES // (len(next_tokens) * shape.hidden_size * 4) - 1)
+    steps = (len(plans) + 1) * (len(shape.layers) + 1)
     results: list[_Positions] = []
-    with progress.task("Comparing masked models", len(plans) + 1) as advance:
-        reference = last_states(weights)
-        head = StreamedModel(checkpoint, weights, shape).output_head()
-        advance(1)
+    with progress.task("Comparing pruned models", steps) as advance:
+
+        def last_states(views: Sequence[View]) -> list[torch.Tensor]:
+            """[positions, D] each."""
+            states = model.last_states_of(views, batches, advance=advance)
+            return [torch.cat([batch.flatten(0, 1) for batch in one]) for one in states]
+
+        [reference] = last_states([_dense])
+        head = model.output_head()
         for start in range(0, max(len(plans), 1), at_once):
-            compared = [reference]
-            for plan in plans[start : start + at_once]:
-                compared.append(last_states(MaskedWeights(weights, shape, plan)))
-                advance(1)
-            by_model = _by_position(head, compared, next_tokens)
+            views = [_pruned(shape, plan) for plan in plans[start : start + at_once]]
+            by_model = _by_position(head, [reference, *last_states(views)], next_tokens, advance)
             results += by_model if start == 0 else by_model[1:]
-    divergence = torch.stack([r.divergence for r in results]).reshape(-1, *tokens.shape)
-    loss = torch.stack([r.loss for r in results]).reshape(-1, *tokens.shape)[:, :, :-1]
-    if not (torch.isfinite(divergence).all() and torch.isfinite(loss).all()):
-        raise NirvanaError(
-            "The logits of the dense or a masked model are NaN or infinite; none can be chosen."
-        )
-    losses: NDArray[np.float64] = loss.mean(dim=2).numpy()
-    return MaskedQuality(divergence=divergence[1:].mean(dim=2).numpy(), loss=losses[1:], dense_loss=losses[0])
+    return _by_window(results, [windows.shape for windows in targets])
+
+
+def _dense(weights: WeightSource) -> WeightSource:
+    return weights
+
+
+def _pruned(shape: ModelShape, plan: PrunePlan) -> View:
+    kind = MaskedWeights if shape.family.encoder_decoder else SlicedWeights
+    return lambda weights: kind(weights, shape, plan)
 
 
 @dataclass(frozen=True)
 class _Positions:
-    """Of one model, float64 [M x T] each."""
+    """Of one model, float64 [positions] each."""
 
     divergence: torch.Tensor
     loss: torch.Tensor
 
 
-def _by_position(head: Head, compared: Sequence[torch.Tensor], next_tokens: torch.Tensor) -> list[_Positions]:
-    """Compare states [M x T, D] with the first of them, which are the dense model's."""
+def _by_position(
+    head: Head, compared: Sequence[torch.Tensor], next_tokens: torch.Tensor, advance: Advance
+) -> list[_Positions]:
+    """Compare states [positions, D] with the first of them, which are the dense model's."""
     count = len(next_tokens)
     results = [
         _Positions(torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.float64))
@@ -125,4 +134,23 @@ def _by_position(head: Head, compared: Sequence[torch.Tensor], next_tokens: torc
                 log_q = log_p if index == 0 else head(states[block]).log_softmax(dim=-1)
                 result.divergence[block] = (p * (log_p - log_q)).sum(dim=-1).double()
                 result.loss[block] = -log_q.gather(1, next_tokens[block, None])[:, 0].double()
+    advance(len(compared))
     return results
+
+
+def _by_window(results: Sequence[_Positions], shapes: Sequence[torch.Size]) -> list[MaskedQuality]:
+    """Means over the positions of windows [M, T], of the dense model and then of the P plans."""
+    divergence = torch.stack([result.divergence for result in results])
+    loss = torch.stack([result.loss for result in results])
+    if not (torch.isfinite(divergence).all() and torch.isfinite(loss).all()):
+        raise NirvanaError(
+            "The logits of the dense or a pruned model are NaN or infinite; none can be chosen."
+        )
+    sizes = [shape.numel() for shape in shapes]
+    qualities = []
+    by_set = zip(shapes, torch.split(divergence, sizes, 1), torch.split(loss, sizes, 1), strict=True)
+    for shape, kl, nll in by_set:
+        losses: NDArray[np.float64] = nll.reshape(-1, *shape)[:, :, :-1].mean(dim=2).numpy()
+        divergences = kl.reshape(-1, *shape)[1:].mean(dim=2).numpy()
+        qualities.append(MaskedQuality(divergence=divergences, loss=losses[1:], dense_loss=losses[0]))
+    return qualities

@@ -15,7 +15,7 @@ sums over a unit are float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,13 +27,14 @@ from torch import nn
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import config_json, meta_model, read_config
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
-from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
-from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.model.weights import RememberedWeights, SafetensorsWeights, WeightSource, check_weights
+from nirvana_deploy.progress import SILENT, Advance, Progress
 from nirvana_deploy.prune.borders import Borders
 from nirvana_deploy.prune.features import FeatureScore, FeatureStatistics, merged, statistics_of
+from nirvana_deploy.prune.loaded import loaded
 from nirvana_deploy.prune.output import embedded, head_blocks, head_name, states_gradient
 from nirvana_deploy.prune.saliency import SALIENCIES, OutputGradient, saliency_named
-from nirvana_deploy.prune.score_seq2seq import StreamedEncoderDecoder
+from nirvana_deploy.prune.score_seq2seq import StreamedEncoderDecoder, View
 from nirvana_deploy.prune.units import UnitScores, WindowScores, scored_tensors, unit_sums
 
 DEFAULT_MICRO_BATCH = 8
@@ -73,8 +74,7 @@ def score_units(
             )
         windows = torch.from_numpy(tokens)
         if method.output_gradient is not None:
-            stream = StreamedEncoderDecoder if shape.family.encoder_decoder else StreamedModel
-            return stream(checkpoint, weights, shape).gradient_scores(
+            return streamed_model(checkpoint, weights, shape).gradient_scores(
                 windows,
                 method.output_gradient,
                 micro_batch=micro_batch,
@@ -93,6 +93,14 @@ def score_units(
         groups=tuple(generator.random(layer.kv_heads) for layer in shape.layers),
         neurons=tuple(generator.random(layer.ffn_width) for layer in shape.layers),
     )
+
+
+def streamed_model(
+    checkpoint: Path, weights: WeightSource, shape: ModelShape
+) -> StreamedModel | StreamedEncoderDecoder:
+    """The model, of the kind that its family is."""
+    kind = StreamedEncoderDecoder if shape.family.encoder_decoder else StreamedModel
+    return kind(checkpoint, weights, shape)
 
 
 def micro_batches(tokens: torch.Tensor, sequences: int) -> list[torch.Tensor]:
@@ -301,12 +309,28 @@ class StreamedModel:
         self, batches: Sequence[torch.Tensor], *, progress: Progress = SILENT
     ) -> list[torch.Tensor]:
         """What leaves the last layer, [n, T, D] for each of ``batches`` [n, T]; each layer is loaded once."""
-        with progress.task("Running layers", len(self._layers)) as advance, torch.no_grad():
-            hidden = list(self._embedded(batches))
+        with progress.task("Running layers", len(self._layers)) as advance:
+            [states] = self.last_states_of([lambda weights: weights], batches, advance=advance)
+        return states
+
+    def next_tokens(self, windows: torch.Tensor) -> torch.Tensor:
+        """What each position is to predict, for windows [N, T]; what stands at the last one means nothing."""
+        return windows.roll(-1, dims=1)
+
+    def last_states_of(
+        self, views: Sequence[View], batches: Sequence[torch.Tensor], *, advance: Advance
+    ) -> list[list[torch.Tensor]]:
+        """:meth:`last_states` of several sliced or masked views; each layer is read once for all of them."""
+        remembered = RememberedWeights(self._weights)
+        seen = [view(remembered) for view in views]
+        with torch.no_grad():
+            hidden = [list(self._embedded(batches)) for _ in views]
             for index in range(len(self._layers)):
-                with self._loaded_layer(index) as layer:
-                    hidden = [self._run(layer, states) for states in hidden]
-                advance(1)
+                for number, weights in enumerate(seen):
+                    with self._loaded_layer(index, weights) as layer:
+                        hidden[number] = [self._run(layer, states) for states in hidden[number]]
+                    advance(1)
+                remembered.forget()
         return hidden
 
     def output_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -363,32 +387,13 @@ class StreamedModel:
             )
         return groups, neurons
 
-    def _loaded_layer(self, index: int) -> _LoadedLayer:
-        return _LoadedLayer(self._layers[index], self._layer_tensors(index))
-
-    def _layer_tensors(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
-        prefix = self._shape.family.layer(index) + "."
-        for name in self._layers[index].state_dict():
-            yield name, self._float32(prefix + name)
+    def _loaded_layer(
+        self, index: int, weights: WeightSource | None = None
+    ) -> AbstractContextManager[nn.Module]:
+        return loaded(self._layers[index], weights or self._weights, prefix=self._shape.family.layer(index))
 
     def _float32(self, name: str) -> torch.Tensor:
         return self._weights.load(name).to(torch.float32)
-
-
-class _LoadedLayer:
-    """Context in which one layer has its weights; outside it they take no memory."""
-
-    def __init__(self, layer: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        self._layer = layer
-        self._tensors = tensors
-
-    def __enter__(self) -> nn.Module:
-        self._layer.load_state_dict(dict(self._tensors), assign=True)
-        return self._layer
-
-    def __exit__(self, *exception: object) -> None:
-        self._layer.to("meta")
-        self._layer.zero_grad(set_to_none=True)
 
 
 @contextmanager

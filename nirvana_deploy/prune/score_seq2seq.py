@@ -13,8 +13,9 @@ may go to disk (``borders.py``); the context and its gradient stay in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,13 @@ from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import WeightSource
 from nirvana_deploy.progress import SILENT, Advance, Progress
 from nirvana_deploy.prune.borders import Borders
+from nirvana_deploy.prune.loaded import loaded
 from nirvana_deploy.prune.output import embedded, head_blocks, head_name, states_gradient
 from nirvana_deploy.prune.saliency import OutputGradient
 from nirvana_deploy.prune.units import UnitScores, scored_tensors, unit_sums
 
+View = Callable[[WeightSource], WeightSource]
+"""A checkpoint's weights as a plan would have them, or as they are."""
 Scores = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
 """Position in ``shape.layers`` -> (groups [K], neurons [F])."""
 
@@ -73,6 +77,7 @@ class StreamedEncoderDecoder:
     """A T5 of which one block at a time has weights; the rest lives on torch's meta device."""
 
     def __init__(self, checkpoint: Path, weights: WeightSource, shape: ModelShape) -> None:
+        self._checkpoint = checkpoint
         self._config = read_config(checkpoint)
         self._model = meta_model(self._config)
         self._weights = weights
@@ -122,6 +127,50 @@ class StreamedEncoderDecoder:
         encoded = self._last_states(encoder, encoder_tokens)
         decoded = self._last_states(decoder, decoder_tokens, [self._encoder_norm(encoded)])
         return self._final()(decoded) @ self._float32(head_name(self._shape)).T
+
+    def next_tokens(self, windows: torch.Tensor) -> torch.Tensor:
+        """What each position of the decoder is to predict [N, T - T // 2 + 1], for windows [N, T]; the last
+        one has no next token, and what stands there means nothing.
+        """
+        return teacher_forced(windows, start_token=self._start_token())[1].roll(-1, dims=1)
+
+    def last_states_of(
+        self, views: Sequence[View], batches: Sequence[torch.Tensor], *, advance: Advance
+    ) -> list[list[torch.Tensor]]:
+        """What leaves the decoder's last block, for each of ``batches`` [n, T] of windows, under each of
+        several masked views of the weights. Sliced ones will not do: a block's code knows its heads.
+        """
+        states = []
+        for view in views:
+            masked = StreamedEncoderDecoder(self._checkpoint, view(self._weights), self._shape)
+            states.append(
+                [
+                    last
+                    for _, alike in itertools.groupby(batches, key=lambda batch: batch.shape[1])
+                    for last in masked._last_states_of_windows(list(alike))
+                ]
+            )
+            advance(len(self._shape.layers))
+        return states
+
+    def output_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What turns states that left the last block [..., D] into logits [..., V]; loaded once."""
+        final, head = self._final(), self._float32(head_name(self._shape))
+        return lambda states: final(states) @ head.T
+
+    def _last_states_of_windows(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        halves = [teacher_forced(windows, start_token=self._start_token()) for windows in batches]
+        read, written = [encoder for encoder, _ in halves], [decoder for _, decoder in halves]
+        encoder, decoder = self._stacks(written[0].shape[1])
+        with (
+            self._borders(encoder, read, False, None, SILENT) as encoding,
+            self._borders(decoder, written, False, None, SILENT) as decoding,
+        ):
+            self._forward(encoder, read, encoding)
+            encoded = [encoding[len(encoder.blocks), number] for number in range(len(read))]
+            context = [self._encoder_norm(states) for states in encoded]
+            self._forward(decoder, written, decoding, context=context)
+            return [decoding[len(decoder.blocks), number] for number in range(len(written))]
 
     def _last_states(
         self, stack: _Stack, tokens: torch.Tensor, context: list[torch.Tensor] | None = None
@@ -269,18 +318,9 @@ class StreamedEncoderDecoder:
     def _prefix(self, stack: _Stack, index: int) -> str:
         return self._shape.family.site(stack.name).layer(index)
 
-    @contextmanager
-    def _loaded(self, stack: _Stack, index: int) -> Iterator[nn.Module]:
-        """One block with its weights; afterwards they take no memory."""
-        block, prefix = stack.blocks[index], self._prefix(stack, index)
-        block.load_state_dict(
-            {name: self._float32(f"{prefix}.{name}") for name in block.state_dict()}, assign=True
-        )
-        try:
-            yield block
-        finally:
-            block.to("meta")
-            block.zero_grad(set_to_none=True)
+    def _loaded(self, stack: _Stack, index: int) -> AbstractContextManager[nn.Module]:
+        """One block with its weights."""
+        return loaded(stack.blocks[index], self._weights, prefix=self._prefix(stack, index))
 
     def _float32(self, name: str) -> torch.Tensor:
         return self._weights.load(name).to(torch.float32)

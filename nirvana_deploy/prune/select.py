@@ -206,9 +206,7 @@ def select_calibration(
                 calibration=None if calibration is None else calibration_record(calibration),
             )
             tried.append(_Tried(plan, calibration, scores))
-    divergences = masked_divergences(
-        checkpoint, [one.plan for one in tried], tokens, micro_batch=micro_batch, progress=progress
-    )
+    divergences = masked_divergences(checkpoint, [one.plan for one in tried], tokens, progress=progress)
     return _selection(tried, divergences, heldout, scoring)
 
 

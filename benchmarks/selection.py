@@ -1,0 +1,127 @@
+"""Does choosing by KL pay? What the selector takes, beside what random draws give.
+
+    python benchmarks/selection.py MODEL --calib valid.txt --eval-text test.txt \\
+        --quality quality.jsonl --out selection.jsonl
+
+Candidates are calibration sets from several corpora (--calib, ``pydoc``, and ``self``, the model's own) and
+of several seeds, with the saliencies ``nirvana`` and ``taylor`` and several gammas, at one sparsity. All are
+judged by their KL to the dense model on the same held-out windows of --calib, which is all that the selector
+sees; perplexity is measured on --eval-text, which has no say. What benchmarks/quality.py has measured at this
+sparsity are the candidates of --calib; only the other corpora are measured here, row by row, and the same
+command continues where it stopped. The table widens the choice step by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from quality import WHOLE_GRID, Grid, Row, key, least_heldout, new_row, read_rows, spread  # beside this one
+
+from nirvana_deploy.artifact import write_bytes
+from nirvana_deploy.model.checkpoint import load_tokenizer
+from nirvana_deploy.model.sources import resolve_model
+
+
+def main() -> None:
+    """Measure what is missing, then print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--calib", required=True, help="text whose held-out windows decide")
+    parser.add_argument("--eval-text", type=Path, required=True, help="another text, to measure on")
+    parser.add_argument("--quality", type=Path, required=True, help="rows of benchmarks/quality.py")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL of rows; continued when it exists")
+    parser.add_argument("--corpora", nargs="*", default=["pydoc", "self"], help="[pydoc self]")
+    parser.add_argument("--sparsity", type=float, default=0.4)
+    parser.add_argument("--gamma", type=float, nargs="+", default=None, help="[2 and M/A]")
+    parser.add_argument("--seeds", type=int, default=2, help="of every other corpus [2]")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
+    options = parser.parse_args()
+    rows = read_rows(options.out)
+    if not options.table:
+        measure(options, rows)
+    print(table([*read_rows(options.quality), *rows]))
+
+
+def measure(options: argparse.Namespace, rows: list[Row]) -> None:
+    """Append to ``rows``, and to the file, the candidates of the other corpora that are not there yet."""
+    [settings] = {json.dumps(row["settings"]) for row in read_rows(options.quality)}
+    agreed = json.loads(settings)
+    for name in ("eval_windows", "heldout_windows", "num_sequences", "allocation"):
+        setattr(options, name, agreed[name])
+    source = resolve_model(options.model)
+    grid = Grid(source.path, load_tokenizer(source.path), options)
+    if grid.settings(source.name) != agreed:
+        raise SystemExit(f"{options.quality} was measured with another model or other texts.")
+    gammas = options.gamma or [2.0, grid.default_gamma]
+    done = {key(row) for row in rows}
+    for seed, corpus, saliency in itertools.product(range(options.seeds), options.corpora, WHOLE_GRID):
+        wanted = [
+            row
+            for gamma in gammas
+            if key(row := new_row(agreed, saliency, options.sparsity, gamma, seed) | {"corpus": corpus})
+            not in done
+        ]
+        if wanted:
+            rows += grid.measured(wanted)
+            write_bytes(options.out, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: ever wider choices, what the least KL took from each, and what else it could have been."""
+    measured = [row for row in rows if "corpus" in row]
+    sparsity = measured[0]["sparsity"] if measured else 0.4
+    candidates = [row for row in rows if row["sparsity"] == sparsity and row["saliency"] in WHOLE_GRID]
+    if not candidates:
+        return "Nothing measured yet."
+    usual = candidates[0]["default_gamma"]
+    drawn = [row for row in candidates if row["saliency"] == "nirvana" and row["gamma"] == usual]
+    steps: list[tuple[str, Callable[[Row], bool]]] = [
+        ("seeds", lambda row: row in drawn and "corpus" not in row),
+        ("seeds, gamma", lambda row: row["saliency"] == "nirvana" and "corpus" not in row),
+        ("seeds, gamma, saliency", lambda row: "corpus" not in row),
+        ("seeds, gamma, saliency, corpus", lambda row: True),
+    ]
+    lines = [
+        "| chosen among | candidates | least KL takes | its perplexity | median (range) of all | "
+        "rank correlation of KL and perplexity |",
+        "|---|---|---|---|---|---|",
+    ]
+    for choice, belongs in steps:
+        pool = [row for row in candidates if belongs(row)]
+        taken = least_heldout(pool)
+        lines.append(
+            f"| {choice} | {len(pool)} | {name(taken)} | {taken['perplexity']:.1f} | {spread(pool)} | "
+            f"{rank_correlation(pool):.2f} |"
+        )
+    own = [row for row in drawn if "corpus" not in row]
+    default = (
+        f"Without a choice, `nirvana` with gamma M/A on a random seed: {spread(own)} on the corpus of the "
+        f"held-out text, {spread(drawn)} over all corpora. Sparsity {sparsity:g}."
+    )
+    return "\n".join([*lines, "", default])
+
+
+def name(row: Row) -> str:
+    """A candidate for people."""
+    return f"{row['saliency']}, gamma {row['gamma']:g}, {row.get('corpus', 'calib')} seed {row['seed']}"
+
+
+def rank_correlation(rows: Sequence[Row]) -> float:
+    """Spearman's, of held-out KL and perplexity on the other text."""
+    if len(rows) < 3:
+        return float("nan")
+    kl, perplexity = (
+        np.argsort(np.argsort([row[what] for row in rows])) for what in ("heldout_kl", "perplexity")
+    )
+    return float(np.corrcoef(kl, perplexity)[0, 1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The stages after the float export: quantized ONNX folders, each with the proof of what runs in integers.
+
+They add to a folder that ``stages.py`` made, in its one run or at any later time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from nirvana_deploy.errors import NirvanaError, VerificationError
+from nirvana_deploy.prune.windows_file import read_windows
+from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.spec import read_record
+from nirvana_deploy.run import Run
+from nirvana_deploy.stages import CALIBRATION_FILE
+from nirvana_deploy.variants import ONNX, PRUNED, variant_named
+
+
+def quantize(
+    run: Run,
+    scheme: str,
+    *,
+    smooth: float | Literal["auto"] | None = None,
+    ranges: str = "minmax",
+    keep_fp: int = 0,
+    sensitivity: bool = False,
+    head: bool = False,
+    block_size: int = 32,
+    rounding: str = "plain",
+    redo: bool = False,
+) -> dict[str, Any]:
+    """Quantize the float ONNX folder of the run into ``onnx-<scheme>``, on the windows it was pruned with.
+
+    Options as in :func:`quantize_onnx`. Fewer linears in integer kernels than promised is a result
+    (``passed`` False), as a failed verification is: what was written stays for inspection.
+    """
+    variant = variant_named(f"{PRUNED}-{scheme}")
+
+    def work() -> dict[str, Any]:
+        problem = None
+        try:
+            quantize_onnx(
+                run.out / ONNX,
+                run.out / variant.folder,
+                scheme=scheme,
+                calibration=_calibration(run),
+                smooth=smooth,
+                ranges=ranges,
+                keep_fp=keep_fp,
+                sensitivity=sensitivity,
+                head=head,
+                block_size=block_size,
+                rounding=rounding,
+                progress=run.progress,
+            )
+        except VerificationError as error:
+            problem = error.message
+        record = read_record(run.out / variant.folder)
+        return {
+            "scheme": scheme,
+            "coverage": record["coverage"],
+            "passed": problem is None,
+            "problem": problem,
+            "weights_bytes": sum(file.stat().st_size for file in (run.out / variant.folder).glob("*.data")),
+        }
+
+    return run.stage(variant.stage, [variant.folder], work, redo=redo)
+
+
+def require_quantized(result: dict[str, Any], folder: Path) -> None:
+    """Raise VerificationError (exit code 3) unless the stage passed."""
+    if not result["passed"]:
+        raise VerificationError(
+            result["problem"], hint=f"{folder} is kept. nirvana-deploy doctor lists the versions in use."
+        )
+
+
+def _calibration(run: Run) -> Any:
+    """The windows [N, T] that the plan was made with; raises NirvanaError where the folder has none."""
+    path = run.out / CALIBRATION_FILE
+    if not path.is_file():
+        raise NirvanaError(
+            f"{run.out} has no {CALIBRATION_FILE}: it was cut by a plan, without calibration windows.",
+            hint=f"Quantize the ONNX folder itself: nirvana-deploy quantize {run.out / ONNX} --calib FILE",
+        )
+    return read_windows(path)["calibration"]
