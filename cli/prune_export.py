@@ -22,6 +22,20 @@ from .common import (
 @click.argument("model")
 @pruning_options
 @click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Type of weights, activations and KV cache in the ONNX graphs.",
+)
+@click.option(
+    "--flavor",
+    type=click.Choice(["portable", "gqa"]),
+    default="portable",
+    show_default=True,
+    help="Standard operators, or GroupQueryAttention of ONNX Runtime with a shared KV buffer.",
+)
+@click.option(
     "--baseline/--no-baseline",
     default=True,
     show_default=True,

@@ -28,7 +28,7 @@ from nirvana_deploy.measure.compare import (
 )
 from nirvana_deploy.measure.ntk import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
-from nirvana_deploy.measure.runners import is_engine, open_runner
+from nirvana_deploy.measure.runners import Runner, is_engine, open_runner
 from nirvana_deploy.measure.tasks import evaluate_tasks
 from nirvana_deploy.prune.calibrate import TokenWindows
 from nirvana_deploy.prune.plan import read_plan
@@ -64,7 +64,7 @@ def quality(
         models = models_for(run, runtime)
         with ExitStack() as stack:
             opened = {
-                v.name: stack.enter_context(open_runner(path, runtime=runtime, threads=threads))
+                v.name: stack.enter_context(_opened(run, path, runtime=runtime, threads=threads))
                 for v, path in models.items()
             }
             baseline = next(iter(opened))
@@ -211,3 +211,10 @@ def dense_checkpoint(run: Run) -> Path:
             hint=f"Fetch it again: nirvana-deploy prune {run.manifest['options']['model']} --sparsity 0.4",
         )
     return path
+
+
+def _opened(run: Run, path: Path, *, runtime: str | None, threads: int | None) -> Runner:
+    """A runner; a bfloat16 model that no other runtime was named for is computed in float32 on the CPU."""
+    if runtime is None and not is_engine(path) and run.manifest["options"].get("dtype") == "bf16":
+        return OrtDecoder(path, threads=threads, in_float32=True)
+    return open_runner(path, runtime=runtime, threads=threads)

@@ -14,6 +14,8 @@ from nirvana_deploy.artifact import read_json, require_free_bytes
 from nirvana_deploy.deploying import quantize as quantize_stage
 from nirvana_deploy.deploying import require_quantized
 from nirvana_deploy.errors import NirvanaError, VerificationError
+from nirvana_deploy.export.dtypes import dtype_named
+from nirvana_deploy.export.graph import GraphOptions
 from nirvana_deploy.export.onnx_export import require_exportable
 from nirvana_deploy.export.verify import VerifyReport, verify_onnx
 from nirvana_deploy.measure.benchmark import Workload
@@ -84,6 +86,8 @@ def prune_export(
     seed: int = 0,
     micro_batch: int = 8,
     eval_text: Path | str | None = None,
+    dtype: str = "fp32",
+    flavor: str = "portable",
     baseline: bool = True,
     run_benchmark: bool = True,
     quantize: Sequence[str] = (),
@@ -106,11 +110,13 @@ def prune_export(
     for "auto", else 1); ``saliency`` may be several or "auto" (nirvana and taylor); ``gamma`` may be "auto"
     (a small grid).
 
-    ``eval_text`` is a file to measure quality on instead of held-out windows. ``baseline`` False leaves the
-    dense model out of export and measurements, and with it everything relative. ``quantize`` lists schemes
-    ("int8", "w8", "w4") in which the pruned model is quantized too, on the same calibration windows, each a
-    variant of its own in the report. ``until`` "checkpoint" stops
-    after plan.json and checkpoint/; ``resume`` continues from there.
+    ``eval_text`` is a file to measure quality on instead of held-out windows. ``dtype`` ("fp32", "fp16",
+    "bf16") and ``flavor`` ("portable", "gqa") are those of the ONNX graphs; bfloat16 has no arithmetic in
+    ONNX Runtime's CPU, where its quality is computed in float32 and nothing is timed. ``baseline`` False
+    leaves the dense model out of export and measurements, and with it everything relative. ``quantize`` lists
+    schemes ("int8", "w8", "w4") in which the pruned model is quantized too, on the same calibration windows,
+    each a variant of its own in the report. ``until`` "checkpoint" stops after plan.json and checkpoint/;
+    ``resume`` continues from there.
 
     Raises NirvanaError for the user's problems and VerificationError when the exported model does not
     compute what the checkpoint computes, or a quantized one does not run in integer kernels.
@@ -120,16 +126,21 @@ def prune_export(
     saliencies = _AUTO_SALIENCIES if saliency == "auto" else _listed(saliency)
     for name in saliencies:
         saliency_named(name)
+    graph = GraphOptions(dtype=dtype_named(dtype), flavor=flavor)
     source = resolve_model(model, progress=progress)
     shape = checked_shape(source.path, seq_len=seq_len)
     if until != "checkpoint":
         require_exportable(shape)
+        graph.require_fits(shape)
     choices = Choices(
         corpora=_corpora(calib, shape),
         candidates=candidates or (4 if calib == "auto" else 1),
         saliencies=saliencies,
         gammas=_gammas(gamma, shape, sparsity=sparsity, round_to=round_to),
     )
+    if run_benchmark and dtype == "bf16":
+        run_benchmark = False
+        progress.note("bf16 cannot be timed on the CPU: it has no bfloat16 arithmetic in ONNX Runtime")
     out = Path(out) if out is not None else Path(f"{source.name}-s{sparsity:g}")
     copies = 1 if until == "checkpoint" else 2 + baseline + len(quantize)
     parameters = shape.linear_parameters + shape.embedding_parameters
@@ -151,6 +162,8 @@ def prune_export(
     }
     if until == "report":
         options |= {
+            "dtype": dtype,
+            "flavor": flavor,
             "baseline": baseline,
             "benchmark": run_benchmark,
             "quantize": list(quantize),
@@ -205,7 +218,7 @@ def prune_export(
     slice_stage(run, source, plan)
     if until == "checkpoint":
         return Deployment(out=run.out, plan=plan, manifest=run.manifest, benchmark=None, report=None)
-    export(run, source, baseline=baseline)
+    export(run, source, baseline=baseline, dtype=dtype, flavor=flavor)
     report = verify(run, source, baseline=baseline, threads=threads)
     quantized = {}
     if all(result.passed for result in report.values()):

@@ -289,12 +289,20 @@ def slice_stage(run: Run, source: ModelFolder, plan: PrunePlan) -> None:
     )
 
 
-def export(run: Run, source: ModelFolder, *, baseline: bool) -> None:
+def export(run: Run, source: ModelFolder, *, baseline: bool, dtype: str, flavor: str) -> None:
     """Export the smaller model and, by the same code, the dense one."""
 
     def work(checkpoint: Path, folder: str) -> dict[str, Any]:
-        exported = onnx_from_checkpoint(checkpoint, run.out / folder, progress=run.progress)
-        return {"nodes": exported.nodes, "weights_bytes": exported.weights_bytes, "opset": 23}
+        exported = onnx_from_checkpoint(
+            checkpoint, run.out / folder, dtype=dtype, flavor=flavor, progress=run.progress
+        )
+        return {
+            "nodes": exported.nodes,
+            "weights_bytes": exported.weights_bytes,
+            "opset": exported.options.opset,
+            "dtype": dtype,
+            "flavor": flavor,
+        }
 
     run.stage("onnx", [ONNX], lambda: work(run.out / CHECKPOINT, ONNX))
     if baseline:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_onnx import damaged_copy
 from test_slicing import plan_for
 
+from nirvana_deploy import prune_export, stages
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import ort, streaming
 from nirvana_deploy.export.dtypes import DTYPES
@@ -132,6 +133,41 @@ def test_norms_survive_squares_beyond_float16(qwen3: Path, tmp_path: Path) -> No
     checkpoint = scaled_copy(qwen3, tmp_path / "big", "model.embed_tokens.weight", 2000.0)
     folder = exported(checkpoint, tmp_path / "onnx", "gqa", dtype="fp16")
     assert verify_onnx(checkpoint, folder, new_tokens=4, threads=1).passed
+
+
+@pytest.mark.parametrize("operator", ["Attention", "GroupQueryAttention"])
+def test_the_softmax_counts_beyond_float16(operator: str) -> None:
+    """Of 6000 equal keys each weighs 1/6000; a sum in float16 would stop at 2048 and give values of 2.9."""
+    S, half = 6000, onnx.TensorProto.FLOAT16
+    past, one = np.ones((1, 2, S - 1, 16), dtype=np.float16), np.ones((1, 1, 32), dtype=np.float16)
+    if operator == "Attention":
+        feeds = {"q": np.zeros((1, 2, 1, 16), dtype=np.float16), "k": 0 * past, "v": past}
+        node = onnx.helper.make_node(operator, list("qkv"), ["y"])
+    else:
+        feeds = {"q": 0 * one, "v": one, "past_k": 0 * past, "past_v": past}
+        lengths = {"last": np.array([S - 1], dtype=np.int32), "total": np.array(S, dtype=np.int32)}
+        node = onnx.helper.make_node(
+            operator,
+            ["q", "q", "v", "past_k", "past_v", *lengths],
+            ["y", "k", "w"],
+            domain="com.microsoft",
+            num_heads=2,
+            kv_num_heads=2,
+        )
+        feeds |= lengths  # type: ignore[arg-type]
+    inputs = [
+        onnx.helper.make_tensor_value_info(
+            name, half if array.dtype == np.float16 else onnx.TensorProto.INT32, array.shape
+        )
+        for name, array in feeds.items()
+    ]
+    graph = onnx.helper.make_graph(
+        [node], "one", inputs, [onnx.helper.make_tensor_value_info("y", half, feeds["q"].shape)]
+    )
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(["y"], feeds)[0], 1.0, atol=2**-10)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -254,3 +290,20 @@ def test_options_that_do_not_fit_are_refused(tiny_llama: Path, tmp_path: Path) -
     ):
         with pytest.raises(NirvanaError, match=words):
             onnx_from_checkpoint(tiny_llama, tmp_path / "onnx", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
+def test_the_whole_job_in_another_dtype_and_flavor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "HELDOUT_SEQUENCES", 2)
+    monkeypatch.setattr(stages, "HELDOUT_LEN", 24)
+    model = str(write_tiny(tmp_path / "model", "llama-tied", head_dim=HEAD_DIM))
+    calib = tmp_path / "text.txt"
+    calib.write_text("The quick brown fox jumps over the lazy dog. " * 300, encoding="utf-8")
+    job = {"sparsity": 0.3, "out": tmp_path / "out", "calib": str(calib), "seq_len": 16, "num_sequences": 2}
+    done = prune_export(model, dtype="fp16", flavor="gqa", run_benchmark=False, **job)  # type: ignore[arg-type]
+    for stage in ("onnx", "dense-onnx"):
+        result = done.manifest["stages"][stage]["result"]
+        assert (result["dtype"], result["flavor"]) == ("fp16", "gqa")
+    assert done.manifest["stages"]["verify"]["result"]["pruned"]["passed"]
+    with pytest.raises(NirvanaError, match="cannot be resumed: it was made with dtype 'fp16', not 'bf16'"):
+        prune_export(model, dtype="bf16", flavor="gqa", run_benchmark=False, resume=True, **job)  # type: ignore[arg-type]

@@ -24,8 +24,6 @@ from nirvana_deploy.export.parts import GraphParts
 from nirvana_deploy.export.streaming import as_array
 from nirvana_deploy.model.shape import LayerShape
 
-_FLOAT32 = int(ir.DataType.FLOAT)
-
 
 @dataclass(frozen=True)
 class Rotary:
@@ -297,8 +295,10 @@ def _mixed(
     value: ir.Value,
     mask: ir.Value,
 ) -> ir.Value:
-    """softmax(q k^T / sqrt(d)) v over the keys that ``mask`` lets be seen, [B, T, H d]."""
+    """softmax(q k^T / sqrt(d)) v over the keys that ``mask`` lets be seen, [B, T, H d].
+
+    Without ``softmax_precision``, which the TensorRT parser refuses: see ``dtypes.py``.
+    """
     op = parts.op
-    precision = {"softmax_precision": _FLOAT32} if parts.dtype.half_precision else {}
-    mixed = op.Attention(query, key, value, mask, **precision)
+    mixed = op.Attention(query, key, value, mask)
     return op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), [0, 0, layer.query_heads * d])

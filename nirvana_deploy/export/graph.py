@@ -69,6 +69,15 @@ class GraphOptions:
         if self.flavor != "static-cache" and self.cache_tokens is not None:
             raise NirvanaError(f"A cache length was given, and the cache of {self.flavor} grows.")
 
+    def require_fits(self, shape: ModelShape) -> None:
+        """Raise NirvanaError for a model that the flavor cannot hold."""
+        if self.flavor == "gqa" and shape.head_dim % _GQA_HEAD_DIM_MULTIPLE:
+            raise NirvanaError(
+                f"GroupQueryAttention rotates heads of a multiple of {_GQA_HEAD_DIM_MULTIPLE} numbers, "
+                f"and head_dim is {shape.head_dim}.",
+                hint="Export with --flavor portable.",
+            )
+
     @property
     def opset(self) -> int:
         """Of the standard operators."""
@@ -139,12 +148,6 @@ class _Decoder:
         """The form that the flavor asks for; declares the inputs of tokens."""
         d = self.shape.head_dim
         if self.options.flavor == "gqa":
-            if d % _GQA_HEAD_DIM_MULTIPLE:
-                raise NirvanaError(
-                    f"GroupQueryAttention rotates heads of a multiple of {_GQA_HEAD_DIM_MULTIPLE} numbers, "
-                    f"and head_dim is {d}.",
-                    hint="Export with --flavor portable.",
-                )
             return GroupQueryCache(self.parts, rotary, d, max_positions=max_positions)
         if self.options.cache_tokens is not None:
             return StaticCache(self.parts, rotary, d, cache_tokens=self.options.cache_tokens)

@@ -67,6 +67,7 @@ def onnx_from_checkpoint(
     config = read_config(checkpoint)
     shape = shape_from_config(config.to_dict())
     require_exportable(shape)
+    options.require_fits(shape)
     weights = SafetensorsWeights(checkpoint)
     check_weights(weights, shape)
     parameters = shape.linear_parameters + shape.embedding_parameters
