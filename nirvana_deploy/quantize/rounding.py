@@ -5,8 +5,7 @@ Pure maths on arrays; how the numbers are written into a graph is ``weight_only.
 output channel that share a scale; the last block of a channel is shorter when K does not divide, and a
 block size of K is one scale per channel.
 
-Symmetric integers only have a scale, which is what TensorRT reads. Offsets (zero points) are for ONNX
-Runtime alone.
+All integers are symmetric, zero stands for zero: TensorRT reads no others.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _SEARCHED_SHARES = np.linspace(0.45, 1.0, 23)
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """One weight as integers: ``(codes - offsets) * scales`` block by block."""
+    """One weight as integers: ``codes * scales`` block by block."""
 
     codes: NDArray[np.int8]
     """[K, N], within ``code_range(bits)``."""
@@ -38,15 +37,11 @@ class RoundedWeight:
     """8 or 4."""
     block_size: int
     """Inputs that share a scale; K for one scale per output channel."""
-    offsets: NDArray[np.int8] | None = None
-    """[ceil(K / block_size), N] codes that stand for zero; None when symmetric."""
 
     def dequantized(self) -> NDArray[np.float32]:
         """The weight [K, N] that these numbers stand for, computed as runtimes do: in float32."""
         K = len(self.codes)
         values = self.codes.astype(np.float32)
-        if self.offsets is not None:
-            values -= per_row(self.offsets.astype(np.float32), self.block_size, K)
         values *= per_row(self.scales.astype(np.float32), self.block_size, K)
         return values
 
@@ -56,9 +51,9 @@ class RoundedWeight:
         return self.codes.size * self.bits // 8 + self.scales.nbytes
 
 
-def code_range(bits: int, *, offsets: bool = False) -> tuple[int, int]:
-    """Smallest and largest code: [-127, 127] for 8 bits (symmetric), [-8, 7] for 4."""
-    return (-127, 127) if bits == 8 and not offsets else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+def code_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest code: [-127, 127] for 8 bits, [-8, 7] for 4."""
+    return (-127, 127) if bits == 8 else (-8, 7)
 
 
 def require_block_size(block_size: int) -> None:
@@ -103,35 +98,6 @@ def round_weight(
     steps = per_row(scales.astype(np.float32), block_size, len(values))
     codes = nearest_codes(values, steps, bits=bits).astype(np.int8)
     return RoundedWeight(codes=codes, scales=scales, bits=bits, block_size=block_size)
-
-
-def round_with_offsets(
-    weight: NDArray[Any],
-    *,
-    block_size: int,
-    scale_dtype: np.dtype[np.generic] | None = None,
-) -> RoundedWeight:
-    """Round ``weight`` [K, N] to 4 bits whose range is each block's own: scales and offsets.
-
-    Better than symmetric codes on weights that were once stored so, as those of many 4-bit files are: on
-    them it proves nothing. TensorRT does not read offsets. Raises NirvanaError for weights that are not
-    finite.
-    """
-    values = checked(weight)
-    K, N = values.shape
-    low, high = code_range(4, offsets=True)
-    blocks, dtype = -(-K // block_size), np.dtype(np.float32) if scale_dtype is None else scale_dtype
-    scales: NDArray[Any] = np.empty((blocks, N), dtype=dtype)
-    offsets = np.empty((blocks, N), dtype=np.int8)
-    for index, rows in blocks_of(K, block_size):
-        smallest = np.minimum(values[rows].min(axis=0), 0.0)  # zero stays exact
-        largest = np.maximum(values[rows].max(axis=0), 0.0)
-        scales[index] = _positive((largest - smallest) / (high - low), dtype)
-        offsets[index] = np.clip(np.rint(low - smallest / scales[index].astype(np.float32)), low, high)
-    shifted = values / per_row(scales.astype(np.float32), block_size, K)
-    shifted += per_row(offsets.astype(np.float32), block_size, K)
-    codes = np.clip(np.rint(shifted), low, high).astype(np.int8)
-    return RoundedWeight(codes=codes, scales=scales, bits=4, block_size=block_size, offsets=offsets)
 
 
 def block_scales(

@@ -21,7 +21,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph
 from nirvana_deploy.quantize.rounding import RoundedWeight
 
@@ -39,36 +38,29 @@ def write_rounded(
     *,
     bits: int,
     block_size: int,
-    offsets: bool = False,
     writing: str = "ort",
 ) -> None:
     """Let ``linear`` compute with the rounded weight that ``read`` returns, asked for when it is written.
 
-    ``block_size`` as in :class:`RoundedWeight`: K for one scale per channel. Raises NirvanaError for
-    offsets in the TensorRT writing.
+    ``block_size`` as in :class:`RoundedWeight`: K for one scale per channel.
     """
     if writing == "ort":
-        output = _nbits(graph, linear, _Parts(read), bits, block_size, offsets)
-    elif offsets:
-        raise NirvanaError(
-            "TensorRT reads symmetric weights only, not offsets.", hint="Leave out --offsets, or --writing ort."
-        )
+        output = _nbits(graph, linear, _Parts(read), bits, block_size)
     else:
         output = _dequantized(graph, linear, _Parts(read), bits, block_size)
     graph.replace(linear, output)
 
 
 class _Parts:
-    """Hands out codes, scales and offsets of one weight, which is rounded once: small parts are kept."""
+    """Hands out codes and scales of one weight, which is rounded once: the scales are kept."""
 
     def __init__(self, read: Callable[[], RoundedWeight]) -> None:
         self._read = read
         self._scales: NDArray[Any] | None = None
-        self._offsets: NDArray[np.int8] | None = None
 
     def codes(self) -> NDArray[np.int8]:
         rounded = self._read()
-        self._scales, self._offsets = rounded.scales, rounded.offsets
+        self._scales = rounded.scales
         return rounded.codes
 
     def scales(self) -> NDArray[Any]:
@@ -77,16 +69,8 @@ class _Parts:
         assert self._scales is not None
         return self._scales
 
-    def offsets(self) -> NDArray[np.int8]:
-        if self._scales is None:
-            self.codes()
-        assert self._offsets is not None
-        return self._offsets
 
-
-def _nbits(
-    graph: OnnxGraph, linear: Linear, parts: _Parts, bits: int, block_size: int, offsets: bool
-) -> ir.Value:
+def _nbits(graph: OnnxGraph, linear: Linear, parts: _Parts, bits: int, block_size: int) -> ir.Value:
     """A MatMulNBits node: codes packed [N, blocks, bytes], unsigned, scales [N, blocks]."""
     K, N, name = linear.K, linear.N, f"{linear.name}.weight"
     block, repeats = (block_size, 1)
@@ -107,13 +91,6 @@ def _nbits(
         ),
         graph.initializer(f"{name}_scale", linear.dtype, (N, blocks), scales),
     ]
-    if offsets:
-        size = (N, -(-blocks * bits // 8))
-        inputs.append(
-            graph.initializer(
-                f"{name}_zero_point", ir.DataType.UINT8, size, lambda: packed_offsets(parts.offsets())
-            )
-        )
     return graph.node(
         "MatMulNBits",
         inputs,
@@ -145,15 +122,6 @@ def packed_blocks(codes: NDArray[np.int8], *, bits: int, block_size: int) -> NDA
     if bits == 4:
         unsigned = unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
     return unsigned.reshape(N, blocks, -1)
-
-
-def packed_offsets(offsets: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """4-bit offsets [blocks, N] as MatMulNBits stores them: [N, ceil(blocks / 2)] bytes."""
-    blocks, N = offsets.shape
-    unsigned = np.full((N, blocks + blocks % 2), 8, dtype=np.uint8)
-    unsigned[:, :blocks] = offsets.T + 8
-    packed: NDArray[np.uint8] = unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
-    return packed
 
 
 def _dequantized(graph: OnnxGraph, linear: Linear, parts: _Parts, bits: int, block_size: int) -> ir.Value:
