@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph
 from nirvana_deploy.quantize.rounding import RoundedWeight
 
-WRITINGS = ("ort", "tensorrt")
+WRITINGS = {"ort": "ONNX Runtime and onnxruntime-genai", "tensorrt": "TensorRT, and ONNX Runtime as well"}
 ACCURACY_LEVEL = 4
 PER_CHANNEL_BLOCK = 64
 """Block size that a MatMulNBits of one scale per channel is given, the scale repeated: the fastest measured
