@@ -148,7 +148,7 @@ def _dequantized(graph: OnnxGraph, linear: Linear, parts: _Parts, bits: int, blo
         [quantized, scale],
         before=linear.node,
         name=f"{name}_dequantized",
-        attributes={"axis": 1} if by_channel else {"axis": 0, "block_size": min(block_size, rows)},
+        attributes={"axis": 1} if by_channel else {"axis": 0, "block_size": block_size},
         dtype=linear.dtype,
     )
     x = _filled_up(graph, linear, missing) if missing else linear.x
