@@ -47,7 +47,11 @@ class _Smooth(click.ParamType[Any]):
     help="Windows drawn from --calib.",
 )
 @click.option(
-    "--seq-len", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens a window of --calib."
+    "--seq-len",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Tokens a window of --calib.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draw.")
 @click.option(
@@ -92,36 +96,38 @@ def quantize(
       nirvana-deploy quantize smollm2-s0.4 --scheme int8
       nirvana-deploy quantize my-onnx --scheme int8 --calib handbook.txt --out my-onnx-int8
     """
+    from nirvana_deploy import pipeline
     from nirvana_deploy.errors import NirvanaError
+    from nirvana_deploy.quantize.coverage import Coverage
     from nirvana_deploy.quantize.quantize import quantize_onnx
     from nirvana_deploy.run import MANIFEST
-    from nirvana_deploy.stages import CALIBRATION_FILE, ONNX
 
     progress = TerminalProgress()
-    is_output = (folder / MANIFEST).is_file()
-    source = folder / ONNX if is_output else folder
-    if out is None and not is_output:
+    whole_run = (folder / MANIFEST).is_file()
+    if whole_run and (out or calib):
+        raise click.UsageError(
+            "DIR is an output folder: it has its own place and calibration windows. "
+            "With --out or --calib, name its ONNX folder DIR/onnx."
+        )
+    if out is None and not whole_run:
         raise click.UsageError("DIR is an ONNX folder, not an output folder: say where to write with --out.")
-    out = out or folder / f"{ONNX}-{scheme}"
-    if out.exists() and not force:
-        raise NirvanaError(f"{out} exists already.", hint="Pass --force to replace it, or another --out DIR.")
-    windows = {}
-    if calib is not None:
-        windows = _drawn(source, calib, num_sequences, seq_len, seed, progress)
-    elif is_output and (folder / CALIBRATION_FILE).is_file():
-        from nirvana_deploy.prune.windows_file import read_windows
-
-        windows = {"calibration": read_windows(folder / CALIBRATION_FILE)["calibration"]}
-    quantized = quantize_onnx(source, out, scheme=scheme, progress=progress, **windows, **options)
+    target = out or folder / f"onnx-{scheme}"
+    if target.exists() and not force:
+        raise NirvanaError(f"{target} exists already.", hint="Pass --force to replace it.")
+    if whole_run:
+        record = pipeline.quantize_folder(folder, scheme=scheme, progress=progress, **options)
+    else:
+        windows = {} if calib is None else _drawn(folder, calib, num_sequences, seq_len, seed, progress)
+        record = quantize_onnx(folder, target, scheme=scheme, progress=progress, **windows, **options).record
     if as_json:
-        echo_json({"out": str(out), "weights_bytes": quantized.weights_bytes, **quantized.record})
+        echo_json({"out": str(target), **record})
         return
-    for line in _sensitivity_lines(quantized.record.get("sensitivity")):
+    for line in _sensitivity_lines(record.get("sensitivity")):
         click.echo(line)
-    for name, reason in quantized.record["int8"]["kept_float"].items():
+    for name, reason in record.get("int8", {}).get("kept_float", {}).items():
         click.echo(f"in float: {name} ({reason})")
-    size, float_size = quantized.weights_bytes / 1e6, quantized.float_bytes / 1e6
-    click.echo(f"{out}: {quantized.coverage.line}")
+    size, float_size = record["weights_bytes"] / 1e6, record["float_bytes"] / 1e6
+    click.echo(f"{target}: {Coverage(**record['coverage']).line}")
     click.echo(f"{size:,.1f} MB of weights, {float_size:,.1f} MB in float")
 
 

@@ -207,11 +207,13 @@ def _written(
     progress: Progress,
 ) -> QuantizedFolder:
     """Write the rewritten ``graphs``, and count the ``promised`` linears in what ONNX Runtime makes of it."""
-    weights_bytes = write_folder(
-        folder, out, graphs, records={RECORD_FILE: record | {"coverage": None}}, progress=progress
-    )
+    weights_bytes = write_folder(folder, out, graphs, records={RECORD_FILE: record}, progress=progress)
     coverage = coverage_of(out, promised)
-    record["coverage"] = coverage.to_json()
+    record |= {
+        "weights_bytes": weights_bytes,
+        "float_bytes": float_bytes,
+        "coverage": coverage.to_json(),
+    }
     write_json(out / RECORD_FILE, record)
     progress.note(coverage.line)
     coverage.require_whole(out)
