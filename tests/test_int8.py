@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner, Result
 from conftest import KINDS, write_tiny
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from test_slicing import plan_for
 from tiny_decoder import write_tiny_decoder
 
+from nirvana_deploy.cli.main import commands
 from nirvana_deploy.errors import NirvanaError, VerificationError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.ort import OrtDecoder
@@ -289,17 +289,17 @@ def test_the_command_quantizes_an_onnx_folder(llama: Path, tmp_path: Path) -> No
     text, out = tmp_path / "text.txt", tmp_path / "int8"
     text.write_text("Calibration wants prose of some length, and this is prose. " * 60)
     drawn = ["--calib", str(text), "--num-sequences", "4", "--seq-len", "32", "--smooth", "0.7"]
-    command = [sys.executable, "-m", "nirvana_deploy", "quantize", str(llama), "--scheme", "int8"]
+    command = ["quantize", str(llama), "--scheme", "int8"]
 
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    def run(*options: str) -> Result:
+        return CliRunner().invoke(commands, [*command, *options])
 
     told = run("--out", str(out), *drawn, "--sensitivity")
-    assert told.returncode == 0, told.stderr
+    assert told.exit_code == 0, told.output
     assert "21/21 linears run in integer kernels" in told.stdout and "Worst linears:" in told.stdout
     assert "in float: lm_head (head" in told.stdout
     again = run("--out", str(out), *drawn)
-    assert again.returncode == 1 and "exists already" in again.stderr
+    assert isinstance(again.exception, NirvanaError) and "exists already" in str(again.exception)
     forced = run("--out", str(out), *drawn, "--force", "--json")
     assert json.loads(forced.stdout)["coverage"]["found"] == 21
-    assert run().returncode == 2
+    assert run().exit_code == 2
