@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from nirvana_deploy.quantize.low_bit import BITS, LowBit, low_bit, rewrite_low_b
 from nirvana_deploy.quantize.observe import require_prefill
 from nirvana_deploy.quantize.ranges import METHODS
 from nirvana_deploy.quantize.runner import Runner
+from nirvana_deploy.quantize.sensitivity import Sensitivity, sensitivity_of
 from nirvana_deploy.quantize.spec import Int8Spec, record_of
 from nirvana_deploy.registry import look_up
 
@@ -103,24 +105,45 @@ def quantize_onnx(
             hint="--calib FILE, or quantize inside an output folder, which has its own.",
         )
     require_prefill(calibration)
+    if keep_fp < 0:
+        raise NirvanaError(f"The number of linears to keep in float must be at least 0, got {keep_fp}.")
     if (note := slow_host_note()) is not None:
         progress.note(note)
     graphs = open_folder(folder)
     float_bytes = sum(graph.weights_bytes for graph in graphs)
     seen = calibrated(folder, graphs, calibration, head=head, progress=progress)
     out.parent.mkdir(parents=True, exist_ok=True)
+    judged_on = calibration if heldout is None else heldout
     tried: tuple[Candidate, ...] = ()
     if alpha == "auto":
-        yardstick = Yardstick(Runner(folder).logits, calibration if heldout is None else heldout)
+        yardstick = Yardstick(Runner(folder).logits, judged_on)
         alpha, tried = choose_alpha(seen, yardstick, scratch=out.parent, progress=progress)
         progress.note(_verdict(tried))
     decision = decide(seen, alpha=alpha, ranges=ranges, progress=progress)
-    del keep_fp, sensitivity
-    entries = {
+    entries: dict[str, Any] = {
         "calibration": _windows_record(calibration),
         "alpha_by_kl": [asdict(candidate) for candidate in tried],
     }
+    if sensitivity or keep_fp:
+        parts = sensitivity_of(
+            folder, decision, judged_on, at_least=keep_fp, scratch=out.parent, progress=progress
+        )
+        entries["sensitivity"] = parts.to_json()
+        decision = keep_worst(decision, parts, keep_fp)
     return _int8_folder(folder, out, decision, entries, float_bytes=float_bytes, progress=progress)
+
+
+def keep_worst(spec: Int8Spec, sensitivity: Sensitivity, count: int) -> Int8Spec:
+    """``spec`` with the ``count`` linears of largest KL left in float."""
+    worst = dict(itertools.islice(sensitivity.linears.items(), count))
+    return replace(
+        spec,
+        linears={name: linear for name, linear in spec.linears.items() if name not in worst},
+        kept_float={
+            **spec.kept_float,
+            **{name: f"among the {count} worst, KL {kl:.2g} alone" for name, kl in worst.items()},
+        },
+    )
 
 
 def apply_spec(folder: Path, spec: Int8Spec, out: Path, *, progress: Progress = SILENT) -> QuantizedFolder:
@@ -184,11 +207,13 @@ def _written(
     progress: Progress,
 ) -> QuantizedFolder:
     """Write the rewritten ``graphs``, and count the ``promised`` linears in what ONNX Runtime makes of it."""
-    weights_bytes = write_folder(
-        folder, out, graphs, records={RECORD_FILE: record | {"coverage": None}}, progress=progress
-    )
+    weights_bytes = write_folder(folder, out, graphs, records={RECORD_FILE: record}, progress=progress)
     coverage = coverage_of(out, promised)
-    record["coverage"] = coverage.to_json()
+    record |= {
+        "weights_bytes": weights_bytes,
+        "float_bytes": float_bytes,
+        "coverage": coverage.to_json(),
+    }
     write_json(out / RECORD_FILE, record)
     progress.note(coverage.line)
     coverage.require_whole(out)
