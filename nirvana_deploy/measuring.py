@@ -23,6 +23,7 @@ from nirvana_deploy.export.verify import VerifyReport, dtype_of_graph, prompts_f
 from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
 from nirvana_deploy.measure.compare import (
     DEFAULT_CASES,
+    answers_of,
     cases_of,
     compare_runners,
     device_tolerance,
@@ -156,6 +157,9 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
         ):
             vocab_size = runner.vocab_size
             record = read_engine_record(path, check_bytes=False) if is_engine(path) else None
+            prompts, new_tokens = prompts_for(run.out / CHECKPOINT, vocab_size), 32
+            if record is not None:
+                prompts, new_tokens = answers_of(record, prompts)
             reports[variant.name] = compare_runners(
                 reference,
                 runner,
@@ -165,7 +169,8 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
                     layers=len(reference.kv_heads),
                     quantization=variant.scheme,
                 ),
-                prompts=prompts_for(run.out / CHECKPOINT, vocab_size),
+                prompts=prompts,
+                new_tokens=new_tokens,
                 progress=run.progress,
             )
     return reports

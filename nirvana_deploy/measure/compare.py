@@ -61,6 +61,15 @@ def cases_of(record: EngineRecord, *, vocab_size: int) -> tuple[Case, ...]:
     return tuple(dict.fromkeys(cases))
 
 
+def answers_of(
+    record: EngineRecord, prompts: Sequence[NDArray[np.int64]], *, at_most: int = 32
+) -> tuple[list[NDArray[np.int64]], int]:
+    """Prompts and a number of new tokens that an engine has room for: both halved where it is short."""
+    total = _total_tokens(record)
+    fitting = [prompt[:, : max(1, total // 2)] for prompt in prompts]
+    return fitting, min(at_most, total - max(prompt.shape[1] for prompt in fitting))
+
+
 def compare_runners(
     reference: Runner,
     runner: Runner,
