@@ -14,6 +14,7 @@ from nirvana_deploy.artifact import read_json, require_free_bytes
 from nirvana_deploy.deploying import quantize as quantize_stage
 from nirvana_deploy.deploying import require_quantized
 from nirvana_deploy.errors import NirvanaError, VerificationError
+from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.export.graph import GraphOptions
 from nirvana_deploy.export.onnx_export import require_exportable
@@ -21,13 +22,14 @@ from nirvana_deploy.export.verify import VerifyReport, verify_onnx
 from nirvana_deploy.measure.benchmark import Workload
 from nirvana_deploy.measure.tasks import require_tasks
 from nirvana_deploy.measuring import compare_in, quality, refresh_quality, speed, tangent_kernel, tasks
-from nirvana_deploy.model.checkpoint import load_tokenizer
-from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
+from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.prune.plan import (
     PrunePlan,
     check_plan_fits,
+    check_plan_was_cut,
     default_gamma,
     read_plan,
     removed_counts,
@@ -37,7 +39,7 @@ from nirvana_deploy.prune.saliency import saliency_named
 from nirvana_deploy.prune.select import gamma_grid
 from nirvana_deploy.quantize.spec import read_record
 from nirvana_deploy.registry import look_up
-from nirvana_deploy.run import Run
+from nirvana_deploy.run import MANIFEST, Run
 from nirvana_deploy.stages import (
     BENCHMARK_FILE,
     Choices,
@@ -53,7 +55,7 @@ from nirvana_deploy.stages import (
     verify,
     write_pages,
 )
-from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, PRUNED, SCHEMES, variant_named
+from nirvana_deploy.variants import CHECKPOINT, DENSE, KNOWN, PLAN_FILE, PRUNED, SCHEMES, variant_named
 
 _AUTO_SALIENCIES = ("nirvana", "taylor")
 
@@ -315,8 +317,9 @@ class FolderCheck:
                 f"{', '.join(self.damaged[:3])}{', ...' if len(self.damaged) > 3 else ''}.",
                 hint="Make them again: repeat the prune-export command with --resume.",
             )
+        folders = {variant.name: variant.folder for variant in KNOWN}
         for name, report in self.reports.items():
-            report.require_passed(self.out / variant_named(name).folder)
+            report.require_passed(self.out / folders.get(name, ""))
         for name, report in self.compared.items():
             runtime = report.greedy[0].runtime
             report.require_passed(
@@ -331,10 +334,17 @@ def verify_folder(
 
     ``runtime`` also runs the models there, and compares it with ONNX Runtime on the CPU.
     """
+    if (out / MODEL_FILE).is_file() and not (out / MANIFEST).is_file():
+        raise NirvanaError(
+            f"{out} is an ONNX folder alone: nothing in it says what it was exported from.",
+            hint=f"nirvana-deploy verify {out} --checkpoint CHECKPOINT",
+        )
     run = Run.open(out, progress=progress)
     damaged = [file for name in run.manifest["stages"] for file in run.damaged(name)]
     dense = Path(run.manifest["model"]["path"])
     checkpoints = {PRUNED: out / CHECKPOINT, DENSE: dense}
+    if (out / CHECKPOINT / "config.json").is_file() and (out / PLAN_FILE).is_file():
+        check_plan_was_cut(read_plan(out / PLAN_FILE), shape_from_config(config_json(out / CHECKPOINT)))
     reports = {
         name: verify_onnx(checkpoint, out / variant_named(name).folder, threads=threads, progress=progress)
         for name, checkpoint in checkpoints.items()
@@ -342,6 +352,15 @@ def verify_folder(
     }
     compared = compare_in(run, runtime, threads=threads) if runtime is not None and not damaged else {}
     return FolderCheck(out=out, damaged=damaged, reports=reports, compared=compared)
+
+
+def verify_onnx_folder(
+    folder: Path, *, model: str, threads: int | None = None, progress: Progress = SILENT
+) -> FolderCheck:
+    """Check an ONNX folder that stands alone against the checkpoint ``model``; changes nothing."""
+    source = resolve_model(model, progress=progress)
+    report = verify_onnx(source.path, folder, threads=threads, progress=progress)
+    return FolderCheck(out=folder, damaged=[], reports={"model": report})
 
 
 def quantize_folder(
