@@ -18,6 +18,7 @@ from nirvana_deploy.engine.record import read_engine_record
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.export.ort_seq2seq import OrtSeq2Seq, is_seq2seq, teacher_forced
 from nirvana_deploy.export.verify import VerifyReport, dtype_of_graph, prompts_for
 from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
 from nirvana_deploy.measure.compare import (
@@ -64,7 +65,9 @@ def quality(
         models = models_for(run, runtime)
         with ExitStack() as stack:
             opened = {
-                v.name: stack.enter_context(_opened(run, path, runtime=runtime, threads=threads))
+                v.name: teacher_forced(
+                    stack.enter_context(_opened(run, path, runtime=runtime, threads=threads))
+                )
                 for v, path in models.items()
             }
             baseline = next(iter(opened))
@@ -216,5 +219,6 @@ def dense_checkpoint(run: Run) -> Path:
 def _opened(run: Run, path: Path, *, runtime: str | None, threads: int | None) -> Runner:
     """A runner; a bfloat16 model that no other runtime was named for is computed in float32 on the CPU."""
     if runtime is None and not is_engine(path) and run.manifest["options"].get("dtype") == "bf16":
-        return OrtDecoder(path, threads=threads, in_float32=True)
+        kind = OrtSeq2Seq if is_seq2seq(path) else OrtDecoder
+        return kind(path, threads=threads, in_float32=True)
     return open_runner(path, runtime=runtime, threads=threads)

@@ -17,7 +17,6 @@ from nirvana_deploy.errors import NirvanaError, VerificationError
 from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.export.graph import GraphOptions
-from nirvana_deploy.export.onnx_export import require_exportable
 from nirvana_deploy.export.verify import VerifyReport, verify_onnx
 from nirvana_deploy.measure.benchmark import Workload
 from nirvana_deploy.measure.tasks import require_tasks
@@ -132,8 +131,12 @@ def prune_export(
     source = resolve_model(model, progress=progress)
     shape = checked_shape(source.path, seq_len=seq_len)
     if until != "checkpoint":
-        require_exportable(shape)
         graph.require_fits(shape)
+    if quantize and shape.family.encoder_decoder:
+        raise NirvanaError(
+            f"An encoder-decoder ({shape.family.name}) cannot be quantized yet, only pruned and exported.",
+            hint="Leave --quantize out; --dtype fp16 halves the weights.",
+        )
     choices = Choices(
         corpora=_corpora(calib, shape),
         candidates=candidates or (4 if calib == "auto" else 1),

@@ -7,8 +7,6 @@ lists it, every file it lists is there with its sha256, and every stage before i
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +19,7 @@ from nirvana_deploy import __version__
 from nirvana_deploy.artifact import files_under, read_json, remove_partials, sha256_of, write_json
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.usage import cpu_seconds, peak_rss_bytes, reset_peak_rss
 
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
@@ -131,12 +130,12 @@ class Run:
         if not redo:
             self._forget_from(name)
         self._all_finished = False
-        started, cpu_started = time.perf_counter(), _cpu_seconds()
-        _reset_peak_rss()
+        started, cpu_started = time.perf_counter(), cpu_seconds()
+        reset_peak_rss()
         result = dict(work() or {})
         self.manifest["stages"][name] = {
             "seconds": round(time.perf_counter() - started, 3),
-            "cpu_seconds": round(_cpu_seconds() - cpu_started, 3),
+            "cpu_seconds": round(cpu_seconds() - cpu_started, 3),
             "peak_rss_bytes": peak_rss_bytes(),
             "files": self._hashes(outputs),
             "result": result,
@@ -220,28 +219,3 @@ def environment() -> dict[str, Any]:
 def _failed(result: Mapping[str, Any]) -> bool:
     """Whether a result, or a part of it, says that it did not pass."""
     return any(isinstance(part, Mapping) and part.get("passed") is False for part in result.values())
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process, since the last reset where the system can reset it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _reset_peak_rss() -> None:
-    """Start a new peak, so that each stage shows its own; Linux only, elsewhere the peak is the run's."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _cpu_seconds() -> float:
-    """CPU time of this process and of its finished children."""
-    usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(u.ru_utime + u.ru_stime for u in usage)

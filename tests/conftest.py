@@ -21,6 +21,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from nirvana_deploy.engine.cuda import CudaDevice
+from nirvana_deploy.errors import NirvanaError
+
 VOCABULARY = 272
 KINDS: dict[str, Callable[[], Any]] = {
     "llama-tied": lambda: LlamaConfig(**_size(), tie_word_embeddings=True),
@@ -79,11 +82,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = _why_no_gpu() if any("gpu" in item.keywords for item in items) else None
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and none is visible"))
+        if "gpu" in item.keywords and no_gpu is not None:
+            item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU: {no_gpu}"))
+
+
+def _why_no_gpu() -> str | None:
+    """The driver's own answer: a torch without CUDA says nothing about the machine."""
+    try:
+        CudaDevice().close()
+    except NirvanaError as error:
+        return error.message
+    return None
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -30,7 +30,7 @@ ORDER = [
     "pipeline",
     "cli",
 ]
-BASE = {"errors", "registry", "progress", "artifact", "__init__", "calib_sets"}
+BASE = {"errors", "registry", "progress", "artifact", "usage", "__init__", "calib_sets"}
 
 
 def group_of(module: str) -> str:

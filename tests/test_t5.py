@@ -11,20 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, write_tokenizer
+from conftest import VOCABULARY
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
+from tiny_t5 import KINDS, plan_for, shape_of, write_t5
 
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, expected_shapes
 from nirvana_deploy.prune.calibrate import TokenWindows
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_quality
-from nirvana_deploy.prune.plan import PrunePlan, make_plan, pruned_shape, read_plan, write_plan
+from nirvana_deploy.prune.plan import pruned_shape, read_plan, write_plan
 from nirvana_deploy.prune.saliency import SALIENCIES
 from nirvana_deploy.prune.score import StreamedModel, score_units
 from nirvana_deploy.prune.score_seq2seq import StreamedEncoderDecoder, teacher_forced
@@ -32,49 +30,7 @@ from nirvana_deploy.prune.select import select_calibration
 from nirvana_deploy.prune.selfwrite import written_by_model
 from nirvana_deploy.prune.slicing import MaskedWeights
 
-KINDS: dict[str, dict[str, Any]] = {
-    "t5": {"feed_forward_proj": "relu"},
-    "flan-t5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-}
 Tokens = tuple[torch.Tensor, torch.Tensor]
-
-
-def write_t5(folder: Path, kind: str) -> Path:
-    """A random T5 with stacks of unequal depth, saved the way the hub's checkpoints are."""
-    torch.manual_seed(7)
-    size = {
-        "d_model": 48,
-        "d_kv": 8,
-        "d_ff": 40,
-        "num_heads": 5,
-        "num_layers": 3,
-        "num_decoder_layers": 2,
-        "vocab_size": VOCABULARY,
-        "relative_attention_num_buckets": 8,
-        "relative_attention_max_distance": 16,
-        "decoder_start_token_id": 0,
-    }
-    model = T5ForConditionalGeneration(T5Config(**size, **KINDS[kind]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif "relative_attention_bias" in name:
-                parameter.normal_(0.0, 1.0)
-            else:
-                parameter.normal_(0.0, 0.15)
-    model.save_pretrained(folder)
-    write_tokenizer(folder)
-    tensors = load_file(folder / "model.safetensors")
-    config = config_json(folder) | KINDS[kind] | {"architectures": ["T5ForConditionalGeneration"]}
-    del config["scale_decoder_outputs"]
-    if kind == "t5":
-        del config["tie_word_embeddings"]  # the hub's T5 does not say
-    else:
-        tensors["lm_head.weight"] = torch.randn(VOCABULARY, 48) * 0.15
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -85,17 +41,6 @@ def t5(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def halves(tokens: NDArray[np.int64]) -> Tokens:
     return teacher_forced(torch.from_numpy(tokens), start_token=0)
-
-
-def shape_of(folder: Path) -> ModelShape:
-    return shape_from_config(config_json(folder))
-
-
-def plan_for(folder: Path, *, seed: int = 0, sparsity: float = 0.4) -> PrunePlan:
-    scores = score_units(folder, None, saliency="random", seed=seed)
-    return make_plan(
-        shape_of(folder), scores, sparsity=sparsity, gamma=1.0, round_to=4, saliency="random", seed=seed
-    )
 
 
 def logits_of(folder: Path, halves: Tokens) -> torch.Tensor:
@@ -313,9 +258,7 @@ def test_a_t5_does_not_write_its_own_calibration_text(t5: Path) -> None:
         written_by_model(t5, None, shapes={0: (1, 4)})
 
 
-def test_export_is_refused_in_one_sentence(t5: Path, tmp_path: Path) -> None:
-    with pytest.raises(NirvanaError, match=r"Encoder-decoder models \(t5\) cannot be exported to ONNX yet"):
-        onnx_from_checkpoint(t5, tmp_path / "onnx")
+def test_the_scorer_of_decoders_refuses_it(t5: Path) -> None:
     with pytest.raises(NirvanaError, match="needs a decoder-only model; t5"):
         StreamedModel(t5, SafetensorsWeights(t5), shape_of(t5))
 

@@ -16,6 +16,7 @@ from typing import Any
 from nirvana_deploy.engine.cuda import CudaDevice
 from nirvana_deploy.engine.record import EngineRecord
 from nirvana_deploy.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.registry import look_up
 
 MODULES = {"tensorrt": ("tensorrt", "gpu"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
 """Runtime -> the module to import, the extra that installs it."""
@@ -25,7 +26,7 @@ _NATIVE = "native"
 
 def tensorrt_module(runtime: str) -> Any:
     """The Python module of ``tensorrt`` or ``tensorrt-rtx``; raises MissingExtraError without it."""
-    name, extra = MODULES[runtime]
+    name, extra = look_up(runtime, MODULES, what="engine")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -87,10 +88,10 @@ class LoadedEngine:
     runtime: Any
     engine: Any
     """ICudaEngine."""
-    log: BuilderLog
+    log: RuntimeLog
 
 
-class BuilderLog:
+class RuntimeLog:
     """What TensorRT said: its errors, for messages."""
 
     def __init__(self) -> None:
@@ -108,7 +109,7 @@ def load_engine(path: Path, record: EngineRecord, *, module: Any, device: CudaDe
 
     ``record`` must be the one of ``path`` and ``device`` current; both are checked by the caller.
     """
-    log = BuilderLog()
+    log = RuntimeLog()
     runtime = module.Runtime(_logger(module, log))
     if version_compatible(record):
         runtime.engine_host_code_allowed = True  # such an engine brings its own runtime along
@@ -123,7 +124,7 @@ def load_engine(path: Path, record: EngineRecord, *, module: Any, device: CudaDe
     return LoadedEngine(module=module, runtime=runtime, engine=engine, log=log)
 
 
-def _logger(module: Any, log: BuilderLog) -> Any:
+def _logger(module: Any, log: RuntimeLog) -> Any:
     """A TensorRT logger that keeps errors and prints nothing."""
     serious = (module.ILogger.Severity.INTERNAL_ERROR, module.ILogger.Severity.ERROR)
 

@@ -2,12 +2,13 @@
 
 ONNX Runtime's CPU has no bfloat16 arithmetic, and float16 arithmetic rounds after every operator, which hides
 small mistakes. The twin is the same file with the same external data: weights are widened as they are read,
-what the graph rounds explicitly (rotary angles) is rounded, and everything between is float32. It must equal
-the checkpoint rounded to the same type within float32's tolerance.
+rotary angles, which every model rounds, are rounded, and everything between is float32. It must equal the
+checkpoint rounded to the same type within float32's tolerance.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -20,6 +21,7 @@ def float32_twin(path: Path) -> onnx.ModelProto:
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
     nodes: list[onnx.NodeProto] = []
+    producers = {name: node for node in graph.node for name in node.output}
     for tensor in graph.initializer:
         if tensor.data_type in _HALF:
             nodes.append(_widening(f"{tensor.name}/stored", tensor.name))
@@ -31,12 +33,23 @@ def float32_twin(path: Path) -> onnx.ModelProto:
     for node in graph.node:
         nodes.append(node)
         if node.op_type == "Cast" and node.attribute[0].i in _HALF:
-            name = node.output[0]
-            node.output[0] = f"{name}/rounded"
-            nodes.append(_widening(node.output[0], name))
+            if _is_angle(node.input[0], producers):
+                name = node.output[0]
+                node.output[0] = f"{name}/rounded"
+                nodes.append(_widening(node.output[0], name))
+            else:
+                node.attribute[0].i = onnx.TensorProto.FLOAT
     del graph.node[:]
     graph.node.extend(nodes)
     return model
+
+
+def _is_angle(name: str, producers: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether a value is a cosine or sine, scaled or not."""
+    node = producers.get(name)
+    if node is not None and node.op_type == "Mul":
+        return _is_angle(node.input[0], producers)
+    return node is not None and node.op_type in ("Cos", "Sin")
 
 
 def _widening(source: str, target: str) -> onnx.NodeProto:

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.export import DECODER_FILE, MODEL_FILE
 
-_PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
+_PAST = re.compile(r"past_key_values\.\d+\.(decoder\.)?(key|value)")
+_CROSS_PAST = re.compile(r"past_key_values\.\d+\.encoder\.(key|value)")
+_READ_ONCE = re.compile(r".*\.EncDecAttention\.[kv]\..*")
+"""Weights of an encoder-decoder that only the first step multiplies."""
 _BY_ROW = ("Gather", "GatherBlockQuantized")
 """Operators that read the rows that they are asked for and not the table."""
 
@@ -29,22 +32,30 @@ class Footprint:
     """Every initializer once, except tables that are only looked up by row."""
     kv_cache_bytes_per_token: int
     """Keys and values that one token of one sequence adds, over all layers."""
+    cross_cache_bytes_per_token: int = 0
+    """Keys and values of the cross-attention that one prompt token takes, in an encoder-decoder."""
 
 
 def footprint_of(folder: Path) -> Footprint:
     """Count the decoder in ``folder``; weights are not loaded."""
-    graph = ir.load(folder / MODEL_FILE).graph
+    path = folder / DECODER_FILE
+    graph = ir.load(path if path.is_file() else folder / MODEL_FILE).graph
     weights = [
         value.const_value
         for value in graph.initializers.values()
-        if value.const_value is not None and any(op not in _BY_ROW for op in _readers(value))
+        if value.const_value is not None
+        and any(op not in _BY_ROW for op in _readers(value))
+        and not _READ_ONCE.fullmatch(value.name or "")
     ]
     return Footprint(
         weight_bytes_per_step=sum(weight.nbytes for weight in weights),
-        kv_cache_bytes_per_token=sum(
-            _bytes_per_token(value) for value in graph.inputs if _PAST.fullmatch(value.name or "")
-        ),
+        kv_cache_bytes_per_token=_cache_bytes(graph, _PAST),
+        cross_cache_bytes_per_token=_cache_bytes(graph, _CROSS_PAST),
     )
+
+
+def _cache_bytes(graph: ir.Graph, names: re.Pattern[str]) -> int:
+    return sum(_bytes_per_token(value) for value in graph.inputs if names.fullmatch(value.name or ""))
 
 
 def _bytes_per_token(cache: ir.Value) -> int:

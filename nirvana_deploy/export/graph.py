@@ -70,7 +70,14 @@ class GraphOptions:
             raise NirvanaError(f"A cache length was given, and the cache of {self.flavor} grows.")
 
     def require_fits(self, shape: ModelShape) -> None:
-        """Raise NirvanaError for a model that the flavor cannot hold."""
+        """Raise NirvanaError for a model that these options are not for."""
+        if shape.family.encoder_decoder and (self.flavor != "portable" or self.last_logits):
+            asked = f"the flavor {self.flavor}" if self.flavor != "portable" else "last logits only"
+            raise NirvanaError(
+                f"An encoder-decoder ({shape.family.name}) cannot be exported with {asked}: "
+                "its attention has a relative position bias, and its decoder starts from one token.",
+                hint="Export with --flavor portable and all logits.",
+            )
         if self.flavor == "gqa" and shape.head_dim % _GQA_HEAD_DIM_MULTIPLE:
             raise NirvanaError(
                 f"GroupQueryAttention rotates heads of a multiple of {_GQA_HEAD_DIM_MULTIPLE} numbers, "

@@ -18,7 +18,7 @@ Dimension letters as in ``model/shape.py``; B sequences of a batch, E encoder to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,19 +26,30 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from onnxscript import GraphBuilder, OpBuilder
 
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export.dtypes import Dtype
 from nirvana_deploy.export.graph import hidden_state_name
-from nirvana_deploy.export.parts import IR_VERSION, OPSET, PRODUCER
+from nirvana_deploy.export.parts import GraphParts
+from nirvana_deploy.export.streaming import Parameter, as_array
 from nirvana_deploy.model.families import DECODER
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 
 _ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish")
+_OPSET = 23
 _TO_THE_END = np.iinfo(np.int64).max
 
-TypedParameter = Callable[[str, tuple[int, ...], bool, ir.DataType], ir.TensorProtocol]
-"""(checkpoint name, shape in the graph, transposed, dtype) -> tensor whose bytes are read when written."""
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the graphs' weights come from, by precision."""
+
+    dtype: Dtype
+    """Of linears, embedding, caches and logits."""
+    narrow: Parameter
+    """Weights in ``dtype``."""
+    wide: Parameter
+    """Weights in float32."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +95,18 @@ def recipe_from_config(config: Any, shape: ModelShape) -> T5Recipe:
     )
 
 
-def build_encoder(
-    shape: ModelShape, recipe: T5Recipe, *, parameter: TypedParameter, dtype: ir.DataType = ir.DataType.FLOAT
-) -> ir.Model:
+def build_encoder(shape: ModelShape, recipe: T5Recipe, weights: Weights) -> ir.Model:
     """Build the encoder: ``input_ids``, ``attention_mask`` [B, E] to ``last_hidden_state`` [B, E, D]."""
-    stack = _Stack("encoder", shape, recipe, parameter, dtype)
+    stack = _Stack("encoder", shape, recipe, weights)
     op = stack.op
-    sizes = ["batch_size", "encoder_sequence_length"]
-    tokens = stack.builder.input("input_ids", ir.DataType.INT64, sizes)
-    valid = stack.builder.input("attention_mask", ir.DataType.INT64, sizes)
+    sizes: list[int | str] = ["batch_size", "encoder_sequence_length"]
+    tokens = stack.parts.ids("input_ids", sizes)
+    valid = stack.parts.ids("attention_mask", sizes)
     hidden = stack.embedded(tokens)
     length = op.Squeeze(op.Shape(tokens, start=1, end=2))
     keys = op.Range(0, length, 1)
     bias = stack.position_bias("encoder", op.Unsqueeze(keys, [1]), keys)
-    mask = op.Where(stack.seen(valid), bias, stack.lowest())  # [B, H, E, E]
+    mask = op.Where(stack.seen(valid), bias, stack.lowest)  # [B, H, E, E]
     masks = _HeadMasks(stack, mask, shape.position_bias[1])
     for position, layer in stack.layers("encoder"):
         normed = stack.norm(hidden, stack.module(position, "input_norm"))
@@ -109,13 +118,11 @@ def build_encoder(
         hidden.name = hidden_state_name(shape.number(position))
     assert shape.family.encoder_norm is not None
     states = stack.norm(hidden, shape.family.encoder_norm)
-    stack.output(states, "last_hidden_state", [*sizes, shape.hidden_size])
-    return stack.model()
+    stack.parts.add_output(states, "last_hidden_state", [*sizes, shape.hidden_size])
+    return stack.finish()
 
 
-def build_cached_decoder(
-    shape: ModelShape, recipe: T5Recipe, *, parameter: TypedParameter, dtype: ir.DataType = ir.DataType.FLOAT
-) -> ir.Model:
+def build_cached_decoder(shape: ModelShape, recipe: T5Recipe, weights: Weights) -> ir.Model:
     """Build the decoder with caches of self- and cross-attention, for the first step and all later ones.
 
     Inputs ``encoder_attention_mask`` [B, E], ``input_ids`` [B, T], ``encoder_hidden_states`` [B, E, D], per
@@ -124,16 +131,16 @@ def build_cached_decoder(
     while the past is empty. Outputs ``logits`` [B, T, V] and, per layer, ``present.{i}.decoder.key|value``
     [B, K, S, d] and ``present.{i}.encoder.key|value`` [B, K, E, d].
     """
-    stack = _Stack(DECODER, shape, recipe, parameter, dtype)
+    stack = _Stack(DECODER, shape, recipe, weights)
     op, E = stack.op, "encoder_sequence_length"
-    encoder_valid = stack.builder.input("encoder_attention_mask", ir.DataType.INT64, ["batch_size", E])
-    tokens = stack.builder.input("input_ids", ir.DataType.INT64, ["batch_size", "decoder_sequence_length"])
-    states = stack.builder.input("encoder_hidden_states", dtype, ["batch_size", E, shape.hidden_size])
+    encoder_valid = stack.parts.ids("encoder_attention_mask", ["batch_size", E])
+    tokens = stack.parts.ids("input_ids", ["batch_size", "decoder_sequence_length"])
+    states = stack.parts.activations("encoder_hidden_states", ["batch_size", E, shape.hidden_size])
     own, crossed = [], []
     for (position, _), (cross, _) in zip(stack.layers(DECODER), stack.layers("cross"), strict=True):
         own.append(stack.past(position, "decoder"))  # runtimes pass the caches in this order
         crossed.append(stack.past(cross, "encoder"))
-    cached = stack.builder.input("use_cache_branch", ir.DataType.BOOL, [1])
+    cached = stack.parts.builder.input("use_cache_branch", ir.DataType.BOOL, [1])
 
     hidden = stack.embedded(tokens)
     new = op.Shape(tokens, start=1, end=2)
@@ -142,9 +149,9 @@ def build_cached_decoder(
     keys = op.Range(0, op.Squeeze(total), 1)
     queries = op.Unsqueeze(op.Range(op.Squeeze(past), op.Squeeze(total), 1), [1])
     bias = stack.position_bias(DECODER, queries, keys)
-    mask = op.Where(op.LessOrEqual(keys, queries), bias, stack.lowest())  # [1, H, T, S]
+    mask = op.Where(op.LessOrEqual(keys, queries), bias, stack.lowest)  # [1, H, T, S]
     masks = _HeadMasks(stack, mask, shape.position_bias[1])
-    padding = op.Where(stack.seen(encoder_valid), stack.constant("zero", np.array(0.0)), stack.lowest())
+    padding = op.Where(stack.seen(encoder_valid), stack.scalar("zero", 0.0), stack.lowest)
     cross_mask = op.Expand(padding, op.Concat([1, 1], new, [1], axis=0))  # [B, 1, T, E]
     taken = op.Mul(op.Shape(crossed[0][0], start=2, end=3), op.Cast(cached, to=ir.DataType.INT64))
     fresh = op.Slice(states, taken, [_TO_THE_END], [1])  # [B, E or 0, D]
@@ -172,12 +179,10 @@ def build_cached_decoder(
         stack.present(position, "decoder", key, value)
         stack.present(cross, "encoder", cross_key, cross_value)
 
-    hidden = stack.norm(hidden, shape.family.final_norm)
-    if recipe.head_scale != 1.0:
-        hidden = op.Mul(hidden, stack.constant("head_scale", np.array(recipe.head_scale)))
-    logits = op.MatMul(hidden, stack.head())
-    stack.output(logits, "logits", ["batch_size", "decoder_sequence_length", shape.vocab_size], first=True)
-    return stack.model()
+    logits = op.MatMul(stack.norm(hidden, shape.family.final_norm, factor=recipe.head_scale), stack.head())
+    sizes: list[int | str] = ["batch_size", "decoder_sequence_length", shape.vocab_size]
+    stack.parts.add_output(logits, "logits", sizes, first=True)
+    return stack.finish()
 
 
 def position_buckets(*, buckets: int, max_distance: int, bidirectional: bool) -> NDArray[np.int64]:
@@ -219,20 +224,23 @@ class _HeadMasks:
 class _Stack:
     """One graph while it is being built: what encoder and decoder have in common."""
 
-    def __init__(
-        self, name: str, shape: ModelShape, recipe: T5Recipe, parameter: TypedParameter, dtype: ir.DataType
-    ) -> None:
-        self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
-        self.builder = GraphBuilder(self.graph)
-        self.op: OpBuilder = self.builder.op
+    def __init__(self, name: str, shape: ModelShape, recipe: T5Recipe, weights: Weights) -> None:
+        self.parts = GraphParts(
+            name,
+            opset=_OPSET,
+            dtype=weights.dtype,
+            norm_epsilon=recipe.norm_epsilon,
+            parameter=weights.narrow,
+        )
+        self.op = self.parts.op
         self.shape = shape
         self.recipe = recipe
-        self.parameter = parameter
-        self.dtype = dtype
-        self.outputs: list[ir.Value] = []
-        self.embedding = self.weight(
-            f"{shape.family.embedding}.weight", (shape.vocab_size, shape.hidden_size)
-        )
+        self.wide = weights.wide
+        size = (shape.vocab_size, shape.hidden_size)
+        self.embedding = self.parts.weight(f"{shape.family.embedding}.weight", size)
+        # finite, so that a row of padding alone is not NaN
+        self.lowest = self.scalar("lowest", torch.finfo(weights.dtype.torch).min)
+        """Added to an attention logit that is not to count."""
 
     def layers(self, site: str) -> Iterator[tuple[int, LayerShape]]:
         """(position in the shape, dimensions) of the layers of ``site``."""
@@ -251,19 +259,15 @@ class _Stack:
         """Bias [1, H, T, S] of all heads, for positions of queries [T, 1] and keys [S]."""
         op, (buckets, heads), limit = self.op, self.shape.position_bias, self.recipe.max_distance
         module = f"{self.shape.family.site(site).layer(0)}.{self.shape.family.site(site).position_bias}"
-        table = self.weight(f"{module}.weight", (buckets, heads))
+        table = self.parts.weight(f"{module}.weight", (buckets, heads))
         found = position_buckets(buckets=buckets, max_distance=limit, bidirectional=site == "encoder")
         distance = op.Min(op.Max(op.Sub(keys, queries), -limit), limit)
-        bucket = op.Gather(self.constant("position_buckets", found), op.Add(distance, limit))
+        bucket = op.Gather(self.parts.constant("position_buckets", found), op.Add(distance, limit))
         return op.Unsqueeze(op.Transpose(op.Gather(table, bucket, axis=0), perm=[2, 0, 1]), [0])
 
     def seen(self, valid: ir.Value) -> ir.Value:
         """Attention mask [B, E] of 0 and 1 as bool [B, 1, 1, E]."""
         return self.op.Unsqueeze(self.op.Cast(valid, to=ir.DataType.BOOL), [1, 2])
-
-    def lowest(self) -> ir.Value:
-        """Added to a logit that is not to count; finite, so that a row of padding is not NaN."""
-        return self.constant("lowest", np.array(_lowest_of(self.dtype)))
 
     def heads(self, x: ir.Value, position: int, role: str) -> ir.Value:
         """Project [B, T, D] by q, k or v and split: [B, K, T, d]."""
@@ -289,11 +293,11 @@ class _Stack:
         inner = self.activation(first)
         for other in others:
             inner = op.Mul(inner, other)
-        if self.dtype == ir.DataType.FLOAT16:
-            down = self.linear(self.widened(inner), f"{prefix}.{site.ffn_down}", F, D, ir.DataType.FLOAT)
-        else:
-            down = self.widened(self.linear(inner, f"{prefix}.{site.ffn_down}", F, D))
-        return op.Add(hidden, down)
+        down = f"{prefix}.{site.ffn_down}"
+        if self.parts.dtype.name == "fp16":
+            weight = self.wide_weight(f"{down}.weight", (F, D), transposed=True)
+            return op.Add(hidden, op.MatMul(self.widened(inner), weight))
+        return op.Add(hidden, self.widened(self.linear(inner, down, F, D)))
 
     def activation(self, x: ir.Value) -> ir.Value:
         op, name = self.op, self.recipe.activation
@@ -303,53 +307,47 @@ class _Stack:
             return op.Gelu(x, approximate="tanh" if name == "gelu_new" else "none")
         return op.Mul(x, op.Sigmoid(x))
 
-    def norm(self, x: ir.Value, module: str) -> ir.Value:
-        """RMS norm of the residual stream, in the dtype of the linears."""
-        scale = self.weight(f"{module}.weight", (self.shape.hidden_size,), dtype=ir.DataType.FLOAT)
+    def norm(self, x: ir.Value, module: str, *, factor: float = 1.0) -> ir.Value:
+        """RMS norm of the residual stream, times ``factor``, in the dtype of the linears."""
+        scale = self.wide_weight(f"{module}.weight", (self.shape.hidden_size,))
         normed = self.op.RMSNormalization(x, scale, axis=-1, epsilon=self.recipe.norm_epsilon)
-        return normed if self.dtype == ir.DataType.FLOAT else self.op.Cast(normed, to=self.dtype)
+        if factor != 1.0:
+            normed = self.op.Mul(normed, self.parts.constant("head_scale", np.array(factor, np.float32)))
+        return self.parts.cast(normed)
 
     def widened(self, x: ir.Value) -> ir.Value:
         """``x`` in float32."""
-        return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=ir.DataType.FLOAT)
+        return self.op.Cast(x, to=ir.DataType.FLOAT) if self.parts.dtype.half_precision else x
 
-    def linear(
-        self, x: ir.Value, module: str, inputs: int, outputs: int, dtype: ir.DataType | None = None
-    ) -> ir.Value:
-        """x W^T; the weight is stored as [inputs, outputs], so that no runtime transposes it."""
-        name = f"{module}.weight"
-        return self.op.MatMul(x, self.weight(name, (inputs, outputs), transposed=True, dtype=dtype))
+    def linear(self, x: ir.Value, module: str, inputs: int, outputs: int) -> ir.Value:
+        """x W^T: no linear of a T5 has a bias."""
+        return self.parts.linear(x, module, inputs, outputs, bias=False)
 
     def head(self) -> ir.Value:
         """The [D, V] matrix of the head: its own weight, or the embedding transposed when they are tied."""
         if self.shape.tied_embeddings:
             return self.op.Transpose(self.embedding, perm=[1, 0])
         size = (self.shape.hidden_size, self.shape.vocab_size)
-        return self.weight(f"{self.shape.family.head}.weight", size, transposed=True)
+        return self.parts.weight(f"{self.shape.family.head}.weight", size, transposed=True)
 
-    def weight(
-        self, name: str, shape: tuple[int, ...], *, transposed: bool = False, dtype: ir.DataType | None = None
-    ) -> ir.Value:
-        """An initializer named as in the checkpoint, whose bytes are read when the file is written."""
-        dtype = dtype or self.dtype
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        value.const_value = self.parameter(name, shape, transposed, dtype)
-        self.graph.register_initializer(value)
+    def wide_weight(self, name: str, shape: tuple[int, ...], *, transposed: bool = False) -> ir.Value:
+        """An initializer that is float32 whatever the graph's dtype."""
+        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+        value.const_value = self.wide(name, shape, transposed)
+        self.parts.builder.graph.register_initializer(value)
         return value
 
-    def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """A small initializer held in the graph file itself; floats take the dtype of the graph."""
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
-        tensor = ir.Tensor(array if array.dtype == np.int64 else array.astype(self.dtype.numpy()), name=name)
-        return self.builder.initializer(tensor, name, qualify=False)
+    def scalar(self, name: str, number: float) -> ir.Value:
+        """A constant of the graph's dtype."""
+        array = as_array(torch.tensor(number, dtype=self.parts.dtype.torch))
+        return self.parts.constant(name, array)
 
     def past(self, position: int, kind: str) -> tuple[ir.Value, ir.Value]:
         """Inputs for the cached keys and values of a layer, each [B, K, tokens, d]."""
         heads, d = self.shape.layers[position].kv_heads, self.shape.head_dim
-        sizes = ["batch_size", heads, f"past_{kind}_sequence_length", d]
+        sizes: list[int | str] = ["batch_size", heads, f"past_{kind}_sequence_length", d]
         name = f"past_key_values.{self.shape.number(position)}.{kind}"
-        key, value = (self.builder.input(f"{name}.{part}", self.dtype, sizes) for part in ("key", "value"))
+        key, value = (self.parts.activations(f"{name}.{part}", sizes) for part in ("key", "value"))
         return key, value
 
     def present(self, position: int, kind: str, key: ir.Value, value: ir.Value) -> None:
@@ -358,20 +356,10 @@ class _Stack:
         tokens = "encoder_sequence_length" if kind == "encoder" else "total_decoder_sequence_length"
         name = f"present.{self.shape.number(position)}.{kind}"
         for part, tensor in (("key", key), ("value", value)):
-            self.output(tensor, f"{name}.{part}", ["batch_size", heads, tokens, d])
+            self.parts.add_output(tensor, f"{name}.{part}", ["batch_size", heads, tokens, d])
 
-    def output(self, value: ir.Value, name: str, dimensions: list[int | str], *, first: bool = False) -> None:
-        """Make ``value`` a graph output in the graph's dtype."""
-        value.name, value.shape, value.dtype = name, ir.Shape(dimensions), self.dtype
-        self.outputs.insert(0 if first else len(self.outputs), value)
-
-    def model(self) -> ir.Model:
-        """The finished model."""
-        self.graph.outputs.extend(self.outputs)
-        return ir.Model(self.graph, ir_version=IR_VERSION, producer_name=PRODUCER)
-
-
-def _lowest_of(dtype: ir.DataType) -> float:
-    """The lowest finite number of a float dtype."""
-    torch_dtype = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
-    return torch.finfo(torch_dtype.get(dtype, torch.float32)).min
+    def finish(self) -> ir.Model:
+        """The model, which says of itself what it is."""
+        return self.parts.finish(
+            {"nirvana_deploy.family": self.shape.family.name, "nirvana_deploy.dtype": self.parts.dtype.name}
+        )

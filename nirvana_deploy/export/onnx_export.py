@@ -1,4 +1,4 @@
-"""From a checkpoint folder to an ONNX folder: graph, one external-data file, tokenizer, genai_config.
+"""From a checkpoint folder to an ONNX folder: graphs, one external-data file, tokenizer, consumers' configs.
 
 Weights stream (``streaming.py``): the graph holds names, and each tensor is read, converted, transposed where
 a MatMul wants it so, and written a block at a time, so peak memory is a few blocks whatever the depth.
@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from transformers import PreTrainedConfig
 
 from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folder, write_json
-from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import DATA_FILE, MODEL_FILE
 from nirvana_deploy.export.attention import Rotary
 from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.export.genai import genai_config
 from nirvana_deploy.export.graph import GraphOptions, build_decoder
+from nirvana_deploy.export.onnx_seq2seq import save_sharing_weights, seq2seq_graphs, write_consumer_configs
 from nirvana_deploy.export.streaming import streamed_parameters
 from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, read_config
 from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
-from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
+from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
 from nirvana_deploy.progress import SILENT, Progress
 
 _ALIGNMENT_BYTES = 4096  # a page: runtimes can map large tensors straight from the file
@@ -32,7 +33,7 @@ _ALIGNMENT_BYTES = 4096  # a page: runtimes can map large tensors straight from 
 
 @dataclass(frozen=True)
 class OnnxFolder:
-    """An exported decoder."""
+    """An exported model."""
 
     path: Path
     shape: ModelShape
@@ -66,27 +67,25 @@ def onnx_from_checkpoint(
     )
     config = read_config(checkpoint)
     shape = shape_from_config(config.to_dict())
-    require_exportable(shape)
     options.require_fits(shape)
     weights = SafetensorsWeights(checkpoint)
     check_weights(weights, shape)
     parameters = shape.linear_parameters + shape.embedding_parameters
     require_free_bytes(out, options.dtype.element_bytes * parameters, what="The ONNX export")
-    frequencies, scaling = rotary_frequencies(config, head_dim=shape.head_dim)
-    model = build_decoder(
-        shape,
-        options,
-        rotary=Rotary(inverse_frequencies=frequencies.numpy(), scaling=scaling),
-        norm_epsilon=config.rms_norm_eps,
-        max_positions=config.max_position_embeddings,
-        parameter=streamed_parameters(weights, options.dtype),
-    )
-    count = len(model.graph.initializers)
+    if shape.family.encoder_decoder:
+        models = seq2seq_graphs(config, shape, weights, dtype=options.dtype)
+    else:
+        models = {MODEL_FILE: _decoder_graph(config, shape, weights, options)}
+    count = sum(len(model.graph.initializers) for model in models.values())
     with whole_folder(out) as folder, progress.task("Writing ONNX weights", count) as advance:
-        _save(model, folder / MODEL_FILE, advance)
-        if options.flavor != "static-cache":  # which onnxruntime-genai cannot drive
-            settings = genai_config(config, shape, filename=MODEL_FILE, flavor=flavor)
-            write_json(folder / "genai_config.json", settings)
+        if shape.family.encoder_decoder:
+            save_sharing_weights(models, folder, alignment=_ALIGNMENT_BYTES, advance=advance)
+            write_consumer_configs(config, checkpoint, folder)
+        else:
+            _save(models[MODEL_FILE], folder / MODEL_FILE, advance)
+            if options.flavor != "static-cache":  # which onnxruntime-genai cannot drive
+                settings = genai_config(config, shape, filename=MODEL_FILE, flavor=flavor)
+                write_json(folder / "genai_config.json", settings)
         for name in TOKENIZER_FILES:
             if (checkpoint / name).is_file():
                 shutil.copyfile(checkpoint / name, folder / name)
@@ -95,17 +94,22 @@ def onnx_from_checkpoint(
         shape=shape,
         options=options,
         weights_bytes=(out / DATA_FILE).stat().st_size,
-        nodes=model.graph.num_nodes(),
+        nodes=sum(model.graph.num_nodes() for model in models.values()),
     )
 
 
-def require_exportable(shape: ModelShape) -> None:
-    """Raise NirvanaError for a family that can be pruned and not exported yet."""
-    if shape.family.encoder_decoder:
-        raise NirvanaError(
-            f"Encoder-decoder models ({shape.family.name}) cannot be exported to ONNX yet, only pruned.",
-            hint="nirvana-deploy prune MODEL writes plan.json and a checkpoint that transformers loads.",
-        )
+def _decoder_graph(
+    config: PreTrainedConfig, shape: ModelShape, weights: WeightSource, options: GraphOptions
+) -> ir.Model:
+    frequencies, scaling = rotary_frequencies(config, head_dim=shape.head_dim)
+    return build_decoder(
+        shape,
+        options,
+        rotary=Rotary(inverse_frequencies=frequencies.numpy(), scaling=scaling),
+        norm_epsilon=config.rms_norm_eps,
+        max_positions=config.max_position_embeddings,
+        parameter=streamed_parameters(weights, options.dtype),
+    )
 
 
 def _save(model: ir.Model, path: Path, advance: Callable[[int], None]) -> None:

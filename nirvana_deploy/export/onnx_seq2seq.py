@@ -12,36 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from nirvana_deploy.artifact import disk_errors, write_json
-from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import DATA_FILE, DECODER_FILE, ENCODER_FILE
+from nirvana_deploy.export.dtypes import DTYPES, Dtype
 from nirvana_deploy.export.graph_seq2seq import (
-    TypedParameter,
+    Weights,
     build_cached_decoder,
     build_encoder,
     recipe_from_config,
 )
+from nirvana_deploy.export.streaming import streamed_parameters
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import WeightSource
 
-_TORCH_DTYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-}
-
 
 def seq2seq_graphs(
-    config: PreTrainedConfig, shape: ModelShape, weights: WeightSource, *, dtype: ir.DataType
+    config: PreTrainedConfig, shape: ModelShape, weights: WeightSource, *, dtype: Dtype
 ) -> dict[str, ir.Model]:
     """File name -> graph of encoder and decoder, whose weights are read when they are written."""
-    recipe, parameter = recipe_from_config(config, shape), _streamed(weights)
+    recipe = recipe_from_config(config, shape)
+    wide = streamed_parameters(weights, DTYPES["fp32"])
+    sources = Weights(dtype=dtype, narrow=streamed_parameters(weights, dtype), wide=wide)
     return {
-        ENCODER_FILE: build_encoder(shape, recipe, parameter=parameter, dtype=dtype),
-        DECODER_FILE: build_cached_decoder(shape, recipe, parameter=parameter, dtype=dtype),
+        ENCODER_FILE: build_encoder(shape, recipe, sources),
+        DECODER_FILE: build_cached_decoder(shape, recipe, sources),
     }
 
 
@@ -80,30 +76,3 @@ def write_consumer_configs(config: PreTrainedConfig, checkpoint: Path, folder: P
         write_json(
             folder / "generation_config.json", GenerationConfig.from_model_config(config).to_diff_dict()
         )
-
-
-def _streamed(weights: WeightSource) -> TypedParameter:
-    """Parameters that read themselves from ``weights`` when they are written."""
-
-    def parameter(
-        name: str, shape: tuple[int, ...], transposed: bool, dtype: ir.DataType
-    ) -> ir.TensorProtocol:
-        def read() -> ir.TensorProtocol:
-            tensor = weights.load(name).to(_TORCH_DTYPES[dtype])
-            if dtype == ir.DataType.FLOAT16 and not torch.isfinite(tensor).all():
-                raise NirvanaError(
-                    f"Tensor {name!r} holds values that float16 cannot represent.",
-                    hint="Export it with --dtype bf16 or --dtype fp32.",
-                )
-            tensor = (tensor.T if transposed else tensor).contiguous()
-            if tuple(tensor.shape) != shape:
-                raise NirvanaError(
-                    f"Tensor {name!r}: the graph asks for {shape}, the file has {tuple(tensor.shape)}."
-                )
-            if dtype == ir.DataType.BFLOAT16:  # numpy has no bfloat16 of its own
-                return ir.Tensor(tensor.view(torch.uint16).numpy(), dtype=dtype, name=name)
-            return ir.Tensor(tensor.numpy(), name=name)
-
-        return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name)
-
-    return parameter

@@ -67,8 +67,8 @@ class GraphParts:
         """An initializer named as in the checkpoint, whose bytes are read when the file is written."""
         return self._initializer(self._parameter(name, shape, transposed), shape)
 
-    def constant(self, name: str, array: NDArray[np.float32]) -> ir.Value:
-        """A small float32 initializer."""
+    def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
+        """A small initializer of the array's own type."""
         return self._initializer(ir.Tensor(array, name=name), array.shape)
 
     def table(

@@ -18,6 +18,7 @@ from nirvana_deploy.artifact import sha256_of
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.export.ort_seq2seq import OrtSeq2Seq, is_seq2seq
 from nirvana_deploy.export.ort_session import RUNTIMES
 from nirvana_deploy.model.gguf_convert import cache_folder
 
@@ -31,20 +32,33 @@ PACKAGES = {
 }
 """What brings a provider that is not there."""
 
+_WITHOUT_RANGES = ("CPUExecutionProvider", "CUDAExecutionProvider")
+
 TOTAL_TOKENS = 2048
 """Longest sequence, prompt and answer together, that a TensorRT provider's engine is built for."""
 
 Dimensions = Sequence[int | str]
 
 
-def open_decoder(path: Path, *, runtime: str, threads: int | None = None) -> OrtDecoder:
-    """Open an ONNX folder with the provider of ``runtime``; raises NirvanaError where it is not there."""
+def open_decoder(path: Path, *, runtime: str, threads: int | None = None) -> OrtDecoder | OrtSeq2Seq:
+    """Open an ONNX folder with the provider of ``runtime``; raises NirvanaError where it is not there.
+
+    An encoder-decoder has no ranges for the TensorRT providers, and they are refused.
+    """
     provider = PROVIDERS[runtime]
     if not available(provider):
         raise NirvanaError(
             f"This onnxruntime has no {provider}, which the runtime {runtime} is.",
             hint=f"{PACKAGES[runtime]}; then: nirvana-deploy doctor",
         )
+    if is_seq2seq(path):
+        if provider not in _WITHOUT_RANGES:
+            raise NirvanaError(
+                f"The runtime {runtime} builds an engine for ranges of shapes, "
+                "and an encoder-decoder has none here.",
+                hint="Run it with onnxruntime-cpu or onnxruntime-cuda.",
+            )
+        return OrtSeq2Seq(path, threads=threads, provider=provider)
     return OrtDecoder(path, threads=threads, provider=provider, provider_options=options_for(path, provider))
 
 
@@ -57,7 +71,7 @@ def available(provider: str) -> bool:
 
 def options_for(folder: Path, provider: str) -> dict[str, str]:
     """The options of ``provider`` for the decoder in ``folder``; values are strings, as it wants them."""
-    if provider in ("CPUExecutionProvider", "CUDAExecutionProvider"):
+    if provider in _WITHOUT_RANGES:
         return {}
     import onnx
 

@@ -34,6 +34,7 @@ from nirvana_deploy.export.folder_check import check_folder
 from nirvana_deploy.export.genai import genai_tokens
 from nirvana_deploy.export.graph import hidden_state_name
 from nirvana_deploy.export.ort import OrtDecoder, session_outputs
+from nirvana_deploy.export.ort_seq2seq import is_seq2seq
 from nirvana_deploy.model.checkpoint import load_checkpoint, load_tokenizer, stop_token_ids
 from nirvana_deploy.progress import SILENT, Progress
 
@@ -87,7 +88,7 @@ class VerifyReport:
     checks: tuple[LogitsCheck, ...]
     greedy: tuple[GreedyCheck, ...]
     first_departure: str | None
-    """Where the two first differ, when they do: "embedding", "layer 3" or "final norm or head"."""
+    """Where the two first differ, when they do: "layer 3", "encoder layer 3" or "final norm or head"."""
 
     @property
     def passed(self) -> bool:
@@ -141,6 +142,12 @@ def verify_onnx(
     A difference is a result, not an exception: see ``VerifyReport.require_passed``. Raises NirvanaError
     when one of the folders cannot be loaded or the ONNX file is not valid.
     """
+    if is_seq2seq(folder):
+        from nirvana_deploy.export import verify_seq2seq  # it takes its records from here
+
+        return verify_seq2seq.verify_seq2seq(
+            checkpoint, folder, new_tokens=new_tokens, threads=threads, progress=progress
+        )
     with progress.task(f"Verifying {folder.name}", 4) as advance:
         check_folder(folder, checkpoint)
         dtype = dtype_of_graph(folder / MODEL_FILE)
@@ -246,7 +253,7 @@ def logits_checks(
     ) -> LogitsCheck:
         if decoder.last_logits:
             found, expected, mask = found[:, -1:], expected[:, -1:], None
-        return _compare(name, found, expected, mask, relative_tolerance)
+        return compare_outputs(name, found, expected, mask, relative_tolerance)
 
     for sequences, length in ((1, 1), (1, 7), (2, 45)):
         tokens = draw(sequences, length)
@@ -272,7 +279,7 @@ def logits_checks(
         )
 
 
-def _compare(
+def compare_outputs(
     name: str,
     found: NDArray[np.float32],
     expected: NDArray[np.float32],

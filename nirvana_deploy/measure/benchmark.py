@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.footprint import footprint_of
-from nirvana_deploy.measure.bounds import DecoderWork, mean_context_tokens
+from nirvana_deploy.measure.bounds import Work, work_of
 from nirvana_deploy.measure.environment import measured_environment
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import ModelShape
@@ -39,7 +39,7 @@ class Variant:
     """All weights, embeddings included."""
     embedding_parameters: int
     """Weights of embedding and head; a tied pair counts once."""
-    work: DecoderWork
+    work: Work
     float_arithmetic: bool = True
     """Products are float multiplications, so that operations of two such variants compare."""
     runtime: str | None = None
@@ -106,13 +106,7 @@ def variant_from_folder(
         path=path or folder,
         parameters=parameters or shape.linear_parameters + shape.embedding_parameters,
         embedding_parameters=shape.embedding_parameters,
-        work=DecoderWork(
-            linear_parameters=shape.linear_parameters,
-            head_parameters=shape.vocab_size * shape.hidden_size,
-            attention_width=sum(layer.query_heads for layer in shape.layers) * shape.head_dim,
-            kv_cache_bytes_per_token=footprint.kv_cache_bytes_per_token,
-            weight_bytes_per_step=footprint.weight_bytes_per_step,
-        ),
+        work=work_of(shape, footprint),
         float_arithmetic=float_arithmetic,
         runtime=runtime,
     )
@@ -247,8 +241,11 @@ def _record(
     """One entry of ``variants``."""
     tpot_ms = summary([sample.tpot_ms for sample in samples])
     prefill_ms = summary([sample.prefill_ms for sample in samples])
-    context_tokens = mean_context_tokens(prompt_tokens=workload.prompt_tokens, new_tokens=workload.new_tokens)
-    decode_bytes = variant.work.decode_bytes(context_tokens=context_tokens, batch_size=workload.batch_size)
+    decode_bytes = variant.work.mean_decode_bytes(
+        prompt_tokens=workload.prompt_tokens,
+        new_tokens=workload.new_tokens,
+        batch_size=workload.batch_size,
+    )
     prefill_flops = variant.work.prefill_flops(
         prompt_tokens=workload.prompt_tokens, batch_size=workload.batch_size
     )
@@ -296,7 +293,7 @@ def _device_times(samples: Sequence[RoundSample]) -> dict[str, Any]:
 
 def _weights_bytes(path: Path) -> int:
     """Bytes of the model's own files: an engine, or graph and external data without the tokenizer."""
-    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("model.onnx*"))
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.onnx*"))
 
 
 def _common_vocab_size(vocab_sizes: Mapping[str, int]) -> int:

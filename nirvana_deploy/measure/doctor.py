@@ -18,13 +18,17 @@ from typing import Any
 
 import psutil
 
+from nirvana_deploy.engine.cuda import CudaDevice
+from nirvana_deploy.engine.loading import tensorrt_module
+from nirvana_deploy.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.measure.runners import DEFAULT, RUNNERS, runs_engines
 from nirvana_deploy.model.gguf_convert import cache_folder
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "data": ("datasets",),
     "eval": ("accelerate", "lm-eval"),
     "gguf": ("accelerate", "gguf"),
-    "test": ("mypy", "pytest", "ruff"),
+    "test": ("mypy", "pytest", "ruff", "tritonclient"),
 }
 """Extras that add no runtime, and their packages, as pyproject.toml has them."""
 
@@ -37,7 +41,7 @@ class Finding:
     """One thing that was looked at."""
 
     section: str
-    """"runtimes", "extras" or "machine"."""
+    """"runtimes", "runners", "extras" or "machine"."""
     name: str
     usable: bool
     detail: str
@@ -47,7 +51,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at runtimes, extras and the machine; takes about two seconds, changes nothing."""
-    return [*_runtimes(), *_extras(), *_machine()]
+    device = _device()
+    return [*_runtimes(), *_runners(device), *_extras(), *_machine(), device]
 
 
 def _runtimes() -> list[Finding]:
@@ -83,6 +88,52 @@ def _runtime(name: str, module_name: str, describe: Any = None, *, fix: str) -> 
     except (ImportError, OSError, RuntimeError) as error:
         return Finding("runtimes", name, False, f"installed, but does not load: {_first_line(error)}", fix)
     return Finding("runtimes", name, True, detail)
+
+
+def _runners(device: Finding) -> list[Finding]:
+    """What ``--runtime`` can name here: the package is there, and the GPU where it needs one."""
+    return [_runner(name, device) for name in RUNNERS]
+
+
+def _runner(name: str, device: Finding) -> Finding:
+    option = f"--runtime {name}"
+    try:
+        if runs_engines(name):
+            tensorrt_module(name)
+        else:
+            from nirvana_deploy.export.providers import PACKAGES, PROVIDERS, available
+
+            if not available(PROVIDERS[name]):
+                detail = f"this onnxruntime has no {PROVIDERS[name]}"
+                return Finding("runners", option, False, detail, PACKAGES[name])
+    except (NirvanaError, ImportError, OSError, RuntimeError) as error:
+        message = error.message if isinstance(error, NirvanaError) else _first_line(error)
+        fix = error.hint if isinstance(error, NirvanaError) else None
+        return Finding("runners", option, False, message, fix or _install("gpu"))
+    if name == DEFAULT:
+        return Finding("runners", option, True, "ONNX folders, on the CPU")
+    takes = "engine files" if runs_engines(name) else "ONNX folders"
+    if not device.usable:
+        return Finding("runners", option, False, f"installed, for {takes}; {device.detail}", device.fix)
+    return Finding(
+        "runners", option, True, f"{takes}, on {device.detail}; whether it starts shows on loading"
+    )
+
+
+def _device() -> Finding:
+    """The first GPU, as the CUDA driver sees it."""
+    try:
+        with CudaDevice() as device:
+            free, total = device.memory_bytes()
+            detail = (
+                f"{device.name}, {device.compute_capability}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+            )
+            return Finding("machine", "gpu", True, detail)
+    except MissingExtraError as error:
+        return Finding("machine", "gpu", False, "not looked for: cuda-bindings is not installed", error.hint)
+    except NirvanaError as error:
+        fix = "An NVIDIA GPU with its driver; engines are built and inspected without one"
+        return Finding("machine", "gpu", False, error.message, fix)
 
 
 def _torch_devices(torch: Any) -> str:

@@ -1,6 +1,7 @@
 """How far a variant departs from the baseline: perplexity, KL divergence, top-1 agreement.
 
-All three are means over the same positions, those whose next token is known: T - 1 of each window. Sums
+All three are means over the same positions, those whose next token is known: T - 1 of each window, or the
+second half of it for an encoder-decoder, which reads the first half with its encoder. Sums
 run in float64 over a block of positions at a time, so memory is the float32 logits [T, V] of the baseline,
 of one variant and of its parent, however many windows and variants there are.
 """
@@ -24,7 +25,10 @@ class Prefiller(Protocol):
     """What can be judged: an OrtDecoder, or a torch model behind the same method."""
 
     def prefill(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], Any]:
-        """[1, T] tokens to logits [1, T, V] and a state, which is dropped."""
+        """[1, T] tokens to logits [1, R, V] and a state, which is dropped.
+
+        Logits at all positions but the last predict the last R - 1 tokens; a decoder has R = T.
+        """
         ...
 
 
@@ -71,7 +75,8 @@ def quality_of(
     with progress.task("Quality", len(windows) * len(scores)) as advance:
         for index, window in enumerate(windows):
             reference = _logits(baseline, window, of=f"{baseline_name}, window {index}")
-            scores[baseline_name].append(position_scores(reference, reference, window[1:]))
+            next_tokens = window[-len(reference) :]
+            scores[baseline_name].append(position_scores(reference, reference, next_tokens))
             of_parents = {baseline_name: reference} if baseline_name in parents.values() else {}
             advance(1)
             for name, variant in variants.items():
@@ -81,9 +86,9 @@ def quality_of(
                         f"{name} has {logits.shape[1]} logits per token and {baseline_name} "
                         f"{reference.shape[1]}; a KL divergence needs one vocabulary."
                     )
-                scores[name].append(position_scores(reference, logits, window[1:]))
+                scores[name].append(position_scores(reference, logits, next_tokens))
                 if name in parents:
-                    compared = position_scores(of_parents[parents[name]], logits, window[1:])
+                    compared = position_scores(of_parents[parents[name]], logits, next_tokens)
                     to_parent[name].append(compared.kl)
                 if name in parents.values():
                     of_parents[name] = logits
@@ -119,9 +124,9 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _logits(model: Prefiller, window: NDArray[np.int64], *, of: str) -> NDArray[np.float32]:
-    """Logits [T - 1, V] at the positions of ``window`` [T] that have a next token."""
+    """Logits [R - 1, V] at the positions of ``window`` [T] that have a next token."""
     logits: NDArray[np.float32] = model.prefill(window[None])[0][0]
-    if len(logits) < len(window):
+    if len(logits) == 1:
         raise NirvanaError(
             f"Quality is measured at every position, and {of} gives the logits of the last one alone.",
             hint="Export without --last-logits, and build the engine again.",

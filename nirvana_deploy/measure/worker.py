@@ -50,7 +50,7 @@ class RoundSample:
     """One timed request: a prompt read, then ``new_tokens`` tokens made greedily."""
 
     prefill_ms: float
-    """The forward pass over the prompt."""
+    """The forward pass over the prompt; of an encoder-decoder, the encoder and the decoder's first step."""
     ttft_ms: float
     """Request start to the first token's id."""
     itl_ms: tuple[float, ...]

@@ -85,9 +85,15 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of all decoder linears: what "sparsity" is a share of."""
+        """Weights of all linears but the head: what "sparsity" is a share of."""
+        return sum(self.site_parameters(site.name) for site in self.family.sites)
+
+    def site_parameters(self, site: str) -> int:
+        """Weights of the linears in the layers of one site."""
         units = sum(
-            layer.kv_heads * self.group_cost + layer.ffn_width * self.neuron_cost for layer in self.layers
+            layer.kv_heads * self.group_cost + layer.ffn_width * self.neuron_cost
+            for layer in self.layers
+            if layer.site == site
         )
         return units * self.hidden_size
 

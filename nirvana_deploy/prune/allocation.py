@@ -2,7 +2,9 @@
 
 ``global`` ranks every unit of a kind over all layers, so layers come to differ. ``uniform`` takes the same
 number from every layer and ranks inside the layer: worse at the same size, but one shape for all layers,
-which is what consumers that know a single ``intermediate_size`` need. Pure numbers; no model is touched.
+which is what consumers that know a single ``intermediate_size`` need. Of an encoder-decoder every attention,
+cross-attentions included, loses the same number of heads, and both stacks have one FFN width. Pure numbers;
+no model is touched.
 """
 
 from __future__ import annotations
@@ -76,30 +78,32 @@ def cut_uniformly(shape: ModelShape, scores: UnitScores, wish: Wish) -> Cut:
     rounding, so that the removed share is as near to the one asked as whole units per layer allow (it may
     be a little above). Raises NirvanaError for a model whose layers already differ.
     """
-    if len(set(shape.layers)) > 1:
+    if len({layer.kv_heads for layer in shape.layers}) > 1 or len(_ffn_widths(shape)) > 1:
         raise NirvanaError(
             "allocation 'uniform' needs a model whose layers are all alike; this one's layers differ.",
             hint="Prune the dense model, or pass --allocation global.",
         )
     groups, neurons, before_rounding = uniform_counts(shape, wish)
-    layers = len(shape.layers)
     return Cut(
         groups=[kept_units([score], groups, at_least=1)[0] for score in scores.groups],
         neurons=[kept_units([score], neurons, at_least=1)[0] for score in scores.neurons],
-        removed_groups=groups * layers,
-        removed_neurons=before_rounding * layers,
+        removed_groups=groups * len(shape.layers),
+        removed_neurons=before_rounding * sum(layer.ffn_width > 0 for layer in shape.layers),
     )
 
 
 def uniform_counts(shape: ModelShape, wish: Wish) -> tuple[int, int, int]:
     """Per layer: (KV groups to remove, FFN neurons to remove, the same before rounding to ``round_to``)."""
     layer = shape.layers[0]
-    asked_cost = wish.sparsity * (layer.kv_heads * shape.group_cost + layer.ffn_width * shape.neuron_cost)
+    # attentions per FFN: 1, or more in an encoder-decoder, whose cross-attentions have none
+    attentions = len(shape.layers) / sum(layer.ffn_width > 0 for layer in shape.layers)
+    group_cost = attentions * shape.group_cost
+    asked_cost = wish.sparsity * (layer.kv_heads * group_cost + layer.ffn_width * shape.neuron_cost)
     widths: list[int] = [*range(wish.round_to, layer.ffn_width, wish.round_to), layer.ffn_width]
     wished_groups = wish.groups / len(shape.layers)
 
     def neurons_beside(groups: int) -> float:
-        return (asked_cost - groups * shape.group_cost) / shape.neuron_cost
+        return (asked_cost - groups * group_cost) / shape.neuron_cost
 
     def removed_beside(groups: int) -> int:
         distances = [abs(layer.ffn_width - width - neurons_beside(groups)) for width in widths]
@@ -135,6 +139,10 @@ def kept_units(scores: Sequence[NDArray[np.float64]], removed: int, *, at_least:
 def whole(count: float) -> int:
     """Round down, forgiving the last bit of a product that is a whole number on paper."""
     return math.floor(count + 1e-6)
+
+
+def _ffn_widths(shape: ModelShape) -> set[int]:
+    return {layer.ffn_width for layer in shape.layers if layer.ffn_width}
 
 
 def _best(scores: NDArray[np.float64], count: int) -> NDArray[np.bool_]:

@@ -95,10 +95,13 @@ def slice_checkpoint(
 
 
 def pruned_config(config: dict[str, Any], plan: PrunePlan, shape: ModelShape) -> dict[str, Any]:
-    """``config.json`` of the pruned model, from that of the dense one; stock where the plan is uniform."""
+    """``config.json`` of the pruned model, from that of the dense one; stock where the plan is uniform.
+
+    Not for an encoder-decoder: its layers keep different heads, which read their own parts of a shared bias.
+    """
     smaller = pruned_shape(shape, plan)
     kept = {key: value for key, value in config.items() if key not in _NOT_INHERITED}
-    if plan.allocation == "uniform":
+    if plan.allocation == "uniform" and not shape.family.encoder_decoder:
         fits_llama = shape.hidden_size % smaller.layers[0].query_heads == 0
         if shape.family.name != "llama" or fits_llama:
             return kept | _stock_widths(smaller)
