@@ -133,10 +133,9 @@ def test_a_genai_config_with_a_key_of_ones_own(folder: Path) -> None:
     config = json.loads((folder / "genai_config.json").read_text())
     config["model"]["nirvana"] = {"sparsity": 0.4}
     (folder / "genai_config.json").write_text(json.dumps(config))
-    with pytest.raises(NirvanaError, match=r"nirvana.*\nIt takes no key that it does not know") as error:
-        with genai_tokens(folder):
-            pass
-    assert "--force" in str(error.value)
+    message = r"nirvana.*\nIt takes no key that it does not know.*--force"
+    with pytest.raises(NirvanaError, match=message), genai_tokens(folder):
+        pass
 
 
 def test_an_onnx_folder_alone_is_verified(exported: tuple[Path, Path], folder: Path) -> None:
@@ -146,5 +145,5 @@ def test_an_onnx_folder_alone_is_verified(exported: tuple[Path, Path], folder: P
         verify, [str(folder), "--checkpoint", str(exported[0]), "--threads", "1"], catch_exceptions=False
     )
     assert result.exit_code == 0, result.output
-    assert "ONNX checker, external data, KV shapes, tokenizer" in result.output
+    assert "ONNX checker, external" in result.output and "whole" in result.output
     assert "FAILED" not in result.output and "sha256" not in result.output

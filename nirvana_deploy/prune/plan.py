@@ -229,7 +229,7 @@ def check_plan_was_cut(plan: PrunePlan, pruned: ModelShape) -> None:
         if counts != (layer.kv_heads, layer.ffn_width):
             raise NirvanaError(
                 f"{pruned.label(position)} has {layer.kv_heads} KV heads and {layer.ffn_width} neurons in "
-                f"the checkpoint, and the plan keeps {counts[0]} and {counts[1]}: they are not of the same cut.",
+                f"the checkpoint, and the plan keeps {counts[0]} and {counts[1]}: another cut.",
                 hint="Redo the cut: nirvana-deploy prune MODEL --plan plan.json --out DIR",
             )
 
