@@ -35,14 +35,14 @@ def verify(out: Path, model: str | None, runtime: str | None, threads: int | Non
       nirvana-deploy verify my-onnx --checkpoint smollm2-s0.4/checkpoint
       nirvana-deploy verify smollm2-s0.4 --runtime tensorrt-rtx
     """
-    from nirvana_deploy import pipeline
+    from nirvana_deploy import verifying
     from nirvana_deploy.export.folder_check import CHECKED
 
     progress = TerminalProgress()
     if model is not None:
-        result = pipeline.verify_onnx_folder(out, model=model, threads=threads, progress=progress)
+        result = verifying.verify_onnx_folder(out, model=model, threads=threads, progress=progress)
     else:
-        result = pipeline.verify_folder(out, threads=threads, runtime=runtime, progress=progress)
+        result = verifying.verify_folder(out, threads=threads, runtime=runtime, progress=progress)
     if as_json:
         reports = {name: report.to_json() for name, report in result.reports.items()}
         compared = {name: report.to_json() for name, report in result.compared.items()}

@@ -26,6 +26,7 @@ ORDER = [
     "stages",
     "deploying",
     "measuring",
+    "verifying",
     "packaging",
     "pipeline",
     "cli",

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from conftest import write_tiny
 from test_slicing import plan_for
 
-from nirvana_deploy import NirvanaError, pipeline
+from nirvana_deploy import NirvanaError, verifying
 from nirvana_deploy.cli.verify import verify
 from nirvana_deploy.export.folder_check import check_folder
 from nirvana_deploy.export.genai import genai_tokens
@@ -140,7 +140,7 @@ def test_a_genai_config_with_a_key_of_ones_own(folder: Path) -> None:
 
 def test_an_onnx_folder_alone_is_verified(exported: tuple[Path, Path], folder: Path) -> None:
     with pytest.raises(NirvanaError, match=r"an ONNX folder alone.*\nnirvana-deploy verify .* --checkpoint"):
-        pipeline.verify_folder(folder)
+        verifying.verify_folder(folder)
     result = CliRunner().invoke(
         verify, [str(folder), "--checkpoint", str(exported[0]), "--threads", "1"], catch_exceptions=False
     )
