@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner, Result
 from conftest import KINDS, write_tiny
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from test_slicing import plan_for
 from tiny_decoder import write_tiny_decoder
 
+from nirvana_deploy.cli.main import commands
 from nirvana_deploy.errors import NirvanaError, VerificationError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.ort import OrtDecoder
@@ -23,8 +26,9 @@ from nirvana_deploy.quantize.coverage import coverage_of, slow_host_note
 from nirvana_deploy.quantize.divergence import Yardstick
 from nirvana_deploy.quantize.int8 import quantize_weight
 from nirvana_deploy.quantize.linears import open_folder, write_folder
-from nirvana_deploy.quantize.quantize import apply_spec, quantize_onnx
+from nirvana_deploy.quantize.quantize import apply_spec, keep_worst, quantize_onnx
 from nirvana_deploy.quantize.runner import Runner
+from nirvana_deploy.quantize.sensitivity import sensitivity_of
 from nirvana_deploy.quantize.smooth import apply_folds, find_folds, weight_absmax
 from nirvana_deploy.quantize.spec import Int8Linear, Int8Spec, read_spec
 
@@ -242,3 +246,60 @@ def test_a_host_without_dot_products_is_told(monkeypatch: pytest.MonkeyPatch) ->
     assert "no integer dot product" in str(slow_host_note())
     monkeypatch.setattr("nirvana_deploy.quantize.coverage._cpu_flags", lambda: {"avx512_vnni"})
     assert slow_host_note() is None
+
+
+def test_sensitivity_finds_the_linear_that_was_made_bad(
+    llama: Path, tmp_path: Path, tokens: NDArray[np.int64]
+) -> None:
+    (graph,) = open_folder(llama)
+    spec = decide(calibrated(llama, [graph], tokens, head=False), alpha=0.5)
+    bad = "model.layers.1.mlp.up_proj"
+    clipped = replace(spec.linears[bad], bound=spec.linears[bad].bound / 40)
+    spec = replace(spec, linears={**spec.linears, bad: clipped})
+    found = sensitivity_of(llama, spec, tokens, at_least=8, scratch=tmp_path)
+    assert set(found.layers) == {"0", "1", "2"} and next(iter(found.layers)) == "1"
+    names = list(found.linears)
+    assert names[0] == bad and len(names) in (14, 21) and found.linears[bad] > 2 * found.linears[names[1]]
+    kept = keep_worst(spec, found, 1)
+    assert bad not in kept.linears and "worst" in kept.kept_float[bad] and len(kept.linears) == 20
+    assert not list(tmp_path.glob(".partial-*"))
+    # the same measured by building it: the switch computes what the quantized folder computes
+    alone = replace(spec, linears={bad: clipped})
+    apply_spec(llama, alone, tmp_path / "alone")
+    built = Yardstick(Runner(llama).logits, tokens, max_windows=2).divergence(
+        Runner(tmp_path / "alone").logits
+    )
+    assert found.linears[bad] == pytest.approx(built, rel=1e-3)
+
+
+def test_the_worst_linears_stay_float(llama: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
+    quantized = quantize_onnx(
+        llama, tmp_path / "int8", scheme="int8", calibration=tokens, smooth=0.5, keep_fp=2
+    )
+    record = quantized.record
+    worst = list(record["sensitivity"]["linears"])[:2]
+    assert quantized.coverage.promised == quantized.coverage.found == 19
+    assert set(record["int8"]["kept_float"]) == {"lm_head", *worst}
+    assert {f"{name}.weight" for name in worst} <= set(_initializers(quantized.path))
+    with pytest.raises(NirvanaError, match="at least 0, got -1"):
+        quantize_onnx(llama, tmp_path / "x", scheme="int8", calibration=tokens, keep_fp=-1)
+
+
+def test_the_command_quantizes_an_onnx_folder(llama: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "int8"
+    text.write_text("Calibration wants prose of some length, and this is prose. " * 60)
+    drawn = ["--calib", str(text), "--num-sequences", "4", "--seq-len", "32", "--smooth", "0.7"]
+    command = ["quantize", str(llama), "--scheme", "int8"]
+
+    def run(*options: str) -> Result:
+        return CliRunner().invoke(commands, [*command, *options])
+
+    told = run("--out", str(out), *drawn, "--sensitivity")
+    assert told.exit_code == 0, told.output
+    assert "21/21 linears run in integer kernels" in told.stdout and "Worst linears:" in told.stdout
+    assert "in float: lm_head (head" in told.stdout
+    again = run("--out", str(out), *drawn)
+    assert isinstance(again.exception, NirvanaError) and "exists already" in str(again.exception)
+    forced = run("--out", str(out), *drawn, "--force", "--json")
+    assert json.loads(forced.stdout)["coverage"]["found"] == 21
+    assert run().exit_code == 2

@@ -8,6 +8,10 @@ from typing import Any
 from nirvana_deploy.measure.inspection import Records
 from nirvana_deploy.measure.table import format_bytes, format_share, format_times
 
+TEACHER_FORCING = "the encoder reads the first half of a window, the decoder predicts the second"
+PREFILL = "the encoder and the decoder's first step"
+"""What the words mean for an encoder-decoder."""
+
 Facts = tuple[tuple[str, str], ...]
 """Labels and values, in reading order."""
 
@@ -17,6 +21,12 @@ def evaluation_source(records: Records) -> str | None:
     benchmark = records.benchmark or {}
     places = (benchmark.get("evaluation"), records.stage("quality").get("result"))
     return next((str(place["source"]) for place in places if place and place.get("source")), None)
+
+
+def encoder_decoder(records: Records) -> bool:
+    """Whether the model is one: the layers of its plan say which stack they are of."""
+    layers = (records.plan or {}).get("layers") or ()
+    return any(layer.get("site") for layer in layers)
 
 
 def _facts(record: Mapping[str, Any] | None, labels: Mapping[str, str]) -> Facts:
@@ -74,9 +84,11 @@ def _quality_facts(records: Records) -> Facts:
     tokens = next((q["tokens"] for v in variants if (q := v.get("quality")) and q.get("tokens")), None)
     if tokens is None:
         return ()
+    forced = (("Evaluation reading", TEACHER_FORCING),) if encoder_decoder(records) else ()
     return (
         ("Evaluation text", evaluation_source(records) or "not recorded"),
         ("Evaluation size", f"{tokens:,} predicted tokens" + _in_windows(records)),
+        *forced,
     )
 
 
@@ -105,6 +117,7 @@ def details(records: Records) -> tuple[tuple[str, Facts], ...]:
             "Measurement",
             (
                 *_facts(benchmark.get("workload"), workload),
+                *((("Prefill", PREFILL),) if benchmark and encoder_decoder(records) else ()),
                 *_speed_facts(benchmark),
                 *_quality_facts(records),
             ),

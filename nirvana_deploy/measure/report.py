@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from nirvana_deploy.artifact import write_bytes
 from nirvana_deploy.measure import deployed_page, figures, findings, ntk_page
-from nirvana_deploy.measure.facts import details, evaluation_source
+from nirvana_deploy.measure.facts import details, encoder_decoder, evaluation_source
 from nirvana_deploy.measure.inspection import (
     LayerWidth,
     Records,
@@ -53,6 +53,24 @@ generator.append_tokens(prompt)
 while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))"""
+
+_RUN_SEQ2SEQ = """\
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from nirvana_deploy.export.ort_seq2seq import OrtSeq2Seq
+
+folder = Path("onnx")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = OrtSeq2Seq(folder)
+prompt = tokenizer("The capital of France is", return_tensors="np")
+tokens = model.generate(
+    prompt["input_ids"],
+    max_new_tokens=32,
+    eos_token_ids=frozenset([tokenizer.eos_token_id]),
+)
+print(tokenizer.decode(tokens))"""
 
 _RUN_TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -229,11 +247,17 @@ def _stage_figure(records: Records) -> PlacedFigure | None:
 
 def _snippets(records: Records) -> tuple[Snippet, ...]:
     verify = Snippet("Compare every file with its model again", "sh", "nirvana-deploy verify .")
+    if encoder_decoder(records):  # which onnxruntime-genai does not run
+        transformers = _RUN_TRANSFORMERS.replace("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+        run_onnx = Snippet("Generate with ONNX Runtime", "python", _RUN_SEQ2SEQ)
+    else:
+        transformers = _RUN_TRANSFORMERS
+        run_onnx = Snippet("Generate with onnxruntime-genai", "python", _RUN_GENAI)
     return tuple(
         snippet
         for stage, snippet in (
-            ("onnx", Snippet("Generate with onnxruntime-genai", "python", _RUN_GENAI)),
-            ("checkpoint", Snippet("Generate with transformers", "python", _RUN_TRANSFORMERS)),
+            ("onnx", run_onnx),
+            ("checkpoint", Snippet("Generate with transformers", "python", transformers)),
             ("onnx", verify),
         )
         if records.stage(stage)

@@ -56,9 +56,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder, dense or pruned; raises NirvanaError when there is none."""
+    """The tokenizer of a checkpoint or ONNX folder; raises NirvanaError when there is none."""
     if not (folder / "tokenizer_config.json").is_file():
         raise NirvanaError(f"{folder} has no tokenizer (tokenizer_config.json, tokenizer.json).")
+    if not (folder / "config.json").is_file():  # an ONNX folder
+        return AutoTokenizer.from_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder, config=read_config(folder))
 
 

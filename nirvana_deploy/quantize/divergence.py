@@ -21,8 +21,15 @@ Logits = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 class Yardstick:
     """The float logits of a few windows, held in memory: at most 8 windows of 128 tokens."""
 
-    def __init__(self, logits: Logits, windows: NDArray[np.int64]) -> None:
-        self.windows: Sequence[NDArray[np.int64]] = list(windows[:_MAX_WINDOWS, :_MAX_TOKENS])
+    def __init__(
+        self,
+        logits: Logits,
+        windows: NDArray[np.int64],
+        *,
+        max_windows: int = _MAX_WINDOWS,
+        max_tokens: int = _MAX_TOKENS,
+    ) -> None:
+        self.windows: Sequence[NDArray[np.int64]] = list(windows[:max_windows, :max_tokens])
         self._float = [logits(window).copy() for window in self.windows]
 
     def divergence(self, logits: Logits) -> float:

@@ -80,7 +80,7 @@ def _add_outliers(graph: OnnxGraph, linear: Linear, outliers: Sequence[int]) -> 
         dtype=linear.dtype,
     )
     y = graph.node("MatMul", [x, weight], before=linear.node, name=f"{name}_product", dtype=linear.dtype)
-    graph.add_to_result(linear, y, name=f"{name}_sum")
+    graph.insert_behind(linear, "Add", lambda rest: [rest, y], name=f"{name}_sum")
 
 
 def _activation(graph: OnnxGraph, linear: Linear, bound: float) -> ir.Value:

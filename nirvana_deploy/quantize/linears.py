@@ -195,22 +195,27 @@ class OnnxGraph:
             output.name = name
         self.model.graph.remove(linear.node, safe=True)
 
-    def add_to_result(self, linear: Linear, value: ir.Value, *, name: str) -> None:
-        """Add ``value`` to what the MatMul gives, for everything that reads it."""
-        before = linear.node.outputs[0]
-        add = ir.node("Add", [before, value], name=name)
-        total = add.outputs[0]
-        total.name, total.type, total.shape = name, before.type, before.shape
-        readers = list(before.uses())
-        self.model.graph.insert_after(linear.node, add)
-        if before.is_graph_output():
-            ir.convenience.replace_all_uses_with(before, total, replace_graph_outputs=True)
-            before.name, total.name = name, before.name
-            add.replace_input_with(0, before)
-            return
-        for node, index in readers:
-            if node is not add:
-                node.replace_input_with(index, total)
+    def insert_behind(
+        self,
+        linear: Linear,
+        operator: str,
+        inputs: Callable[[ir.Value], Sequence[ir.Value]],
+        *,
+        name: str,
+    ) -> None:
+        """Put a node between the MatMul and all that reads it; ``inputs`` are made of the MatMul's result."""
+        result = linear.node.outputs[0]
+        readers = list(result.uses())
+        node = ir.node(operator, list(inputs(result)), name=name)
+        changed = node.outputs[0]
+        changed.name, changed.type, changed.shape = name, result.type, result.shape
+        self.model.graph.insert_after(linear.node, node)
+        for reader, index in readers:
+            reader.replace_input_with(index, changed)
+        for index, output in enumerate(self.model.graph.outputs):
+            if output is result:
+                self.model.graph.outputs[index] = changed
+                changed.name, result.name = result.name, f"{name}_before"
 
     def drop_unused(self) -> None:
         """Remove nodes and initializers that nothing reads any more; :func:`write_folder` calls it."""

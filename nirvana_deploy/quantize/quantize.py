@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +27,15 @@ from nirvana_deploy.quantize.choose import (
 from nirvana_deploy.quantize.coverage import Coverage, coverage_of, slow_host_note
 from nirvana_deploy.quantize.divergence import Yardstick
 from nirvana_deploy.quantize.linears import RECORD_FILE, OnnxGraph, open_folder, write_folder
+from nirvana_deploy.quantize.low_bit import BITS, LowBit, low_bit, rewrite_low_bit
 from nirvana_deploy.quantize.observe import require_prefill
 from nirvana_deploy.quantize.ranges import METHODS
 from nirvana_deploy.quantize.runner import Runner
+from nirvana_deploy.quantize.sensitivity import Sensitivity, sensitivity_of
 from nirvana_deploy.quantize.spec import Int8Spec, record_of
 from nirvana_deploy.registry import look_up
 
-SCHEMES = ("int8",)
+SCHEMES = ("int8", *BITS)
 
 
 @dataclass(frozen=True)
@@ -62,22 +66,37 @@ def quantize_onnx(
     sensitivity: bool = False,
     head: bool = False,
     block_size: int = 32,
-    rounding: str = "plain",
+    rounding: str | None = None,
+    writing: str = "ort",
     progress: Progress = SILENT,
 ) -> QuantizedFolder:
     """Quantize the float ONNX ``folder`` into ``out``, which appears whole and replaces what was there.
 
-    ``scheme`` is ``int8`` (W8A8). ``calibration`` [N, T] are token ids to take ranges from; ``heldout``
+    ``scheme`` is ``int8`` (W8A8), or ``w8`` or ``w4``, which round the weights alone: ``w4`` in blocks of
+    ``block_size`` inputs, ``rounding`` "plain", "search" or "gptq" (calibrated, what is done when nothing is
+    said and there is calibration), ``writing`` "ort" or "tensorrt". ``head`` quantizes lm_head as well.
+
+    For int8, ``calibration`` [N, T] are token ids to take ranges from; ``heldout``
     [M, T'] those that choices are made by (the calibration windows where there are none): ``smooth`` "auto",
     which int8 does when nothing is said, takes the alpha of least KL; a number is the alpha; "none" leaves
     the activations as they are. ``keep_fp`` leaves that many linears in float, the worst by
-    ``sensitivity``. ``head`` quantizes lm_head as well.
+    ``sensitivity``.
 
     Raises NirvanaError for a folder that is quantized already or has no linears, an unknown scheme or range
     method, and calibration that is missing or useless; VerificationError, ``out`` kept, when ONNX Runtime
     runs fewer linears in integer kernels than promised.
     """
     look_up(scheme, {name: name for name in SCHEMES}, what="scheme")
+    if scheme in BITS:
+        spec = low_bit(
+            scheme,
+            block_size=block_size,
+            rounding=rounding,
+            writing=writing,
+            head=head,
+            calibrated=calibration is not None,
+        )
+        return _low_bit_folder(folder, out, scheme, spec, calibration=calibration, progress=progress)
     look_up(ranges, METHODS, what="range method")
     alpha = smoothing_alpha(smooth)
     if calibration is None:
@@ -86,24 +105,45 @@ def quantize_onnx(
             hint="--calib FILE, or quantize inside an output folder, which has its own.",
         )
     require_prefill(calibration)
+    if keep_fp < 0:
+        raise NirvanaError(f"The number of linears to keep in float must be at least 0, got {keep_fp}.")
     if (note := slow_host_note()) is not None:
         progress.note(note)
     graphs = open_folder(folder)
     float_bytes = sum(graph.weights_bytes for graph in graphs)
     seen = calibrated(folder, graphs, calibration, head=head, progress=progress)
     out.parent.mkdir(parents=True, exist_ok=True)
+    judged_on = calibration if heldout is None else heldout
     tried: tuple[Candidate, ...] = ()
     if alpha == "auto":
-        yardstick = Yardstick(Runner(folder).logits, calibration if heldout is None else heldout)
+        yardstick = Yardstick(Runner(folder).logits, judged_on)
         alpha, tried = choose_alpha(seen, yardstick, scratch=out.parent, progress=progress)
         progress.note(_verdict(tried))
-    spec = decide(seen, alpha=alpha, ranges=ranges, progress=progress)
-    del keep_fp, sensitivity, block_size, rounding
-    entries = {
+    decision = decide(seen, alpha=alpha, ranges=ranges, progress=progress)
+    entries: dict[str, Any] = {
         "calibration": _windows_record(calibration),
         "alpha_by_kl": [asdict(candidate) for candidate in tried],
     }
-    return _written(folder, out, spec, entries, float_bytes=float_bytes, progress=progress)
+    if sensitivity or keep_fp:
+        parts = sensitivity_of(
+            folder, decision, judged_on, at_least=keep_fp, scratch=out.parent, progress=progress
+        )
+        entries["sensitivity"] = parts.to_json()
+        decision = keep_worst(decision, parts, keep_fp)
+    return _int8_folder(folder, out, decision, entries, float_bytes=float_bytes, progress=progress)
+
+
+def keep_worst(spec: Int8Spec, sensitivity: Sensitivity, count: int) -> Int8Spec:
+    """``spec`` with the ``count`` linears of largest KL left in float."""
+    worst = dict(itertools.islice(sensitivity.linears.items(), count))
+    return replace(
+        spec,
+        linears={name: linear for name, linear in spec.linears.items() if name not in worst},
+        kept_float={
+            **spec.kept_float,
+            **{name: f"among the {count} worst, KL {kl:.2g} alone" for name, kl in worst.items()},
+        },
+    )
 
 
 def apply_spec(folder: Path, spec: Int8Spec, out: Path, *, progress: Progress = SILENT) -> QuantizedFolder:
@@ -113,10 +153,10 @@ def apply_spec(folder: Path, spec: Int8Spec, out: Path, *, progress: Progress = 
     when the folder does not fit, VerificationError as :func:`quantize_onnx` does.
     """
     float_bytes = sum(graph.weights_bytes for graph in open_folder(folder))
-    return _written(folder, out, spec, {"applied": True}, float_bytes=float_bytes, progress=progress)
+    return _int8_folder(folder, out, spec, {"applied": True}, float_bytes=float_bytes, progress=progress)
 
 
-def _written(
+def _int8_folder(
     folder: Path,
     out: Path,
     spec: Int8Spec,
@@ -125,20 +165,61 @@ def _written(
     float_bytes: int,
     progress: Progress,
 ) -> QuantizedFolder:
-    graphs: Sequence[OnnxGraph] = open_folder(folder)
+    graphs = open_folder(folder)
     apply_to(graphs, spec)
     record = record_of(scheme="int8", **entries, int8=spec.to_json())
-    weights_bytes = write_folder(
-        folder, out, graphs, records={RECORD_FILE: record | {"coverage": None}}, progress=progress
+    return _written(
+        folder, out, graphs, record, list(spec.linears), float_bytes=float_bytes, progress=progress
     )
-    coverage = coverage_of(out, tuple(spec.linears))
-    record["coverage"] = coverage.to_json()
+
+
+def _low_bit_folder(
+    folder: Path,
+    out: Path,
+    scheme: str,
+    spec: LowBit,
+    *,
+    calibration: NDArray[np.int64] | None,
+    progress: Progress,
+) -> QuantizedFolder:
+    graphs = open_folder(folder)
+    float_bytes = sum(graph.weights_bytes for graph in graphs)
+    windows = None
+    if calibration is not None and spec.rounding == "gptq":
+        windows = _windows_record(calibration)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=out.parent) as scratch:
+        linears = rewrite_low_bit(
+            graphs, spec, calibration=calibration, scratch=Path(scratch), progress=progress
+        )
+        record = record_of(scheme=scheme, calibration=windows, weights=spec.to_json(), linears=linears)
+        return _written(folder, out, graphs, record, linears, float_bytes=float_bytes, progress=progress)
+
+
+def _written(
+    folder: Path,
+    out: Path,
+    graphs: Sequence[OnnxGraph],
+    record: dict[str, Any],
+    promised: Sequence[str],
+    *,
+    float_bytes: int,
+    progress: Progress,
+) -> QuantizedFolder:
+    """Write the rewritten ``graphs``, and count the ``promised`` linears in what ONNX Runtime makes of it."""
+    weights_bytes = write_folder(folder, out, graphs, records={RECORD_FILE: record}, progress=progress)
+    coverage = coverage_of(out, promised)
+    record |= {
+        "weights_bytes": weights_bytes,
+        "float_bytes": float_bytes,
+        "coverage": coverage.to_json(),
+    }
     write_json(out / RECORD_FILE, record)
     progress.note(coverage.line)
     coverage.require_whole(out)
     return QuantizedFolder(
         path=out,
-        scheme="int8",
+        scheme=record["scheme"],
         weights_bytes=weights_bytes,
         float_bytes=float_bytes,
         coverage=coverage,

@@ -22,6 +22,7 @@ from nirvana_deploy.export.ort_session import default_threads
 LOGITS = "logits"
 _ENCODER_STATES = "encoder_hidden_states"
 _LAST_HIDDEN_STATE = "last_hidden_state"
+Feeds = Mapping[str, NDArray[Any]]
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -46,46 +47,50 @@ class Runner:
         }
         self._start_token: int | None = None
 
-    def values(self, window: NDArray[np.int64]) -> Iterator[tuple[str, dict[str, NDArray[Any]]]]:
+    def values(
+        self, window: NDArray[np.int64], *, given: Mapping[str, Feeds] | None = None
+    ) -> Iterator[tuple[str, dict[str, NDArray[Any]]]]:
         """(file, values by name) of one window [T], for every graph in the order of the computation.
 
-        The values are those asked for, and ``logits`` [1, T, V] where the graph has them.
+        The values are those asked for, and ``logits`` [1, T, V] where the graph has them. ``given`` are
+        further inputs, by file.
         """
+        also = given or {}
         encoders = [name for name, session in self._sessions.items() if not _has_logits(session)]
         decoders = [name for name in self._sessions if name not in encoders]
         if not encoders:
             for name in decoders:
-                yield name, self._run(name, {"input_ids": window[None]})
+                yield name, self._run(name, {"input_ids": window[None], **also.get(name, {})})
             return
         half = len(window) // 2
         first, second = window[None, :half], window[None, half:]
-        states: NDArray[Any] | None = None
+        states: NDArray[Any] = np.empty(0)
         for name in encoders:
-            values = self._run(name, {"input_ids": first}, extra=(_LAST_HIDDEN_STATE,))
+            values = self._run(name, {"input_ids": first, **also.get(name, {})}, extra=(_LAST_HIDDEN_STATE,))
             states = values[_LAST_HIDDEN_STATE]
             yield name, values
         start = np.full((1, 1), self._decoder_start(), dtype=np.int64)
         for name in decoders:
-            given = {
+            prompt = {
                 "input_ids": np.concatenate([start, second], axis=1),
                 _ENCODER_STATES: states,
                 "encoder_attention_mask": np.ones_like(first),
             }
-            yield name, self._run(name, given)
+            yield name, self._run(name, {**prompt, **also.get(name, {})})
 
-    def logits(self, window: NDArray[np.int64]) -> NDArray[np.float32]:
+    def logits(
+        self, window: NDArray[np.int64], *, given: Mapping[str, Feeds] | None = None
+    ) -> NDArray[np.float32]:
         """[T', V]: logits of one window at the positions where the decoder read it."""
         found = None
-        for _, values in self.values(window):
+        for _, values in self.values(window, given=given):
             found = values.get(LOGITS, found)
         if found is None:
             raise NirvanaError(f"{self._folder} has no graph with an output 'logits'.")
         logits: NDArray[np.float32] = found[0].astype(np.float32, copy=False)
         return logits
 
-    def _run(
-        self, name: str, given: Mapping[str, NDArray[Any] | None], *, extra: Sequence[str] = ()
-    ) -> dict[str, NDArray[Any]]:
+    def _run(self, name: str, given: Feeds, *, extra: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
         session = self._sessions[name]
         wanted = [*self._outputs.get(name, ()), *extra, *([LOGITS] if _has_logits(session) else [])]
         feeds = prompt_feeds(session.get_inputs(), given, where=self._folder / name)
@@ -99,18 +104,15 @@ class Runner:
         return self._start_token
 
 
-def prompt_feeds(
-    inputs: Sequence[Any], given: Mapping[str, NDArray[Any] | None], *, where: Path
-) -> dict[str, NDArray[Any]]:
+def prompt_feeds(inputs: Sequence[Any], given: Feeds, *, where: Path) -> dict[str, NDArray[Any]]:
     """All ``inputs`` of a session for prompts ``input_ids`` [B, T] without padding and without a past."""
     tokens = given["input_ids"]
-    assert tokens is not None
     known: dict[str, NDArray[Any]] = {
         "attention_mask": np.ones_like(tokens),
         "position_ids": np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape).copy(),
         "write_indices": np.zeros(len(tokens), dtype=np.int64),
         "use_cache_branch": np.zeros(1, dtype=np.bool_),
-        **{name: array for name, array in given.items() if array is not None},
+        **given,
     }
     feeds: dict[str, NDArray[Any]] = {}
     for node in inputs:

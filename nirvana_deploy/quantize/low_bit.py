@@ -1,0 +1,190 @@
+"""``w8`` and ``w4``: which linears of a folder, how they are rounded, and the graph rewritten accordingly.
+
+Rounded without calibration, a weight is read, rounded and dropped while the folder is written. Calibrated
+rounding comes before, layer by layer; its codes wait on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.quantize.gptq import round_calibrated
+from nirvana_deploy.quantize.int8 import SMALLEST_DIMENSION
+from nirvana_deploy.quantize.layerwise import round_layerwise
+from nirvana_deploy.quantize.linears import Linear, OnnxGraph
+from nirvana_deploy.quantize.names import HEAD
+from nirvana_deploy.quantize.observe import require_prefill
+from nirvana_deploy.quantize.rounding import RoundedWeight, require_block_size, round_weight
+from nirvana_deploy.quantize.weight_only import WRITINGS, write_rounded
+from nirvana_deploy.registry import look_up
+
+BITS = {"w8": 8, "w4": 4}
+ROUNDINGS = {
+    "plain": "to the nearest code of a scale that reaches the block's largest weight",
+    "search": "the same, each block's scale of least squared error",
+    "gptq": "codes fitted to what the linears read in the calibration windows",
+}
+
+
+@dataclass(frozen=True)
+class LowBit:
+    """Everything that weight-only quantization needs to know beyond the float graph."""
+
+    bits: int
+    """8: one scale per output channel; 4: one per block."""
+    block_size: int | None
+    """Inputs that share a scale; None for 8 bits."""
+    rounding: str
+    writing: str
+    """What reads the result: "ort" or "tensorrt" (``weight_only.py``)."""
+    head: bool
+    """The head is quantized as well."""
+
+    def block_of(self, linear: Linear) -> int:
+        """Inputs of ``linear`` that share a scale."""
+        return self.block_size or linear.K
+
+    def to_json(self) -> dict[str, Any]:
+        """For quantization.json."""
+        return asdict(self)
+
+
+def low_bit(
+    scheme: str,
+    *,
+    block_size: int = 32,
+    rounding: str | None = None,
+    writing: str = "ort",
+    head: bool = False,
+    calibrated: bool,
+) -> LowBit:
+    """The decision of a ``scheme``; rounding is by default calibrated where there is calibration.
+
+    Raises NirvanaError for an unknown word, a block size that runtimes do not read, and calibrated rounding
+    without calibration.
+    """
+    bits = look_up(scheme, BITS, what="scheme")
+    look_up(writing, WRITINGS, what="writing")
+    rounding = rounding or ("gptq" if calibrated else "search")
+    look_up(rounding, ROUNDINGS, what="rounding")
+    if bits == 4:
+        require_block_size(block_size)
+    if rounding == "gptq" and not calibrated:
+        raise NirvanaError(
+            "Rounding 'gptq' is fitted to calibration windows, and none were given.",
+            hint="--calib FILE, or --rounding search, which reads the weights alone.",
+        )
+    return LowBit(
+        bits=bits,
+        block_size=block_size if bits == 4 else None,
+        rounding=rounding,
+        writing=writing,
+        head=head,
+    )
+
+
+def rewrite_low_bit(
+    graphs: Sequence[OnnxGraph],
+    spec: LowBit,
+    *,
+    calibration: NDArray[np.int64] | None = None,
+    scratch: Path,
+    progress: Progress = SILENT,
+) -> list[str]:
+    """Rewrite the float ``graphs`` as ``spec`` says; returns the names of the linears that it changed.
+
+    ``calibration`` [N, T] is read by calibrated rounding only, whose codes are written to ``scratch``: keep
+    it until the graphs are written. Raises NirvanaError where the calibration does not fit, or no linear is
+    large enough.
+    """
+    chosen = [[linear for linear in graph.linears if _takes_part(linear, spec)] for graph in graphs]
+    if not any(chosen):
+        raise NirvanaError(
+            f"No linear has at least {SMALLEST_DIMENSION} inputs and outputs: nothing to quantize."
+        )
+    for graph, linears in zip(graphs, chosen, strict=True):
+        readers = {linear.name: _uncalibrated(linear, spec) for linear in linears}
+        if spec.rounding == "gptq":
+            assert calibration is not None
+            readers = _calibrated(graph, linears, spec, calibration, scratch, progress)
+        for linear in linears:
+            write_rounded(
+                graph,
+                linear,
+                readers[linear.name],
+                bits=spec.bits,
+                block_size=spec.block_of(linear),
+                writing=spec.writing,
+            )
+    return [linear.name for linears in chosen for linear in linears]
+
+
+def _takes_part(linear: Linear, spec: LowBit) -> bool:
+    large = min(linear.K, linear.N) >= SMALLEST_DIMENSION
+    return large and (spec.head or linear.role != HEAD)
+
+
+def _uncalibrated(linear: Linear, spec: LowBit) -> Callable[[], RoundedWeight]:
+    def rounded() -> RoundedWeight:
+        return round_weight(
+            linear.read_weight(),
+            bits=spec.bits,
+            block_size=spec.block_of(linear),
+            search=spec.rounding == "search",
+            scale_dtype=linear.dtype.numpy(),
+        )
+
+    return rounded
+
+
+def _calibrated(
+    graph: OnnxGraph,
+    linears: Sequence[Linear],
+    spec: LowBit,
+    calibration: NDArray[np.int64],
+    scratch: Path,
+    progress: Progress,
+) -> dict[str, Callable[[], RoundedWeight]]:
+    """Readers of the calibrated codes, which are kept in ``scratch``."""
+    require_prefill(calibration)
+    if any(value.name == "encoder_hidden_states" for value in graph.model.graph.inputs):
+        raise NirvanaError(
+            f"{graph.path} reads an encoder; calibrated rounding is fitted to decoders that stand alone.",
+            hint="--rounding search",
+        )
+
+    def rounding(linear: Linear, hessian: NDArray[np.float32]) -> RoundedWeight:
+        return round_calibrated(
+            linear.read_weight(),
+            hessian,
+            bits=spec.bits,
+            block_size=spec.block_of(linear),
+            scale_dtype=linear.dtype.numpy(),
+        )
+
+    prompts = [{"input_ids": window[None]} for window in calibration]
+    kept: dict[str, Callable[[], RoundedWeight]] = {}
+    for linear, rounded in round_layerwise(graph, linears, prompts, rounding, progress=progress):
+        kept[linear.name] = _kept(scratch / f"{graph.path.stem}.{linear.name}", rounded)
+    return kept
+
+
+def _kept(path: Path, rounded: RoundedWeight) -> Callable[[], RoundedWeight]:
+    """Put the codes of ``rounded`` on disk; returns what reads them again."""
+    file = path.with_name(f"{path.name}.npy")
+    np.save(file, rounded.codes, allow_pickle=False)
+    scales, bits, block_size = rounded.scales, rounded.bits, rounded.block_size
+
+    def read() -> RoundedWeight:
+        codes = np.load(file, allow_pickle=False)
+        return RoundedWeight(codes=codes, scales=scales, bits=bits, block_size=block_size)
+
+    return read

@@ -1,0 +1,119 @@
+"""The whole job on an encoder-decoder, from a local T5 folder to a verified and measured one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from tiny_t5 import shape_of, write_t5
+
+from nirvana_deploy import NirvanaError, VerificationError, pipeline, stages
+from nirvana_deploy.cli.main import commands
+from nirvana_deploy.export import DATA_FILE, DECODER_FILE, ENCODER_FILE
+from nirvana_deploy.measure.benchmark import Workload
+
+SMALL = ["--sparsity", "0.3", "--round-to", "4", "--num-sequences", "4", "--seq-len", "16", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_t5(tmp_path_factory.mktemp("model") / "tiny-flan-t5", "flan-t5")
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command makes; read-only."""
+    out = tmp_path_factory.mktemp("out") / "done"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "HELDOUT_SEQUENCES", 3)
+        patch.setattr(stages, "HELDOUT_LEN", 24)
+        patch.setattr(
+            pipeline,
+            "Workload",
+            lambda threads: Workload(prompt_tokens=8, new_tokens=4, repeats=2, threads=threads),
+        )
+        result = CliRunner().invoke(commands, ["prune-export", str(model), *SMALL, "--out", str(out)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return out
+
+
+def record(out: Path, name: str) -> Any:
+    return json.loads((out / name).read_text(encoding="utf-8"))
+
+
+def test_both_models_are_exported_and_proved(finished: Path) -> None:
+    for folder in ("onnx", "dense/onnx"):
+        names = {path.name for path in (finished / folder).iterdir()}
+        assert {ENCODER_FILE, DECODER_FILE, DATA_FILE, "config.json", "tokenizer.json"} <= names
+        assert "genai_config.json" not in names
+    verified = record(finished, "manifest.json")["stages"]["verify"]["result"]
+    assert {name: report["passed"] for name, report in verified.items()} == {"pruned": True, "dense": True}
+    assert {layer.site for layer in shape_of(finished / "checkpoint").layers} == {
+        "encoder",
+        "decoder",
+        "cross",
+    }
+
+
+def test_it_is_measured_against_dense(model: Path, finished: Path) -> None:
+    benchmark = record(finished, "benchmark.json")
+    dense, pruned = benchmark["variants"]
+    assert (dense["name"], pruned["name"]) == ("dense", "pruned")
+    assert dense["linear_parameters"] == shape_of(model).linear_parameters
+    assert pruned["linear_parameters"] == shape_of(finished / "checkpoint").linear_parameters
+    for variant in (dense, pruned):
+        assert variant["ttft_ms"]["p50"] >= variant["prefill_ms"]["p50"] > 0
+        assert variant["tpot_ms"]["p50"] > 0
+        assert variant["quality"]["tokens"] == 3 * 12  # the second halves of the windows
+    assert pruned["quality"]["kl_vs_dense"] > 0
+    [comparison] = benchmark["comparisons"]
+    step = [variant["decode_bytes_per_step"] for variant in (dense, pruned)]
+    assert comparison["bound_tpot_speedup"] == pytest.approx(step[0] / step[1])
+    assert comparison["bound_tpot_speedup"] > 1 and comparison["bound_prefill_speedup"] > 1
+
+
+def test_the_report_speaks_of_an_encoder_decoder(finished: Path) -> None:
+    text = (finished / "report.md").read_text(encoding="utf-8")
+    assert "| cross 1 |" in text and "AutoModelForSeq2SeqLM" in text and "OrtSeq2Seq" in text
+    assert "onnxruntime_genai" not in text
+    assert "the encoder reads the first half of a window" in text
+    assert "not run: onnxruntime-genai 0.18 runs no T5" in text
+
+
+def test_the_folder_is_used_by_the_other_commands(finished: Path) -> None:
+    inspected = CliRunner().invoke(commands, ["inspect", str(finished), "--json"])
+    assert inspected.exit_code == 0 and '"cross"' in inspected.output
+    answered = CliRunner().invoke(
+        commands, ["generate", str(finished), "--prompt", "Hello", "--max-new-tokens", "3", "--json"]
+    )
+    assert answered.exit_code == 0, answered.output
+    assert json.loads(answered.stdout)["prompt_tokens"] == 5
+
+
+def test_verify_finds_a_damaged_weight(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    with (out / "onnx" / DATA_FILE).open("r+b") as data:
+        data.seek(-64, 2)
+        data.write(bytes(range(64)))
+    with pytest.raises(VerificationError, match=r"onnx/model\.onnx\.data"):
+        pipeline.verify_folder(out, threads=1).require_passed()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flavor": "gqa"}, "cannot be exported with the flavor gqa"),
+        ({"quantize": ("int8",)}, "cannot be quantized yet"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_before_any_work(
+    model: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NirvanaError, match=message):
+        pipeline.prune_export(str(model), sparsity=0.3, out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
