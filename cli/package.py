@@ -14,6 +14,13 @@ from .common import TerminalProgress, echo_json, json_option
 @click.option("--gguf", "as_gguf", is_flag=True, help="One GGUF file for llama.cpp, from the checkpoint.")
 @click.option("--triton", "as_triton", is_flag=True, help="A Triton model repository, from the ONNX folder.")
 @click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    metavar="[TARGET=]FILE",
+    help="With --triton: serve this TensorRT engine instead, for example sm89=l4.engine. Repeatable.",
+)
+@click.option(
     "--out",
     "target",
     type=click.Path(path_type=Path),
@@ -35,6 +42,7 @@ def package(
     out: Path,
     as_gguf: bool,
     as_triton: bool,
+    engines: tuple[str, ...],
     target: Path | None,
     weight_type: str,
     name: str | None,
@@ -49,9 +57,12 @@ def package(
     Example:
       nirvana-deploy package smollm2-s0.4 --gguf --type q8_0
       nirvana-deploy package smollm2-s0.4 --triton --out repository
+      nirvana-deploy package smollm2-s0.4 --triton --engine sm89=l4.engine --engine sm86=a10.engine
     """
     if as_gguf == as_triton:
         raise click.UsageError("Pass one of --gguf and --triton.")
+    if engines and not as_triton:
+        raise click.UsageError("--engine goes with --triton.")
     from nirvana_deploy import packaging
 
     progress = TerminalProgress()
@@ -64,7 +75,12 @@ def package(
         if file.left_in_f16:
             click.echo(f"{file.left_in_f16} matrices stay f16: their rows are no multiple of 32.")
     else:
-        repository = packaging.package_triton(out, target, name=name, force=force, progress=progress)
+        if engines:
+            repository = packaging.package_engines(
+                engines, out, target, name=name, force=force, progress=progress
+            )
+        else:
+            repository = packaging.package_triton(out, target, name=name, force=force, progress=progress)
         if as_json:
             echo_json({"out": str(repository.path), "models": list(repository.models)})
             return

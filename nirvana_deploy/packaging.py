@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nirvana_deploy.engine.record import read_engine_record
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint
 from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
+from nirvana_deploy.package.triton_engine import triton_from_engines
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.run import MANIFEST, Run
 from nirvana_deploy.variants import CHECKPOINT, ONNX
@@ -79,6 +81,43 @@ def package_triton(
 
     def work() -> dict[str, Any]:
         made.append(triton_from_onnx(onnx, target, name=name or _name_of(source), progress=progress))
+        return {"models": list(made[0].models)}
+
+    _record(source, "triton", target, work, progress)
+    return made[0]
+
+
+def package_engines(
+    engines: Sequence[str],
+    source: Path,
+    target: Path | None = None,
+    *,
+    name: str | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> TritonRepository:
+    """Write engines as one model of a Triton repository, ``target`` None meaning ``source``/triton.
+
+    Each of ``engines`` is ``FILE`` or ``sm89=FILE``; without a target the engine's own record must name it.
+    Raises NirvanaError for a target named twice or not at all, when ``target`` exists and ``force`` is not
+    given, and as :func:`triton_from_engines` does.
+    """
+    target = target or source / TRITON_FOLDER
+    _require_free(target, force)
+    by_target: dict[str, Path] = {}
+    for one in engines:
+        given, _, file = one.rpartition("=")
+        path = Path(file)
+        targets = (given,) if given else read_engine_record(path, check_bytes=False).targets
+        for capability in targets:
+            if capability in by_target:
+                raise NirvanaError(f"{by_target[capability]} and {path} are both for {capability}.")
+            by_target[capability] = path
+    made: list[TritonRepository] = []
+
+    def work() -> dict[str, Any]:
+        called = name or f"{_name_of(source)}-engine"
+        made.append(triton_from_engines(by_target, target, name=called, progress=progress))
         return {"models": list(made[0].models)}
 
     _record(source, "triton", target, work, progress)

@@ -11,16 +11,30 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_tensorrt import FakeContext, FakeEngine, FakeRuntime, decoder_profiles, write_fake_engine
+from conftest import write_tiny
+from fake_cuda import FakeDriver
+from fake_tensorrt import (
+    FakeContext,
+    FakeEngine,
+    FakeRuntime,
+    decoder_profiles,
+    fake_module,
+    write_fake_engine,
+)
 from onnx import TensorProto, helper, numpy_helper
 from tiny_decoder import write_tiny_decoder
 
 from nirvana_deploy.artifact import read_json, sha256_of, write_json
+from nirvana_deploy.engine.build import engine_from_onnx
 from nirvana_deploy.engine.cuda import CudaDevice
 from nirvana_deploy.engine.loading import load_engine, tensorrt_module
+from nirvana_deploy.engine.profile import Lengths
 from nirvana_deploy.engine.record import read_engine_record, record_path
 from nirvana_deploy.engine.runner import TensorRTRunner, open_engine
+from nirvana_deploy.engine.targets import BuilderOptions, configure
 from nirvana_deploy.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.export.ort import OrtDecoder
 
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nirvana-deploy[rtx]'")
 
@@ -159,3 +173,43 @@ def test_what_the_runner_reads_of_the_real_module_is_there() -> None:
         "set_execution_context_allocation_strategy",
     ):
         assert hasattr(trt.IRuntimeConfig, name)
+
+
+# planning from the record of a real build
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["concat", "in-place"])
+def test_the_record_of_a_real_build_drives_the_runner(tmp_path: Path, in_place: bool) -> None:
+    """Real names, dtypes, aliases and profiles (prefill of an empty past), and a fake that computes."""
+    write_tiny(tmp_path / "checkpoint", "qwen3")
+    cache_tokens = 48 if in_place else None
+    flavor = "static-cache" if in_place else "portable"
+    onnx_from_checkpoint(
+        tmp_path / "checkpoint", tmp_path / "onnx", dtype="fp16", flavor=flavor, cache_tokens=cache_tokens
+    )
+    lengths = Lengths(max_batch=2, max_length=48, opt_prompt=8, opt_length=24)
+    built = engine_from_onnx(
+        tmp_path / "onnx",
+        tmp_path,
+        lengths=lengths,
+        options=BuilderOptions("tensorrt-rtx", targets=("sm89",)),
+    )
+    record = read_engine_record(built.path)
+    write_fake_engine(built.path, tmp_path / "onnx", profiles=list(record.profiles))
+    kept = {"engine_bytes": built.path.stat().st_size, "engine_sha256": sha256_of(built.path)}
+    write_json(record_path(built.path), {**record.to_json(), **kept})
+    driver, oracle = FakeDriver(), OrtDecoder(tmp_path / "onnx", threads=1)
+    with TensorRTRunner(built.path, driver=driver, module=fake_module(driver)) as runner:
+        assert (runner.kv_heads, runner.vocab_size) == (oracle.kv_heads, oracle.vocab_size)
+        prompt = np.random.default_rng(2).integers(3, 250, size=(1, 9))
+        assert runner.generate(prompt, max_new_tokens=12) == oracle.generate(prompt, max_new_tokens=12)
+        assert driver.calls.count("cuStreamBeginCapture") == int(in_place)
+        both = np.random.default_rng(3).integers(3, 250, size=(2, 48))
+        np.testing.assert_array_equal(runner.prefill(both)[0], oracle.prefill(both)[0])
+
+
+def test_rtx_engines_never_allocate_in_a_pass() -> None:
+    """What lets a CUDA graph capture their decode pass."""
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    config = configure(trt, builder, BuilderOptions("tensorrt-rtx"))
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)

@@ -66,6 +66,12 @@ class TritonModel:
     """Sends any number of responses to a request."""
     parameters: tuple[tuple[str, str], ...] = ()
     kind: str = "KIND_CPU"
+    default_file: str | None = None
+    """The file of a version folder that is loaded; None for the backend's own name."""
+    capability_files: tuple[tuple[str, str], ...] = ()
+    """(compute capability, file): which one to load on which GPU."""
+    profiles: tuple[str, ...] = ()
+    """Optimization profiles that an instance may use; Triton takes the one nearest to a request."""
 
     def config(self) -> str:
         """The text of config.pbtxt."""
@@ -73,7 +79,12 @@ class TritonModel:
         for word, tensors in (("input", self.inputs), ("output", self.outputs)):
             entries = [_tensor_text(tensor) for tensor in tensors]
             lines.append(f"{word} [\n" + ",\n".join(entries) + "\n]")
-        lines.append(f"instance_group [ {{ count: 1 kind: {self.kind} }} ]")
+        chosen = f" profile: [ {', '.join(map(_quoted, self.profiles))} ]" if self.profiles else ""
+        lines.append(f"instance_group [ {{ count: 1 kind: {self.kind}{chosen} }} ]")
+        if self.default_file is not None:
+            lines.append(f'default_model_filename: "{self.default_file}"')
+        for capability, file in self.capability_files:
+            lines.append(f'cc_model_filenames {{ key: "{capability}" value: "{file}" }}')
         if self.decoupled:
             lines.append("model_transaction_policy { decoupled: true }")
         for key, value in self.parameters:
@@ -97,11 +108,7 @@ def triton_from_onnx(
     Raises NirvanaError for a name that Triton's URLs cannot hold, a folder that onnxruntime-genai could not
     load, inputs of a type that Triton does not have, or a disk without room.
     """
-    if not _NAME.fullmatch(name):
-        raise NirvanaError(
-            f"A model of Triton cannot be called {name!r}: letters, digits, '.', '_' and '-' only.",
-            hint="Pass another --name.",
-        )
+    require_name(name)
     for file in (MODEL_FILE, "genai_config.json", "tokenizer.json"):
         if not (onnx_folder / file).is_file():
             raise NirvanaError(
@@ -114,6 +121,15 @@ def triton_from_onnx(
     graph = graph_model(onnx_folder, name=f"{name}-graph", progress=progress)
     decode = decode_model(name=name, graph=graph.name)
     return write_repository(out, [decode, graph])
+
+
+def require_name(name: str) -> None:
+    """Raise NirvanaError for a name that Triton's URLs cannot hold."""
+    if not _NAME.fullmatch(name):
+        raise NirvanaError(
+            f"A model of Triton cannot be called {name!r}: letters, digits, '.', '_' and '-' only.",
+            hint="Pass another --name.",
+        )
 
 
 def write_repository(out: Path, models: Sequence[TritonModel]) -> TritonRepository:
@@ -185,6 +201,10 @@ def _of_onnx(value: onnx.ValueInfoProto) -> TritonTensor:
         raise NirvanaError(f"{value.name!r} is of type {word}, which this package cannot name for Triton.")
     dims = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim)
     return TritonTensor(value.name, _TYPES[tensor.elem_type], dims)
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
 
 
 def _tensor_text(tensor: TritonTensor) -> str:
