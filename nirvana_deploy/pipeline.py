@@ -17,9 +17,7 @@ from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.export.graph import GraphOptions
 from nirvana_deploy.measure.benchmark import Workload
-from nirvana_deploy.measure.tasks import require_tasks
-from nirvana_deploy.measuring import quality, refresh_quality, speed, tangent_kernel, tasks
-from nirvana_deploy.model.checkpoint import load_tokenizer
+from nirvana_deploy.measuring import quality, speed
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.progress import SILENT, Progress
@@ -42,7 +40,6 @@ from nirvana_deploy.stages import (
     calibrate,
     checked_shape,
     decide,
-    evaluation_windows,
     export,
     model_record,
     score,
@@ -351,50 +348,4 @@ def benchmark_folder(
     speed(run, workload=workload, runtime=runtime, redo=True)
     write_pages(run)
     result: dict[str, Any] = read_json(out / BENCHMARK_FILE)
-    return result
-
-
-def evaluate_folder(
-    out: Path,
-    *,
-    eval_text: Path | None = None,
-    window_tokens: int | None = None,
-    max_windows: int | None = None,
-    ntk_windows: int | None = None,
-    task_names: Sequence[str] = (),
-    task_limit: int | None = None,
-    threads: int | None = None,
-    runtime: str | None = None,
-    progress: Progress = SILENT,
-) -> dict[str, Any]:
-    """Measure quality of an output folder again; rewrites quality.json, benchmark.json and the report.
-
-    On ``eval_text`` in windows of ``window_tokens`` tokens [256], at most ``max_windows`` of them [16]; else
-    on the held-out windows; in ``runtime`` [onnxruntime-cpu]. ``ntk_windows`` also measures the tangent
-    kernels on so many held-out windows, ``task_names`` runs tasks of lm-evaluation-harness on ``task_limit``
-    examples each [all]. A folder
-    without ONNX model is measured by these two alone. Returns quality.json with ``ntk`` and ``tasks`` added.
-    """
-    run = Run.open(out, progress=progress)
-    result: dict[str, Any] = {}
-    if task_names:
-        require_tasks(task_names)
-    if "onnx" in run.manifest["stages"] or not (ntk_windows or task_names):
-        windows = None
-        if eval_text is not None:
-            checked_shape(out / CHECKPOINT, seq_len=window_tokens or 1)
-            windows = evaluation_windows(
-                eval_text,
-                load_tokenizer(out / CHECKPOINT),
-                progress,
-                seq_len=window_tokens,
-                max_sequences=max_windows,
-            )
-        result = quality(run, threads=threads, windows=windows, runtime=runtime, redo=True)
-        refresh_quality(run)
-    if ntk_windows:
-        result = {**result, "ntk": tangent_kernel(run, windows=ntk_windows)}
-    if task_names:
-        result = {**result, "tasks": tasks(run, task_names, limit=task_limit)}
-    write_pages(run)
     return result

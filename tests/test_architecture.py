@@ -28,6 +28,7 @@ ORDER = [
     "measuring",
     "verifying",
     "packaging",
+    "evaluating",
     "pipeline",
     "cli",
 ]

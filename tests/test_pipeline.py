@@ -17,6 +17,7 @@ from conftest import INTERRUPTIBLE, write_tiny
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy import NirvanaError, VerificationError, artifact, pipeline, stages, verifying
+from nirvana_deploy.evaluating import evaluate_folder
 from nirvana_deploy.measure.benchmark import Workload
 from nirvana_deploy.quantize import quantize as quantize_module
 from nirvana_deploy.quantize.coverage import Coverage
@@ -271,7 +272,7 @@ def test_folder_commands_measure_and_check_again(finished: Path, tmp_path: Path)
     out = copied(finished, tmp_path)
     text = tmp_path / "other.txt"
     text.write_text("A text of its own, long enough for a few windows of evaluation. " * 20)
-    result = pipeline.evaluate_folder(out, eval_text=text, threads=1)
+    result = evaluate_folder(out, eval_text=text, threads=1)
     assert result["source"] == "file other.txt"
     benchmark = json.loads((out / "benchmark.json").read_text())
     assert benchmark["variants"][1]["quality"] == result["variants"]["pruned"]
