@@ -48,7 +48,7 @@ from nirvana_deploy.stages import (
     verify,
     write_pages,
 )
-from nirvana_deploy.variants import CHECKPOINT, PLAN_FILE, PRUNED, SCHEMES, variant_named
+from nirvana_deploy.variants import PLAN_FILE, PRUNED, SCHEMES, variant_named
 
 _AUTO_SALIENCIES = ("nirvana", "taylor")
 
