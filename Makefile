@@ -26,5 +26,5 @@ clean:
 	touch $@
 
 .venv/.test-ready: .venv/.demo-ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,genai,gguf,rtx,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[cpu,eval,genai,gguf,rtx,test]'
 	touch $@

@@ -54,9 +54,9 @@ def measured_section(benchmark: dict[str, Any]) -> str:
 
 
 def quality_section() -> str:
-    """The README's tables of quality.jsonl and, where it is there, selection.jsonl."""
-    rows, others = read_rows(QUALITY), read_rows(SELECTION)
-    return "\n\n".join([table(rows), *([selection_table([*rows, *others])] if others else [])])
+    """The README's tables of quality.jsonl and selection.jsonl."""
+    rows = read_rows(QUALITY)
+    return f"{table(rows)}\n\n{selection_table([*rows, *read_rows(SELECTION)])}"
 
 
 def with_section(readme: str, name: str, section: str) -> str:

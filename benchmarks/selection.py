@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ def main() -> None:
     rows = read_rows(options.out)
     if not options.table:
         measure(options, rows)
-    print(table([*read_rows(options.quality), *rows]))
+    print(table([*read_rows(options.quality), *rows], sparsity=options.sparsity))
 
 
 def measure(options: argparse.Namespace, rows: list[Row]) -> None:
@@ -73,54 +73,52 @@ def measure(options: argparse.Namespace, rows: list[Row]) -> None:
             write_bytes(options.out, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row], *, sparsity: float = 0.4) -> str:
     """Markdown: ever wider choices, what the least KL took from each, and what else it could have been."""
-    measured = [row for row in rows if "corpus" in row]
-    sparsity = measured[0]["sparsity"] if measured else 0.4
     candidates = [row for row in rows if row["sparsity"] == sparsity and row["saliency"] in WHOLE_GRID]
     if not candidates:
-        return "Nothing measured yet."
-    usual = candidates[0]["default_gamma"]
-    drawn = [row for row in candidates if row["saliency"] == "nirvana" and row["gamma"] == usual]
-    steps: list[tuple[str, Callable[[Row], bool]]] = [
-        ("seeds", lambda row: row in drawn and "corpus" not in row),
-        ("seeds, gamma", lambda row: row["saliency"] == "nirvana" and "corpus" not in row),
-        ("seeds, gamma, saliency", lambda row: "corpus" not in row),
-        ("seeds, gamma, saliency, corpus", lambda row: True),
+        return "Nothing to choose from yet."
+    own = [row for row in candidates if "corpus" not in row]
+    default = [
+        row for row in candidates if (row["saliency"], row["gamma"]) == ("nirvana", row["default_gamma"])
     ]
+    steps = {
+        "seeds": [row for row in own if row in default],
+        "seeds and gammas": [row for row in own if row["saliency"] == "nirvana"],
+        "seeds, gammas and saliencies": own,
+        "seeds, gammas, saliencies and corpora": candidates,
+    }
     lines = [
-        "| chosen among | candidates | least KL takes | its perplexity | median (range) of all | "
+        "| chosen among | candidates | least KL takes | its perplexity | all candidates: median (range) | "
         "rank correlation of KL and perplexity |",
         "|---|---|---|---|---|---|",
     ]
-    for choice, belongs in steps:
-        pool = [row for row in candidates if belongs(row)]
+    for choice, pool in steps.items():
+        if not pool or (choice.endswith("corpora") and pool == own):
+            continue
         taken = least_heldout(pool)
-        lines.append(
-            f"| {choice} | {len(pool)} | {name(taken)} | {taken['perplexity']:.1f} | {spread(pool)} | "
-            f"{rank_correlation(pool):.2f} |"
-        )
-    own = [row for row in drawn if "corpus" not in row]
-    default = (
-        f"Without a choice, `nirvana` with gamma M/A on a random seed: {spread(own)} on the corpus of the "
-        f"held-out text, {spread(drawn)} over all corpora. Sparsity {sparsity:g}."
-    )
-    return "\n".join([*lines, "", default])
+        cells = [choice, str(len(pool)), name(taken), f"{taken['perplexity']:.1f}", spread(pool)]
+        lines.append(f"| {' | '.join([*cells, rank_correlation(pool)])} |")
+    drawn = f"Without a choice (`nirvana`, gamma M/A, a random seed): {spread(steps['seeds'])}"
+    if own != candidates:
+        drawn += f"; over all corpora {spread(default)}"
+    return "\n".join([*lines, "", f"{drawn}. Sparsity {sparsity:g}."])
 
 
 def name(row: Row) -> str:
     """A candidate for people."""
-    return f"{row['saliency']}, gamma {row['gamma']:g}, {row.get('corpus', 'calib')} seed {row['seed']}"
+    corpus = f"{row['corpus']} " if "corpus" in row else ""
+    return f"{row['saliency']}, gamma {row['gamma']:g}, {corpus}seed {row['seed']}"
 
 
-def rank_correlation(rows: Sequence[Row]) -> float:
-    """Spearman's, of held-out KL and perplexity on the other text."""
-    if len(rows) < 3:
-        return float("nan")
+def rank_correlation(rows: Sequence[Row]) -> str:
+    """Spearman's, of held-out KL and perplexity on the other text; nothing for less than four candidates."""
+    if len(rows) < 4:
+        return ""
     kl, perplexity = (
         np.argsort(np.argsort([row[what] for row in rows])) for what in ("heldout_kl", "perplexity")
     )
-    return float(np.corrcoef(kl, perplexity)[0, 1])
+    return f"{np.corrcoef(kl, perplexity)[0, 1]:.2f}"
 
 
 if __name__ == "__main__":

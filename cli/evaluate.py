@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -40,6 +40,19 @@ from .common import TerminalProgress, echo_json, echo_table, json_option, runtim
     help="Held-out windows that --ntk reads.",
 )
 @click.option("--tasks", default=None, help="Tasks of lm-evaluation-harness, comma-separated: piqa,arc_easy.")
+@click.option(
+    "--tasks-on",
+    type=click.Choice(["onnx", "checkpoint", "both"]),
+    default=None,
+    help="Which models --tasks runs on. [onnx, where there is one: what is deployed]",
+)
+@click.option(
+    "--include-path",
+    "task_folder",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder with the yaml files of further tasks.",
+)
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Examples of each task. [all]")
 @runtime_option
 @threads_option
@@ -52,6 +65,8 @@ def evaluate(
     ntk: bool,
     ntk_windows: int,
     tasks: str | None,
+    tasks_on: Literal["onnx", "checkpoint", "both"] | None,
+    task_folder: Path | None,
     limit: int | None,
     runtime: str | None,
     threads: int | None,
@@ -64,12 +79,15 @@ def evaluate(
       nirvana-deploy evaluate smollm2-s0.4 --eval-text handbook.txt --window 512
       nirvana-deploy evaluate smollm2-s0.4 --ntk
       nirvana-deploy evaluate smollm2-s0.4 --tasks piqa,arc_easy --limit 100
+      nirvana-deploy evaluate smollm2-s0.4 --tasks mine --include-path my-tasks
     """
-    from nirvana_deploy import pipeline
+    from nirvana_deploy.evaluating import evaluate_folder
 
+    if tasks is None and (tasks_on or task_folder or limit):
+        raise click.UsageError("--tasks-on, --include-path and --limit are about --tasks; it is missing.")
     if eval_text is None and (window_tokens or max_windows):
         raise click.UsageError("--window and --max-windows cut --eval-text into windows; it is missing.")
-    result = pipeline.evaluate_folder(
+    result = evaluate_folder(
         out,
         eval_text=eval_text,
         window_tokens=window_tokens,
@@ -77,6 +95,8 @@ def evaluate(
         ntk_windows=ntk_windows if ntk else None,
         task_names=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
         task_limit=limit,
+        task_folder=task_folder,
+        tasks_on=tasks_on,
         threads=threads,
         runtime=runtime,
         progress=TerminalProgress(),

@@ -11,24 +11,38 @@ from .common import TerminalProgress, echo_json, echo_table, json_option, runtim
 
 @click.command("verify")
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--checkpoint",
+    "model",
+    help="What OUT was exported from, when it is an ONNX folder alone: a folder, an alias or a hub id.",
+)
 @runtime_option
 @threads_option
 @json_option
-def verify(out: Path, runtime: str | None, threads: int | None, as_json: bool) -> None:
+def verify(out: Path, model: str | None, runtime: str | None, threads: int | None, as_json: bool) -> None:
     """Check OUT: sha256 of its files, then logits and greedy tokens of its ONNX against its checkpoint.
+
+    Before that, each ONNX file has to be valid, with its weights inside its folder, and of the checkpoint's
+    shape.
 
     The dense baseline is checked too where the model it came from is still in place. Exit code 3 when
     something differs. --runtime also runs the models there, and compares it with ONNX Runtime on the CPU: an
     engine at the smallest, optimal and largest sizes of its profiles.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy verify smollm2-s0.4
+      nirvana-deploy verify my-onnx --checkpoint smollm2-s0.4/checkpoint
       nirvana-deploy verify smollm2-s0.4 --runtime tensorrt-rtx
     """
-    from nirvana_deploy import pipeline
+    from nirvana_deploy import verifying
+    from nirvana_deploy.export.folder_check import CHECKED
 
-    result = pipeline.verify_folder(out, threads=threads, runtime=runtime, progress=TerminalProgress())
+    progress = TerminalProgress()
+    if model is not None:
+        result = verifying.verify_onnx_folder(out, model=model, threads=threads, progress=progress)
+    else:
+        result = verifying.verify_folder(out, threads=threads, runtime=runtime, progress=progress)
     if as_json:
         reports = {name: report.to_json() for name, report in result.reports.items()}
         compared = {name: report.to_json() for name, report in result.compared.items()}
@@ -52,7 +66,10 @@ def verify(out: Path, runtime: str | None, threads: int | None, as_json: bool) -
                 rows.append(
                     [f"{name}: {greedy.runtime}, {greedy.new_tokens} greedy tokens", same, "all", verdict]
                 )
-        rows.append(["sha256 of all files", f"{len(result.damaged)} differ", "0", _word(not result.damaged)])
+        rows += [[f"{name}: {CHECKED}", "whole", "whole", "passed"] for name in result.reports]
+        if model is None:
+            found = f"{len(result.damaged)} differ"
+            rows.append(["sha256 of all files", found, "0", _word(not result.damaged)])
         echo_table(["Check", "Found", "Allowed", "Verdict"], rows)
     result.require_passed()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +37,9 @@ from nirvana_deploy.prune.plan import read_plan
 from nirvana_deploy.prune.windows_file import read_windows
 from nirvana_deploy.run import Run
 from nirvana_deploy.stages import BENCHMARK_FILE, CALIBRATION_FILE, QUALITY_FILE, drawn_record
-from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, models_for, shape_of
+from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, PRUNED, models_for, shape_of, variants_of
 
+TasksOn = Literal["onnx", "checkpoint", "both"]
 NTK_FILE = "ntk.json"
 TASKS_FILE = "tasks.json"
 _NOTHING_DENSE = {"kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
@@ -198,12 +199,35 @@ def tangent_kernel(run: Run, *, windows: int) -> dict[str, Any]:
     return run.stage("ntk", [NTK_FILE], work, redo=True)
 
 
-def tasks(run: Run, names: Sequence[str], *, limit: int | None) -> dict[str, Any]:
-    """Run tasks of lm-evaluation-harness on the dense and the pruned checkpoint; returns tasks.json."""
-    checkpoints = {DENSE: dense_checkpoint(run), "pruned": run.out / CHECKPOINT}
+def tasks(
+    run: Run,
+    names: Sequence[str],
+    *,
+    limit: int | None,
+    include_path: Path | None = None,
+    on: TasksOn | None = None,
+) -> dict[str, Any]:
+    """Run tasks of lm-evaluation-harness on the models of the folder; returns tasks.json.
+
+    ``on`` "onnx" means every variant that is deployed, "checkpoint" what they were made from, "both" both;
+    None is "onnx" where the folder has ONNX models. A checkpoint's results stand under "dense checkpoint" and
+    "pruned checkpoint" where the ONNX ones stand beside them.
+    """
+    variants = [variant for variant in variants_of(run) if (run.out / variant.folder / MODEL_FILE).is_file()]
+    on = on or ("onnx" if variants else "checkpoint")
+    models = {} if on == "checkpoint" else {v.name: run.out / v.folder for v in variants}
+    if on == "onnx" and not models:
+        raise NirvanaError(
+            f"{run.out} has no ONNX model to run tasks on.",
+            hint="Run them on the checkpoints, --tasks-on checkpoint, or finish the folder: "
+            "nirvana-deploy prune-export ... --resume",
+        )
+    if on != "onnx":
+        suffix = " checkpoint" if models else ""
+        models |= {f"{DENSE}{suffix}": dense_checkpoint(run), f"{PRUNED}{suffix}": run.out / CHECKPOINT}
 
     def work() -> dict[str, Any]:
-        result = evaluate_tasks(checkpoints, names, limit=limit, progress=run.progress)
+        result = evaluate_tasks(models, names, limit=limit, include_path=include_path, progress=run.progress)
         write_json(run.out / TASKS_FILE, result)
         return result
 

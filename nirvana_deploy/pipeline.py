@@ -6,21 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from nirvana_deploy.artifact import read_json, require_free_bytes
 from nirvana_deploy.deploying import quantize as quantize_stage
 from nirvana_deploy.deploying import require_quantized
-from nirvana_deploy.errors import NirvanaError, VerificationError
+from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.export.graph import GraphOptions
-from nirvana_deploy.export.verify import VerifyReport, verify_onnx
 from nirvana_deploy.measure.benchmark import Workload
-from nirvana_deploy.measure.tasks import require_tasks
-from nirvana_deploy.measuring import compare_in, quality, refresh_quality, speed, tangent_kernel, tasks
-from nirvana_deploy.model.checkpoint import load_tokenizer
+from nirvana_deploy.measuring import quality, speed
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.progress import SILENT, Progress
@@ -43,7 +40,6 @@ from nirvana_deploy.stages import (
     calibrate,
     checked_shape,
     decide,
-    evaluation_windows,
     export,
     model_record,
     score,
@@ -52,7 +48,7 @@ from nirvana_deploy.stages import (
     verify,
     write_pages,
 )
-from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, PRUNED, SCHEMES, variant_named
+from nirvana_deploy.variants import PLAN_FILE, PRUNED, SCHEMES, variant_named
 
 _AUTO_SALIENCIES = ("nirvana", "taylor")
 
@@ -298,55 +294,6 @@ def prune_by_plan(
     return decided
 
 
-@dataclass(frozen=True)
-class FolderCheck:
-    """What :func:`verify_folder` found."""
-
-    out: Path
-    damaged: list[str]
-    """Files that are missing or whose sha256 differs from the manifest's."""
-    reports: dict[str, VerifyReport]
-    """ONNX against checkpoint, by variant."""
-    compared: dict[str, VerifyReport] = field(default_factory=dict)
-    """A runtime that was named against ONNX Runtime on the CPU, likewise."""
-
-    def require_passed(self) -> None:
-        """Raise VerificationError unless every file and every comparison is as it should be."""
-        if self.damaged:
-            raise VerificationError(
-                f"{self.out}: {len(self.damaged)} files differ from the manifest or are missing: "
-                f"{', '.join(self.damaged[:3])}{', ...' if len(self.damaged) > 3 else ''}.",
-                hint="Make them again: repeat the prune-export command with --resume.",
-            )
-        for name, report in self.reports.items():
-            report.require_passed(self.out / variant_named(name).folder)
-        for name, report in self.compared.items():
-            runtime = report.greedy[0].runtime
-            report.require_passed(
-                self.out / variant_named(name).folder, against=f"ONNX Runtime on the CPU ({runtime} differs)"
-            )
-
-
-def verify_folder(
-    out: Path, *, threads: int | None = None, runtime: str | None = None, progress: Progress = SILENT
-) -> FolderCheck:
-    """Check an output folder: sha256 of every file, then ONNX against checkpoint; changes nothing.
-
-    ``runtime`` also runs the models there, and compares it with ONNX Runtime on the CPU.
-    """
-    run = Run.open(out, progress=progress)
-    damaged = [file for name in run.manifest["stages"] for file in run.damaged(name)]
-    dense = Path(run.manifest["model"]["path"])
-    checkpoints = {PRUNED: out / CHECKPOINT, DENSE: dense}
-    reports = {
-        name: verify_onnx(checkpoint, out / variant_named(name).folder, threads=threads, progress=progress)
-        for name, checkpoint in checkpoints.items()
-        if checkpoint.is_dir() and (out / variant_named(name).folder).is_dir() and not damaged
-    }
-    compared = compare_in(run, runtime, threads=threads) if runtime is not None and not damaged else {}
-    return FolderCheck(out=out, damaged=damaged, reports=reports, compared=compared)
-
-
 def quantize_folder(
     out: Path,
     *,
@@ -401,50 +348,4 @@ def benchmark_folder(
     speed(run, workload=workload, runtime=runtime, redo=True)
     write_pages(run)
     result: dict[str, Any] = read_json(out / BENCHMARK_FILE)
-    return result
-
-
-def evaluate_folder(
-    out: Path,
-    *,
-    eval_text: Path | None = None,
-    window_tokens: int | None = None,
-    max_windows: int | None = None,
-    ntk_windows: int | None = None,
-    task_names: Sequence[str] = (),
-    task_limit: int | None = None,
-    threads: int | None = None,
-    runtime: str | None = None,
-    progress: Progress = SILENT,
-) -> dict[str, Any]:
-    """Measure quality of an output folder again; rewrites quality.json, benchmark.json and the report.
-
-    On ``eval_text`` in windows of ``window_tokens`` tokens [256], at most ``max_windows`` of them [16]; else
-    on the held-out windows; in ``runtime`` [onnxruntime-cpu]. ``ntk_windows`` also measures the tangent
-    kernels on so many held-out windows, ``task_names`` runs tasks of lm-evaluation-harness on ``task_limit``
-    examples each [all]. A folder
-    without ONNX model is measured by these two alone. Returns quality.json with ``ntk`` and ``tasks`` added.
-    """
-    run = Run.open(out, progress=progress)
-    result: dict[str, Any] = {}
-    if task_names:
-        require_tasks(task_names)
-    if "onnx" in run.manifest["stages"] or not (ntk_windows or task_names):
-        windows = None
-        if eval_text is not None:
-            checked_shape(out / CHECKPOINT, seq_len=window_tokens or 1)
-            windows = evaluation_windows(
-                eval_text,
-                load_tokenizer(out / CHECKPOINT),
-                progress,
-                seq_len=window_tokens,
-                max_sequences=max_windows,
-            )
-        result = quality(run, threads=threads, windows=windows, runtime=runtime, redo=True)
-        refresh_quality(run)
-    if ntk_windows:
-        result = {**result, "ntk": tangent_kernel(run, windows=ntk_windows)}
-    if task_names:
-        result = {**result, "tasks": tasks(run, task_names, limit=task_limit)}
-    write_pages(run)
     return result

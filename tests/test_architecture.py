@@ -26,7 +26,9 @@ ORDER = [
     "stages",
     "deploying",
     "measuring",
+    "verifying",
     "packaging",
+    "evaluating",
     "pipeline",
     "cli",
 ]

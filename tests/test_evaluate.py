@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from choices import TASK, harness_scores, harness_version, write_choices
 from click.testing import CliRunner
 from conftest import write_tiny
 
 from nirvana_deploy import pipeline, stages
 from nirvana_deploy.cli.evaluate import evaluate
 from nirvana_deploy.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.evaluating import evaluate_folder
 from nirvana_deploy.measure.tasks import evaluate_tasks
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import read_plan
@@ -80,7 +82,7 @@ def test_ntk_is_measured_recorded_and_reported(out: Path) -> None:
 
 
 def test_a_folder_without_onnx_is_measured_by_its_kernel_alone(cut: Path) -> None:
-    result = pipeline.evaluate_folder(cut, ntk_windows=1)
+    result = evaluate_folder(cut, ntk_windows=1)
     assert set(result) == {"ntk"} and "ntk" in (cut / "manifest.json").read_text()
 
 
@@ -89,7 +91,7 @@ def test_a_missing_dense_model_is_named(cut: Path) -> None:
     model.rename(cut.parent / "elsewhere")
     try:
         with pytest.raises(NirvanaError, match="no longer at"):
-            pipeline.evaluate_folder(cut, ntk_windows=1)
+            evaluate_folder(cut, ntk_windows=1)
     finally:
         (cut.parent / "elsewhere").rename(model)
 
@@ -97,10 +99,10 @@ def test_a_missing_dense_model_is_named(cut: Path) -> None:
 def test_windows_of_a_text_have_the_wished_length(out: Path, tmp_path: Path) -> None:
     text = tmp_path / "other.txt"
     text.write_text("A text of its own, long enough for a few windows of evaluation. " * 20)
-    result = pipeline.evaluate_folder(out, eval_text=text, window_tokens=50, max_windows=3, threads=1)
+    result = evaluate_folder(out, eval_text=text, window_tokens=50, max_windows=3, threads=1)
     assert result["window_tokens"] == 50 and result["variants"]["pruned"]["tokens"] == 3 * 49
     with pytest.raises(NirvanaError, match="longer than the model's 512 positions"):
-        pipeline.evaluate_folder(out, eval_text=text, window_tokens=2048)
+        evaluate_folder(out, eval_text=text, window_tokens=2048)
     usage = CliRunner().invoke(evaluate, [str(out), "--window", "512"])
     assert usage.exit_code == 2 and "--eval-text" in usage.output
 
@@ -109,7 +111,7 @@ def test_tasks_without_the_harness_name_the_extra(out: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     before = (out / "quality.json").stat().st_mtime_ns
     with pytest.raises(MissingExtraError, match="'lm-eval', which is not installed") as caught:
-        pipeline.evaluate_folder(out, task_names=("piqa",))
+        evaluate_folder(out, task_names=("piqa",))
     assert caught.value.hint == "pip install 'nirvana-deploy[eval]'"
     assert (out / "quality.json").stat().st_mtime_ns == before  # said before any work
 
@@ -121,7 +123,7 @@ def test_tasks_are_run_on_both_models_and_reported(cut: Path, monkeypatch: pytes
     assert result.exit_code == 0, result.output
     variants = json.loads(result.stdout)["tasks"]["variants"]
     assert variants["pruned"] == {"piqa": {"acc,none": 0.6}, "arc_easy": {"acc,none": 0.6}}
-    dense, pruned = calls
+    dense, pruned = calls  # a folder without ONNX: its checkpoints
     assert dense["tasks"] == ["piqa", "arc_easy"] and dense["limit"] == 5 and dense["model"] == "hf"
     assert dense["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert "trust_remote_code" not in dense["model_args"]
@@ -144,3 +146,57 @@ def test_foreign_code_and_unknown_tasks_are_refused(
     with pytest.raises(NirvanaError, match="not this package's"):
         evaluate_tasks({"pruned": changed}, ["piqa"])
     assert len(calls) == 1
+
+
+def test_tasks_run_on_what_is_asked(out: Path, cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    harness(monkeypatch, calls)
+    for on, names in (
+        (None, ["dense", "pruned"]),
+        ("checkpoint", ["dense", "pruned"]),
+        ("both", ["dense", "pruned", "dense checkpoint", "pruned checkpoint"]),
+    ):
+        found = evaluate_folder(out, task_names=("piqa",), tasks_on=on, threads=1)  # type: ignore[arg-type]
+        assert list(found["tasks"]["variants"]) == names
+    assert [call["model"] for call in calls] == ["onnxruntime"] * 2 + ["hf"] * 2 + ["onnxruntime"] * 2 + [
+        "hf"
+    ] * 2
+    assert calls[1]["model_args"] == {"pretrained": str(out / "onnx")}
+    with pytest.raises(NirvanaError, match="no ONNX model to run tasks on"):
+        evaluate_folder(cut, task_names=("piqa",), tasks_on="onnx")
+    with pytest.raises(NirvanaError, match="nowhere is not a folder"):
+        evaluate_folder(cut, task_names=("piqa",), task_folder=cut / "nowhere")
+    usage = CliRunner().invoke(evaluate, [str(out), "--include-path", str(out)])
+    assert usage.exit_code == 2 and "--tasks" in usage.output
+
+
+def test_a_task_that_generates_names_the_way_out(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def generates(**arguments: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    harness(monkeypatch, [])
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", generates)
+    with pytest.raises(NirvanaError, match="gsm8k has a task that generates text") as caught:
+        evaluate_tasks({"pruned": out / "onnx"}, ["gsm8k"])
+    assert "--tasks-on checkpoint" in str(caught.value.hint)
+
+
+@pytest.mark.consumer(
+    "lm-evaluation-harness",
+    artifact="ONNX folder and HF folder of a tiny Llama, dense and global",
+    proof="the same accuracies on a local multiple-choice task, by onnxruntime and by transformers",
+    version=harness_version(),
+)
+def test_the_harness_finds_the_same_on_onnx_and_checkpoint(out: Path, tmp_path: Path) -> None:
+    if harness_version() == "not installed":
+        pytest.skip("needs lm-eval: pip install 'nirvana-deploy[eval]'")
+    text = (Path(__file__).parent / "choices.py").read_text()
+    write_choices(tmp_path / "tasks", text, questions=16, context_words=5, choice_words=2)
+    variants = harness_scores(out, tmp_path, "--tasks-on", "both")
+    for name in ("dense", "pruned"):
+        on_onnx, on_checkpoint = variants[name][TASK], variants[f"{name} checkpoint"][TASK]
+        assert on_onnx.keys() == on_checkpoint.keys() >= {"acc,none", "acc_norm,none"}
+        for metric, value in on_onnx.items():
+            assert abs(value - on_checkpoint[metric]) <= 0.005
+        assert 0 < on_onnx["acc,none"] < 1
+    assert variants["dense"] != variants["pruned"]

@@ -16,7 +16,8 @@ import pytest
 from conftest import INTERRUPTIBLE, write_tiny
 from safetensors.torch import load_file, save_file
 
-from nirvana_deploy import NirvanaError, VerificationError, artifact, pipeline, stages
+from nirvana_deploy import NirvanaError, VerificationError, artifact, pipeline, stages, verifying
+from nirvana_deploy.evaluating import evaluate_folder
 from nirvana_deploy.measure.benchmark import Workload
 from nirvana_deploy.quantize import quantize as quantize_module
 from nirvana_deploy.quantize.coverage import Coverage
@@ -271,18 +272,18 @@ def test_folder_commands_measure_and_check_again(finished: Path, tmp_path: Path)
     out = copied(finished, tmp_path)
     text = tmp_path / "other.txt"
     text.write_text("A text of its own, long enough for a few windows of evaluation. " * 20)
-    result = pipeline.evaluate_folder(out, eval_text=text, threads=1)
+    result = evaluate_folder(out, eval_text=text, threads=1)
     assert result["source"] == "file other.txt"
     benchmark = json.loads((out / "benchmark.json").read_text())
     assert benchmark["variants"][1]["quality"] == result["variants"]["pruned"]
     workload = Workload(prompt_tokens=4, new_tokens=2, repeats=1, threads=1)
     assert pipeline.benchmark_folder(out, workload=workload)["workload"]["prompt_tokens"] == 4
-    check = pipeline.verify_folder(out, threads=1)
+    check = verifying.verify_folder(out, threads=1)
     assert check.damaged == [] and set(check.reports) == {"pruned", "dense"}
     check.require_passed()
     (out / "plan.json").write_text("{}")
     with pytest.raises(VerificationError, match=r"1 files differ .*plan\.json"):
-        pipeline.verify_folder(out, threads=1).require_passed()
+        verifying.verify_folder(out, threads=1).require_passed()
 
 
 def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole(model: str, tmp_path: Path) -> None:

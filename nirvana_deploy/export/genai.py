@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
+from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.shape import ModelShape
 
 
@@ -71,11 +72,20 @@ def genai_config(
 def genai_tokens(folder: Path) -> Iterator[Callable[[NDArray[np.int64], int], list[int]]]:
     """Load ``folder`` in onnxruntime-genai and yield a greedy generator: (prompt [1, T], count) -> new ids.
 
-    It ends at a stop token of the config, which onnxruntime-genai leaves out of the result.
+    It ends at a stop token of the config, which onnxruntime-genai leaves out of the result. Raises
+    NirvanaError when onnxruntime-genai refuses the folder.
     """
     import onnxruntime_genai  # an optional extra: imported when it is asked for
 
-    model = onnxruntime_genai.Model(str(folder))
+    try:
+        model = onnxruntime_genai.Model(str(folder))
+    except RuntimeError as error:
+        unknown = "It takes no key that it does not know. " if "nknown value" in str(error) else ""
+        raise NirvanaError(
+            f"onnxruntime-genai cannot load {folder}: {error}.",
+            hint=f"{unknown}genai_config.json is written anew by: "
+            f"nirvana-deploy export CHECKPOINT --out {folder} --force",
+        ) from error
 
     def generate(prompt: NDArray[np.int64], new_tokens: int) -> list[int]:
         parameters = onnxruntime_genai.GeneratorParams(model)

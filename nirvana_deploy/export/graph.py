@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export import DTYPE_KEY, FLAVOR_KEY, SCHEMA_KEY
 from nirvana_deploy.export.attention import (
     ConcatenatedCache,
     GroupQueryCache,
@@ -43,7 +44,6 @@ from nirvana_deploy.model.shape import LayerShape, ModelShape
 
 FLAVORS = ("portable", "gqa", "static-cache")
 GRAPH_SCHEMA = 1
-_METADATA = "nirvana_deploy."
 _GQA_HEAD_DIM_MULTIPLE = 16
 
 
@@ -113,9 +113,9 @@ def build_decoder(
     _Decoder(parts, shape, options).build(rotary, max_positions)
     return parts.finish(
         {
-            f"{_METADATA}schema": str(GRAPH_SCHEMA),
-            f"{_METADATA}flavor": options.flavor,
-            f"{_METADATA}dtype": options.dtype.name,
+            SCHEMA_KEY: str(GRAPH_SCHEMA),
+            FLAVOR_KEY: options.flavor,
+            DTYPE_KEY: options.dtype.name,
         }
     )
 
@@ -177,10 +177,14 @@ class _Decoder:
         width = self.shape.hidden_size
         if change is None:
             return self.parts.norm(hidden, module, width), hidden
-        total = self.op.Add(hidden, change)
+        if self.options.flavor == "gqa":
+            normed, total = self.parts.fused_add_and_norm(hidden, change, module, width)
+        else:
+            total = self.op.Add(hidden, change)
+            normed = self.parts.norm(total, module, width)
         if name is not None:
             total.name = hidden_state_name(name)
-        return self.parts.norm(total, module, width), total
+        return normed, total
 
     def attention(self, index: int, layer: LayerShape, hidden: ir.Value, form: KvForm) -> ir.Value:
         """Grouped-query attention over past and new tokens: [B, T, D] -> [B, T, D]."""

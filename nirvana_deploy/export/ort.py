@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.artifact import read_json
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.export import FLAVOR_KEY, MODEL_FILE
 from nirvana_deploy.export.ort_session import (
     CACHE_DTYPES,
     RUNTIMES,
@@ -337,7 +337,7 @@ def session_outputs(
 def _shares_buffers(session: Any, folder: Path) -> bool:
     """Whether past and present may be one buffer: what the graph says of itself, else genai_config.json."""
     metadata = session.get_modelmeta().custom_metadata_map
-    if "nirvana_deploy.flavor" in metadata:
-        return bool(metadata["nirvana_deploy.flavor"] == "gqa")
+    if FLAVOR_KEY in metadata:
+        return bool(metadata[FLAVOR_KEY] == "gqa")
     config = folder / "genai_config.json"
     return config.is_file() and bool(read_json(config)["search"].get("past_present_share_buffer"))

@@ -90,6 +90,16 @@ class GraphParts:
         scale = self.weight(f"{module}.weight", (width,))
         return self.op.RMSNormalization(x, scale, axis=-1, epsilon=self._norm_epsilon, stash_type=_FLOAT32)
 
+    def fused_add_and_norm(
+        self, x: ir.Value, y: ir.Value, module: str, width: int
+    ) -> tuple[ir.Value, ir.Value]:
+        """(norm of x + y, x + y) in one operator of ONNX Runtime, which accumulates in float32 too."""
+        scale = self.weight(f"{module}.weight", (width,))
+        normed, _, _, total = self.contrib().SkipSimplifiedLayerNormalization(
+            x, y, scale, epsilon=self._norm_epsilon, _outputs=4
+        )
+        return normed, total
+
     def cast(self, x: ir.Value) -> ir.Value:
         """float32 to the graph's dtype."""
         return self.op.Cast(x, to=self.dtype.ir) if self.dtype.half_precision else x

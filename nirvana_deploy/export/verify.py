@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from nirvana_deploy.errors import NirvanaError, VerificationError
 from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.export.dtypes import DTYPES, Dtype
+from nirvana_deploy.export.folder_check import check_folder
 from nirvana_deploy.export.genai import genai_tokens
 from nirvana_deploy.export.graph import hidden_state_name
 from nirvana_deploy.export.ort import OrtDecoder, session_outputs
@@ -148,7 +149,7 @@ def verify_onnx(
             checkpoint, folder, new_tokens=new_tokens, threads=threads, progress=progress
         )
     with progress.task(f"Verifying {folder.name}", 4) as advance:
-        _check_file(folder)
+        check_folder(folder, checkpoint)
         dtype = dtype_of_graph(folder / MODEL_FILE)
         model = _reference(checkpoint, dtype)
         decoder = OrtDecoder(folder, threads=threads, in_float32=dtype.half_precision)
@@ -229,18 +230,6 @@ def _reference(checkpoint: Path, dtype: Dtype) -> PreTrainedModel:
 
     model.model.rotary_emb.register_forward_hook(rounded)
     return model
-
-
-def _check_file(folder: Path) -> None:
-    path = folder / MODEL_FILE
-    if not path.is_file():
-        raise NirvanaError(
-            f"{folder} holds no {MODEL_FILE}.", hint="nirvana-deploy export CHECKPOINT --out DIR"
-        )
-    try:
-        onnx.checker.check_model(path, full_check=False)
-    except onnx.checker.ValidationError as error:
-        raise NirvanaError(f"{path} is not a valid ONNX model: {error}") from error
 
 
 def logits_checks(

@@ -1,8 +1,12 @@
-"""Tasks of lm-evaluation-harness on checkpoints, dense beside pruned, through the harness' own Python API.
+"""Tasks of lm-evaluation-harness on ONNX folders and checkpoints, through the harness' own Python API.
 
-The harness loads models with transformers. A pruned checkpoint whose layers differ brings the small module
-that computes it; the permission to run it is given only when that file is, byte for byte, the one this
-package ships. No other code of a folder is ever run.
+An ONNX folder, float or quantized, is run by the harness' ``onnxruntime`` model: the session that a
+deployment has, so the score is the deployed one's. It scores given texts; tasks that generate run on
+checkpoints.
+
+A checkpoint is loaded by the harness with transformers. One whose layers differ brings the small module that
+computes it; the permission to run it is given only when that file is, byte for byte, the one this package
+ships. No other code of a folder is ever run.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import torch
 
 from nirvana_deploy.artifact import sha256_of
 from nirvana_deploy.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.model import modeling_nirvana
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.progress import SILENT, Progress
@@ -33,37 +38,52 @@ def require_tasks(names: Sequence[str]) -> None:
 
 
 def evaluate_tasks(
-    checkpoints: Mapping[str, Path],
+    models: Mapping[str, Path],
     names: Sequence[str],
     *,
     limit: int | None = None,
+    include_path: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Run the tasks ``names`` on every one of ``checkpoints`` in float32, on ``limit`` examples each [all].
+    """Run the tasks ``names`` on every one of ``models``, on ``limit`` examples each [all].
+
+    A model is an ONNX folder or a checkpoint folder, which is computed in float32. ``include_path`` is a
+    folder with the yaml files of tasks that the harness does not bring.
 
     Returns ``variants``: name -> task -> metric -> value, as the harness reports them ("acc,none",
     "acc_stderr,none"). Raises MissingExtraError without the harness, and NirvanaError for a checkpoint that
     asks for code which is not this package's, or a task that the harness cannot run.
     """
     harness = _harness(names)
-    arguments = {name: _model_arguments(folder) for name, folder in checkpoints.items()}
+    if include_path is not None and not include_path.is_dir():
+        raise NirvanaError(
+            f"{include_path} is not a folder.",
+            hint="It must hold the yaml files of the tasks: --include-path DIR",
+        )
+    arguments = {name: _model_arguments(folder) for name, folder in models.items()}
     variants = {}
-    with progress.task(f"Tasks {', '.join(names)}", len(checkpoints)) as advance:
-        for name, model_args in arguments.items():
+    with progress.task(f"Tasks {', '.join(names)}", len(models)) as advance:
+        for name, model_arguments in arguments.items():
             try:
                 with redirect_stdout(sys.stderr):  # the harness prints
                     found = harness.simple_evaluate(
-                        model="hf",
-                        model_args=model_args,
+                        **model_arguments,
+                        **_own_tasks(include_path),
                         tasks=list(names),
-                        device="cuda" if torch.cuda.is_available() else "cpu",  # its default is cuda
                         limit=limit,
                         log_samples=False,
                     )
             except (KeyError, ValueError, OSError) as error:  # unknown task; data that cannot be fetched
                 raise NirvanaError(
                     f"lm-evaluation-harness cannot run {', '.join(names)} on the {name} model: {error}.",
-                    hint="lm-eval ls tasks lists the tasks; their data come from the hub.",
+                    hint="lm-eval ls tasks lists the tasks; their data come from the hub. Tasks of your own: "
+                    "--include-path DIR",
+                ) from error
+            except NotImplementedError as error:
+                raise NirvanaError(
+                    f"{', '.join(names)} has a task that generates text, which lm-evaluation-harness "
+                    "does not do with an ONNX model.",
+                    hint="Run it on the checkpoints: --tasks-on checkpoint",
                 ) from error
             variants[name] = {task: _numbers(result) for task, result in found["results"].items()}
             advance(1)
@@ -86,7 +106,23 @@ def _version() -> str | None:
         return None
 
 
+def _own_tasks(include_path: Path | None) -> dict[str, Any]:
+    """The argument that adds a folder of tasks; nothing where the harness' own are enough."""
+    if include_path is None:
+        return {}
+    tasks = importlib.import_module("lm_eval.tasks")
+    return {"task_manager": tasks.TaskManager(include_path=str(include_path))}
+
+
 def _model_arguments(folder: Path) -> dict[str, Any]:
+    """Which of the harness' models loads ``folder``, from what, and where."""
+    if (folder / MODEL_FILE).is_file():
+        return {"model": "onnxruntime", "model_args": {"pretrained": str(folder)}}
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness' default is cuda
+    return {"model": "hf", "model_args": _checkpoint_arguments(folder), "device": device}
+
+
+def _checkpoint_arguments(folder: Path) -> dict[str, Any]:
     """What the harness' "hf" model is made from."""
     arguments: dict[str, Any] = {"pretrained": str(folder), "dtype": "float32"}
     if "auto_map" not in config_json(folder):

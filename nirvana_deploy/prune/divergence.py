@@ -22,6 +22,7 @@ from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource
 from nirvana_deploy.progress import SILENT, Advance, Progress
+from nirvana_deploy.prune.loaded import home
 from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.prune.score import micro_batches, streamed_model
 from nirvana_deploy.prune.score_seq2seq import View
@@ -132,8 +133,9 @@ def _by_position(
             p = log_p.exp()
             for index, (result, states) in enumerate(zip(results, compared, strict=True)):
                 log_q = log_p if index == 0 else head(states[block]).log_softmax(dim=-1)
-                result.divergence[block] = (p * (log_p - log_q)).sum(dim=-1).double()
-                result.loss[block] = -log_q.gather(1, next_tokens[block, None])[:, 0].double()
+                following = next_tokens[block, None].to(log_q.device)
+                result.divergence[block] = home((p * (log_p - log_q)).sum(dim=-1)).double()
+                result.loss[block] = -home(log_q.gather(1, following)[:, 0]).double()
     advance(len(compared))
     return results
 

@@ -1,4 +1,8 @@
-"""A module that has weights for a while: what streaming is made of."""
+"""A module that has weights for a while, on the GPU where there is one: what streaming is made of.
+
+One layer is on the device at a time; what lasts (hidden states, scores) comes home to the CPU. The way to
+a GPU and back is tested for consistency only: it has never been run on one.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,23 @@ from torch import nn
 
 from nirvana_deploy.model.weights import WeightSource
 
+CPU = torch.device("cpu")
+
+
+def compute_device() -> torch.device:
+    """Where layers are run: a GPU that torch sees, else the CPU."""
+    return torch.device("cuda") if torch.cuda.is_available() else CPU
+
+
+def home(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU; itself when it is there."""
+    return tensor.to(CPU)
+
 
 @contextmanager
-def loaded(module: nn.Module, weights: WeightSource, *, prefix: str) -> Iterator[nn.Module]:
+def loaded(
+    module: nn.Module, weights: WeightSource, *, prefix: str, device: torch.device = CPU
+) -> Iterator[nn.Module]:
     """Give ``module``, which lives on the meta device, its float32 weights; afterwards they take no memory.
 
     Tensors are those of ``weights`` under ``prefix``. They may be narrower than the module was made for,
@@ -20,7 +38,7 @@ def loaded(module: nn.Module, weights: WeightSource, *, prefix: str) -> Iterator
     """
     for name in module.state_dict():
         place, _, parameter = name.rpartition(".")
-        tensor = weights.load(f"{prefix}.{name}").to(torch.float32)
+        tensor = weights.load(f"{prefix}.{name}").to(device, torch.float32)
         setattr(module.get_submodule(place), parameter, nn.Parameter(tensor))
     try:
         yield module

@@ -13,6 +13,7 @@ import torch
 
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import WeightSource
+from nirvana_deploy.prune.loaded import CPU
 from nirvana_deploy.prune.saliency import Head, OutputGradient
 
 BLOCK_ROWS = 8192
@@ -31,13 +32,15 @@ def head_name(shape: ModelShape) -> str:
     return f"{shape.family.embedding if shape.tied_embeddings else shape.family.head}.weight"
 
 
-def head_blocks(weights: WeightSource, shape: ModelShape, *, block_rows: int = BLOCK_ROWS) -> Head:
+def head_blocks(
+    weights: WeightSource, shape: ModelShape, device: torch.device = CPU, *, block_rows: int = BLOCK_ROWS
+) -> Head:
     """The head as blocks of ``block_rows`` rows, float32, each read when its turn comes."""
 
     def blocks() -> Iterator[torch.Tensor]:
         for start in range(0, shape.vocab_size, block_rows):
             rows = slice(start, min(start + block_rows, shape.vocab_size))
-            yield weights.rows(head_name(shape), rows).to(torch.float32)
+            yield weights.rows(head_name(shape), rows).to(device, torch.float32)
 
     return blocks
 

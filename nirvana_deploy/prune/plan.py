@@ -222,6 +222,18 @@ def dense_shape(pruned: ModelShape, plan: PrunePlan) -> ModelShape:
     return replace(pruned, layers=layers)
 
 
+def check_plan_was_cut(plan: PrunePlan, pruned: ModelShape) -> None:
+    """Raise NirvanaError unless ``pruned`` has in every layer what the plan keeps there."""
+    for position, (kept, layer) in enumerate(zip(plan.layers, pruned.layers, strict=True)):
+        counts = (len(kept.kept_groups), len(kept.kept_neurons))
+        if counts != (layer.kv_heads, layer.ffn_width):
+            raise NirvanaError(
+                f"{pruned.label(position)} has {layer.kv_heads} KV heads and {layer.ffn_width} neurons in "
+                f"the checkpoint, and the plan keeps {counts[0]} and {counts[1]}: another cut.",
+                hint="Redo the cut: nirvana-deploy prune MODEL --plan plan.json --out DIR",
+            )
+
+
 def check_plan_fits(plan: PrunePlan, shape: ModelShape) -> None:
     """Raise NirvanaError unless the plan speaks of a model of exactly this shape."""
     facts = {

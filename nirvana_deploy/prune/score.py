@@ -31,7 +31,7 @@ from nirvana_deploy.model.weights import RememberedWeights, SafetensorsWeights, 
 from nirvana_deploy.progress import SILENT, Advance, Progress
 from nirvana_deploy.prune.borders import Borders
 from nirvana_deploy.prune.features import FeatureScore, FeatureStatistics, merged, statistics_of
-from nirvana_deploy.prune.loaded import loaded
+from nirvana_deploy.prune.loaded import CPU, compute_device, home, loaded
 from nirvana_deploy.prune.output import embedded, head_blocks, head_name, states_gradient
 from nirvana_deploy.prune.saliency import SALIENCIES, OutputGradient, saliency_named
 from nirvana_deploy.prune.score_seq2seq import StreamedEncoderDecoder, View
@@ -83,7 +83,7 @@ def score_units(
                 progress=progress,
             )
         assert method.features is not None
-        return StreamedModel(checkpoint, weights, shape).feature_scores(
+        return StreamedModel(checkpoint, weights, shape, compute_device()).feature_scores(
             windows, method.features, micro_batch=micro_batch, progress=progress
         )
     if method.reads_weights:
@@ -98,9 +98,9 @@ def score_units(
 def streamed_model(
     checkpoint: Path, weights: WeightSource, shape: ModelShape
 ) -> StreamedModel | StreamedEncoderDecoder:
-    """The model, of the kind that its family is."""
+    """The model, of the kind that its family is, on the GPU where there is one."""
     kind = StreamedEncoderDecoder if shape.family.encoder_decoder else StreamedModel
-    return kind(checkpoint, weights, shape)
+    return kind(checkpoint, weights, shape, compute_device())
 
 
 def micro_batches(tokens: torch.Tensor, sequences: int) -> list[torch.Tensor]:
@@ -130,7 +130,7 @@ def score_windows(
     shape = shape_from_config(config_json(checkpoint))
     weights = SafetensorsWeights(checkpoint)
     check_weights(weights, shape)
-    streamed = StreamedModel(checkpoint, weights, shape)
+    streamed = StreamedModel(checkpoint, weights, shape, compute_device())
     return streamed.window_scores(
         torch.from_numpy(tokens),
         output_gradient,
@@ -143,13 +143,16 @@ def score_windows(
 class StreamedModel:
     """A decoder of which one part at a time has weights; the rest lives on torch's meta device."""
 
-    def __init__(self, checkpoint: Path, weights: WeightSource, shape: ModelShape) -> None:
+    def __init__(
+        self, checkpoint: Path, weights: WeightSource, shape: ModelShape, device: torch.device = CPU
+    ) -> None:
         if shape.family.encoder_decoder:
             raise NirvanaError(f"This needs a decoder-only model; {shape.family.name} is an encoder-decoder.")
         config = read_config(checkpoint)
         self._model = meta_model(config)
         self._weights = weights
         self._shape = shape
+        self._device = device
         decoder = self._model.model
         self._layers: list[nn.Module] = list(decoder.layers)
         self._rotary: nn.Module = type(decoder.rotary_emb)(
@@ -250,14 +253,19 @@ class StreamedModel:
             for index in range(depth):
                 with self._loaded_layer(index) as layer, torch.no_grad():
                     for number in range(len(batches)):
-                        borders[index + 1, number] = self._run(layer, borders[index, number])
+                        states = self._run(layer, self._away(borders[index, number]))
+                        borders[index + 1, number] = home(states)
                 advance(len(batches))
-            final, head = self._final_norm(), head_blocks(self._weights, self._shape)
+            final, head = self._final_norm(), head_blocks(self._weights, self._shape, self._device)
             for number, batch in enumerate(batches):
                 gradient = states_gradient(
-                    borders[depth, number], batch, final=final, head=head, output_gradient=output_gradient
+                    self._away(borders[depth, number]),
+                    self._away(batch),
+                    final=final,
+                    head=head,
+                    output_gradient=output_gradient,
                 )
-                borders[depth, number] = gradient / (sequences if together else len(batch))
+                borders[depth, number] = home(gradient / (sequences if together else len(batch)))
                 advance(1)
             for index in reversed(range(depth)):
                 with self._loaded_layer(index) as layer:
@@ -286,13 +294,12 @@ class StreamedModel:
                 with self._loaded_layer(index) as layer:
                     seen: dict[str, FeatureStatistics] = {}
                     with recorded_inputs(layer, (family.decoder.o, family.decoder.ffn_down), seen):
-                        hidden = [self._run(layer, states) for states in hidden]
+                        hidden = [home(self._run(layer, self._away(states))) for states in hidden]
                     output = layer.get_parameter(f"{family.decoder.o}.weight")
                     down = layer.get_parameter(f"{family.decoder.ffn_down}.weight")
-                    groups.append(score(output, seen[family.decoder.o], dimensions.kv_heads, True).numpy())
-                    neurons.append(
-                        score(down, seen[family.decoder.ffn_down], dimensions.ffn_width, False).numpy()
-                    )
+                    of_heads, of_ffn = seen[family.decoder.o], seen[family.decoder.ffn_down]
+                    groups.append(home(score(output, of_heads, dimensions.kv_heads, True)).numpy())
+                    neurons.append(home(score(down, of_ffn, dimensions.ffn_width, False)).numpy())
                 if not (np.isfinite(groups[-1]).all() and np.isfinite(neurons[-1]).all()):
                     raise NirvanaError(
                         f"Layer {index}: the activations are NaN or infinite; its units cannot be ranked."
@@ -328,7 +335,9 @@ class StreamedModel:
             for index in range(len(self._layers)):
                 for number, weights in enumerate(seen):
                     with self._loaded_layer(index, weights) as layer:
-                        hidden[number] = [self._run(layer, states) for states in hidden[number]]
+                        hidden[number] = [
+                            home(self._run(layer, self._away(states))) for states in hidden[number]
+                        ]
                     advance(1)
                 remembered.forget()
         return hidden
@@ -336,14 +345,14 @@ class StreamedModel:
     def output_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """What turns states that left the last layer [..., D] into logits [..., V]; loaded once."""
         final, head = self._final_norm(), self._float32(head_name(self._shape))
-        return lambda states: final(states) @ head.T
+        return lambda states: final(self._away(states)) @ head.T
 
     def _embedded(self, batches: Sequence[torch.Tensor]) -> Iterable[torch.Tensor]:
         return (embedded(self._weights, self._shape, batch) for batch in batches)
 
     def _run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """One layer over unpadded windows: causal attention, positions from 0."""
-        positions = torch.arange(hidden.shape[1])[None]
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         angles = self._rotary(hidden, positions)
         output: torch.Tensor = layer(
             hidden, attention_mask=None, position_ids=positions, position_embeddings=angles, use_cache=False
@@ -357,10 +366,10 @@ class StreamedModel:
 
     def _backward(self, layer: nn.Module, states: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Accumulate weight gradients in ``layer`` and return the gradient of its input."""
-        leaf = states.detach().requires_grad_()
-        torch.autograd.backward(self._run(layer, leaf), gradient)
+        leaf = self._away(states).detach().requires_grad_()
+        torch.autograd.backward(self._run(layer, leaf), self._away(gradient))
         assert leaf.grad is not None
-        return leaf.grad
+        return home(leaf.grad)
 
     def _taken_gradients(self, index: int, layer: nn.Module) -> dict[str, torch.Tensor]:
         """The gradients that ``layer`` has gathered, by checkpoint name; it keeps none."""
@@ -390,10 +399,15 @@ class StreamedModel:
     def _loaded_layer(
         self, index: int, weights: WeightSource | None = None
     ) -> AbstractContextManager[nn.Module]:
-        return loaded(self._layers[index], weights or self._weights, prefix=self._shape.family.layer(index))
+        prefix = self._shape.family.layer(index)
+        return loaded(self._layers[index], weights or self._weights, prefix=prefix, device=self._device)
+
+    def _away(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device; itself when it is there."""
+        return tensor.to(self._device)
 
     def _float32(self, name: str) -> torch.Tensor:
-        return self._weights.load(name).to(torch.float32)
+        return self._weights.load(name).to(self._device, torch.float32)
 
 
 @contextmanager

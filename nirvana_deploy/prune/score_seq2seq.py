@@ -30,7 +30,7 @@ from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import WeightSource
 from nirvana_deploy.progress import SILENT, Advance, Progress
 from nirvana_deploy.prune.borders import Borders
-from nirvana_deploy.prune.loaded import loaded
+from nirvana_deploy.prune.loaded import CPU, home, loaded
 from nirvana_deploy.prune.output import embedded, head_blocks, head_name, states_gradient
 from nirvana_deploy.prune.saliency import OutputGradient
 from nirvana_deploy.prune.units import UnitScores, scored_tensors, unit_sums
@@ -76,12 +76,15 @@ class _Stack:
 class StreamedEncoderDecoder:
     """A T5 of which one block at a time has weights; the rest lives on torch's meta device."""
 
-    def __init__(self, checkpoint: Path, weights: WeightSource, shape: ModelShape) -> None:
+    def __init__(
+        self, checkpoint: Path, weights: WeightSource, shape: ModelShape, device: torch.device = CPU
+    ) -> None:
         self._checkpoint = checkpoint
         self._config = read_config(checkpoint)
         self._model = meta_model(self._config)
         self._weights = weights
         self._shape = shape
+        self._device = device
 
     def gradient_scores(
         self,
@@ -142,7 +145,7 @@ class StreamedEncoderDecoder:
         """
         states = []
         for view in views:
-            masked = StreamedEncoderDecoder(self._checkpoint, view(self._weights), self._shape)
+            masked = StreamedEncoderDecoder(self._checkpoint, view(self._weights), self._shape, self._device)
             states.append(
                 [
                     last
@@ -156,7 +159,7 @@ class StreamedEncoderDecoder:
     def output_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """What turns states that left the last block [..., D] into logits [..., V]; loaded once."""
         final, head = self._final(), self._float32(head_name(self._shape))
-        return lambda states: final(states) @ head.T
+        return lambda states: final(self._away(states)) @ head.T
 
     def _last_states_of_windows(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         halves = [teacher_forced(windows, start_token=self._start_token()) for windows in batches]
@@ -197,7 +200,7 @@ class StreamedEncoderDecoder:
 
     def _stacks(self, decoder_length: int) -> tuple[_Stack, _Stack]:
         hidden_from = torch.full((decoder_length, decoder_length), torch.finfo(torch.float32).min)
-        causal = hidden_from.triu(diagonal=1)[None, None]
+        causal = self._away(hidden_from.triu(diagonal=1)[None, None])
         return (
             _Stack("encoder", self._model.encoder.block),
             _Stack("decoder", self._model.decoder.block, mask=causal),
@@ -218,9 +221,8 @@ class StreamedEncoderDecoder:
         for index in range(len(stack.blocks)):
             with self._loaded(stack, index) as block, torch.no_grad():
                 for number, encoded in enumerate(contexts):
-                    borders[index + 1, number] = self._run(
-                        stack, index, block, borders[index, number], encoded
-                    )
+                    states = self._away(borders[index, number])
+                    borders[index + 1, number] = home(self._run(stack, index, block, states, encoded))
             advance(len(batches))
 
     def _run(
@@ -256,12 +258,12 @@ class StreamedEncoderDecoder:
         for index in reversed(range(len(stack.blocks))):
             with self._loaded(stack, index) as block:
                 for number in range(batches):
-                    leaf = borders[index, number].detach().requires_grad_()
+                    leaf = self._away(borders[index, number]).detach().requires_grad_()
                     output = self._run(stack, index, block, leaf, leaves[number] if leaves else None)
                     # gradients of the context add up in its leaf
-                    torch.autograd.backward(output, borders[index + 1, number])
+                    torch.autograd.backward(output, self._away(borders[index + 1, number]))
                     assert leaf.grad is not None
-                    borders[index, number] = leaf.grad
+                    borders[index, number] = home(leaf.grad)
                 self._reduce(stack, index, block, scores)
             borders.forget(index + 1)
             advance(batches)
@@ -288,13 +290,13 @@ class StreamedEncoderDecoder:
             scores[position] = groups, neurons
 
     def _encoder_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        norm = self._float32(f"{self._shape.family.encoder_norm}.weight")
+        norm, hidden = self._float32(f"{self._shape.family.encoder_norm}.weight"), self._away(hidden)
         return nn.functional.rms_norm(hidden, norm.shape, norm, self._config.layer_norm_epsilon)
 
     def _through_encoder_norm(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        leaf = hidden.detach().requires_grad_()
+        leaf = self._away(hidden).detach().requires_grad_()
         (passed_on,) = torch.autograd.grad(self._encoder_norm(leaf), leaf, gradient)
-        return passed_on
+        return home(passed_on)
 
     def _final(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """What lies between the last block and the head: the norm, and the scale of a tied head."""
@@ -307,20 +309,29 @@ class StreamedEncoderDecoder:
         self, borders: Borders, level: int, batches: Sequence[torch.Tensor], output_gradient: OutputGradient
     ) -> None:
         """Replace the states of ``level``, which left the last block, by df/dstates."""
-        final, head = self._final(), head_blocks(self._weights, self._shape)
+        final, head = self._final(), head_blocks(self._weights, self._shape, self._device)
         sequences = sum(len(batch) for batch in batches)
         for number, batch in enumerate(batches):
             gradient = states_gradient(
-                borders[level, number], batch, final=final, head=head, output_gradient=output_gradient
+                self._away(borders[level, number]),
+                self._away(batch),
+                final=final,
+                head=head,
+                output_gradient=output_gradient,
             )
-            borders[level, number] = gradient / sequences
+            borders[level, number] = home(gradient / sequences)
 
     def _prefix(self, stack: _Stack, index: int) -> str:
         return self._shape.family.site(stack.name).layer(index)
 
     def _loaded(self, stack: _Stack, index: int) -> AbstractContextManager[nn.Module]:
         """One block with its weights."""
-        return loaded(stack.blocks[index], self._weights, prefix=self._prefix(stack, index))
+        prefix = self._prefix(stack, index)
+        return loaded(stack.blocks[index], self._weights, prefix=prefix, device=self._device)
+
+    def _away(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device; itself when it is there."""
+        return tensor.to(self._device)
 
     def _float32(self, name: str) -> torch.Tensor:
-        return self._weights.load(name).to(torch.float32)
+        return self._weights.load(name).to(self._device, torch.float32)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.prune.loaded import home
 
 _SUMMED_ELEMENTS = 1 << 18
 """So many that their float64 copy stays in the cache."""
@@ -78,7 +79,7 @@ def unit_sums(
         units = neurons if name.rpartition(".")[0] in in_ffn else groups
         if score.ndim == 2:
             score = _exact_sum(score, dimension=0 if name in columns else 1)
-        units += score.double().reshape(len(units), -1).sum(dim=1)
+        units += home(score).double().reshape(len(units), -1).sum(dim=1)
     return groups.numpy(), neurons.numpy()
 
 

@@ -122,8 +122,7 @@ class OnnxGraph:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.model = _load(path)
-        _check_external_data(self.model, path)
+        self.model = load_model(path)
         _require_float(self.model, path)
         self.linears = tuple(_find_linears(self.model))
         if not self.linears:
@@ -348,13 +347,19 @@ def _lazy(
     return ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name)
 
 
-def _load(path: Path) -> ir.Model:
+def load_model(path: Path) -> ir.Model:
+    """The graph at ``path``, quantized or not; no weight is read.
+
+    Raises NirvanaError when it is not ONNX, or its external data is missing, too short or elsewhere.
+    """
     if not path.is_file():
         raise NirvanaError(f"{path} does not exist.", hint="nirvana-deploy export CHECKPOINT --out DIR")
     try:
-        return ir.load(path)
+        model = ir.load(path)
     except (DecodeError, ValueError) as error:
         raise NirvanaError(f"{path} is not a valid ONNX model: {error}.") from error
+    _check_external_data(model, path)
+    return model
 
 
 def _externals(model: ir.Model) -> Iterator[ir.ExternalTensor]:

@@ -27,6 +27,7 @@ from nirvana_deploy.quantize.choose import (
 from nirvana_deploy.quantize.coverage import Coverage, coverage_of, slow_host_note
 from nirvana_deploy.quantize.divergence import Yardstick
 from nirvana_deploy.quantize.linears import RECORD_FILE, OnnxGraph, open_folder, write_folder
+from nirvana_deploy.quantize.lint import lint
 from nirvana_deploy.quantize.low_bit import BITS, LowBit, low_bit, rewrite_low_bit
 from nirvana_deploy.quantize.observe import require_prefill
 from nirvana_deploy.quantize.ranges import METHODS
@@ -213,6 +214,7 @@ def _written(
         "weights_bytes": weights_bytes,
         "float_bytes": float_bytes,
         "coverage": coverage.to_json(),
+        "tensorrt_findings": [asdict(finding) for finding in lint(out)],
     }
     write_json(out / RECORD_FILE, record)
     progress.note(coverage.line)

@@ -136,6 +136,13 @@ def _folds(graph: OnnxGraph) -> Iterator[Fold]:
         )
 
 
+_NORM_WEIGHT_INPUT = {
+    "RMSNormalization": 1,
+    "SimplifiedLayerNormalization": 1,
+    "SkipSimplifiedLayerNormalization": 2,
+}
+
+
 def _norm_weight(readers: Sequence[Linear]) -> ir.Value | None:
     """The weight of the norm that all of ``readers``, and nobody else, read."""
     value = readers[0].x
@@ -147,9 +154,9 @@ def _norm_weight(readers: Sequence[Linear]) -> ir.Value | None:
         if len(value.uses()) != 1:
             return None
         producer = value.producer()
-    if producer is None or producer.op_type not in ("RMSNormalization", "SimplifiedLayerNormalization"):
+    if producer is None or producer.op_type not in _NORM_WEIGHT_INPUT:
         return None
-    weight = producer.inputs[1]
+    weight = producer.inputs[_NORM_WEIGHT_INPUT[producer.op_type]]
     alone = weight is not None and weight.const_value is not None and len(weight.uses()) == 1
     return weight if alone and not value.is_graph_output() else None
 

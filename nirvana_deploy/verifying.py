@@ -1,0 +1,84 @@
+"""Check at any time what was made: an output folder, or one ONNX folder that stands alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nirvana_deploy.errors import NirvanaError, VerificationError
+from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.export.verify import VerifyReport, verify_onnx
+from nirvana_deploy.measuring import compare_in
+from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.sources import resolve_model
+from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.prune.plan import check_plan_was_cut, read_plan
+from nirvana_deploy.run import MANIFEST, Run
+from nirvana_deploy.variants import CHECKPOINT, DENSE, KNOWN, PLAN_FILE, PRUNED, variant_named
+
+
+@dataclass(frozen=True)
+class FolderCheck:
+    """What :func:`verify_folder` found."""
+
+    out: Path
+    damaged: list[str]
+    """Files that are missing or whose sha256 differs from the manifest's."""
+    reports: dict[str, VerifyReport]
+    """ONNX against checkpoint, by variant."""
+    compared: dict[str, VerifyReport] = field(default_factory=dict)
+    """A runtime that was named against ONNX Runtime on the CPU, likewise."""
+
+    def require_passed(self) -> None:
+        """Raise VerificationError unless every file and every comparison is as it should be."""
+        if self.damaged:
+            raise VerificationError(
+                f"{self.out}: {len(self.damaged)} files differ from the manifest or are missing: "
+                f"{', '.join(self.damaged[:3])}{', ...' if len(self.damaged) > 3 else ''}.",
+                hint="Make them again: repeat the prune-export command with --resume.",
+            )
+        folders = {variant.name: variant.folder for variant in KNOWN}
+        for name, report in self.reports.items():
+            report.require_passed(self.out / folders.get(name, ""))
+        for name, report in self.compared.items():
+            runtime = report.greedy[0].runtime
+            report.require_passed(
+                self.out / variant_named(name).folder, against=f"ONNX Runtime on the CPU ({runtime} differs)"
+            )
+
+
+def verify_folder(
+    out: Path, *, threads: int | None = None, runtime: str | None = None, progress: Progress = SILENT
+) -> FolderCheck:
+    """Check an output folder: sha256 of every file, then ONNX against checkpoint; changes nothing.
+
+    ``runtime`` also runs the models there, and compares it with ONNX Runtime on the CPU.
+    """
+    if (out / MODEL_FILE).is_file() and not (out / MANIFEST).is_file():
+        raise NirvanaError(
+            f"{out} is an ONNX folder alone: nothing in it says what it was exported from.",
+            hint=f"nirvana-deploy verify {out} --checkpoint CHECKPOINT",
+        )
+    run = Run.open(out, progress=progress)
+    damaged = [file for name in run.manifest["stages"] for file in run.damaged(name)]
+    dense = Path(run.manifest["model"]["path"])
+    checkpoints = {PRUNED: out / CHECKPOINT, DENSE: dense}
+    if (out / CHECKPOINT / "config.json").is_file() and (out / PLAN_FILE).is_file():
+        check_plan_was_cut(read_plan(out / PLAN_FILE), shape_from_config(config_json(out / CHECKPOINT)))
+    reports = {
+        name: verify_onnx(checkpoint, out / variant_named(name).folder, threads=threads, progress=progress)
+        for name, checkpoint in checkpoints.items()
+        if checkpoint.is_dir() and (out / variant_named(name).folder).is_dir() and not damaged
+    }
+    compared = compare_in(run, runtime, threads=threads) if runtime is not None and not damaged else {}
+    return FolderCheck(out=out, damaged=damaged, reports=reports, compared=compared)
+
+
+def verify_onnx_folder(
+    folder: Path, *, model: str, threads: int | None = None, progress: Progress = SILENT
+) -> FolderCheck:
+    """Check an ONNX folder that stands alone against the checkpoint ``model``; changes nothing."""
+    source = resolve_model(model, progress=progress)
+    report = verify_onnx(source.path, folder, threads=threads, progress=progress)
+    return FolderCheck(out=folder, damaged=[], reports={"model": report})

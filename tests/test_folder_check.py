@@ -1,0 +1,149 @@
+"""Folders that were moved, damaged or mixed up: each says what happened and what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from click.testing import CliRunner
+from conftest import write_tiny
+from test_slicing import plan_for
+
+from nirvana_deploy import NirvanaError, verifying
+from nirvana_deploy.cli.verify import verify
+from nirvana_deploy.export.folder_check import check_folder
+from nirvana_deploy.export.genai import genai_tokens
+from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.plan import check_plan_was_cut
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(checkpoint, ONNX folder); read-only."""
+    folder = tmp_path_factory.mktemp("exported")
+    onnx_from_checkpoint(write_tiny(folder / "checkpoint", "qwen3"), folder / "onnx")
+    return folder / "checkpoint", folder / "onnx"
+
+
+@pytest.fixture
+def folder(exported: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the ONNX folder, to be damaged."""
+    return Path(shutil.copytree(exported[1], tmp_path / "onnx"))
+
+
+def rewritten(folder: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    change(model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def moved_to(location: str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = location
+
+    return change
+
+
+def test_a_whole_folder_passes(exported: tuple[Path, Path], folder: Path) -> None:
+    check_folder(folder, exported[0])
+
+
+def test_weights_left_behind(exported: tuple[Path, Path], folder: Path) -> None:
+    (folder / "model.onnx.data").unlink()
+    with pytest.raises(NirvanaError, match=r"model\.onnx\.data, which is missing beside it.\nMove both"):
+        check_folder(folder, exported[0])
+
+
+@pytest.mark.parametrize(
+    "location", ["../model.onnx.data", "/tmp/model.onnx.data", "a/../../model.onnx.data"]
+)
+def test_weights_outside_of_the_folder(exported: tuple[Path, Path], folder: Path, location: str) -> None:
+    shutil.copy(folder / "model.onnx.data", folder.parent)
+    rewritten(folder, moved_to(location))
+    with pytest.raises(NirvanaError, match=r"outside of the model's folder; such a file is refused"):
+        check_folder(folder, exported[0])
+
+
+def test_a_link_out_of_the_folder(exported: tuple[Path, Path], folder: Path) -> None:
+    outside = folder.parent / "elsewhere.data"
+    (folder / "model.onnx.data").rename(outside)
+    (folder / "model.onnx.data").symlink_to(outside)
+    with pytest.raises(NirvanaError, match="outside of the model's folder"):
+        check_folder(folder, exported[0])
+
+
+def test_weights_cut_short(exported: tuple[Path, Path], folder: Path) -> None:
+    data = folder / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-5])
+    with pytest.raises(NirvanaError, match=r"ends at byte \d+: it is cut short"):
+        check_folder(folder, exported[0])
+
+
+def test_a_graph_cut_short(exported: tuple[Path, Path], folder: Path) -> None:
+    path = folder / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(NirvanaError, match=r"model\.onnx is not"):
+        check_folder(folder, exported[0])
+
+
+def test_a_graph_of_a_newer_version(exported: tuple[Path, Path], folder: Path) -> None:
+    def newer(model: onnx.ModelProto) -> None:
+        next(e for e in model.metadata_props if e.key == "nirvana_deploy.schema").value = "2"
+
+    rewritten(folder, newer)
+    with pytest.raises(NirvanaError, match=r"schema 2; this version reads schema 1.\npip install --upgrade"):
+        check_folder(folder, exported[0])
+
+
+def test_an_invalid_graph(exported: tuple[Path, Path], folder: Path) -> None:
+    rewritten(folder, lambda model: model.graph.node[0].ClearField("op_type"))
+    with pytest.raises(NirvanaError, match="is not a valid ONNX model"):
+        check_folder(folder, exported[0])
+
+
+def test_a_graph_of_another_cut(exported: tuple[Path, Path], folder: Path, tmp_path: Path) -> None:
+    plan = plan_for(exported[0])
+    slice_checkpoint(exported[0], plan, tmp_path / "pruned")
+    with pytest.raises(NirvanaError, match=r"holds 3 KV heads of 16 numbers, its checkpoint [12] of 16"):
+        check_folder(folder, tmp_path / "pruned")
+    check_plan_was_cut(plan, shape_from_config(config_json(tmp_path / "pruned")))
+    with pytest.raises(NirvanaError, match=r"Layer \d has 3 KV heads .* the plan keeps .*\nRedo the cut"):
+        check_plan_was_cut(plan, shape_from_config(config_json(exported[0])))
+
+
+def test_a_lost_tokenizer(exported: tuple[Path, Path], folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(NirvanaError, match=r"has no tokenizer\.json, and its checkpoint has one.*\nCopy it"):
+        check_folder(folder, exported[0])
+
+
+def test_a_genai_config_with_a_key_of_ones_own(folder: Path) -> None:
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["nirvana"] = {"sparsity": 0.4}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    message = r"nirvana.*\nIt takes no key that it does not know.*--force"
+    with pytest.raises(NirvanaError, match=message), genai_tokens(folder):
+        pass
+
+
+def test_an_onnx_folder_alone_is_verified(exported: tuple[Path, Path], folder: Path) -> None:
+    with pytest.raises(NirvanaError, match=r"an ONNX folder alone.*\nnirvana-deploy verify .* --checkpoint"):
+        verifying.verify_folder(folder)
+    result = CliRunner().invoke(
+        verify, [str(folder), "--checkpoint", str(exported[0]), "--threads", "1"], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    assert "ONNX checker, external" in result.output and "whole" in result.output
+    assert "FAILED" not in result.output and "sha256" not in result.output
