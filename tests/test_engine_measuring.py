@@ -23,9 +23,9 @@ from nirvana_deploy.engine.record import read_engine_record, record_path
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.verify import VerifyReport
-from nirvana_deploy.pipeline import FolderCheck
 from nirvana_deploy.run import Run
 from nirvana_deploy.variants import models_for
+from nirvana_deploy.verifying import FolderCheck
 
 
 @pytest.fixture(scope="module")
