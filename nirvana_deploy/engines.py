@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,29 @@ from numpy.typing import NDArray
 from nirvana_deploy.engine.build import BuiltEngine, engine_from_onnx
 from nirvana_deploy.engine.from_checkpoint import engines_from_checkpoint
 from nirvana_deploy.engine.profile import Lengths
-from nirvana_deploy.engine.record import ENGINE_SUFFIX, read_engine_record
+from nirvana_deploy.engine.record import ENGINE_SUFFIX
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE, MODEL_FILE
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.prune.windows_file import read_windows
-from nirvana_deploy.quantize.names import RECORD_FILE
+from nirvana_deploy.quantize.linears import RECORD_FILE
 from nirvana_deploy.quantize.spec import Int8Spec, read_record, read_spec
-from nirvana_deploy.run import MANIFEST, Run
+from nirvana_deploy.run import Run
 from nirvana_deploy.stages import CALIBRATION_FILE
 from nirvana_deploy.variants import CHECKPOINT, DENSE, PRUNED
 
 ENGINES = "engine"
+
+
+@dataclass(frozen=True)
+class _Decisions:
+    """What was decided when the ONNX of an output folder was quantized."""
+
+    int8_spec: Int8Spec | None = None
+    block_size: int = 32
+    rounding: str | None = None
+    calibration: NDArray[np.int64] | None = None
 
 
 def engine_name(variant: str, *, dtype: str, kv: str, quantize: str | None, runtime: str) -> str:
@@ -50,8 +60,8 @@ def engine_from_output(
     """Build the engine of a variant of the output folder ``out``, into ``out``/engine; records a stage.
 
     ``variant`` is "pruned" or "dense". An int8 engine takes the decisions of ``onnx-int8``, a w4 or w8 engine
-    those of ``onnx-w4`` or ``onnx-w8`` where it is there (block size, rounding), and the run's own calibration
-    windows where the rounding needs them. Returns the engine files: two of an encoder-decoder.
+    those of ``onnx-w4`` or ``onnx-w8`` where it is there (block size, rounding), and the run's own
+    calibration windows where the rounding needs them. Returns the engine files: two of an encoder-decoder.
     """
     run = Run.open(out, progress=progress)
     if variant not in (PRUNED, DENSE):
@@ -64,10 +74,11 @@ def engine_from_output(
         )
     options = options or BuilderOptions(RTX)
     name = name or engine_name(variant, dtype=dtype, kv=kv, quantize=quantize, runtime=options.runtime)
-    folder, paths = out / ENGINES, []
+    folder = out / ENGINES
+    paths: list[Path] = []
 
     def work() -> dict[str, Any]:
-        spec, decided = _decisions(run, quantize)
+        decided = _decisions(run, variant, quantize)
         engines = engines_from_checkpoint(
             checkpoint,
             folder,
@@ -75,11 +86,13 @@ def engine_from_output(
             dtype=dtype,
             kv=kv,
             quantize=quantize,
-            int8_spec=spec,
+            int8_spec=decided.int8_spec,
+            block_size=decided.block_size,
+            rounding=decided.rounding,
+            calibration=decided.calibration,
             lengths=lengths,
             options=options,
             progress=progress,
-            **decided,
         )
         paths.extend(engine.path for engine in engines)
         return {"engines": [_summary(engine) for engine in engines]}
@@ -117,3 +130,35 @@ def engines_from_onnx_folder(
         ).path
         for file, (part, part_name) in parts.items()
     )
+
+
+def _decisions(run: Run, variant: str, quantize: str | None) -> _Decisions:
+    """Read them from the quantized ONNX folder of the variant; the defaults where there is none."""
+    folder = run.out / ("" if variant == PRUNED else DENSE) / f"onnx-{quantize}"
+    if quantize is None or not (folder / RECORD_FILE).is_file():
+        return _Decisions()
+    if quantize == "int8":
+        return _Decisions(int8_spec=read_spec(folder))
+    weights = read_record(folder)["weights"]
+    windows = run.out / CALIBRATION_FILE
+    calibrated = weights["rounding"] == "gptq" and windows.is_file()
+    return _Decisions(
+        block_size=weights["block_size"] or 32,
+        rounding=weights["rounding"],
+        calibration=read_windows(windows)["calibration"] if calibrated else None,
+    )
+
+
+def _summary(engine: BuiltEngine) -> dict[str, Any]:
+    """What the manifest says of an engine."""
+    record = engine.record
+    return {
+        "name": record.name,
+        "dtype": record.dtype,
+        "quantization": record.quantization,
+        "kv": record.kv,
+        "targets": list(record.targets),
+        "engine_bytes": record.engine_bytes,
+        "weights_bytes": record.weights_bytes,
+        "compared_constants": len(engine.check.compared_values),
+    }

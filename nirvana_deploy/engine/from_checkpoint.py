@@ -1,9 +1,9 @@
 """From a checkpoint to engines: the ONNX graphs that the builder wants, then the builds.
 
 An engine wants another graph than a CPU does: half precision, for an in-place cache one of fixed length, and
-integers behind DequantizeLinear. So the graph is exported anew, quantized by what was decided before, and kept
-in ``<name>-onnx`` beside the engine: it is what the engine is verified against, and what the vendor's tool
-takes to build the same engine elsewhere.
+integers behind DequantizeLinear. So the graph is exported anew, quantized by what was decided before, and
+kept in ``<name>-onnx`` beside the engine: it is what the engine is verified against, and what the vendor's
+tool takes to build the same engine elsewhere.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def _require_possible(
         )
     if quantize == "int8" and int8_spec is None:
         raise NirvanaError(
-            "An int8 engine takes the ranges of its activations from a quantized ONNX folder, and there is "
-            "none.",
+            "An int8 engine takes the ranges of its activations from a quantized ONNX folder, and "
+            "there is none.",
             hint="nirvana-deploy quantize OUT --scheme int8, then build-engine OUT --quantize int8",
         )
 
@@ -150,7 +150,7 @@ def _cache_tokens(checkpoint: Path, lengths: Lengths) -> int:
 
 
 def _apply_int8(source: Path, out: Path, spec: Int8Spec, progress: Progress) -> None:
-    """The decisions of an int8 folder on a graph for engines, whose integer kernels are not ONNX Runtime's."""
+    """The decisions of an int8 folder, on a graph for engines: no ONNX Runtime kernels are promised."""
     graphs = open_folder(source)
     apply_to(graphs, spec)
     record = record_of(scheme="int8", applied=True, int8=spec.to_json())
