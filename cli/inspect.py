@@ -1,4 +1,4 @@
-"""``nirvana-deploy inspect DIR|plan.json``: what was kept, where, and what the folder holds."""
+"""``nirvana-deploy inspect DIR|plan.json|x.engine``: what was kept, where, and what the folder holds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from .engine_page import engine_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,14 +22,25 @@ if TYPE_CHECKING:
 def inspect(path: Path, as_json: bool) -> None:
     """Show what was kept and where.
 
-    PATH is an output folder, or a plan.json. Per layer: the KV groups and FFN neurons kept. For a folder
-    also its sizes, the time of each stage, and whether the exports were verified.
+    PATH is an output folder, a plan.json, or an engine. Per layer: the KV groups and FFN neurons kept. For a
+    folder also its sizes, the time of each stage, and whether the exports were verified. For an engine what
+    its JSON says, once its bytes are proved to be those described.
 
     \b
     Example:
       nirvana-deploy inspect smollm2-s0.4
       nirvana-deploy inspect smollm2-s0.4/plan.json --json | jq .plan.budget
+      nirvana-deploy inspect smollm2-s0.4/engine/pruned.engine
     """
+    from nirvana_deploy.engine.record import ENGINE_SUFFIX, read_engine_record
+
+    if path.suffix == ENGINE_SUFFIX:
+        record = read_engine_record(path)
+        if as_json:
+            click.echo(json.dumps(record.to_json(), indent=1))
+        else:
+            click.echo("\n".join(engine_lines(path, record)))
+        return
     from nirvana_deploy.measure.inspection import inspect_path
 
     inspection = inspect_path(path)

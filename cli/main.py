@@ -18,6 +18,7 @@ _COMMANDS = {
     "select-calib": ("select_calib", "Choose calibration text, gamma and saliency by KL divergence."),
     "export": ("export", "Export a checkpoint, dense or pruned, to an ONNX folder."),
     "quantize": ("quantize", "Quantize an ONNX folder: integer kernels, proved by count."),
+    "build-engine": ("build_engine", "Build a TensorRT engine from an output folder or an ONNX folder."),
     "verify": ("verify", "Check an output folder: hashes, logits and greedy tokens against its checkpoint."),
     "benchmark": ("benchmark", "Measure latency and memory of an output folder again, dense against pruned."),
     "evaluate": ("evaluate", "Measure perplexity and KL of an output folder again, on any text."),

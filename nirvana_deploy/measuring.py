@@ -30,14 +30,24 @@ from nirvana_deploy.measure.compare import (
 )
 from nirvana_deploy.measure.ntk import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
-from nirvana_deploy.measure.runners import Runner, is_engine, open_runner
+from nirvana_deploy.measure.runners import Runner, is_engine, open_runner, runs_engines
 from nirvana_deploy.measure.tasks import evaluate_tasks
 from nirvana_deploy.prune.calibrate import TokenWindows
 from nirvana_deploy.prune.plan import read_plan
 from nirvana_deploy.prune.windows_file import read_windows
 from nirvana_deploy.run import Run
 from nirvana_deploy.stages import BENCHMARK_FILE, CALIBRATION_FILE, QUALITY_FILE, drawn_record
-from nirvana_deploy.variants import CHECKPOINT, DENSE, PLAN_FILE, PRUNED, models_for, shape_of, variants_of
+from nirvana_deploy.variants import (
+    CHECKPOINT,
+    DENSE,
+    PLAN_FILE,
+    PRUNED,
+    ModelVariant,
+    engines_of,
+    models_for,
+    shape_of,
+    variants_of,
+)
 
 TasksOn = Literal["onnx", "checkpoint", "both"]
 NTK_FILE = "ntk.json"
@@ -148,20 +158,30 @@ def _with_quality(run: Run, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, VerifyReport]:
-    """Every model in ``runtime`` against ONNX Runtime on the CPU, which computes it in float32."""
+    """Every model in ``runtime``, by its path, against ONNX Runtime on the CPU, computing in float32.
+
+    An engine is compared with the ONNX folder that it was built from where that lies beside it, else with
+    its variant's; there are as many comparisons as engines.
+    """
+    paths: dict[Path, ModelVariant] = (
+        engines_of(run, runtime)
+        if runs_engines(runtime)
+        else {path: variant for variant, path in models_for(run, runtime).items()}
+    )
     reports = {}
-    for variant, path in models_for(run, runtime).items():
-        folder = run.out / variant.folder
+    for path, variant in paths.items():
+        record = read_engine_record(path, check_bytes=False) if is_engine(path) else None
+        beside = path.parent / f"{path.stem}-onnx"
+        folder = beside if (beside / MODEL_FILE).is_file() else run.out / variant.folder
         with (
             OrtDecoder(folder, threads=threads, in_float32=True) as reference,
             open_runner(path, runtime=runtime, threads=threads) as runner,
         ):
             vocab_size = runner.vocab_size
-            record = read_engine_record(path, check_bytes=False) if is_engine(path) else None
             prompts, new_tokens = prompts_for(run.out / CHECKPOINT, vocab_size), 32
             if record is not None:
                 prompts, new_tokens = answers_of(record, prompts)
-            reports[variant.name] = compare_runners(
+            reports[path.relative_to(run.out).as_posix()] = compare_runners(
                 reference,
                 runner,
                 cases=DEFAULT_CASES if record is None else cases_of(record, vocab_size=vocab_size),

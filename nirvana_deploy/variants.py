@@ -6,6 +6,7 @@ quantized. Which of them are there is read from the manifest, so whatever measur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ CHECKPOINT = "checkpoint"
 PLAN_FILE = "plan.json"
 ONNX = "onnx"
 DENSE_ONNX = "dense/onnx"
+_ADDED_TO_NAMES = ("bf16", "fp32", "in-place", "tensorrt")
+"""What an engine's name says beside its variant, in this order."""
 SCHEMES = ("int8", "w8", "w4")
 """Ways to quantize; each has a folder and a stage called ``onnx-<scheme>``."""
 
@@ -69,31 +72,55 @@ def variants_of(run: Run) -> tuple[ModelVariant, ...]:
 def models_for(run: Run, runtime: str | None) -> dict[ModelVariant, Path]:
     """What to run of each variant, the baseline first: its ONNX folder, or its engine of ``runtime``.
 
-    An engine belongs to the variant whose ``model.onnx`` it was built from, or else whose name it has.
-    Raises NirvanaError where ``runtime`` runs engines and the folder has none of them.
+    Of several engines, the one with the plainest name (``pruned`` before ``pruned-in-place``). Raises
+    NirvanaError where ``runtime`` runs engines and the folder has none of them.
+    """
+    if runtime not in MODULES:
+        return {variant: run.out / variant.folder for variant in variants_of(run)}
+    engines = engines_of(run, runtime)
+    found: dict[ModelVariant, Path] = {}
+    for variant in variants_of(run):
+        for path, made_from in engines.items():
+            if made_from == variant:
+                found.setdefault(variant, path)
+    return found
+
+
+def engines_of(run: Run, runtime: str) -> dict[Path, ModelVariant]:
+    """Every engine of ``runtime`` that is one of a variant, the plainest names first.
+
+    An engine belongs to the variant whose ``model.onnx`` it was built from, or else to the one whose name it
+    has, with nothing but dtype, form of the cache and runtime added. Raises NirvanaError for none.
     """
     variants = variants_of(run)
-    if runtime not in MODULES:
-        return {variant: run.out / variant.folder for variant in variants}
-    engines = _engines(run.out, runtime)
-    found = {}
-    for variant in variants:
-        onnx = run.manifest["stages"][variant.stage]["files"].get(f"{variant.folder}/{MODEL_FILE}")
-        for path, record in engines.items():
-            if record.onnx_sha256.get(MODEL_FILE) == onnx or record.name == variant.name:
-                found[variant] = path
-    if not found:
+    paths = sorted(run.out.rglob(f"*{ENGINE_SUFFIX}"), key=lambda path: (len(path.stem), path))
+    records = {path: read_engine_record(path, check_bytes=False) for path in paths}
+    engines = {}
+    for path, record in records.items():
+        origin = _origin(run, record, variants) if record.runtime == runtime else None
+        if origin is not None:
+            engines[path] = origin
+    if not engines:
         raise NirvanaError(
             f"{run.out} has no engine of {runtime}.",
             hint=f"nirvana-deploy build-engine {run.out} --engine {runtime}",
         )
-    return found
+    return engines
 
 
-def _engines(out: Path, runtime: str) -> dict[Path, EngineRecord]:
-    paths = sorted(out.rglob(f"*{ENGINE_SUFFIX}"))
-    records = {path: read_engine_record(path, check_bytes=False) for path in paths}
-    return {path: record for path, record in records.items() if record.runtime == runtime}
+def _origin(run: Run, record: EngineRecord, variants: Sequence[ModelVariant]) -> ModelVariant | None:
+    built_from = record.onnx_sha256.get(MODEL_FILE)
+    for variant in variants:
+        files = run.manifest["stages"][variant.stage]["files"]
+        if built_from is not None and files.get(f"{variant.folder}/{MODEL_FILE}") == built_from:
+            return variant
+    for variant in sorted(variants, key=lambda one: -len(one.name)):
+        rest = record.name.removeprefix(variant.name)
+        for added in _ADDED_TO_NAMES:
+            rest = rest.removeprefix(f"-{added}")
+        if record.name.startswith(variant.name) and not rest:
+            return variant
+    return None
 
 
 def shape_of(out: Path, variant: ModelVariant) -> ModelShape:

@@ -24,6 +24,7 @@ ORDER = [
     "run",
     "variants",
     "stages",
+    "engines",
     "deploying",
     "measuring",
     "verifying",

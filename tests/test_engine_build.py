@@ -29,7 +29,7 @@ from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.prune.plan import make_plan
+from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.units import UnitScores
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx (pip install 'nirvana-deploy[rtx]')")
@@ -66,15 +66,18 @@ def write_model(folder: Path, kind: str) -> Path:
     return folder
 
 
-def pruned_model(folder: Path, dense: Path) -> Path:
-    """``dense`` with layers of different widths: KV groups 2 and 3, FFN neurons 40 and 56."""
+def plan_of(dense: Path) -> PrunePlan:
+    """A cut of ``dense`` into layers of different widths: KV groups 2 and 3, fewer FFN neurons."""
     shape = shape_from_config(config_json(dense))
     groups = (np.array([1.0, 9.0, 9.0]), np.array([9.0, 9.0, 9.0]))
     neurons = tuple(np.where(np.arange(64) < kept, 9.0, 0.1) for kept in (40, 56))
-    plan = make_plan(
-        shape, UnitScores(groups=groups, neurons=neurons), sparsity=0.2, round_to=8, saliency="nirvana"
-    )
-    slice_checkpoint(dense, plan, folder)
+    scores = UnitScores(groups=groups, neurons=neurons)
+    return make_plan(shape, scores, sparsity=0.2, round_to=8, saliency="nirvana")
+
+
+def pruned_model(folder: Path, dense: Path) -> Path:
+    """The checkpoint of ``dense`` cut by :func:`plan_of`."""
+    slice_checkpoint(dense, plan_of(dense), folder)
     return folder
 
 

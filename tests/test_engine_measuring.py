@@ -24,7 +24,7 @@ from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.verify import VerifyReport
 from nirvana_deploy.run import Run
-from nirvana_deploy.variants import models_for
+from nirvana_deploy.variants import engines_of, models_for
 from nirvana_deploy.verifying import FolderCheck
 
 
@@ -86,6 +86,22 @@ def test_or_to_the_variant_whose_name_it_has(finished: Path, tmp_path: Path) -> 
     assert {v.name: path for v, path in models_for(run, "tensorrt-rtx").items()} == {"dense": engine}
 
 
+def test_the_plainest_name_stands_for_a_variant(finished: Path, tmp_path: Path) -> None:
+    profiles = decoder_profiles(finished / "onnx", batch_size=1, step_tokens=4, total_tokens=8)
+    for name in ("pruned", "pruned-in-place", "pruned-bf16-in-place", "pruned-w4", "dense-in-place"):
+        write_fake_engine(tmp_path / f"{name}.engine", finished / "onnx", profiles=profiles)
+    run = Run(tmp_path, read_json(finished / "manifest.json"))
+    found = {variant.name: path.stem for variant, path in models_for(run, "tensorrt-rtx").items()}
+    assert found == {"dense": "dense-in-place", "pruned": "pruned"}
+    origins = {path.stem: variant.name for path, variant in engines_of(run, "tensorrt-rtx").items()}
+    assert origins == {
+        "pruned": "pruned",
+        "pruned-in-place": "pruned",
+        "pruned-bf16-in-place": "pruned",
+        "dense-in-place": "dense",
+    }
+
+
 def test_no_engine_of_a_runtime_is_a_sentence(finished: Path) -> None:
     with pytest.raises(NirvanaError, match=r"has no engine of tensorrt\.\n.*build-engine"):
         models_for(Run.open(finished), "tensorrt")
@@ -93,8 +109,9 @@ def test_no_engine_of_a_runtime_is_a_sentence(finished: Path) -> None:
 
 def test_an_engine_is_compared_with_onnxruntime(finished: Path, gpu: FakeDriver) -> None:
     reports = measuring.compare_in(Run.open(finished), "tensorrt-rtx", threads=1)
-    assert reports["pruned"].passed
-    assert reports["pruned"].greedy[0].equal_prompts == 5
+    report = reports["engine/smaller.engine"]
+    assert report.passed
+    assert report.greedy[0].equal_prompts == 5
     assert gpu.leaks == {}
     FolderCheck(out=finished, damaged=[], reports={}, compared=reports).require_passed()
 

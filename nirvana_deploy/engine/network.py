@@ -47,6 +47,7 @@ _BITS = {"FLOAT": 32, "HALF": 16, "BF16": 16, "INT64": 64, "INT32": 32, "INT8": 
 _THROUGH = ("CAST", "DEQUANTIZE", "QUANTIZE", "SHUFFLE", "UNSQUEEZE", "SQUEEZE")
 """Layers that stand between a weight and the product that reads it."""
 _SAMPLES = 16
+_LARGEST_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -197,22 +198,24 @@ def _count_problems(facts: NetworkFacts, source: OnnxSource) -> Iterator[str]:
 def _shape_problems(facts: NetworkFacts, shape: ModelShape) -> Iterator[str]:
     """Attention and linears against a decoder's shape, layer by layer, in order."""
     wanted = [AttentionShape(x.query_heads, x.kv_heads, shape.head_dim) for x in shape.layers]
-    for index, (has, should) in enumerate(zip(facts.attention, wanted, strict=False)):
-        if has != should:
-            yield f"attention {index} is {has}, not {should}"
+    for index, (found, should) in enumerate(zip(facts.attention, wanted, strict=False)):
+        if found != should:
+            yield f"attention {index} is {found}, not {should}"
     if len(facts.attention) != len(wanted):
         yield f"{len(facts.attention)} attentions for {len(wanted)} layers"
-    linears = list(expected_linears(shape))
-    found = [one for one in facts.linears if one.weight.removesuffix(".weight") != shape.family.head]
-    if not shape.tied_embeddings and len(found) == len(facts.linears):
+    linears = [one for one in facts.linears if ".outlier" not in one.weight]  # a part of an int8 linear
+    modules = [one.weight.partition(".weight")[0] for one in linears]
+    if not shape.tied_embeddings and shape.family.head not in modules:
         yield "the head is missing"
-    for has_linear, wants in zip(found, linears, strict=False):
-        module = has_linear.weight.partition(".weight")[0]
-        if (module, has_linear.inputs, has_linear.outputs) != (wants.weight, wants.inputs, wants.outputs):
-            yield f"linear {has_linear} is not {wants}"
+    planned = list(expected_linears(shape))
+    if len(linears) < len(planned):
+        yield f"{len(linears)} linears for {len(planned)}"
+    for has, module, wants in zip(linears, modules, planned, strict=False):
+        filled_up = has.inputs - wants.inputs  # a 4-bit weight is filled up to whole blocks
+        fits = filled_up == 0 or (0 < filled_up < _LARGEST_BLOCK and has.weight.endswith("_quantized"))
+        if module != wants.weight or has.outputs != wants.outputs or not fits:
+            yield f"linear {has} is not {wants}"
             return
-    if len(found) < len(linears):
-        yield f"{len(found)} linears for {len(linears)}"
 
 
 def expected_linears(shape: ModelShape) -> Iterator[LinearShape]:

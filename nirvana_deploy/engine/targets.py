@@ -77,8 +77,9 @@ def configure(trt: Any, builder: Any, options: BuilderOptions) -> Any:
         for index, target in enumerate(targets):
             if not config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index):
                 raise NirvanaError(f"This tensorrt-rtx does not build for {target}.")
-        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # since RTX 1.2: nothing allocates in a
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # pass, so CUDA graphs can capture it
+        # since RTX 1.2: nothing allocates in a pass, so CUDA graphs can capture it; streaming must allocate
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not options.weight_streaming:
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.weight_streaming:

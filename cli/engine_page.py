@@ -1,0 +1,67 @@
+"""What an engine is, in lines for people, from its record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nirvana_deploy.engine.record import EngineRecord, ProfileRecord, TensorRecord
+
+_SHOWN_LAYERS = (
+    "ATTENTION_INPUT",
+    "KV_CACHE_UPDATE",
+    "ROTARY_EMBEDDING",
+    "MATRIX_MULTIPLY",
+    "DEQUANTIZE",
+    "QUANTIZE",
+)
+
+
+def engine_lines(path: Path, record: EngineRecord) -> Iterator[str]:
+    """The record, most important first."""
+    stored = f", weights {record.quantization}" if record.quantization else ""
+    extras = [
+        word
+        for word, on in (("weight streaming", record.weight_streaming), ("stripped", record.stripped))
+        if on
+    ]
+    yield (
+        f"{path}: {record.runtime} {record.runtime_version} for {', '.join(record.targets)}; {record.part}, "
+        f"{record.dtype}{stored}, cache {record.kv}{''.join(f', {extra}' for extra in extras)}"
+    )
+    yield (
+        f"  {record.engine_bytes / 1e6:,.1f} MB, {record.weights_bytes / 1e6:,.1f} MB of it weights; built "
+        f"in {record.build.seconds:.1f} s ({record.build.cpu_seconds:.1f} s of CPU), at most "
+        f"{record.build.peak_rss_bytes / 1e6:,.0f} MB of host memory"
+    )
+    layers = ", ".join(f"{record.layers[kind]} {kind}" for kind in _SHOWN_LAYERS if kind in record.layers)
+    yield f"  layers: {layers}, {sum(record.layers.values())} in all"
+    for side, tensors in (("inputs", record.inputs), ("outputs", record.outputs)):
+        yield f"  {side}: {'; '.join(_tensor(one) for one in tensors[:4])}{_more(len(tensors) - 4)}"
+    for index, profile in enumerate(record.profiles):
+        yield f"  profile {index}, {profile.name}: {_ranges(profile)}"
+    yield from (f"  note: {note}" for note in record.notes)
+    yield from (f"  the builder warns: {warning}" for warning in record.log.warnings)
+    digests = (f"{name} {digest[:12]}" for name, digest in record.onnx_sha256.items())
+    yield f"  ONNX sha256: {', '.join(digests)}"
+    yield f"  the same by the vendor's tool: {record.trtexec}"
+
+
+def _tensor(one: TensorRecord) -> str:
+    alias = f" in the memory of {one.alias}" if one.alias else ""
+    return f"{one.name} {one.dtype} [{', '.join('*' if d is None else str(d) for d in one.shape)}]{alias}"
+
+
+def _more(count: int) -> str:
+    return f"; {count} more" if count > 0 else ""
+
+
+def _ranges(profile: ProfileRecord) -> str:
+    """Smallest to largest shape of the first inputs, the tuned one between."""
+
+    def one(ends: tuple[tuple[int, ...], ...]) -> str:
+        return " .. ".join("x".join(map(str, end)) for end in ends)
+
+    return "; ".join(f"{name} {one(ends)}" for name, ends in list(profile.shapes.items())[:3])

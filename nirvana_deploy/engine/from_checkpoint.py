@@ -1,0 +1,157 @@
+"""From a checkpoint to engines: the ONNX graphs that the builder wants, then the builds.
+
+An engine wants another graph than a CPU does: half precision, for an in-place cache one of fixed length, and
+integers behind DequantizeLinear. So the graph is exported anew, quantized by what was decided before, and
+kept in ``<name>-onnx`` beside the engine: it is what the engine is verified against, and what the vendor's
+tool takes to build the same engine elsewhere.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.engine.build import BuiltEngine, engine_from_onnx
+from nirvana_deploy.engine.loading import tensorrt_module
+from nirvana_deploy.engine.profile import Lengths
+from nirvana_deploy.engine.seq2seq import drop_cache_branch
+from nirvana_deploy.engine.targets import BuilderOptions
+from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE, MODEL_FILE
+from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.weights import SafetensorsWeights
+from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.quantize.choose import apply_to
+from nirvana_deploy.quantize.linears import RECORD_FILE, open_folder, write_folder
+from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.spec import Int8Spec, record_of
+from nirvana_deploy.registry import look_up
+
+KV_FORMS = {"concat": "portable", "in-place": "static-cache"}
+"""How the cache is kept -> the flavor of the graph."""
+DEFAULT_CACHE_TOKENS = 2048
+
+
+def engines_from_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    name: str,
+    dtype: str = "fp16",
+    kv: str = "concat",
+    quantize: str | None = None,
+    int8_spec: Int8Spec | None = None,
+    block_size: int = 32,
+    rounding: str | None = None,
+    calibration: NDArray[np.int64] | None = None,
+    lengths: Lengths | None = None,
+    options: BuilderOptions | None = None,
+    progress: Progress = SILENT,
+) -> tuple[BuiltEngine, ...]:
+    """Export ``checkpoint`` for an engine, quantize it, and build ``out``/``name``.engine.
+
+    ``kv`` is "concat" (a cache that grows) or "in-place" (of fixed length, ``lengths.max_length`` or 2048
+    tokens, updated where it lies). ``quantize`` is "int8", applied from ``int8_spec``; "w8" or "w4" (blocks
+    of ``block_size``, ``rounding`` as in ``quantize_onnx``, on ``calibration`` where it is calibrated). An
+    encoder-decoder gives two engines, ``name``-encoder and ``name``-decoder.
+
+    Raises NirvanaError for a combination that does not exist, and what :func:`engine_from_onnx` raises.
+    """
+    flavor = look_up(kv, KV_FORMS, what="KV form")
+    options, lengths = options or BuilderOptions("tensorrt-rtx"), lengths or Lengths()
+    tensorrt_module(options.runtime)  # before the work of the export
+    shape = shape_from_config(config_json(checkpoint))
+    _require_possible(shape, dtype=dtype, kv=kv, quantize=quantize, int8_spec=int8_spec)
+    onnx = out / f"{name}-onnx"
+    exported = onnx if quantize is None else out / f".{name}-float"
+    try:
+        onnx_from_checkpoint(
+            checkpoint,
+            exported,
+            dtype=dtype,
+            flavor=flavor,
+            cache_tokens=_cache_tokens(checkpoint, lengths) if kv == "in-place" else None,
+            progress=progress,
+        )
+        if int8_spec is not None and quantize == "int8":
+            _apply_int8(exported, onnx, int8_spec, progress)
+        elif quantize is not None:
+            quantize_onnx(
+                exported,
+                onnx,
+                scheme=quantize,
+                block_size=block_size,
+                rounding=rounding,
+                calibration=calibration,
+                writing="tensorrt",
+                progress=progress,
+            )
+    finally:
+        if exported != onnx:
+            shutil.rmtree(exported, ignore_errors=True)
+    parts = {MODEL_FILE: ("decoder", name)}
+    if shape.family.encoder_decoder:
+        drop_cache_branch(onnx / DECODER_FILE)
+        parts = {ENCODER_FILE: ("encoder", f"{name}-encoder"), DECODER_FILE: ("decoder", f"{name}-decoder")}
+    return tuple(
+        engine_from_onnx(
+            onnx,
+            out,
+            name=part_name,
+            file=file,
+            part=part,
+            lengths=lengths,
+            shape=None if shape.family.encoder_decoder else shape,
+            checkpoint=None if quantize else SafetensorsWeights(checkpoint),
+            options=options,
+            progress=progress,
+        )
+        for file, (part, part_name) in parts.items()
+    )
+
+
+def _require_possible(
+    shape: ModelShape, *, dtype: str, kv: str, quantize: str | None, int8_spec: Int8Spec | None
+) -> None:
+    """Refuse what cannot be built, before the export."""
+    if kv == "in-place" and shape.family.encoder_decoder:
+        raise NirvanaError(
+            f"The cache of an encoder-decoder ({shape.family.name}) is not updated in place.",
+            hint="--kv concat",
+        )
+    if quantize == "fp8":
+        raise NirvanaError(
+            "fp8 has no quantizer here. A graph with float8 weights behind DequantizeLinear builds for sm89 "
+            "and newer, and build-engine takes such an ONNX folder; nothing writes one yet.",
+            hint="--quantize w8 takes the same bytes and runs on every target.",
+        )
+    if quantize is not None and dtype == "fp32":
+        raise NirvanaError(
+            f"An engine quantized as {quantize} computes the rest in half precision, not in fp32.",
+            hint="--dtype fp16",
+        )
+    if quantize == "int8" and int8_spec is None:
+        raise NirvanaError(
+            "An int8 engine takes the ranges of its activations from a quantized ONNX folder, and "
+            "there is none.",
+            hint="nirvana-deploy quantize OUT --scheme int8, then build-engine OUT --quantize int8",
+        )
+
+
+def _cache_tokens(checkpoint: Path, lengths: Lengths) -> int:
+    """C: what was asked for, or 2048, or the model's context when that is shorter."""
+    context = config_json(checkpoint).get("max_position_embeddings")
+    return lengths.max_length or min(DEFAULT_CACHE_TOKENS, context or DEFAULT_CACHE_TOKENS)
+
+
+def _apply_int8(source: Path, out: Path, spec: Int8Spec, progress: Progress) -> None:
+    """The decisions of an int8 folder, on a graph for engines: no ONNX Runtime kernels are promised."""
+    graphs = open_folder(source)
+    apply_to(graphs, spec)
+    record = record_of(scheme="int8", applied=True, int8=spec.to_json())
+    write_folder(source, out, graphs, records={RECORD_FILE: record}, progress=progress)
