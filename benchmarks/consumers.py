@@ -26,8 +26,8 @@ NOT_RUN = [
     {
         "consumer": "vLLM",
         "artifact": "HF folder, uniform",
-        "reason": "its wheel on PyPI (0.33.0, 336 MB) is built for CUDA; what it would read is the stock folder "
-        "that transformers loads without code",
+        "reason": "its wheel on PyPI (0.33.0, 336 MB) is built for CUDA; what it would read is the stock "
+        "folder that transformers loads without code",
     },
     {
         "consumer": "Triton Inference Server",
