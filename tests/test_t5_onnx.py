@@ -112,6 +112,12 @@ def test_cross_keys_are_computed_once(pair: tuple[Path, Path]) -> None:
             assert (before.numpy().shape[2], after.numpy().shape[2]) == (1, 2)
 
 
+@pytest.mark.consumer(
+    "ONNX Runtime",
+    artifact="ONNX folder of tiny T5 and Flan-T5, encoder and decoder",
+    proof="greedy generation equals that of transformers",
+    package="onnxruntime",
+)
 def test_generation_equals_transformers(pair: tuple[Path, Path]) -> None:
     checkpoint, folder = pair
     model, runner = load_checkpoint(checkpoint), OrtSeq2Seq(folder, threads=1)
