@@ -33,7 +33,11 @@ from .common import TerminalProgress, echo_json, json_option
     type=click.IntRange(min=1),
     help="Tokens that the cache of static-cache holds, prompt and answer together.",
 )
-@click.option("--last-logits", is_flag=True, help="Logits of the last position only, which prefill needs.")
+@click.option(
+    "--last-logits",
+    is_flag=True,
+    help="Logits of the last position only: enough for one prompt, or prompts of one length.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @json_option
 def export(

@@ -33,6 +33,7 @@ from nirvana_deploy.prune.checkpoint import slice_checkpoint
 
 HEAD_DIM = 16  # GroupQueryAttention takes multiples of it
 CACHE_TOKENS = 64
+STOP = frozenset({2})
 PROMPTS = np.random.default_rng(17).integers(3, 272, size=(3, 9))
 PADDED = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1], [1] * 9, [0, 1, 1, 1, 1, 1, 1, 1, 1]], dtype=np.int64)
 
@@ -228,6 +229,13 @@ def test_group_query_attention_itself_pads_on_the_right(qwen3: Path, tmp_path: P
     assert np.abs(last[0] - right[0]).max() > 0.1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
+def test_last_logits_are_enough_for_genai(qwen3: Path, tmp_path: Path) -> None:
+    folder = exported(qwen3, tmp_path / "onnx", "gqa", last_logits=True)
+    report = verify_onnx(qwen3, folder, new_tokens=4, threads=1)
+    assert report.passed and report.greedy[1].not_run is None
+
+
 def test_last_logits_are_the_last_of_all(folder: Path, qwen3: Path, tmp_path: Path) -> None:
     short = OrtDecoder(exported(qwen3, tmp_path / "last", folder.name, last_logits=True), threads=1)
     last, state = short.prefill(PROMPTS)
@@ -238,6 +246,30 @@ def test_last_logits_are_the_last_of_all(folder: Path, qwen3: Path, tmp_path: Pa
     if short.in_place:
         with pytest.raises(NirvanaError, match=r"last position only.*\n.*without --last-logits"):
             short.prefill(PROMPTS, PADDED)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
+@pytest.mark.parametrize("flavor", ["portable", "gqa"])
+def test_a_batch_in_genai_is_each_prompt_alone(qwen3: Path, tmp_path: Path, flavor: str) -> None:
+    """onnxruntime-genai pads the shorter prompt on the right, and says so in the attention mask."""
+    import onnxruntime_genai
+
+    folder = exported(qwen3, tmp_path / "onnx", flavor)
+    model = onnxruntime_genai.Model(str(folder))
+    tokenizer = onnxruntime_genai.Tokenizer(model)
+    texts = ["ab", "abcdefgh"]
+    prompts = np.asarray(tokenizer.encode_batch(texts).as_numpy())
+    assert prompts.shape == (2, 8) and not prompts[0, 2:].any()
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=14, do_sample=False, batch_size=2)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.append_tokens(prompts)
+    while not generator.is_done():
+        generator.generate_next_token()
+    decoder = OrtDecoder(folder, threads=1)
+    for row, text in enumerate(texts):
+        alone = decoder.generate(np.array([tokenizer.encode(text)]), max_new_tokens=6, eos_token_ids=STOP)
+        assert list(generator.get_sequence(row)[8 : 8 + len(alone)]) == alone
 
 
 @pytest.mark.parametrize("flavor", ["gqa", "static-cache"])

@@ -56,7 +56,8 @@ class GraphOptions:
     cache_tokens: int | None = None
     """C of ``static-cache``; None for the other flavors."""
     last_logits: bool = False
-    """Logits of the last position only, [B, 1, V]: all that a prompt needs."""
+    """Logits of the last position only, [B, 1, V]: all that a prompt needs, where the prompts of a batch end
+    together. A shorter one that is padded on the right (onnxruntime-genai does) ends before that position."""
 
     def __post_init__(self) -> None:
         if self.flavor not in FLAVORS:
