@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import VOCABULARY
@@ -18,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from tiny_t5 import plan_for, shape_of, write_t5
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.t5.modeling_t5 import T5Attention
+from transformers_js import VERSION as JS_VERSION
+from transformers_js import installed_transformers_js, run_transformers_js
 
 from nirvana_deploy.errors import NirvanaError, VerificationError
 from nirvana_deploy.export import DATA_FILE, DECODER_FILE, ENCODER_FILE
@@ -134,6 +137,35 @@ def test_generation_equals_transformers(pair: tuple[Path, Path]) -> None:
     assert cut == streamed == answers[0][: answers[0].index(stop) + 1]
 
 
+@pytest.mark.consumer(
+    "transformers.js",
+    artifact="ONNX of tiny T5 and Flan-T5: dense, global, uniform",
+    proof="12 greedy tokens of a padded batch of each equal transformers'",
+    version=JS_VERSION,
+)
+def test_transformers_js_generates_the_same(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.cache is not None
+    installed = installed_transformers_js(pytestconfig.cache)
+    prompt, mask = drawn(2, 9), np.ones((2, 9), dtype=np.int64)
+    mask[1, 6:] = 0
+    jobs, wanted = [], []
+    for form in FORMS:
+        root = tmp_path / form.replace(" ", "-")
+        checkpoint = write_form(root, *form.split())
+        onnx_from_checkpoint(checkpoint, root / "onnx")
+        order = {"folder": str(root / "onnx"), "prompts": prompt.tolist(), "mask": mask.tolist()}
+        jobs.append({**order, "new_tokens": 12})
+        answers = load_checkpoint(checkpoint).generate(
+            torch.from_numpy(prompt),
+            attention_mask=torch.from_numpy(mask),
+            max_new_tokens=12,
+            min_new_tokens=12,
+            do_sample=False,
+        )
+        wanted.append(answers.tolist())
+    assert run_transformers_js(installed, jobs, tmp_path) == wanted
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("buckets", "max_distance"), [(8, 16), (32, 128), (32, 100), (6, 7), (64, 1000)])
 def test_buckets_are_those_of_transformers(buckets: int, max_distance: int, bidirectional: bool) -> None:
@@ -193,8 +225,6 @@ def test_the_interface_is_that_of_optimum(pair: tuple[Path, Path]) -> None:
 
 
 def test_a_past_that_is_not_declared_is_refused_not_attended(pair: tuple[Path, Path]) -> None:
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(pair[1] / DECODER_FILE, providers=["CPUExecutionProvider"])
     feeds: dict[str, Any] = {
         "encoder_attention_mask": np.ones((1, 4), dtype=np.int64),

@@ -94,6 +94,12 @@ def test_the_folder_is_used_by_the_other_commands(finished: Path) -> None:
     assert json.loads(answered.stdout)["prompt_tokens"] == 5
 
 
+def test_what_it_cannot_be_packaged_for_is_said(finished: Path) -> None:
+    for target, message in (("--triton", "onnxruntime-genai, which has no T5"), ("--gguf", "as GGUF")):
+        result = CliRunner().invoke(commands, ["package", str(finished), target])
+        assert isinstance(result.exception, NirvanaError) and message in result.exception.message
+
+
 def test_verify_finds_a_damaged_weight(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
