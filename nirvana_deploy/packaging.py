@@ -13,8 +13,7 @@ from typing import Any
 
 from nirvana_deploy.engine.record import read_engine_record
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import MODEL_FILE
-from nirvana_deploy.export.ort_seq2seq import is_seq2seq
+from nirvana_deploy.export import MODEL_FILE, is_seq2seq
 from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint
 from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
 from nirvana_deploy.package.triton_engine import triton_from_engines

@@ -403,3 +403,9 @@ def test_tensors_in_the_data_file_are_the_checkpoints(flan: Path, copied: Path) 
             wanted = tensor.numpy()
             turned = wanted.ndim == 2 and "relative_attention_bias" not in name
             np.testing.assert_array_equal(tensors[name], wanted.T if turned else wanted)
+
+
+def test_a_graph_of_another_cut_is_refused(flan: Path, copied: Path, tmp_path: Path) -> None:
+    dense = write_t5(tmp_path / "dense", "flan-t5")
+    with pytest.raises(NirvanaError, match=r"past_key_values\.\d\.(decoder|encoder)\.key holds \d KV heads"):
+        verify_onnx(dense, copied, threads=1)
