@@ -21,7 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quality import read_rows, table  # the scripts beside this one
+from consumers import section as where_it_runs  # the scripts beside this one
+from quality import read_rows, table
 from selection import table as selection_table
 
 from nirvana_deploy.measure.table import summary_table
@@ -32,6 +33,7 @@ RECORD = RESULTS / "smollm2-s0.4.benchmark.json"
 PICTURE = RESULTS / "report.png"
 QUALITY = RESULTS / "quality.jsonl"
 SELECTION = RESULTS / "selection.jsonl"
+CONSUMERS = RESULTS / "consumers.json"
 
 
 def measured_section(benchmark: dict[str, Any]) -> str:
@@ -57,6 +59,11 @@ def quality_section() -> str:
     """The README's tables of quality.jsonl and selection.jsonl."""
     rows = read_rows(QUALITY)
     return f"{table(rows)}\n\n{selection_table([*rows, *read_rows(SELECTION)])}"
+
+
+def consumers_section() -> str:
+    """The README's table of consumers.json."""
+    return where_it_runs(json.loads(CONSUMERS.read_text()))
 
 
 def with_section(readme: str, name: str, section: str) -> str:
@@ -102,6 +109,8 @@ def main() -> None:
     out = parser.parse_args().out
     readme = ROOT / "README.md"
     text = with_section(readme.read_text(), "quality", quality_section())
+    if CONSUMERS.is_file():
+        text = with_section(text, "consumers", consumers_section())
     if out is not None:
         benchmark = json.loads((out / "benchmark.json").read_text())
         RESULTS.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,13 @@ def pytest_runtest_makereport(
     report = yield
     if report.when == "call" or not report.passed:
         found = item.config.stash.setdefault(_CONSUMERS, [])
-        found += [
-            {"test": item.nodeid, "outcome": report.outcome, **mark.kwargs, "consumer": mark.args[0]}
-            for mark in item.iter_markers("consumer")
-        ]
+        for mark in item.iter_markers("consumer"):
+            told = {"consumer": mark.args[0], **mark.kwargs, "test": item.nodeid, "outcome": report.outcome}
+            if package := told.pop("package", None):
+                told["version"] = version(package)
+            if report.skipped and isinstance(report.longrepr, tuple):
+                told["reason"] = report.longrepr[2].removeprefix("Skipped: ")
+            found.append(told)
     return report
 
 

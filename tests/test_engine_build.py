@@ -110,6 +110,12 @@ def built(checkpoint: Path, folder: Path, out: Path, **options: Any) -> BuiltEng
     )
 
 
+@pytest.mark.consumer(
+    "TensorRT for RTX",
+    artifact="ONNX folder of a tiny Qwen3, global: built into an engine",
+    proof="the network has the plan's widths and the engine is built, without a GPU; it was not run",
+    package="tensorrt-rtx-cu12",
+)
 @pytest.mark.parametrize("in_place", [False, True], ids=["concat", "in-place"])
 def test_a_pruned_decoder_is_built_as_planned(qwen3: Path, tmp_path: Path, in_place: bool) -> None:
     folder = exported(qwen3, tmp_path / "onnx", in_place=in_place)

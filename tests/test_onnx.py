@@ -32,6 +32,12 @@ def pruned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
+@pytest.mark.consumer(
+    "onnxruntime-genai",
+    artifact="ONNX folder of tiny Llama, Mistral, Qwen2 and Qwen3, global",
+    proof="greedy tokens equal torch's",
+    package="onnxruntime-genai",
+)
 def test_the_pruned_graph_equals_its_checkpoint(pruned: tuple[Path, Path]) -> None:
     report = verify_onnx(*pruned, new_tokens=8)
     assert report.passed, report

@@ -26,6 +26,18 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
     return out, result
 
 
+@pytest.mark.consumer(
+    "ONNX Runtime",
+    artifact="ONNX folder of SmolLM2, dense and global",
+    proof="5 x 32 greedy tokens equal torch's",
+    package="onnxruntime",
+)
+@pytest.mark.consumer(
+    "onnxruntime-genai",
+    artifact="ONNX folder of SmolLM2, dense and global",
+    proof="5 x 32 greedy tokens equal torch's",
+    package="onnxruntime-genai",
+)
 def test_runtimes_generate_the_tokens_of_the_checkpoint(job: tuple[Path, object]) -> None:
     verified = json.loads((job[0] / "manifest.json").read_text())["stages"]["verify"]["result"]
     for name in ("dense", "pruned"):

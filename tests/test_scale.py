@@ -41,3 +41,13 @@ def test_a_billion_parameters_need_no_more_than_a_layer_and_a_shard(tmp_path: Pa
     assert record["parameters"] > 1.2e9 and record["result"]["planned_shapes"]
     assert record["streamed"]["peak_rss_bytes"] < 3e9  # in float32 the whole model takes 5 GB
     assert record["streamed"]["stages"]["score"]["peak_rss_bytes_so_far"] < 2.5e9
+
+
+def test_the_peak_of_an_export_is_measured(tmp_path: Path) -> None:
+    script = SCRIPT.with_name("export_scale.py")
+    command = [sys.executable, str(script), "tiny", "--layers", "1", "3", "--folder", str(tmp_path)]
+    run = subprocess.run([*command, "--json", str(tmp_path / "record.json")], check=False)
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert run.returncode == 0 and all(record["promise"]["kept"].values()), record
+    assert [run["layers"] for run in record["runs"]] == [1, 3]
+    assert all(run["imported_rss_bytes"] <= run["peak_rss_bytes"] for run in record["runs"])

@@ -111,6 +111,12 @@ def test_bf16_weights_stay_bf16(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
+@pytest.mark.consumer(
+    "transformers",
+    artifact="HF folder, global: tiny Llama, Mistral, Qwen2, Qwen3",
+    proof="a fresh process loads it with the module beside the weights, and its logits are the same",
+    package="transformers",
+)
 def test_a_fresh_process_loads_it_with_transformers_alone(
     tiny: Path, tmp_path: Path, tokens: NDArray[np.int64]
 ) -> None:
@@ -168,6 +174,12 @@ def write_six_groups(folder: Path, **config: object) -> Path:
     return folder
 
 
+@pytest.mark.consumer(
+    "transformers",
+    artifact="HF folder, uniform: tiny Llama",
+    proof="a stock class loads it without code of its own, and its logits are the same",
+    package="transformers",
+)
 @pytest.mark.parametrize(
     ("sparsity", "heads", "architecture"),
     [(0.2, 10, "MistralForCausalLM"), (0.34, 8, "LlamaForCausalLM")],

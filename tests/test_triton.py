@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import sys
@@ -178,11 +177,11 @@ def ask(model: Any, **inputs: Any) -> FakeSender:
 
 
 @pytest.mark.consumer(
-    "Triton",
+    "Triton's configuration schema and Python backend",
     artifact="model repository, global",
     proof="config.pbtxt parses by tritonclient's schema; model.py, run with onnxruntime-genai and a stand-in "
     "for Triton's utilities, streams the greedy tokens of the ONNX folder; no Triton server was run",
-    version=importlib.metadata.version("tritonclient"),
+    package="tritonclient",
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
 def test_the_decode_model_says_what_the_onnx_folder_says(model: Any, onnx_folder: Path) -> None:

@@ -194,11 +194,6 @@ class TeacherForced:
         return logits, None
 
 
-def is_seq2seq(folder: Path) -> bool:
-    """Whether an ONNX folder holds an encoder-decoder."""
-    return (folder / ENCODER_FILE).is_file()
-
-
 def teacher_forced(runner: AnyRunner) -> AnyRunner | TeacherForced:
     """``runner``, or what judges it on windows of text where it is an encoder-decoder."""
     return TeacherForced(runner) if isinstance(runner, OrtSeq2Seq) else runner

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.quantize.divergence import Yardstick
-from nirvana_deploy.quantize.int8 import SMALLEST_DIMENSION, quantize_linear
+from nirvana_deploy.quantize.int8 import SMALLEST_DIMENSION, part_relu_from_quantizers, quantize_linear
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph, open_folder, write_folder
 from nirvana_deploy.quantize.names import HEAD
 from nirvana_deploy.quantize.observe import Observed, observe
@@ -165,6 +165,7 @@ def apply_to(graphs: Sequence[OnnxGraph], spec: Int8Spec) -> None:
         for linear in graph.linears:
             if linear.name in spec.linears:
                 quantize_linear(graph, linear, spec.linears[linear.name])
+        part_relu_from_quantizers(graph)
 
 
 def choose_alpha(

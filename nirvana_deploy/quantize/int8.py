@@ -63,6 +63,25 @@ def quantize_linear(graph: OnnxGraph, linear: Linear, decision: Int8Linear) -> N
     linear.node.replace_input_with(1, w)
 
 
+def part_relu_from_quantizers(graph: OnnxGraph) -> None:
+    """Write max(x, 0) for every ReLU that a QuantizeLinear reads: the same values.
+
+    ONNX Runtime takes MatMul, ReLU and QuantizeLinear together for an integer MatMul with integer output
+    whose ReLU is the clipping, finds that it is not (the zero point is not the smallest integer) and leaves
+    the MatMul in float.
+    """
+    zeros: dict[ir.DataType, ir.Value] = {}
+    for node in list(graph.model.graph):
+        result, x = node.outputs[0], node.inputs[0] if node.inputs else None
+        readers = {reader.op_type for reader, _ in result.uses()}
+        if node.op_type != "Relu" or "QuantizeLinear" not in readers or x is None:
+            continue
+        dtype = result.dtype or ir.DataType.FLOAT
+        if dtype not in zeros:
+            zeros[dtype] = graph.constant(f"zero_{dtype.name.lower()}", np.zeros((), dtype=dtype.numpy()))
+        graph.insert_in_place_of(node, "Max", [x, zeros[dtype]])
+
+
 def _add_outliers(graph: OnnxGraph, linear: Linear, outliers: Sequence[int]) -> None:
     """Add the ``outliers`` channels of the product, computed in float, to what the MatMul gives."""
     channels, name, rows = np.array(outliers, dtype=np.int64), f"{linear.name}.outlier", len(outliers)

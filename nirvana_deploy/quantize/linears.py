@@ -216,6 +216,17 @@ class OnnxGraph:
                 self.model.graph.outputs[index] = changed
                 changed.name, result.name = result.name, f"{name}_before"
 
+    def insert_in_place_of(self, node: ir.Node, operator: str, inputs: Sequence[ir.Value]) -> None:
+        """Compute the one output of ``node`` by another operator."""
+        before = node.outputs[0]
+        other = ir.node(operator, list(inputs), name=node.name)
+        result = other.outputs[0]
+        result.type, result.shape = before.type, before.shape
+        self.model.graph.insert_before(node, other)
+        ir.convenience.replace_all_uses_with(before, result)
+        self.model.graph.remove(node, safe=True)
+        result.name = before.name
+
     def drop_unused(self) -> None:
         """Remove nodes and initializers that nothing reads any more; :func:`write_folder` calls it."""
         RemoveUnusedNodesPass()(self.model)
@@ -280,11 +291,11 @@ def _stored_once(graphs: Sequence[OnnxGraph]) -> list[list[ir.Value]]:
     for graph in graphs:
         for value in graph.model.graph.initializers.values():
             tensor = value.const_value
-            if tensor is None or tensor.nbytes <= _INLINE_BYTES:
-                continue
             key: object = id(tensor)
-            if isinstance(tensor, ir.ExternalTensor):
+            if isinstance(tensor, ir.ExternalTensor):  # a small one too: it names the source's file
                 key = (str(tensor.location), tensor.offset)
+            elif tensor is None or tensor.nbytes <= _INLINE_BYTES:
+                continue
             holders.setdefault(key, []).append(value)
     return list(holders.values())
 

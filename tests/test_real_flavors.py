@@ -1,0 +1,104 @@
+"""SmolLM2-135M in every flavor: the tokens of torch, in ONNX Runtime and in onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_slicing import plan_for
+
+from nirvana_deploy.export.genai import genai_tokens
+from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.export.verify import verify_onnx
+from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.sources import resolve_model
+from nirvana_deploy.prune.checkpoint import slice_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
+
+
+@pytest.fixture(scope="module")
+def dense() -> Path:
+    return resolve_model("smollm2").path
+
+
+def cut(dense: Path, out: Path, allocation: str) -> Path:
+    """The dense checkpoint, or a pruned one by random scores."""
+    if allocation == "dense":
+        return dense
+    slice_checkpoint(dense, plan_for(dense, sparsity=0.2, allocation=allocation), out)
+    return out
+
+
+def as_qwen2(llama: Path, out: Path) -> Path:
+    """The same model under Qwen2's name, which has biases on q, k and v: here zeros."""
+    shutil.copytree(llama, out)
+    config = config_json(llama) | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (out / "config.json").write_text(json.dumps(config))
+    tensors = load_file(out / "model.safetensors")
+    for name in list(tensors):
+        if any(f"{kind}_proj.weight" in name for kind in "qkv"):
+            tensors[name.replace(".weight", ".bias")] = torch.zeros(len(tensors[name]))
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def assert_tokens_of_torch(checkpoint: Path, folder: Path, *, new_tokens: int) -> None:
+    report = verify_onnx(checkpoint, folder, new_tokens=new_tokens)
+    assert report.passed, report
+    for check in report.greedy:
+        assert check.not_run is None
+        assert (check.prompts, check.new_tokens) == (5, new_tokens)
+        assert check.equal_prompts + check.ties == 5
+
+
+def test_layers_that_differ_share_buffers_in_genai_and_stream(dense: Path, tmp_path: Path) -> None:
+    checkpoint = cut(dense, tmp_path / "checkpoint", "global")
+    folder = onnx_from_checkpoint(checkpoint, tmp_path / "gqa", flavor="gqa").path
+    settings = json.loads((folder / "genai_config.json").read_text())
+    assert settings["search"]["past_present_share_buffer"] is True
+    assert_tokens_of_torch(checkpoint, folder, new_tokens=8)
+
+    model = onnxruntime_genai.Model(str(folder))
+    tokenizer = onnxruntime_genai.Tokenizer(model)
+    prompt = tokenizer.encode("The capital of France is")
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + 12, do_sample=False)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    stream, pieces = tokenizer.create_stream(), []
+    while not generator.is_done():
+        generator.generate_next_token()
+        pieces.append(stream.decode(generator.get_next_tokens()[0]))
+    with genai_tokens(folder) as generate:
+        whole = generate(np.array([prompt], dtype=np.int64), 12)
+    assert len(pieces) == 12 and "".join(pieces) == tokenizer.decode(np.array(whole, dtype=np.int32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flavor", ["portable", "gqa"])
+@pytest.mark.parametrize("allocation", ["dense", "global", "uniform"])
+def test_64_tokens_of_5_prompts(dense: Path, tmp_path: Path, allocation: str, flavor: str) -> None:
+    checkpoint = cut(dense, tmp_path / "checkpoint", allocation)
+    folder = onnx_from_checkpoint(checkpoint, tmp_path / "onnx", flavor=flavor).path
+    assert_tokens_of_torch(checkpoint, folder, new_tokens=64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flavor", ["portable", "gqa", "static-cache"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_real_weights_in_half_precision(dense: Path, tmp_path: Path, family: str, flavor: str) -> None:
+    checkpoint = dense if family == "llama" else as_qwen2(dense, tmp_path / "qwen2")
+    slots = 128 if flavor == "static-cache" else None
+    for dtype in ("fp32", "fp16"):
+        folder = onnx_from_checkpoint(
+            checkpoint, tmp_path / dtype, flavor=flavor, dtype=dtype, cache_tokens=slots
+        ).path
+        report = verify_onnx(checkpoint, folder, new_tokens=16)
+        assert report.passed, report
