@@ -118,10 +118,8 @@ def test_low_bit_models_talk_sense_in_both_runtimes(
     with genai_tokens(folder) as generate:
         for prompt in ("The capital of France is", "To make a good cup of coffee, you"):
             ids = np.array([tokenizer(prompt)["input_ids"]], dtype=np.int64)
-            wanted = decoder.generate(
-                ids, max_new_tokens=24, eos_token_ids=frozenset({tokenizer.eos_token_id})
-            )
-            assert generate(ids, 24) == [token for token in wanted if token != tokenizer.eos_token_id]
+            wanted = decoder.generate(ids, max_new_tokens=24, eos_token_ids=frozenset({stop}))
+            assert generate(ids, 24) == [token for token in wanted if token != stop]
             text = tokenizer.decode(wanted)
             assert len(set(text.split())) > 8, text  # words, and not one over and over
             assert "Paris" in text or "France" not in prompt, text
