@@ -138,3 +138,27 @@ def test_calibrated_w4_halves_the_loss(job: tuple[Path, object], tmp_path: Path)
     variants = {rounding: OrtDecoder(folder) for rounding, folder in folders.items()}
     found = quality_of(OrtDecoder(dense), variants, windows["heldout"][:8])
     assert found["gptq"]["kl_vs_dense"] < 0.5 * found["plain"]["kl_vs_dense"]
+
+
+def test_int8_keeps_the_real_model(job: tuple[Path, object], tmp_path: Path) -> None:
+    out = job[0]
+    windows = read_windows(out / "calibration.safetensors")
+    folders = {"dense": out / "dense/onnx", "pruned": out / "onnx"}
+    for name, folder in folders.items():
+        done = quantize_onnx(
+            folder, tmp_path / name, scheme="int8", calibration=windows["calibration"], smooth=0.7
+        )
+        assert done.coverage.found == done.coverage.promised == 210
+        head_bytes = 4 * 49152 * 576  # tied to the embedding, which is looked up in float
+        assert done.weights_bytes - head_bytes < 0.27 * (done.float_bytes - head_bytes)
+    dense = OrtDecoder(folders["dense"])
+    variants = {
+        "dense-int8": OrtDecoder(tmp_path / "dense"),
+        "pruned": OrtDecoder(folders["pruned"]),
+        "pruned-int8": OrtDecoder(tmp_path / "pruned"),
+    }
+    kl = {
+        name: one["kl_vs_dense"] for name, one in quality_of(dense, variants, windows["heldout"][:3]).items()
+    }
+    assert kl["dense-int8"] < 0.06
+    assert kl["pruned-int8"] < 1.1 * kl["pruned"]
