@@ -4,7 +4,7 @@
         --quality quality.jsonl --out selection.jsonl
 
 Candidates are calibration sets from several corpora (--calib, ``pydoc``, and ``self``, the model's own) and
-of several seeds, with the saliencies ``nirvana`` and ``taylor`` and several gammas, at one sparsity. All are
+of several seeds, with the saliencies ``nirvana`` and ``taylor`` and some gammas, at one sparsity. All are
 judged by their KL to the dense model on the same held-out windows of --calib, which is all that the selector
 sees; perplexity is measured on --eval-text, which has no say. What benchmarks/quality.py has measured at this
 sparsity are the candidates of --calib; only the other corpora are measured here, row by row, and the same
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSONL of rows; continued when it exists")
     parser.add_argument("--corpora", nargs="*", default=["pydoc", "self"], help="[pydoc self]")
     parser.add_argument("--sparsity", type=float, default=0.4)
-    parser.add_argument("--gamma", type=float, nargs="+", default=None, help="[2 and M/A]")
+    parser.add_argument("--gamma", type=float, nargs="+", default=None, help="[M/A]")
     parser.add_argument("--seeds", type=int, default=2, help="of every other corpus [2]")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
     options = parser.parse_args()
@@ -59,12 +59,12 @@ def measure(options: argparse.Namespace, rows: list[Row]) -> None:
     grid = Grid(source.path, load_tokenizer(source.path), options)
     if grid.settings(source.name) != agreed:
         raise SystemExit(f"{options.quality} was measured with another model or other texts.")
-    gammas = options.gamma or [2.0, grid.default_gamma]
+    gammas = options.gamma or [grid.default_gamma]
     done = {key(row) for row in rows}
-    for seed, corpus, saliency in itertools.product(range(options.seeds), options.corpora, WHOLE_GRID):
+    for seed, corpus in itertools.product(range(options.seeds), options.corpora):
         wanted = [
             row
-            for gamma in gammas
+            for saliency, gamma in itertools.product(WHOLE_GRID, gammas)
             if key(row := new_row(agreed, saliency, options.sparsity, gamma, seed) | {"corpus": corpus})
             not in done
         ]

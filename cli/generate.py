@@ -52,16 +52,16 @@ def generate(
 
     model = model_in(path)
     text_side, stops = load_text_side(tokenizer_folder(model, given=tokenizer))
-    runner = open_runner(model, runtime=runtime, threads=threads)
-    answer = stream_text(
-        runner,
-        text_side,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        stops=stops,
-        chat=chat,
-        on_text=None if as_json else lambda text: click.echo(text, nl=False),
-    )
+    with open_runner(model, runtime=runtime, threads=threads) as runner:
+        answer = stream_text(
+            runner,
+            text_side,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            stops=stops,
+            chat=chat,
+            on_text=None if as_json else lambda text: click.echo(text, nl=False),
+        )
     if as_json:
         echo_json({"runtime": runner.runtime, **asdict(answer)})
         return

@@ -27,7 +27,7 @@ class _Smooth(click.ParamType[Any]):
 
 @click.command("quantize")
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--scheme", required=True, help="int8: 8-bit weights and activations.")
+@click.option("--scheme", required=True, help="int8: weights and activations; w8, w4: weights alone.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -74,6 +74,25 @@ class _Smooth(click.ParamType[Any]):
     help="Leave the linears of largest KL in float, so many.",
 )
 @click.option("--sensitivity", is_flag=True, help="Measure and print the KL of each layer alone in int8.")
+@click.option(
+    "--block-size",
+    type=int,
+    default=32,
+    show_default=True,
+    help="w4: inputs that share a scale: 16, 32, 64, 128 or 256.",
+)
+@click.option(
+    "--rounding",
+    default=None,
+    help="w8, w4: plain, search (scales of least error) or gptq (fitted to the calibration windows). "
+    "[gptq with calibration windows, else search]",
+)
+@click.option(
+    "--writing",
+    default="ort",
+    show_default=True,
+    help="w8, w4: ort (MatMulNBits) or tensorrt (DequantizeLinear), the same numbers.",
+)
 @click.option("--head", is_flag=True, help="Quantize lm_head as well.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @json_option
@@ -94,6 +113,7 @@ def quantize(
     \b
     Example:
       nirvana-deploy quantize smollm2-s0.4 --scheme int8
+      nirvana-deploy quantize my-onnx --scheme w4 --rounding search --out my-onnx-w4
       nirvana-deploy quantize my-onnx --scheme int8 --calib handbook.txt --out my-onnx-int8
     """
     from nirvana_deploy import pipeline

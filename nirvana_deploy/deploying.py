@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from nirvana_deploy.errors import NirvanaError, VerificationError
 from nirvana_deploy.prune.windows_file import read_windows
+from nirvana_deploy.quantize.low_bit import BITS
 from nirvana_deploy.quantize.quantize import quantize_onnx
 from nirvana_deploy.quantize.spec import read_record
 from nirvana_deploy.run import Run
@@ -27,7 +28,8 @@ def quantize(
     sensitivity: bool = False,
     head: bool = False,
     block_size: int = 32,
-    rounding: str = "plain",
+    rounding: str | None = None,
+    writing: str = "ort",
     redo: bool = False,
 ) -> dict[str, Any]:
     """Quantize the float ONNX folder of the run into ``onnx-<scheme>``, on the windows it was pruned with.
@@ -44,7 +46,7 @@ def quantize(
                 run.out / ONNX,
                 run.out / variant.folder,
                 scheme=scheme,
-                calibration=_calibration(run),
+                calibration=_calibration(run, optional=scheme in BITS),
                 smooth=smooth,
                 ranges=ranges,
                 keep_fp=keep_fp,
@@ -52,6 +54,7 @@ def quantize(
                 head=head,
                 block_size=block_size,
                 rounding=rounding,
+                writing=writing,
                 progress=run.progress,
             )
         except VerificationError as error:
@@ -76,10 +79,12 @@ def require_quantized(result: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _calibration(run: Run) -> Any:
-    """The windows [N, T] that the plan was made with; raises NirvanaError where the folder has none."""
+def _calibration(run: Run, *, optional: bool) -> Any:
+    """The windows [N, T] that the plan was made with; None or NirvanaError where the folder has none."""
     path = run.out / CALIBRATION_FILE
     if not path.is_file():
+        if optional:
+            return None
         raise NirvanaError(
             f"{run.out} has no {CALIBRATION_FILE}: it was cut by a plan, without calibration windows.",
             hint=f"Quantize the ONNX folder itself: nirvana-deploy quantize {run.out / ONNX} --calib FILE",

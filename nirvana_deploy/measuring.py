@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from nirvana_deploy.artifact import read_json, write_json
 from nirvana_deploy.engine.record import read_engine_record
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.export import MODEL_FILE, is_seq2seq
 from nirvana_deploy.export.ort import OrtDecoder
-from nirvana_deploy.export.ort_seq2seq import OrtSeq2Seq, is_seq2seq, teacher_forced
+from nirvana_deploy.export.ort_seq2seq import OrtSeq2Seq, teacher_forced
 from nirvana_deploy.export.verify import VerifyReport, dtype_of_graph, prompts_for
 from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
 from nirvana_deploy.measure.compare import (

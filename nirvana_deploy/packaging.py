@@ -13,7 +13,7 @@ from typing import Any
 
 from nirvana_deploy.engine.record import read_engine_record
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.export import MODEL_FILE, is_seq2seq
 from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint
 from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
 from nirvana_deploy.package.triton_engine import triton_from_engines
@@ -74,6 +74,12 @@ def package_triton(
     there is no ONNX model, when ``target`` exists and ``force`` is not given, and as
     :func:`triton_from_onnx` does.
     """
+    if is_seq2seq(source) or is_seq2seq(source / ONNX):
+        raise NirvanaError(
+            "An encoder-decoder cannot be packaged for Triton: "
+            "the decode model runs on onnxruntime-genai, which has no T5.",
+            hint="report.md says how ONNX Runtime runs it.",
+        )
     onnx = _part(source, ONNX, MODEL_FILE, "nirvana-deploy export CHECKPOINT --out DIR")
     target = target or source / TRITON_FOLDER
     _require_free(target, force)

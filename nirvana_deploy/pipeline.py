@@ -304,7 +304,8 @@ def quantize_folder(
     sensitivity: bool = False,
     head: bool = False,
     block_size: int = 32,
-    rounding: str = "plain",
+    rounding: str | None = None,
+    writing: str = "ort",
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Quantize the pruned model of an output folder into ``onnx-<scheme>``, in place of an earlier one.
@@ -329,6 +330,7 @@ def quantize_folder(
         head=head,
         block_size=block_size,
         rounding=rounding,
+        writing=writing,
         redo=True,
     )
     write_pages(run)

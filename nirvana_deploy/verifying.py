@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nirvana_deploy.errors import NirvanaError, VerificationError
-from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.export import holds_model
 from nirvana_deploy.export.verify import VerifyReport, verify_onnx
 from nirvana_deploy.measuring import compare_in
 from nirvana_deploy.model.checkpoint import config_json
@@ -53,7 +53,7 @@ def verify_folder(
 
     ``runtime`` also runs the models there, and compares it with ONNX Runtime on the CPU.
     """
-    if (out / MODEL_FILE).is_file() and not (out / MANIFEST).is_file():
+    if holds_model(out) and not (out / MANIFEST).is_file():
         raise NirvanaError(
             f"{out} is an ONNX folder alone: nothing in it says what it was exported from.",
             hint=f"nirvana-deploy verify {out} --checkpoint CHECKPOINT",

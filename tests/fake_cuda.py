@@ -142,7 +142,7 @@ class FakeDriver:
         return self._answer("cuDeviceGet", ordinal, value=ordinal)
 
     def cuDeviceGetName(self, length: int, dev: Any) -> tuple[Any, ...]:
-        return self._answer("cuDeviceGetName", length, dev, value=b"Fake L4".ljust(length, b"\0"))
+        return self._answer("cuDeviceGetName", length, dev, value=b"Fake L4\0".ljust(length))
 
     def cuDeviceGetAttribute(self, attrib: Any, dev: Any) -> tuple[Any, ...]:
         value = self._capability[int(attrib) - 75]

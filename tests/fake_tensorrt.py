@@ -84,6 +84,7 @@ def fake_module(driver: FakeDriver, *, runtime: str = "tensorrt-rtx", version: s
         DynamicShapesKernelSpecializationStrategy=_Specialization,
         TensorLocation=_Location,
         passes=[],
+        compilations=0,
     )
     module.Runtime = lambda logger: FakeRuntime(logger, driver=driver, module=module)
     return module
@@ -121,6 +122,8 @@ class FakeEngine:
         self.outputs = {node.name: node for node in self.session.get_outputs()}
         self.num_optimization_profiles = len(self.profiles)
         self.num_io_tensors = len(self.inputs) + len(self.outputs)
+        self.compiled: set[str] = set()
+        """Shapes that kernels were compiled for; ``module.compilations`` counts what was not cached."""
         driver.used_bytes += WEIGHTS_BYTES
 
     def __del__(self) -> None:
@@ -139,16 +142,17 @@ class FakeEngine:
         aliased = self.in_place and name.startswith("present.")
         return name.replace("present.", "past_key_values.") if aliased else None
 
+    weight_streaming_budget_v2 = WEIGHTS_BYTES
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return WEIGHTS_BYTES // 2
+
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         return SCRATCH_BYTES[profile_index]
 
-    def create_runtime_config(self) -> Any:
+    def create_runtime_config(self) -> FakeRuntimeConfig:
         assert self.module.__name__ == "tensorrt_rtx"
-        config = SimpleNamespace(dynamic_shapes_kernel_specialization_strategy=_Specialization.LAZY)
-        config.set_execution_context_allocation_strategy = lambda strategy: setattr(
-            config, "memory", strategy
-        )
-        return config
+        return FakeRuntimeConfig(self)
 
     def create_execution_context(self, how: Any) -> FakeContext:
         if self.module.__name__ == "tensorrt_rtx":
@@ -159,6 +163,40 @@ class FakeEngine:
         if self.module.__name__ == "tensorrt_rtx":
             context.is_stream_capturable = lambda stream: self.capturable
         return context
+
+
+class FakeRuntimeConfig:
+    """IRuntimeConfig."""
+
+    dynamic_shapes_kernel_specialization_strategy = _Specialization.LAZY
+    memory: _Strategy | None = None
+    cache: FakeRuntimeCache | None = None
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    def set_execution_context_allocation_strategy(self, strategy: _Strategy) -> None:
+        self.memory = strategy
+
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache(self._engine)
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> None:
+        self.cache = cache
+
+
+class FakeRuntimeCache:
+    """IRuntimeCache: the shapes that were compiled, as text."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    def serialize(self) -> bytes:
+        return json.dumps(sorted(self._engine.compiled)).encode()
+
+    def deserialize(self, blob: bytes) -> bool:
+        self._engine.compiled |= set(json.loads(blob))
+        return True
 
 
 class FakeContext:
@@ -213,6 +251,10 @@ class FakeContext:
                 alias = self._engine.get_aliased_input_tensor(name)
                 if alias is not None and self.addresses[alias] != address:
                     return self._refuse(f"{name} must have the address of {alias}")
+        shape = str(self.shapes["input_ids"])
+        if shape not in self._engine.compiled:
+            self._engine.module.compilations += 1
+            self._engine.compiled.add(shape)
         self.passes.append("captured" if self._driver.capturing else "run")
         self._captured = self._captured or self._driver.capturing
         self._settled = True

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -247,3 +251,56 @@ def test_the_real_binding_accepts_the_arguments_of_every_call() -> None:
         device.peak_bytes()
     declared = {name for name, _ in inspect.getmembers(Driver, inspect.isfunction) if name.startswith("cu")}
     assert set(driver.calls) == declared - {"cuGetErrorName", "cuGetErrorString"}
+
+
+ON_THE_REAL_BINDING = """
+import numpy as np
+from nirvana_deploy.engine.cuda import CudaDevice, CudaError
+
+with CudaDevice() as device:
+    assert (device.name, device.compute_capability) == ("Stand-in", "sm89")
+    assert (device.stream, device.memory_bytes()) == (0x22, (1_000_000, 2_000_000))
+    buffer, pinned, received = device.allocate(80, "numbers"), device.pinned(80), np.zeros(10)
+    pinned.view(np.float64)[:] = np.arange(10)
+    device.copy_in(buffer, pinned)
+    device.copy_out(received, buffer)
+    device.synchronize()
+    np.testing.assert_array_equal(received, np.arange(10))
+    device.zero(buffer)
+    device.copy_out(received, buffer)
+    assert not received.any()
+    start, end = device.event(), device.event()
+    device.record(start)
+    device.record(end)
+    assert device.elapsed_ms(start, end) == 0.5
+    device.launch(device.capture(lambda: device.zero(buffer)))
+    try:
+        device.allocate(600_000, "cache")
+    except CudaError as error:
+        assert error.message.startswith("Stand-in has no room for the cache: 0.6 MB are needed"), error
+    else:
+        raise AssertionError("the device has no room for that")
+    try:
+        device.elapsed_ms(start, end) and device._call("cuCtxSetCurrent", 5)
+    except CudaError as error:
+        assert error.message == "The CUDA driver refused cuCtxSetCurrent: CUDA_ERROR_STAND_IN (a reason)."
+    else:
+        raise AssertionError("that is no context")
+"""
+
+
+def test_the_real_binding_on_a_driver_of_host_memory(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("compiles a stand-in for libcuda: needs cc, on Linux")
+    source, library = Path(__file__).parent / "stand_in_libcuda.c", tmp_path / "libcuda.so.1"
+    command = [compiler, "-shared", "-fPIC", "-w", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(command, check=True, capture_output=True)
+    found = subprocess.run(
+        [sys.executable, "-c", ON_THE_REAL_BINDING],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr

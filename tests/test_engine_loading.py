@@ -17,6 +17,8 @@ from fake_tensorrt import (
     FakeContext,
     FakeEngine,
     FakeRuntime,
+    FakeRuntimeCache,
+    FakeRuntimeConfig,
     decoder_profiles,
     fake_module,
     write_fake_engine,
@@ -138,8 +140,14 @@ def test_without_the_package_the_extra_is_named(
 
 @pytest.mark.parametrize(
     ("fake", "real"),
-    [(FakeRuntime, trt.Runtime), (FakeEngine, trt.ICudaEngine), (FakeContext, trt.IExecutionContext)],
-    ids=["Runtime", "ICudaEngine", "IExecutionContext"],
+    [
+        (FakeRuntime, trt.Runtime),
+        (FakeEngine, trt.ICudaEngine),
+        (FakeContext, trt.IExecutionContext),
+        (FakeRuntimeConfig, trt.IRuntimeConfig),
+        (FakeRuntimeCache, trt.IRuntimeCache),
+    ],
+    ids=["Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IRuntimeCache"],
 )
 def test_the_fake_has_no_method_that_the_real_one_has_not(fake: type, real: Any) -> None:
     compared = 0
@@ -173,6 +181,9 @@ def test_what_the_runner_reads_of_the_real_module_is_there() -> None:
         "set_execution_context_allocation_strategy",
     ):
         assert hasattr(trt.IRuntimeConfig, name)
+    for name in ("create_runtime_cache", "set_runtime_cache"):
+        assert hasattr(trt.IRuntimeConfig, name)
+    assert hasattr(trt.ICudaEngine, "weight_streaming_budget_v2")
 
 
 # planning from the record of a real build

@@ -59,7 +59,8 @@ def make_engine(path: Path, folder: Path) -> Path:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDriver:
+    monkeypatch.setenv("NIRVANA_DEPLOY_CACHE", str(tmp_path / "cache"))
     driver = FakeDriver()
     module = fake_module(driver)
     monkeypatch.setattr("nirvana_deploy.engine.cuda.load_driver", lambda: driver)

@@ -342,6 +342,27 @@ def test_plain_tensorrt_needs_no_runtime_config(
         assert runner.generate(prompt, max_new_tokens=6) == oracle.generate(prompt, max_new_tokens=6)
 
 
+def test_kernels_are_compiled_once_ever(engine: Path, driver: FakeDriver, tmp_path: Path) -> None:
+    compilations = []
+    for kept in (tmp_path / "kernels", tmp_path / "kernels", None):
+        module = fake_module(driver)
+        with TensorRTRunner(engine, driver=driver, module=module, kernel_cache=kept) as runner:
+            runner.generate(random_tokens(1, 5), max_new_tokens=4)
+        compilations.append(module.compilations)
+    assert compilations == [2, 0, 2]
+    (file,) = (tmp_path / "kernels").iterdir()
+    assert file.name.endswith("-sm89.bin")
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    engine: Path, driver: FakeDriver, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    module, kept = fake_module(driver), tmp_path / "file" / "kernels"
+    with TensorRTRunner(engine, driver=driver, module=module, kernel_cache=kept) as runner:
+        runner.generate(random_tokens(1, 5), max_new_tokens=2)
+
+
 def test_gpu_time_is_that_of_the_passes_alone(runner: TensorRTRunner) -> None:
     runner.generate(random_tokens(1, 5), max_new_tokens=4)
     assert runner.device_ms() == pytest.approx([PASS_MS] * 4)
@@ -417,6 +438,18 @@ def test_a_file_that_tensorrt_does_not_read_says_why(tiny_engine: Path) -> None:
 def test_a_stripped_engine(tiny_engine: Path) -> None:
     change_record(tiny_engine, stripped=True)
     assert "holds no weights" in refused(tiny_engine).message
+
+
+def test_streamed_weights_get_their_budget_before_any_context(tiny_engine: Path) -> None:
+    budgets = []
+    for streams in (False, True):
+        change_record(tiny_engine, weight_streaming=streams)
+        driver = FakeDriver()
+        with TensorRTRunner(tiny_engine, driver=driver, module=fake_module(driver)) as runner:
+            assert runner._loaded is not None
+            assert not runner._contexts
+            budgets.append(runner._loaded.engine.weight_streaming_budget_v2)
+    assert budgets == [WEIGHTS_BYTES, WEIGHTS_BYTES // 2]
 
 
 def test_an_engine_without_a_cache(tiny_engine: Path) -> None:

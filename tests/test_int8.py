@@ -56,8 +56,9 @@ def _initializers(folder: Path) -> dict[str, NDArray[np.generic]]:
 def test_folding_alone_changes_no_bit(pruned: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
     (graph,) = open_folder(pruned)
     folds = find_folds(graph)
-    # q, k, v of one norm, o, gate and up of one norm, down: everything but the head
-    assert len(folds) == 4 * 3 and sum(len(fold.readers) for fold in folds) == 7 * 3
+    # q, k, v of one norm, o, gate and up of one norm, down; and the head where it is not tied
+    untied = not graph.linears[-1].transposed
+    assert len(folds) == 4 * 3 + untied and sum(len(fold.readers) for fold in folds) == 7 * 3 + untied
     generator = np.random.default_rng(0)
     factors = {
         fold.name: fold.factors(
@@ -303,3 +304,25 @@ def test_the_command_quantizes_an_onnx_folder(llama: Path, tmp_path: Path) -> No
     forced = run("--out", str(out), *drawn, "--force", "--json")
     assert json.loads(forced.stdout)["coverage"]["found"] == 21
     assert run().exit_code == 2
+
+
+def test_a_tied_head_is_smoothed_in_a_weight_of_its_own(
+    llama: Path, tmp_path: Path, tokens: NDArray[np.int64]
+) -> None:
+    (graph,) = open_folder(llama)
+    graph.untie(["lm_head"])
+    assert graph.linears[-1].name == "lm_head" and not graph.linears[-1].transposed
+    (fold,) = (fold for fold in find_folds(graph) if fold.name == "lm_head")
+    apply_folds(graph, [fold], {"lm_head": np.exp2(np.arange(48) % 5).astype(np.float32)})
+    write_folder(llama, tmp_path / "folded", [graph])
+    expected, _ = OrtDecoder(llama).prefill(tokens)
+    np.testing.assert_array_equal(OrtDecoder(tmp_path / "folded").prefill(tokens)[0], expected)
+
+    done = quantize_onnx(llama, tmp_path / "int8", scheme="int8", calibration=tokens, smooth=0.5, head=True)
+    assert done.coverage.found == 22 and "lm_head" in done.record["int8"]["smoothing"]
+    stored = _initializers(done.path)
+    before = _initializers(llama)["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(stored["model.embed_tokens.weight"], before)
+    assert "lm_head.weight" not in stored and stored["lm_head.weight_quantized"].shape == (48, 272)
+    yardstick = Yardstick(Runner(llama).logits, tokens)
+    assert yardstick.divergence(Runner(done.path).logits) < 0.02

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -13,11 +14,15 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 from tiny_decoder import write_tiny_decoder
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.ort import OrtDecoder
-from nirvana_deploy.quantize.linears import OnnxGraph, open_folder, read_initializer, write_folder
+from nirvana_deploy.quantize.files import read_initializer
+from nirvana_deploy.quantize.int8 import quantize_linear
+from nirvana_deploy.quantize.linears import OnnxGraph, open_folder, write_folder
+from nirvana_deploy.quantize.spec import Int8Linear
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +177,32 @@ def test_biased_and_untied_models_have_the_same_roles(tmp_path: Path) -> None:
     head = graph.linears[-1]
     assert head.name == "lm_head" and head.role == "head" and not head.transposed
     assert "other" not in {linear.role for linear in graph.linears}
+
+
+def _peak_bytes(tmp_path: Path, layers: int) -> int:
+    """Of Python's allocations, numpy's included, while a decoder of ``layers`` layers is written in int8."""
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        vocab_size=64,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / f"model{layers}")
+    folder = onnx_from_checkpoint(tmp_path / f"model{layers}", tmp_path / f"onnx{layers}").path
+    tracemalloc.start()
+    (graph,) = open_folder(folder)
+    for linear in graph.linears:
+        if linear.role != "head":
+            quantize_linear(graph, linear, Int8Linear(bound=1.0))
+    write_folder(folder, tmp_path / f"int8-{layers}", [graph])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    layer_bytes = 4 * (4 * 256 * 256 + 3 * 256 * 1024)
+    shallow, deep = (_peak_bytes(tmp_path, layers) for layers in (2, 8))
+    assert shallow > layer_bytes / 4  # one weight was seen in float
+    assert deep - shallow < 6 * layer_bytes / 10  # names and scales grow, weights do not

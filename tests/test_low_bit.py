@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from conftest import KINDS, write_tiny
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from test_slicing import plan_for
 from tiny_decoder import write_tiny_decoder
 
+from nirvana_deploy.cli.main import commands
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.genai import genai_tokens
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
@@ -264,6 +266,21 @@ def test_bad_options_are_refused(llama: Path, tmp_path: Path, options: dict[str,
     with pytest.raises(NirvanaError, match=words):
         quantize_onnx(llama, tmp_path / "q", **options)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_rounds_weights(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "w4"
+    command = ["quantize", str(llama), "--scheme", "w4", "--out", str(out), "--head"]
+    told = CliRunner().invoke(commands, [*command, "--block-size", "64", "--writing", "tensorrt", "--json"])
+    assert told.exit_code == 0, told.output
+    record = json.loads(told.stdout)
+    expected = {"bits": 4, "block_size": 64, "rounding": "search", "writing": "tensorrt", "head": True}
+    assert record["weights"] == expected
+    assert {finding["rule"] for finding in record["tensorrt_findings"]} == {"attention-precision"}  # fp32
+    assert record["weights_bytes"] < record["float_bytes"]
+    refused = CliRunner().invoke(commands, [*command, "--force", "--rounding", "gptq"])
+    assert isinstance(refused.exception, NirvanaError) and "none were given" in str(refused.exception)
+    assert (out / "quantization.json").is_file()  # the folder before is untouched
 
 
 def test_what_is_quantized_already_is_refused(llama: Path, tmp_path: Path) -> None:

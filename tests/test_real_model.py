@@ -7,11 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from llama_cpp import CONSUMER_VERSION, REAL_PROMPTS, greedy_share, installed_llama_cpp, run_llama_cpp
 
+from nirvana_deploy.export.genai import genai_tokens
+from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.model.checkpoint import load_tokenizer
 from nirvana_deploy.packaging import package_gguf
+from nirvana_deploy.prune.windows_file import read_windows
+from nirvana_deploy.quantize.quantize import quantize_onnx
 from nirvana_deploy.run import Run
 
 
@@ -97,3 +103,62 @@ def test_llama_cpp_generates_the_tokens_of_the_checkpoint(
     [answer] = run_llama_cpp(llama_cpp, [order], tmp_path)
     assert answer["tokenized"] == prompts
     assert greedy_share(job[0] / "checkpoint", prompts, answer["tokens"]) == 1
+
+
+@pytest.mark.parametrize(("scheme", "most_kl"), [("w8", 0.02), ("w4", 0.5)])
+def test_low_bit_models_talk_sense_in_both_runtimes(
+    job: tuple[Path, object], tmp_path: Path, scheme: str, most_kl: float
+) -> None:
+    dense = job[0] / "dense/onnx"
+    folder = quantize_onnx(dense, tmp_path / scheme, scheme=scheme, rounding="search").path
+    decoder, tokenizer = OrtDecoder(folder), load_tokenizer(dense)
+    stop = tokenizer.eos_token_id
+    windows = read_windows(job[0] / "calibration.safetensors")["heldout"][:2, :128]
+    assert quality_of(OrtDecoder(dense), {"q": decoder}, windows)["q"]["kl_vs_dense"] < most_kl
+    with genai_tokens(folder) as generate:
+        for prompt in ("The capital of France is", "To make a good cup of coffee, you"):
+            ids = np.array([tokenizer(prompt)["input_ids"]], dtype=np.int64)
+            wanted = decoder.generate(ids, max_new_tokens=24, eos_token_ids=frozenset({stop}))
+            assert generate(ids, 24) == [token for token in wanted if token != stop]
+            text = tokenizer.decode(wanted)
+            assert len(set(text.split())) > 8, text  # words, and not one over and over
+            assert "Paris" in text or "France" not in prompt, text
+
+
+@pytest.mark.slow
+def test_calibrated_w4_halves_the_loss(job: tuple[Path, object], tmp_path: Path) -> None:
+    dense = job[0] / "dense/onnx"
+    windows = read_windows(job[0] / "calibration.safetensors")
+    folders = {
+        rounding: quantize_onnx(
+            dense, tmp_path / rounding, scheme="w4", rounding=rounding, calibration=windows["calibration"]
+        ).path
+        for rounding in ("plain", "gptq")
+    }
+    variants = {rounding: OrtDecoder(folder) for rounding, folder in folders.items()}
+    found = quality_of(OrtDecoder(dense), variants, windows["heldout"][:8])
+    assert found["gptq"]["kl_vs_dense"] < 0.5 * found["plain"]["kl_vs_dense"]
+
+
+def test_int8_keeps_the_real_model(job: tuple[Path, object], tmp_path: Path) -> None:
+    out = job[0]
+    windows = read_windows(out / "calibration.safetensors")
+    folders = {"dense": out / "dense/onnx", "pruned": out / "onnx"}
+    for name, folder in folders.items():
+        done = quantize_onnx(
+            folder, tmp_path / name, scheme="int8", calibration=windows["calibration"], smooth=0.7
+        )
+        assert done.coverage.found == done.coverage.promised == 210
+        head_bytes = 4 * 49152 * 576  # tied to the embedding, which is looked up in float
+        assert done.weights_bytes - head_bytes < 0.27 * (done.float_bytes - head_bytes)
+    dense = OrtDecoder(folders["dense"])
+    variants = {
+        "dense-int8": OrtDecoder(tmp_path / "dense"),
+        "pruned": OrtDecoder(folders["pruned"]),
+        "pruned-int8": OrtDecoder(tmp_path / "pruned"),
+    }
+    kl = {
+        name: one["kl_vs_dense"] for name, one in quality_of(dense, variants, windows["heldout"][:3]).items()
+    }
+    assert kl["dense-int8"] < 0.06
+    assert kl["pruned-int8"] < 1.1 * kl["pruned"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import VOCABULARY
@@ -18,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from tiny_t5 import plan_for, shape_of, write_t5
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.t5.modeling_t5 import T5Attention
+from transformers_js import VERSION as JS_VERSION
+from transformers_js import installed_transformers_js, run_transformers_js
 
 from nirvana_deploy.errors import NirvanaError, VerificationError
 from nirvana_deploy.export import DATA_FILE, DECODER_FILE, ENCODER_FILE
@@ -104,10 +107,16 @@ def test_cross_keys_are_computed_once(pair: tuple[Path, Path]) -> None:
     runner = OrtSeq2Seq(pair[1], threads=1)
     _, first = runner.prefill(drawn(2, 9))
     _, second = runner.decode(drawn(2, 1), first)
-    for name, before, after in zip(runner._past_names, first.cache, second.cache, strict=True):
-        if ".encoder." in name:
-            np.testing.assert_array_equal(before.numpy(), after.numpy())
-            assert after.numpy().shape[2] == 9
+    session = onnxruntime.InferenceSession(pair[1] / DECODER_FILE, providers=["CPUExecutionProvider"])
+    feeds = {name: value.numpy() for name, value in zip(runner._past_names, first.cache, strict=True)}
+    feeds |= {"input_ids": drawn(2, 1), "encoder_attention_mask": first.encoder_mask.numpy()}
+    feeds |= {"encoder_hidden_states": first.encoder_states.numpy(), "use_cache_branch": np.array([True])}
+    present = [name.replace("past_key_values", "present") for name in runner._past_names]
+    caches = zip(present, first.cache, second.cache, session.run(present, feeds), strict=True)
+    for name, before, after, given_back in caches:
+        if ".encoder." in name:  # the graph gives back what it was given, and the runner keeps it
+            np.testing.assert_array_equal(before.numpy(), given_back)
+            assert after is before and given_back.shape[2] == 9
         else:
             assert (before.numpy().shape[2], after.numpy().shape[2]) == (1, 2)
 
@@ -132,6 +141,35 @@ def test_generation_equals_transformers(pair: tuple[Path, Path]) -> None:
     options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_ids": frozenset([stop])}
     cut = runner.generate(drawn(1, 6, seed=0), **options, on_token=streamed.append)
     assert cut == streamed == answers[0][: answers[0].index(stop) + 1]
+
+
+@pytest.mark.consumer(
+    "transformers.js",
+    artifact="ONNX of tiny T5 and Flan-T5: dense, global, uniform",
+    proof="12 greedy tokens of a padded batch of each equal transformers'",
+    version=JS_VERSION,
+)
+def test_transformers_js_generates_the_same(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.cache is not None
+    installed = installed_transformers_js(pytestconfig.cache)
+    prompt, mask = drawn(2, 9), np.ones((2, 9), dtype=np.int64)
+    mask[1, 6:] = 0
+    jobs, wanted = [], []
+    for form in FORMS:
+        root = tmp_path / form.replace(" ", "-")
+        checkpoint = write_form(root, *form.split())
+        onnx_from_checkpoint(checkpoint, root / "onnx")
+        order = {"folder": str(root / "onnx"), "prompts": prompt.tolist(), "mask": mask.tolist()}
+        jobs.append({**order, "new_tokens": 12})
+        answers = load_checkpoint(checkpoint).generate(
+            torch.from_numpy(prompt),
+            attention_mask=torch.from_numpy(mask),
+            max_new_tokens=12,
+            min_new_tokens=12,
+            do_sample=False,
+        )
+        wanted.append(answers.tolist())
+    assert run_transformers_js(installed, jobs, tmp_path) == wanted
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -193,8 +231,6 @@ def test_the_interface_is_that_of_optimum(pair: tuple[Path, Path]) -> None:
 
 
 def test_a_past_that_is_not_declared_is_refused_not_attended(pair: tuple[Path, Path]) -> None:
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(pair[1] / DECODER_FILE, providers=["CPUExecutionProvider"])
     feeds: dict[str, Any] = {
         "encoder_attention_mask": np.ones((1, 4), dtype=np.int64),
@@ -373,3 +409,9 @@ def test_tensors_in_the_data_file_are_the_checkpoints(flan: Path, copied: Path) 
             wanted = tensor.numpy()
             turned = wanted.ndim == 2 and "relative_attention_bias" not in name
             np.testing.assert_array_equal(tensors[name], wanted.T if turned else wanted)
+
+
+def test_a_graph_of_another_cut_is_refused(flan: Path, copied: Path, tmp_path: Path) -> None:
+    dense = write_t5(tmp_path / "dense", "flan-t5")
+    with pytest.raises(NirvanaError, match=r"past_key_values\.\d\.(decoder|encoder)\.key holds \d KV heads"):
+        verify_onnx(dense, copied, threads=1)

@@ -15,6 +15,7 @@ from nirvana_deploy import NirvanaError, VerificationError, pipeline, stages
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export import DATA_FILE, DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.measure.benchmark import Workload
+from nirvana_deploy.verifying import verify_folder
 
 SMALL = ["--sparsity", "0.3", "--round-to", "4", "--num-sequences", "4", "--seq-len", "16", "--threads", "1"]
 
@@ -94,6 +95,12 @@ def test_the_folder_is_used_by_the_other_commands(finished: Path) -> None:
     assert json.loads(answered.stdout)["prompt_tokens"] == 5
 
 
+def test_what_it_cannot_be_packaged_for_is_said(finished: Path) -> None:
+    for target, message in (("--triton", "onnxruntime-genai, which has no T5"), ("--gguf", "as GGUF")):
+        result = CliRunner().invoke(commands, ["package", str(finished), target])
+        assert isinstance(result.exception, NirvanaError) and message in result.exception.message
+
+
 def test_verify_finds_a_damaged_weight(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
@@ -101,7 +108,7 @@ def test_verify_finds_a_damaged_weight(finished: Path, tmp_path: Path) -> None:
         data.seek(-64, 2)
         data.write(bytes(range(64)))
     with pytest.raises(VerificationError, match=r"onnx/model\.onnx\.data"):
-        pipeline.verify_folder(out, threads=1).require_passed()
+        verify_folder(out, threads=1).require_passed()
 
 
 @pytest.mark.parametrize(

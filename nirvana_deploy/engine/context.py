@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nirvana_deploy.engine.cuda import CudaDevice, DeviceBuffer
+from nirvana_deploy.engine.kernel_cache import KernelCache
 from nirvana_deploy.engine.loading import LoadedEngine
 from nirvana_deploy.errors import NirvanaError
 
@@ -19,10 +20,16 @@ class Context:
     """Passes queued one by one since shapes or addresses last changed."""
 
     def __init__(
-        self, loaded: LoadedEngine, profile: int, *, device: CudaDevice, scratch: DeviceBuffer
+        self,
+        loaded: LoadedEngine,
+        profile: int,
+        *,
+        device: CudaDevice,
+        scratch: DeviceBuffer,
+        kernels: KernelCache | None = None,
     ) -> None:
         self._device, self._log = device, loaded.log
-        self._context = _create(loaded)
+        self._context = _create(loaded, kernels)
         if self._context is None:
             raise NirvanaError(f"TensorRT makes no execution context: {self._log.reason()}.")
         self._context.set_device_memory(scratch.address, scratch.size_bytes)
@@ -82,7 +89,7 @@ class Context:
             )
 
 
-def _create(loaded: LoadedEngine) -> Any:
+def _create(loaded: LoadedEngine, kernels: KernelCache | None) -> Any:
     """A context without memory of its own.
 
     TensorRT-RTX compiles kernels for a shape when it first meets it: at once here, so that the second pass
@@ -97,4 +104,6 @@ def _create(loaded: LoadedEngine) -> Any:
     config.dynamic_shapes_kernel_specialization_strategy = (
         module.DynamicShapesKernelSpecializationStrategy.EAGER
     )
+    if kernels is not None:
+        kernels.attach(config)
     return engine.create_execution_context(config)

@@ -117,7 +117,8 @@ class CudaDevice:
         context = self._call("cuDevicePrimaryCtxRetain", self._device)
         self._releases.append(lambda: self._driver.cuDevicePrimaryCtxRelease(self._device))
         self._call("cuCtxSetCurrent", context)
-        self.name = self._call("cuDeviceGetName", 256, self._device).rstrip(b"\0").decode(errors="replace")
+        name: bytes = self._call("cuDeviceGetName", 256, self._device)
+        self.name = name.split(b"\0")[0].decode(errors="replace")  # the binding pads with blanks behind it
         attributes = self._driver.CUdevice_attribute
         major, minor = (
             self._call("cuDeviceGetAttribute", getattr(attributes, name), self._device)

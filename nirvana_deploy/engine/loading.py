@@ -121,6 +121,8 @@ def load_engine(path: Path, record: EngineRecord, *, module: Any, device: CudaDe
             hint="Build it again on this machine: nirvana-deploy build-engine DIR --force",
         )
     _require_as_recorded(engine, record, module)
+    if record.weight_streaming:  # before contexts: what stays on the host decides their scratch memory
+        engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
     return LoadedEngine(module=module, runtime=runtime, engine=engine, log=log)
 
 

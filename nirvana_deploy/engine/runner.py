@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.engine.context import Context
 from nirvana_deploy.engine.cuda import CudaDevice, CudaError, Driver
+from nirvana_deploy.engine.kernel_cache import KernelCache
 from nirvana_deploy.engine.kv_cache import (
     ConcatenatedCache,
     InPlaceCache,
@@ -48,6 +49,7 @@ from nirvana_deploy.engine.record import read_engine_record
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.greedy import greedy_tokens
 from nirvana_deploy.export.slots import moved_left, moved_right, require_left_padding
+from nirvana_deploy.model.gguf_convert import cache_folder
 
 _ROOM = (
     "Build the engine smaller: nirvana-deploy build-engine DIR --max-batch 1 --max-length 1024 --force; its "
@@ -68,6 +70,7 @@ class EngineState:
 class TensorRTRunner:
     """One engine on one GPU. A context manager; ``close`` frees what it holds.
 
+    ``kernel_cache`` is a folder to keep the kernels in that TensorRT-RTX compiles; None keeps none.
     ``driver`` and ``module`` stand in for ``cuda.bindings.driver`` and for ``tensorrt`` or
     ``tensorrt_rtx``. Raises NirvanaError when the file is not what its record says, when the package or
     the GPU is missing or the wrong one, and when the device has no room.
@@ -89,6 +92,7 @@ class TensorRTRunner:
         engine: Path,
         *,
         device_index: int = 0,
+        kernel_cache: Path | None = None,
         driver: Driver | None = None,
         module: Any = None,
     ) -> None:
@@ -100,8 +104,12 @@ class TensorRTRunner:
         self.device = CudaDevice(index=device_index, driver=driver)
         self._contexts: dict[tuple[int, int], Context] = {}
         self._loaded: LoadedEngine | None = None
+        self._kernels: KernelCache | None = None
         try:
             require_target(self._record, self.device)
+            if kernel_cache is not None:
+                name = f"{self._record.engine_sha256[:16]}-{self.device.compute_capability}.bin"
+                self._kernels = KernelCache(kernel_cache / name)
             self._open(engine, trt)
         except BaseException:
             self.close()
@@ -146,6 +154,8 @@ class TensorRTRunner:
     def close(self) -> None:
         """Free the device; the runner cannot be used afterwards."""
         self.device.settle()
+        if self._kernels is not None:
+            self._kernels.save()
         self._contexts.clear()
         self._loaded = None  # before the device: TensorRT frees its own memory in the same context
         self.device.close()
@@ -279,7 +289,9 @@ class TensorRTRunner:
         key = profile, repeated_batch
         if key not in self._contexts:
             assert self._loaded is not None, "the runner was closed"
-            self._contexts[key] = Context(self._loaded, profile, device=self.device, scratch=self._scratch)
+            self._contexts[key] = Context(
+                self._loaded, profile, device=self.device, scratch=self._scratch, kernels=self._kernels
+            )
         return self._contexts[key]
 
     def _run(self, context: Context, *, graph: bool) -> None:
@@ -319,7 +331,7 @@ def open_engine(path: Path, *, runtime: str, threads: int | None = None) -> Tens
             hint=f"Pass --runtime {record.runtime}, or build one: "
             f"nirvana-deploy build-engine DIR --engine {runtime}",
         )
-    return TensorRTRunner(path)
+    return TensorRTRunner(path, kernel_cache=cache_folder() / "kernels")
 
 
 def as_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:

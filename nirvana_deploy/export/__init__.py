@@ -1,5 +1,7 @@
 """From a checkpoint to an ONNX folder that runtimes load, verified against the checkpoint."""
 
+from pathlib import Path
+
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 """External data of the graphs in the same folder: of MODEL_FILE, or of the two below."""
@@ -8,3 +10,13 @@ DECODER_FILE = "decoder_model_merged.onnx"
 """An encoder-decoder's graphs, named as optimum and transformers.js look for them."""
 SCHEMA_KEY, FLAVOR_KEY, DTYPE_KEY = (f"nirvana_deploy.{key}" for key in ("schema", "flavor", "dtype"))
 """What a graph says of itself, in its metadata."""
+
+
+def is_seq2seq(folder: Path) -> bool:
+    """Whether an ONNX folder holds an encoder-decoder."""
+    return (folder / ENCODER_FILE).is_file()
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is an ONNX folder, of a decoder or an encoder-decoder."""
+    return (folder / MODEL_FILE).is_file() or is_seq2seq(folder)

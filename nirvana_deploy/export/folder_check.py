@@ -6,12 +6,14 @@ what to do; the first one ends the check.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import onnx
 
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import MODEL_FILE, SCHEMA_KEY
+from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE, MODEL_FILE, SCHEMA_KEY
 from nirvana_deploy.export.graph import GRAPH_SCHEMA
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.families import DECODER
@@ -22,8 +24,11 @@ CHECKED = "ONNX checker, external data, KV shapes, tokenizer"
 
 
 def check_folder(folder: Path, checkpoint: Path) -> None:
-    """Raise NirvanaError unless ``folder`` holds a whole decoder with the dimensions of ``checkpoint``."""
+    """Raise NirvanaError unless ``folder`` holds a whole model with the dimensions of ``checkpoint``."""
     path = folder / MODEL_FILE
+    if (folder / ENCODER_FILE).is_file():
+        check_graph_file(folder / ENCODER_FILE)
+        path = folder / DECODER_FILE
     check_graph_file(path)
     graph = onnx.load(path, load_external_data=False).graph
     _check_cache(path, graph, shape_from_config(config_json(checkpoint)))
@@ -90,13 +95,22 @@ def _check_external(path: Path, tensor: onnx.TensorProto, again: str) -> None:
 def _check_cache(path: Path, graph: onnx.GraphProto, shape: ModelShape) -> None:
     """Every layer's cache inputs have the KV heads and the head_dim of the checkpoint's config."""
     found = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
-    layers = [layer for layer in shape.layers if layer.site == DECODER]
-    beyond = f"past_key_values.{len(layers)}.key"
+    sites = {DECODER: "decoder.", "cross": "encoder."} if shape.family.encoder_decoder else {DECODER: ""}
+    for site, part in sites.items():
+        _check_caches_of(path, found, shape, site=site, part=part)
+
+
+def _check_caches_of(
+    path: Path, found: Mapping[str, Any], shape: ModelShape, *, site: str, part: str
+) -> None:
+    """Those of one site, named ``past_key_values.{layer}.{part}key|value``."""
+    layers = [layer for layer in shape.layers if layer.site == site]
+    beyond = f"past_key_values.{len(layers)}.{part}key"
     if beyond in found:
         raise NirvanaError(f"{path} has more layers than the {len(layers)} of its checkpoint.")
     for index, layer in enumerate(layers):
         for kind in ("key", "value"):
-            name = f"past_key_values.{index}.{kind}"
+            name = f"past_key_values.{index}.{part}{kind}"
             if name not in found:
                 raise NirvanaError(f"{path} has no input {name}; its checkpoint has {len(layers)} layers.")
             heads, head_dim = found[name][1].dim_value, found[name][3].dim_value

@@ -28,8 +28,9 @@ import torch
 from numpy.typing import NDArray
 
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export import DTYPE_KEY, SCHEMA_KEY
 from nirvana_deploy.export.dtypes import Dtype
-from nirvana_deploy.export.graph import hidden_state_name
+from nirvana_deploy.export.graph import GRAPH_SCHEMA, hidden_state_name
 from nirvana_deploy.export.parts import GraphParts
 from nirvana_deploy.export.streaming import Parameter, as_array
 from nirvana_deploy.model.families import DECODER
@@ -360,6 +361,4 @@ class _Stack:
 
     def finish(self) -> ir.Model:
         """The model, which says of itself what it is."""
-        return self.parts.finish(
-            {"nirvana_deploy.family": self.shape.family.name, "nirvana_deploy.dtype": self.parts.dtype.name}
-        )
+        return self.parts.finish({SCHEMA_KEY: str(GRAPH_SCHEMA), DTYPE_KEY: self.parts.dtype.name})

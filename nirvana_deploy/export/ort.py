@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.artifact import read_json
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import FLAVOR_KEY, MODEL_FILE
+from nirvana_deploy.export.greedy import greedy_tokens
 from nirvana_deploy.export.ort_session import (
     CACHE_DTYPES,
     RUNTIMES,
@@ -198,17 +199,9 @@ class OrtDecoder:
         on_token: Callable[[int], None] | None = None,
     ) -> list[int]:
         """Continue one prompt [1, T] greedily; returns the new ids, a stop token included when one came."""
-        logits, state = self.prefill(tokens)
-        new_ids: list[int] = []
-        while len(new_ids) < max_new_tokens:
-            token = int(logits[0, -1].argmax())
-            new_ids.append(token)
-            if on_token is not None:
-                on_token(token)
-            if token in eos_token_ids or len(new_ids) == max_new_tokens:
-                break
-            logits, state = self.decode(np.array([[token]], dtype=np.int64), state)
-        return new_ids
+        return greedy_tokens(
+            self, tokens, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, on_token=on_token
+        )
 
     def _step(
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64], cache: Sequence[Any]

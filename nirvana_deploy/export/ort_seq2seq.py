@@ -1,7 +1,8 @@
 """Run an exported encoder-decoder folder in ONNX Runtime: two sessions, caches where the runtime put them.
 
 The first decoder step computes the keys and values of the cross-attention from the encoder's states; later
-steps hand them back and the graph appends nothing. Prompts may be padded on either side: T5 knows positions
+steps hand the same memory in again and do not ask for it back, so graphs of optimum, which give back nothing
+then, run here too. Prompts may be padded on either side: T5 knows positions
 by their distance alone. The decoder's side is never padded, every sequence begins with the start token.
 """
 
@@ -83,8 +84,8 @@ class OrtSeq2Seq:
         inputs = {node.name: node for node in self._decoder.get_inputs()}
         outputs = {node.name: node for node in self._decoder.get_outputs()}
         self._past_names = [name for name in inputs if name.startswith("past_key_values.")]
-        self._output_names = ["logits", *(_present(name) for name in self._past_names)]
-        if not self._past_names or not set(self._output_names) <= outputs.keys():
+        wanted = {"logits", *(_present(name) for name in self._past_names)}
+        if not self._past_names or not wanted <= outputs.keys():
             raise NirvanaError(
                 f"{model} is not a decoder with caches: its inputs are {first_names(inputs)}, "
                 f"its outputs {first_names(outputs)}.",
@@ -144,9 +145,17 @@ class OrtSeq2Seq:
             "use_cache_branch": as_ort(np.array([state.tokens > 0])),
             **dict(zip(self._past_names, state.cache, strict=True)),
         }
-        logits, *present = self._decoder.run_with_ort_values(self._output_names, feeds)
+        computed_before = [".encoder." in name and state.tokens > 0 for name in self._past_names]
+        wanted = [
+            _present(name) for name, kept in zip(self._past_names, computed_before, strict=True) if not kept
+        ]
+        logits, *present = self._decoder.run_with_ort_values(["logits", *wanted], feeds)
+        fresh = iter(present)
         after = Seq2SeqState(
-            cache=tuple(present),
+            cache=tuple(
+                value if kept else next(fresh)
+                for value, kept in zip(state.cache, computed_before, strict=True)
+            ),
             encoder_states=state.encoder_states,
             encoder_mask=state.encoder_mask,
             tokens=state.tokens + tokens.shape[1],
@@ -192,11 +201,6 @@ class TeacherForced:
             np.concatenate([start, tokens[:, half:]], axis=1), self.model.encode(tokens[:, :half])
         )
         return logits, None
-
-
-def is_seq2seq(folder: Path) -> bool:
-    """Whether an ONNX folder holds an encoder-decoder."""
-    return (folder / ENCODER_FILE).is_file()
 
 
 def teacher_forced(runner: AnyRunner) -> AnyRunner | TeacherForced:

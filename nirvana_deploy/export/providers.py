@@ -16,9 +16,9 @@ from pathlib import Path
 
 from nirvana_deploy.artifact import sha256_of
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.export import MODEL_FILE, is_seq2seq
 from nirvana_deploy.export.ort import OrtDecoder
-from nirvana_deploy.export.ort_seq2seq import OrtSeq2Seq, is_seq2seq
+from nirvana_deploy.export.ort_seq2seq import OrtSeq2Seq
 from nirvana_deploy.export.ort_session import RUNTIMES
 from nirvana_deploy.model.gguf_convert import cache_folder
 

@@ -28,13 +28,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from nirvana_deploy.errors import NirvanaError, VerificationError
-from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.export import MODEL_FILE, is_seq2seq
 from nirvana_deploy.export.dtypes import DTYPES, Dtype
 from nirvana_deploy.export.folder_check import check_folder
 from nirvana_deploy.export.genai import genai_tokens
 from nirvana_deploy.export.graph import hidden_state_name
 from nirvana_deploy.export.ort import OrtDecoder, session_outputs
-from nirvana_deploy.export.ort_seq2seq import is_seq2seq
 from nirvana_deploy.model.checkpoint import load_checkpoint, load_tokenizer, stop_token_ids
 from nirvana_deploy.progress import SILENT, Progress
 

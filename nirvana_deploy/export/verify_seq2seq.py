@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE
+from nirvana_deploy.export import DECODER_FILE
 from nirvana_deploy.export.dtypes import Dtype
+from nirvana_deploy.export.folder_check import check_folder
 from nirvana_deploy.export.graph import hidden_state_name
 from nirvana_deploy.export.ort_seq2seq import OrtSeq2Seq, decoder_values, encoder_values
 from nirvana_deploy.export.ort_session import as_numpy
@@ -55,8 +55,7 @@ def verify_seq2seq(
 ) -> VerifyReport:
     """Compare the encoder-decoder in ``folder`` with its ``checkpoint``; see ``verify_onnx``."""
     with progress.task(f"Verifying {folder.name}", 3) as advance:
-        for file in (ENCODER_FILE, DECODER_FILE):
-            _check_file(folder / file)
+        check_folder(folder, checkpoint)
         dtype = dtype_of_graph(folder / DECODER_FILE)
         torch_model = _TorchModel(_reference(checkpoint, dtype))
         model = OrtSeq2Seq(folder, threads=threads, in_float32=dtype.half_precision)
@@ -105,17 +104,6 @@ def _reference(checkpoint: Path, dtype: Dtype) -> PreTrainedModel:
             if "layer_norm" not in name and not kept:
                 parameter.copy_(parameter.to(dtype.torch))
     return model
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise NirvanaError(
-            f"{path.parent} holds no {path.name}.", hint="nirvana-deploy export CHECKPOINT --out DIR"
-        )
-    try:
-        onnx.checker.check_model(path, full_check=False)
-    except onnx.checker.ValidationError as error:
-        raise NirvanaError(f"{path} is not a valid ONNX model: {error}") from error
 
 
 @dataclass(frozen=True)

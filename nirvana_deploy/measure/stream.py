@@ -12,8 +12,7 @@ import numpy as np
 
 from nirvana_deploy.artifact import read_json
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import MODEL_FILE
-from nirvana_deploy.export.ort_seq2seq import is_seq2seq
+from nirvana_deploy.export import MODEL_FILE, holds_model
 from nirvana_deploy.measure.runners import Runner
 
 _UNFINISHED = "�"  # what a tokenizer puts where the bytes of a character are not all there yet
@@ -130,19 +129,15 @@ def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool) -> Sequence[int]:
 
 def model_in(path: Path) -> Path:
     """What to run: an engine file or ONNX folder as it is, the pruned model of an output folder."""
-    if path.is_file() or _holds_model(path):
+    if path.is_file() or holds_model(path):
         return path
     inside = path / "onnx"
-    if _holds_model(inside):
+    if holds_model(inside):
         return inside
     raise NirvanaError(
         f"{path} holds no model: neither {MODEL_FILE} nor onnx/{MODEL_FILE}.",
         hint="nirvana-deploy export CHECKPOINT --out DIR",
     )
-
-
-def _holds_model(folder: Path) -> bool:
-    return (folder / MODEL_FILE).is_file() or is_seq2seq(folder)
 
 
 def tokenizer_folder(path: Path, *, given: Path | None = None) -> Path:

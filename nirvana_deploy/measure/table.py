@@ -168,6 +168,9 @@ def _measures(prompt_tokens: int | None) -> tuple[_Measure, ...]:
         _Measure(
             "Time to first token", lambda v: median_of(v, "ttft_ms"), format_ms, format_faster, "ttft_speedup"
         ),
+        _Measure(
+            "Decode on the GPU alone", lambda v: median_of(v, "decode_device_ms"), format_ms, format_faster
+        ),
         _Measure("Peak memory (RSS)", lambda v: v.get("peak_rss_bytes"), format_bytes, format_change),
         _Measure("Peak device memory", lambda v: v.get("peak_device_bytes"), format_bytes, format_change),
         _Measure(

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import psutil
@@ -29,20 +29,9 @@ from numpy.typing import NDArray
 
 import nirvana_deploy
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export.greedy import Decoder
 
 _STDERR_TAIL_BYTES = 2000
-
-
-class Decoder(Protocol):
-    """What the stop-watch can time."""
-
-    def prefill(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], Any]:
-        """[N, T] tokens to logits [N, T, V] and a state."""
-        ...
-
-    def decode(self, tokens: NDArray[np.int64], state: Any) -> tuple[NDArray[np.float32], Any]:
-        """[N, 1] tokens to logits [N, 1, V] and the next state."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def calibrated(
     kept: dict[str, str] = {}
     chosen: dict[str, tuple[Linear, ...]] = {}
     for graph in graphs:
+        graph.untie([linear.name for linear in graph.linears] if head else [])
         reasons = {linear.name: float_reason(linear, head=head) for linear in graph.linears}
         kept |= {name: reason for name, reason in reasons.items() if reason}
         chosen[graph.path.name] = tuple(linear for linear in graph.linears if reasons[linear.name] is None)
@@ -152,6 +153,8 @@ def decide(
 
 def apply_to(graphs: Sequence[OnnxGraph], spec: Int8Spec) -> None:
     """Rewrite ``graphs`` (lazily) as ``spec`` says; raises NirvanaError when they do not fit it."""
+    for graph in graphs:
+        graph.untie(spec.linears)
     found = {linear.name for graph in graphs for linear in graph.linears}
     folds = {fold.name: fold for graph in graphs for fold in find_folds(graph)}
     missing = sorted((set(spec.linears) - found) | (set(spec.smoothing) - set(folds)))

@@ -24,15 +24,15 @@ one: a tied head, which reads the embedding. Biases are Adds of their own and st
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -40,6 +40,7 @@ from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folde
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import DATA_FILE
 from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.quantize.files import data_files, load_model, read_initializer, read_tensor
 from nirvana_deploy.quantize.names import described
 
 RECORD_FILE = "quantization.json"
@@ -155,7 +156,7 @@ class OnnxGraph:
         before, dtype = initializer.const_value, initializer.dtype or ir.DataType.FLOAT
 
         def read() -> NDArray[Any]:
-            return change(_read_tensor(before)).astype(dtype.numpy(), copy=False)
+            return change(read_tensor(before)).astype(dtype.numpy(), copy=False)
 
         initializer.const_value = _lazy(initializer.name or "", dtype, _static_shape(initializer), read)
 
@@ -193,6 +194,22 @@ class OnnxGraph:
             before.name = f"{linear.name}.float"
             output.name = name
         self.model.graph.remove(linear.node, safe=True)
+
+    def untie(self, names: Collection[str]) -> None:
+        """Give linears of ``names`` that read a transposed initializer (a tied head) a weight of their own.
+
+        It is lazy: once the linear is quantized, nothing reads it and it is not written.
+        """
+        linears = list(self.linears)
+        for index, linear in enumerate(linears):
+            if not linear.transposed or linear.name not in names:
+                continue
+            own = self.initializer(
+                f"{linear.name}.weight", linear.dtype, (linear.K, linear.N), partial(_in_dtype, linear)
+            )
+            linear.node.replace_input_with(1, own)
+            linears[index] = replace(linear, weight=own, transposed=False)
+        self.linears = tuple(linears)
 
     def insert_behind(
         self,
@@ -267,7 +284,7 @@ def write_folder(
         raise NirvanaError(
             f"{out} cannot be written while it is read.", hint="Choose another folder with --out DIR."
         )
-    skipped = {file for graph in graphs for file in _data_files(graph.model)} | {RECORD_FILE}
+    skipped = {file for graph in graphs for file in data_files(graph.model)} | {RECORD_FILE}
     skipped |= {graph.path.name for graph in graphs}
     for graph in graphs:
         graph.drop_unused()
@@ -327,19 +344,8 @@ def _refer(holders: Sequence[Sequence[ir.Value]], tensors: Sequence[ir.TensorPro
             value.const_value = tensor
 
 
-def read_initializer(value: ir.Value) -> NDArray[Any]:
-    """An initializer's values in memory of their own; what was mapped of its file is unmapped again."""
-    return _read_tensor(value.const_value)
-
-
-def _read_tensor(tensor: ir.TensorProtocol | None) -> NDArray[Any]:
-    if tensor is None:
-        raise ValueError("not an initializer")
-    if not isinstance(tensor, ir.ExternalTensor):
-        return np.array(tensor.numpy())
-    array = np.array(tensor.numpy())
-    tensor.release()
-    return array
+def _in_dtype(linear: Linear) -> NDArray[Any]:
+    return linear.read_weight().astype(linear.dtype.numpy(), copy=False)
 
 
 def _bytes(value: ir.Value) -> int:
@@ -356,48 +362,6 @@ def _lazy(
         return ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
 
     return ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name)
-
-
-def load_model(path: Path) -> ir.Model:
-    """The graph at ``path``, quantized or not; no weight is read.
-
-    Raises NirvanaError when it is not ONNX, or its external data is missing, too short or elsewhere.
-    """
-    if not path.is_file():
-        raise NirvanaError(f"{path} does not exist.", hint="nirvana-deploy export CHECKPOINT --out DIR")
-    try:
-        model = ir.load(path)
-    except (DecodeError, ValueError) as error:
-        raise NirvanaError(f"{path} is not a valid ONNX model: {error}.") from error
-    _check_external_data(model, path)
-    return model
-
-
-def _externals(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            yield value.const_value
-
-
-def _data_files(model: ir.Model) -> set[str]:
-    return {str(tensor.location) for tensor in _externals(model)}
-
-
-def _check_external_data(model: ir.Model, path: Path) -> None:
-    """Every external tensor lies within a file of the same folder."""
-    for tensor in _externals(model):
-        location = Path(tensor.location)
-        data = path.parent / location
-        if location.is_absolute() or not data.resolve().is_relative_to(path.parent.resolve()):
-            raise NirvanaError(f"{path} places {tensor.name!r} outside its folder: {str(location)!r}.")
-        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
-        size = data.stat().st_size if data.is_file() else -1
-        if size < end:
-            state = "is not there" if size < 0 else f"ends at byte {size}"
-            raise NirvanaError(
-                f"{path} places {tensor.name!r} up to byte {end} of {location}, which {state}.",
-                hint="Copy the folder again as a whole, or export it again.",
-            )
 
 
 def _require_float(model: ir.Model, path: Path) -> None:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.quantize.linears import load_model, read_initializer
+from nirvana_deploy.quantize.files import load_model, read_initializer
 
 _Q, _DQ = "QuantizeLinear", "DequantizeLinear"
 _SIGNED = {ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1}
@@ -153,7 +153,7 @@ def _granularity(node: ir.Node, data: ir.Value, scale: NDArray[Any], integer: ir
                 "refused",
                 f"blocks are for 4-bit and float8 weights, not {integer.name}",
             )
-        if shape is not None and shape[axis] % block:
+        if shape is not None and shape[axis] > block and shape[axis] % block:  # one short block is no guess
             yield (
                 "whole-blocks",
                 "wrong",

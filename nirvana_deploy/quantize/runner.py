@@ -155,6 +155,7 @@ def session_of(
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+        options.add_session_config_entry("session.disable_prepacking", "1")  # nothing will be run
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
         )

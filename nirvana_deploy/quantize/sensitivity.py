@@ -110,6 +110,7 @@ def _write_switched(
     order: dict[str, tuple[str, ...]] = {}
     members: dict[str, list[str]] = {}
     for graph in graphs:
+        graph.untie(spec.linears)
         apply_folds(graph, find_folds(graph), spec.smoothing)
         linears = [linear for linear in graph.linears if linear.name in spec.linears]
         switches = ir.Value(

@@ -5,6 +5,7 @@ A linear computes x W = (x / s) (s W) for any s [K] > 0, and what makes x can di
 * q, k, v and gate, up read an RMS norm: its weight is divided (they share it, so they share s);
 * o reads mixed values, which are linear in v: columns and bias of v are divided. The query heads of a
   KV group share v's channels, so they share s;
+* the head reads the final norm, where it has a weight of its own (``OnnxGraph.untie`` gives it one);
 * down reads act(gate) * up: columns and bias of up are divided. In an FFN without gate this needs
   act(c u) = c act(u) for c > 0, which holds for ReLU alone.
 
@@ -27,7 +28,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph
-from nirvana_deploy.quantize.names import HEAD
 
 _LARGEST_EXPONENT = 12
 """Factors stay within 2^-12 ... 2^12, so that float16 graphs keep normal numbers."""
@@ -105,7 +105,7 @@ def _rows_multiplied(array: NDArray[Any], *, by: Vector) -> NDArray[Any]:
 
 
 def _folds(graph: OnnxGraph) -> Iterator[Fold]:
-    linears = [linear for linear in graph.linears if linear.role != HEAD and not linear.transposed]
+    linears = [linear for linear in graph.linears if not linear.transposed]  # a tied head stays as it is
     by_role = {(linear.site, linear.layer, linear.role): linear for linear in linears}
     by_value: dict[str, list[Linear]] = defaultdict(list)
     for linear in linears:

@@ -1,0 +1,249 @@
+"""What building a TensorRT-RTX engine costs, pruned against dense: seconds, CPU, memory, bytes.
+
+    python benchmarks/engines.py OUT [--forms fp16-concat,w4-in-place] [--json FILE]
+    python benchmarks/engines.py --shape 8b [--layers 4] [--only pruned] [--limit-gb 20]
+
+OUT is a folder that `nirvana-deploy prune-export` made: its checkpoint and the dense model it came from are
+built. With --shape both are random checkpoints in the shape of Llama-3-8B or Llama-3.2-1B, the pruned one cut
+by random scores (so its layers differ, as they do in earnest). Each engine is built in a process of its own.
+Needs no GPU.
+
+The promises: the pruned build takes at most 0.8 of the dense build's CPU time and of its peak memory, and
+the engines' bytes are in the proportion of the weights' bytes within 3 %. Exits with 1 when one is broken. A
+build that needs more than --limit-gb of memory of its own (pages of the mapped ONNX file are not counted: the
+system can drop them) is stopped, and that is what is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from scale import SHAPES, write_random_checkpoint
+
+from nirvana_deploy.artifact import read_json, write_json
+from nirvana_deploy.engine.build import engine_from_onnx
+from nirvana_deploy.engine.from_checkpoint import KV_FORMS
+from nirvana_deploy.engine.profile import Lengths
+from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.measure.environment import measured_environment
+from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.plan import make_plan
+from nirvana_deploy.prune.units import UnitScores
+from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.usage import peak_rss_bytes
+
+COST_PROMISE = 0.8
+SIZE_PROMISE = 0.03
+LENGTH_TOKENS = 2048
+_POLL_S = 0.2
+
+
+def main() -> None:
+    """Build, print a table, and say whether the promises hold."""
+    options = _options()
+    if options.worker:
+        _worker(Path(options.worker[0]), Path(options.worker[1]))
+        return
+    environment = measured_environment(threads=1)
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="nirvana-engines-") as temporary:
+        work = Path(temporary)
+        checkpoints = _checkpoints(options, work)
+        for form in options.forms.split(","):
+            for variant, checkpoint in checkpoints.items():
+                records.append(
+                    {"variant": variant, "form": form, **_measured(checkpoint, form, options, work)}
+                )
+                print(_line(records[-1]), flush=True)
+    comparisons = _comparisons(records)
+    for one in comparisons:
+        print(
+            f"{one['form']:14} pruned / dense: CPU {one['cpu_ratio']:.2f}, memory {one['memory_ratio']:.2f} "
+            f"(promise {COST_PROMISE}); bytes {one['engine_ratio']:.3f}, weights {one['weights_ratio']:.3f} "
+            f"(promise: within {SIZE_PROMISE:.0%}, is {one['size_deviation']:+.1%})"
+        )
+    kept = all(all(one["kept"].values()) for one in comparisons)
+    if comparisons:
+        print("Promises kept." if kept else "A promise is broken.")
+    if options.json:
+        write_json(
+            options.json,
+            {"schema": 1, "environment": environment, "builds": records, "comparisons": comparisons},
+        )
+    sys.exit(0 if kept else 1)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, nargs="?", metavar="OUT")
+    parser.add_argument("--shape", choices=list(SHAPES))
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--sparsity", type=float, default=0.4, help="of a random checkpoint [0.4]")
+    parser.add_argument(
+        "--forms", default="fp16-concat", help="of fp16|bf16|w8|w4-concat|in-place [fp16-concat]"
+    )
+    parser.add_argument("--only", choices=["dense", "pruned"])
+    parser.add_argument("--limit-gb", type=float, help="stop a build that needs more memory of its own")
+    parser.add_argument("--folder", type=Path, help="where models and engines go for a while [the system's]")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.worker and (options.out is None) == (options.shape is None):
+        parser.error("give either OUT or --shape")
+    return options
+
+
+def _checkpoints(options: argparse.Namespace, work: Path) -> dict[str, Path]:
+    """Variant -> checkpoint, the dense one first."""
+    if options.out is not None:
+        dense = Path(read_json(options.out / "manifest.json")["model"]["path"])
+        found = {"dense": dense, "pruned": options.out / "checkpoint"}
+    else:
+        config = SHAPES[options.shape]
+        config = config | {"num_hidden_layers": options.layers or config["num_hidden_layers"]}
+        found = {"dense": work / "dense", "pruned": work / "pruned"}
+        write_random_checkpoint(found["dense"], config)
+        if options.only != "dense":
+            rng, shape = np.random.default_rng(0), shape_from_config(config)
+            scores = UnitScores(
+                groups=tuple(rng.lognormal(size=layer.kv_heads) for layer in shape.layers),
+                neurons=tuple(rng.lognormal(size=layer.ffn_width) for layer in shape.layers),
+            )
+            plan = make_plan(shape, scores, sparsity=options.sparsity, saliency="random")
+            slice_checkpoint(found["dense"], plan, found["pruned"])
+        if options.only == "pruned":
+            shutil.rmtree(found["dense"])
+    return {name: path for name, path in found.items() if options.only in (None, name)}
+
+
+def _measured(checkpoint: Path, form: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Export ``checkpoint`` in ``form`` and build it in a new process; what that process says of itself."""
+    precision, _, kv = form.partition("-")
+    onnx, engine = work / "onnx", work / "engine"
+    scheme = precision if precision in ("w8", "w4") else None
+    exported = work / "float" if scheme else onnx
+    onnx_from_checkpoint(
+        checkpoint,
+        exported,
+        dtype="fp16" if scheme else precision,
+        flavor=KV_FORMS[kv],
+        cache_tokens=LENGTH_TOKENS if kv == "in-place" else None,
+    )
+    if scheme:
+        quantize_onnx(exported, onnx, scheme=scheme, rounding="plain", writing="tensorrt")
+        shutil.rmtree(exported)
+    started = time.perf_counter()
+    command = [sys.executable, __file__, "--worker", str(onnx), str(engine)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak_bytes, stopped = _watched(process, options.limit_gb)
+    said = process.stdout.read() if process.stdout else ""
+    result: dict[str, Any] = {
+        "onnx_bytes": sum(file.stat().st_size for file in onnx.glob("model.onnx*")),
+        "process_s": round(time.perf_counter() - started, 1),
+        "peak_own_bytes": peak_bytes,
+    }
+    if stopped:
+        result["stopped"] = f"needed more than {options.limit_gb} GB of memory of its own"
+    elif process.returncode:
+        raise SystemExit(f"Building {onnx} failed with exit code {process.returncode}.")
+    else:
+        result |= json.loads(said)
+    shutil.rmtree(onnx)
+    shutil.rmtree(engine, ignore_errors=True)
+    return result
+
+
+def _watched(process: subprocess.Popen[str], limit_gb: float | None) -> tuple[int, bool]:
+    """Wait for a process; (its peak of anonymous memory, whether it was stopped for passing the limit)."""
+    status, peak = Path(f"/proc/{process.pid}/status"), 0
+    while process.poll() is None:
+        try:
+            lines = status.read_text().splitlines()
+        except OSError:
+            break
+        peak = max(peak, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+        if limit_gb is not None and peak > limit_gb * 1e9:
+            psutil.Process(process.pid).kill()
+            process.wait()
+            return peak, True
+        time.sleep(_POLL_S)
+    process.wait()
+    return peak, False
+
+
+def _worker(onnx: Path, out: Path) -> None:
+    """Build one ONNX folder and print what it cost."""
+    before_bytes = peak_rss_bytes()
+    record = engine_from_onnx(onnx, out, lengths=Lengths(max_length=LENGTH_TOKENS)).record
+    print(
+        json.dumps(
+            {
+                "seconds": record.build.seconds,
+                "cpu_s": record.build.cpu_seconds,
+                "peak_rss_bytes": record.build.peak_rss_bytes,
+                "imports_rss_bytes": before_bytes,
+                "engine_bytes": record.engine_bytes,
+                "weights_bytes": record.weights_bytes,
+                "layers": dict(record.layers),
+                "notes": list(record.notes),
+                "version": record.runtime_version,
+            }
+        )
+    )
+
+
+def _comparisons(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pruned against dense, for every form of which both were built."""
+    found = []
+    for form in dict.fromkeys(record["form"] for record in records):
+        of_form = {r["variant"]: r for r in records if r["form"] == form and "stopped" not in r}
+        if len(of_form) < 2:
+            continue
+        dense, pruned = of_form["dense"], of_form["pruned"]
+        ratios = {key: pruned[key] / dense[key] for key in ("cpu_s", "peak_rss_bytes", "engine_bytes")}
+        weights_ratio = pruned["weights_bytes"] / dense["weights_bytes"]
+        deviation = ratios["engine_bytes"] / weights_ratio - 1
+        found.append(
+            {
+                "form": form,
+                "cpu_ratio": ratios["cpu_s"],
+                "memory_ratio": ratios["peak_rss_bytes"],
+                "engine_ratio": ratios["engine_bytes"],
+                "weights_ratio": weights_ratio,
+                "size_deviation": deviation,
+                "kept": {
+                    "cpu": ratios["cpu_s"] <= COST_PROMISE,
+                    "memory": ratios["peak_rss_bytes"] <= COST_PROMISE,
+                    "size": abs(deviation) <= SIZE_PROMISE,
+                },
+            }
+        )
+    return found
+
+
+def _line(record: dict[str, Any]) -> str:
+    name = f"{record['form']:14} {record['variant']:6}"
+    if "stopped" in record:
+        return f"{name} stopped after {record['process_s']} s: {record['stopped']}"
+    return (
+        f"{name} {record['seconds']:8.1f} s  {record['cpu_s']:8.1f} s CPU  "
+        f"peak {record['peak_rss_bytes'] / 1e9:6.2f} GB (own {record['peak_own_bytes'] / 1e9:.2f})  "
+        f"engine {record['engine_bytes'] / 1e6:9.1f} MB, weights {record['weights_bytes'] / 1e6:9.1f} MB"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""ONNX files opened lazily: the graph, and the places of its tensors in the external data beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from nirvana_deploy.errors import NirvanaError
+
+
+def read_initializer(value: ir.Value) -> NDArray[Any]:
+    """An initializer's values in memory of their own; what was mapped of its file is unmapped again."""
+    return read_tensor(value.const_value)
+
+
+def read_tensor(tensor: ir.TensorProtocol | None) -> NDArray[Any]:
+    """The values of a tensor, as :func:`read_initializer` gives them."""
+    if tensor is None:
+        raise ValueError("not an initializer")
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.array(tensor.numpy())
+    array = np.array(tensor.numpy())
+    tensor.release()
+    return array
+
+
+def load_model(path: Path) -> ir.Model:
+    """The graph at ``path``, quantized or not; no weight is read.
+
+    Raises NirvanaError when it is not ONNX, or its external data is missing, too short or elsewhere.
+    """
+    if not path.is_file():
+        raise NirvanaError(f"{path} does not exist.", hint="nirvana-deploy export CHECKPOINT --out DIR")
+    try:
+        model = ir.load(path)
+    except (DecodeError, ValueError) as error:
+        raise NirvanaError(f"{path} is not a valid ONNX model: {error}.") from error
+    _check_external_data(model, path)
+    return model
+
+
+def _externals(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield value.const_value
+
+
+def data_files(model: ir.Model) -> set[str]:
+    """Names of the external-data files that the graph refers to."""
+    return {str(tensor.location) for tensor in _externals(model)}
+
+
+def _check_external_data(model: ir.Model, path: Path) -> None:
+    """Every external tensor lies within a file of the same folder."""
+    for tensor in _externals(model):
+        location = Path(tensor.location)
+        data = path.parent / location
+        if location.is_absolute() or not data.resolve().is_relative_to(path.parent.resolve()):
+            raise NirvanaError(f"{path} places {tensor.name!r} outside its folder: {str(location)!r}.")
+        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        size = data.stat().st_size if data.is_file() else -1
+        if size < end:
+            state = "is not there" if size < 0 else f"ends at byte {size}"
+            raise NirvanaError(
+                f"{path} places {tensor.name!r} up to byte {end} of {location}, which {state}.",
+                hint="Copy the folder again as a whole, or export it again.",
+            )
