@@ -17,7 +17,7 @@ from .common import TerminalProgress, echo_json, json_option
     type=click.Choice(["fp32", "fp16", "bf16"]),
     default="fp32",
     show_default=True,
-    help="Type of weights, activations, KV cache and logits; norms, angles and softmax stay float32.",
+    help="Type of weights, activations, KV cache and logits; norms and angles stay float32.",
 )
 @click.option(
     "--flavor",

@@ -40,6 +40,8 @@ def verify(out: Path, model: str | None, runtime: str | None, threads: int | Non
 
     progress = TerminalProgress()
     if model is not None:
+        if runtime is not None:
+            raise click.UsageError("--runtime goes with an output folder, --checkpoint with an ONNX folder.")
         result = verifying.verify_onnx_folder(out, model=model, threads=threads, progress=progress)
     else:
         result = verifying.verify_folder(out, threads=threads, runtime=runtime, progress=progress)

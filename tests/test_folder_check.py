@@ -146,4 +146,6 @@ def test_an_onnx_folder_alone_is_verified(exported: tuple[Path, Path], folder: P
     )
     assert result.exit_code == 0, result.output
     assert "ONNX checker, external" in result.output and "whole" in result.output
+    both = CliRunner().invoke(verify, [str(folder), "--checkpoint", "x", "--runtime", "onnxruntime-cpu"])
+    assert both.exit_code == 2 and "--runtime goes with an output folder" in both.output
     assert "FAILED" not in result.output and "sha256" not in result.output
