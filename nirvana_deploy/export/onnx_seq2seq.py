@@ -3,6 +3,10 @@
 Encoder and decoder both look tokens up in the embedding, which a tied head reads once more: it lies on disk
 once, and a runtime that maps the file holds its pages once for both sessions. ``config.json`` lies beside
 the graphs, since optimum and transformers.js read it; it names transformers' own class and no code.
+
+These files ran on random weights only: in ONNX Runtime and transformers.js 4.3, dense and pruned, and in
+optimum-onnx 0.1, which makes the empty cache of the first step from config.json and so takes dense models
+whose num_heads x d_kv is d_model. onnxruntime-genai 0.18 knows no T5: there is no genai_config.json.
 """
 
 from __future__ import annotations
