@@ -231,22 +231,22 @@ def standard_error(values: Any) -> float | None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line per settings, sparsity and saliency; perplexity as the median of the seeds (range)."""
+    """Markdown: a line per sparsity, saliency and settings; perplexity as the median of the seeds (range)."""
     lines = [
-        "| sparsity | saliency | seeds | gamma 1 | gamma M/A | gamma auto | KL, gamma auto | "
+        "| sparsity | saliency | allocation | seeds | gamma 1 | gamma M/A | gamma auto | KL, gamma auto | "
         "seed of least KL, gamma auto |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
 
     def group(row: Row) -> tuple[Any, ...]:
-        return json.dumps(row["settings"]), row["sparsity"], row["saliency"]
+        return row["sparsity"], row["saliency"], row["settings"]["allocation"], json.dumps(row["settings"])
 
-    for (_, sparsity, saliency), members in grouped(rows, group):
+    for (sparsity, saliency, allocation, _), members in grouped(rows, group):
         usual = members[0]["default_gamma"]
         by_gamma = dict(grouped(members, lambda row: row["gamma"]))
         auto = [least_heldout(same) for _, same in grouped(members, lambda row: row["seed"])]
         selected = least_heldout(auto)
-        cells = [f"{sparsity:g}", saliency, str(len(auto))]
+        cells = [f"{sparsity:g}", saliency, allocation, str(len(auto))]
         cells += [spread(by_gamma.get(1.0, [])), spread(by_gamma.get(usual, [])), spread(auto)]
         cells += [f"{np.median([row['kl'] for row in auto]):.3f}", f"{selected['perplexity']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -51,7 +51,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, rows: list[Row]) -> None:
     """Append to ``rows``, and to the file, the candidates of the other corpora that are not there yet."""
-    [settings] = {json.dumps(row["settings"]) for row in read_rows(options.quality)}
+    settings = json.dumps(read_rows(options.quality)[0]["settings"])
     agreed = json.loads(settings)
     for name in ("eval_windows", "heldout_windows", "num_sequences", "allocation"):
         setattr(options, name, agreed[name])
@@ -75,7 +75,13 @@ def measure(options: argparse.Namespace, rows: list[Row]) -> None:
 
 def table(rows: Sequence[Row], *, sparsity: float = 0.4) -> str:
     """Markdown: ever wider choices, what the least KL took from each, and what else it could have been."""
-    candidates = [row for row in rows if row["sparsity"] == sparsity and row["saliency"] in WHOLE_GRID]
+    candidates = [
+        row
+        for row in rows
+        if row["sparsity"] == sparsity
+        and row["saliency"] in WHOLE_GRID
+        and row["settings"]["allocation"] == "global"
+    ]
     if not candidates:
         return "Nothing to choose from yet."
     own = [row for row in candidates if "corpus" not in row]

@@ -130,8 +130,16 @@ SALIENCIES: dict[str, Saliency] = {
         says="|w * df/dw|, f = mean over positions of the strongest logit (label-free)",
     ),
     "taylor": Saliency(next_token_loss, next_token_loss_gradient, says="|w * dL/dw|, L = next-token loss"),
-    "wanda-sp": Saliency(None, features=wanda_sp, says="|w| times the norm of its input, of o and down"),
-    "flap": Saliency(None, features=flap, says="variance of the inputs of o and down times their weights"),
+    "wanda-sp": Saliency(
+        None,
+        features=wanda_sp,
+        says="|w| times the norm of its input, of o and down; for --allocation uniform",
+    ),
+    "flap": Saliency(
+        None,
+        features=flap,
+        says="variance of the inputs of o and down times their weights; for --allocation uniform",
+    ),
     "magnitude": Saliency(None, says="|w|"),
     "random": Saliency(
         None, reads_weights=False, says="uniform noise by seed; the floor of every comparison"
