@@ -28,6 +28,7 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.ort import OrtDecoder
 from nirvana_deploy.model.checkpoint import load_tokenizer
 from nirvana_deploy.package.triton import TritonModel, TritonTensor, triton_from_onnx, write_repository
+from nirvana_deploy.packaging import package_triton
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 
 TEXT = "Whatever it says, it says it"
@@ -273,6 +274,10 @@ def test_the_command_writes_a_repository(onnx_folder: Path, tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     nothing = CliRunner().invoke(package, [str(tmp_path / "empty"), "--triton"])
     assert isinstance(nothing.exception, NirvanaError) and "onnx/model.onnx" in nothing.exception.message
+    (tmp_path / "seq2seq").mkdir()
+    (tmp_path / "seq2seq" / "encoder_model.onnx").touch()
+    with pytest.raises(NirvanaError, match="An encoder-decoder cannot be packaged"):
+        package_triton(tmp_path / "seq2seq")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "model.onnx").write_bytes((onnx_folder / "model.onnx").read_bytes())
     with pytest.raises(NirvanaError, match=r"no genai_config\.json"):
