@@ -109,7 +109,7 @@ def variants(out: Path, work: Path) -> dict[str, Path]:
     if not folders[BUILDER].exists():
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(dense)]
         command += ["-o", str(folders[BUILDER]), "-p", "int4", "-e", "cpu", "-c", str(work / "cache")]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return folders
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -308,3 +311,26 @@ def test_useless_activations_are_refused(
     ):
         quantize_onnx(tmp_path / "odd", tmp_path / "q", scheme="w4", calibration=tokens)
     assert not (tmp_path / "q").exists()
+
+
+def _memory_record(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """What benchmarks/quantize_memory.py writes; it promises a peak of at most 6 GB."""
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "quantize_memory.py"
+    command = [sys.executable, str(script), *arguments, "--folder", str(tmp_path)]
+    file = tmp_path / "record.json"
+    run = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    record: dict[str, Any] = json.loads(file.read_text())
+    return record
+
+
+def test_memory_of_a_tiny_model_is_measured(tmp_path: Path) -> None:
+    record = _memory_record(tmp_path, "tiny", "--rounding", "gptq")
+    assert record["coverage"].startswith("29/29 linears") and record["peak_rss_bytes"] > 0
+    assert record["weights_bytes"] < record["float_bytes"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    peaks = [_memory_record(tmp_path, "1b", "--layers", n)["peak_rss_bytes"] for n in ("2", "16")]
+    assert peaks[1] < 1.5 * peaks[0]

@@ -26,9 +26,10 @@ from nirvana_deploy.quantize.rounding import RoundedWeight
 
 WRITINGS = {"ort": "ONNX Runtime and onnxruntime-genai", "tensorrt": "TensorRT, and ONNX Runtime as well"}
 ACCURACY_LEVEL = 4
-PER_CHANNEL_BLOCK = 64
-"""Block size that a MatMulNBits of one scale per channel is given, the scale repeated: the fastest measured
-for 8 bits at decode, and activations are rounded in blocks of the same size."""
+PER_CHANNEL_BLOCK = 32
+"""Block size that a MatMulNBits of one scale per channel is given, the scale repeated. Activations are
+rounded in blocks of this size too: on SmolLM2 that alone costs a KL of 0.0028 in blocks of 32 and 0.0064 in
+blocks of 64, which are hardly faster."""
 
 
 def write_rounded(
