@@ -51,6 +51,14 @@ from .common import (
     help="Quantize the pruned model too, on the same calibration set; may be repeated. "
     "int8: weights and activations; w8, w4: weights alone.",
 )
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    type=click.Choice(["tensorrt-rtx", "tensorrt"]),
+    help="Build float16 engines too, of dense, pruned and quantized models; may be repeated. tensorrt-rtx "
+    "builds without a GPU. 'build-engine' has all options.",
+)
 @threads_option
 @json_option
 def prune_export(model: str, as_json: bool, **options: Any) -> None:
@@ -61,7 +69,7 @@ def prune_export(model: str, as_json: bool, **options: Any) -> None:
     \b
     Examples:
       nirvana-deploy prune-export smollm2 --sparsity 0.4
-      nirvana-deploy prune-export smollm2 --sparsity 0.2 --quantize int8 --quantize w4
+      nirvana-deploy prune-export smollm2 --sparsity 0.2 --quantize int8 --quantize w4 --engine tensorrt-rtx
       nirvana-deploy prune-export ./my-llama --sparsity 0.3 --calib notes.txt --out my-llama-small
     """
     require_sparsity(options)

@@ -57,16 +57,41 @@ def engine_from_output(
     name: str | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Path, ...]:
-    """Build the engine of a variant of the output folder ``out``, into ``out``/engine; records a stage.
+    """Build the engine of a variant of the output folder ``out``; as :func:`build_engine`, always anew."""
+    return build_engine(
+        Run.open(out, progress=progress),
+        variant=variant,
+        dtype=dtype,
+        kv=kv,
+        quantize=quantize,
+        lengths=lengths,
+        options=options,
+        name=name,
+        redo=True,
+    )
+
+
+def build_engine(
+    run: Run,
+    *,
+    variant: str = PRUNED,
+    dtype: str = "fp16",
+    kv: str = "concat",
+    quantize: str | None = None,
+    lengths: Lengths | None = None,
+    options: BuilderOptions | None = None,
+    name: str | None = None,
+    redo: bool = False,
+) -> tuple[Path, ...]:
+    """Build the engine of a variant of a run, into its folder ``engine``: a stage called engine-<name>.
 
     ``variant`` is "pruned" or "dense". An int8 engine takes the decisions of ``onnx-int8``, a w4 or w8 engine
     those of ``onnx-w4`` or ``onnx-w8`` where it is there (block size, rounding), and the run's own
     calibration windows where the rounding needs them. Returns the engine files: two of an encoder-decoder.
     """
-    run = Run.open(out, progress=progress)
     if variant not in (PRUNED, DENSE):
         raise NirvanaError(f"Unknown variant {variant!r}; engines are made of {PRUNED} and {DENSE}.")
-    checkpoint = out / CHECKPOINT if variant == PRUNED else Path(run.manifest["model"]["path"])
+    checkpoint = run.out / CHECKPOINT if variant == PRUNED else Path(run.manifest["model"]["path"])
     if not checkpoint.is_dir():
         raise NirvanaError(
             f"The checkpoint of {variant} is not at {checkpoint}.",
@@ -74,8 +99,7 @@ def engine_from_output(
         )
     options = options or BuilderOptions(RTX)
     name = name or engine_name(variant, dtype=dtype, kv=kv, quantize=quantize, runtime=options.runtime)
-    folder = out / ENGINES
-    paths: list[Path] = []
+    folder = run.out / ENGINES
 
     def work() -> dict[str, Any]:
         decided = _decisions(run, variant, quantize)
@@ -92,15 +116,14 @@ def engine_from_output(
             calibration=decided.calibration,
             lengths=lengths,
             options=options,
-            progress=progress,
+            progress=run.progress,
         )
-        paths.extend(engine.path for engine in engines)
         return {"engines": [_summary(engine) for engine in engines]}
 
     names = [name, f"{name}-encoder", f"{name}-decoder"]
     outputs = [f"{ENGINES}/{one}{end}" for one in names for end in (ENGINE_SUFFIX, ".json", ".log")]
-    run.stage(f"engine-{name}", [*outputs, f"{ENGINES}/{name}-onnx"], work, redo=True)
-    return tuple(paths)
+    result = run.stage(f"engine-{name}", [*outputs, f"{ENGINES}/{name}-onnx"], work, redo=redo)
+    return tuple(folder / f"{engine['name']}{ENGINE_SUFFIX}" for engine in result["engines"])
 
 
 def engines_from_onnx_folder(
@@ -157,8 +180,11 @@ def _summary(engine: BuiltEngine) -> dict[str, Any]:
         "dtype": record.dtype,
         "quantization": record.quantization,
         "kv": record.kv,
+        "runtime": f"{record.runtime} {record.runtime_version}",
         "targets": list(record.targets),
         "engine_bytes": record.engine_bytes,
         "weights_bytes": record.weights_bytes,
+        "fused_attentions": record.layers.get("ATTENTION", 0),
+        "build_seconds": record.build.seconds,
         "compared_constants": len(engine.check.compared_values),
     }

@@ -13,6 +13,9 @@ from typing import Any, Literal
 from nirvana_deploy.artifact import read_json, require_free_bytes
 from nirvana_deploy.deploying import quantize as quantize_stage
 from nirvana_deploy.deploying import require_quantized
+from nirvana_deploy.engine.loading import MODULES, tensorrt_module
+from nirvana_deploy.engine.targets import BuilderOptions
+from nirvana_deploy.engines import build_engine
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.export.graph import GraphOptions
@@ -48,7 +51,7 @@ from nirvana_deploy.stages import (
     verify,
     write_pages,
 )
-from nirvana_deploy.variants import PLAN_FILE, PRUNED, SCHEMES, variant_named
+from nirvana_deploy.variants import DENSE, PLAN_FILE, PRUNED, SCHEMES, variant_named
 
 _AUTO_SALIENCIES = ("nirvana", "taylor")
 
@@ -86,6 +89,7 @@ def prune_export(
     baseline: bool = True,
     run_benchmark: bool = True,
     quantize: Sequence[str] = (),
+    engines: Sequence[str] = (),
     threads: int | None = None,
     until: Literal["checkpoint", "report"] = "report",
     resume: bool = False,
@@ -110,14 +114,18 @@ def prune_export(
     ONNX Runtime's CPU, where its quality is computed in float32 and nothing is timed. ``baseline`` False
     leaves the dense model out of export and measurements, and with it everything relative. ``quantize`` lists
     schemes ("int8", "w8", "w4") in which the pruned model is quantized too, on the same calibration windows,
-    each a variant of its own in the report. ``until`` "checkpoint" stops after plan.json and checkpoint/;
-    ``resume`` continues from there.
+    each a variant of its own in the report. ``engines`` lists runtimes ("tensorrt-rtx", "tensorrt") for which
+    engines are built, in float16, of the dense, the pruned and each quantized model. ``until`` "checkpoint"
+    stops after plan.json and checkpoint/; ``resume`` continues from there.
 
     Raises NirvanaError for the user's problems and VerificationError when the exported model does not
     compute what the checkpoint computes, or a quantized one does not run in integer kernels.
     """
     for scheme in quantize:
         look_up(scheme, {name: name for name in SCHEMES}, what="scheme")
+    for engine in engines:
+        look_up(engine, MODULES, what="engine")
+        tensorrt_module(engine)
     saliencies = _AUTO_SALIENCIES if saliency == "auto" else _listed(saliency)
     for name in saliencies:
         saliency_named(name)
@@ -166,6 +174,7 @@ def prune_export(
             "baseline": baseline,
             "benchmark": run_benchmark,
             "quantize": list(quantize),
+            "engines": list(engines),
             "threads": threads,
         }
     run = Run.begin(
@@ -222,6 +231,8 @@ def prune_export(
     quantized = {}
     if all(result.passed for result in report.values()):
         quantized = {scheme: quantize_stage(run, scheme) for scheme in dict.fromkeys(quantize)}
+        for engine in dict.fromkeys(engines):
+            _build_engines(run, engine, quantize=quantize, baseline=baseline)
         quality(run, threads=threads)
         if run_benchmark:
             speed(run, workload=Workload(threads=threads))
@@ -238,6 +249,15 @@ def prune_export(
         benchmark=read_json(measured) if run_benchmark else None,
         report=page,
     )
+
+
+def _build_engines(run: Run, runtime: str, *, quantize: Sequence[str], baseline: bool) -> None:
+    """Engines of all that the run made, in the precision that the runtime's fused attention takes."""
+    options = BuilderOptions(runtime)
+    for scheme in (None, *dict.fromkeys(quantize)):
+        build_engine(run, quantize=scheme, options=options)
+    if baseline:
+        build_engine(run, variant=DENSE, options=options)
 
 
 def _listed(text: str) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ _VERSIONS = (
     "numpy",
 )
 
-_MAY_CHANGE = ("baseline", "benchmark", "quantize", "threads")
+_MAY_CHANGE = ("baseline", "benchmark", "engines", "quantize", "threads")
 """Options that a resumed run may change: they add stages and change none that is finished."""
 
 

@@ -244,6 +244,29 @@ def test_fewer_integer_kernels_than_promised_are_said_first(tmp_path: Path) -> N
     assert caution in markdown and markdown.index(caution) < markdown.index("| Headline")
 
 
+def test_engines_are_listed_with_what_they_were_built_for(tmp_path: Path) -> None:
+    records = frozen_records()
+    assert records.manifest is not None
+    engine = {
+        "name": "pruned-w4",
+        "dtype": "fp16",
+        "quantization": "w4",
+        "kv": "concat",
+        "runtime": "tensorrt-rtx 1.7.1",
+        "targets": ["sm86", "sm89"],
+        "engine_bytes": 120_000_000,
+        "weights_bytes": 99_000_000,
+        "fused_attentions": 30,
+        "build_seconds": 9.4,
+        "compared_constants": 12,
+    }
+    records.manifest["stages"]["engine-pruned-w4"] = {"files": {}, "result": {"engines": [engine]}}
+    markdown, html = report_of(tmp_path, records)
+    row = ["pruned-w4 (fp16, cache concat)", "tensorrt-rtx 1.7.1", "120 MB", "99.0 MB", "30", "9.40 s"]
+    assert f"| {' | '.join(row)} | sm86, sm89 |" in markdown
+    assert "sm86, sm89" in html
+
+
 def test_summary_reads_medians_and_says_the_change() -> None:
     rows = {row[0]: row[1:] for row in summary_table(frozen("benchmark")).rows}
     assert rows["Weight file"] == ("538 MB", "368 MB", "\N{MINUS SIGN}31.6%")

@@ -1,4 +1,4 @@
-"""What the report says of quantized models: how many linears run in integers, what it saved and cost.
+"""What the report says of quantized models and engines: what runs in integers, what was built for which GPUs.
 
 Reads the manifest's stages and benchmark.json alone; opens no model.
 """
@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nirvana_deploy.measure.inspection import Records, complete
-from nirvana_deploy.measure.table import ABSENT, format_bytes, format_number
+from nirvana_deploy.measure.table import ABSENT, format_bytes, format_number, format_seconds
 
 QUANTIZED_HEADERS = ("Scheme", "Linears in integer kernels", "Weight file", "KL to its float model")
+ENGINE_HEADERS = ("Engine", "For", "Size", "Weights", "Fused attentions", "Built in", "GPUs")
 _STAGE = "onnx-"
+_ENGINE_STAGE = "engine-"
 
 
 def quantized_rows(records: Records) -> tuple[tuple[str, ...], ...]:
@@ -27,6 +29,28 @@ def quantized_rows(records: Records) -> tuple[tuple[str, ...], ...]:
         for scheme, result in _quantized(records)
         for coverage in (result["coverage"],)
     )
+
+
+def engine_rows(records: Records) -> tuple[tuple[str, ...], ...]:
+    """One row for each engine of the folder; see ENGINE_HEADERS."""
+    rows = []
+    for name, stage in ((records.manifest or {}).get("stages") or {}).items():
+        if not name.startswith(_ENGINE_STAGE):
+            continue
+        with complete(f"manifest.json: the result of stage {name!r}"):
+            rows += [
+                (
+                    f"{engine['name']} ({engine['dtype']}, cache {engine['kv']})",
+                    engine["runtime"],
+                    format_bytes(engine["engine_bytes"]),
+                    format_bytes(engine["weights_bytes"]),
+                    f"{engine['fused_attentions']:,}",
+                    format_seconds(engine["build_seconds"]),
+                    ", ".join(engine["targets"]),
+                )
+                for engine in stage["result"]["engines"]
+            ]
+    return tuple(rows)
 
 
 def quantization_caution(records: Records) -> str | None:

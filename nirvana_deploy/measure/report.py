@@ -325,6 +325,8 @@ def report_context(records: Records) -> dict[str, Any]:
         "summary": summary_table(records.benchmark) if records.benchmark else None,
         "quantized_headers": deployed_page.QUANTIZED_HEADERS,
         "quantized": deployed_page.quantized_rows(records),
+        "engine_headers": deployed_page.ENGINE_HEADERS,
+        "engines": deployed_page.engine_rows(records),
         "details": details(records),
         "kernel": _kernel(records),
         "tasks": _task_rows(records),
