@@ -136,6 +136,22 @@ def test_a_quantized_variant_stands_beside_its_float_model(
     assert f"| int8 | {coverage['promised']} of {coverage['promised']} |" in (out / "report.md").read_text()
 
 
+def test_engines_of_every_model_are_stages_of_the_run(finished: Path, model: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx (pip install 'nirvana-deploy[rtx]')")
+    out = copied(finished, tmp_path)
+    pipeline.prune_export(model, out=out, resume=True, engines=["tensorrt-rtx"], **OPTIONS)
+    stages = stages_of(out)
+    assert list(stages).index("engine-pruned") < list(stages).index("quality")
+    for name in ("pruned", "dense"):
+        (engine,) = stages[f"engine-{name}"]["result"]["engines"]
+        assert (out / f"engine/{name}.engine").stat().st_size == engine["engine_bytes"] > 0
+        assert f"engine/{name}.engine" in stages[f"engine-{name}"]["files"]
+        assert f"| {name} (fp16, cache concat) |" in (out / "report.md").read_text()
+    before = (out / "engine/pruned.engine").stat().st_mtime_ns
+    pipeline.prune_export(model, out=out, resume=True, engines=["tensorrt-rtx"], **OPTIONS)
+    assert (out / "engine/pruned.engine").stat().st_mtime_ns == before
+
+
 def test_linears_that_do_not_run_in_integers_are_reported_and_exit_with_3(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,8 +70,11 @@ def _quantized(records: Records) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _kl_vs_parent(records: Records, scheme: str) -> float | None:
-    for variant in (records.benchmark or {}).get("variants") or ():
-        if str(variant["name"]).endswith(f"-{scheme}"):
-            value: float | None = (variant.get("quality") or {}).get("kl_vs_parent")
+    """As the quality stage measured it, or as benchmark.json has it."""
+    measured = (records.stage("quality").get("result") or {}).get("variants") or {}
+    of_benchmark = {v["name"]: v.get("quality") for v in (records.benchmark or {}).get("variants") or ()}
+    for name, quality in {**of_benchmark, **measured}.items():
+        if str(name).endswith(f"-{scheme}"):
+            value: float | None = (quality or {}).get("kl_vs_parent")
             return value
     return None
