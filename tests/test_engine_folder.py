@@ -16,12 +16,14 @@ from test_t5 import write_t5
 
 from nirvana_deploy.artifact import sha256_of
 from nirvana_deploy.cli.main import commands
+from nirvana_deploy.engine.fp8 import FP8_TARGETS, round_to_fp8
 from nirvana_deploy.engine.from_checkpoint import engines_from_checkpoint
 from nirvana_deploy.engine.record import read_engine_record
 from nirvana_deploy.engine.seq2seq import drop_cache_branch
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import DECODER_FILE
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.export.ort import OrtDecoder
 from nirvana_deploy.pipeline import prune_by_plan
 from nirvana_deploy.prune.plan import write_plan
 from nirvana_deploy.quantize.choose import apply_to
@@ -117,8 +119,8 @@ def test_int8_without_decisions_names_the_command(output: Path, tmp_path: Path) 
         engines_from_checkpoint(output / "checkpoint", tmp_path, name="q", quantize="int8")
     with pytest.raises(NirvanaError, match="not in fp32"):
         engines_from_checkpoint(output / "checkpoint", tmp_path, name="q", quantize="w4", dtype="fp32")
-    with pytest.raises(NirvanaError, match=r"(?s)fp8 has no quantizer here.*--quantize w8"):
-        engines_from_checkpoint(output / "checkpoint", tmp_path, name="q", quantize="fp8")
+    with pytest.raises(NirvanaError, match=r"(?s)needs Ada or newer, and sm86 is older.*--quantize w8"):
+        engines_from_checkpoint(output / "checkpoint", tmp_path, name="q", quantize="fp8", options=SMALL)
     with pytest.raises(NirvanaError, match="Unknown KV form 'paged'"):
         engines_from_checkpoint(output / "checkpoint", tmp_path, name="q", kv="paged")
 
@@ -257,3 +259,28 @@ def test_both_runtimes_quantize_by_the_same_rules(output: Path, spec: Int8Spec, 
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": np.array([0.25, 0.75, -0.25, -0.75, 100, -100], np.float32)})
     assert found.tolist() == [0, 2, 0, -2, 127, -128]
+
+
+def test_fp8_weights_build_for_ada_and_newer(output: Path, tmp_path: Path) -> None:
+    (engine,) = engines_from_checkpoint(
+        output / "checkpoint", tmp_path, name="q", quantize="fp8", lengths=LENGTHS
+    )
+    record = engine.record
+    assert (record.quantization, record.targets) == ("fp8", FP8_TARGETS)
+    assert record.layers["DEQUANTIZE"] == 14 and record.layers["ATTENTION_INPUT"] == 2
+    # the file that was built computes the model, up to the rounding of its weights
+    exported = onnx_from_checkpoint(output / "checkpoint", tmp_path / "float", dtype="fp16").path
+    tokens = np.random.default_rng(0).integers(3, 272, size=(2, 9))
+    expected, _ = OrtDecoder(exported).prefill(tokens)
+    found, _ = OrtDecoder(tmp_path / "q-onnx").prefill(tokens)
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+    assert np.abs(found - expected).max() > 0
+
+
+def test_fp8_codes_are_the_nearest() -> None:
+    weight = np.array([[448.0, 0.0], [17.0, 0.0], [-300.0, 0.0]], dtype=np.float32)
+    codes, scale = round_to_fp8(weight, np.dtype(np.float32))
+    assert scale[0] == 1.0 and scale[1] > 0
+    # 3 bits of mantissa: 17 lies between 16 and 18, the tie goes to even; 300 between 288 and 320
+    assert codes.astype(np.float32)[:, 0].tolist() == [448.0, 16.0, -288.0]
+    assert not codes.astype(np.float32)[:, 1].any()

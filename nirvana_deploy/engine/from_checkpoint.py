@@ -9,16 +9,18 @@ tool takes to build the same engine elsewhere.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.engine.build import BuiltEngine, engine_from_onnx
+from nirvana_deploy.engine.fp8 import FP8_TARGETS, rewrite_fp8
 from nirvana_deploy.engine.loading import tensorrt_module
 from nirvana_deploy.engine.profile import Lengths
 from nirvana_deploy.engine.seq2seq import drop_cache_branch
-from nirvana_deploy.engine.targets import BuilderOptions
+from nirvana_deploy.engine.targets import RTX, BuilderOptions
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE, MODEL_FILE
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
@@ -57,16 +59,19 @@ def engines_from_checkpoint(
 
     ``kv`` is "concat" (a cache that grows) or "in-place" (of fixed length, ``lengths.max_length`` or 2048
     tokens, updated where it lies). ``quantize`` is "int8", applied from ``int8_spec``; "w8" or "w4" (blocks
-    of ``block_size``, ``rounding`` as in ``quantize_onnx``, on ``calibration`` where it is calibrated). An
-    encoder-decoder gives two engines, ``name``-encoder and ``name``-decoder.
+    of ``block_size``, ``rounding`` as in ``quantize_onnx``, on ``calibration`` where it is calibrated); "fp8"
+    (weights alone, for sm89 and newer). An encoder-decoder gives two engines, ``name``-encoder and
+    ``name``-decoder.
 
     Raises NirvanaError for a combination that does not exist, and what :func:`engine_from_onnx` raises.
     """
     flavor = look_up(kv, KV_FORMS, what="KV form")
-    options, lengths = options or BuilderOptions("tensorrt-rtx"), lengths or Lengths()
+    options, lengths = options or BuilderOptions(RTX), lengths or Lengths()
     tensorrt_module(options.runtime)  # before the work of the export
     shape = shape_from_config(config_json(checkpoint))
-    _require_possible(shape, dtype=dtype, kv=kv, quantize=quantize, int8_spec=int8_spec)
+    _require_possible(shape, dtype=dtype, kv=kv, quantize=quantize, int8_spec=int8_spec, options=options)
+    if quantize == "fp8" and options.runtime == RTX:
+        options = replace(options, targets=options.targets or FP8_TARGETS)
     onnx = out / f"{name}-onnx"
     exported = onnx if quantize is None else out / f".{name}-float"
     try:
@@ -80,6 +85,10 @@ def engines_from_checkpoint(
         )
         if int8_spec is not None and quantize == "int8":
             _apply_int8(exported, onnx, int8_spec, progress)
+        elif quantize == "fp8":
+            graphs = open_folder(exported)
+            record = record_of(scheme="fp8", linears=rewrite_fp8(graphs))
+            write_folder(exported, onnx, graphs, records={RECORD_FILE: record}, progress=progress)
         elif quantize is not None:
             quantize_onnx(
                 exported,
@@ -116,7 +125,13 @@ def engines_from_checkpoint(
 
 
 def _require_possible(
-    shape: ModelShape, *, dtype: str, kv: str, quantize: str | None, int8_spec: Int8Spec | None
+    shape: ModelShape,
+    *,
+    dtype: str,
+    kv: str,
+    quantize: str | None,
+    int8_spec: Int8Spec | None,
+    options: BuilderOptions,
 ) -> None:
     """Refuse what cannot be built, before the export."""
     if kv == "in-place" and shape.family.encoder_decoder:
@@ -124,11 +139,11 @@ def _require_possible(
             f"The cache of an encoder-decoder ({shape.family.name}) is not updated in place.",
             hint="--kv concat",
         )
-    if quantize == "fp8":
+    old = [target for target in options.targets or () if target not in FP8_TARGETS]
+    if quantize == "fp8" and old:
         raise NirvanaError(
-            "fp8 has no quantizer here. A graph with float8 weights behind DequantizeLinear builds for sm89 "
-            "and newer, and build-engine takes such an ONNX folder; nothing writes one yet.",
-            hint="--quantize w8 takes the same bytes and runs on every target.",
+            f"fp8 needs Ada or newer, and {', '.join(old)} is older.",
+            hint=f"--target {','.join(FP8_TARGETS)}, or --quantize w8, which takes the same bytes anywhere.",
         )
     if quantize is not None and dtype == "fp32":
         raise NirvanaError(

@@ -272,7 +272,8 @@ def _constant(trt: Any, layer: Any) -> Constant:
 
 def _weights(source: OnnxSource) -> list[str]:
     """Initializers that lie in external data: the model's own weights."""
-    return [name for name, tensor in source.initializers.items() if tensor.external_data]
+    stored = (name for name, tensor in source.initializers.items() if tensor.external_data)
+    return [name for name in stored if name not in source.zero_points]
 
 
 def _sampled(names: Sequence[str]) -> list[str]:

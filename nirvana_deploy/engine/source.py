@@ -38,6 +38,7 @@ _REFUSED = {
     "MatMulInteger": "an integer product without Q/DQ",
     "QLinearMatMul": "an integer product without Q/DQ",
 }
+_QDQ = ("QuantizeLinear", "DequantizeLinear")
 _FLAVORS = {
     "GroupQueryAttention": "--flavor portable, or --flavor static-cache for a cache updated in place",
     "MatMulNBits": "weights behind DequantizeLinear: build-engine --quantize w8 or w4 writes them so",
@@ -72,6 +73,8 @@ class OnnxSource:
     """The most outputs that an Attention of the graph has."""
     initializers: Mapping[str, onnx.TensorProto]
     """Name -> header of the tensor; its values lie in the external data, or in it when it is small."""
+    zero_points: frozenset[str]
+    """Initializers that are zero points: the parser checks that they are zero and keeps none."""
     context_tokens: int | None
     """The longest sequence that the model was made for, where a config beside the file says it."""
 
@@ -142,6 +145,9 @@ def read_source(path: Path) -> OnnxSource:
         operators=Counter(_operator(node) for node in graph.node),
         attention_outputs=max((len(n.output) for n in graph.node if n.op_type == "Attention"), default=0),
         initializers=weights,
+        zero_points=frozenset(
+            node.input[2] for node in graph.node if node.op_type in _QDQ and len(node.input) > 2
+        ),
         context_tokens=_context_tokens(path.parent),
     )
     missing = [file for file in source.data_files if not file.is_file()]
