@@ -60,6 +60,14 @@ def test_codes_are_the_nearest_of_their_scale(
             assert np.abs(wanted).max() <= high * (1 + 1e-6)  # the largest weight is reached, not clipped
 
 
+def test_channels_are_rounded_apart(weight: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = round_weight(weight, bits=4, block_size=32, search=True)
+    monkeypatch.setattr("nirvana_deploy.quantize.rounding._CHANNELS_AT_ONCE", 7)
+    parts = round_weight(weight, bits=4, block_size=32, search=True)
+    np.testing.assert_array_equal(parts.codes, whole.codes)
+    np.testing.assert_array_equal(parts.scales, whole.scales)
+
+
 def test_a_searched_scale_is_never_worse(weight: NDArray[np.float32]) -> None:
     energy = np.linspace(0.1, 5, K).astype(np.float32)
     for importance in (None, energy):

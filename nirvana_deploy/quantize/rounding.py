@@ -24,6 +24,9 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 _SEARCHED_SHARES = np.linspace(0.45, 1.0, 23)
 """Candidate scales of the search, as shares of the one that reaches the block's largest weight."""
 
+_CHANNELS_AT_ONCE = 2048
+"""Output channels rounded together: a head has a hundred thousand, and what is in between is float32."""
+
 
 @dataclass(frozen=True)
 class RoundedWeight:
@@ -91,12 +94,18 @@ def round_weight(
     among smaller ones, which clip it; ``importance`` [K] weighs the inputs in that error. Raises
     NirvanaError for weights that are not finite.
     """
-    values = checked(weight)
-    scales = block_scales(
-        values, bits=bits, block_size=block_size, search=search, importance=importance, dtype=scale_dtype
-    )
-    steps = per_row(scales.astype(np.float32), block_size, len(values))
-    codes = nearest_codes(values, steps, bits=bits).astype(np.int8)
+    K, N = weight.shape
+    dtype = np.dtype(np.float32) if scale_dtype is None else scale_dtype
+    codes = np.empty((K, N), dtype=np.int8)
+    scales: NDArray[Any] = np.empty((-(-K // block_size), N), dtype=dtype)
+    for start in range(0, N, _CHANNELS_AT_ONCE):
+        some = slice(start, start + _CHANNELS_AT_ONCE)
+        values = checked(weight[:, some])
+        scales[:, some] = block_scales(
+            values, bits=bits, block_size=block_size, search=search, importance=importance, dtype=dtype
+        )
+        steps = per_row(scales[:, some].astype(np.float32), block_size, K)
+        codes[:, some] = nearest_codes(values, steps, bits=bits)
     return RoundedWeight(codes=codes, scales=scales, bits=bits, block_size=block_size)
 
 
