@@ -38,6 +38,8 @@ from nirvana_deploy.quantize.spec import Int8Spec, record_of
 from nirvana_deploy.registry import look_up
 
 SCHEMES = ("int8", *BITS)
+ENOUGH_TOKENS = 4096
+"""Of calibration for int8: on SmolLM2, 512 tokens gave a KL of 0.12 where 4,096 gave 0.03."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,11 @@ def quantize_onnx(
             hint="--calib FILE, or quantize inside an output folder, which has its own.",
         )
     require_prefill(calibration)
+    if calibration.size < ENOUGH_TOKENS:
+        progress.note(
+            f"Calibration has {calibration.size:,} tokens. Static ranges clip what they did not see: with fewer "
+            f"than {ENOUGH_TOKENS:,} int8 loses several times more."
+        )
     if keep_fp < 0:
         raise NirvanaError(f"The number of linears to keep in float must be at least 0, got {keep_fp}.")
     if (note := slow_host_note()) is not None:
