@@ -111,8 +111,8 @@ def quantize_onnx(
     require_prefill(calibration)
     if calibration.size < ENOUGH_TOKENS:
         progress.note(
-            f"Calibration has {calibration.size:,} tokens. Static ranges clip what they did not see: with fewer "
-            f"than {ENOUGH_TOKENS:,} int8 loses several times more."
+            f"Calibration has {calibration.size:,} tokens. Static ranges clip what they did not see: with "
+            f"fewer than {ENOUGH_TOKENS:,} int8 may lose several times more."
         )
     if keep_fp < 0:
         raise NirvanaError(f"The number of linears to keep in float must be at least 0, got {keep_fp}.")
