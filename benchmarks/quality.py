@@ -248,7 +248,7 @@ def table(rows: Sequence[Row]) -> str:
         selected = least_heldout(auto)
         cells = [f"{sparsity:g}", saliency, allocation, str(len(auto))]
         cells += [spread(by_gamma.get(1.0, [])), spread(by_gamma.get(usual, [])), spread(auto)]
-        cells += [f"{np.median([row['kl'] for row in auto]):.3f}", f"{selected['perplexity']:.1f}"]
+        cells += [f"{np.median([row['kl'] for row in auto]):.3f}", spread([selected])]
         lines.append(f"| {' | '.join(cells)} |")
     dense = {f"{row['dense_perplexity']:.1f}" for row in rows}
     return "\n".join([*lines, "", f"Dense perplexity: {', '.join(sorted(dense))}."])
