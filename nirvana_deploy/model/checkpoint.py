@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +22,6 @@ from transformers.utils import logging as hf_logging
 
 from nirvana_deploy.artifact import read_json
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.model import modeling_nirvana
 from nirvana_deploy.model.families import FAMILIES, Family
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
@@ -51,7 +52,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     shape = shape_from_config(config)
     if "per_layer_config" not in config and "pruned_layers" not in config:
         return AutoConfig.for_model(**config)
-    config_class = getattr(modeling_nirvana, f"Nirvana{shape.family.config_class}")
+    config_class = getattr(_modeling(), f"Nirvana{shape.family.config_class}")
     return config_class.from_dict(config)
 
 
@@ -73,8 +74,13 @@ def stop_token_ids(config: PreTrainedConfig) -> frozenset[int]:
 def model_class(config: PreTrainedConfig, family: Family) -> type[PreTrainedModel]:
     """The class that computes a checkpoint: transformers' own, or ours when its layers differ."""
     if config.is_heterogeneous or hasattr(config, "pruned_layers"):
-        return getattr(modeling_nirvana, f"Nirvana{family.architecture}")  # type: ignore[no-any-return]
+        return getattr(_modeling(), f"Nirvana{family.architecture}")  # type: ignore[no-any-return]
     return getattr(transformers, family.architecture)  # type: ignore[no-any-return]
+
+
+def _modeling() -> ModuleType:
+    """The module of models whose layers differ; imported when one is met: it brings five more modules along."""
+    return importlib.import_module("nirvana_deploy.model.modeling_nirvana")
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
