@@ -79,7 +79,7 @@ def model_class(config: PreTrainedConfig, family: Family) -> type[PreTrainedMode
 
 
 def _modeling() -> ModuleType:
-    """The module of models whose layers differ; imported when one is met: it brings five more modules along."""
+    """The module of models whose layers differ; imported when one is met, for it brings others along."""
     return importlib.import_module("nirvana_deploy.model.modeling_nirvana")
 
 
