@@ -52,6 +52,9 @@ from .common import (
     "int8: weights and activations; w8, w4: weights alone.",
 )
 @click.option(
+    "--quantize-head", is_flag=True, help="Quantize lm_head as well: a large part of a small model."
+)
+@click.option(
     "--engine",
     "engines",
     multiple=True,

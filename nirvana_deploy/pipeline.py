@@ -89,6 +89,7 @@ def prune_export(
     baseline: bool = True,
     run_benchmark: bool = True,
     quantize: Sequence[str] = (),
+    quantize_head: bool = False,
     engines: Sequence[str] = (),
     threads: int | None = None,
     until: Literal["checkpoint", "report"] = "report",
@@ -114,9 +115,9 @@ def prune_export(
     ONNX Runtime's CPU, where its quality is computed in float32 and nothing is timed. ``baseline`` False
     leaves the dense model out of export and measurements, and with it everything relative. ``quantize`` lists
     schemes ("int8", "w8", "w4") in which the pruned model is quantized too, on the same calibration windows,
-    each a variant of its own in the report. ``engines`` lists runtimes ("tensorrt-rtx", "tensorrt") for which
-    engines are built, in float16, of the dense, the pruned and each quantized model. ``until`` "checkpoint"
-    stops after plan.json and checkpoint/; ``resume`` continues from there.
+    each a variant of its own in the report, ``quantize_head`` with lm_head. ``engines`` lists runtimes
+    ("tensorrt-rtx", "tensorrt") for which engines are built, in float16, of the dense, the pruned and each
+    quantized model. ``until`` "checkpoint" stops after plan.json and checkpoint/; ``resume`` continues.
 
     Raises NirvanaError for the user's problems and VerificationError when the exported model does not
     compute what the checkpoint computes, or a quantized one does not run in integer kernels.
@@ -177,6 +178,8 @@ def prune_export(
             "engines": list(engines),
             "threads": threads,
         }
+        if quantize:  # asked for at the first quantization, and the same from then on
+            options["quantize_head"] = quantize_head
     run = Run.begin(
         out,
         options=options,
@@ -230,7 +233,9 @@ def prune_export(
     report = verify(run, source, baseline=baseline, threads=threads)
     quantized = {}
     if all(result.passed for result in report.values()):
-        quantized = {scheme: quantize_stage(run, scheme) for scheme in dict.fromkeys(quantize)}
+        quantized = {
+            scheme: quantize_stage(run, scheme, head=quantize_head) for scheme in dict.fromkeys(quantize)
+        }
         for engine in dict.fromkeys(engines):
             _build_engines(run, engine, quantize=quantize, baseline=baseline)
         quality(run, threads=threads)

@@ -164,6 +164,19 @@ def test_linears_that_do_not_run_in_integers_are_reported_and_exit_with_3(
     assert "Quantization did not hold its promise" in (out / "report.md").read_text()
 
 
+def test_the_head_is_quantized_on_request_and_a_resumed_run_keeps_to_it(
+    finished: Path, model: str, tmp_path: Path
+) -> None:
+    out = copied(finished, tmp_path)
+    options = {**OPTIONS, "resume": True, "quantize": ["w8"], "baseline": False, "run_benchmark": False}
+    pipeline.prune_export(model, out=out, quantize_head=True, **options)
+    covered = stages_of(out)["onnx-w8"]["result"]["coverage"]
+    assert covered["found"] == covered["promised"]
+    assert "lm_head" in (out / "onnx-w8/quantization.json").read_text()
+    with pytest.raises(NirvanaError, match=r"quantize_head True, not False"):
+        pipeline.prune_export(model, out=out, **options)
+
+
 def test_a_variant_made_later_is_measured_by_the_next_run(finished: Path, model: str, tmp_path: Path) -> None:
     out = copied(finished, tmp_path)
     record = pipeline.quantize_folder(out, scheme="int8", smooth=0.5)
