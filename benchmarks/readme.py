@@ -1,6 +1,6 @@
 """Refresh what the README shows: its tables and its picture.
 
-    nirvana-deploy prune-export smollm2 --sparsity 0.4 --out demo
+    nirvana-deploy prune-export smollm2 --sparsity 0.4 --quantize int8 --quantize w4 --out demo
     python benchmarks/quality.py smollm2 --calib A --eval-text B --out benchmarks/results/quality.jsonl
     python benchmarks/selection.py smollm2 --calib A --eval-text B \\
         --quality benchmarks/results/quality.jsonl --out benchmarks/results/selection.jsonl
@@ -23,6 +23,7 @@ from typing import Any
 
 from consumers import section as where_it_runs  # the scripts beside this one
 from quality import read_rows, table
+from quantization import table as quantization_table
 from selection import table as selection_table
 
 from nirvana_deploy.measure.table import summary_table
@@ -34,6 +35,8 @@ PICTURE = RESULTS / "report.png"
 QUALITY = RESULTS / "quality.jsonl"
 SELECTION = RESULTS / "selection.jsonl"
 CONSUMERS = RESULTS / "consumers.json"
+QUANTIZATION = RESULTS / "quantization.json"
+DECODE_SPEED = RESULTS / "decode-speed.json"
 
 
 def measured_section(benchmark: dict[str, Any]) -> str:
@@ -44,12 +47,12 @@ def measured_section(benchmark: dict[str, Any]) -> str:
     gain, where, load = benchmark["comparisons"][0], benchmark["environment"], benchmark["workload"]
     decode, prefill = f"{gain['bound_tpot_speedup']:.2f}", f"{gain['bound_prefill_speedup']:.2f}"
     notes = [
-        f"Decode reaches {gain['tpot_share_of_bound']:.0%} of the speed-up that the removed bytes alone give",
-        f"({decode} times), prefill {gain['prefill_share_of_bound']:.0%} of what the removed operations",
+        f"Of the pruned model, decode reaches {gain['tpot_share_of_bound']:.0%} of the speed-up that the",
+        f"removed bytes alone give ({decode} times), prefill {gain['prefill_share_of_bound']:.0%} of what the removed operations",
         f"give at equal efficiency ({prefill} times).",
         f"Batch {load['batch_size']}, {load['prompt_tokens']} prompt tokens,",
         f"{load['new_tokens']} new ones, {load['repeats']} alternating rounds; {where['threads']} threads of",
-        f"{where['cpu']}, onnxruntime {where['onnxruntime']}, float32.",
+        f"{where['cpu']}, onnxruntime {where['onnxruntime']}.",
         f"Quality on {benchmark['evaluation']['source']}.",
     ]
     return "\n".join([*lines, "", *notes])
@@ -64,6 +67,38 @@ def quality_section() -> str:
 def consumers_section() -> str:
     """The README's table of consumers.json."""
     return where_it_runs(json.loads(CONSUMERS.read_text()))
+
+
+def quantization_section() -> str:
+    """The README's tables of quantization.json and decode-speed.json."""
+    parts = ((QUANTIZATION, quantization_table), (DECODE_SPEED, decode_section))
+    return "\n\n".join(write(json.loads(file.read_text())) for file, write in parts if file.is_file())
+
+
+def decode_section(record: dict[str, Any]) -> str:
+    """Decode of quantized models in onnxruntime-genai as a table, then what it promises."""
+    dense, where = record["variants"]["dense"]["p50_ms"], record["environment"]
+    lines = [
+        "| decode in onnxruntime-genai | weights MB | ms a token, median | times dense |",
+        "|---|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {name} | {v['weights_bytes'] / 1e6:.0f} | {v['p50_ms']:.2f} | {dense / v['p50_ms']:.2f} |"
+        for name, v in record["variants"].items()
+    ]
+    promises = [
+        f"{row['fast']} against {row['slow']}: {row['speedup']:.2f} times (p10 to p90 of rounds "
+        f"{row['speedup_p10_p90'][0]:.2f} to {row['speedup_p10_p90'][1]:.2f}; promised {row['promise']:g})"
+        for row in record["promises"]
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Head quantized in all but dense; {record['rounds']} rounds, {where['threads']} threads of "
+            f"{where['cpu']}. {'. '.join(promises)}.",
+        ]
+    )
 
 
 def with_section(readme: str, name: str, section: str) -> str:
@@ -111,6 +146,7 @@ def main() -> None:
     text = with_section(readme.read_text(), "quality", quality_section())
     if CONSUMERS.is_file():
         text = with_section(text, "consumers", consumers_section())
+    text = with_section(text, "quantization", quantization_section())
     if out is not None:
         benchmark = json.loads((out / "benchmark.json").read_text())
         RESULTS.mkdir(exist_ok=True)
