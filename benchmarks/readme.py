@@ -48,8 +48,8 @@ def measured_section(benchmark: dict[str, Any]) -> str:
     decode, prefill = f"{gain['bound_tpot_speedup']:.2f}", f"{gain['bound_prefill_speedup']:.2f}"
     notes = [
         f"Of the pruned model, decode reaches {gain['tpot_share_of_bound']:.0%} of the speed-up that the",
-        f"removed bytes alone give ({decode} times), prefill {gain['prefill_share_of_bound']:.0%} of what the removed operations",
-        f"give at equal efficiency ({prefill} times).",
+        f"removed bytes alone give ({decode} times), prefill {gain['prefill_share_of_bound']:.0%} of what",
+        f"the removed operations give at equal efficiency ({prefill} times).",
         f"Batch {load['batch_size']}, {load['prompt_tokens']} prompt tokens,",
         f"{load['new_tokens']} new ones, {load['repeats']} alternating rounds; {where['threads']} threads of",
         f"{where['cpu']}, onnxruntime {where['onnxruntime']}.",
