@@ -62,7 +62,7 @@ def verify_folder(
     damaged = [file for name in run.manifest["stages"] for file in run.damaged(name)]
     dense = Path(run.manifest["model"]["path"])
     checkpoints = {PRUNED: out / CHECKPOINT, DENSE: dense}
-    if (out / CHECKPOINT / "config.json").is_file() and (out / PLAN_FILE).is_file():
+    if not damaged and (out / CHECKPOINT / "config.json").is_file() and (out / PLAN_FILE).is_file():
         check_plan_was_cut(read_plan(out / PLAN_FILE), shape_from_config(config_json(out / CHECKPOINT)))
     reports = {
         name: verify_onnx(checkpoint, out / variant_named(name).folder, threads=threads, progress=progress)
