@@ -22,8 +22,11 @@ def report(out: Path, as_json: bool) -> None:
       nirvana-deploy report smollm2-s0.4
     """
     from nirvana_deploy.measure.report import write_report
+    from nirvana_deploy.run import MANIFEST, Run
 
     markdown, page = write_report(out)
+    if (out / MANIFEST).is_file() and "report" in (run := Run.open(out)).manifest["stages"]:
+        run.rehash("report")
     if as_json:
         click.echo(json.dumps({"schema": 1, "markdown": str(markdown), "html": str(page)}))
     else:

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import INTERRUPTIBLE, write_tiny
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy import NirvanaError, VerificationError, artifact, pipeline, stages, verifying
+from nirvana_deploy.cli.main import commands
 from nirvana_deploy.evaluating import evaluate_folder
 from nirvana_deploy.measure.benchmark import Workload
 from nirvana_deploy.quantize import quantize as quantize_module
@@ -310,6 +312,9 @@ def test_folder_commands_measure_and_check_again(finished: Path, tmp_path: Path)
     check = verifying.verify_folder(out, threads=1)
     assert check.damaged == [] and set(check.reports) == {"pruned", "dense"}
     check.require_passed()
+    (out / "report.md").write_text("lost")
+    assert CliRunner().invoke(commands, ["report", str(out)]).exit_code == 0
+    assert Run.open(out).damaged("report") == []
     (out / "plan.json").write_text("{}")
     with pytest.raises(VerificationError, match=r"1 files differ .*plan\.json"):
         verifying.verify_folder(out, threads=1).require_passed()
