@@ -133,11 +133,13 @@ def test_extras_are_those_of_pyproject() -> None:
             assert finding.fix.split("[")[1].split("]")[0] in declared
 
 
-def test_command_prints_the_findings(cache: Path) -> None:
+def test_command_prints_the_findings(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nirvana_deploy.cli.doctor import doctor as command
 
+    monkeypatch.setenv("COLUMNS", "400")  # no line is broken
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = CliRunner().invoke(command, ["--json"])
     findings = json.loads(result.stdout)["findings"]
     assert {finding["name"] for finding in findings} == by_name(examine()).keys()
     table = CliRunner().invoke(command).stdout
-    assert "datasets [data]" in table and "pip install 'nirvana-deploy[data]'" in table
+    assert "onnxruntime" in table and "pip install 'nirvana-deploy[cpu]'" in table
