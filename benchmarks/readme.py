@@ -95,7 +95,7 @@ def decode_section(record: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Head quantized in all but dense; {record['rounds']} rounds, {where['threads']} threads of "
+            f"Quantized models have their head quantized too; {record['rounds']} rounds, {where['threads']} threads of "
             f"{where['cpu']}. {'. '.join(promises)}.",
         ]
     )
