@@ -273,9 +273,11 @@ def table(record: dict[str, Any]) -> str:
             f"| {name} | {row['weights_bytes'] / 1e6:.0f} | {quality['kl_vs_dense']:.4f} +- {error or 0:.4f} "
             f"| {quality['perplexity']:.2f} | {covered} |"
         )
-    for comparison in record.get("speed", {}).get("comparisons", ()):
+    comparisons = record.get("speed", {}).get("comparisons", ())
+    lines += [""] if comparisons else []  # behind it the table ends
+    for comparison in comparisons:
         lines.append(
-            f"{comparison['variant']}: decode {comparison['tpot_speedup']:.2f}x, "
+            f"- {comparison['variant']}: decode {comparison['tpot_speedup']:.2f}x, "
             f"prefill {comparison['prefill_speedup']:.2f}x of {comparison['baseline']}"
         )
     return "\n".join(lines)

@@ -95,8 +95,8 @@ def decode_section(record: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Quantized models have their head quantized too; {record['rounds']} rounds, {where['threads']} threads of "
-            f"{where['cpu']}. {'. '.join(promises)}.",
+            f"Quantized models have their head quantized too; {record['rounds']} rounds, "
+            f"{where['threads']} threads of {where['cpu']}. {'. '.join(promises)}.",
         ]
     )
 
