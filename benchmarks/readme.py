@@ -36,6 +36,7 @@ QUALITY = RESULTS / "quality.jsonl"
 SELECTION = RESULTS / "selection.jsonl"
 CONSUMERS = RESULTS / "consumers.json"
 QUANTIZATION = RESULTS / "quantization.json"
+EXPORT = RESULTS / "export.json"
 DECODE_SPEED = RESULTS / "decode-speed.json"
 
 
@@ -73,6 +74,25 @@ def quantization_section() -> str:
     """The README's tables of quantization.json and decode-speed.json."""
     parts = ((QUANTIZATION, quantization_table), (DECODE_SPEED, decode_section))
     return "\n\n".join(write(json.loads(file.read_text())) for file, write in parts if file.is_file())
+
+
+def export_section() -> str:
+    """The README's table of export.json: what an export costs, and what its graph is worth."""
+    lines = [
+        "| exporter | CPU seconds | peak MB | nodes | prefill ms | decode ms a token |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in json.loads(EXPORT.read_text())["exporters"].items():
+        cost, latency = row["cost"], row["latency"]
+        cells = [
+            f"{cost['cpu_s']:.1f}",
+            f"{cost['peak_rss_bytes'] / 1e6:.0f}",
+            str(row["graph"]["nodes"]),
+            f"{latency['prefill_ms']['p50']:.0f}",
+            f"{latency['tpot_ms']['p50']:.1f}",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def decode_section(record: dict[str, Any]) -> str:
@@ -147,6 +167,7 @@ def main() -> None:
     if CONSUMERS.is_file():
         text = with_section(text, "consumers", consumers_section())
     text = with_section(text, "quantization", quantization_section())
+    text = with_section(text, "export", export_section())
     if out is not None:
         benchmark = json.loads((out / "benchmark.json").read_text())
         RESULTS.mkdir(exist_ok=True)

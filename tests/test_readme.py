@@ -35,6 +35,7 @@ def test_the_tables_are_what_the_records_say(monkeypatch: pytest.MonkeyPatch) ->
     assert readme.measured_section(json.loads(readme.RECORD.read_text())) in README
     assert readme.quality_section() in README
     assert readme.quantization_section() in README
+    assert readme.export_section() in README
     assert readme.consumers_section() in README
 
 
