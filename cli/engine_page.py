@@ -46,7 +46,14 @@ def engine_lines(path: Path, record: EngineRecord) -> Iterator[str]:
     yield from (f"  the builder warns: {warning}" for warning in record.log.warnings)
     digests = (f"{name} {digest[:12]}" for name, digest in record.onnx_sha256.items())
     yield f"  ONNX sha256: {', '.join(digests)}"
-    yield f"  the same by the vendor's tool: {record.trtexec}"
+    yield f"  the same by the vendor's tool: {_shortened(record.trtexec, 200)}"
+
+
+def _shortened(text: str, at_most: int) -> str:
+    """A command line of a deep model names every cache input six times: the JSON has all of it."""
+    if len(text) <= at_most:
+        return text
+    return f"{text[:at_most]}... ({len(text):,} characters; whole in the engine's JSON)"
 
 
 def _tensor(one: TensorRecord) -> str:

@@ -13,9 +13,10 @@ from nirvana_deploy.prune.windows_file import read_windows
 from nirvana_deploy.quantize.low_bit import BITS
 from nirvana_deploy.quantize.quantize import quantize_onnx
 from nirvana_deploy.quantize.spec import read_record
+from nirvana_deploy.registry import look_up
 from nirvana_deploy.run import Run
 from nirvana_deploy.stages import CALIBRATION_FILE
-from nirvana_deploy.variants import ONNX, PRUNED, variant_named
+from nirvana_deploy.variants import ONNX, PRUNED, SCHEMES, variant_named
 
 
 def quantize(
@@ -37,6 +38,7 @@ def quantize(
     Options as in :func:`quantize_onnx`. Fewer linears in integer kernels than promised is a result
     (``passed`` False), as a failed verification is: what was written stays for inspection.
     """
+    look_up(scheme, {name: name for name in SCHEMES}, what="scheme")
     variant = variant_named(f"{PRUNED}-{scheme}")
 
     def work() -> dict[str, Any]:

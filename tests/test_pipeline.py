@@ -196,7 +196,9 @@ def test_a_folder_cut_by_a_plan_has_no_calibration_set(model: str, finished: Pat
         pipeline.quantize_folder(out, scheme="int8")
 
 
-def test_an_unknown_scheme_is_refused_before_any_work(model: str, tmp_path: Path) -> None:
+def test_an_unknown_scheme_is_refused_before_any_work(model: str, finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match=r"Unknown scheme 'int9'"):
+        pipeline.quantize_folder(finished, scheme="int9")
     with pytest.raises(NirvanaError, match=r"Unknown scheme 'int9'\. Did you mean 'int8'"):
         pipeline.prune_export(model, out=tmp_path / "out", quantize=["int9"], **OPTIONS)
     assert not (tmp_path / "out").exists()
