@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.artifact import read_json
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE
+from nirvana_deploy.export.greedy import greedy_tokens
 from nirvana_deploy.export.ort_session import (
     CACHE_DTYPES,
     RUNTIMES,
@@ -171,17 +172,13 @@ class OrtSeq2Seq:
         on_token: Callable[[int], None] | None = None,
     ) -> list[int]:
         """Answer one prompt [1, E] greedily; returns the new ids, a stop token included when one came."""
-        logits, state = self.prefill(tokens)
-        new_ids: list[int] = []
-        while len(new_ids) < max_new_tokens:
-            token = int(logits[0, -1].argmax())
-            new_ids.append(token)
-            if on_token is not None:
-                on_token(token)
-            if token in eos_token_ids or len(new_ids) == max_new_tokens:
-                break
-            logits, state = self.decode(np.array([[token]], dtype=np.int64), state)
-        return new_ids
+        return greedy_tokens(
+            self,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            on_token=on_token,
+        )
 
 
 @dataclass(frozen=True)
