@@ -8,7 +8,8 @@ of several seeds, with the saliencies ``nirvana`` and ``taylor`` and some gammas
 judged by their KL to the dense model on the same held-out windows of --calib, which is all that the selector
 sees; perplexity is measured on --eval-text, which has no say. What benchmarks/quality.py has measured at this
 sparsity are the candidates of --calib; only the other corpora are measured here, row by row, and the same
-command continues where it stopped. The table widens the choice step by step.
+command continues where it stopped. The table widens the choice step by step; its last line chooses among the
+corpora that ``--calib auto`` draws from.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def table(rows: Sequence[Row], *, sparsity: float = 0.4) -> str:
         "seeds and gammas": [row for row in own if row["saliency"] == "nirvana"],
         "seeds, gammas and saliencies": own,
         "seeds, gammas, saliencies and corpora": candidates,
+        "seeds and corpora without a text of one's own": [row for row in default if "corpus" in row],
     }
     lines = [
         "| chosen among | candidates | least KL takes | its perplexity | all candidates: median (range) | "
@@ -100,7 +102,7 @@ def table(rows: Sequence[Row], *, sparsity: float = 0.4) -> str:
         "|---|---|---|---|---|---|",
     ]
     for choice, pool in steps.items():
-        if not pool or (choice.endswith("corpora") and pool == own):
+        if not pool or (choice.endswith("saliencies and corpora") and pool == own):
             continue
         taken = least_heldout(pool)
         cells = [choice, str(len(pool)), name(taken), f"{taken['perplexity']:.1f}", spread(pool)]
