@@ -20,6 +20,7 @@ from typing import Any
 from scale import SHAPES, write_random_checkpoint
 
 from nirvana_deploy.artifact import read_json, require_free_bytes, write_json
+from nirvana_deploy.export.dtypes import DTYPES
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.environment import measured_environment
 from nirvana_deploy.measure.worker import peak_rss_bytes
@@ -76,7 +77,8 @@ def measured(options: argparse.Namespace, layers: int) -> dict[str, Any]:
     shape = shape_from_config(config)
     parameters = shape.linear_parameters + shape.embedding_parameters
     folder = options.folder or Path(tempfile.gettempdir())
-    require_free_bytes(folder, 6 * parameters, what="The random checkpoint with its export")
+    bytes_each = 2 + DTYPES[options.dtype].ir.itemsize  # the checkpoint is bf16
+    require_free_bytes(folder, int(bytes_each * parameters), what="The random checkpoint with its export")
     with tempfile.TemporaryDirectory(dir=folder, prefix="nirvana-export-") as temporary:
         work = Path(temporary)
         write_random_checkpoint(work / "dense", config)

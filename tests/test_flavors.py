@@ -17,17 +17,13 @@ from test_slicing import plan_for
 
 from nirvana_deploy import prune_export, stages
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import ort, streaming
+from nirvana_deploy.export import logits, ort, streaming
 from nirvana_deploy.export.dtypes import DTYPES
 from nirvana_deploy.export.graph import FLAVORS
+from nirvana_deploy.export.logits import RELATIVE_TOLERANCE, logits_checks, relative_tolerance
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.ort import OrtDecoder
-from nirvana_deploy.export.verify import (
-    RELATIVE_TOLERANCE,
-    logits_checks,
-    relative_tolerance,
-    verify_onnx,
-)
+from nirvana_deploy.export.verify import verify_onnx
 from nirvana_deploy.model.checkpoint import load_checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 
@@ -108,6 +104,29 @@ def test_the_tolerance_follows_the_dtype() -> None:
     fp16, bf16 = (relative_tolerance(DTYPES[name], layers=30) for name in ("fp16", "bf16"))
     assert fp16 == pytest.approx(4 * 2**-11 * 420**0.5) and bf16 == 8 * fp16
     assert relative_tolerance(DTYPES["fp32"], layers=30) == RELATIVE_TOLERANCE
+
+
+def test_a_narrow_failure_is_judged_in_float64(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logits, "RELATIVE_TOLERANCE", 1e-8)
+    monkeypatch.setattr(logits, "_NARROWLY", 1e4)
+    model = load_checkpoint(qwen3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    right = exported(qwen3, tmp_path / "right", "portable")
+    checks = list(logits_checks(model, OrtDecoder(right, threads=1), 1e-8))
+    assert all(check.passed and check.name.startswith("in float64: ") for check in checks), checks
+    assert all(check.tolerance < 1e-4 for check in checks)  # a multiple of float32's own distance
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name])
+
+    largest = load_file(qwen3 / "model.safetensors")["lm_head.weight"].abs().max()
+    other = scaled_copy(qwen3, tmp_path / "other", "lm_head.weight", 1.00002 * float(largest))
+    wrong = OrtDecoder(exported(other, tmp_path / "wrong", "portable"), threads=1)
+    checks = list(logits_checks(model, wrong, 1e-8))
+    assert not any(check.passed for check in checks), checks
+    monkeypatch.setattr(logits, "_NARROWLY", 10)
+    assert not any(check.name.startswith("in float64") for check in logits_checks(model, wrong, 1e-8))
 
 
 def scaled_copy(checkpoint: Path, out: Path, name: str, largest: float) -> Path:

@@ -8,12 +8,11 @@ Below float32 the reference is the checkpoint rounded to the same dtype and comp
 things are shown. The graph and its stored weights, computed in float32 too, must equal it as closely as a
 float32 model equals its own (``float32_twin.py``). Then the file runs as it is, where ONNX Runtime's CPU can
 (float16; bfloat16 has no arithmetic there, and the report says that it was not run), and may differ by what
-rounding explains: see :func:`relative_tolerance`.
+rounding explains: see :func:`logits.relative_tolerance`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -33,16 +32,17 @@ from nirvana_deploy.export.dtypes import DTYPES, Dtype
 from nirvana_deploy.export.folder_check import check_folder
 from nirvana_deploy.export.genai import genai_tokens
 from nirvana_deploy.export.graph import hidden_state_name
+from nirvana_deploy.export.logits import (
+    RELATIVE_TOLERANCE,
+    LogitsCheck,
+    logits_checks,
+    relative_tolerance,
+    torch_logits,
+)
 from nirvana_deploy.export.ort import OrtDecoder, session_outputs
 from nirvana_deploy.model.checkpoint import load_checkpoint, load_tokenizer, stop_token_ids
 from nirvana_deploy.progress import SILENT, Progress
 
-RELATIVE_TOLERANCE = 2e-4
-"""Largest difference of float32 logits that counts as equal, as a share of the largest logit."""
-_ROUNDINGS_PER_LAYER = 14
-"""Operators of a layer that round their result: two norms, seven linears, rotation, attention, SiLU times up,
-two additions."""
-_SIGMAS = 4
 _LONGEST_TOKENS = 64
 """Of the comparisons, prompts and answers included."""
 
@@ -53,16 +53,6 @@ PROMPTS = (
     "Once upon a time, in a small village by the sea,",
     "The three laws of thermodynamics say that",
 )
-
-
-@dataclass(frozen=True)
-class LogitsCheck:
-    """One comparison of logits."""
-
-    name: str
-    max_abs_diff: float
-    tolerance: float
-    passed: bool
 
 
 @dataclass(frozen=True)
@@ -198,19 +188,6 @@ def verify_onnx(
     return replace(report, first_departure=_first_departure(model, folder, prompts[-1]))
 
 
-def relative_tolerance(dtype: Dtype, *, layers: int) -> float:
-    """Largest difference of logits that rounding to ``dtype`` explains, as a share of the largest logit.
-
-    Each of R roundings on the way through the model moves its result by at most the unit roundoff u, in a
-    direction of its own, so together they move it by about u sqrt(R); four times that is allowed. For
-    float32 the order of summation decides instead, which differs from runtime to runtime, and
-    ``RELATIVE_TOLERANCE`` stands.
-    """
-    if not dtype.half_precision:
-        return RELATIVE_TOLERANCE
-    return _SIGMAS * dtype.unit_roundoff * math.sqrt(_ROUNDINGS_PER_LAYER * layers)
-
-
 def dtype_of_graph(path: Path) -> Dtype:
     """The dtype of an ONNX decoder: that of its KV cache. Reads the graph only, no weights."""
     graph = onnx.load(path, load_external_data=False).graph
@@ -229,86 +206,6 @@ def _reference(checkpoint: Path, dtype: Dtype) -> PreTrainedModel:
 
     model.model.rotary_emb.register_forward_hook(rounded)
     return model
-
-
-def logits_checks(
-    model: PreTrainedModel, decoder: OrtDecoder, relative_tolerance: float
-) -> Iterator[LogitsCheck]:
-    """Prefill at odd lengths, a left-padded batch, and decoding with a past (padded and not).
-
-    Yields comparisons of ``decoder`` with ``model``, whose difference may be ``relative_tolerance`` of the
-    largest logit; of a graph with last logits only the last position is compared.
-    """
-    generator = np.random.default_rng(11)
-
-    def draw(sequences: int, length: int) -> NDArray[np.int64]:
-        return generator.integers(0, decoder.vocab_size, size=(sequences, length))
-
-    def compare(
-        name: str,
-        found: NDArray[np.float32],
-        expected: NDArray[np.float32],
-        mask: NDArray[np.int64] | None = None,
-    ) -> LogitsCheck:
-        if decoder.last_logits:
-            found, expected, mask = found[:, -1:], expected[:, -1:], None
-        return compare_outputs(name, found, expected, mask, relative_tolerance)
-
-    for sequences, length in ((1, 1), (1, 7), (2, 45)):
-        tokens = draw(sequences, length)
-        logits, _ = decoder.prefill(tokens)
-        yield compare(f"prefill {sequences} x {length}", logits, _torch_logits(model, tokens))
-
-    padding = np.ones((3, 19), dtype=np.int64)
-    padding[0, :11], padding[1, :4] = 0, 0
-    left_padded = [] if decoder.last_logits and decoder.in_place else [(", left-padded", padding)]
-    for name, mask in [("", padding[2:]), *left_padded]:
-        prompt_tokens = 13
-        tokens = draw(len(mask), mask.shape[1])
-        expected = _torch_logits(model, tokens, mask)
-        logits, state = decoder.prefill(tokens[:, :prompt_tokens], mask[:, :prompt_tokens])
-        parts = [logits]
-        for position in range(prompt_tokens, tokens.shape[1]):
-            logits, state = decoder.decode(tokens[:, position : position + 1], state)
-            parts.append(logits)
-        steps = tokens.shape[1] - prompt_tokens
-        found = np.concatenate(parts, axis=1)
-        yield compare(
-            f"prefill {len(mask)} x {prompt_tokens}{name}, then {steps} decode steps", found, expected, mask
-        )
-
-
-def compare_outputs(
-    name: str,
-    found: NDArray[np.float32],
-    expected: NDArray[np.float32],
-    mask: NDArray[np.int64] | None,
-    relative_tolerance: float,
-) -> LogitsCheck:
-    """Largest difference over the positions [N, T] that hold a token; NaN counts as a difference."""
-    real = slice(None) if mask is None else mask.astype(bool)
-    difference = float(np.abs(found - expected)[real].max())
-    tolerance = relative_tolerance * float(np.abs(expected[real]).max())
-    return LogitsCheck(
-        name=name, max_abs_diff=difference, tolerance=tolerance, passed=bool(difference <= tolerance)
-    )
-
-
-def _torch_logits(
-    model: PreTrainedModel, tokens: NDArray[np.int64], mask: NDArray[np.int64] | None = None
-) -> NDArray[np.float32]:
-    """Logits [N, T, V] of transformers, without a cache."""
-    attended = np.ones_like(tokens) if mask is None else mask
-    positions = np.maximum(np.cumsum(attended, axis=1) - 1, 0)
-    with torch.no_grad():
-        output = model(
-            torch.from_numpy(tokens),
-            attention_mask=torch.from_numpy(attended),
-            position_ids=torch.from_numpy(positions),
-            use_cache=False,
-        )
-    logits: NDArray[np.float32] = output.logits.numpy()
-    return logits
 
 
 def prompts_for(checkpoint: Path, vocab_size: int) -> list[NDArray[np.int64]]:
@@ -381,7 +278,7 @@ class _Oracle:
         if at is None:
             return False  # one is shorter: no tie explains that
         context = np.concatenate([prompt, np.array([wanted[:at]], dtype=np.int64)], axis=1)
-        last = _torch_logits(self.model, context)[0, -1]
+        last = torch_logits(self.model, context)[0, -1]
         return bool(abs(last[wanted[at]] - last[found[at]]) <= self.relative_tolerance * np.abs(last).max())
 
 
@@ -407,7 +304,7 @@ def _first_departure(model: PreTrainedModel, folder: Path, tokens: NDArray[np.in
     names = [hidden_state_name(index) for index in range(len(layers))]
     found = session_outputs(folder, tokens, names)
     with _recorded([model.model.embed_tokens, *layers]) as recorded:
-        _torch_logits(model, tokens)
+        torch_logits(model, tokens)
     for index, (name, expected) in enumerate(zip(names, recorded[1:], strict=True)):
         difference = np.abs(found[name] - expected).max()
         if not difference <= RELATIVE_TOLERANCE * np.abs(expected).max():

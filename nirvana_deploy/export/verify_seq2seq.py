@@ -27,18 +27,10 @@ from nirvana_deploy.export import DECODER_FILE
 from nirvana_deploy.export.dtypes import Dtype
 from nirvana_deploy.export.folder_check import check_folder
 from nirvana_deploy.export.graph import hidden_state_name
+from nirvana_deploy.export.logits import RELATIVE_TOLERANCE, LogitsCheck, compare_outputs, relative_tolerance
 from nirvana_deploy.export.ort_seq2seq import OrtSeq2Seq, decoder_values, encoder_values
 from nirvana_deploy.export.ort_session import as_numpy
-from nirvana_deploy.export.verify import (
-    RELATIVE_TOLERANCE,
-    GreedyCheck,
-    LogitsCheck,
-    VerifyReport,
-    compare_outputs,
-    dtype_of_graph,
-    prompts_for,
-    relative_tolerance,
-)
+from nirvana_deploy.export.verify import GreedyCheck, VerifyReport, dtype_of_graph, prompts_for
 from nirvana_deploy.model.checkpoint import load_checkpoint, stop_token_ids
 from nirvana_deploy.progress import SILENT, Progress
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from nirvana_deploy.engine.record import EngineRecord
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.dtypes import DTYPES
-from nirvana_deploy.export.verify import GreedyCheck, LogitsCheck, VerifyReport, relative_tolerance
+from nirvana_deploy.export.logits import LogitsCheck, relative_tolerance
+from nirvana_deploy.export.verify import GreedyCheck, VerifyReport
 from nirvana_deploy.measure.runners import Runner
 from nirvana_deploy.progress import SILENT, Progress
 
