@@ -1,17 +1,26 @@
 """What building a TensorRT-RTX engine costs, pruned against dense: seconds, CPU, memory, bytes.
 
-    python benchmarks/engines.py OUT [--forms fp16-concat,w4-in-place] [--json FILE]
-    python benchmarks/engines.py --shape 8b [--layers 4] [--only pruned] [--limit-gb 20]
+    python benchmarks/engines.py OUT [--forms fp16-concat,w4-in-place] [--also uniform,round-64] [--json FILE]
+    python benchmarks/engines.py --shape 8b [--layers 4] [--only pruned] [--limit-gb 20] [--json FILE]
 
 OUT is a folder that `nirvana-deploy prune-export` made: its checkpoint and the dense model it came from are
-built. With --shape both are random checkpoints in the shape of Llama-3-8B or Llama-3.2-1B, the pruned one cut
-by random scores (so its layers differ, as they do in earnest). Each engine is built in a process of its own.
-Needs no GPU.
+built; --also cuts the same scores in other ways (each layer alike, or FFN widths in steps of 64). With
+--shape both are random checkpoints in the shape of Llama-3-8B or Llama-3.2-1B, the pruned one cut by random
+scores (so its layers differ, as they do in earnest). Each engine is built in a process of its own. Needs no
+GPU. --json puts the run into FILE, beside the runs of other models that are there.
 
 The promises: the pruned build takes at most 0.8 of the dense build's CPU time and of its peak memory, and
 the engines' bytes are in the proportion of the weights' bytes within 3 %. Exits with 1 when one is broken. A
 build that needs more than --limit-gb of memory of its own (pages of the mapped ONNX file are not counted: the
 system can drop them) is stopped, and that is what is reported.
+
+What breaks the promises at 135M parameters, found by looking into the engines: an RTX engine carries each
+kernel that was generated for it as source text, 0.16 MB apiece, since each brings a copy of the same
+definitions (0.13 MB). Their number grows with layers, profiles and *distinct* widths, not with parameters:
+engines of as many layers of one width have programs of the same bytes, dense or pruned, and layers that
+differ cost more (`kernel_sources` in the record). Of the builder's options none changes that (optimization
+level, tactics, auxiliary streams, verbosity and targets were tried); FFN widths in steps of 64 or
+`--allocation uniform` do.
 """
 
 from __future__ import annotations
@@ -31,30 +40,32 @@ import psutil
 from scale import SHAPES, write_random_checkpoint
 
 from nirvana_deploy.artifact import read_json, write_json
-from nirvana_deploy.engine.build import engine_from_onnx
 from nirvana_deploy.engine.from_checkpoint import KV_FORMS
-from nirvana_deploy.engine.profile import Lengths
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.environment import measured_environment
+from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan
 from nirvana_deploy.prune.units import UnitScores
+from nirvana_deploy.prune.windows_file import read_scores
 from nirvana_deploy.quantize.quantize import quantize_onnx
-from nirvana_deploy.usage import peak_rss_bytes
+from nirvana_deploy.stages import SCORES_FILE
 
 COST_PROMISE = 0.8
 SIZE_PROMISE = 0.03
 LENGTH_TOKENS = 2048
+OTHER_CUTS: dict[str, dict[str, Any]] = {
+    "uniform": {"allocation": "uniform"},
+    "round-64": {"round_to": 64},
+}
+"""Variant -> what its plan has of its own."""
 _POLL_S = 0.2
 
 
 def main() -> None:
     """Build, print a table, and say whether the promises hold."""
     options = _options()
-    if options.worker:
-        _worker(Path(options.worker[0]), Path(options.worker[1]))
-        return
     environment = measured_environment(threads=1)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="nirvana-engines-") as temporary:
@@ -69,19 +80,26 @@ def main() -> None:
     comparisons = _comparisons(records)
     for one in comparisons:
         print(
-            f"{one['form']:14} pruned / dense: CPU {one['cpu_ratio']:.2f}, memory {one['memory_ratio']:.2f} "
-            f"(promise {COST_PROMISE}); bytes {one['engine_ratio']:.3f}, weights {one['weights_ratio']:.3f} "
-            f"(promise: within {SIZE_PROMISE:.0%}, is {one['size_deviation']:+.1%})"
+            f"{one['form']:14} {one['variant']} / dense: CPU {one['cpu_ratio']:.2f}, memory "
+            f"{one['memory_ratio']:.2f} (promise {COST_PROMISE}); bytes {one['engine_ratio']:.3f} (promise: "
+            f"weights' {one['weights_ratio']:.3f} within {SIZE_PROMISE:.0%}, is {one['size_deviation']:+.1%})"
         )
     kept = all(all(one["kept"].values()) for one in comparisons)
     if comparisons:
         print("Promises kept." if kept else "A promise is broken.")
     if options.json:
-        write_json(
-            options.json,
-            {"schema": 1, "environment": environment, "builds": records, "comparisons": comparisons},
-        )
+        _add_run(options, {"environment": environment, "builds": records, "comparisons": comparisons})
     sys.exit(0 if kept else 1)
+
+
+def _add_run(options: argparse.Namespace, run: dict[str, Any]) -> None:
+    """Put a run into the record of all models, in the place of an earlier one of the same builds."""
+    record = read_json(options.json) if options.json.is_file() else {"schema": 2, "runs": {}}
+    name = options.shape or read_json(options.out / "manifest.json")["model"]["name"]
+    if options.only:
+        name += f", {options.only} alone"
+    record["runs"][name] = run
+    write_json(options.json, record)
 
 
 def _options() -> argparse.Namespace:
@@ -95,14 +113,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--forms", default="fp16-concat", help="of fp16|bf16|w8|w4-concat|in-place [fp16-concat]"
     )
+    parser.add_argument("--also", help=f"other cuts by the scores of OUT, built too: {','.join(OTHER_CUTS)}")
     parser.add_argument("--only", choices=["dense", "pruned"])
     parser.add_argument("--limit-gb", type=float, help="stop a build that needs more memory of its own")
     parser.add_argument("--folder", type=Path, help="where models and engines go for a while [the system's]")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.worker and (options.out is None) == (options.shape is None):
+    if (options.out is None) == (options.shape is None):
         parser.error("give either OUT or --shape")
+    options.also = options.also.split(",") if options.also else []
+    if options.also and (options.out is None or not set(options.also) <= set(OTHER_CUTS)):
+        parser.error(f"--also takes OUT and some of {','.join(OTHER_CUTS)}")
     return options
 
 
@@ -111,6 +132,7 @@ def _checkpoints(options: argparse.Namespace, work: Path) -> dict[str, Path]:
     if options.out is not None:
         dense = Path(read_json(options.out / "manifest.json")["model"]["path"])
         found = {"dense": dense, "pruned": options.out / "checkpoint"}
+        found |= {name: _cut_again(options.out, dense, work / name, name) for name in options.also}
     else:
         config = SHAPES[options.shape]
         config = config | {"num_hidden_layers": options.layers or config["num_hidden_layers"]}
@@ -127,6 +149,17 @@ def _checkpoints(options: argparse.Namespace, work: Path) -> dict[str, Path]:
         if options.only == "pruned":
             shutil.rmtree(found["dense"])
     return {name: path for name, path in found.items() if options.only in (None, name)}
+
+
+def _cut_again(out: Path, dense: Path, folder: Path, name: str) -> Path:
+    """The checkpoint of OUT's scores and sparsity, cut in another way."""
+    said = read_json(out / "manifest.json")["options"]
+    own = {"allocation": said["allocation"], "round_to": said["round_to"], **OTHER_CUTS[name]}
+    gamma = said["gamma"] if own["allocation"] == "global" else None
+    shape, scores = shape_from_config(config_json(dense)), read_scores(out / SCORES_FILE)
+    plan = make_plan(shape, scores, sparsity=said["sparsity"], gamma=gamma, saliency=said["saliency"], **own)
+    slice_checkpoint(dense, plan, folder)
+    return folder
 
 
 def _measured(checkpoint: Path, form: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -146,7 +179,8 @@ def _measured(checkpoint: Path, form: str, options: argparse.Namespace, work: Pa
         quantize_onnx(exported, onnx, scheme=scheme, rounding="plain", writing="tensorrt")
         shutil.rmtree(exported)
     started = time.perf_counter()
-    command = [sys.executable, __file__, "--worker", str(onnx), str(engine)]
+    worker = Path(__file__).with_name("engine_worker.py")
+    command = [sys.executable, str(worker), str(onnx), str(engine), str(LENGTH_TOKENS)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak_bytes, stopped = _watched(process, options.limit_gb)
     said = process.stdout.read() if process.stdout else ""
@@ -184,64 +218,46 @@ def _watched(process: subprocess.Popen[str], limit_gb: float | None) -> tuple[in
     return peak, False
 
 
-def _worker(onnx: Path, out: Path) -> None:
-    """Build one ONNX folder and print what it cost."""
-    before_bytes = peak_rss_bytes()
-    record = engine_from_onnx(onnx, out, lengths=Lengths(max_length=LENGTH_TOKENS)).record
-    print(
-        json.dumps(
-            {
-                "seconds": record.build.seconds,
-                "cpu_s": record.build.cpu_seconds,
-                "peak_rss_bytes": record.build.peak_rss_bytes,
-                "imports_rss_bytes": before_bytes,
-                "engine_bytes": record.engine_bytes,
-                "weights_bytes": record.weights_bytes,
-                "layers": dict(record.layers),
-                "notes": list(record.notes),
-                "version": record.runtime_version,
-            }
-        )
-    )
-
-
 def _comparisons(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Pruned against dense, for every form of which both were built."""
     found = []
     for form in dict.fromkeys(record["form"] for record in records):
         of_form = {r["variant"]: r for r in records if r["form"] == form and "stopped" not in r}
-        if len(of_form) < 2:
-            continue
-        dense, pruned = of_form["dense"], of_form["pruned"]
-        ratios = {key: pruned[key] / dense[key] for key in ("cpu_s", "peak_rss_bytes", "engine_bytes")}
-        weights_ratio = pruned["weights_bytes"] / dense["weights_bytes"]
-        deviation = ratios["engine_bytes"] / weights_ratio - 1
-        found.append(
-            {
-                "form": form,
-                "cpu_ratio": ratios["cpu_s"],
-                "memory_ratio": ratios["peak_rss_bytes"],
-                "engine_ratio": ratios["engine_bytes"],
-                "weights_ratio": weights_ratio,
-                "size_deviation": deviation,
-                "kept": {
-                    "cpu": ratios["cpu_s"] <= COST_PROMISE,
-                    "memory": ratios["peak_rss_bytes"] <= COST_PROMISE,
-                    "size": abs(deviation) <= SIZE_PROMISE,
-                },
-            }
-        )
+        for variant in [name for name in of_form if name != "dense" and "dense" in of_form]:
+            found.append(_comparison(of_form["dense"], of_form[variant]))
     return found
 
 
+def _comparison(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, Any]:
+    """One pruned build against the dense one of the same form."""
+    ratios = {key: pruned[key] / dense[key] for key in ("cpu_s", "peak_rss_bytes", "engine_bytes")}
+    weights_ratio = pruned["weights_bytes"] / dense["weights_bytes"]
+    deviation = ratios["engine_bytes"] / weights_ratio - 1
+    return {
+        "form": dense["form"],
+        "variant": pruned["variant"],
+        "cpu_ratio": ratios["cpu_s"],
+        "memory_ratio": ratios["peak_rss_bytes"],
+        "engine_ratio": ratios["engine_bytes"],
+        "weights_ratio": weights_ratio,
+        "size_deviation": deviation,
+        "kept": {
+            "cpu": ratios["cpu_s"] <= COST_PROMISE,
+            "memory": ratios["peak_rss_bytes"] <= COST_PROMISE,
+            "size": abs(deviation) <= SIZE_PROMISE,
+        },
+    }
+
+
 def _line(record: dict[str, Any]) -> str:
-    name = f"{record['form']:14} {record['variant']:6}"
+    name = f"{record['form']:14} {record['variant']:8}"
     if "stopped" in record:
         return f"{name} stopped after {record['process_s']} s: {record['stopped']}"
     return (
         f"{name} {record['seconds']:8.1f} s  {record['cpu_s']:8.1f} s CPU  "
         f"peak {record['peak_rss_bytes'] / 1e9:6.2f} GB (own {record['peak_own_bytes'] / 1e9:.2f})  "
-        f"engine {record['engine_bytes'] / 1e6:9.1f} MB, weights {record['weights_bytes'] / 1e6:9.1f} MB"
+        f"engine {record['engine_bytes'] / 1e6:9.1f} MB, weights {record['weights_bytes'] / 1e6:9.1f} MB, "
+        f"{record['programs']['kernel_sources']} kernels as text"
     )
 
 

@@ -38,6 +38,7 @@ CONSUMERS = RESULTS / "consumers.json"
 QUANTIZATION = RESULTS / "quantization.json"
 EXPORT = RESULTS / "export.json"
 DECODE_SPEED = RESULTS / "decode-speed.json"
+ENGINES = RESULTS / "engines.json"
 
 
 def measured_section(benchmark: dict[str, Any]) -> str:
@@ -93,6 +94,56 @@ def export_section() -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def engines_section() -> str:
+    """The README's table of engines.json: what engines take and what building them costs, beside dense."""
+    runs = json.loads(ENGINES.read_text())["runs"]
+    lines = [
+        "| model, engine | weights MB | kernel texts | engine MB | weights | engine | CPU | memory |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for model, run in runs.items():
+        beside = {(one["form"], one["variant"]): one for one in run["comparisons"]}
+        for build in run["builds"]:
+            name = f"{model.partition(',')[0]}, {build['variant']}, {build['form']}"
+            cells = _engine_cells(build, beside.get((build["form"], build["variant"])))
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_engine_notes(runs)])
+
+
+def _engine_cells(build: dict[str, Any], beside: dict[str, Any] | None) -> list[str]:
+    """One build; the last four cells are shares of the dense one, or its own cost where it is alone."""
+    if "stopped" in build:
+        return [f"stopped after {build['process_s']:.0f} s: {build['stopped']}", *[""] * 6]
+    sizes = [build["weights_bytes"] / 1e6, build["programs"]["kernel_sources"], build["engine_bytes"] / 1e6]
+    cells = [f"{size:.0f}" for size in sizes]
+    if beside is None:
+        return [*cells, "", "", f"{build['cpu_s']:.1f} s", f"{build['peak_rss_bytes'] / 1e9:.2f} GB"]
+    shares = [f"{beside[of]:.3f}" for of in ("weights_ratio", "engine_ratio")]
+    return [*cells, *shares, *(f"{beside[of]:.2f}" for of in ("cpu_ratio", "memory_ratio"))]
+
+
+def _engine_notes(runs: dict[str, Any]) -> list[str]:
+    """What the table says about the promises, in words."""
+    programs = [build["programs"] for run in runs.values() for build in run["builds"] if "programs" in build]
+    texts, stored = (sum(one[key] for one in programs) for key in ("kernel_sources", "bytes"))
+    packed = stored / sum(one["zlib_bytes"] for one in programs)
+    notes = [
+        f"A kernel text takes {stored / texts / 1e6:.2f} MB; all of them compress {packed:.0f} times, if an "
+        "engine has to travel.",
+    ]
+    for model, run in runs.items():
+        pairs = [one for one in run["comparisons"] if one["variant"] == "pruned"]
+        if not pairs:
+            continue
+        kept = [sum(one["kept"][what] for one in pairs) for what in ("size", "cpu", "memory")]
+        off = max(abs(one["size_deviation"]) for one in pairs)
+        notes.append(
+            f"{model}: of {len(pairs)} pruned engines {kept[0]} keep the promise of bytes (at most {off:.1%} "
+            f"off), {kept[1]} that of CPU time, {kept[2]} that of memory."
+        )
+    return notes
 
 
 def decode_section(record: dict[str, Any]) -> str:
@@ -168,6 +219,7 @@ def main() -> None:
         text = with_section(text, "consumers", consumers_section())
     text = with_section(text, "quantization", quantization_section())
     text = with_section(text, "export", export_section())
+    text = with_section(text, "engines", engines_section())
     if out is not None:
         benchmark = json.loads((out / "benchmark.json").read_text())
         RESULTS.mkdir(exist_ok=True)

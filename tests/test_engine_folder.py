@@ -111,7 +111,7 @@ def test_quantized_engines_store_integers(
     assert record.layers["DEQUANTIZE"] == dequantize and record.layers.get("QUANTIZE", 0) == quantize
     assert record.layers["ATTENTION_INPUT"] == 2 and engine.check.linears >= 15
     assert any("quantized" in name or "scale" in name for name in engine.check.compared_values)
-    assert not list(tmp_path.glob(".q-float"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_int8_without_decisions_names_the_command(output: Path, tmp_path: Path) -> None:

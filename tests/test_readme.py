@@ -36,6 +36,7 @@ def test_the_tables_are_what_the_records_say(monkeypatch: pytest.MonkeyPatch) ->
     assert readme.quality_section() in README
     assert readme.quantization_section() in README
     assert readme.export_section() in README
+    assert readme.engines_section() in README
     assert readme.consumers_section() in README
 
 

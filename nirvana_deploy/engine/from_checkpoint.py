@@ -65,47 +65,28 @@ def engines_from_checkpoint(
 
     Raises NirvanaError for a combination that does not exist, and what :func:`engine_from_onnx` raises.
     """
-    flavor = look_up(kv, KV_FORMS, what="KV form")
+    look_up(kv, KV_FORMS, what="KV form")
     options, lengths = options or BuilderOptions(RTX), lengths or Lengths()
     tensorrt_module(options.runtime)  # before the work of the export
     shape = shape_from_config(config_json(checkpoint))
     _require_possible(shape, dtype=dtype, kv=kv, quantize=quantize, int8_spec=int8_spec, options=options)
     if quantize == "fp8" and options.runtime == RTX:
         options = replace(options, targets=options.targets or FP8_TARGETS)
-    onnx = out / f"{name}-onnx"
-    exported = onnx if quantize is None else out / f".{name}-float"
-    try:
-        onnx_from_checkpoint(
-            checkpoint,
-            exported,
-            dtype=dtype,
-            flavor=flavor,
-            cache_tokens=_cache_tokens(checkpoint, lengths) if kv == "in-place" else None,
-            progress=progress,
-        )
-        if int8_spec is not None and quantize == "int8":
-            _apply_int8(exported, onnx, int8_spec, progress)
-        elif quantize == "fp8":
-            graphs = open_folder(exported)
-            record = record_of(scheme="fp8", linears=rewrite_fp8(graphs))
-            write_folder(exported, onnx, graphs, records={RECORD_FILE: record}, progress=progress)
-        elif quantize is not None:
-            quantize_onnx(
-                exported,
-                onnx,
-                scheme=quantize,
-                block_size=block_size,
-                rounding=rounding,
-                calibration=calibration,
-                writing="tensorrt",
-                progress=progress,
-            )
-    finally:
-        if exported != onnx:
-            shutil.rmtree(exported, ignore_errors=True)
+    onnx = onnx_for_engine(
+        checkpoint,
+        out / f"{name}-onnx",
+        dtype=dtype,
+        kv=kv,
+        quantize=quantize,
+        int8_spec=int8_spec,
+        block_size=block_size,
+        rounding=rounding,
+        calibration=calibration,
+        cache_tokens=lengths.max_length,
+        progress=progress,
+    )
     parts = {MODEL_FILE: ("decoder", name)}
     if shape.family.encoder_decoder:
-        drop_cache_branch(onnx / DECODER_FILE)
         parts = {ENCODER_FILE: ("encoder", f"{name}-encoder"), DECODER_FILE: ("decoder", f"{name}-decoder")}
     return tuple(
         engine_from_onnx(
@@ -122,6 +103,59 @@ def engines_from_checkpoint(
         )
         for file, (part, part_name) in parts.items()
     )
+
+
+def onnx_for_engine(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str = "fp16",
+    kv: str = "concat",
+    quantize: str | None = None,
+    int8_spec: Int8Spec | None = None,
+    block_size: int = 32,
+    rounding: str | None = None,
+    calibration: NDArray[np.int64] | None = None,
+    cache_tokens: int | None = None,
+    progress: Progress = SILENT,
+) -> Path:
+    """Write the ONNX folder ``out`` that a builder is given; arguments as in :func:`engines_from_checkpoint`.
+
+    ``cache_tokens`` is C of an in-place cache. [2048, or the model's context when that is shorter]
+    """
+    exported = out if quantize is None else out.with_name(f".{out.name}-float")
+    try:
+        onnx_from_checkpoint(
+            checkpoint,
+            exported,
+            dtype=dtype,
+            flavor=look_up(kv, KV_FORMS, what="KV form"),
+            cache_tokens=cache_tokens or _cache_tokens(checkpoint) if kv == "in-place" else None,
+            progress=progress,
+        )
+        if int8_spec is not None and quantize == "int8":
+            _apply_int8(exported, out, int8_spec, progress)
+        elif quantize == "fp8":
+            graphs = open_folder(exported)
+            record = record_of(scheme="fp8", linears=rewrite_fp8(graphs))
+            write_folder(exported, out, graphs, records={RECORD_FILE: record}, progress=progress)
+        elif quantize is not None:
+            quantize_onnx(
+                exported,
+                out,
+                scheme=quantize,
+                block_size=block_size,
+                rounding=rounding,
+                calibration=calibration,
+                writing="tensorrt",
+                progress=progress,
+            )
+    finally:
+        if exported != out:
+            shutil.rmtree(exported, ignore_errors=True)
+    if (out / DECODER_FILE).is_file():
+        drop_cache_branch(out / DECODER_FILE)
+    return out
 
 
 def _require_possible(
@@ -158,10 +192,10 @@ def _require_possible(
         )
 
 
-def _cache_tokens(checkpoint: Path, lengths: Lengths) -> int:
-    """C: what was asked for, or 2048, or the model's context when that is shorter."""
+def _cache_tokens(checkpoint: Path) -> int:
+    """C where none was asked for: 2048, or the model's context when that is shorter."""
     context = config_json(checkpoint).get("max_position_embeddings")
-    return lengths.max_length or min(DEFAULT_CACHE_TOKENS, context or DEFAULT_CACHE_TOKENS)
+    return min(DEFAULT_CACHE_TOKENS, context or DEFAULT_CACHE_TOKENS)
 
 
 def _apply_int8(source: Path, out: Path, spec: Int8Spec, progress: Progress) -> None:

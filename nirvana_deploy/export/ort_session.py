@@ -35,6 +35,9 @@ RUNTIMES = {
 }
 """Execution provider -> the name of the runtime that it is."""
 
+_FLOAT32_ACCURACY = "1"
+"""ONNX Runtime's number for it."""
+
 
 def default_threads() -> int:
     """Physical cores that this process may use: what decode gains from, without hyper-threads."""
@@ -123,7 +126,12 @@ def _float32_twin(model: Path) -> Any:
 
 
 def _session_beside(model: Path, changed: Any, options: Any) -> Any:
-    """A session on a changed copy of ``model`` in memory, whose external data lies beside the file."""
+    """A session on a changed copy of ``model`` in memory, whose external data lies beside the file.
+
+    These sessions are references, so activations stay float32: where DequantizeLinear meets MatMul, ONNX
+    Runtime otherwise makes one operator of them that rounds its input to 8 bits.
+    """
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT32_ACCURACY)
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(model.parent)
     )
