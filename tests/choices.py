@@ -1,4 +1,4 @@
-"""A multiple-choice task of lm-evaluation-harness on local data: which continuation is the text's own."""
+"""Multiple-choice tasks of lm-evaluation-harness on local data: continuations of a text, and counting."""
 
 from __future__ import annotations
 
@@ -53,6 +53,25 @@ def write_choices(folder: Path, text: str, *, questions: int, context_words: int
         choices.insert(answer, piece(place))
         context = " ".join(words[place : place + context_words])
         docs.append({"context": context, "choices": choices, "answer": answer})
+    return _write_task(folder, docs)
+
+
+def write_counting(folder: Path, *, questions: int) -> Path:
+    """Write a task of counting in steps into ``folder``: "Count: 4, 7, 10, 13," continues with 16, not 17."""
+    random, docs = np.random.default_rng(5), []
+    for _ in range(questions):
+        start, step = int(random.integers(1, 60)), int(random.integers(1, 10))
+        numbers = [start + step * index for index in range(5)]
+        wrong = random.choice([n for n in range(-9, 10) if n not in (0, -step)], size=3, replace=False)
+        choices = [str(numbers[4] + int(off)) for off in wrong]
+        answer = int(random.integers(4))
+        choices.insert(answer, str(numbers[4]))
+        context = f"Count: {', '.join(map(str, numbers[:4]))},"
+        docs.append({"context": context, "choices": choices, "answer": answer})
+    return _write_task(folder, docs)
+
+
+def _write_task(folder: Path, docs: list[dict[str, Any]]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "docs.json"
     data.write_text("\n".join(json.dumps(doc) for doc in docs))

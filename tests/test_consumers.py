@@ -1,11 +1,34 @@
-"""The table "where does it run": a row for what ran and passed, a reason for what did not."""
+"""The table "where does it run": a row for what ran and passed, a reason for what did not.
+
+And programs that have no place of their own: optimum, transformers.js and lm-evaluation-harness.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import optimum_onnx
 import pytest
+import torch
+import transformers_js
+from choices import TASK, harness_scores, harness_version, write_counting
+from conftest import KINDS, write_tiny
 from test_readme import script
+from test_slicing import plan_for
+
+from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import load_checkpoint
+from nirvana_deploy.prune.checkpoint import slice_checkpoint
+
+NEW_TOKENS = 12
+QUESTIONS = 240
+PROMPTS = np.random.default_rng(6).integers(3, 272, size=(2, 9))
+MASK = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
 
 
 def found(outcome: str, test: str = "a", **more: str) -> dict[str, Any]:
@@ -38,3 +61,85 @@ def test_one_test_that_does_not_pass_takes_the_row_away(outcome: str, cell: str)
     assert rows[0]["tests"] == ["a", "b", "c"]
     table = consumers.section({"rows": rows, "not_run": []})
     assert "equal tokens" not in table and f"| GGUF | {cell} |" in table
+
+
+def jobs_for(
+    folder: Path, kinds: Iterable[str], allocations: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[list[list[int]]]]:
+    """One job for each of ``kinds`` of tiny decoders and ``allocations``, and what torch answers."""
+    jobs, wanted = [], []
+    for kind in kinds:
+        dense = write_tiny(folder / kind, kind)
+        for allocation in allocations:
+            checkpoint = dense
+            if allocation != "dense":
+                checkpoint = folder / f"{kind}-{allocation}"
+                slice_checkpoint(dense, plan_for(dense, allocation=allocation), checkpoint)
+            out = onnx_from_checkpoint(checkpoint, folder / f"{kind}-{allocation}-onnx").path
+            order = {"folder": str(out), "kind": "causal", "prompts": PROMPTS.tolist(), "mask": MASK.tolist()}
+            jobs.append({**order, "new_tokens": NEW_TOKENS})
+            answer = load_checkpoint(checkpoint).generate(
+                torch.from_numpy(PROMPTS),
+                attention_mask=torch.from_numpy(MASK),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            wanted.append(answer[:, PROMPTS.shape[1] :].tolist())
+    return jobs, wanted
+
+
+@pytest.mark.slow
+@pytest.mark.consumer(
+    "optimum (ORTModelForCausalLM)",
+    artifact="ONNX folder of tiny Llama, Mistral and Qwen2, dense",
+    proof=f"{NEW_TOKENS} greedy tokens of a padded batch of each equal transformers'",
+    version=optimum_onnx.VERSION,
+)
+def test_optimum_generates_the_same(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.cache is not None
+    python = optimum_onnx.installed_optimum(pytestconfig.cache)
+    # it takes hidden_size / num_attention_heads for head_dim, whatever config.json says
+    kinds = [kind for kind in KINDS if kind != "qwen3"]
+    jobs, wanted = jobs_for(tmp_path, kinds, ["dense"])
+    assert optimum_onnx.run_optimum(python, jobs, tmp_path) == wanted
+
+
+@pytest.mark.consumer(
+    "transformers.js",
+    artifact="ONNX folder of tiny Llama, Mistral, Qwen2 and Qwen3, dense and uniform",
+    proof=f"{NEW_TOKENS} greedy tokens of a padded batch of each equal transformers'",
+    version=transformers_js.VERSION,
+)
+def test_transformers_js_generates_the_same(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.cache is not None
+    installed = transformers_js.installed_transformers_js(pytestconfig.cache)
+    jobs, wanted = jobs_for(tmp_path, KINDS, ["dense", "uniform"])
+    answers = transformers_js.run_transformers_js(installed, jobs, tmp_path)
+    assert [[row[PROMPTS.shape[1] :] for row in answer] for answer in answers] == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.consumer(
+    "lm-evaluation-harness",
+    artifact="ONNX folder and HF folder of SmolLM2, dense and global",
+    proof=f"accuracies on {QUESTIONS} local multiple-choice items within 0.5 %",
+    version=harness_version(),
+)
+def test_the_harness_finds_the_same_of_smollm2(tmp_path: Path) -> None:
+    if harness_version() == "not installed":
+        pytest.skip("needs lm-eval: pip install 'nirvana-deploy[eval]'")
+    out, words = tmp_path / "out", "prune-export smollm2 --sparsity 0.1 --saliency taylor --num-sequences 4"
+    command = [sys.executable, "-m", "nirvana_deploy", *words.split(), "--no-benchmark", "--out", str(out)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    write_counting(tmp_path / "tasks", questions=QUESTIONS)
+    variants = harness_scores(out, tmp_path, "--tasks-on", "both")
+    for name in ("dense", "pruned"):
+        on_onnx, on_checkpoint = variants[name][TASK], variants[f"{name} checkpoint"][TASK]
+        assert on_onnx.keys() == on_checkpoint.keys() >= {"acc,none", "acc_norm,none"}
+        for metric, value in on_onnx.items():
+            assert abs(value - on_checkpoint[metric]) <= 0.005, (name, metric, on_onnx, on_checkpoint)
+    assert 0.4 < variants["dense"][TASK]["acc,none"] < 1  # it counts better than by guessing a quarter
+    assert variants["dense"] != variants["pruned"]

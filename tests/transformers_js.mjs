@@ -1,7 +1,8 @@
-// Answers of transformers.js to jobs [{folder, prompts, mask, new_tokens}]: ids with the start token, per job.
+// Answers of transformers.js to jobs [{folder, kind, prompts, mask, new_tokens}], kind "seq2seq" or "causal":
+// all ids, per job.
 import { readFileSync, writeFileSync } from 'node:fs';
 import { basename, dirname } from 'node:path';
-import { AutoModelForSeq2SeqLM, Tensor, env } from '@huggingface/transformers';
+import { AutoModelForCausalLM, AutoModelForSeq2SeqLM, Tensor, env } from '@huggingface/transformers';
 
 const [jobsFile, answersFile] = process.argv.slice(2);
 const ids = (rows) => new Tensor('int64', BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length]);
@@ -10,7 +11,8 @@ env.allowRemoteModels = false;
 const answers = [];
 for (const job of JSON.parse(readFileSync(jobsFile, 'utf8'))) {
   env.localModelPath = dirname(job.folder);
-  const model = await AutoModelForSeq2SeqLM.from_pretrained(basename(job.folder), { subfolder: '', dtype: 'fp32' });
+  const kind = job.kind === 'causal' ? AutoModelForCausalLM : AutoModelForSeq2SeqLM;
+  const model = await kind.from_pretrained(basename(job.folder), { subfolder: '', dtype: 'fp32' });
   const found = await model.generate({
     inputs: ids(job.prompts),
     attention_mask: ids(job.mask),

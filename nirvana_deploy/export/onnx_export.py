@@ -22,7 +22,7 @@ from nirvana_deploy.export.genai import genai_config
 from nirvana_deploy.export.graph import GraphOptions, build_decoder
 from nirvana_deploy.export.onnx_seq2seq import save_sharing_weights, seq2seq_graphs, write_consumer_configs
 from nirvana_deploy.export.streaming import streamed_parameters
-from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, read_config
+from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, config_json, read_config
 from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
@@ -86,6 +86,8 @@ def onnx_from_checkpoint(
             if options.flavor != "static-cache":  # which onnxruntime-genai cannot drive
                 settings = genai_config(config, shape, filename=MODEL_FILE, flavor=flavor)
                 write_json(folder / "genai_config.json", settings)
+            if "auto_map" not in (stock := config_json(checkpoint)):  # one shape in all layers
+                write_json(folder / "config.json", stock)
         for name in TOKENIZER_FILES:
             if (checkpoint / name).is_file():
                 shutil.copyfile(checkpoint / name, folder / name)
