@@ -158,6 +158,13 @@ def engines_from_onnx_folder(
 def _decisions(run: Run, variant: str, quantize: str | None) -> _Decisions:
     """Read them from the quantized ONNX folder of the variant; the defaults where there is none."""
     folder = run.out / ("" if variant == PRUNED else DENSE) / f"onnx-{quantize}"
+    if quantize == "int8" and not (folder / RECORD_FILE).is_file():
+        source, calib = (run.out, "") if variant == PRUNED else (folder.with_name("onnx"), " --calib TEXT")
+        raise NirvanaError(
+            f"An int8 engine takes the ranges of its activations from {folder}, which is not there.",
+            hint=f"nirvana-deploy quantize {source} --scheme int8{calib}"
+            + (f" --out {folder}" if variant == DENSE else ""),
+        )
     if quantize is None or not (folder / RECORD_FILE).is_file():
         return _Decisions()
     if quantize == "int8":

@@ -64,12 +64,13 @@ def verify_folder(
     checkpoints = {PRUNED: out / CHECKPOINT, DENSE: dense}
     if not damaged and (out / CHECKPOINT / "config.json").is_file() and (out / PLAN_FILE).is_file():
         check_plan_was_cut(read_plan(out / PLAN_FILE), shape_from_config(config_json(out / CHECKPOINT)))
+    # first: where the runtime or its device is missing, that is said before minutes of work
+    compared = compare_in(run, runtime, threads=threads) if runtime is not None and not damaged else {}
     reports = {
         name: verify_onnx(checkpoint, out / variant_named(name).folder, threads=threads, progress=progress)
         for name, checkpoint in checkpoints.items()
         if checkpoint.is_dir() and (out / variant_named(name).folder).is_dir() and not damaged
     }
-    compared = compare_in(run, runtime, threads=threads) if runtime is not None and not damaged else {}
     return FolderCheck(out=out, damaged=damaged, reports=reports, compared=compared)
 
 

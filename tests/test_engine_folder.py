@@ -284,3 +284,21 @@ def test_fp8_codes_are_the_nearest() -> None:
     # 3 bits of mantissa: 17 lies between 16 and 18, the tie goes to even; 300 between 288 and 320
     assert codes.astype(np.float32)[:, 0].tolist() == [448.0, 16.0, -288.0]
     assert not codes.astype(np.float32)[:, 1].any()
+
+
+def test_lengths_are_refused_before_the_export(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(NirvanaError, match="longer than the model's context of 512 tokens"):
+        run("build-engine", output, "--name", "long", "--max-length", "513")
+    assert "Writing" not in capsys.readouterr().err and not list((output / "engine").glob("*long*"))
+
+
+def test_a_checkpoint_is_not_taken_for_an_onnx_folder(output: Path) -> None:
+    checkpoint = output / "checkpoint"
+    with pytest.raises(NirvanaError, match=r"(?s)it is a checkpoint.*export \S+/checkpoint --out \S+-onnx"):
+        run("build-engine", checkpoint)
+
+
+def test_int8_names_the_folder_that_it_lacks(output: Path) -> None:
+    wanted = rf"(?s)from {output}/dense/onnx-int8, which is not there.*quantize {output}/dense/onnx --scheme"
+    with pytest.raises(NirvanaError, match=wanted):
+        run("build-engine", output, "--variant", "dense", "--quantize", "int8", "--name", "q")

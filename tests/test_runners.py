@@ -316,6 +316,11 @@ def test_the_model_and_its_tokenizer_are_found(folder: Path, tmp_path: Path) -> 
     assert model_in(out / "onnx") == out / "onnx"
     assert tokenizer_folder(out / "engine" / "m.engine") == out / "onnx"
     assert tokenizer_folder(out / "onnx") == out / "onnx"
+    alone = tmp_path / "alone"
+    shutil.copytree(folder, alone)
+    (alone / "engine").mkdir()
+    (alone / "engine" / "m.engine").touch()
+    assert tokenizer_folder(alone / "engine" / "m.engine") == alone
     with pytest.raises(NirvanaError, match=r"holds no model: neither model\.onnx nor onnx/model\.onnx"):
         model_in(tmp_path)
     with pytest.raises(NirvanaError, match="No tokenizer lies in"):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.engine.build import BuiltEngine, engine_from_onnx
 from nirvana_deploy.engine.fp8 import FP8_TARGETS, rewrite_fp8
 from nirvana_deploy.engine.loading import tensorrt_module
-from nirvana_deploy.engine.profile import Lengths
+from nirvana_deploy.engine.profile import Lengths, require_lengths
 from nirvana_deploy.engine.seq2seq import drop_cache_branch
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
 from nirvana_deploy.errors import NirvanaError
@@ -68,7 +68,9 @@ def engines_from_checkpoint(
     look_up(kv, KV_FORMS, what="KV form")
     options, lengths = options or BuilderOptions(RTX), lengths or Lengths()
     tensorrt_module(options.runtime)  # before the work of the export
-    shape = shape_from_config(config_json(checkpoint))
+    config = config_json(checkpoint)
+    require_lengths(lengths, context_tokens=config.get("max_position_embeddings"))
+    shape = shape_from_config(config)
     _require_possible(shape, dtype=dtype, kv=kv, quantize=quantize, int8_spec=int8_spec, options=options)
     if quantize == "fp8" and options.runtime == RTX:
         options = replace(options, targets=options.targets or FP8_TARGETS)

@@ -65,11 +65,10 @@ def profiles_for(source: OnnxSource, lengths: Lengths) -> tuple[Profile, ...]:
     Raises NirvanaError, before any build, for lengths that contradict each other, that are longer than the
     model's context or than a cache of fixed length, or for a graph whose varying dimensions are unknown.
     """
-    batch = _range("--opt-batch", "--max-batch", 1, lengths.opt_batch, lengths.max_batch)
     names = _varying(source)
-    longest = _longest(source, lengths)
-    prompt = _within(lengths.opt_prompt, _DEFAULT_PROMPT_TOKENS, longest, "--opt-prompt")
-    length = _within(lengths.opt_length, _DEFAULT_PAST_TOKENS, longest, "--opt-length")
+    batch, longest, prompt, length = _checked(
+        lengths, slots=cache_slots(source), context=source.context_tokens
+    )
     makers = {
         "sequence_length": _decoder_profiles,
         "encoder_sequence_length": _encoder_profiles,
@@ -90,6 +89,11 @@ def profiles_for(source: OnnxSource, lengths: Lengths) -> tuple[Profile, ...]:
             hint="Export it with this tool: nirvana-deploy export CHECKPOINT --out DIR --dtype fp16",
         )
     return profiles
+
+
+def require_lengths(lengths: Lengths, *, context_tokens: int | None) -> None:
+    """Raise NirvanaError for lengths that no graph of a model with such a context can take."""
+    _checked(lengths, slots=None, context=context_tokens)
 
 
 def shapes_of(source: OnnxSource, profile: Profile) -> ProfileRecord:
@@ -174,9 +178,16 @@ def _caches(source: OnnxSource) -> Iterator[Any]:
     return (one for one in source.inputs if one.name.startswith("past_key_values."))
 
 
-def _longest(source: OnnxSource, lengths: Lengths) -> int:
+def _checked(lengths: Lengths, *, slots: int | None, context: int | None) -> tuple[Range, int, int, int]:
+    """(batch, longest sequence, prompt and sequence that are tuned for)."""
+    batch = _range("--opt-batch", "--max-batch", 1, lengths.opt_batch, lengths.max_batch)
+    longest = _longest(lengths, slots=slots, context=context)
+    prompt = _within(lengths.opt_prompt, _DEFAULT_PROMPT_TOKENS, longest, "--opt-prompt")
+    return batch, longest, prompt, _within(lengths.opt_length, _DEFAULT_PAST_TOKENS, longest, "--opt-length")
+
+
+def _longest(lengths: Lengths, *, slots: int | None, context: int | None) -> int:
     """S: what was asked for, or the default, within the graph's and the model's limits."""
-    slots, context = cache_slots(source), source.context_tokens
     asked = lengths.max_length
     if asked is None:
         asked = slots or min(_DEFAULT_LENGTH_TOKENS, context or _DEFAULT_LENGTH_TOKENS)

@@ -125,9 +125,13 @@ def read_source(path: Path) -> OnnxSource:
     types or ranks that an engine cannot have.
     """
     if not path.is_file():
+        folder = path.parent
+        is_checkpoint = any(folder.glob("*.safetensors"))
         raise NirvanaError(
-            f"{path.parent} holds no {path.name}.",
-            hint=f"nirvana-deploy export CHECKPOINT --out {path.parent} --dtype fp16",
+            f"{folder} holds no {path.name}{', it is a checkpoint' if is_checkpoint else ''}.",
+            hint=f"nirvana-deploy export {folder} --out {folder}-onnx --dtype fp16"
+            if is_checkpoint
+            else f"nirvana-deploy export CHECKPOINT --out {folder} --dtype fp16",
         )
     try:
         model = onnx.load(path, load_external_data=False)

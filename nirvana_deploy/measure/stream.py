@@ -143,11 +143,16 @@ def model_in(path: Path) -> Path:
 def tokenizer_folder(path: Path, *, given: Path | None = None) -> Path:
     """The folder with the tokenizer of an ONNX folder or an engine: ``given``, its own, or one nearby.
 
-    Beside an engine lie the ONNX folder and the checkpoint of the same output folder. Raises NirvanaError
-    where there is none.
+    Beside an engine lie the ONNX folder that it was built from (or it lies in it) and the checkpoint of the
+    same output folder. Raises NirvanaError where there is none.
     """
     base = path if path.is_dir() else path.parent
-    nearby = [base, *(above / name for above in (base, base.parent) for name in ("onnx", "checkpoint"))]
+    of_engine = [] if path.is_dir() else [base / f"{path.stem}-onnx", base.parent]
+    nearby = [
+        base,
+        *of_engine,
+        *(above / name for above in (base, base.parent) for name in ("onnx", "checkpoint")),
+    ]
     for folder in [given] if given is not None else nearby:
         if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
             return folder
@@ -160,7 +165,9 @@ def load_text_side(folder: Path) -> tuple[Any, frozenset[int]]:
     """The tokenizer of a folder, and the ids that end an answer; needs no checkpoint beside it."""
     from transformers import AutoTokenizer  # two seconds that other users of this module are spared
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    from nirvana_deploy.model.checkpoint import load_tokenizer
+
+    tokenizer = load_tokenizer(folder) if _is_checkpoint(folder) else AutoTokenizer.from_pretrained(folder)
     for name, keys in (("genai_config.json", ("model", "eos_token_id")), ("config.json", ("eos_token_id",))):
         if (folder / name).is_file():
             found = read_json(folder / name)
@@ -169,3 +176,7 @@ def load_text_side(folder: Path) -> tuple[Any, frozenset[int]]:
             if found is not None:
                 return tokenizer, frozenset(found if isinstance(found, list) else [found])
     return tokenizer, frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "tokenizer_config.json").is_file()
