@@ -23,7 +23,8 @@ def verify(out: Path, model: str | None, runtime: str | None, threads: int | Non
     """Check OUT: sha256 of its files, then logits and greedy tokens of its ONNX against its checkpoint.
 
     Before that, each ONNX file has to be valid, with its weights inside its folder, and of the checkpoint's
-    shape.
+    shape. Quantized models differ from their checkpoint by design ('nirvana-deploy evaluate' says how much):
+    of them the linears that run in integer kernels are counted again.
 
     The dense baseline is checked too where the model it came from is still in place. Exit code 3 when
     something differs. --runtime also runs the models there, and compares it with ONNX Runtime on the CPU: an
@@ -47,8 +48,12 @@ def verify(out: Path, model: str | None, runtime: str | None, threads: int | Non
         result = verifying.verify_folder(out, threads=threads, runtime=runtime, progress=progress)
     if as_json:
         reports = {name: report.to_json() for name, report in result.reports.items()}
-        compared = {name: report.to_json() for name, report in result.compared.items()}
-        echo_json({"damaged": result.damaged, **reports, **({"compared": compared} if compared else {})})
+        more = {
+            "compared": {name: report.to_json() for name, report in result.compared.items()},
+            "quantized": {name: coverage.to_json() for name, coverage in result.quantized.items()},
+        }
+        told = {name: entries for name, entries in more.items() if entries}
+        echo_json({"damaged": result.damaged, **reports, **told})
     else:
         shown = {**result.reports, **{f"{name} in {runtime}": r for name, r in result.compared.items()}}
         rows = [
@@ -68,7 +73,14 @@ def verify(out: Path, model: str | None, runtime: str | None, threads: int | Non
                 rows.append(
                     [f"{name}: {greedy.runtime}, {greedy.new_tokens} greedy tokens", same, "all", verdict]
                 )
-        rows += [[f"{name}: {CHECKED}", "whole", "whole", "passed"] for name in result.reports]
+        rows += [
+            [f"{name}: {CHECKED}", "whole", "whole", "passed"]
+            for name in [*result.reports, *result.quantized]
+        ]
+        rows += [
+            [f"{name}: linears in integer kernels", str(c.found), str(c.promised), _word(not c.missing)]
+            for name, c in result.quantized.items()
+        ]
         if model is None:
             found = f"{len(result.damaged)} differ"
             rows.append(["sha256 of all files", found, "0", _word(not result.damaged)])

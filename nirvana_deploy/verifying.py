@@ -1,4 +1,8 @@
-"""Check at any time what was made: an output folder, or one ONNX folder that stands alone."""
+"""Check at any time what was made: an output folder, or one ONNX folder that stands alone.
+
+A quantized model differs from its checkpoint by design, and ``evaluate`` says by how much; of it is checked
+that the folder is whole and of the checkpoint's shape, and that its linears still run in integer kernels.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from pathlib import Path
 
 from nirvana_deploy.errors import NirvanaError, VerificationError
 from nirvana_deploy.export import holds_model
+from nirvana_deploy.export.folder_check import check_folder
 from nirvana_deploy.export.verify import VerifyReport, verify_onnx
 from nirvana_deploy.measuring import compare_in
 from nirvana_deploy.model.checkpoint import config_json
@@ -14,8 +19,10 @@ from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.prune.plan import check_plan_was_cut, read_plan
+from nirvana_deploy.quantize.coverage import Coverage, recorded_coverage
+from nirvana_deploy.quantize.linears import RECORD_FILE
 from nirvana_deploy.run import MANIFEST, Run
-from nirvana_deploy.variants import CHECKPOINT, DENSE, KNOWN, PLAN_FILE, PRUNED, variant_named
+from nirvana_deploy.variants import CHECKPOINT, DENSE, KNOWN, PLAN_FILE, PRUNED, variant_named, variants_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class FolderCheck:
     """ONNX against checkpoint, by variant."""
     compared: dict[str, VerifyReport] = field(default_factory=dict)
     """A runtime that was named against ONNX Runtime on the CPU, by the path of what it ran."""
+    quantized: dict[str, Coverage] = field(default_factory=dict)
+    """What runs in integer kernels now, by variant; half precision runs in none on the CPU."""
 
     def require_passed(self) -> None:
         """Raise VerificationError unless every file and every comparison is as it should be."""
@@ -41,6 +50,8 @@ class FolderCheck:
         folders = {variant.name: variant.folder for variant in KNOWN}
         for name, report in self.reports.items():
             report.require_passed(self.out / folders.get(name, ""))
+        for name, coverage in self.quantized.items():
+            coverage.require_whole(self.out / folders.get(name, ""))
         for name, report in self.compared.items():
             runtime = report.greedy[0].runtime
             report.require_passed(self.out / name, against=f"ONNX Runtime on the CPU ({runtime} differs)")
@@ -53,11 +64,7 @@ def verify_folder(
 
     ``runtime`` also runs the models there, and compares it with ONNX Runtime on the CPU.
     """
-    if holds_model(out) and not (out / MANIFEST).is_file():
-        raise NirvanaError(
-            f"{out} is an ONNX folder alone: nothing in it says what it was exported from.",
-            hint=f"nirvana-deploy verify {out} --checkpoint CHECKPOINT",
-        )
+    _require_output_folder(out)
     run = Run.open(out, progress=progress)
     damaged = [file for name in run.manifest["stages"] for file in run.damaged(name)]
     dense = Path(run.manifest["model"]["path"])
@@ -71,7 +78,12 @@ def verify_folder(
         for name, checkpoint in checkpoints.items()
         if checkpoint.is_dir() and (out / variant_named(name).folder).is_dir() and not damaged
     }
-    return FolderCheck(out=out, damaged=damaged, reports=reports, compared=compared)
+    quantized = {
+        variant.name: _quantized_check(out / variant.folder, out / CHECKPOINT)
+        for variant in variants_of(run)
+        if variant.scheme is not None and not damaged
+    }
+    return FolderCheck(out=out, damaged=damaged, reports=reports, compared=compared, quantized=quantized)
 
 
 def verify_onnx_folder(
@@ -79,5 +91,35 @@ def verify_onnx_folder(
 ) -> FolderCheck:
     """Check an ONNX folder that stands alone against the checkpoint ``model``; changes nothing."""
     source = resolve_model(model, progress=progress)
+    if (folder / RECORD_FILE).is_file():
+        coverage = _quantized_check(folder, source.path)
+        return FolderCheck(out=folder, damaged=[], reports={}, quantized={"model": coverage})
     report = verify_onnx(source.path, folder, threads=threads, progress=progress)
     return FolderCheck(out=folder, damaged=[], reports={"model": report})
+
+
+def _quantized_check(folder: Path, checkpoint: Path) -> Coverage:
+    check_folder(folder, checkpoint)
+    return recorded_coverage(folder)
+
+
+def _require_output_folder(out: Path) -> None:
+    """Raise NirvanaError for a part of an output folder, or one of its kinds alone: with what to type."""
+    if (out / MANIFEST).is_file():
+        return
+    for around in list(out.resolve().parents)[:2]:
+        if (around / MANIFEST).is_file():
+            raise NirvanaError(
+                f"{out} is a part of the output folder {around}, whose manifest knows its files.",
+                hint=f"nirvana-deploy verify {around}",
+            )
+    if holds_model(out):
+        raise NirvanaError(
+            f"{out} is an ONNX folder alone: nothing in it says what it was exported from.",
+            hint=f"nirvana-deploy verify {out} --checkpoint CHECKPOINT",
+        )
+    if (out / "config.json").is_file():
+        raise NirvanaError(
+            f"{out} is a checkpoint alone: it is what an ONNX folder is compared with.",
+            hint=f"nirvana-deploy verify ONNX_FOLDER --checkpoint {out}",
+        )

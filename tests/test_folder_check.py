@@ -15,6 +15,7 @@ from test_slicing import plan_for
 
 from nirvana_deploy import NirvanaError, verifying
 from nirvana_deploy.cli.verify import verify
+from nirvana_deploy.errors import VerificationError
 from nirvana_deploy.export.folder_check import check_folder
 from nirvana_deploy.export.genai import genai_tokens
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
@@ -22,6 +23,8 @@ from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import check_plan_was_cut
+from nirvana_deploy.quantize import coverage
+from nirvana_deploy.quantize.quantize import quantize_onnx
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
 
@@ -149,3 +152,34 @@ def test_an_onnx_folder_alone_is_verified(exported: tuple[Path, Path], folder: P
     both = CliRunner().invoke(verify, [str(folder), "--checkpoint", "x", "--runtime", "onnxruntime-cpu"])
     assert both.exit_code == 2 and "--runtime goes with an output folder" in both.output
     assert "FAILED" not in result.output and "sha256" not in result.output
+
+
+def test_a_quantized_folder_is_verified(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, folder = exported
+    quantized = quantize_onnx(folder, tmp_path / "w8", scheme="w8").path
+    order = [str(quantized), "--checkpoint", str(checkpoint)]
+    result = CliRunner().invoke(verify, order, catch_exceptions=False)
+    assert result.exit_code == 0 and "linears in integer kernels" in result.output, result.output
+    told = json.loads(CliRunner().invoke(verify, [*order, "--json"]).stdout)["quantized"]["model"]
+    assert told["promised"] == told["found"] == 21
+
+    monkeypatch.setattr(coverage, "INTEGER_OPERATORS", frozenset())
+    worse = CliRunner().invoke(verify, order)
+    assert "FAILED" in worse.output and isinstance(worse.exception, VerificationError)
+    assert "0/21 linears run in integer kernels" in worse.exception.message
+    (quantized / "model.onnx.data").unlink()
+    with pytest.raises(NirvanaError, match="missing beside it"):
+        verifying.verify_onnx_folder(quantized, model=str(checkpoint))
+
+
+def test_what_is_not_an_output_folder_says_what_it_is(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match=r"is a checkpoint alone.*\n.*verify ONNX_FOLDER --checkpoint"):
+        verifying.verify_folder(exported[0])
+    part = shutil.copytree(exported[1], tmp_path / "out" / "dense" / "onnx")
+    (tmp_path / "out" / "manifest.json").write_text("{}")
+    with pytest.raises(NirvanaError, match=r"a part of the output folder .*out, .*\nnirvana-deploy verify"):
+        verifying.verify_folder(part)
+    with pytest.raises(NirvanaError, match=r"no manifest\.json"):
+        verifying.verify_folder(tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from conftest import write_tiny
 from test_slicing import plan_for
 
@@ -92,6 +93,17 @@ def test_the_export_is_deterministic(tiny_llama: Path, tmp_path: Path) -> None:
         onnx_from_checkpoint(tiny_llama, tmp_path / name)
     for file in ("model.onnx", "model.onnx.data", "genai_config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sharded_checkpoint_gives_the_same_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole = write_tiny(tmp_path / "whole", "mistral", dtype=dtype)
+    shards = write_tiny(tmp_path / "shards", "mistral", dtype=dtype, max_shard_size="50KB")
+    assert len(list(shards.glob("model-*.safetensors"))) > 2
+    for folder in (whole, shards):
+        onnx_from_checkpoint(folder, folder / "onnx")
+    for file in ("model.onnx", "model.onnx.data", "genai_config.json"):
+        assert (whole / "onnx" / file).read_bytes() == (shards / "onnx" / file).read_bytes()
 
 
 def test_a_rope_that_depends_on_length_is_refused(tmp_path: Path) -> None:

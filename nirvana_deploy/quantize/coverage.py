@@ -18,6 +18,7 @@ import onnx
 
 from nirvana_deploy.errors import VerificationError
 from nirvana_deploy.quantize.runner import session_of
+from nirvana_deploy.quantize.spec import read_record
 
 INTEGER_OPERATORS = frozenset(
     {
@@ -87,6 +88,19 @@ def coverage_of(folder: Path, promised: Collection[str], *, scratch: Path | None
         operators=dict(operators),
         missing=tuple(name for name in promised if name not in found),
     )
+
+
+def recorded_coverage(folder: Path) -> Coverage:
+    """Of a quantized ``folder``, the linears that its record counted, looked for once more.
+
+    None were counted in half precision, for which ONNX Runtime's CPU provider has no integer kernels: there
+    none are promised. Raises NirvanaError without a record.
+    """
+    record = read_record(folder)
+    named = record["int8"]["linears"] if record["scheme"] == "int8" else record["linears"]
+    in_float = set(record["coverage"]["missing"])
+    with tempfile.TemporaryDirectory(prefix="nirvana-verify-") as scratch:
+        return coverage_of(folder, [name for name in named if name not in in_float], scratch=Path(scratch))
 
 
 def slow_host_note() -> str | None:
