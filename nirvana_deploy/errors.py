@@ -6,6 +6,8 @@ command to type. Anything else that escapes is our bug and keeps its trace.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class NirvanaError(Exception):
     """The user's problem: one clear message, exit code 1.
@@ -37,4 +39,16 @@ class MissingExtraError(NirvanaError):
         super().__init__(
             f"{what_for} needs the package {package!r}, which is not installed.",
             hint=f"pip install 'nirvana-deploy[{extra}]'",
+        )
+
+
+class TokenizerError(NirvanaError):
+    """The tokenizer in a folder cannot be loaded: one sentence instead of transformers' several."""
+
+    def __init__(self, folder: Path, error: Exception) -> None:
+        missing = not (folder / "tokenizer.json").is_file()
+        reason = "tokenizer.json is missing" if missing else str(error).strip().partition("\n")[0]
+        super().__init__(
+            f"The tokenizer in {folder} cannot be loaded: {reason}.",
+            hint="Copy tokenizer.json and tokenizer_config.json there from the checkpoint.",
         )

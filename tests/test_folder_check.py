@@ -19,8 +19,11 @@ from nirvana_deploy.errors import VerificationError
 from nirvana_deploy.export.folder_check import check_folder
 from nirvana_deploy.export.genai import genai_tokens
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.measure.stream import load_text_side
+from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
 from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.package.triton import triton_from_onnx
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import check_plan_was_cut
 from nirvana_deploy.quantize import coverage
@@ -101,13 +104,38 @@ def test_a_graph_cut_short(exported: tuple[Path, Path], folder: Path) -> None:
         check_folder(folder, exported[0])
 
 
-def test_a_graph_of_a_newer_version(exported: tuple[Path, Path], folder: Path) -> None:
-    def newer(model: onnx.ModelProto) -> None:
-        next(e for e in model.metadata_props if e.key == "nirvana_deploy.schema").value = "2"
+def newer(model: onnx.ModelProto) -> None:
+    next(e for e in model.metadata_props if e.key == "nirvana_deploy.schema").value = "2"
 
+
+def test_a_graph_of_a_newer_version(exported: tuple[Path, Path], folder: Path) -> None:
     rewritten(folder, newer)
     with pytest.raises(NirvanaError, match=r"schema 2; this version reads schema 1.\npip install --upgrade"):
         check_folder(folder, exported[0])
+
+
+def test_a_newer_graph_is_not_run_or_quantized(folder: Path, tmp_path: Path) -> None:
+    rewritten(folder, newer)
+    for use in (
+        lambda: OrtDecoder(folder, threads=1),
+        lambda: quantize_onnx(folder, tmp_path / "w8", scheme="w8"),
+        lambda: triton_from_onnx(folder, tmp_path / "triton", name="newer"),
+    ):
+        with pytest.raises(NirvanaError, match="was written with schema 2; this version reads schema 1"):
+            use()
+    assert not (tmp_path / "w8").exists() and not (tmp_path / "triton").exists()
+
+
+def test_damaged_folders_are_not_packaged(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "model.onnx.data", folder.parent)
+    rewritten(folder, moved_to("../model.onnx.data"))
+    with pytest.raises(NirvanaError, match=r"outside of the model's folder; such a file is refused"):
+        triton_from_onnx(folder, tmp_path / "triton", name="outside")
+    rewritten(folder, moved_to("model.onnx.data"))
+    (folder / "model.onnx.data").unlink()
+    with pytest.raises(NirvanaError, match=r"missing beside it.\nMove both"):
+        triton_from_onnx(folder, tmp_path / "triton", name="left-behind")
+    assert not (tmp_path / "triton").exists()
 
 
 def test_an_invalid_graph(exported: tuple[Path, Path], folder: Path) -> None:
@@ -130,6 +158,9 @@ def test_a_lost_tokenizer(exported: tuple[Path, Path], folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(NirvanaError, match=r"has no tokenizer\.json, and its checkpoint has one.*\nCopy it"):
         check_folder(folder, exported[0])
+    for load in (load_tokenizer, load_text_side):
+        with pytest.raises(NirvanaError, match=r"cannot be loaded: tokenizer\.json is missing\.\nCopy"):
+            load(folder)
 
 
 def test_a_genai_config_with_a_key_of_ones_own(folder: Path) -> None:

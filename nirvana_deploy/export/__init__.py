@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from nirvana_deploy.errors import NirvanaError
+
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 """External data of the graphs in the same folder: of MODEL_FILE, or of the two below."""
@@ -10,6 +12,7 @@ DECODER_FILE = "decoder_model_merged.onnx"
 """An encoder-decoder's graphs, named as optimum and transformers.js look for them."""
 SCHEMA_KEY, FLAVOR_KEY, DTYPE_KEY = (f"nirvana_deploy.{key}" for key in ("schema", "flavor", "dtype"))
 """What a graph says of itself, in its metadata."""
+GRAPH_SCHEMA = 1
 
 
 def is_seq2seq(folder: Path) -> bool:
@@ -20,3 +23,12 @@ def is_seq2seq(folder: Path) -> bool:
 def holds_model(folder: Path) -> bool:
     """Whether a folder is an ONNX folder, of a decoder or an encoder-decoder."""
     return (folder / MODEL_FILE).is_file() or is_seq2seq(folder)
+
+
+def require_schema(model: Path, found: str | None) -> None:
+    """Raise NirvanaError unless ``found``, what a graph says under SCHEMA_KEY, is known; None is no claim."""
+    if found not in (None, str(GRAPH_SCHEMA)):
+        raise NirvanaError(
+            f"{model} was written with schema {found}; this version reads schema {GRAPH_SCHEMA}.",
+            hint="pip install --upgrade nirvana-deploy",
+        )

@@ -13,8 +13,7 @@ from typing import Any
 import onnx
 
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE, MODEL_FILE, SCHEMA_KEY
-from nirvana_deploy.export.graph import GRAPH_SCHEMA
+from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE, MODEL_FILE, SCHEMA_KEY, require_schema
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.families import DECODER
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
@@ -52,12 +51,7 @@ def check_graph_file(path: Path) -> None:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's errors have no common base class
         raise NirvanaError(f"{path} is not an ONNX file, or is cut short: {error}.", hint=again) from error
-    schema = {entry.key: entry.value for entry in model.metadata_props}.get(SCHEMA_KEY, "1")
-    if schema != str(GRAPH_SCHEMA):
-        raise NirvanaError(
-            f"{path} was written with schema {schema}; this version reads schema {GRAPH_SCHEMA}.",
-            hint="pip install --upgrade nirvana-deploy",
-        )
+    require_schema(path, {entry.key: entry.value for entry in model.metadata_props}.get(SCHEMA_KEY))
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(path, tensor, again)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import DTYPE_KEY, FLAVOR_KEY, SCHEMA_KEY
+from nirvana_deploy.export import DTYPE_KEY, FLAVOR_KEY, GRAPH_SCHEMA, SCHEMA_KEY
 from nirvana_deploy.export.attention import (
     ConcatenatedCache,
     GroupQueryCache,
@@ -43,7 +43,6 @@ from nirvana_deploy.export.streaming import Parameter
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 
 FLAVORS = ("portable", "gqa", "static-cache")
-GRAPH_SCHEMA = 1
 _GQA_HEAD_DIM_MULTIPLE = 16
 
 

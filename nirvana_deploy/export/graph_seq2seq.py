@@ -28,9 +28,9 @@ import torch
 from numpy.typing import NDArray
 
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import DTYPE_KEY, SCHEMA_KEY
+from nirvana_deploy.export import DTYPE_KEY, GRAPH_SCHEMA, SCHEMA_KEY
 from nirvana_deploy.export.dtypes import Dtype
-from nirvana_deploy.export.graph import GRAPH_SCHEMA, hidden_state_name
+from nirvana_deploy.export.graph import hidden_state_name
 from nirvana_deploy.export.parts import GraphParts
 from nirvana_deploy.export.streaming import Parameter, as_array
 from nirvana_deploy.model.families import DECODER

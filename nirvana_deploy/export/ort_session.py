@@ -12,7 +12,7 @@ import psutil
 from numpy.typing import NDArray
 
 from nirvana_deploy.errors import MissingExtraError, NirvanaError
-from nirvana_deploy.export import DATA_FILE
+from nirvana_deploy.export import DATA_FILE, SCHEMA_KEY, require_schema
 
 try:
     import onnxruntime
@@ -62,7 +62,7 @@ def open_session(
     provider_options: Mapping[str, str] | None = None,
     in_float32: bool = False,
 ) -> Any:
-    """An InferenceSession; raises NirvanaError for a missing or corrupt file, or a provider it has not.
+    """An InferenceSession; raises NirvanaError for a missing, corrupt or newer file or an absent provider.
 
     ``in_float32`` opens the float32 twin of a half-precision model (``float32_twin.py``). A provider whose
     libraries do not load is an error too: ONNX Runtime would go on with another one.
@@ -98,6 +98,7 @@ def open_session(
             f"{', '.join(session.get_providers())}. Its libraries or the GPU are missing.",
             hint="nirvana-deploy doctor",
         )
+    require_schema(model, session.get_modelmeta().custom_metadata_map.get(SCHEMA_KEY))
     return session
 
 

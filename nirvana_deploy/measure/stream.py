@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nirvana_deploy.artifact import read_json
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.errors import NirvanaError, TokenizerError
 from nirvana_deploy.export import MODEL_FILE, holds_model
 from nirvana_deploy.measure.runners import Runner
 
@@ -167,7 +167,12 @@ def load_text_side(folder: Path) -> tuple[Any, frozenset[int]]:
 
     from nirvana_deploy.model.checkpoint import load_tokenizer
 
-    tokenizer = load_tokenizer(folder) if _is_checkpoint(folder) else AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = (
+            load_tokenizer(folder) if _is_checkpoint(folder) else AutoTokenizer.from_pretrained(folder)
+        )
+    except (OSError, ValueError) as error:
+        raise TokenizerError(folder, error) from error
     for name, keys in (("genai_config.json", ("model", "eos_token_id")), ("config.json", ("eos_token_id",))):
         if (folder / name).is_file():
             found = read_json(folder / name)

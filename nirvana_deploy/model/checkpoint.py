@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from nirvana_deploy.artifact import read_json
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.errors import NirvanaError, TokenizerError
 from nirvana_deploy.model.families import FAMILIES, Family
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
@@ -60,9 +60,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint or ONNX folder; raises NirvanaError when there is none."""
     if not (folder / "tokenizer_config.json").is_file():
         raise NirvanaError(f"{folder} has no tokenizer (tokenizer_config.json, tokenizer.json).")
-    if not (folder / "config.json").is_file():  # an ONNX folder
-        return AutoTokenizer.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder, config=read_config(folder))
+    known = {"config": read_config(folder)} if (folder / "config.json").is_file() else {}  # an ONNX folder
+    try:
+        return AutoTokenizer.from_pretrained(folder, **known)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(folder, error) from error
 
 
 def stop_token_ids(config: PreTrainedConfig) -> frozenset[int]:

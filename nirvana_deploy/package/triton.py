@@ -25,6 +25,7 @@ import onnx
 from nirvana_deploy.artifact import files_under, require_free_bytes, whole_folder
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.export.folder_check import check_graph_file
 from nirvana_deploy.package import triton_decode
 from nirvana_deploy.progress import SILENT, Progress
 
@@ -106,7 +107,7 @@ def triton_from_onnx(
     """Write the repository ``out`` for a decoder's ONNX folder; it appears whole or not at all.
 
     Raises NirvanaError for a name that Triton's URLs cannot hold, a folder that onnxruntime-genai could not
-    load, inputs of a type that Triton does not have, or a disk without room.
+    load or whose graph is damaged, inputs of a type that Triton does not have, or a disk without room.
     """
     require_name(name)
     for file in (MODEL_FILE, "genai_config.json", "tokenizer.json"):
@@ -116,6 +117,7 @@ def triton_from_onnx(
                 hint="Export it again from a checkpoint with a tokenizer: nirvana-deploy export CHECKPOINT "
                 f"--out {onnx_folder} --force",
             )
+    check_graph_file(onnx_folder / MODEL_FILE)
     size_bytes = sum(file.stat().st_size for file in files_under(onnx_folder))
     require_free_bytes(out, size_bytes, what="The Triton repository")
     graph = graph_model(onnx_folder, name=f"{name}-graph", progress=progress)

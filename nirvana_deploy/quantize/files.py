@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export import SCHEMA_KEY, require_schema
 
 
 def read_initializer(value: ir.Value) -> NDArray[Any]:
@@ -33,7 +34,8 @@ def read_tensor(tensor: ir.TensorProtocol | None) -> NDArray[Any]:
 def load_model(path: Path) -> ir.Model:
     """The graph at ``path``, quantized or not; no weight is read.
 
-    Raises NirvanaError when it is not ONNX, or its external data is missing, too short or elsewhere.
+    Raises NirvanaError when it is not ONNX or of a newer schema, or its external data is missing, too short
+    or elsewhere.
     """
     if not path.is_file():
         raise NirvanaError(f"{path} does not exist.", hint="nirvana-deploy export CHECKPOINT --out DIR")
@@ -41,6 +43,7 @@ def load_model(path: Path) -> ir.Model:
         model = ir.load(path)
     except (DecodeError, ValueError) as error:
         raise NirvanaError(f"{path} is not a valid ONNX model: {error}.") from error
+    require_schema(path, model.metadata_props.get(SCHEMA_KEY))
     _check_external_data(model, path)
     return model
 
