@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.artifact import read_json, write_json
-from nirvana_deploy.engine.record import read_engine_record
+from nirvana_deploy.engine.record import DECODER, read_engine_record
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import MODEL_FILE, is_seq2seq
+from nirvana_deploy.export import DECODER_FILE, MODEL_FILE, holds_model, is_seq2seq
 from nirvana_deploy.export.ort import OrtDecoder
 from nirvana_deploy.export.ort_seq2seq import OrtSeq2Seq, teacher_forced
 from nirvana_deploy.export.verify import VerifyReport, dtype_of_graph, prompts_for
@@ -32,6 +32,8 @@ from nirvana_deploy.measure.ntk import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.measure.runners import Runner, is_engine, open_runner, runs_engines
 from nirvana_deploy.measure.tasks import evaluate_tasks
+from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.prune.calibrate import TokenWindows
 from nirvana_deploy.prune.plan import read_plan
 from nirvana_deploy.prune.windows_file import read_windows
@@ -171,10 +173,11 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
     reports = {}
     for path, variant in paths.items():
         record = read_engine_record(path, check_bytes=False) if is_engine(path) else None
-        beside = path.parent / f"{path.stem}-onnx"
-        folder = beside if (beside / MODEL_FILE).is_file() else run.out / variant.folder
+        beside = path.parent / f"{path.stem.removesuffix(f'-{DECODER}')}-onnx"
+        folder = beside if holds_model(beside) else run.out / variant.folder
+        graph = DECODER_FILE if is_seq2seq(folder) else MODEL_FILE
         with (
-            OrtDecoder(folder, threads=threads, in_float32=True) as reference,
+            _in_float32(folder, threads=threads) as reference,
             open_runner(path, runtime=runtime, threads=threads) as runner,
         ):
             vocab_size = runner.vocab_size
@@ -186,8 +189,8 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
                 runner,
                 cases=DEFAULT_CASES if record is None else cases_of(record, vocab_size=vocab_size),
                 tolerance=device_tolerance(
-                    record.dtype if record else dtype_of_graph(folder / MODEL_FILE).name,
-                    layers=len(reference.kv_heads),
+                    record.dtype if record else dtype_of_graph(folder / graph).name,
+                    layers=_attentions(reference, folder),
                     quantization=variant.scheme,
                 ),
                 prompts=prompts,
@@ -268,6 +271,18 @@ def dense_checkpoint(run: Run) -> Path:
 def _opened(run: Run, path: Path, *, runtime: str | None, threads: int | None) -> Runner:
     """A runner; a bfloat16 model that no other runtime was named for is computed in float32 on the CPU."""
     if runtime is None and not is_engine(path) and run.manifest["options"].get("dtype") == "bf16":
-        kind = OrtSeq2Seq if is_seq2seq(path) else OrtDecoder
-        return kind(path, threads=threads, in_float32=True)
+        return _in_float32(path, threads=threads)
     return open_runner(path, runtime=runtime, threads=threads)
+
+
+def _in_float32(folder: Path, *, threads: int | None) -> OrtDecoder | OrtSeq2Seq:
+    """An ONNX folder on the CPU, computing in float32 whatever it stores."""
+    kind = OrtSeq2Seq if is_seq2seq(folder) else OrtDecoder
+    return kind(folder, threads=threads, in_float32=True)
+
+
+def _attentions(reference: OrtDecoder | OrtSeq2Seq, folder: Path) -> int:
+    """Attentions of a model, each with what lies around it: how deep roundings pile up."""
+    if isinstance(reference, OrtDecoder):
+        return len(reference.kv_heads)
+    return len(shape_from_config(config_json(folder)).layers)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nirvana_deploy.engine.loading import MODULES
-from nirvana_deploy.engine.record import ENGINE_SUFFIX, EngineRecord, read_engine_record
+from nirvana_deploy.engine.record import DECODER, ENGINE_SUFFIX, EngineRecord, read_engine_record
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.model.checkpoint import config_json
@@ -90,7 +90,8 @@ def engines_of(run: Run, runtime: str) -> dict[Path, ModelVariant]:
     """Every engine of ``runtime`` that is one of a variant, the plainest names first.
 
     An engine belongs to the variant whose ``model.onnx`` it was built from, or else to the one whose name it
-    has, with nothing but dtype, form of the cache and runtime added. Raises NirvanaError for none.
+    has, with nothing but dtype, form of the cache and runtime added. An encoder-decoder's two engines count
+    as one, by their decoder. Raises NirvanaError for none.
     """
     variants = variants_of(run)
     paths = sorted(run.out.rglob(f"*{ENGINE_SUFFIX}"), key=lambda path: (len(path.stem), path))
@@ -115,7 +116,7 @@ def _origin(run: Run, record: EngineRecord, variants: Sequence[ModelVariant]) ->
         if built_from is not None and files.get(f"{variant.folder}/{MODEL_FILE}") == built_from:
             return variant
     for variant in sorted(variants, key=lambda one: -len(one.name)):
-        rest = record.name.removeprefix(variant.name)
+        rest = record.name.removeprefix(variant.name).removesuffix(f"-{DECODER}")
         for added in _ADDED_TO_NAMES:
             rest = rest.removeprefix(f"-{added}")
         if record.name.startswith(variant.name) and not rest:

@@ -117,7 +117,7 @@ class FakeEngine:
         self.capturable: bool = content["capturable"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(Path(content["onnx"]) / "model.onnx", options)
+        self.session = onnxruntime.InferenceSession(content["onnx"], options)
         self.inputs = {node.name: node for node in self.session.get_inputs()}
         self.outputs = {node.name: node for node in self.session.get_outputs()}
         self.num_optimization_profiles = len(self.profiles)
@@ -342,15 +342,17 @@ def write_fake_engine(
     targets: tuple[str, ...] = ("sm86", "sm89"),
     capturable: bool = True,
     stripped: bool = False,
+    file: str = "model.onnx",
+    part: str = "decoder",
 ) -> Path:
     """Write an engine file that :func:`fake_module` deserializes, and the record beside it."""
-    session = onnxruntime.InferenceSession(onnx_folder / "model.onnx")
+    session = onnxruntime.InferenceSession(onnx_folder / file)
     in_place = "write_indices" in {node.name for node in session.get_inputs()}
     path.write_text(
         json.dumps(
             {
                 "magic": MAGIC,
-                "onnx": str(onnx_folder),
+                "onnx": str(onnx_folder / file),
                 "in_place": in_place,
                 "profiles": [profile.shapes for profile in profiles],
                 "capturable": capturable,
@@ -366,13 +368,13 @@ def write_fake_engine(
 
     record = EngineRecord(
         name=path.stem,
-        part="decoder",
+        part=part,
         runtime=runtime,
         runtime_version=version,
         targets=targets,
         dtype="fp32",
         quantization=None,
-        kv="in-place" if in_place else "concat",
+        kv="in-place" if in_place else "none" if part == "encoder" else "concat",
         inputs=tuple(tensor(node, output=False) for node in session.get_inputs()),
         outputs=tuple(tensor(node, output=True) for node in session.get_outputs()),
         profiles=tuple(profiles),

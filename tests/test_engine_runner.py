@@ -23,7 +23,8 @@ from fake_tensorrt import (
 from nirvana_deploy.artifact import read_json, write_json
 from nirvana_deploy.engine.memory import plan_memory
 from nirvana_deploy.engine.record import read_engine_record, record_path
-from nirvana_deploy.engine.runner import TensorRTRunner, as_float32
+from nirvana_deploy.engine.runner import TensorRTRunner
+from nirvana_deploy.engine.session import as_float32
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.ort import OrtDecoder
@@ -446,9 +447,9 @@ def test_streamed_weights_get_their_budget_before_any_context(tiny_engine: Path)
         change_record(tiny_engine, weight_streaming=streams)
         driver = FakeDriver()
         with TensorRTRunner(tiny_engine, driver=driver, module=fake_module(driver)) as runner:
-            assert runner._loaded is not None
-            assert not runner._contexts
-            budgets.append(runner._loaded.engine.weight_streaming_budget_v2)
+            assert runner._session is not None and runner._session._loaded is not None
+            assert not runner._session._contexts
+            budgets.append(runner._session._loaded.engine.weight_streaming_budget_v2)
     assert budgets == [WEIGHTS_BYTES, WEIGHTS_BYTES // 2]
 
 
@@ -465,6 +466,6 @@ def test_an_engine_that_is_not_what_its_record_says(tiny_engine: Path) -> None:
 
 
 def test_a_device_too_small_names_the_buffer_and_what_to_lower(tiny_engine: Path) -> None:
-    error = refused(tiny_engine, driver=FakeDriver(memory_bytes=WEIGHTS_BYTES + 2000))
+    error = refused(tiny_engine, driver=FakeDriver(memory_bytes=WEIGHTS_BYTES + SCRATCH_BYTES[0] + 1000))
     assert "has no room for the KV cache (past of 0." in error.message
     assert "--max-batch 1 --max-length 1024" in str(error.hint)

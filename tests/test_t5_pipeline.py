@@ -9,12 +9,20 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from fake_cuda import FakeDriver
+from fake_tensorrt import fake_module, write_fake_engine
 from tiny_t5 import shape_of, write_t5
 
-from nirvana_deploy import NirvanaError, VerificationError, pipeline, stages
+from nirvana_deploy import NirvanaError, VerificationError, measuring, pipeline, stages
 from nirvana_deploy.cli.main import commands
+from nirvana_deploy.engine.profile import Lengths, profiles_for, shapes_of
+from nirvana_deploy.engine.record import encoder_beside
+from nirvana_deploy.engine.seq2seq import drop_cache_branch
+from nirvana_deploy.engine.source import read_source
 from nirvana_deploy.export import DATA_FILE, DECODER_FILE, ENCODER_FILE
-from nirvana_deploy.measure.benchmark import Workload
+from nirvana_deploy.measure.benchmark import Workload, _weights_bytes
+from nirvana_deploy.run import Run
+from nirvana_deploy.variants import models_for
 from nirvana_deploy.verifying import verify_folder
 
 SMALL = ["--sparsity", "0.3", "--round-to", "4", "--num-sequences", "4", "--seq-len", "16", "--threads", "1"]
@@ -124,3 +132,51 @@ def test_what_cannot_be_had_is_refused_before_any_work(
     with pytest.raises(NirvanaError, match=message):
         pipeline.prune_export(str(model), sparsity=0.3, out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def with_engines(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The output folder with both engines of dense and pruned, and a GPU, all of them fakes."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "engine").mkdir()
+    for name, folder in (("pruned", "onnx"), ("dense", "dense/onnx")):
+        onnx = out / "engine" / f"{name}-onnx"
+        shutil.copytree(out / folder, onnx)
+        drop_cache_branch(onnx / DECODER_FILE)
+        for part, file in (("encoder", ENCODER_FILE), ("decoder", DECODER_FILE)):
+            source = read_source(onnx / file)
+            profiles = [shapes_of(source, one) for one in profiles_for(source, Lengths(max_length=48))]
+            engine = out / "engine" / f"{name}-{part}.engine"
+            write_fake_engine(engine, onnx, profiles=profiles, file=file, part=part)
+    driver = FakeDriver()
+    module = fake_module(driver)
+    monkeypatch.setenv("NIRVANA_DEPLOY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("nirvana_deploy.engine.cuda.load_driver", lambda: driver)
+    monkeypatch.setattr("nirvana_deploy.engine.seq2seq_runner.tensorrt_module", lambda runtime: module)
+    return out
+
+
+def test_engines_are_verified_judged_and_run_like_the_onnx(with_engines: Path) -> None:
+    """Two engines are one model, called by its decoder."""
+    out = with_engines
+    found = {variant.name: path for variant, path in models_for(Run.open(out), "tensorrt-rtx").items()}
+    decoders = {name: out / "engine" / f"{name}-decoder.engine" for name in ("dense", "pruned")}
+    assert found == decoders
+    checked = verify_folder(out, threads=1, runtime="tensorrt-rtx")
+    assert set(checked.compared) == {"engine/dense-decoder.engine", "engine/pruned-decoder.engine"}
+    checked.require_passed()
+    run, on_cpu = Run.open(out), record(out, "quality.json")["variants"]
+    judged = measuring.quality(run, threads=1, runtime="tensorrt-rtx", redo=True)["variants"]
+    for name in ("dense", "pruned"):
+        assert judged[name]["perplexity"] == pytest.approx(on_cpu[name]["perplexity"], rel=1e-5)
+    options = ["--prompt", "Hello", "--max-new-tokens", "6", "--json"]
+    answers = [
+        json.loads(CliRunner().invoke(commands, ["generate", str(path), *options]).stdout)
+        for path in (decoders["pruned"], out)
+    ]
+    assert [answer["runtime"] for answer in answers] == ["tensorrt-rtx", "onnxruntime-cpu"]
+    assert answers[0]["text"] == answers[1]["text"]
+    assert _weights_bytes(found["pruned"]) == sum(
+        path.stat().st_size for path in (found["pruned"], encoder_beside(found["pruned"]))
+    )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nirvana_deploy.engine.record import EngineRecord, TensorRecord
+from nirvana_deploy.engine.record import EngineRecord, TensorRecord, is_part_of_seq2seq
 from nirvana_deploy.errors import NirvanaError
 
 ITEM_BYTES = {
@@ -73,7 +73,8 @@ def plan_memory(record: EngineRecord) -> MemoryPlan:
     inputs = {tensor.name: tensor for tensor in record.inputs}
     outputs = {tensor.name: tensor for tensor in record.outputs}
     caches = [name for name in inputs if name.startswith(PAST)]
-    if record.kv == "none" or not caches or LOGITS not in outputs or "input_ids" not in inputs:
+    decodes = record.kv != "none" and caches and LOGITS in outputs and "input_ids" in inputs
+    if not decodes or is_part_of_seq2seq(record):
         raise NirvanaError(
             f"{record.engine_file} is of the part {record.part!r}, its KV cache {record.kv!r}; running needs "
             "a decoder with input_ids, past_key_values.0.key, ... and logits."
@@ -98,6 +99,48 @@ def plan_memory(record: EngineRecord) -> MemoryPlan:
         },
         cache_copies=1 if record.kv == "in-place" else 2,
     )
+
+
+def plan_seq2seq_memory(record: EngineRecord) -> MemoryPlan:
+    """The buffers of an encoder-decoder's decoder; both its caches exist twice.
+
+    A pass reads one token of each sequence, and gives back what it was given of the cross-attention's cache.
+    Raises NirvanaError where the record is none of such a decoder.
+    """
+    inputs = {tensor.name: tensor for tensor in record.inputs}
+    logits = next((tensor for tensor in record.outputs if tensor.name == LOGITS), None)
+    caches = [name for name in inputs if name.startswith(PAST)]
+    if not caches or logits is None:
+        raise NirvanaError(
+            f"{record.engine_file} is of the part {record.part!r}; an encoder-decoder is opened by its "
+            f"decoder's engine, with caches and logits."
+        )
+    most = {
+        name: [max(sizes) for sizes in zip(*(p.shapes[name][2] for p in record.profiles), strict=True)]
+        for name in inputs
+    }
+    past = max(most[name][2] for name in caches if ".decoder." in name)
+    limits = Limits(batch_size=most["input_ids"][0], step_tokens=1, total_tokens=past + 1)
+    logits_bytes = _bytes_of(logits, known=(limits.batch_size, 1, None))
+    cache_bytes = {}
+    for name in caches:
+        N, K, kept, d = most[name]
+        kept = past + 1 if ".decoder." in name else kept
+        cache_bytes[name] = _bytes(inputs[name], (N, K, kept, d))
+    return MemoryPlan(
+        limits=limits,
+        token_inputs_bytes={"input_ids": _bytes(inputs["input_ids"], (limits.batch_size, 1))},
+        logits_bytes=logits_bytes,
+        decode_logits_bytes=logits_bytes,
+        cache_bytes=cache_bytes,
+        cache_copies=2,
+    )
+
+
+def largest_bytes(record: EngineRecord, name: str) -> int:
+    """Bytes of an input at the largest shape of any profile."""
+    tensor = next(one for one in record.inputs if one.name == name)
+    return max(_bytes(tensor, profile.shapes[name][2]) for profile in record.profiles)
 
 
 def _limits(record: EngineRecord) -> Limits:

@@ -21,6 +21,10 @@ from nirvana_deploy.errors import NirvanaError
 
 ENGINE_SCHEMA = 1
 ENGINE_SUFFIX = ".engine"
+ENCODER, DECODER = "encoder", "decoder"
+"""Parts of an encoder-decoder, and the ends of their engines' names."""
+ENCODER_STATES = "encoder_hidden_states"
+"""What its decoder reads of its encoder."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,23 @@ def _profile(value: Mapping[str, Any]) -> ProfileRecord:
 def record_path(engine: Path) -> Path:
     """The JSON of an engine file."""
     return engine.with_suffix(".json")
+
+
+def is_part_of_seq2seq(record: EngineRecord) -> bool:
+    """Whether an engine is one of the two of an encoder-decoder."""
+    return record.part == ENCODER or any(tensor.name == ENCODER_STATES for tensor in record.inputs)
+
+
+def encoder_beside(decoder: Path) -> Path:
+    """The encoder's engine of an encoder-decoder: ``x-encoder.engine`` beside ``x-decoder.engine``."""
+    return decoder.with_name(f"{decoder.stem.removesuffix(f'-{DECODER}')}-{ENCODER}{ENGINE_SUFFIX}")
+
+
+def engine_files(engine: Path) -> tuple[Path, ...]:
+    """All engines of the model that ``engine`` opens: a decoder's own, or both of an encoder-decoder."""
+    if is_part_of_seq2seq(read_engine_record(engine, check_bytes=False)):
+        return engine, encoder_beside(engine)
+    return (engine,)
 
 
 def read_engine_record(engine: Path, *, check_bytes: bool = True) -> EngineRecord:

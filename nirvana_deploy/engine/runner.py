@@ -5,10 +5,6 @@ in from page-locked memory, runs, and copies logits out; the cache never leaves 
 of an in-place engine always has the same shapes and addresses, so it is captured as a CUDA graph after its
 first run and repeated from then on.
 
-An execution context holds shapes, so each profile has one of its own, and each batch size of a captured
-decode pass too: what a graph was captured from must not change. They share one scratch buffer, which is
-safe because all of them run on one stream.
-
     with TensorRTRunner(Path("out/engine/model.engine")) as runner:
         runner.generate(prompt, max_new_tokens=64, on_token=print)
 
@@ -26,26 +22,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.engine.context import Context
-from nirvana_deploy.engine.cuda import CudaDevice, CudaError, Driver
-from nirvana_deploy.engine.kernel_cache import KernelCache
-from nirvana_deploy.engine.kv_cache import (
-    ConcatenatedCache,
-    InPlaceCache,
-    KvCache,
-    cache_heads,
-    first_misfit,
-)
+from nirvana_deploy.engine.cuda import CudaDevice, Driver
+from nirvana_deploy.engine.kv_cache import ConcatenatedCache, InPlaceCache, KvCache, cache_heads
 from nirvana_deploy.engine.loading import (
-    LoadedEngine,
-    load_engine,
     require_target,
     require_version,
     require_weights,
     tensorrt_module,
 )
-from nirvana_deploy.engine.memory import ITEM_BYTES, LOGITS, plan_memory
-from nirvana_deploy.engine.record import read_engine_record
+from nirvana_deploy.engine.memory import LOGITS, plan_memory
+from nirvana_deploy.engine.record import is_part_of_seq2seq, read_engine_record
+from nirvana_deploy.engine.seq2seq_runner import TensorRTSeq2Seq
+from nirvana_deploy.engine.session import Session, kernel_cache_of
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.greedy import greedy_tokens
 from nirvana_deploy.export.slots import moved_left, moved_right, require_left_padding
@@ -102,25 +90,25 @@ class TensorRTRunner:
         trt = module if module is not None else tensorrt_module(self._record.runtime)
         require_version(self._record, trt.__version__)
         self.device = CudaDevice(index=device_index, driver=driver)
-        self._contexts: dict[tuple[int, int], Context] = {}
-        self._loaded: LoadedEngine | None = None
-        self._kernels: KernelCache | None = None
+        self._session: Session | None = None
         try:
             require_target(self._record, self.device)
-            if kernel_cache is not None:
-                name = f"{self._record.engine_sha256[:16]}-{self.device.compute_capability}.bin"
-                self._kernels = KernelCache(kernel_cache / name)
-            self._open(engine, trt)
+            self._open(engine, trt, kernel_cache)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, engine: Path, trt: Any) -> None:
+    def _open(self, engine: Path, trt: Any, kernel_cache: Path | None) -> None:
         record, plan, device = self._record, self._plan, self.device
-        self._loaded = load_engine(engine, record, module=trt, device=device)
-        scratch_bytes = max(
-            self._loaded.engine.get_device_memory_size_for_profile_v2(index)
-            for index in range(len(record.profiles))
+        self._session = Session(
+            engine,
+            record,
+            module=trt,
+            device=device,
+            inputs_bytes=plan.token_inputs_bytes,
+            result_bytes=plan.decode_logits_bytes,
+            kernels=kernel_cache_of(record, device, kernel_cache),
+            hint=_ROOM,
         )
         heads = cache_heads(record)
         self.runtime, self.threads = record.runtime, 1
@@ -132,18 +120,13 @@ class TensorRTRunner:
         self._last_only = logits.shape[1] == 1
         form = InPlaceCache if record.kv == "in-place" else ConcatenatedCache
         self._cache: KvCache = form(record, plan, device, hint=_ROOM)
-        self._inputs = {
-            name: device.allocate(size, name, hint=_ROOM) for name, size in plan.token_inputs_bytes.items()
-        }
-        self._staging = {name: device.pinned(size) for name, size in plan.token_inputs_bytes.items()}
-        self._dtypes = {t.name: np.dtype(t.dtype) for t in record.inputs if t.name in self._inputs}
         self._logits = device.allocate(plan.logits_bytes, "logits", hint=_ROOM)
-        self._host_logits = device.pinned(plan.decode_logits_bytes)
-        self._scratch = device.allocate(scratch_bytes, "engine's scratch memory", hint=_ROOM)
-        self._start, self._end = device.event(), device.event()
-        self._passes_ms: list[float] = []
         self._step = 0
-        self.graph_refused: str | None = None
+
+    @property
+    def graph_refused(self) -> str | None:
+        """Why decoding is not repeated as a CUDA graph, where that was tried and refused."""
+        return None if self._session is None else self._session.graph_refused
 
     def __enter__(self) -> TensorRTRunner:
         return self
@@ -154,10 +137,8 @@ class TensorRTRunner:
     def close(self) -> None:
         """Free the device; the runner cannot be used afterwards."""
         self.device.settle()
-        if self._kernels is not None:
-            self._kernels.save()
-        self._contexts.clear()
-        self._loaded = None  # before the device: TensorRT frees its own memory in the same context
+        if self._session is not None:
+            self._session.close()
         self.device.close()
 
     def peak_device_bytes(self) -> int:
@@ -166,8 +147,7 @@ class TensorRTRunner:
 
     def device_ms(self) -> tuple[float, ...]:
         """GPU compute time of every pass since the last call of this: without copies and host time."""
-        passes_ms, self._passes_ms = tuple(self._passes_ms), []
-        return passes_ms
+        return () if self._session is None else self._session.taken_ms()
 
     def prefill(
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
@@ -232,98 +212,32 @@ class TensorRTRunner:
         """One run over [N, T] new tokens after the S that are in the cache; logits [N, T, V]."""
         (N, T), total = tokens.shape, mask.shape[1]
         feeds = self._cache.token_inputs(tokens, mask, lengths)
-        feeds = {name: array for name, array in feeds.items() if name in self._inputs}
-        shapes = {
-            **{name: array.shape for name, array in feeds.items()},
-            **self._cache.shapes(N, total - T),
-        }
-        profile = self._profile(shapes, total)
-        for name, array in feeds.items():
-            self._copy_in(name, array)
-        context = self._context(profile, N if self._repeats(T) else 0)
-        context.bind(
-            shapes,
-            {
-                **{name: self._inputs[name].address for name in feeds},
-                **self._cache.addresses(),
-                LOGITS: self._logits.address,
-            },
+        if total > self._plan.limits.total_tokens:
+            raise NirvanaError(
+                f"{total} tokens, prompt and answer together, exceed the "
+                f"{self._plan.limits.total_tokens} that {self._record.engine_file} has room for.",
+                hint="Ask for fewer, or: nirvana-deploy build-engine DIR --max-length N --force",
+            )
+        assert self._session is not None
+        self._session.queue(
+            {name: array for name, array in feeds.items() if name in self._session.inputs},
+            self._cache.shapes(N, total - T),
+            {**self._cache.addresses(), LOGITS: self._logits.address},
+            repeats=self._cache.in_place and T == 1,
         )
-        self._run(context, graph=self._repeats(T))
-        logits = self._copy_out((N, 1 if self._last_only else T, self.vocab_size))
-        self._passes_ms.append(self.device.elapsed_ms(self._start, self._end))
+        logits = self._session.result(
+            (N, 1 if self._last_only else T, self.vocab_size), self._logits, dtype=self._logits_dtype
+        )
         self._cache.advance()
         self._step += 1
         return logits
 
-    def _repeats(self, new_tokens: int) -> bool:
-        """Whether a pass is the one that decoding repeats unchanged."""
-        return self._cache.in_place and new_tokens == 1
 
-    def _profile(self, shapes: dict[str, tuple[int, ...]], total_tokens: int) -> int:
-        """The tightest profile that takes ``shapes`` (a decode pass may fit prefill's too).
+def open_engine(path: Path, *, runtime: str, threads: int | None = None) -> TensorRTRunner | TensorRTSeq2Seq:
+    """Open an engine of ``runtime``, for an encoder-decoder the one of its decoder; ``threads`` is not used.
 
-        Raises NirvanaError where none does.
-        """
-        if total_tokens > self._plan.limits.total_tokens:
-            raise NirvanaError(
-                f"{total_tokens} tokens, prompt and answer together, exceed the "
-                f"{self._plan.limits.total_tokens} that {self._record.engine_file} has room for.",
-                hint="Ask for fewer, or: nirvana-deploy build-engine DIR --max-length N --force",
-            )
-        misfits = []
-        profiles = enumerate(self._record.profiles)
-        for index, profile in sorted(profiles, key=lambda one: one[1].shapes["input_ids"][2][1]):
-            misfit = first_misfit(shapes, profile.shapes)
-            if misfit is None:
-                return index
-            name, shape, low, high = misfit
-            misfits.append(f"{profile.name!r} takes {name} of {list(low)} to {list(high)}, not {list(shape)}")
-        raise NirvanaError(
-            f"No profile of {self._record.engine_file} takes this pass: {'; '.join(misfits)}.",
-            hint="nirvana-deploy build-engine DIR --max-batch N --max-length N --force",
-        )
-
-    def _context(self, profile: int, repeated_batch: int) -> Context:
-        """The context of a profile, or of a repeated decode pass of that many sequences."""
-        key = profile, repeated_batch
-        if key not in self._contexts:
-            assert self._loaded is not None, "the runner was closed"
-            self._contexts[key] = Context(
-                self._loaded, profile, device=self.device, scratch=self._scratch, kernels=self._kernels
-            )
-        return self._contexts[key]
-
-    def _run(self, context: Context, *, graph: bool) -> None:
-        """Queue the pass between two time stamps; by graph from the second time on."""
-        if graph and context.graph is None and context.runs and self.graph_refused is None:
-            try:
-                context.capture()
-            except (CudaError, NirvanaError) as error:
-                self.graph_refused = str(error)
-        self.device.record(self._start)
-        context.run()
-        self.device.record(self._end)
-
-    def _copy_in(self, name: str, array: NDArray[np.int64]) -> None:
-        """Through page-locked memory, which is free again: every pass ends with a wait."""
-        values = array.astype(self._dtypes[name], copy=False)
-        staged = self._staging[name][: values.nbytes].view(self._dtypes[name])
-        staged[:] = values.ravel()
-        self.device.copy_in(self._inputs[name], staged)
-
-    def _copy_out(self, shape: tuple[int, int, int]) -> NDArray[np.float32]:
-        """Wait for the pass and return its logits as float32, in memory of their own."""
-        size_bytes = shape[0] * shape[1] * shape[2] * ITEM_BYTES[self._logits_dtype]
-        fits = size_bytes <= len(self._host_logits)
-        host = self._host_logits[:size_bytes] if fits else np.empty(size_bytes, dtype=np.uint8)
-        self.device.copy_out(host, self._logits)
-        self.device.synchronize()
-        return as_float32(host, self._logits_dtype).reshape(shape)
-
-
-def open_engine(path: Path, *, runtime: str, threads: int | None = None) -> TensorRTRunner:
-    """Open an engine of ``runtime``; ``threads`` is not used. Raises NirvanaError for another one's."""
+    Raises NirvanaError for another runtime's, and for what the runner raises.
+    """
     record = read_engine_record(path, check_bytes=False)
     if record.runtime != runtime:
         raise NirvanaError(
@@ -331,11 +245,7 @@ def open_engine(path: Path, *, runtime: str, threads: int | None = None) -> Tens
             hint=f"Pass --runtime {record.runtime}, or build one: "
             f"nirvana-deploy build-engine DIR --engine {runtime}",
         )
-    return TensorRTRunner(path, kernel_cache=cache_folder() / "kernels")
-
-
-def as_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Bytes of a tensor of ``dtype`` as a new float32 array; bfloat16 is the upper half of a float32."""
-    if dtype == "bfloat16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return raw.view(np.dtype(dtype)).astype(np.float32)
+    kernels = cache_folder() / "kernels"
+    if is_part_of_seq2seq(record):
+        return TensorRTSeq2Seq(path, kernel_cache=kernels)
+    return TensorRTRunner(path, kernel_cache=kernels)

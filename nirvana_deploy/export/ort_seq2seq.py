@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +84,7 @@ class OrtSeq2Seq:
         )
         inputs = {node.name: node for node in self._decoder.get_inputs()}
         outputs = {node.name: node for node in self._decoder.get_outputs()}
+        self._has_branch = "use_cache_branch" in inputs  # an engine's graph tells by the caches' length
         self._past_names = [name for name in inputs if name.startswith("past_key_values.")]
         wanted = {"logits", *(_present(name) for name in self._past_names)}
         if not self._past_names or not wanted <= outputs.keys():
@@ -104,7 +105,7 @@ class OrtSeq2Seq:
             )
         self._cache_dtype = dtype
         self.vocab_size = static_dimension(outputs["logits"], 2, model)
-        self.start_token = _start_token(folder)
+        self.start_token = start_token(folder)
 
     def __enter__(self) -> OrtSeq2Seq:
         return self
@@ -143,9 +144,10 @@ class OrtSeq2Seq:
             "input_ids": as_ort(_int64(tokens)),
             "encoder_hidden_states": state.encoder_states,
             "encoder_attention_mask": state.encoder_mask,
-            "use_cache_branch": as_ort(np.array([state.tokens > 0])),
             **dict(zip(self._past_names, state.cache, strict=True)),
         }
+        if self._has_branch:
+            feeds["use_cache_branch"] = as_ort(np.array([state.tokens > 0]))
         computed_before = [".encoder." in name and state.tokens > 0 for name in self._past_names]
         wanted = [
             _present(name) for name, kept in zip(self._past_names, computed_before, strict=True) if not kept
@@ -181,6 +183,22 @@ class OrtSeq2Seq:
         )
 
 
+@runtime_checkable
+class EncoderDecoder(Protocol):
+    """An encoder-decoder in any runtime; N sequences, E prompt tokens, T decoder tokens, V vocabulary."""
+
+    vocab_size: int
+    start_token: int
+
+    def encode(self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> Any:
+        """[N, E] prompts to the state ahead of the decoder's first token."""
+        ...
+
+    def decode(self, tokens: NDArray[np.int64], state: Any) -> tuple[NDArray[np.float32], Any]:
+        """[N, T] decoder tokens to logits [N, T, V] and the next state."""
+        ...
+
+
 @dataclass(frozen=True)
 class TeacherForced:
     """An encoder-decoder asked for the second half of a window, as it is scored (``score_seq2seq.py``).
@@ -188,7 +206,7 @@ class TeacherForced:
     The encoder reads the first half, the decoder the start token and the second half.
     """
 
-    model: OrtSeq2Seq
+    model: EncoderDecoder
 
     def prefill(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], None]:
         """Windows [N, T] to logits [N, T - T // 2 + 1, V]: each position but the last predicts a token."""
@@ -202,7 +220,7 @@ class TeacherForced:
 
 def teacher_forced(runner: AnyRunner) -> AnyRunner | TeacherForced:
     """``runner``, or what judges it on windows of text where it is an encoder-decoder."""
-    return TeacherForced(runner) if isinstance(runner, OrtSeq2Seq) else runner
+    return TeacherForced(runner) if isinstance(runner, EncoderDecoder) else runner
 
 
 def encoder_values(
@@ -242,7 +260,8 @@ def _int64(array: NDArray[Any]) -> NDArray[np.int64]:
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
-def _start_token(folder: Path) -> int:
+def start_token(folder: Path) -> int:
+    """What a decoder reads first, by the config of its ``folder``; raises NirvanaError where it says none."""
     config = read_json(folder / "config.json")
     start = config.get("decoder_start_token_id")
     token = config.get("pad_token_id") if start is None else start

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nirvana_deploy.engine.record import engine_files
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.measure.bounds import Work, work_of
@@ -292,8 +293,9 @@ def _device_times(samples: Sequence[RoundSample]) -> dict[str, Any]:
 
 
 def _weights_bytes(path: Path) -> int:
-    """Bytes of the model's own files: an engine, or graph and external data without the tokenizer."""
-    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.onnx*"))
+    """Bytes of the model's own files: its engines, or graph and external data without the tokenizer."""
+    files = engine_files(path) if path.is_file() else path.glob("*.onnx*")
+    return sum(file.stat().st_size for file in files)
 
 
 def _common_vocab_size(vocab_sizes: Mapping[str, int]) -> int:

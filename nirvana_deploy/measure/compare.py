@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.engine.record import EngineRecord
+from nirvana_deploy.engine.memory import plan_seq2seq_memory
+from nirvana_deploy.engine.record import EngineRecord, is_part_of_seq2seq
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.dtypes import DTYPES
 from nirvana_deploy.export.logits import LogitsCheck, relative_tolerance
@@ -44,8 +45,12 @@ DEFAULT_CASES = (Case(1, 1), Case(1, 7, steps=4), Case(2, 45, steps=6, padded=Tr
 
 
 def cases_of(record: EngineRecord, *, vocab_size: int) -> tuple[Case, ...]:
-    """The corners of a decoder engine's profiles; largest ones are cut where logits would exceed 2 GB."""
-    profiles = {profile.name: profile.shapes["input_ids"] for profile in record.profiles}
+    """The corners of a decoder engine's profiles; largest ones are cut where logits would exceed 2 GB.
+
+    Prompts of an encoder-decoder are its encoder's, whose states the decoder's profiles have the sizes of.
+    """
+    prompts = "encoder_attention_mask" if is_part_of_seq2seq(record) else "input_ids"
+    profiles = {profile.name: profile.shapes[prompts] for profile in record.profiles}
     prefill = profiles.get("prefill", next(iter(profiles.values())))
     total = _total_tokens(record)
     last_only = next(t for t in record.outputs if t.name == "logits").shape[1] == 1
@@ -186,13 +191,17 @@ def _tied(
     at = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), None)
     if at is None:
         return False  # one is shorter: no tie explains that
-    context = np.concatenate([prompt, np.array([wanted[:at]], dtype=np.int64)], axis=1)
-    last = reference.prefill(context)[0][0, -1]
+    logits, state = reference.prefill(prompt)
+    for token in wanted[:at]:
+        logits, state = reference.decode(np.array([[token]], dtype=np.int64), state)
+    last = logits[0, -1]
     return bool(abs(last[wanted[at]] - last[found[at]]) <= tolerance * np.abs(last).max())
 
 
 def _total_tokens(record: EngineRecord) -> int:
-    """Longest sequence that the engine takes."""
+    """Longest sequence that the engine takes; of an encoder-decoder, the longest answer."""
+    if is_part_of_seq2seq(record):
+        return plan_seq2seq_memory(record).limits.total_tokens
     lengths: Iterator[int] = (
         profile.shapes["attention_mask"][2][1]
         for profile in record.profiles
