@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nirvana_deploy.artifact import require_free_bytes, whole_folder
 from nirvana_deploy.engine.build import BuiltEngine, engine_from_onnx
 from nirvana_deploy.engine.from_checkpoint import engines_from_checkpoint
 from nirvana_deploy.engine.profile import Lengths
 from nirvana_deploy.engine.record import ENGINE_SUFFIX
+from nirvana_deploy.engine.seq2seq import drop_cache_branch
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
 from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE, MODEL_FILE
+from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE, MODEL_FILE, is_seq2seq
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.prune.windows_file import read_windows
 from nirvana_deploy.quantize.linears import RECORD_FILE
@@ -135,10 +138,15 @@ def engines_from_onnx_folder(
     options: BuilderOptions | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Path, ...]:
-    """Build an ONNX folder as it is: a decoder's ``model.onnx``, or the two graphs of an encoder-decoder."""
+    """Build an ONNX folder: a decoder's ``model.onnx`` as it is, or the two graphs of an encoder-decoder.
+
+    Those are built from a copy beside the engines, ``name``-onnx, where the decoder has lost the input that
+    no engine can have (``engine/seq2seq.py``).
+    """
     name = name or folder.name
     parts = {MODEL_FILE: ("decoder", name)}
-    if (folder / ENCODER_FILE).is_file():
+    if is_seq2seq(folder):
+        folder = _for_engines(folder, out / f"{name}-onnx")
         parts = {ENCODER_FILE: ("encoder", f"{name}-encoder"), DECODER_FILE: ("decoder", f"{name}-decoder")}
     return tuple(
         engine_from_onnx(
@@ -153,6 +161,17 @@ def engines_from_onnx_folder(
         ).path
         for file, (part, part_name) in parts.items()
     )
+
+
+def _for_engines(folder: Path, copy: Path) -> Path:
+    """Copy an encoder-decoder's ONNX folder, its decoder rewritten; returns ``copy``."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    require_free_bytes(copy.parent, sum(path.stat().st_size for path in files), what="The ONNX folder")
+    with whole_folder(copy) as partial:
+        for path in files:
+            shutil.copyfile(path, partial / path.name)
+        drop_cache_branch(partial / DECODER_FILE)
+    return copy
 
 
 def _decisions(run: Run, variant: str, quantize: str | None) -> _Decisions:

@@ -21,6 +21,7 @@ from nirvana_deploy.engine.runner import TensorRTRunner, open_engine
 from nirvana_deploy.engine.seq2seq import drop_cache_branch
 from nirvana_deploy.engine.seq2seq_runner import TensorRTSeq2Seq
 from nirvana_deploy.engine.source import read_source
+from nirvana_deploy.engines import engines_from_onnx_folder
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
@@ -182,6 +183,22 @@ def test_a_prompt_beyond_the_profiles_is_refused(runner: TensorRTSeq2Seq) -> Non
         runner.prefill(random_tokens(1, 25))
     with pytest.raises(NirvanaError, match="at least one token"):
         runner.prefill(np.zeros((1, 0), dtype=np.int64))
+
+
+def test_an_onnx_folder_is_built_from_a_copy_without_the_branch(tmp_path: Path) -> None:
+    """With the real builder: it refuses the decoder as it is exported."""
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nirvana-deploy[rtx]'")
+    folder = tmp_path / "onnx"
+    onnx_from_checkpoint(write_t5(tmp_path / "model", "t5"), folder, dtype="fp16")
+    before = (folder / DECODER_FILE).read_bytes()
+    paths = engines_from_onnx_folder(folder, folder / "engine", name="t5", lengths=LENGTHS)
+    assert [path.name for path in paths] == ["t5-encoder.engine", "t5-decoder.engine"]
+    assert (folder / DECODER_FILE).read_bytes() == before
+    read = {one.name for one in read_engine_record(paths[1]).inputs}
+    assert "encoder_hidden_states" in read and "use_cache_branch" not in read
+    given, exported = (OrtSeq2Seq(one, threads=1) for one in (folder / "engine" / "t5-onnx", folder))
+    prompt = random_tokens(1, 6)
+    assert given.generate(prompt, max_new_tokens=6) == exported.generate(prompt, max_new_tokens=6)
 
 
 # engines that are refused
