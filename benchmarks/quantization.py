@@ -40,9 +40,9 @@ from nirvana_deploy.model.checkpoint import load_tokenizer
 from nirvana_deploy.prune.calibrate import calibration_data, windows_of_text
 from nirvana_deploy.prune.texts import read_text_file
 from nirvana_deploy.prune.windows_file import read_windows
+from nirvana_deploy.quantize.cut import prompt_feeds
 from nirvana_deploy.quantize.linears import open_folder
 from nirvana_deploy.quantize.quantize import apply_spec, quantize_onnx
-from nirvana_deploy.quantize.runner import prompt_feeds
 from nirvana_deploy.quantize.spec import read_spec
 from nirvana_deploy.run import Run
 from nirvana_deploy.variants import shape_of, variant_named

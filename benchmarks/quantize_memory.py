@@ -1,11 +1,12 @@
-"""Peak memory of quantizing a model far larger than it: seconds and peak RSS in a fresh process.
+"""Peak memory of quantizing a model far larger than memory, and whether it grows with depth.
 
-    python benchmarks/quantize_memory.py 8b [--layers N] [--scheme w4] [--rounding search] [--json FILE]
+    python benchmarks/quantize_memory.py 8b --layers 2 4 [--scheme w4] [--rounding gptq] [--json FILE]
 
-Writes random weights in the exact shape of Llama-3-8B or Llama-3.2-1B, exports them to ONNX (fp16, the head
-quantized with the rest) and quantizes that in a fresh process, the count of integer kernels included. The
-promise is a peak of at most 6 GB whatever the depth: --layers 2 and the full shape should show nearly the
-same. Exits with 1 when it is broken.
+For each depth writes random weights in the exact shape of Llama-3-8B or Llama-3.2-1B (or of a tiny model),
+exports them to ONNX and quantizes that in a process of its own, the head with the rest and the count of
+integer kernels included. The promises: at most 6 GB resident at the peak (pages of mapped files included),
+and between two depths a difference of at most 10%. Exits with 1 when one is broken. FILE is continued when it
+exists: one entry for each shape, scheme, rounding and dtype.
 """
 
 from __future__ import annotations
@@ -21,52 +22,47 @@ from typing import Any
 import numpy as np
 from scale import PEAK_PROMISE_BYTES, SHAPES, write_random_checkpoint
 
-from nirvana_deploy.artifact import read_json, write_json
+from nirvana_deploy.artifact import read_json, require_free_bytes, write_json
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.environment import measured_environment
 from nirvana_deploy.measure.worker import peak_rss_bytes
+from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.quantize.low_bit import ROUNDINGS
 from nirvana_deploy.quantize.quantize import SCHEMES, quantize_onnx
 
+GROWTH_PROMISE = 1.1
+
 
 def main() -> None:
-    """Write the model, quantize it in a fresh process, and say whether the promise holds."""
+    """Measure every depth, print a table, and say whether the promises hold."""
     options = _options()
     if options.worker:
         quantize(options, options.worker)
         return
-    config = SHAPES[options.shape] | {"num_hidden_layers": options.layers}
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="nirvana-memory-") as temporary:
-        work = Path(temporary)
-        write_random_checkpoint(work / "checkpoint", config)
-        exported = onnx_from_checkpoint(work / "checkpoint", work / "onnx", dtype=options.dtype, flavor="gqa")
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(work)]
-        if subprocess.run(command, check=False).returncode:
-            raise SystemExit(f"Quantizing {options.shape} failed.")
-        measured: dict[str, Any] = read_json(work / "report.json")
-    record = {
-        "schema": 1,
+    depths = options.layers or [SHAPES[options.shape]["num_hidden_layers"]]
+    runs = [measured(options, layers) for layers in depths]
+    peaks = [run["peak_rss_bytes"] for run in runs]
+    kept = {"peak": max(peaks) <= PEAK_PROMISE_BYTES, "depth": max(peaks) <= GROWTH_PROMISE * min(peaks)}
+    how = f"smoothing {options.smooth}" if options.scheme == "int8" else options.rounding
+    name = f"{options.shape}, {options.dtype} to {options.scheme} ({how})"
+    entry = {
         "environment": measured_environment(threads=1),
-        "shape": options.shape,
-        "layers": options.layers,
-        "scheme": options.scheme,
-        "rounding": options.rounding,
-        "dtype": options.dtype,
-        "float_bytes": exported.weights_bytes,
-        **measured,
-        "promise_peak_rss_bytes": PEAK_PROMISE_BYTES,
+        "sequences": options.sequences,
+        "runs": runs,
+        "promise": {"peak_rss_bytes": PEAK_PROMISE_BYTES, "growth": GROWTH_PROMISE, "kept": kept},
     }
-    kept = record["peak_rss_bytes"] <= PEAK_PROMISE_BYTES
-    print(
-        f"{options.shape}, {options.layers} layers, {options.scheme} ({options.rounding}): "
-        f"{record['float_bytes'] / 1e9:.2f} GB to {record['weights_bytes'] / 1e9:.2f} GB in "
-        f"{record['seconds']:.0f} s, peak {record['peak_rss_bytes'] / 1e9:.2f} GB "
-        f"({record['peak_before_bytes'] / 1e9:.2f} GB of it before the first weight); {record['coverage']}\n"
-        f"Promise ({PEAK_PROMISE_BYTES / 1e9:.0f} GB): {'kept' if kept else 'BROKEN'}"
-    )
+    print(name)
+    for run in runs:
+        print(
+            f"  {run['layers']:3} layers, {run['float_bytes'] / 1e9:.2f} GB: {run['seconds']:6.1f} s, "
+            f"peak {run['peak_rss_bytes'] / 1e9:.2f} GB; {run['coverage']}"
+        )
+    print("\n".join(f"  Promise ({name}): {'kept' if held else 'BROKEN'}" for name, held in kept.items()))
     if options.json:
+        record = read_json(options.json) if options.json.is_file() else {"schema": 2, "measured": {}}
+        record["measured"][name] = entry
         write_json(options.json, record)
-    sys.exit(0 if kept else 1)
+    sys.exit(0 if all(kept.values()) else 1)
 
 
 def _options() -> argparse.Namespace:
@@ -74,38 +70,57 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("shape", choices=list(SHAPES))
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--scheme", choices=[s for s in SCHEMES if s != "int8"], default="w4")
+    parser.add_argument("--layers", type=int, nargs="+", help="depths to try [the shape's own]")
+    parser.add_argument("--scheme", choices=list(SCHEMES), default="w4")
     parser.add_argument("--rounding", choices=list(ROUNDINGS), default="search")
-    parser.add_argument("--sequences", type=int, default=4, help="of 128 random tokens, for gptq [4]")
+    parser.add_argument("--smooth", default="auto", help="of int8 [auto: the alpha of least KL]")
+    parser.add_argument("--sequences", type=int, default=4, help="of 128 random tokens, to calibrate on [4]")
     parser.add_argument("--dtype", choices=["fp32", "fp16"], default="fp16")
     parser.add_argument("--folder", type=Path, help="where the models go for a while [the system's]")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.layers = options.layers or SHAPES[options.shape]["num_hidden_layers"]
-    return options
+    return parser.parse_args()
+
+
+def measured(options: argparse.Namespace, layers: int) -> dict[str, Any]:
+    """Write a model of ``layers`` layers and quantize it in a fresh process; both are gone afterwards."""
+    config = SHAPES[options.shape] | {"num_hidden_layers": layers}
+    shape = shape_from_config(config)
+    parameters = shape.linear_parameters + shape.embedding_parameters
+    folder = options.folder or Path(tempfile.gettempdir())
+    require_free_bytes(folder, 7 * parameters, what="The random checkpoint with its exports")
+    with tempfile.TemporaryDirectory(dir=folder, prefix="nirvana-memory-") as temporary:
+        work = Path(temporary)
+        write_random_checkpoint(work / "checkpoint", config)
+        exported = onnx_from_checkpoint(work / "checkpoint", work / "onnx", dtype=options.dtype, flavor="gqa")
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(work)]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit(f"Quantizing {options.shape} with {layers} layers failed.")
+        report: dict[str, Any] = read_json(work / "report.json")
+    return {"layers": layers, "parameters": parameters, "float_bytes": exported.weights_bytes, **report}
 
 
 def quantize(options: argparse.Namespace, work: Path) -> None:
-    """Worker: quantize ``work``/onnx and report."""
+    """Worker: quantize ``work``/onnx and report what it cost this process."""
     vocabulary = SHAPES[options.shape]["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocabulary, size=(options.sequences, 128))
-    before, start = peak_rss_bytes(), time.perf_counter()
+    words = ("auto", "none")
+    start, imported = time.perf_counter(), peak_rss_bytes()
     result = quantize_onnx(
         work / "onnx",
         work / "quantized",
         scheme=options.scheme,
         rounding=options.rounding,
+        smooth=options.smooth if options.smooth in words else float(options.smooth),
         head=True,
-        calibration=tokens if options.rounding == "gptq" else None,
+        calibration=tokens if options.scheme == "int8" or options.rounding == "gptq" else None,
     )
     write_json(
         work / "report.json",
         {
             "seconds": time.perf_counter() - start,
+            "imported_rss_bytes": imported,
             "peak_rss_bytes": peak_rss_bytes(),
-            "peak_before_bytes": before,
             "weights_bytes": result.weights_bytes,
             "coverage": result.coverage.line,
         },

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from nirvana_deploy.export.genai import genai_tokens
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.ort import OrtDecoder, session_outputs
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.quantize.coverage import INTEGER_OPERATORS
+from nirvana_deploy.quantize.cut import Cut, session_of
 from nirvana_deploy.quantize.divergence import Yardstick
 from nirvana_deploy.quantize.layerwise import round_layerwise
 from nirvana_deploy.quantize.linears import Linear, open_folder, write_folder
@@ -145,14 +148,15 @@ def test_each_linear_is_fitted_to_the_inputs_that_it_will_have(
     seen: dict[str, NDArray[np.float32]] = {}
     rounded: dict[str, NDArray[np.float32]] = {}
 
-    def rounding(linear: Linear, hessian: NDArray[np.float32]) -> RoundedWeight:
-        seen[linear.name] = hessian
-        return round_weight(linear.read_weight(), bits=4, block_size=32)
+    def rounding(group: Sequence[Linear], hessian: NDArray[np.float32]) -> list[RoundedWeight]:
+        found = [round_weight(linear.read_weight(), bits=4, block_size=32) for linear in group]
+        for linear, result in zip(group, found, strict=True):
+            seen[linear.name], rounded[linear.name] = hessian, result.dequantized()
+        return found
 
     (graph,) = open_folder(pruned)
     prompts = [{"input_ids": window[None]} for window in tokens]
-    for linear, result in round_layerwise(graph, graph.linears, prompts, rounding):
-        rounded[linear.name] = result.dequantized()
+    round_layerwise(graph, graph.linears, prompts, rounding)
     names = [linear.name for linear in graph.linears]
     assert list(seen) == list(rounded) == names  # every linear once, in the order of the computation
     for target in (names[0], names[3], names[9], names[13], names[20]):  # q; o; k, up, down of later layers
@@ -313,24 +317,75 @@ def test_useless_activations_are_refused(
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.parametrize("flavor", ["portable", "gqa", "static-cache"])
+@pytest.mark.parametrize(("scheme", "writing"), [("int8", "ort"), ("w8", "tensorrt"), ("w4", "ort")])
+def test_layer_by_layer_counts_what_the_whole_graph_gives(
+    tmp_path: Path, tokens: NDArray[np.int64], scheme: str, writing: str, flavor: str
+) -> None:
+    checkpoint = write_tiny(tmp_path / "dense", "qwen2", head_dim=HEAD_DIM)
+    slice_checkpoint(checkpoint, plan_for(checkpoint), tmp_path / "pruned")
+    cache_tokens = 64 if flavor == "static-cache" else None
+    source = onnx_from_checkpoint(
+        tmp_path / "pruned", tmp_path / "onnx", flavor=flavor, cache_tokens=cache_tokens
+    ).path
+    result = quantize_onnx(
+        source, tmp_path / "q", scheme=scheme, writing=writing, calibration=tokens, smooth="none", head=True
+    )
+    path = result.path / "model.onnx"
+    session_of(onnx.load(path, load_external_data=False), result.path, optimized=tmp_path / "whole.onnx")
+    whole = Counter(
+        node.op_type
+        for node in onnx.load(tmp_path / "whole.onnx", load_external_data=False).graph.node
+        if node.op_type in INTEGER_OPERATORS
+    )
+    assert result.coverage.operators == whole and sum(whole.values()) == result.coverage.promised
+
+
+def test_values_of_one_layer_at_a_time_are_those_of_the_whole_graph(
+    tmp_path: Path, tokens: NDArray[np.int64]
+) -> None:
+    """gqa too, where a layer's last sum and the next one's norm are one operator."""
+    checkpoint = write_tiny(tmp_path / "dense", "qwen2", head_dim=HEAD_DIM)
+    for flavor in ("portable", "gqa"):
+        source = onnx_from_checkpoint(checkpoint, tmp_path / flavor, flavor=flavor).path
+        (graph,) = open_folder(source)
+        names = sorted({str(linear.x.name) for linear in graph.linears})
+        expected = session_outputs(source, tokens[:1], names)
+        cut = Cut(source / "model.onnx")
+        assert len(cut.ends) == 4
+        found = {
+            name: value
+            for _, values in cut.run([{"input_ids": tokens[:1]}], names)
+            for name, value in values.items()
+        }
+        assert found.keys() == set(names)
+        for name in names:
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+
+
 def _memory_record(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    """What benchmarks/quantize_memory.py writes; it promises a peak of at most 6 GB."""
+    """What benchmarks/quantize_memory.py found; it promises a peak of at most 6 GB, whatever the depth."""
     script = Path(__file__).resolve().parent.parent / "benchmarks" / "quantize_memory.py"
     command = [sys.executable, str(script), *arguments, "--folder", str(tmp_path)]
     file = tmp_path / "record.json"
     run = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    record: dict[str, Any] = json.loads(file.read_text())
-    return record
+    [record] = json.loads(file.read_text())["measured"].values()
+    found: dict[str, Any] = record
+    return found
 
 
 def test_memory_of_a_tiny_model_is_measured(tmp_path: Path) -> None:
-    record = _memory_record(tmp_path, "tiny", "--rounding", "gptq")
-    assert record["coverage"].startswith("29/29 linears") and record["peak_rss_bytes"] > 0
-    assert record["weights_bytes"] < record["float_bytes"]
+    record = _memory_record(tmp_path, "tiny", "--layers", "2", "4", "--rounding", "gptq")
+    assert [run["layers"] for run in record["runs"]] == [2, 4]
+    assert record["runs"][1]["coverage"].startswith("29/29 linears")
+    assert all(run["weights_bytes"] < run["float_bytes"] for run in record["runs"])
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
-    peaks = [_memory_record(tmp_path, "1b", "--layers", n)["peak_rss_bytes"] for n in ("2", "16")]
-    assert peaks[1] < 1.5 * peaks[0]
+@pytest.mark.parametrize(
+    "options", [["--scheme", "w4"], ["--scheme", "int8", "--smooth", "0.7", "--dtype", "fp32"]]
+)
+def test_memory_does_not_grow_with_depth(tmp_path: Path, options: list[str]) -> None:
+    record = _memory_record(tmp_path, "1b", "--layers", "2", "6", *options)
+    assert all(record["promise"]["kept"].values()), record

@@ -1,7 +1,9 @@
 """Proof that the linears run in integer kernels: the graph as ONNX Runtime optimizes it, counted.
 
 ONNX Runtime does not say when it runs a Q/DQ graph in float; it does so, several times slower than the float
-graph, wherever a pair is not what its fusions look for. So the optimized graph is saved and read.
+graph, wherever a pair is not what its fusions look for. So the optimized graph is saved and read, layer by
+layer (``cut.py``), so that a model larger than memory is counted too: what fusions look at lies within a
+layer, and the sum over the layers is what the whole graph gives.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import onnx
 
 from nirvana_deploy.errors import VerificationError
-from nirvana_deploy.quantize.runner import session_of
+from nirvana_deploy.quantize.cut import Cut, session_of
 from nirvana_deploy.quantize.spec import read_record
 
 INTEGER_OPERATORS = frozenset(
@@ -30,6 +32,11 @@ INTEGER_OPERATORS = frozenset(
         "QLinearMatMul",
     }
 )
+_DTYPES = {
+    "tensor(float)": onnx.TensorProto.FLOAT,
+    "tensor(float16)": onnx.TensorProto.FLOAT16,
+    "tensor(bfloat16)": onnx.TensorProto.BFLOAT16,
+}
 _DOT_PRODUCT_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
@@ -68,20 +75,18 @@ class Coverage:
 def coverage_of(folder: Path, promised: Collection[str], *, scratch: Path | None = None) -> Coverage:
     """Optimize every graph of ``folder`` and look for the ``promised`` linears, by module name.
 
-    A linear counts when an integer operator reads an initializer named after it. ``scratch`` is where the
-    optimized graph is written for a moment, weights included; by default beside ``folder``.
+    A linear counts when an integer operator reads an initializer named after it. ``scratch`` is where an
+    optimized layer is written for a moment, weights included; by default beside ``folder``.
     """
     operators: Counter[str] = Counter()
     found: set[str] = set()
+    names = frozenset(promised)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=scratch or folder.parent) as temporary:
         for path in sorted(folder.glob("*.onnx")):
-            optimized = Path(temporary) / path.name
-            model = onnx.load(path, load_external_data=False)
-            session_of(model, folder, threads=1, optimized=optimized)
-            for node in onnx.load(optimized, load_external_data=False).graph.node:
+            for node in _optimized(Cut(path, threads=1), Path(temporary)):
                 if node.op_type in INTEGER_OPERATORS:
                     operators[node.op_type] += 1
-                    found |= _linears_read(node, promised)
+                    found |= _linears_read(node, names)
     return Coverage(
         promised=len(promised),
         found=len(found),
@@ -113,6 +118,19 @@ def slow_host_note() -> str | None:
         "but signed-by-signed kernels are slow without it: expect a quarter of the bytes and no more speed "
         "than float; measure before deploying (nirvana-deploy benchmark)."
     )
+
+
+def _optimized(cut: Cut, scratch: Path) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph as ONNX Runtime makes them, part by part."""
+    given = {name: cut.dtype_of(name) for name in cut.table_names()}  # embeddings are large, and looked up
+    for end, outputs in zip(cut.ends, cut.of_parts(cut.outputs), strict=True):
+        wanted = list(dict.fromkeys([*outputs, *end]))
+        path = scratch / cut.path.name
+        session = session_of(cut.part(wanted, given), cut.path.parent, threads=1, optimized=path)
+        types = {output.name: output.type for output in session.get_outputs()}
+        del session
+        yield from onnx.load(path, load_external_data=False).graph.node
+        given = {name: _DTYPES[types[name]] for name in end}
 
 
 def _linears_read(node: onnx.NodeProto, promised: Collection[str]) -> set[str]:

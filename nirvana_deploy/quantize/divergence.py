@@ -5,7 +5,7 @@ The figures of a report come from ``measure/quality.py``, on text that had no pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,8 @@ from nirvana_deploy.errors import NirvanaError
 
 _MAX_WINDOWS, _MAX_TOKENS = 8, 128
 _BLOCK_TOKENS = 64
-Logits = Callable[[NDArray[np.int64]], NDArray[np.float32]]
-"""One window [T] to its logits [T', V]."""
+Logits = Callable[[NDArray[np.int64]], Iterable[NDArray[np.float32]]]
+"""Windows [N, T] to the logits [T', V] of each."""
 
 
 class Yardstick:
@@ -29,14 +29,13 @@ class Yardstick:
         max_windows: int = _MAX_WINDOWS,
         max_tokens: int = _MAX_TOKENS,
     ) -> None:
-        self.windows: Sequence[NDArray[np.int64]] = list(windows[:max_windows, :max_tokens])
-        self._float = [logits(window).copy() for window in self.windows]
+        self.windows = windows[:max_windows, :max_tokens]
+        self._float = [found.copy() for found in logits(self.windows)]
 
     def divergence(self, logits: Logits) -> float:
         """Mean over all positions of KL(float || quantized), nats; raises NirvanaError when not finite."""
         total, count = 0.0, 0
-        for window, reference in zip(self.windows, self._float, strict=True):
-            found = logits(window)
+        for found, reference in zip(logits(self.windows), self._float, strict=True):
             for start in range(0, len(reference), _BLOCK_TOKENS):
                 block = slice(start, start + _BLOCK_TOKENS)
                 log_p, log_q = _log_softmax(reference[block]), _log_softmax(found[block])

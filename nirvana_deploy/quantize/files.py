@@ -14,19 +14,22 @@ from numpy.typing import NDArray
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import SCHEMA_KEY, require_schema
 
+Part = tuple[slice, ...]
+"""Of an array, axis by axis; () is all of it."""
 
-def read_initializer(value: ir.Value) -> NDArray[Any]:
+
+def read_initializer(value: ir.Value, part: Part = ()) -> NDArray[Any]:
     """An initializer's values in memory of their own; what was mapped of its file is unmapped again."""
-    return read_tensor(value.const_value)
+    return read_tensor(value.const_value, part)
 
 
-def read_tensor(tensor: ir.TensorProtocol | None) -> NDArray[Any]:
-    """The values of a tensor, as :func:`read_initializer` gives them."""
+def read_tensor(tensor: ir.TensorProtocol | None, part: Part = ()) -> NDArray[Any]:
+    """The values of a tensor, or that ``part`` of them, as :func:`read_initializer` gives them."""
     if tensor is None:
         raise ValueError("not an initializer")
     if not isinstance(tensor, ir.ExternalTensor):
-        return np.array(tensor.numpy())
-    array = np.array(tensor.numpy())
+        return np.array(tensor.numpy()[part])
+    array = np.array(tensor.numpy()[part])
     tensor.release()
     return array
 

@@ -19,6 +19,7 @@ would hide what is known of the others.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,39 +37,61 @@ _CHUNK_INPUTS = 128
 _SMALLEST_ENERGY_SHARE = 1e-10
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What rounding needs of the inputs of a linear, computed once for all weights that read them."""
+
+    energy: NDArray[np.float32]
+    """[K]: diag(H), positive."""
+    H: torch.Tensor
+    """[K, K], damped."""
+    order: torch.Tensor
+    """[K]: inputs by their energy, the largest first."""
+    U: torch.Tensor
+    """[K, K], upper triangular: the inverse of H in that order is U^T U."""
+
+
+def inputs_of(hessian: NDArray[np.float32], *, damping: float = DAMPING) -> Inputs:
+    """Prepare H = X^T X [K, K], which is damped **in place** (of a wide FFN it takes most of the memory).
+
+    Raises NirvanaError when it is not finite, or the inputs were zero throughout.
+    """
+    energy = _energy(hessian)
+    H = torch.from_numpy(hessian)
+    H.diagonal().copy_(torch.from_numpy(energy)).mul_(1 + damping)
+    order = torch.argsort(H.diagonal(), descending=True)
+    return Inputs(energy=energy, H=H, order=order, U=inverse_factor(H[order[:, None], order]))
+
+
 def round_calibrated(
     weight: NDArray[Any],
-    hessian: NDArray[np.float32],
+    inputs: Inputs,
     *,
     bits: int,
     block_size: int,
-    damping: float = DAMPING,
     sweeps: int = SWEEPS,
     scale_dtype: np.dtype[np.generic] | None = None,
 ) -> RoundedWeight:
-    """Round ``weight`` [K, N] to symmetric codes for inputs of ``hessian`` H [K, K]; neither is changed.
+    """Round ``weight`` [K, N] to symmetric codes for what it reads; it is not changed.
 
-    Raises NirvanaError when either is not finite, or the inputs were zero throughout.
+    Its output channels are independent of each other: any part of them [K, N'] gives that part of the
+    codes. Raises NirvanaError when the weight is not finite.
     """
     values = checked(weight)
-    energy = _energy(hessian)
     scales = block_scales(
-        values, bits=bits, block_size=block_size, search=True, importance=energy, dtype=scale_dtype
+        values, bits=bits, block_size=block_size, search=True, importance=inputs.energy, dtype=scale_dtype
     )
     W = torch.from_numpy(values)
     steps = torch.from_numpy(per_row(scales.astype(np.float32), block_size, len(values)))
-    H = torch.from_numpy(hessian).clone()
-    H.diagonal().copy_(torch.from_numpy(energy)).mul_(1 + damping)
-    codes = feedback_codes(W, H, steps, bits=bits)
-    codes = descended_codes(W, H, steps, codes, bits=bits, sweeps=sweeps)
+    codes = feedback_codes(W, inputs, steps, bits=bits)
+    codes = descended_codes(W, inputs.H, steps, codes, bits=bits, sweeps=sweeps)
     return RoundedWeight(codes=codes.to(torch.int8).numpy(), scales=scales, bits=bits, block_size=block_size)
 
 
-def feedback_codes(W: torch.Tensor, H: torch.Tensor, steps: torch.Tensor, *, bits: int) -> torch.Tensor:
-    """Step 2: codes [K, N] (float32) of ``W`` [K, N] at ``steps`` [K, N], for a damped ``H`` [K, K]."""
-    order = torch.argsort(H.diagonal(), descending=True)
+def feedback_codes(W: torch.Tensor, inputs: Inputs, steps: torch.Tensor, *, bits: int) -> torch.Tensor:
+    """Step 2: codes [K, N] (float32) of ``W`` [K, N] at ``steps`` [K, N]."""
+    order, U = inputs.order, inputs.U
     rest, steps = W[order], steps[order]
-    U = inverse_factor(H[order][:, order])
     codes = torch.empty_like(rest)
     low, high = code_range(bits)
     for chunk in _chunks(len(rest)):
@@ -86,11 +109,15 @@ def feedback_codes(W: torch.Tensor, H: torch.Tensor, steps: torch.Tensor, *, bit
 
 
 def inverse_factor(H: torch.Tensor) -> torch.Tensor:
-    """The upper triangular U with H^-1 = U^T U; computed at unit diagonal, where float32 is enough."""
+    """The upper triangular U with H^-1 = U^T U; computed at unit diagonal, where float32 is enough.
+
+    ``H`` is consumed.
+    """
     scale = H.diagonal().sqrt()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H / scale[:, None] / scale))
-    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True) / scale
-    return factor
+    H.div_(scale[:, None]).div_(scale)
+    torch.cholesky_inverse(torch.linalg.cholesky(H), out=H)
+    factor: torch.Tensor = torch.linalg.cholesky(H, upper=True)
+    return factor.div_(scale)
 
 
 def descended_codes(

@@ -103,9 +103,10 @@ class Linear:
         """Element type of weight and activations: FLOAT, FLOAT16 or BFLOAT16."""
         return self.weight.dtype or ir.DataType.FLOAT
 
-    def read_weight(self) -> NDArray[np.float32]:
-        """W [K, N], float32, in memory of its own; read anew at each call."""
-        array = read_initializer(self.weight).astype(np.float32, copy=False)
+    def read_weight(self, outputs: slice = slice(None)) -> NDArray[np.float32]:
+        """W [K, N], or these outputs of it, float32, in memory of its own; read anew at each call."""
+        part = (outputs,) if self.transposed else (slice(None), outputs)
+        array = read_initializer(self.weight, part).astype(np.float32, copy=False)
         return np.ascontiguousarray(array.T) if self.transposed else array
 
 

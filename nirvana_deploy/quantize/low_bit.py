@@ -6,8 +6,9 @@ rounding comes before, layer by layer; its codes wait on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,24 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.quantize.gptq import round_calibrated
+from nirvana_deploy.quantize.gptq import inputs_of, round_calibrated
 from nirvana_deploy.quantize.int8 import SMALLEST_DIMENSION
 from nirvana_deploy.quantize.layerwise import round_layerwise
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph
 from nirvana_deploy.quantize.names import HEAD
 from nirvana_deploy.quantize.observe import require_prefill
 from nirvana_deploy.quantize.rounding import RoundedWeight, require_block_size, round_weight
+from nirvana_deploy.quantize.runner import (
+    ENCODER_STATES,
+    LAST_HIDDEN_STATE,
+    decoder_prompts,
+    decoder_start,
+)
 from nirvana_deploy.quantize.weight_only import WRITINGS, write_rounded
 from nirvana_deploy.registry import look_up
 
+_WEIGHTS_AT_ONCE = 2**25
+"""Of one linear, rounded together: 128 MB in float32, of which rounding needs a few. A head has many more."""
 BITS = {"w8": 8, "w4": 4}
 ROUNDINGS = {
     "plain": "to the nearest code of a scale that reaches the block's largest weight",
@@ -110,11 +119,12 @@ def rewrite_low_bit(
         raise NirvanaError(
             f"No linear has at least {SMALLEST_DIMENSION} inputs and outputs: nothing to quantize."
         )
+    if spec.rounding == "gptq":
+        assert calibration is not None
+        readers = _calibrated(graphs, chosen, spec, calibration, scratch, progress)
+    else:
+        readers = {linear.name: _uncalibrated(linear, spec) for linears in chosen for linear in linears}
     for graph, linears in zip(graphs, chosen, strict=True):
-        readers = {linear.name: _uncalibrated(linear, spec) for linear in linears}
-        if spec.rounding == "gptq":
-            assert calibration is not None
-            readers = _calibrated(graph, linears, spec, calibration, scratch, progress)
         for linear in linears:
             write_rounded(
                 graph,
@@ -133,48 +143,70 @@ def _takes_part(linear: Linear, spec: LowBit) -> bool:
 
 
 def _uncalibrated(linear: Linear, spec: LowBit) -> Callable[[], RoundedWeight]:
-    def rounded() -> RoundedWeight:
+    def rounded(weight: NDArray[np.float32]) -> RoundedWeight:
         return round_weight(
-            linear.read_weight(),
+            weight,
             bits=spec.bits,
             block_size=spec.block_of(linear),
             search=spec.rounding == "search",
             scale_dtype=linear.dtype.numpy(),
         )
 
-    return rounded
+    return lambda: _in_parts(linear, rounded)
+
+
+def _in_parts(linear: Linear, rounding: Callable[[NDArray[np.float32]], RoundedWeight]) -> RoundedWeight:
+    """The weight of ``linear`` rounded some output channels at a time, read when their turn comes."""
+    channels = max(_WEIGHTS_AT_ONCE // linear.K, 1)
+    codes = np.empty((linear.K, linear.N), dtype=np.int8)
+    scales = []
+    for start in range(0, linear.N, channels):
+        some = slice(start, start + channels)
+        rounded = rounding(linear.read_weight(some))
+        codes[:, some] = rounded.codes
+        scales.append(rounded.scales)
+    return replace(rounded, codes=codes, scales=np.concatenate(scales, axis=1))
 
 
 def _calibrated(
-    graph: OnnxGraph,
-    linears: Sequence[Linear],
+    graphs: Sequence[OnnxGraph],
+    chosen: Sequence[Sequence[Linear]],
     spec: LowBit,
     calibration: NDArray[np.int64],
     scratch: Path,
     progress: Progress,
 ) -> dict[str, Callable[[], RoundedWeight]]:
-    """Readers of the calibrated codes, which are kept in ``scratch``."""
+    """Readers of the calibrated codes, kept in ``scratch``; an encoder is rounded before its decoder."""
     require_prefill(calibration)
-    if any(value.name == "encoder_hidden_states" for value in graph.model.graph.inputs):
-        raise NirvanaError(
-            f"{graph.path} reads an encoder; calibrated rounding is fitted to decoders that stand alone.",
-            hint="--rounding search",
-        )
-
-    def rounding(linear: Linear, hessian: NDArray[np.float32]) -> RoundedWeight:
-        return round_calibrated(
-            linear.read_weight(),
-            hessian,
-            bits=spec.bits,
-            block_size=spec.block_of(linear),
-            scale_dtype=linear.dtype.numpy(),
-        )
-
-    prompts = [{"input_ids": window[None]} for window in calibration]
     kept: dict[str, Callable[[], RoundedWeight]] = {}
-    for linear, rounded in round_layerwise(graph, linears, prompts, rounding, progress=progress):
-        kept[linear.name] = _kept(scratch / f"{graph.path.stem}.{linear.name}", rounded)
+
+    def rounding(group: Sequence[Linear], hessian: NDArray[np.float32]) -> Iterator[RoundedWeight]:
+        inputs = inputs_of(hessian)
+        for linear in group:
+            fitted = partial(
+                round_calibrated,
+                inputs=inputs,
+                bits=spec.bits,
+                block_size=spec.block_of(linear),
+                scale_dtype=linear.dtype.numpy(),
+            )
+            rounded = _in_parts(linear, fitted)
+            kept[linear.name] = _kept(scratch / linear.name, rounded)
+            yield rounded
+
+    in_order = sorted(zip(graphs, chosen, strict=True), key=lambda pair: _reads_encoder(pair[0]))
+    two = _reads_encoder(in_order[-1][0])
+    prompts = [{"input_ids": window[None, : len(window) // 2 if two else None]} for window in calibration]
+    for graph, linears in in_order:
+        then = LAST_HIDDEN_STATE if two and not _reads_encoder(graph) else None
+        states = round_layerwise(graph, linears, prompts, rounding, then=then, progress=progress)
+        if then is not None:
+            prompts = decoder_prompts(calibration, states, start=decoder_start(graph.path.parent))
     return kept
+
+
+def _reads_encoder(graph: OnnxGraph) -> bool:
+    return any(value.name == ENCODER_STATES for value in graph.model.graph.inputs)
 
 
 def _kept(path: Path, rounded: RoundedWeight) -> Callable[[], RoundedWeight]:

@@ -1,7 +1,7 @@
 """Run calibration windows through a float ONNX folder and keep what quantization needs of its activations.
 
-One window is run at a time; of each value that linears read, a largest magnitude per channel and, where it
-is asked for, a histogram are kept, never the activations.
+The windows go through one layer at a time; of each value that linears read, a largest magnitude per channel
+and, where it is asked for, a histogram are kept, never the activations.
 """
 
 from __future__ import annotations
@@ -52,29 +52,26 @@ def observe(
         for linear in several:
             readers.setdefault((file, str(linear.x.name)), linear)
     outputs = {file: [name for of, name in readers if of == file] for file in linears}
-    runner = Runner(folder, outputs=outputs, threads=threads)
+    runner = Runner(folder, threads=threads)
     channels = {key: np.zeros(linear.K, dtype=np.float32) for key, linear in readers.items()}
     counted = dict.fromkeys(readers, Histogram.empty())
-    with progress.task("Observing activations", len(windows)) as advance:
-        for window in windows:
-            for file, found in runner.values(window):
-                for key, linear in readers.items():
-                    if key[0] != file:
-                        continue
-                    value = found.pop(key[1])
-                    values = np.abs(value.reshape(-1, value.shape[-1]).astype(np.float32, copy=False))
-                    if divide and linear.name in divide:
-                        values /= divide[linear.name]
-                    largest = values.max(axis=0, initial=0.0)
-                    if not np.isfinite(largest).all():
-                        raise NirvanaError(
-                            f"Calibration activations of {linear.name} are NaN or infinite.",
-                            hint="The float model overflows on this text: export it as fp32.",
-                        )
-                    np.maximum(channels[key], largest, out=channels[key])
-                    if histograms:
-                        counted[key] = counted[key].add(values)
-            advance(1)
+    run = runner.values(windows, outputs=outputs, label="Observing activations", progress=progress)
+    for file, _, found in run:
+        for name, value in found.items():
+            key = file, name
+            linear = readers[key]
+            values = np.abs(value.reshape(-1, value.shape[-1]).astype(np.float32, copy=False))
+            if divide and linear.name in divide:
+                values /= divide[linear.name]
+            largest = values.max(axis=0, initial=0.0)
+            if not np.isfinite(largest).all():
+                raise NirvanaError(
+                    f"Calibration activations of {linear.name} are NaN or infinite.",
+                    hint="The float model overflows on this text: export it as fp32.",
+                )
+            np.maximum(channels[key], largest, out=channels[key])
+            if histograms:
+                counted[key] = counted[key].add(values)
     return {
         linear.name: Observed(channels[file, str(linear.x.name)], counted[file, str(linear.x.name)])
         for file, several in linears.items()

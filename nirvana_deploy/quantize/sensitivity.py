@@ -1,17 +1,17 @@
 """What each layer and each linear costs: the KL divergence when it alone runs in int8.
 
 One graph with a switch per linear is built: both its float and its int8 form are computed, and a boolean
-input says which result goes on. So every question about a subset of the linears is one run of one session,
-with the very kernels and folded weights that the quantized folder has. All layers are measured first, then
-the linears of the worst ones, which is where the worst linears are.
+input says which result goes on. So every question about a subset of the linears is one more prompt, with the
+very kernels and folded weights that the quantized folder has, and all of them go through the layers together.
+All layers are measured first, then the linears of the worst ones, which is where the worst linears are.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.model.families import DECODER
 from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.quantize.cut import Feeds
 from nirvana_deploy.quantize.divergence import Yardstick
 from nirvana_deploy.quantize.int8 import quantize_linear
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph, open_folder, write_folder
-from nirvana_deploy.quantize.runner import Feeds, Runner
+from nirvana_deploy.quantize.runner import Runner
 from nirvana_deploy.quantize.smooth import apply_folds, find_folds
 from nirvana_deploy.quantize.spec import Int8Linear, Int8Spec
 
@@ -59,25 +60,26 @@ def sensitivity_of(
 ) -> Sensitivity:
     """Measure the layers of ``spec`` and the linears of the worst, ``at_least`` so many linears.
 
-    ``folder`` is the float folder; the first 64 tokens of 2 ``windows`` [M, T] are read, once per layer and
+    ``folder`` is the float folder; the first 64 tokens of 2 ``windows`` [M, T] are run, once per layer and
     linear measured. The graph with switches lies in ``scratch`` meanwhile: float weights and a quarter more.
     """
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=scratch) as temporary:
         switched = Path(temporary) / "switches"
         order, members = _write_switched(folder, spec, switched)
         runner = Runner(switched)
-
-        def logits(window: NDArray[np.int64], *, on: Collection[str] = ()) -> NDArray[np.float32]:
-            return runner.logits(window, given=_positions(order, on))
-
-        yardstick = Yardstick(logits, windows, max_windows=_WINDOWS, max_tokens=_TOKENS)
+        few = windows[:_WINDOWS, :_TOKENS]
 
         def measured(parts: Mapping[str, Sequence[str]], label: str) -> dict[str, float]:
-            found = {}
-            with progress.task(label, len(parts)) as advance:
-                for name, on in parts.items():
-                    found[name] = yardstick.divergence(partial(logits, on=on))
-                    advance(1)
+            """All parts in one pass through the layers: each has its own copy of the windows."""
+            given = [_positions(order, on) for on in ((), *parts.values()) for _ in few]
+            copies = np.concatenate([few] * (1 + len(parts)))
+            stream = runner.logits(copies, given=given, label=label, progress=progress)
+
+            def following(some: NDArray[np.int64]) -> Iterable[NDArray[np.float32]]:
+                return itertools.islice(stream, len(some))
+
+            yardstick = Yardstick(following, few)
+            found = {name: yardstick.divergence(following) for name in parts}
             return dict(sorted(found.items(), key=lambda item: -item[1]))
 
         layers = measured(members, "Sensitivity of each layer")
