@@ -23,7 +23,7 @@ def quantize(
     run: Run,
     scheme: str,
     *,
-    smooth: float | Literal["auto"] | None = None,
+    smooth: float | Literal["auto", "none"] | None = None,
     ranges: str = "minmax",
     keep_fp: int = 0,
     sensitivity: bool = False,

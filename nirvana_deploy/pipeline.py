@@ -135,11 +135,6 @@ def prune_export(
     shape = checked_shape(source.path, seq_len=seq_len)
     if until != "checkpoint":
         graph.require_fits(shape)
-    if quantize and shape.family.encoder_decoder:
-        raise NirvanaError(
-            f"An encoder-decoder ({shape.family.name}) cannot be quantized yet, only pruned and exported.",
-            hint="Leave --quantize out; --dtype fp16 halves the weights.",
-        )
     choices = Choices(
         corpora=_corpora(calib, shape),
         candidates=candidates or (4 if calib == "auto" else 1),
@@ -323,7 +318,7 @@ def quantize_folder(
     out: Path,
     *,
     scheme: str,
-    smooth: float | Literal["auto"] | None = None,
+    smooth: float | Literal["auto", "none"] | None = None,
     ranges: str = "minmax",
     keep_fp: int = 0,
     sensitivity: bool = False,
