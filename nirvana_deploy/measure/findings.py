@@ -223,13 +223,21 @@ def _quality_caution(benchmark: Mapping[str, Any]) -> str | None:
     )
 
 
-def _speed_caution(what: str, name: str, speed: Gain | None) -> str | None:
+_SHORT_OF_BOUND = {
+    True: "Usual reasons: a busy machine, or time spent outside the weights.",
+    False: "The bound counts bytes read. As weights shrink, what reads none of them (attention, norms, "
+    "rounding activations, starting each operator) becomes most of the time.",
+}
+"""Why, by whether the variant computes in float."""
+
+
+def _speed_caution(what: str, name: str, speed: Gain | None, *, in_float: bool) -> str | None:
     if speed is None or not speed.bound or speed.speedup >= BOUND_SHARE_ALARM * speed.bound:
         return None
     return (
         f"{what} of {name} reached {format_share(speed.speedup / speed.bound)} of its bound: "
         f"{format_times(speed.speedup)} where {format_times(speed.bound)} is possible. "
-        "Usual reasons: a busy machine, or time spent outside the weights."
+        f"{_SHORT_OF_BOUND[in_float]}"
     )
 
 
@@ -239,8 +247,9 @@ def cautions(records: Records) -> tuple[str, ...]:
     found = [_verification_caution(records), quantization_caution(records), _quality_caution(benchmark)]
     for variant in challengers_of(benchmark):
         name = str(variant["name"])
-        found.append(_speed_caution("Decode", name, gain(benchmark, variant, "tpot")))
-        found.append(_speed_caution("Prefill", name, gain(benchmark, variant, "prefill")))
+        in_float = variant.get("float_arithmetic", True)
+        for what, metric in (("Decode", "tpot"), ("Prefill", "prefill")):
+            found.append(_speed_caution(what, name, gain(benchmark, variant, metric), in_float=in_float))
     return tuple(caution for caution in found if caution)
 
 
