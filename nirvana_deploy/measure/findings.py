@@ -248,8 +248,9 @@ def cautions(records: Records) -> tuple[str, ...]:
     for variant in challengers_of(benchmark):
         name = str(variant["name"])
         in_float = variant.get("float_arithmetic", True)
-        for what, metric in (("Decode", "tpot"), ("Prefill", "prefill")):
-            found.append(_speed_caution(what, name, gain(benchmark, variant, metric), in_float=in_float))
+        decode, prefill = (gain(benchmark, variant, "tpot"), gain(benchmark, variant, "prefill"))
+        found.append(_speed_caution("Decode", name, decode, in_float=in_float))
+        found.append(_speed_caution("Prefill", name, prefill, in_float=in_float))
     return tuple(caution for caution in found if caution)
 
 
