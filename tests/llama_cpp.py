@@ -9,8 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from nirvana_deploy.model.checkpoint import load_checkpoint
 
@@ -60,11 +64,44 @@ def greedy_share(checkpoint: Path, prompts: Sequence[list[int]], continued: Sequ
 
     At 1, greedy decoding in torch gives the same tokens: one forward pass proves what generating would.
     """
-    model = load_checkpoint(checkpoint)
-    same = total = 0
+    return float((greedy_gaps(load_checkpoint(checkpoint), prompts, continued) == 0).mean())
+
+
+def greedy_gaps(
+    model: PreTrainedModel, prompts: Sequence[list[int]], continued: Sequence[list[int]]
+) -> NDArray[np.float32]:
+    """How far the logit of each new token lies below the largest one, after all tokens before it."""
+    gaps = []
     for prompt, new in zip(prompts, continued, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
-        same += int((logits.argmax(dim=-1) == torch.tensor(new)).sum())
-        total += len(new)
-    return same / total
+        gaps.append(logits.amax(dim=-1) - logits[torch.arange(len(new)), torch.tensor(new)])
+    return np.asarray(torch.cat(gaps))
+
+
+def in_q8_0(model: PreTrainedModel, *, activations: bool) -> PreTrainedModel:
+    """The model with its matrices as a q8_0 file holds them, and inputs of linears rounded as llama.cpp does.
+
+    Rows of blocks of 32 get 8 bits and one float16 scale a block; others are float16. Changes the model.
+    """
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and parameter.shape[1] % 32:
+                parameter.copy_(parameter.half().float())
+            elif parameter.ndim == 2:
+                stored = gguf.quants.quantize(parameter.numpy(), q8_0)
+                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(stored, q8_0)))
+    for module in model.modules():
+        if activations and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, inputs: (_activation_in_q8_0(inputs[0]),))
+    return model
+
+
+def _activation_in_q8_0(x: torch.Tensor) -> torch.Tensor:
+    """[..., K] rounded to 8 bits in blocks of 32 along K, where K is a multiple of it; else to float16."""
+    if x.shape[-1] % 32:
+        return x.half().float()
+    blocks = x.unflatten(-1, (-1, 32))
+    step = blocks.abs().amax(dim=-1, keepdim=True) / 127
+    return (torch.round(blocks / step).nan_to_num() * step.half().float()).flatten(-2)

@@ -1,4 +1,10 @@
-"""From a checkpoint folder to one GGUF file for llama.cpp, written with gguf-py, one tensor at a time."""
+"""From a checkpoint folder to one GGUF file for llama.cpp, written with gguf-py, one tensor at a time.
+
+The weight type decides about more than the weights: llama.cpp rounds the inputs of a product to the type of
+its weights. With f32 it chooses torch's tokens. With q8_0 the inputs get 8 bits too, in blocks of 32; torch
+with both roundings chooses llama.cpp's tokens but at near-ties, with that of the weights alone it does not
+(tests/test_gguf.py).
+"""
 
 from __future__ import annotations
 
