@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -302,6 +304,41 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_whole(
     assert not record_path(first.path).exists() and not list(out.glob(".partial*"))
     with pytest.raises(NirvanaError, match="never finished"):
         read_engine_record(first.path)
+
+
+def test_tensorrt_takes_the_same_road(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RTX's builder under the other's name: everything but the vendor's library itself."""
+
+    class ForThisMachine:
+        """A builder whose machine has an sm86: RTX asks for a GPU where no target is named."""
+
+        def __init__(self, logger: Any) -> None:
+            self.builder = trt.Builder(logger)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.builder, name)
+
+        def create_builder_config(self) -> Any:
+            config = self.builder.create_builder_config()
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+            return config
+
+    names = {name: getattr(trt, name) for name in dir(trt) if not name.startswith("_")}
+    module = SimpleNamespace(**names | {"Builder": ForThisMachine, "__version__": "10.15.1.29"})
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    options = BuilderOptions("tensorrt", workspace_bytes=1 << 30)
+    folder = exported(qwen3, tmp_path / "onnx")
+    record = engine_from_onnx(
+        folder, tmp_path, lengths=LENGTHS, shape=shape_of(qwen3), options=options
+    ).record
+    assert (record.runtime, record.runtime_version, record.targets) == ("tensorrt", "10.15.1.29", ("native",))
+    assert record.layers["ATTENTION_INPUT"] == 2 and record.engine_bytes > record.weights_bytes
+    assert record.trtexec.startswith("trtexec --onnx=") and "--stronglyTyped" in record.trtexec
+    assert "--computeCapabilities" not in record.trtexec
+    module.__version__ = "10.13.3.9"
+    with pytest.raises(NirvanaError, match=r"10\.15 and newer have"):
+        engine_from_onnx(folder, tmp_path, lengths=LENGTHS, options=options)
 
 
 def test_a_failed_build_gives_the_builders_reason_and_keeps_its_log(qwen3: Path, tmp_path: Path) -> None:

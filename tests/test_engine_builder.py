@@ -18,6 +18,7 @@ from nirvana_deploy.engine.builder import (
     PhaseTree,
     make_monitor,
     make_writer,
+    require_builder,
 )
 from nirvana_deploy.engine.loading import tensorrt_module
 from nirvana_deploy.engine.record import ProfileRecord
@@ -112,6 +113,20 @@ def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
         tensorrt_module("openvino")
 
 
+@pytest.mark.parametrize("version", ["10.12.0.36", "10.14.1.48.post1"])
+def test_a_tensorrt_without_the_layers_is_refused(version: str) -> None:
+    with pytest.raises(
+        NirvanaError, match=r"(?s)has no layers for Attention.*pip install 'tensorrt>=10\.15'"
+    ):
+        require_builder("tensorrt", version)
+    for runtime, enough in (
+        ("tensorrt", "10.15.1.29"),
+        ("tensorrt", "11.4.0.106"),
+        ("tensorrt-rtx", version),
+    ):
+        require_builder(runtime, enough)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -147,11 +162,12 @@ class FakeConfig:
     def set_memory_pool_limit(self, pool: str, limit_bytes: int) -> None:
         self.limits[pool] = limit_bytes
 
-    def create_timing_cache(self, known: bytes) -> bytes:
-        return known
+    def create_timing_cache(self, known: bytes) -> bytes | None:
+        return None if known == b"damaged" else known
 
-    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> None:
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
         self.cache = cache
+        return cache != b"another GPU's"
 
 
 def test_options_of_tensorrt_reach_its_config(tmp_path: Path) -> None:
@@ -174,6 +190,10 @@ def test_options_of_tensorrt_reach_its_config(tmp_path: Path) -> None:
     config = configure(trt, SimpleNamespace(create_builder_config=FakeConfig), options)
     assert config.flags == ["stream", "strip", "vc"] and config.limits == {"workspace": 1 << 30}
     assert (config.hardware_compatibility_level, config.cache) == ("ampere+", b"known")
+    for content in (b"damaged", b"another GPU's"):
+        cache.write_bytes(content)
+        with pytest.raises(NirvanaError, match=r"(?s)is no timing cache of this TensorRT.*delete it"):
+            configure(trt, SimpleNamespace(create_builder_config=FakeConfig), options)
 
 
 PROFILES = (

@@ -35,6 +35,7 @@ from nirvana_deploy.engine.builder import (
     make_logger,
     make_monitor,
     make_writer,
+    require_builder,
 )
 from nirvana_deploy.engine.loading import tensorrt_module
 from nirvana_deploy.engine.network import NetworkCheck, NetworkFacts, check_network, read_network
@@ -105,6 +106,7 @@ def engine_from_onnx(
     require_parsable(source)
     profiles = profiles_for(source, lengths or Lengths())
     trt = tensorrt_module(options.runtime)
+    require_builder(options.runtime, trt.__version__)
     require_free_bytes(out, source.bytes_on_disk + _SPARE_BYTES, what="The engine")
     log = BuilderLog()
     job = _Job(trt, source, profiles, options, log, out / f"{name}{ENGINE_SUFFIX}")
@@ -182,7 +184,7 @@ class _Job:
             ):
                 config.progress_monitor = make_monitor(self.trt, advance, errors.append)
                 writer = make_writer(self.trt, file, errors.append)
-                built = _build_to_stream(builder, network, config, writer)
+                built = builder.build_serialized_network_to_stream(network, config, writer)
                 if errors:
                     raise errors[0]
                 if not built:
@@ -281,13 +283,6 @@ def _add_profile(builder: Any, config: Any, shapes: ProfileRecord) -> None:
         profile.set_shape(name, *ends)
     if config.add_optimization_profile(profile) < 0:
         raise NirvanaError(f"The builder refuses the profile {shapes.name!r}: {dict(shapes.shapes)}.")
-
-
-def _build_to_stream(builder: Any, network: Any, config: Any, writer: Any) -> bool:
-    if hasattr(builder, "build_serialized_network_to_stream"):
-        return bool(builder.build_serialized_network_to_stream(network, config, writer))
-    plan = builder.build_serialized_network(network, config)  # TensorRT before 10.13
-    return plan is not None and writer.write(bytes(plan)) == plan.nbytes
 
 
 def _tensor_record(one: OnnxTensor) -> TensorRecord:

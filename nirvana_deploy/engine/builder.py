@@ -14,9 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.progress import Advance
 
 PROGRESS_STEPS = 1000
+_OLDEST_TENSORRT = (10, 15)
+"""First with layers for Attention (10.14), RotaryEmbedding and TensorScatter (10.15), by its bindings."""
 _EXPLAINED = (
     (
         r"Make sure input .* has Int64 binding",
@@ -57,6 +60,18 @@ class BuilderLog:
     def mentions(self, text: str) -> bool:
         """Whether an error holds ``text``."""
         return any(text in m for severity, m in self.lines if severity in ("ERROR", "INTERNAL_ERROR"))
+
+
+def require_builder(runtime: str, installed: str) -> None:
+    """Refuse a TensorRT whose parser does not know the operators of our graphs."""
+    major, minor = (int(part) for part in installed.split(".")[:2])
+    if runtime == "tensorrt" and (major, minor) < _OLDEST_TENSORRT:
+        oldest = ".".join(map(str, _OLDEST_TENSORRT))
+        raise NirvanaError(
+            f"TensorRT {installed} has no layers for Attention and RotaryEmbedding, which these graphs are "
+            f"made of; {oldest} and newer have.",
+            hint=f"pip install 'tensorrt>={oldest}'",
+        )
 
 
 def make_logger(trt: Any, log: BuilderLog) -> Any:

@@ -92,5 +92,10 @@ def configure(trt: Any, builder: Any, options: BuilderOptions) -> Any:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.timing_cache is not None:
         known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(known), False)
+        cache = config.create_timing_cache(known)
+        if cache is None or not config.set_timing_cache(cache, False):
+            raise NirvanaError(
+                f"{options.timing_cache} is no timing cache of this TensorRT on this GPU.",
+                hint="Name another file, or delete it: a new one is written after the build.",
+            )
     return config
