@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -189,3 +190,24 @@ def test_a_runner_is_opened_by_the_command_line_too(finished: Path, gpu: FakeDri
     found, wanted = json.loads(result.stdout), json.loads(expected.stdout)
     assert (found["runtime"], wanted["runtime"]) == ("tensorrt-rtx", "onnxruntime-cpu")
     assert found["text"] == wanted["text"]
+
+
+def test_the_readme_streams_from_an_engine(
+    finished: Path, gpu: FakeDriver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n([^`]*TensorRTRunner.*?)```", readme, flags=re.DOTALL)
+    source = source.replace("smollm2-s0.4/engine/pruned", str(finished / "engine" / "smaller"))
+    source = source.replace("smollm2-s0.4", str(finished)).replace("max_new_tokens=64", "max_new_tokens=5")
+    exec(compile(source, "README.md", "exec"), {})  # the page's own lines
+    streamed = capsys.readouterr().out.replace("\n", "")
+    expected = run_command("generate", finished / "onnx", "--prompt", "The capital of France is")
+    assert streamed and streamed == expected
+    assert gpu.used_bytes == 0
+
+
+def run_command(*arguments: str | Path) -> str:
+    """Its stdout, without line ends."""
+    words = [*map(str, arguments), "--max-new-tokens", "5", "--threads", "1"]
+    result = CliRunner().invoke(commands, words, catch_exceptions=False)
+    return str(result.stdout).replace("\n", "")
