@@ -163,14 +163,8 @@ def tokenizer_folder(path: Path, *, given: Path | None = None) -> Path:
 
 def load_text_side(folder: Path) -> tuple[Any, frozenset[int]]:
     """The tokenizer of a folder, and the ids that end an answer; needs no checkpoint beside it."""
-    from transformers import AutoTokenizer  # two seconds that other users of this module are spared
-
-    from nirvana_deploy.model.checkpoint import load_tokenizer
-
     try:
-        tokenizer = (
-            load_tokenizer(folder) if _is_checkpoint(folder) else AutoTokenizer.from_pretrained(folder)
-        )
+        tokenizer = _tokenizer(folder)
     except (OSError, ValueError) as error:
         raise TokenizerError(folder, error) from error
     for name, keys in (("genai_config.json", ("model", "eos_token_id")), ("config.json", ("eos_token_id",))):
@@ -183,5 +177,13 @@ def load_text_side(folder: Path) -> tuple[Any, frozenset[int]]:
     return tokenizer, frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "tokenizer_config.json").is_file()
+def _tokenizer(folder: Path) -> Any:
+    if (folder / "config.json").is_file() and (folder / "tokenizer_config.json").is_file():
+        from nirvana_deploy.model.checkpoint import (
+            load_tokenizer,
+        )  # torch, which an ONNX folder does not need
+
+        return load_tokenizer(folder)  # knows configurations whose layers differ
+    from transformers import AutoTokenizer  # two seconds that other users of this module are spared
+
+    return AutoTokenizer.from_pretrained(folder)
