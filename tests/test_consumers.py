@@ -26,7 +26,7 @@ from nirvana_deploy.model.checkpoint import load_checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 
 NEW_TOKENS = 12
-QUESTIONS = 240
+QUESTIONS = 200
 PROMPTS = np.random.default_rng(6).integers(3, 272, size=(2, 9))
 MASK = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
 
