@@ -36,8 +36,8 @@ NOT_RUN = [
     {
         "consumer": "optimum (ORTModelForCausalLM)",
         "artifact": "ONNX folder with fewer heads or a head_dim of its own",
-        "reason": "optimum-onnx 0.1.0 makes the first, empty cache with hidden_size / num_attention_heads for "
-        "head_dim, which ONNX Runtime refuses; it also asks for transformers below 4.58",
+        "reason": "optimum-onnx 0.1.0 makes the first, empty cache with hidden_size / num_attention_heads "
+        "for head_dim, which ONNX Runtime refuses; it also asks for transformers below 4.58",
     },
     {
         "consumer": "Triton Inference Server",
