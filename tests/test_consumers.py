@@ -5,6 +5,7 @@ And programs that have no place of their own: optimum, transformers.js and lm-ev
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ import torch
 import transformers_js
 from choices import TASK, harness_scores, harness_version, write_counting
 from conftest import KINDS, write_tiny
-from test_readme import script
+from test_readme import ROOT, script
 from test_slicing import plan_for
 
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
@@ -31,10 +32,10 @@ PROMPTS = np.random.default_rng(6).integers(3, 272, size=(2, 9))
 MASK = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
 
 
-def found(outcome: str, test: str = "a", **more: str) -> dict[str, Any]:
+def found(outcome: str, test: str = "a", artifact: str = "GGUF", **more: str) -> dict[str, Any]:
     return {
         "consumer": "llama.cpp",
-        "artifact": "GGUF",
+        "artifact": artifact,
         "proof": "equal tokens",
         "version": "1",
         "outcome": outcome,
@@ -61,6 +62,23 @@ def test_one_test_that_does_not_pass_takes_the_row_away(outcome: str, cell: str)
     assert rows[0]["tests"] == ["a", "b", "c"]
     table = consumers.section({"rows": rows, "not_run": []})
     assert "equal tokens" not in table and f"| GGUF | {cell} |" in table
+
+
+def test_a_record_is_made_in_pieces(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "consumers.py"),
+        "--json",
+        str(tmp_path / "record.json"),
+    ]
+    codes = []
+    for piece in ([found("passed"), found("passed", "b", artifact="ONNX")], [found("failed", "b")]):
+        (tmp_path / "piece.json").write_text(json.dumps(piece))
+        done = subprocess.run([*command, "--found", str(tmp_path / "piece.json")], check=False)
+        codes.append(done.returncode)
+    rows = json.loads(record.read_text())["rows"]
+    assert codes == [0, 1]  # what ran again replaces what it said before; the rest stays
+    assert {row["tests"][0]: row["outcome"] for row in rows} == {"a": "passed", "b": "failed"}
 
 
 def jobs_for(
