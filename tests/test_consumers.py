@@ -65,13 +65,8 @@ def test_one_test_that_does_not_pass_takes_the_row_away(outcome: str, cell: str)
 
 
 def test_a_record_is_made_in_pieces(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "consumers.py"),
-        "--json",
-        str(tmp_path / "record.json"),
-    ]
-    codes = []
+    record, codes = tmp_path / "record.json", []
+    command = [sys.executable, str(ROOT / "benchmarks" / "consumers.py"), "--json", str(record)]
     for piece in ([found("passed"), found("passed", "b", artifact="ONNX")], [found("failed", "b")]):
         (tmp_path / "piece.json").write_text(json.dumps(piece))
         done = subprocess.run([*command, "--found", str(tmp_path / "piece.json")], check=False)
