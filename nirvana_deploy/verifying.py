@@ -42,9 +42,10 @@ class FolderCheck:
     def require_passed(self) -> None:
         """Raise VerificationError unless every file and every comparison is as it should be."""
         if self.damaged:
+            more = f" and {len(self.damaged) - 3} more" if len(self.damaged) > 3 else ""
             raise VerificationError(
-                f"{self.out}: {len(self.damaged)} files differ from the manifest or are missing: "
-                f"{', '.join(self.damaged[:3])}{', ...' if len(self.damaged) > 3 else ''}.",
+                f"{self.out} is not as its manifest says; missing or different: "
+                f"{', '.join(self.damaged[:3])}{more}.",
                 hint="Make them again: repeat the prune-export command with --resume.",
             )
         folders = {variant.name: variant.folder for variant in KNOWN}

@@ -318,7 +318,7 @@ def test_folder_commands_measure_and_check_again(finished: Path, tmp_path: Path)
     assert CliRunner().invoke(commands, ["report", str(out)]).exit_code == 0
     assert Run.open(out).damaged("report") == []
     (out / "plan.json").write_text("{}")
-    with pytest.raises(VerificationError, match=r"1 files differ .*plan\.json"):
+    with pytest.raises(VerificationError, match=r"missing or different: plan\.json\."):
         verifying.verify_folder(out, threads=1).require_passed()
 
 

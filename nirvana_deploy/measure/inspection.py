@@ -36,7 +36,10 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     record = read_json(path)
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != _SCHEMA:
-        raise NirvanaError(f"{path} has schema {schema!r}; this nirvana-deploy reads schema {_SCHEMA}.")
+        raise NirvanaError(
+            f"{path} has schema {schema!r}; this version reads schema {_SCHEMA}.",
+            hint="pip install --upgrade nirvana-deploy",
+        )
     return dict(record)
 
 
