@@ -73,7 +73,9 @@ class _Smooth(click.ParamType[Any]):
     show_default=True,
     help="Leave the linears of largest KL in float, so many.",
 )
-@click.option("--sensitivity", is_flag=True, help="Measure and print the KL of each layer alone in int8.")
+@click.option(
+    "--sensitivity", is_flag=True, help="Measure, print and draw the KL of each layer alone in int8."
+)
 @click.option(
     "--block-size",
     type=int,
@@ -117,6 +119,7 @@ def quantize(
       nirvana-deploy quantize my-onnx --scheme int8 --calib handbook.txt --out my-onnx-int8
     """
     from nirvana_deploy import pipeline
+    from nirvana_deploy.deploying import write_sensitivity
     from nirvana_deploy.errors import NirvanaError
     from nirvana_deploy.quantize.coverage import Coverage
     from nirvana_deploy.quantize.quantize import quantize_onnx
@@ -139,6 +142,7 @@ def quantize(
     else:
         windows = {} if calib is None else _drawn(folder, calib, num_sequences, seq_len, seed, progress)
         record = quantize_onnx(folder, target, scheme=scheme, progress=progress, **windows, **options).record
+        write_sensitivity(target, record)
     if as_json:
         echo_json({"out": str(target), **record})
         return

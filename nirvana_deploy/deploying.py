@@ -5,9 +5,11 @@ They add to a folder that ``stages.py`` made, in its one run or at any later tim
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from nirvana_deploy.artifact import write_bytes
 from nirvana_deploy.errors import NirvanaError, VerificationError
 from nirvana_deploy.prune.windows_file import read_windows
 from nirvana_deploy.quantize.low_bit import BITS
@@ -17,6 +19,10 @@ from nirvana_deploy.registry import look_up
 from nirvana_deploy.run import Run
 from nirvana_deploy.stages import CALIBRATION_FILE
 from nirvana_deploy.variants import ONNX, PRUNED, SCHEMES, variant_named
+
+SENSITIVITY_FIGURE = "sensitivity.svg"
+"""Beside quantization.json."""
+_SVG = "http://www.w3.org/2000/svg"
 
 
 def quantize(
@@ -62,15 +68,28 @@ def quantize(
         except VerificationError as error:
             problem = error.message
         record = read_record(run.out / variant.folder)
+        write_sensitivity(run.out / variant.folder, record)
+        layers = (record.get("sensitivity") or {}).get("layers")
         return {
             "scheme": scheme,
             "coverage": record["coverage"],
             "passed": problem is None,
             "problem": problem,
             "weights_bytes": sum(file.stat().st_size for file in (run.out / variant.folder).glob("*.data")),
+            **({"layer_kl": layers} if layers else {}),
         }
 
     return run.stage(variant.stage, [variant.folder], work, redo=redo)
+
+
+def write_sensitivity(folder: Path, record: Mapping[str, Any]) -> None:
+    """Draw what each layer costs, where that was measured, beside the quantization.json that has it."""
+    layers = (record.get("sensitivity") or {}).get("layers")
+    if layers:
+        from nirvana_deploy.measure.figures import sensitivity_figure  # imports matplotlib
+
+        drawing = sensitivity_figure(layers).replace("<svg", f'<svg xmlns="{_SVG}"', 1)
+        write_bytes(folder / SENSITIVITY_FIGURE, drawing.encode())
 
 
 def require_quantized(result: dict[str, Any], folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
@@ -299,6 +300,8 @@ def test_the_command_quantizes_an_onnx_folder(llama: Path, tmp_path: Path) -> No
     assert told.exit_code == 0, told.output
     assert "21/21 linears run in integer kernels" in told.stdout and "Worst linears:" in told.stdout
     assert "in float: lm_head (head" in told.stdout
+    drawing = ElementTree.parse(out / "sensitivity.svg").getroot()
+    assert drawing.tag.endswith("svg") and "Worst: " in drawing.attrib["aria-label"]
     again = run("--out", str(out), *drawn)
     assert isinstance(again.exception, NirvanaError) and "exists already" in str(again.exception)
     forced = run("--out", str(out), *drawn, "--force", "--json")

@@ -191,13 +191,18 @@ def test_calibrated_rounding_is_nearer(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flavor", ["portable", "gqa"])
-@pytest.mark.parametrize("scheme", ["w8", "w4"])
-def test_genai_and_ort_generate_the_same(tmp_path: Path, scheme: str, flavor: str) -> None:
+@pytest.mark.parametrize("scheme", ["int8", "w8", "w4"])
+def test_genai_and_ort_generate_the_same(
+    tmp_path: Path, tokens: NDArray[np.int64], scheme: str, flavor: str
+) -> None:
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     checkpoint = write_tiny(tmp_path / "dense", "qwen2", head_dim=HEAD_DIM)
     slice_checkpoint(checkpoint, plan_for(checkpoint), tmp_path / "pruned")
     source = onnx_from_checkpoint(tmp_path / "pruned", tmp_path / "onnx", flavor=flavor).path
-    folder = quantize_onnx(source, tmp_path / "q", scheme=scheme, head=True).path
+    calibration = tokens if scheme == "int8" else None
+    folder = quantize_onnx(
+        source, tmp_path / "q", scheme=scheme, calibration=calibration, smooth=0.5, head=True
+    ).path
     decoder = OrtDecoder(folder)
     with genai_tokens(folder) as generate:
         for seed in range(3):

@@ -105,16 +105,10 @@ def test_llama_cpp_generates_the_tokens_of_the_checkpoint(
     assert greedy_share(job[0] / "checkpoint", prompts, answer["tokens"]) == 1
 
 
-@pytest.mark.parametrize(("scheme", "most_kl"), [("w8", 0.05), ("w4", 0.8)])
-def test_low_bit_models_talk_sense_in_both_runtimes(
-    job: tuple[Path, object], tmp_path: Path, scheme: str, most_kl: float
-) -> None:
-    dense = job[0] / "dense/onnx"
-    folder = quantize_onnx(dense, tmp_path / scheme, scheme=scheme, rounding="search").path
-    decoder, tokenizer = OrtDecoder(folder), load_tokenizer(dense)
+def require_sense_in_both_runtimes(folder: Path) -> None:
+    """Greedy text of a quantized SmolLM2 is text, and onnxruntime-genai writes the same tokens."""
+    decoder, tokenizer = OrtDecoder(folder), load_tokenizer(folder)
     stop = tokenizer.eos_token_id
-    windows = read_windows(job[0] / "calibration.safetensors")["heldout"][:2, :128]
-    assert quality_of(OrtDecoder(dense), {"q": decoder}, windows)["q"]["kl_vs_dense"] < most_kl
     with genai_tokens(folder) as generate:
         for prompt in ("The capital of France is", "To make a good cup of coffee, you"):
             ids = np.array([tokenizer(prompt)["input_ids"]], dtype=np.int64)
@@ -123,6 +117,20 @@ def test_low_bit_models_talk_sense_in_both_runtimes(
             text = tokenizer.decode(wanted)
             assert len(set(text.split())) > 4, text  # words, and not one over and over
             assert "Paris" in text or "France" not in prompt, text
+
+
+# Sanity checks on 256 tokens: a mistake in packing or scales costs several nats. What is promised is measured
+# on 2,048 tokens, by benchmarks/quantization.py.
+@pytest.mark.parametrize(("scheme", "most_kl"), [("w8", 0.05), ("w4", 0.8)])
+def test_low_bit_models_talk_sense_in_both_runtimes(
+    job: tuple[Path, object], tmp_path: Path, scheme: str, most_kl: float
+) -> None:
+    dense = job[0] / "dense/onnx"
+    folder = quantize_onnx(dense, tmp_path / scheme, scheme=scheme, rounding="search").path
+    windows = read_windows(job[0] / "calibration.safetensors")["heldout"][:2, :128]
+    found = quality_of(OrtDecoder(dense), {"q": OrtDecoder(folder)}, windows)
+    assert found["q"]["kl_vs_dense"] < most_kl
+    require_sense_in_both_runtimes(folder)
 
 
 @pytest.mark.slow
@@ -151,6 +159,7 @@ def test_int8_keeps_the_real_model(job: tuple[Path, object], tmp_path: Path) -> 
         assert done.coverage.found == done.coverage.promised == 210
         head_bytes = 4 * 49152 * 576  # tied to the embedding, which is looked up in float
         assert done.weights_bytes - head_bytes < 0.27 * (done.float_bytes - head_bytes)
+    require_sense_in_both_runtimes(tmp_path / "dense")
     dense = OrtDecoder(folders["dense"])
     variants = {
         "dense-int8": OrtDecoder(tmp_path / "dense"),
@@ -160,5 +169,5 @@ def test_int8_keeps_the_real_model(job: tuple[Path, object], tmp_path: Path) -> 
     kl = {
         name: one["kl_vs_dense"] for name, one in quality_of(dense, variants, windows["heldout"][:3]).items()
     }
-    assert kl["dense-int8"] < 0.1
-    assert kl["pruned-int8"] < 1.1 * kl["pruned"]
+    assert kl["dense-int8"] < 0.1  # a sanity check, on few windows; without smoothing it is 0.9
+    assert kl["pruned-int8"] < 1.1 * kl["pruned"]  # what is promised

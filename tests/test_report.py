@@ -319,6 +319,18 @@ def test_a_speed_up_far_from_its_bound_is_a_caution(share: float, cautioned: boo
         assert any("what reads none of them (attention" in caution for caution in findings.cautions(records))
 
 
+def test_what_each_layer_costs_in_int8_is_drawn(tmp_path: Path) -> None:
+    records = frozen_records()
+    assert records.manifest is not None
+    assert "in int8. Worst" not in report_of(tmp_path, records)[1]
+    layers = {"1": 0.25, "head": 0.125, "0": 0.5, "10": 0.0625, "cross 1": 0.03}
+    records.manifest["stages"]["onnx-int8"] = {"seconds": 1.0, "files": {}, "result": {"layer_kl": layers}}
+    html = report_of(tmp_path, records)[1]
+    assert "KL of each layer alone in int8. Worst: 0 0.50, 1 0.25, head 0.12." in html
+    places = [html.index(f">{name}</text>") for name in ("cross 1", "10", "head")]
+    assert places == sorted(places)  # in the order of the model
+
+
 def test_a_failed_verification_is_the_first_caution_and_the_badge(tmp_path: Path) -> None:
     records = frozen_records()
     assert records.manifest is not None

@@ -342,6 +342,38 @@ def selection_figure(selection: Mapping[str, Any]) -> str:
     return _svg(figure, name="selection", alt=alt)
 
 
+def sensitivity_figure(layers: Mapping[str, float]) -> str:
+    """What each layer alone in int8 costs, in the order of the model; the worst three with their numbers.
+
+    ``layers`` is KL in nats by the names of quantize/sensitivity.py: "3", "encoder 3", "cross 3", "head".
+    """
+    names = sorted(layers, key=_layer_order)
+    kls = [layers[name] for name in names]
+    worst = sorted(range(len(names)), key=lambda at: -kls[at])[:3]
+    figure = _new_figure(_WIDE_IN, 2.6)
+    axes = figure.subplots()
+    _bare(axes)
+    colours = [COLOURS["second" if at in worst else "first"] for at in range(len(names))]
+    axes.bar(range(len(names)), kls, width=0.72, color=colours)
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_ylim(0, 1.15 * (max(kls) or 1))
+    long = max(map(len, names)) > 4
+    axes.set_xticks(range(len(names)), names, rotation=90 if long else 0, fontsize=8, color=COLOURS["soft"])
+    for at in worst:
+        _label(axes, at, kls[at], format_number(kls[at], digits=2), offset=(0, 7), ha="center", fontsize=9)
+    _title(axes, "KL when a layer alone runs in int8, nats")
+    parts = [f"{names[at]} {format_number(kls[at], digits=2)}" for at in worst]
+    return _svg(figure, name="sensitivity", alt=f"KL of each layer alone in int8. Worst: {', '.join(parts)}.")
+
+
+def _layer_order(name: str) -> tuple[int, int]:
+    """Encoder, decoder with its cross-attention, head."""
+    site, _, number = name.rpartition(" ")
+    if not number.isdigit():
+        return (2, 0)
+    return (0 if site == "encoder" else 1, 2 * int(number) + (site == "cross"))
+
+
 def kernel_figure(record: Mapping[str, Any]) -> str:
     """How much each cut changed the Adam kernel: measured, by removal alone, and the linear bound.
 

@@ -186,6 +186,10 @@ def _figures_of(records: Records) -> list[PlacedFigure]:
         svg = figures.selection_figure(selection)
         caption = "Each candidate was scored, planned and masked; the least KL on held-out text was taken."
         placed.append(PlacedFigure(Markup(svg), caption, wide=True))
+    layers = (records.stage("onnx-int8").get("result") or {}).get("layer_kl")
+    if layers:
+        caption = "Measured on 128 tokens with every other layer in float: where int8 loses, not how much."
+        placed.append(PlacedFigure(Markup(figures.sensitivity_figure(layers)), caption, wide=True))
     return placed + _benchmark_figures(records)
 
 
