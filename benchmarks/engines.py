@@ -14,13 +14,14 @@ the engines' bytes are in the proportion of the weights' bytes within 3 %. Exits
 build that needs more than --limit-gb of memory of its own (pages of the mapped ONNX file are not counted: the
 system can drop them) is stopped, and that is what is reported.
 
-What breaks the promises at 135M parameters, found by looking into the engines: an RTX engine carries each
-kernel that was generated for it as source text, 0.16 MB apiece, since each brings a copy of the same
-definitions (0.13 MB). Their number grows with layers, profiles and *distinct* widths, not with parameters:
-engines of as many layers of one width have programs of the same bytes, dense or pruned, and layers that
-differ cost more (`kernel_sources` in the record). Of the builder's options none changes that (optimization
-level, tactics, auxiliary streams, verbosity and targets were tried); FFN widths in steps of 64 or
-`--allocation uniform` do.
+What breaks the promises, that of bytes at 135M parameters and that of CPU time at 1B too, found by looking
+into the engines: an RTX engine carries each kernel that was generated for it as source text, 0.16 MB apiece,
+since each brings a copy of the same definitions (0.13 MB). Their number grows with layers, profiles and
+*distinct* widths, not with parameters: engines of as many layers of one width have programs of the same
+bytes, dense or pruned, and layers that differ cost more (`kernel_sources` in the record). Of the builder's
+options none changes that (optimization level, tactics, auxiliary streams, verbosity and targets were tried);
+FFN widths in steps of 64 or `--allocation uniform` do. CPU seconds of one and the same build differ by a
+fifth from run to run, and by more where gigabytes are read for the first time.
 """
 
 from __future__ import annotations
