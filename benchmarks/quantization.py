@@ -174,6 +174,9 @@ def rows(out: Path, sets: dict[str, Windows]) -> Iterator[tuple[str, str, Build,
     for model in MODELS:
         for scheme in ("w8", "w4"):
             yield f"{model}-{scheme}", model, ours(model, selected, scheme=scheme), True
+    for size in (64, 128):
+        how = {"scheme": "w4", "block_size": size}
+        yield f"dense-w4-block{size}", "dense", ours("dense", selected, **how), False
     for model, scheme in (name.removesuffix("-head").split("-") for name in SPEED):
         yield f"{model}-{scheme}-head", model, ours(model, selected, scheme=scheme, head=True), True
 

@@ -81,7 +81,8 @@ class _Smooth(click.ParamType[Any]):
     type=int,
     default=32,
     show_default=True,
-    help="w4: inputs that share a scale: 16, 32, 64, 128 or 256.",
+    help="w4: inputs that share a scale: 16, 32, 64, 128 or 256. Larger blocks are smaller files and lose "
+    "more: in a float32 graph a weight takes 5 bits at 32, 4.5 at 64, 4.25 at 128.",
 )
 @click.option(
     "--rounding",
@@ -115,7 +116,7 @@ def quantize(
     \b
     Example:
       nirvana-deploy quantize smollm2-s0.4 --scheme int8
-      nirvana-deploy quantize my-onnx --scheme w4 --rounding search --out my-onnx-w4
+      nirvana-deploy quantize my-onnx --scheme w4 --block-size 64 --out my-onnx-w4
       nirvana-deploy quantize my-onnx --scheme int8 --calib handbook.txt --out my-onnx-int8
     """
     from nirvana_deploy import pipeline
@@ -161,7 +162,9 @@ def _drawn(
     """Calibration and held-out windows of a text, by the folder's own tokenizer."""
     from nirvana_deploy.model.checkpoint import load_tokenizer
     from nirvana_deploy.prune.calibrate import calibration_data
+    from nirvana_deploy.quantize.linears import open_folder
 
+    open_folder(source)  # what cannot be quantized is refused before any text is read
     data = calibration_data(
         calib,
         load_tokenizer(source),

@@ -234,6 +234,7 @@ def test_useless_calibration_is_refused(llama: Path, tmp_path: Path, tokens: NDA
         with pytest.raises(NirvanaError, match=message) as caught:
             quantize(broken, tokens)
         assert "model.layers.1.mlp.gate_proj" in caught.value.message
+        assert "export it" not in str(caught.value)  # it is fp32 already
     assert not (tmp_path / "out").exists()
 
 

@@ -293,6 +293,11 @@ def test_the_command_rounds_weights(llama: Path, tmp_path: Path) -> None:
     refused = CliRunner().invoke(commands, [*command, "--force", "--rounding", "gptq"])
     assert isinstance(refused.exception, NirvanaError) and "none were given" in str(refused.exception)
     assert (out / "quantization.json").is_file()  # the folder before is untouched
+    again = CliRunner().invoke(
+        commands,
+        ["quantize", str(out), "--scheme", "w4", "--calib", "lost.txt", "--out", str(tmp_path / "q")],
+    )
+    assert "is quantized already" in str(again.exception)  # before the text is looked for
 
 
 def test_what_is_quantized_already_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from conftest import INTERRUPTIBLE, write_tiny
@@ -23,6 +24,7 @@ from nirvana_deploy.evaluating import evaluate_folder
 from nirvana_deploy.measure.benchmark import Workload
 from nirvana_deploy.quantize import quantize as quantize_module
 from nirvana_deploy.quantize.coverage import Coverage
+from nirvana_deploy.quantize.linears import open_folder
 from nirvana_deploy.run import Run
 
 OPTIONS: dict[str, Any] = {
@@ -172,9 +174,14 @@ def test_the_head_is_quantized_on_request_and_a_resumed_run_keeps_to_it(
     out = copied(finished, tmp_path)
     options = {**OPTIONS, "resume": True, "quantize": ["w8"], "baseline": False, "run_benchmark": False}
     pipeline.prune_export(model, out=out, quantize_head=True, **options)
+    (graph,) = open_folder(out / "onnx")
     covered = stages_of(out)["onnx-w8"]["result"]["coverage"]
-    assert covered["found"] == covered["promised"]
-    assert "lm_head" in (out / "onnx-w8/quantization.json").read_text()
+    large = [linear.name for linear in graph.linears if min(linear.K, linear.N) >= 16]
+    assert covered["found"] == covered["promised"] == len(large) and large[-1] == "lm_head"
+    assert json.loads((out / "onnx-w8/quantization.json").read_text())["linears"] == large
+    written = onnx.load(out / "onnx-w8/model.onnx", load_external_data=False).graph
+    [logits] = [node for node in written.node if "logits" in node.output]
+    assert logits.op_type == "MatMulNBits"  # ONNX Runtime's integer kernel computes them
     with pytest.raises(NirvanaError, match=r"quantize_head True, not False"):
         pipeline.prune_export(model, out=out, **options)
 

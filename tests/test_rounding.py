@@ -193,3 +193,10 @@ def test_inputs_that_never_fire_are_rounded_plainly(
 def test_useless_calibration_is_refused(value: float, words: str) -> None:
     with pytest.raises(NirvanaError, match=words):
         inputs_of(np.full((K, K), value, dtype=np.float32))
+
+
+def test_weights_whose_squares_overflow_are_rounded_all_the_same(weight: NDArray[np.float32]) -> None:
+    large = weight * np.float32(2e37 / np.abs(weight).max())
+    rounded = round_weight(large, bits=4, block_size=32, search=True)
+    plain = round_weight(large, bits=4, block_size=32)
+    np.testing.assert_array_equal(rounded.scales, plain.scales)  # no error can be compared with another

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nirvana_deploy.errors import NirvanaError
@@ -66,8 +67,7 @@ def observe(
             largest = values.max(axis=0, initial=0.0)
             if not np.isfinite(largest).all():
                 raise NirvanaError(
-                    f"Calibration activations of {linear.name} are NaN or infinite.",
-                    hint="The float model overflows on this text: export it as fp32.",
+                    f"Calibration activations of {linear.name} are NaN or infinite.", hint=_remedy(linear)
                 )
             np.maximum(channels[key], largest, out=channels[key])
             if histograms:
@@ -89,3 +89,9 @@ def require_prefill(windows: NDArray[np.int64]) -> None:
             "ranges are taken from whole prompts (T of 2 or more; 128 is usual).",
             hint="Draw longer windows: --seq-len 128.",
         )
+
+
+def _remedy(linear: Linear) -> str:
+    if linear.dtype == ir.DataType.FLOAT:
+        return "The model overflows float32 on this text: check its weights, and the text."
+    return "The model overflows half precision on this text: export it as fp32 (export --dtype fp32)."

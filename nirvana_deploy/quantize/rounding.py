@@ -64,7 +64,7 @@ def require_block_size(block_size: int) -> None:
     if block_size not in BLOCK_SIZES:
         raise NirvanaError(
             f"The block size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}.",
-            hint="--block-size 32 loses least; 64 and 128 store fewer scales.",
+            hint="--block-size 32 is usual: smaller blocks lose less, larger ones store fewer scales.",
         )
 
 
@@ -130,11 +130,13 @@ def block_scales(
             continue
         weights = np.ones(len(block), dtype=np.float32) if importance is None else importance[rows]
         least = np.full(N, np.inf, dtype=np.float32)
+        scales[index] = _positive(widest, dtype)  # kept where every error overflows
         for share in _SEARCHED_SHARES:
             candidate = _positive(widest * np.float32(share), dtype)
             steps = candidate.astype(np.float32)
             error = nearest_codes(block, steps, bits=bits) * steps - block
-            squared = weights @ (error * error)
+            with np.errstate(over="ignore"):
+                squared = weights @ (error * error)
             better = squared < least
             least[better] = squared[better]
             scales[index, better] = candidate[better]
