@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +28,9 @@ from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.ort_seq2seq import OrtSeq2Seq, TeacherForced, teacher_forced
+from nirvana_deploy.measure.benchmark import _device_times
 from nirvana_deploy.measure.compare import Case, cases_of, compare_runners, random_prompts
+from nirvana_deploy.measure.worker import RoundSample, serve
 
 LENGTHS = Lengths(max_batch=3, max_length=24, opt_prompt=8, opt_length=12)
 FILES = {"encoder": ENCODER_FILE, "decoder": DECODER_FILE}
@@ -199,6 +203,24 @@ def test_an_onnx_folder_is_built_from_a_copy_without_the_branch(tmp_path: Path) 
     given, exported = (OrtSeq2Seq(one, threads=1) for one in (folder / "engine" / "t5-onnx", folder))
     prompt = random_tokens(1, 6)
     assert given.generate(prompt, max_new_tokens=6) == exported.generate(prompt, max_new_tokens=6)
+
+
+def test_a_worker_measures_both_engines(
+    decoder: Path, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_fake(path: Path, **_: Any) -> TensorRTSeq2Seq:
+        return TensorRTSeq2Seq(path, driver=driver, module=fake_module(driver))
+
+    monkeypatch.setattr("nirvana_deploy.engine.runner.open_engine", open_fake)
+    requests = io.StringIO(json.dumps({"tokens": [[5, 6, 7]], "new_tokens": 4}) + "\n")
+    answers = io.StringIO()
+    serve(decoder, threads=None, requests=requests, answers=answers)
+    loaded, sample = map(json.loads, answers.getvalue().splitlines())
+    assert loaded["runtime"] == "tensorrt-rtx"
+    assert sample["peak_device_bytes"] > 2 * WEIGHTS_BYTES
+    times = _device_times([RoundSample(9.0, 9.5, tuple(sample["itl_ms"]), tuple(sample["device_ms"]))])
+    assert times["prefill_device_ms"]["p50"] == pytest.approx(2 * PASS_MS)  # encoder and first token
+    assert times["decode_device_ms"]["samples"] == pytest.approx([PASS_MS] * 3)
 
 
 # engines that are refused

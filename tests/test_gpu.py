@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_tiny
+from tiny_t5 import write_t5
 
 from nirvana_deploy.engine.build import engine_from_onnx
 from nirvana_deploy.engine.cuda import CudaDevice
@@ -18,10 +19,13 @@ from nirvana_deploy.engine.memory import plan_memory
 from nirvana_deploy.engine.profile import Lengths
 from nirvana_deploy.engine.record import read_engine_record
 from nirvana_deploy.engine.runner import TensorRTRunner
+from nirvana_deploy.engine.seq2seq_runner import TensorRTSeq2Seq
 from nirvana_deploy.engine.targets import BuilderOptions
+from nirvana_deploy.engines import engines_from_onnx_folder
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.export.ort_seq2seq import OrtSeq2Seq
 from nirvana_deploy.export.providers import PROVIDERS, available
 from nirvana_deploy.measure.compare import cases_of, compare_runners, device_tolerance, random_prompts
 from nirvana_deploy.measure.runners import open_runner
@@ -142,6 +146,25 @@ def test_an_engine_for_other_gpus_is_refused(folder: Path, target: str) -> None:
     other = "sm86" if target != "sm86" else "sm89"
     with pytest.raises(NirvanaError, match=rf"was built for {other}; this machine's .* is {target}"):
         TensorRTRunner(build(folder, "tensorrt-rtx", (other,)))
+
+
+def test_the_engines_of_an_encoder_decoder_compute_what_onnxruntime_does(
+    runtime: str, target: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "onnx"
+    onnx_from_checkpoint(write_t5(tmp_path / "model", "flan-t5"), folder, dtype="fp16")
+    options = BuilderOptions(runtime, targets=(target,) if runtime == "tensorrt-rtx" else None)
+    _, decoder = engines_from_onnx_folder(folder, tmp_path / "engine", lengths=LENGTHS, options=options)
+    reference = OrtSeq2Seq(folder, in_float32=True)
+    with TensorRTSeq2Seq(decoder) as runner:
+        report = compare_runners(
+            reference,
+            runner,
+            cases=cases_of(read_engine_record(decoder), vocab_size=runner.vocab_size),
+            tolerance=device_tolerance("fp16", layers=7),  # 3 in the encoder, 2 and 2 in the decoder
+            prompts=random_prompts(runner.vocab_size),
+        )
+    assert report.passed, report
 
 
 @pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "onnxruntime-cpu"])
