@@ -116,6 +116,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--also", help=f"other cuts by the scores of OUT, built too: {','.join(OTHER_CUTS)}")
     parser.add_argument("--only", choices=["dense", "pruned"])
+    parser.add_argument("--repeats", type=int, default=1, help="builds of each, the median is taken [1]")
     parser.add_argument("--limit-gb", type=float, help="stop a build that needs more memory of its own")
     parser.add_argument("--folder", type=Path, help="where models and engines go for a while [the system's]")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -164,7 +165,7 @@ def _cut_again(out: Path, dense: Path, folder: Path, name: str) -> Path:
 
 
 def _measured(checkpoint: Path, form: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Export ``checkpoint`` in ``form`` and build it in a new process; what that process says of itself."""
+    """Export ``checkpoint`` in ``form`` and build it; of several builds the one of median CPU time."""
     precision, _, kv = form.partition("-")
     onnx, engine = work / "onnx", work / "engine"
     scheme = precision if precision in ("w8", "w4") else None
@@ -179,11 +180,21 @@ def _measured(checkpoint: Path, form: str, options: argparse.Namespace, work: Pa
     if scheme:
         quantize_onnx(exported, onnx, scheme=scheme, rounding="plain", writing="tensorrt")
         shutil.rmtree(exported)
+    samples = [_built(onnx, engine, options.limit_gb) for _ in range(options.repeats)]
+    shutil.rmtree(onnx)
+    shutil.rmtree(engine, ignore_errors=True)
+    middle = sorted(samples, key=lambda sample: sample.get("cpu_s", 0.0))[len(samples) // 2]
+    return middle | {"cpu_samples_s": [sample.get("cpu_s") for sample in samples]}
+
+
+def _built(onnx: Path, engine: Path, limit_gb: float | None) -> dict[str, Any]:
+    """One build in a new process; what that process says of itself."""
+    shutil.rmtree(engine, ignore_errors=True)
     started = time.perf_counter()
     worker = Path(__file__).with_name("engine_worker.py")
     command = [sys.executable, str(worker), str(onnx), str(engine), str(LENGTH_TOKENS)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    peak_bytes, stopped = _watched(process, options.limit_gb)
+    peak_bytes, stopped = _watched(process, limit_gb)
     said = process.stdout.read() if process.stdout else ""
     result: dict[str, Any] = {
         "onnx_bytes": sum(file.stat().st_size for file in onnx.glob("model.onnx*")),
@@ -191,13 +202,11 @@ def _measured(checkpoint: Path, form: str, options: argparse.Namespace, work: Pa
         "peak_own_bytes": peak_bytes,
     }
     if stopped:
-        result["stopped"] = f"needed more than {options.limit_gb} GB of memory of its own"
+        result["stopped"] = f"needed more than {limit_gb} GB of memory of its own"
     elif process.returncode:
         raise SystemExit(f"Building {onnx} failed with exit code {process.returncode}.")
     else:
         result |= json.loads(said)
-    shutil.rmtree(onnx)
-    shutil.rmtree(engine, ignore_errors=True)
     return result
 
 
