@@ -41,8 +41,7 @@ import psutil
 from scale import SHAPES, write_random_checkpoint
 
 from nirvana_deploy.artifact import read_json, write_json
-from nirvana_deploy.engine.from_checkpoint import KV_FORMS
-from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.engine.from_checkpoint import onnx_for_engine
 from nirvana_deploy.measure.environment import measured_environment
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import shape_from_config
@@ -50,7 +49,6 @@ from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan
 from nirvana_deploy.prune.units import UnitScores
 from nirvana_deploy.prune.windows_file import read_scores
-from nirvana_deploy.quantize.quantize import quantize_onnx
 from nirvana_deploy.stages import SCORES_FILE
 
 COST_PROMISE = 0.8
@@ -169,17 +167,15 @@ def _measured(checkpoint: Path, form: str, options: argparse.Namespace, work: Pa
     precision, _, kv = form.partition("-")
     onnx, engine = work / "onnx", work / "engine"
     scheme = precision if precision in ("w8", "w4") else None
-    exported = work / "float" if scheme else onnx
-    onnx_from_checkpoint(
+    onnx_for_engine(
         checkpoint,
-        exported,
+        onnx,
         dtype="fp16" if scheme else precision,
-        flavor=KV_FORMS[kv],
-        cache_tokens=LENGTH_TOKENS if kv == "in-place" else None,
+        kv=kv,
+        quantize=scheme,
+        rounding="plain" if scheme else None,
+        cache_tokens=LENGTH_TOKENS,
     )
-    if scheme:
-        quantize_onnx(exported, onnx, scheme=scheme, rounding="plain", writing="tensorrt")
-        shutil.rmtree(exported)
     samples = [_built(onnx, engine, options.limit_gb) for _ in range(options.repeats)]
     shutil.rmtree(onnx)
     shutil.rmtree(engine, ignore_errors=True)
