@@ -385,11 +385,15 @@ def _memory_record(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_memory_of_a_tiny_model_is_measured(tmp_path: Path) -> None:
-    record = _memory_record(tmp_path, "tiny", "--layers", "2", "4", "--rounding", "gptq")
-    assert [run["layers"] for run in record["runs"]] == [2, 4]
-    assert record["runs"][1]["coverage"].startswith("29/29 linears")
-    assert all(run["weights_bytes"] < run["float_bytes"] for run in record["runs"])
+def test_memory_of_a_deep_tiny_model_is_that_of_a_shallow_one(tmp_path: Path) -> None:
+    options = ["--scheme", "int8", "--smooth", "0.7", "--dtype", "fp32"]
+    record = _memory_record(tmp_path, "tiny", "--layers", "2", "64", *options)
+    shallow, deep = record["runs"]
+    assert (shallow["layers"], deep["layers"]) == (2, 64)
+    assert deep["coverage"].startswith("449/449 linears")
+    more_bytes = deep["float_bytes"] - shallow["float_bytes"]
+    assert more_bytes > 2 * 0.1 * shallow["peak_rss_bytes"]  # held in memory, they would break the promise
+    assert record["promise"]["kept"] == {"peak": True, "depth": True}
 
 
 @pytest.mark.slow
