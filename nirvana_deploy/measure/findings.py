@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nirvana_deploy.measure.deployed_page import quantization_caution
+from nirvana_deploy.measure.deployed_page import low_bit_source_caution, quantization_caution
 from nirvana_deploy.measure.inspection import Records, model_name, verifications
 from nirvana_deploy.measure.table import (
     baseline_of,
@@ -244,7 +244,12 @@ def _speed_caution(what: str, name: str, speed: Gain | None, *, in_float: bool) 
 def cautions(records: Records) -> tuple[str, ...]:
     """What a reader must know before believing the headline; empty when nothing is wrong."""
     benchmark = records.benchmark or {}
-    found = [_verification_caution(records), quantization_caution(records), _quality_caution(benchmark)]
+    found = [
+        _verification_caution(records),
+        quantization_caution(records),
+        _quality_caution(benchmark),
+        low_bit_source_caution(records),
+    ]
     for variant in challengers_of(benchmark):
         name = str(variant["name"])
         in_float = variant.get("float_arithmetic", True)
