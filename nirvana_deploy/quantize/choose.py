@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from nirvana_deploy.quantize.int8 import SMALLEST_DIMENSION, part_relu_from_quan
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph, open_folder, write_folder
 from nirvana_deploy.quantize.names import HEAD
 from nirvana_deploy.quantize.observe import Observed, observe
+from nirvana_deploy.quantize.packing import is_for_ort_alone, pack, siblings
 from nirvana_deploy.quantize.ranges import bound_of
 from nirvana_deploy.quantize.runner import Runner
 from nirvana_deploy.quantize.smooth import Fold, Vector, apply_folds, find_folds, weight_absmax
@@ -165,9 +166,12 @@ def apply_to(graphs: Sequence[OnnxGraph], spec: Int8Spec) -> None:
         )
     for graph in graphs:
         apply_folds(graph, find_folds(graph), spec.smoothing)
-        for linear in graph.linears:
-            if linear.name in spec.linears:
-                quantize_linear(graph, linear, spec.linears[linear.name])
+        linears = [linear for linear in graph.linears if linear.name in spec.linears]
+        packs: Iterable[tuple[Linear, ...]] = ((linear,) for linear in linears)
+        if is_for_ort_alone(graph):
+            packs = siblings(linears, alike=lambda linear: spec.linears[linear.name])
+        for members in packs:
+            quantize_linear(graph, pack(graph, members), spec.linears[members[0].name])
         part_relu_from_quantizers(graph)
 
 

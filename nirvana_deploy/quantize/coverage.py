@@ -12,6 +12,7 @@ import platform
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import onnx
 
 from nirvana_deploy.errors import VerificationError
 from nirvana_deploy.quantize.cut import Cut, session_of
+from nirvana_deploy.quantize.names import unpacked_names
 from nirvana_deploy.quantize.spec import read_record
 
 INTEGER_OPERATORS = frozenset(
@@ -75,8 +77,9 @@ class Coverage:
 def coverage_of(folder: Path, promised: Collection[str], *, scratch: Path | None = None) -> Coverage:
     """Optimize every graph of ``folder`` and look for the ``promised`` linears, by module name.
 
-    A linear counts when an integer operator reads an initializer named after it. ``scratch`` is where an
-    optimized layer is written for a moment, weights included; by default beside ``folder``.
+    A linear counts when an integer operator reads an initializer named after it, or after it and its siblings
+    (``packing.py``). ``scratch`` is where an optimized layer is written for a moment, weights included; by
+    default beside ``folder``.
     """
     operators: Counter[str] = Counter()
     found: set[str] = set()
@@ -133,12 +136,10 @@ def _optimized(cut: Cut, scratch: Path) -> Iterator[onnx.NodeProto]:
         given = {name: _DTYPES[types[name]] for name in end}
 
 
-def _linears_read(node: onnx.NodeProto, promised: Collection[str]) -> set[str]:
-    names = set()
+def _linears_read(node: onnx.NodeProto, promised: AbstractSet[str]) -> set[str]:
+    names: set[str] = set()
     for value in node.input:
-        module = value.partition(".weight")[0]
-        if module in promised:
-            names.add(module)
+        names |= promised & set(unpacked_names(value.partition(".weight")[0]))
     return names
 
 

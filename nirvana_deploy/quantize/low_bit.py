@@ -6,7 +6,7 @@ rounding comes before, layer by layer; its codes wait on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from nirvana_deploy.quantize.layerwise import round_layerwise
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph
 from nirvana_deploy.quantize.names import HEAD
 from nirvana_deploy.quantize.observe import require_prefill
+from nirvana_deploy.quantize.packing import pack, siblings
 from nirvana_deploy.quantize.rounding import RoundedWeight, require_block_size, round_weight
 from nirvana_deploy.quantize.runner import (
     ENCODER_STATES,
@@ -125,11 +126,15 @@ def rewrite_low_bit(
     else:
         readers = {linear.name: _uncalibrated(linear, spec) for linears in chosen for linear in linears}
     for graph, linears in zip(graphs, chosen, strict=True):
-        for linear in linears:
+        packs: Iterable[tuple[Linear, ...]] = ((linear,) for linear in linears)
+        if spec.writing == "ort":
+            packs = siblings(linears)
+        for members in packs:
+            linear = pack(graph, members)
             write_rounded(
                 graph,
                 linear,
-                readers[linear.name],
+                partial(_joined, [readers[member.name] for member in members]),
                 bits=spec.bits,
                 block_size=spec.block_of(linear),
                 writing=spec.writing,
@@ -140,6 +145,16 @@ def rewrite_low_bit(
 def _takes_part(linear: Linear, spec: LowBit) -> bool:
     large = min(linear.K, linear.N) >= SMALLEST_DIMENSION
     return large and (spec.head or linear.role != HEAD)
+
+
+def _joined(readers: Sequence[Callable[[], RoundedWeight]]) -> RoundedWeight:
+    """The rounded weights of linears that were packed, side by side."""
+    parts = [read() for read in readers]
+    return replace(
+        parts[0],
+        codes=np.concatenate([part.codes for part in parts], axis=1),
+        scales=np.concatenate([part.scales for part in parts], axis=1),
+    )
 
 
 def _uncalibrated(linear: Linear, spec: LowBit) -> Callable[[], RoundedWeight]:
