@@ -191,7 +191,10 @@ def _checked(folder: Path) -> Path:
     if not any(folder.glob("*.safetensors")):
         if pickles := sorted(path for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES):
             raise _pickle_refused(pickles, folder=folder)
-        raise NirvanaError(f"{folder} has no *.safetensors file.")
+        raise NirvanaError(
+            f"{folder} has no *.safetensors file.",
+            hint="Pass a folder with weights; of an ONNX folder, the checkpoint that it was exported from.",
+        )
     for index in folder.glob("*.safetensors.index.json"):
         missing = sorted({name for name in _shards(index) if not (folder / name).is_file()})
         if missing:
