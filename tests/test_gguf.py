@@ -386,8 +386,11 @@ def test_a_uniform_smollm2_generates_its_tokens(llama_cpp: Path, tmp_path: Path)
     slice_checkpoint(dense, plan, tmp_path / "checkpoint")
     tokenizer = load_tokenizer(tmp_path / "checkpoint")
     prompts = [tokenizer(text)["input_ids"] for text in REAL_PROMPTS]
-    # llama.cpp rounds activations to the type of the weights, to 8 bits for q8_0: of that only its loading is
-    # asked here, and of its weights in the test above
+    # Of q8_0 only its loading is asked here. llama.cpp rounds activations to 8 bits then (see the test
+    # above), and this cut is chaotic under that: 0.53 of the tokens are torch's in float32 and 0.66 those of
+    # torch with both roundings, while noise of 1e-6 before the roundings leaves torch only 0.57 of its own.
+    # Of dense SmolLM2's 0.975 are torch's; the others lie at most 0.23 below the best logit, whose median
+    # lead is 1.9.
     shares = {"f32": 1.0, "f16": 0.9, "bf16": 0.75}
     types = [*shares, "q8_0"]
     jobs = []

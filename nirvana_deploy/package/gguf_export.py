@@ -3,7 +3,7 @@
 The weight type decides about more than the weights: llama.cpp rounds the inputs of a product to the type of
 its weights. With f32 it chooses torch's tokens. With q8_0 the inputs get 8 bits too, in blocks of 32; torch
 with both roundings chooses llama.cpp's tokens but at near-ties, with that of the weights alone it does not
-(tests/test_gguf.py).
+(tests/test_gguf.py). A cut that is badly conditioned can lose much by it: compare its text with that of f16.
 """
 
 from __future__ import annotations
