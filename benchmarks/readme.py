@@ -133,6 +133,15 @@ def _engine_notes(runs: dict[str, Any]) -> list[str]:
         f"A kernel text takes {stored / texts / 1e6:.2f} MB; all of them compress {packed:.0f} times, if an "
         "engine has to travel.",
     ]
+    built = [build for run in runs.values() for build in run["builds"] if "programs" in build]
+    largest = max(built, key=lambda build: build["weights_bytes"])
+    own = largest["peak_own_bytes"] / largest["weights_bytes"]
+    stopped = [build for run in runs.values() for build in run["builds"] if "stopped" in build]
+    notes += [
+        f"The build that was stopped has {build['onnx_bytes'] / 1e9:.1f} GB of weights; the largest that was "
+        f"not took {own:.1f} times its weights in memory of its own."
+        for build in stopped
+    ]
     for model, run in runs.items():
         pairs = [one for one in run["comparisons"] if one["variant"] == "pruned"]
         if not pairs:
