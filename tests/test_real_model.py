@@ -68,6 +68,7 @@ def test_layers_differ_and_the_budget_is_met(job: tuple[Path, object]) -> None:
 
 def test_quality_stands_beside(job: tuple[Path, object]) -> None:
     quality = json.loads((job[0] / "quality.json").read_text())["variants"]
+    # sanity checks: a broken graph has a perplexity near the vocabulary's 49,152, an unpruned one a KL of 0
     assert 5 < quality["dense"]["perplexity"] < 40 < quality["pruned"]["perplexity"] < 500
     assert 0.5 < quality["pruned"]["kl_vs_dense"] < 4
 
@@ -145,6 +146,7 @@ def test_calibrated_w4_halves_the_loss(job: tuple[Path, object], tmp_path: Path)
     }
     variants = {rounding: OrtDecoder(folder) for rounding, folder in folders.items()}
     found = quality_of(OrtDecoder(dense), variants, windows["heldout"][:8])
+    # a sanity check of calibration: about half is what was seen, and no calibration at all gives 1
     assert found["gptq"]["kl_vs_dense"] < 0.5 * found["plain"]["kl_vs_dense"]
 
 
