@@ -71,7 +71,7 @@ def reference_of(folder: Path, checkpoint: Path) -> torch.nn.Module:
         if f"{name}.input_scale" in held:
             outliers = None
             if f"{name}.outlier_weight" in held:
-                channels = numpy_helper.to_array(held[f"{name}.outlier_channels"])
+                channels = numpy_helper.to_array(held[f"{name}.outlier_channels"]).copy()  # writable
                 outliers = (channels, values(f"{name}.outlier_weight"))
             scale = float(values(f"{name}.input_scale"))
             linear.forward = integer_forward(linear, scale, outliers)
