@@ -10,7 +10,9 @@ session settings, in alternating rounds. Exits with 1 when a promise is broken:
 
 - the export takes at most half the CPU time of the builder's, or 8 s if that is more, and a sixth of torch's;
 - at its peak it holds at most twice the model's bytes in the export dtype plus 600 MB;
-- its graphs decode a token in at most 1.05 times what the fastest other float32 graph takes (medians).
+- its graphs decode a token in at most 1.05 times what the others' take (medians), like with like:
+  ``portable`` beside torch's, both of standard operators that write past and new keys to a new buffer at
+  every token, and ``gqa`` beside the fastest of all: the builder's is of the same operators.
 """
 
 from __future__ import annotations
@@ -181,7 +183,7 @@ def latencies(folders: dict[str, Path], workload: Workload) -> dict[str, dict[st
 def verdict(rows: dict[str, dict[str, Any]], *, model_bytes: int) -> list[dict[str, Any]]:
     """The promises, what was found, and whether each is kept."""
     ours = rows[OURS]
-    best = min(row["latency"]["tpot_ms"]["p50"] for name, row in rows.items() if name in (TORCH, BUILDER))
+    decode = {name: row["latency"]["tpot_ms"]["p50"] for name, row in rows.items()}
     promises = {
         "CPU seconds, builder's": (
             ours["cost"]["cpu_s"],
@@ -192,10 +194,10 @@ def verdict(rows: dict[str, dict[str, Any]], *, model_bytes: int) -> list[dict[s
             ours["cost"]["peak_rss_bytes"],
             PEAK_PROMISE_PER_MODEL_BYTE * model_bytes + PEAK_PROMISE_EXTRA_BYTES,
         ),
-        "decode ms, best of the others": (ours["latency"]["tpot_ms"]["p50"], DECODE_PROMISE_RATIO * best),
-        "decode ms of gqa, likewise": (
-            rows[OURS_GQA]["latency"]["tpot_ms"]["p50"],
-            DECODE_PROMISE_RATIO * best,
+        "decode ms of portable, torch's": (decode[OURS], DECODE_PROMISE_RATIO * decode[TORCH]),
+        "decode ms of gqa, best of the others": (
+            decode[OURS_GQA],
+            DECODE_PROMISE_RATIO * min(decode[TORCH], decode[BUILDER]),
         ),
     }
     return [
