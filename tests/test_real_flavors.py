@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime_genai
 import pytest
 import torch
+from llama_cpp import REAL_PROMPTS, greedy_share
 from safetensors.torch import load_file, save_file
 from test_slicing import plan_for
 
@@ -18,7 +21,7 @@ from nirvana_deploy.export.logits import OWN_ROUNDINGS, torch_logits
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.ort import OrtDecoder
 from nirvana_deploy.export.verify import verify_onnx
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
+from nirvana_deploy.model.checkpoint import config_json, load_checkpoint, load_tokenizer
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 
@@ -75,7 +78,13 @@ def assert_tokens_of_torch(checkpoint: Path, folder: Path, *, new_tokens: int) -
         assert check.equal_prompts + check.ties == 5
 
 
-def test_layers_that_differ_share_buffers_in_genai_and_stream(dense: Path, tmp_path: Path) -> None:
+@pytest.mark.consumer(
+    "onnxruntime-genai",
+    artifact="ONNX folder of SmolLM2, global, gqa: chat and stream",
+    proof="its chat template gives transformers' token ids; 12 streamed pieces are the text of the tokens",
+    package="onnxruntime-genai",
+)
+def test_layers_that_differ_share_buffers_in_genai_chat_and_stream(dense: Path, tmp_path: Path) -> None:
     checkpoint = cut(dense, tmp_path / "checkpoint", "global")
     folder = onnx_from_checkpoint(checkpoint, tmp_path / "gqa", flavor="gqa").path
     settings = json.loads((folder / "genai_config.json").read_text())
@@ -84,7 +93,10 @@ def test_layers_that_differ_share_buffers_in_genai_and_stream(dense: Path, tmp_p
 
     model = onnxruntime_genai.Model(str(folder))
     tokenizer = onnxruntime_genai.Tokenizer(model)
-    prompt = tokenizer.encode("The capital of France is")
+    turn = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.encode(tokenizer.apply_chat_template(json.dumps(turn), add_generation_prompt=True))
+    wanted = load_tokenizer(dense).apply_chat_template(turn, add_generation_prompt=True, return_dict=True)
+    assert list(prompt) == wanted["input_ids"]
     parameters = onnxruntime_genai.GeneratorParams(model)
     parameters.set_search_options(max_length=len(prompt) + 12, do_sample=False)
     generator = onnxruntime_genai.Generator(model, parameters)
@@ -99,6 +111,18 @@ def test_layers_that_differ_share_buffers_in_genai_and_stream(dense: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.consumer(
+    "ONNX Runtime",
+    artifact="ONNX folder of SmolLM2: dense, global, uniform; portable and gqa",
+    proof="5 x 64 greedy tokens equal torch's, and logits are as close to float64 as torch's",
+    package="onnxruntime",
+)
+@pytest.mark.consumer(
+    "onnxruntime-genai",
+    artifact="ONNX folder of SmolLM2: dense, global, uniform; portable and gqa",
+    proof="5 x 64 greedy tokens equal torch's",
+    package="onnxruntime-genai",
+)
 @pytest.mark.parametrize("flavor", ["portable", "gqa"])
 @pytest.mark.parametrize("allocation", ["dense", "global", "uniform"])
 def test_64_tokens_of_5_prompts(dense: Path, tmp_path: Path, allocation: str, flavor: str) -> None:
@@ -109,6 +133,12 @@ def test_64_tokens_of_5_prompts(dense: Path, tmp_path: Path, allocation: str, fl
 
 
 @pytest.mark.slow
+@pytest.mark.consumer(
+    "ONNX Runtime",
+    artifact="ONNX folder of SmolLM2 in fp16, as Llama and as Qwen2: portable, gqa, static-cache",
+    proof="logits and 5 x 16 greedy tokens are those of the checkpoint rounded to float16",
+    package="onnxruntime",
+)
 @pytest.mark.parametrize("flavor", ["portable", "gqa", "static-cache"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_real_weights_in_half_precision(dense: Path, tmp_path: Path, family: str, flavor: str) -> None:
@@ -120,3 +150,45 @@ def test_real_weights_in_half_precision(dense: Path, tmp_path: Path, family: str
         ).path
         report = verify_onnx(checkpoint, folder, new_tokens=16)
         assert report.passed, report
+
+
+GENERATES = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+folder, prompts, code = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "global"
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=code, dtype=torch.float32)
+assert "nirvana_deploy" not in sys.modules
+assert type(model).__module__.startswith("transformers.models.") != code, type(model)
+found = []
+for prompt in prompts:
+    answer = model.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, pad_token_id=2)
+    found.append(answer[0, len(prompt) :].tolist())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.consumer(
+    "transformers",
+    artifact="HF folder of SmolLM2, uniform (stock class) and global (with its module)",
+    proof="a fresh process loads it and generates: 5 x 32 tokens are the greedy ones",
+    package="transformers",
+)
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_transformers_alone_generates(dense: Path, tmp_path: Path, allocation: str) -> None:
+    checkpoint = cut(dense, tmp_path / "checkpoint", allocation)
+    assert bool(list(checkpoint.glob("*.py"))) == (allocation == "global")
+    prompts = [load_tokenizer(checkpoint)(text)["input_ids"] for text in REAL_PROMPTS]
+    result = subprocess.run(
+        [sys.executable, "-c", GENERATES, str(checkpoint), json.dumps(prompts), allocation],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    answers = json.loads(result.stdout.splitlines()[-1])
+    assert sum(map(len, answers)) > 100  # some may end early
+    assert greedy_share(checkpoint, prompts, answers) == 1
