@@ -22,6 +22,7 @@ w4 on them are no evidence about other models.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -262,6 +263,8 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
             variants.append(variant_from_folder(name, folder, shape, float_arithmetic=False))
     workload = Workload(repeats=options.repeats, threads=options.threads)
     result: dict[str, Any] = benchmark(variants, workload=workload)
+    for row in result["variants"]:
+        row["path"] = os.path.relpath(row["path"], out)
     return result
 
 
