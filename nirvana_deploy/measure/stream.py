@@ -179,9 +179,7 @@ def load_text_side(folder: Path) -> tuple[Any, frozenset[int]]:
 
 def _tokenizer(folder: Path) -> Any:
     if (folder / "config.json").is_file() and (folder / "tokenizer_config.json").is_file():
-        from nirvana_deploy.model.checkpoint import (
-            load_tokenizer,
-        )  # torch, which an ONNX folder does not need
+        from nirvana_deploy.model.checkpoint import load_tokenizer  # imports torch
 
         return load_tokenizer(folder)  # knows configurations whose layers differ
     from transformers import AutoTokenizer  # two seconds that other users of this module are spared

@@ -27,10 +27,9 @@ def read_tensor(tensor: ir.TensorProtocol | None, part: Part = ()) -> NDArray[An
     """The values of a tensor, or that ``part`` of them, as :func:`read_initializer` gives them."""
     if tensor is None:
         raise ValueError("not an initializer")
-    if not isinstance(tensor, ir.ExternalTensor):
-        return np.array(tensor.numpy()[part])
     array = np.array(tensor.numpy()[part])
-    tensor.release()
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
     return array
 
 
