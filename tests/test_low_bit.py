@@ -25,13 +25,13 @@ from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.genai import genai_tokens
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.ort import OrtDecoder, session_outputs
+from nirvana_deploy.export.packed import unpacked_names
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.quantize.coverage import INTEGER_OPERATORS
 from nirvana_deploy.quantize.cut import Cut, session_of
 from nirvana_deploy.quantize.divergence import Yardstick
 from nirvana_deploy.quantize.layerwise import round_layerwise
 from nirvana_deploy.quantize.linears import Linear, open_folder, write_folder
-from nirvana_deploy.quantize.names import unpacked_names
 from nirvana_deploy.quantize.quantize import quantize_onnx
 from nirvana_deploy.quantize.rounding import RoundedWeight, round_weight
 from nirvana_deploy.quantize.runner import Runner

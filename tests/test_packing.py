@@ -10,14 +10,18 @@ import onnx
 import pytest
 from conftest import KINDS, write_tiny
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from test_slicing import plan_for
 
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.export.packed import packed_name, parent_of, unpacked_names
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.quantize import choose, low_bit
 from nirvana_deploy.quantize.coverage import coverage_of
-from nirvana_deploy.quantize.names import packed_name, unpacked_names
+from nirvana_deploy.quantize.cut import Cut
+from nirvana_deploy.quantize.files import read_initializer
+from nirvana_deploy.quantize.linears import open_folder, write_folder
 from nirvana_deploy.quantize.quantize import quantize_onnx
 
 HEAD_DIM = 16  # GroupQueryAttention takes multiples of it
@@ -32,6 +36,45 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     checkpoint = write_tiny(folder / "dense", request.param, head_dim=HEAD_DIM)
     slice_checkpoint(checkpoint, plan_for(checkpoint), folder / "checkpoint")
     return onnx_from_checkpoint(folder / "checkpoint", folder / "onnx", flavor="gqa").path
+
+
+def test_an_exported_graph_opens_as_the_linears_of_its_checkpoint(
+    source: Path, tmp_path: Path, tokens: NDArray[np.int64]
+) -> None:
+    """Names, weights and biases; and taken apart it computes what it computed together."""
+    (graph,) = open_folder(source)
+    stored = load_file(source.parent / "checkpoint" / "model.safetensors")
+    linears = {linear.name: linear for linear in graph.linears if linear.role != "head"}
+    assert sorted(f"{name}.weight" for name in linears) == sorted(n for n in stored if "_proj.weight" in n)
+    assert {linear.role for linear in linears.values()} == {"q", "k", "v", "o", "gate", "up", "down"}
+    for name, linear in linears.items():
+        np.testing.assert_array_equal(linear.read_weight(), stored[f"{name}.weight"].T.numpy())
+    initializers = graph.model.graph.initializers
+    for name in (name for name in stored if name.endswith("_proj.bias")):
+        np.testing.assert_array_equal(read_initializer(initializers[name]), stored[name].numpy())
+    write_folder(source, tmp_path / "apart", [graph])
+    apart = onnx.load(tmp_path / "apart" / "model.onnx", load_external_data=False).graph
+    assert not any("+" in tensor.name for tensor in apart.initializer)
+    assert "Split" not in {node.op_type for node in apart.node}
+    decoders = [OrtDecoder(folder, threads=1) for folder in (source, tmp_path / "apart")]
+    one, other = (decoder.prefill(tokens[:2, :9])[0] for decoder in decoders)
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_values_of_linears_apart_are_computed_from_the_packed_file(
+    source: Path, tokens: NDArray[np.int64]
+) -> None:
+    """What fitting relies on: results by linear, and weights that stand in for those of one linear."""
+    (graph,) = open_folder(source)
+    cut, prompt = Cut(source / "model.onnx", threads=1), {"input_ids": tokens[:1, :9]}
+    _, k, _, _, gate, up, _ = [linear for linear in graph.linears if linear.layer == 0]
+    for linear in (k, gate, up):
+        name, x = linear.node.outputs[0].name, linear.x.name
+        weight = linear.read_weight()
+        ((found, read),) = cut.values([name, x], {}, [prompt])
+        np.testing.assert_allclose(found, read @ weight, rtol=0, atol=1e-5)
+        ((doubled,),) = cut.values([name], {}, [prompt], {linear.weight.name: 2 * weight})
+        np.testing.assert_allclose(doubled, 2 * found, rtol=1e-5, atol=1e-5)
 
 
 def test_packed_linears_compute_the_same(
@@ -107,6 +150,16 @@ def test_different_decisions_are_not_packed(
     assert len(kept) == 5 and not kept & held
     assert held == set(done.record["int8"]["linears"])
     assert done.coverage.found == len(held) == 7 * LAYERS - 5
+    floats = {
+        name: tensor.name
+        for tensor in model.graph.initializer
+        for name in unpacked_names(tensor.name.removesuffix(".weight"))
+        if name in kept
+    }
+    assert floats.keys() == kept
+    for name, stored in floats.items():  # those that read one value are one product again
+        together = [other for other in kept if parent_of(other) == parent_of(name)]
+        assert ("+" in stored) == (len(together) > 1 and not name.endswith(("o_proj", "down_proj")))
 
 
 def test_a_packed_linear_that_runs_in_float_is_missed_with_all_it_holds(

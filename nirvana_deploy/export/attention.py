@@ -11,7 +11,7 @@ cache of fixed length.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,15 +50,12 @@ class KvForm(Protocol):
     """``input_ids`` [B, T]."""
 
     def attend(
-        self,
-        index: int,
-        layer: LayerShape,
-        query: ir.Value,
-        key: ir.Value,
-        value: ir.Value,
-        norms: HeadNorms,
+        self, index: int, layer: LayerShape, projected: Sequence[ir.Value], norms: HeadNorms
     ) -> ir.Value:
-        """Projected [B, T, H d], [B, T, K d] and [B, T, K d] to mixed values [B, T, H d]."""
+        """Query, key and value, [B, T, H d], [B, T, K d], [B, T, K d], to mixed values [B, T, H d].
+
+        ``gqa`` takes one value with all three side by side too, where heads are not normed.
+        """
         ...
 
 
@@ -93,17 +90,11 @@ class ConcatenatedCache:
         return op.And(seen, op.LessOrEqual(keys, queries))
 
     def attend(
-        self,
-        index: int,
-        layer: LayerShape,
-        query: ir.Value,
-        key: ir.Value,
-        value: ir.Value,
-        norms: HeadNorms,
+        self, index: int, layer: LayerShape, projected: Sequence[ir.Value], norms: HeadNorms
     ) -> ir.Value:
         """See :class:`KvForm`."""
         parts = self._parts
-        query, key, value = _rotated_heads(parts, layer, self._d, (query, key, value), norms, self._angles)
+        query, key, value = _rotated_heads(parts, layer, self._d, projected, norms, self._angles)
         key = self._extended(index, "key", layer, key)
         value = self._extended(index, "value", layer, value)
         return _mixed(parts, layer, self._d, query, key, value, self._mask)
@@ -160,22 +151,22 @@ class GroupQueryCache:
         return compute
 
     def attend(
-        self,
-        index: int,
-        layer: LayerShape,
-        query: ir.Value,
-        key: ir.Value,
-        value: ir.Value,
-        norms: HeadNorms,
+        self, index: int, layer: LayerShape, projected: Sequence[ir.Value], norms: HeadNorms
     ) -> ir.Value:
         """See :class:`KvForm`."""
         parts, K, d = self._parts, layer.kv_heads, self._d
         dimensions: list[int | str] = ["batch_size", K, "past_sequence_length", d]
         past = [parts.activations(f"past_key_values.{index}.{kind}", dimensions) for kind in ("key", "value")]
+        inputs: tuple[ir.Value | None, ...] = (*projected, None, None)
+        if len(projected) > 1:
+            query, key, value = projected
+            inputs = (
+                self._normed(query, layer.query_heads, norms.query),
+                self._normed(key, K, norms.key),
+                value,
+            )
         mixed, *present = self._op.GroupQueryAttention(
-            self._normed(query, layer.query_heads, norms.query),
-            self._normed(key, K, norms.key),
-            value,
+            *inputs,
             *past,
             self._last,
             self._total,
@@ -223,17 +214,11 @@ class StaticCache:
         self._mask = op.LessOrEqual(slots, op.Unsqueeze(positions, [1, 3]))  # [B, 1, T, C]
 
     def attend(
-        self,
-        index: int,
-        layer: LayerShape,
-        query: ir.Value,
-        key: ir.Value,
-        value: ir.Value,
-        norms: HeadNorms,
+        self, index: int, layer: LayerShape, projected: Sequence[ir.Value], norms: HeadNorms
     ) -> ir.Value:
         """See :class:`KvForm`."""
         parts = self._parts
-        query, key, value = _rotated_heads(parts, layer, self._d, (query, key, value), norms, self._angles)
+        query, key, value = _rotated_heads(parts, layer, self._d, projected, norms, self._angles)
         key = self._updated(index, "key", layer, key)
         value = self._updated(index, "value", layer, value)
         return _mixed(parts, layer, self._d, query, key, value, self._mask)
@@ -266,7 +251,7 @@ def _rotated_heads(
     parts: GraphParts,
     layer: LayerShape,
     d: int,
-    projected: tuple[ir.Value, ir.Value, ir.Value],
+    projected: Sequence[ir.Value],
     norms: HeadNorms,
     angles: tuple[ir.Value, ir.Value],
 ) -> tuple[ir.Value, ir.Value, ir.Value]:

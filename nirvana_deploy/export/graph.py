@@ -16,6 +16,8 @@ What other stages rely on (quantization replaces weights by these rules):
 * every linear is a ``MatMul`` whose second input is the initializer ``<module>.weight``, stored as
   [inputs, outputs], with ``<module>`` as the checkpoint names it; its bias, where there is one, is the
   initializer ``<module>.bias`` of the ``Add`` behind;
+* in ``gqa``, for ONNX Runtime alone, q, k and v are one such product, and gate and up another, named as
+  ``packed.py`` says: at one token a product takes microseconds, and its start is a good part of them;
 * the embedding is the initializer ``<embedding>.weight`` [V, D]; a tied head is the ``Transpose`` of it,
   an untied one the linear ``<head>.weight`` [D, V];
 * the hidden state that leaves layer i is called ``hidden_states.i``.
@@ -23,6 +25,7 @@ What other stages rely on (quantization replaces weights by these rules):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -38,6 +41,7 @@ from nirvana_deploy.export.attention import (
     StaticCache,
 )
 from nirvana_deploy.export.dtypes import Dtype
+from nirvana_deploy.export.packed import packed_name
 from nirvana_deploy.export.parts import OPSET, GraphParts
 from nirvana_deploy.export.streaming import Parameter
 from nirvana_deploy.model.shape import LayerShape, ModelShape
@@ -190,13 +194,11 @@ class _Decoder:
         """Grouped-query attention over past and new tokens: [B, T, D] -> [B, T, D]."""
         D, d, bias = self.shape.hidden_size, self.shape.head_dim, self.shape.attention_bias
         site, prefix = self.shape.place(index)
-        counts = ((site.q, layer.query_heads), (site.k, layer.kv_heads), (site.v, layer.kv_heads))
-        query, key, value = (
-            self.parts.linear(hidden, f"{prefix}.{module}", D, count * d, bias=bias)
-            for module, count in counts
-        )
+        modules = [f"{prefix}.{module}" for module in (site.q, site.k, site.v)]
+        sizes = [heads * d for heads in (layer.query_heads, layer.kv_heads, layer.kv_heads)]
         norms = HeadNorms(*(f"{prefix}.{norm}" if norm else None for norm in (site.q_norm, site.k_norm)))
-        mixed = form.attend(index, layer, query, key, value, norms)
+        projected = self.linears(hidden, modules, D, sizes, bias=bias, apart=bool(norms.query or norms.key))
+        mixed = form.attend(index, layer, projected, norms)
         return self.parts.linear(
             mixed, f"{prefix}.{site.o}", layer.query_heads * d, D, bias=self.shape.output_bias
         )
@@ -205,9 +207,27 @@ class _Decoder:
         """Gated SiLU: down(silu(gate(x)) * up(x)), [B, T, D] -> [B, T, D]."""
         op, D, F, bias = self.op, self.shape.hidden_size, layer.ffn_width, self.shape.ffn_bias
         site, prefix = self.shape.place(index)
-        gate, up = (self.parts.linear(hidden, f"{prefix}.{row}", D, F, bias=bias) for row in site.ffn_rows)
+        modules = [f"{prefix}.{row}" for row in site.ffn_rows]
+        gate, up = self.linears(hidden, modules, D, [F, F], bias=bias)
         gated = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
         return self.parts.linear(gated, f"{prefix}.{site.ffn_down}", F, D, bias=bias)
+
+    def linears(
+        self,
+        x: ir.Value,
+        modules: Sequence[str],
+        inputs: int,
+        sizes: Sequence[int],
+        *,
+        bias: bool,
+        apart: bool = True,
+    ) -> Sequence[ir.Value]:
+        """Linears of [B, T, inputs] to [B, T, size] each, or ``gqa``'s one value of all of them."""
+        if self.options.flavor != "gqa":
+            pairs = zip(modules, sizes, strict=True)
+            return [self.parts.linear(x, module, inputs, size, bias=bias) for module, size in pairs]
+        packed = self.parts.linear(x, packed_name(modules), inputs, sum(sizes), bias=bias)
+        return self.op.Split(packed, list(sizes), axis=-1, _outputs=len(sizes)) if apart else [packed]
 
     def head(self, embedding: ir.Value) -> ir.Value:
         """The [D, V] matrix of the head: its own weight, or the embedding transposed when they are tied."""

@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.dtypes import Dtype
+from nirvana_deploy.export.packed import unpacked_names
 from nirvana_deploy.model.weights import WeightSource
 
 Parameter = Callable[[str, tuple[int, ...], bool], ir.TensorProtocol]
-"""(checkpoint name, shape in the graph, transposed) -> tensor whose bytes are read when it is written."""
+"""(name in the checkpoint, or of several tensors as ``packed.py`` says; shape in the graph; transposed) ->
+tensor whose bytes are read when it is written."""
 
 _BLOCK_ELEMENTS = 1 << 23
 """Numbers converted at a time: 32 MB of float32."""
@@ -58,7 +60,7 @@ class _StreamedTensor(ir.LazyTensor):
         name: str,
     ) -> None:
         super().__init__(
-            lambda: ir.Tensor(as_array(torch.cat(list(blocks()))), name=name),
+            lambda: ir.Tensor(as_array(torch.cat(list(blocks())).reshape(shape)), name=name),
             dtype=dtype.ir,
             shape=ir.Shape(shape),
             name=name,
@@ -74,20 +76,27 @@ class _StreamedTensor(ir.LazyTensor):
 def _blocks(
     weights: WeightSource, name: str, shape: tuple[int, ...], dtype: Dtype, transposed: bool
 ) -> Iterator[torch.Tensor]:
-    """Leading rows of the graph's tensor, contiguous, in ``dtype``."""
-    stored = weights.load(name)
-    tensor = stored.T if transposed else stored
-    if tensor.shape != shape:
-        raise NirvanaError(
-            f"Tensor {name!r}: the graph asks for {shape}, the file has {tuple(tensor.shape)}."
-        )
-    rows = max(1, _BLOCK_ELEMENTS // max(1, tensor[0].numel()))
-    for part in torch.split(tensor, rows):
-        block = torch.empty(part.shape, dtype=dtype.torch).copy_(part)
-        if dtype.torch == torch.float16 and torch.isinf(block).any():
-            raise NirvanaError(
-                f"Tensor {name!r} holds {float(stored.abs().max()):.4g}, and float16 ends at "
-                f"{torch.finfo(torch.float16).max:.0f}.",
-                hint="Export with --dtype bf16, which has the range of float32.",
-            )
+    """Leading rows of the graph's tensor, contiguous, in ``dtype``; [1, N] of a vector.
+
+    A name of several modules (``packed.py``) is their tensors side by side.
+    """
+    module, _, kind = name.rpartition(".")
+    names = [f"{one}.{kind}" for one in unpacked_names(module)]
+    tensors = [stored.T if transposed else stored for stored in map(weights.load, names)]
+    widths = [tensor.shape[-1] for tensor in tensors]
+    for one, tensor in zip(names, tensors, strict=True):
+        if tensor.shape[:-1] != shape[:-1] or sum(widths) != shape[-1]:
+            raise NirvanaError(f"Tensor {one!r} is {tuple(tensor.shape)}, the graph asks for {shape}.")
+    rows = max(1, _BLOCK_ELEMENTS // max(1, sum(widths)))
+    matrices = [tensor.reshape(-1, width) for tensor, width in zip(tensors, widths, strict=True)]
+    for parts in zip(*(torch.split(matrix, rows) for matrix in matrices), strict=True):
+        block = torch.empty((len(parts[0]), sum(widths)), dtype=dtype.torch)
+        for one, part, place in zip(names, parts, torch.split(block, widths, dim=1), strict=True):
+            place.copy_(part)
+            if dtype.torch == torch.float16 and torch.isinf(place).any():
+                raise NirvanaError(
+                    f"Tensor {one!r} holds {float(part.abs().max()):.4g}, and float16 ends at "
+                    f"{torch.finfo(torch.float16).max:.0f}.",
+                    hint="Export with --dtype bf16, which has the range of float32.",
+                )
         yield block

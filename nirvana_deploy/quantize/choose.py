@@ -18,7 +18,7 @@ from nirvana_deploy.quantize.int8 import SMALLEST_DIMENSION, part_relu_from_quan
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph, open_folder, write_folder
 from nirvana_deploy.quantize.names import HEAD
 from nirvana_deploy.quantize.observe import Observed, observe
-from nirvana_deploy.quantize.packing import is_for_ort_alone, pack, siblings
+from nirvana_deploy.quantize.packing import is_for_ort_alone, pack, pack_floats, siblings
 from nirvana_deploy.quantize.ranges import bound_of
 from nirvana_deploy.quantize.runner import Runner
 from nirvana_deploy.quantize.smooth import Fold, Vector, apply_folds, find_folds, weight_absmax
@@ -172,6 +172,8 @@ def apply_to(graphs: Sequence[OnnxGraph], spec: Int8Spec) -> None:
             packs = siblings(linears, alike=lambda linear: spec.linears[linear.name])
         for members in packs:
             quantize_linear(graph, pack(graph, members), spec.linears[members[0].name])
+        if is_for_ort_alone(graph):
+            pack_floats(graph, spec.linears)
         part_relu_from_quantizers(graph)
 
 

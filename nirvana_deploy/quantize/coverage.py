@@ -20,8 +20,8 @@ from typing import Any
 import onnx
 
 from nirvana_deploy.errors import VerificationError
+from nirvana_deploy.export.packed import unpacked_names
 from nirvana_deploy.quantize.cut import Cut, session_of
-from nirvana_deploy.quantize.names import unpacked_names
 from nirvana_deploy.quantize.spec import read_record
 
 INTEGER_OPERATORS = frozenset(

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.ort_session import default_threads
+from nirvana_deploy.quantize.unpacking import split_parts, unpack
 
 _BOUNDARY = re.compile(r"hidden_states\.\d+")
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -33,7 +35,7 @@ class Cut:
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         self.path, self.threads = path, threads
-        self._model = model = onnx.load(path, load_external_data=False)
+        self._model = model = _unpacked(path)
         self._producer = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self._inputs = {value.name: value for value in model.graph.input}
@@ -151,6 +153,13 @@ class Cut:
                 nodes.add(self._producer[name])
                 todo += [source for source in self._model.graph.node[self._producer[name]].input if source]
         return nodes, leaves
+
+
+def _unpacked(path: Path) -> onnx.ModelProto:
+    """The graph as quantization sees it: with one product for each linear."""
+    model = ir.load(path)
+    unpack(model, split_parts)
+    return ir.to_proto(model)
 
 
 def prompt_feeds(inputs: Sequence[Any], given: Feeds, *, where: Path) -> dict[str, NDArray[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,27 @@ def read_tensor(tensor: ir.TensorProtocol | None, part: Part = ()) -> NDArray[An
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
     return array
+
+
+def lazy_tensor(
+    name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], NDArray[Any]]
+) -> ir.LazyTensor:
+    """A tensor that ``read`` computes each time it is asked for; its shape is checked."""
+
+    def tensor() -> ir.TensorProtocol:
+        array = read()
+        if array.shape != shape:
+            raise ValueError(f"{name}: the graph says {shape}, computed were {array.shape}")
+        return ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+
+    return ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name)
+
+
+def static_shape(value: ir.Value) -> tuple[int, ...]:
+    """The shape of a value whose dimensions are all numbers."""
+    if value.shape is None:
+        raise ValueError(f"{value.name!r} has no shape")
+    return tuple(value.shape.numpy())
 
 
 def load_model(path: Path) -> ir.Model:

@@ -18,7 +18,8 @@ memory is a few tensors, whatever the depth. Rewrites stack: :meth:`OnnxGraph.re
 initializer in place (lazily), and a linear read afterwards reads the changed one.
 
 A linear is a MatMul whose second input is an initializer ``<module>.weight`` [K, N], or the transpose of
-one: a tied head, which reads the embedding. Biases are Adds of their own and stay.
+one: a tied head, which reads the embedding. Biases are Adds of their own and stay. A product that stands for
+several linears (``gqa``) is taken apart when the graph is opened.
 """
 
 from __future__ import annotations
@@ -40,8 +41,16 @@ from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folde
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import DATA_FILE
 from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.quantize.files import data_files, load_model, read_initializer, read_tensor
+from nirvana_deploy.quantize.files import (
+    data_files,
+    lazy_tensor,
+    load_model,
+    read_initializer,
+    read_tensor,
+    static_shape,
+)
 from nirvana_deploy.quantize.names import described
+from nirvana_deploy.quantize.unpacking import lazy_parts, unpack
 
 RECORD_FILE = "quantization.json"
 """What was decided, beside the graph that it was done to."""
@@ -86,12 +95,12 @@ class Linear:
     @property
     def K(self) -> int:  # noqa: N802 (a dimension letter)
         """Inputs: length of the sum."""
-        return _static_shape(self.weight)[1 if self.transposed else 0]
+        return static_shape(self.weight)[1 if self.transposed else 0]
 
     @property
     def N(self) -> int:  # noqa: N802 (a dimension letter)
         """Outputs."""
-        return _static_shape(self.weight)[0 if self.transposed else 1]
+        return static_shape(self.weight)[0 if self.transposed else 1]
 
     @property
     def x(self) -> ir.Value:
@@ -126,6 +135,7 @@ class OnnxGraph:
         self.path = path
         self.model = load_model(path)
         _require_float(self.model, path)
+        unpack(self.model, lazy_parts)
         self.linears = tuple(_find_linears(self.model))
         if not self.linears:
             raise NirvanaError(
@@ -141,7 +151,7 @@ class OnnxGraph:
         4-bit types are given unpacked, in ``dtype.numpy()``.
         """
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        value.const_value = _lazy(name, dtype, tuple(shape), read)
+        value.const_value = lazy_tensor(name, dtype, tuple(shape), read)
         self.model.graph.register_initializer(value)
         return value
 
@@ -159,7 +169,7 @@ class OnnxGraph:
         def read() -> NDArray[Any]:
             return change(read_tensor(before)).astype(dtype.numpy(), copy=False)
 
-        initializer.const_value = _lazy(initializer.name or "", dtype, _static_shape(initializer), read)
+        initializer.const_value = lazy_tensor(initializer.name or "", dtype, static_shape(initializer), read)
 
     def node(
         self,
@@ -353,18 +363,6 @@ def _bytes(value: ir.Value) -> int:
     return value.const_value.nbytes if value.const_value is not None else 0
 
 
-def _lazy(
-    name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], NDArray[Any]]
-) -> ir.LazyTensor:
-    def tensor() -> ir.TensorProtocol:
-        array = read()
-        if array.shape != shape:
-            raise ValueError(f"{name}: the graph says {shape}, computed were {array.shape}")
-        return ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
-
-    return ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name)
-
-
 def _require_float(model: ir.Model, path: Path) -> None:
     for node in model.graph:
         if node.op_type in _QUANTIZED_OPERATORS:
@@ -395,9 +393,3 @@ def _input(node: ir.Node, index: int) -> ir.Value:
     if value is None:
         raise ValueError(f"input {index} of {node.name!r} is missing")
     return value
-
-
-def _static_shape(value: ir.Value) -> tuple[int, ...]:
-    if value.shape is None:
-        raise ValueError(f"{value.name!r} has no shape")
-    return tuple(value.shape.numpy())

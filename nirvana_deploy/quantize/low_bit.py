@@ -23,7 +23,7 @@ from nirvana_deploy.quantize.layerwise import round_layerwise
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph
 from nirvana_deploy.quantize.names import HEAD
 from nirvana_deploy.quantize.observe import require_prefill
-from nirvana_deploy.quantize.packing import pack, siblings
+from nirvana_deploy.quantize.packing import is_for_ort_alone, pack, pack_floats, siblings
 from nirvana_deploy.quantize.rounding import RoundedWeight, require_block_size, round_weight
 from nirvana_deploy.quantize.runner import (
     ENCODER_STATES,
@@ -139,6 +139,8 @@ def rewrite_low_bit(
                 block_size=spec.block_of(linear),
                 writing=spec.writing,
             )
+        if is_for_ort_alone(graph):
+            pack_floats(graph, {linear.name for linear in linears})
     return [linear.name for linears in chosen for linear in linears]
 
 

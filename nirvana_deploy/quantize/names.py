@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import cache
 
 from nirvana_deploy.model.families import FAMILIES, Family, family_of
 
 HEAD = "head"
-_PACKED = "+"
 _PROBE_LAYER = 987654321  # a layer number that occurs in no name
 
 
@@ -22,23 +20,6 @@ def described(name: str, transposed: bool) -> tuple[str, str, str, int | None]:
         if match := pattern.fullmatch(name):
             return name, role, site, int(match[1])
     return name, "other", "", None
-
-
-def parent_of(name: str) -> str:
-    """``model.layers.0.mlp`` of ``model.layers.0.mlp.up_proj``."""
-    return name.rpartition(".")[0]
-
-
-def packed_name(names: Sequence[str]) -> str:
-    """Of the linears ``names``, siblings, as one: ``model.layers.0.mlp.gate_proj+up_proj``."""
-    (parent,) = {parent_of(name) for name in names}
-    return f"{parent}.{_PACKED.join(name.rpartition('.')[2] for name in names)}"
-
-
-def unpacked_names(name: str) -> tuple[str, ...]:
-    """The linears that ``name`` stands for: those of :func:`packed_name`, or itself."""
-    parent, dot, leaves = name.rpartition(".")
-    return tuple(f"{parent}{dot}{leaf}" for leaf in leaves.split(_PACKED))
 
 
 @cache

@@ -7,12 +7,13 @@ keeps its codes and its scales, and the results are bit for bit those of the lin
 
 ``GroupQueryAttention`` takes the packed q, k and v as they are. Elsewhere a ``Split`` hands out the parts.
 Packing is for graphs that ONNX Runtime alone runs, where quantization is the last thing done to them; what
-others read (TensorRT's network check, quantization itself) has one linear a module.
+others read (TensorRT's network check, quantization itself, which ``unpacking.py`` is for) has one linear a
+module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,9 +22,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nirvana_deploy.export import FLAVOR_KEY
+from nirvana_deploy.export.packed import packed_name, parent_of
 from nirvana_deploy.quantize.files import read_initializer
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph
-from nirvana_deploy.quantize.names import packed_name, parent_of
 
 _TOGETHER = (("q", "k", "v"), ("gate", "up"))
 _ATTENTION = "GroupQueryAttention"
@@ -87,6 +88,12 @@ def pack(graph: OnnxGraph, members: Sequence[Linear]) -> Linear:
         if old is not None and old.graph is not None:
             graph.model.graph.remove(old, safe=True)
     return replace(first, name=name, node=packed, weight=weight)
+
+
+def pack_floats(graph: OnnxGraph, quantized: Collection[str]) -> None:
+    """Put linears that stayed float together again; ``quantized`` are the names of those that did not."""
+    for members in siblings([linear for linear in graph.linears if linear.name not in quantized]):
+        pack(graph, members)
 
 
 def _bias_add(linear: Linear) -> ir.Node | None:
