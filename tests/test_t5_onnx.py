@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers_js import VERSION as JS_VERSION
 from transformers_js import installed_transformers_js, run_transformers_js
 
 from nirvana_deploy.errors import NirvanaError, VerificationError
-from nirvana_deploy.export import DATA_FILE, DECODER_FILE, ENCODER_FILE
+from nirvana_deploy.export import DATA_FILE, DECODER_FILE, ENCODER_FILE, logits, verify_seq2seq
 from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.export.graph_seq2seq import position_buckets
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
@@ -243,6 +244,26 @@ def test_a_past_that_is_not_declared_is_refused_not_attended(pair: tuple[Path, P
             feeds[node.name] = np.zeros((1, node.shape[1], 1, node.shape[3]), dtype=np.float32)
     with pytest.raises(Exception, match="inconsistent total_sequence_length"):
         session.run(None, feeds)
+
+
+def test_a_narrow_failure_is_judged_in_float64(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, folder = pair
+    for module in (logits, verify_seq2seq):
+        monkeypatch.setattr(module, "RELATIVE_TOLERANCE", 1e-8)
+    monkeypatch.setattr(logits, "_NARROWLY", 1e4)
+    report = verify_onnx(checkpoint, folder, new_tokens=2, threads=1)
+    assert all(check.passed and check.name.startswith("in float64: ") for check in report.checks), report
+    assert all(check.tolerance < 1e-3 for check in report.checks)  # a multiple of float32's own distance
+
+    shutil.copytree(checkpoint, tmp_path / "other")
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name in ("encoder.final_layer_norm.weight", "decoder.final_layer_norm.weight"):
+        tensors[name] *= 1.00008
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    report = verify_onnx(tmp_path / "other", folder, new_tokens=2, threads=1)
+    assert not any(check.passed for check in report.checks), report
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
