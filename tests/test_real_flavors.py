@@ -135,8 +135,8 @@ def test_64_tokens_of_5_prompts(dense: Path, tmp_path: Path, allocation: str, fl
 @pytest.mark.slow
 @pytest.mark.consumer(
     "ONNX Runtime",
-    artifact="ONNX folder of SmolLM2 in fp16, as Llama and as Qwen2: portable, gqa, static-cache",
-    proof="logits and 5 x 16 greedy tokens are those of the checkpoint rounded to float16",
+    artifact="ONNX folder of SmolLM2 in fp16 and bf16, as Llama and as Qwen2: portable, gqa, static-cache",
+    proof="logits and 5 x 16 greedy tokens are the rounded checkpoint's (bf16 computed in float32)",
     package="onnxruntime",
 )
 @pytest.mark.parametrize("flavor", ["portable", "gqa", "static-cache"])
@@ -144,7 +144,7 @@ def test_64_tokens_of_5_prompts(dense: Path, tmp_path: Path, allocation: str, fl
 def test_real_weights_in_half_precision(dense: Path, tmp_path: Path, family: str, flavor: str) -> None:
     checkpoint = dense if family == "llama" else as_qwen2(dense, tmp_path / "qwen2")
     slots = 128 if flavor == "static-cache" else None
-    for dtype in ("fp32", "fp16"):
+    for dtype in ("fp32", "fp16", "bf16"):
         folder = onnx_from_checkpoint(
             checkpoint, tmp_path / dtype, flavor=flavor, dtype=dtype, cache_tokens=slots
         ).path
