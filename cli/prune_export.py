@@ -52,7 +52,9 @@ from .common import (
     "int8: weights and activations; w8, w4: weights alone.",
 )
 @click.option(
-    "--quantize-head", is_flag=True, help="Quantize lm_head as well: a large part of a small model."
+    "--quantize-head",
+    is_flag=True,
+    help="Quantize lm_head as well, and of w8 and w4 the embedding: a large part of a small model.",
 )
 @click.option(
     "--engine",

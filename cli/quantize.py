@@ -96,7 +96,12 @@ class _Smooth(click.ParamType[Any]):
     show_default=True,
     help="w8, w4: ort (MatMulNBits) or tensorrt (DequantizeLinear), the same numbers.",
 )
-@click.option("--head", is_flag=True, help="Quantize lm_head as well.")
+@click.option(
+    "--head",
+    is_flag=True,
+    help="Quantize lm_head as well, and of w8 and w4 (written ort) the embedding: a large part of a small "
+    "model.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @json_option
 def quantize(

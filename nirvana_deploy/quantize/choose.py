@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.quantize.divergence import Yardstick
+from nirvana_deploy.quantize.embedding import embedding_of, look_up_codes
 from nirvana_deploy.quantize.int8 import SMALLEST_DIMENSION, part_relu_from_quantizers, quantize_linear
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph, open_folder, write_folder
 from nirvana_deploy.quantize.names import HEAD
@@ -23,6 +25,7 @@ from nirvana_deploy.quantize.ranges import bound_of
 from nirvana_deploy.quantize.runner import Runner
 from nirvana_deploy.quantize.smooth import Fold, Vector, apply_folds, find_folds, weight_absmax
 from nirvana_deploy.quantize.spec import Int8Linear, Int8Spec
+from nirvana_deploy.quantize.weight_only import rounded_alone
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """What ``auto`` chooses among."""
@@ -152,8 +155,13 @@ def decide(
     )
 
 
-def apply_to(graphs: Sequence[OnnxGraph], spec: Int8Spec) -> None:
-    """Rewrite ``graphs`` (lazily) as ``spec`` says; raises NirvanaError when they do not fit it."""
+def apply_to(graphs: Sequence[OnnxGraph], spec: Int8Spec) -> dict[str, str]:
+    """Rewrite ``graphs`` (lazily) as ``spec`` says; raises NirvanaError when they do not fit it.
+
+    Where the head is quantized and ONNX Runtime alone runs the graph, so is the embedding, to 8 bits; returns
+    its name and whose codes it is looked up in, or why it stays float.
+    """
+    embeddings: dict[str, str] = {}
     for graph in graphs:
         graph.untie(spec.linears)
     found = {linear.name for graph in graphs for linear in graph.linears}
@@ -175,6 +183,13 @@ def apply_to(graphs: Sequence[OnnxGraph], spec: Int8Spec) -> None:
         if is_for_ort_alone(graph):
             pack_floats(graph, spec.linears)
         part_relu_from_quantizers(graph)
+        embedding, roles = embedding_of(graph), {linear.role for linear in linears}
+        if embedding is not None and is_for_ort_alone(graph) and HEAD in roles:
+            rounded = partial(rounded_alone, embedding, bits=8, block_size=embedding.K, search=True)
+            embeddings[embedding.name] = look_up_codes(
+                graph, embedding, {}, rounded=rounded, bits=8, block_size=embedding.K
+            )
+    return embeddings
 
 
 def choose_alpha(

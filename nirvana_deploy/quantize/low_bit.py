@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.quantize.embedding import embedding_of, look_up_codes
 from nirvana_deploy.quantize.gptq import inputs_of, round_calibrated
 from nirvana_deploy.quantize.int8 import SMALLEST_DIMENSION
 from nirvana_deploy.quantize.layerwise import round_layerwise
@@ -24,18 +25,22 @@ from nirvana_deploy.quantize.linears import Linear, OnnxGraph
 from nirvana_deploy.quantize.names import HEAD
 from nirvana_deploy.quantize.observe import require_prefill
 from nirvana_deploy.quantize.packing import is_for_ort_alone, pack, pack_floats, siblings
-from nirvana_deploy.quantize.rounding import RoundedWeight, require_block_size, round_weight
+from nirvana_deploy.quantize.rounding import RoundedWeight, require_block_size
 from nirvana_deploy.quantize.runner import (
     ENCODER_STATES,
     LAST_HIDDEN_STATE,
     decoder_prompts,
     decoder_start,
 )
-from nirvana_deploy.quantize.weight_only import WRITINGS, write_rounded
+from nirvana_deploy.quantize.weight_only import (
+    WRITINGS,
+    RowCodes,
+    rounded_alone,
+    rounded_in_parts,
+    write_rounded,
+)
 from nirvana_deploy.registry import look_up
 
-_WEIGHTS_AT_ONCE = 2**25
-"""Of one linear, rounded together: 128 MB in float32, of which rounding needs a few. A head has many more."""
 BITS = {"w8": 8, "w4": 4}
 ROUNDINGS = {
     "plain": "to the nearest code of a scale that reaches the block's largest weight",
@@ -56,7 +61,7 @@ class LowBit:
     writing: str
     """What reads the result: "ort" or "tensorrt" (``weight_only.py``)."""
     head: bool
-    """The head is quantized as well."""
+    """The head is quantized as well, and in the writing "ort" the embedding (``embedding.py``)."""
 
     def block_of(self, linear: Linear) -> int:
         """Inputs of ``linear`` that share a scale."""
@@ -65,6 +70,16 @@ class LowBit:
     def to_json(self) -> dict[str, Any]:
         """For quantization.json."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What was quantized."""
+
+    linears: list[str]
+    """Names of the linears."""
+    embeddings: dict[str, str]
+    """Name of an embedding -> whose codes it is looked up in, or why it stays float."""
 
 
 def low_bit(
@@ -108,8 +123,8 @@ def rewrite_low_bit(
     calibration: NDArray[np.int64] | None = None,
     scratch: Path,
     progress: Progress = SILENT,
-) -> list[str]:
-    """Rewrite the float ``graphs`` as ``spec`` says; returns the names of the linears that it changed.
+) -> Rewritten:
+    """Rewrite the float ``graphs`` as ``spec`` says.
 
     ``calibration`` [N, T] is read by calibrated rounding only, whose codes are written to ``scratch``: keep
     it until the graphs are written. Raises NirvanaError where the calibration does not fit, or no linear is
@@ -125,13 +140,15 @@ def rewrite_low_bit(
         readers = _calibrated(graphs, chosen, spec, calibration, scratch, progress)
     else:
         readers = {linear.name: _uncalibrated(linear, spec) for linears in chosen for linear in linears}
+    rows: dict[str, RowCodes] = {}
+    embeddings: dict[str, str] = {}
     for graph, linears in zip(graphs, chosen, strict=True):
         packs: Iterable[tuple[Linear, ...]] = ((linear,) for linear in linears)
         if spec.writing == "ort":
             packs = siblings(linears)
         for members in packs:
             linear = pack(graph, members)
-            write_rounded(
+            written = write_rounded(
                 graph,
                 linear,
                 partial(_joined, [readers[member.name] for member in members]),
@@ -139,9 +156,22 @@ def rewrite_low_bit(
                 block_size=spec.block_of(linear),
                 writing=spec.writing,
             )
+            if written is not None:
+                rows[linear.name] = written
         if is_for_ort_alone(graph):
             pack_floats(graph, {linear.name for linear in linears})
-    return [linear.name for linears in chosen for linear in linears]
+        if spec.head and spec.writing == "ort" and (embedding := embedding_of(graph)) is not None:
+            where = look_up_codes(
+                graph,
+                embedding,
+                rows,
+                tied=[linear.name for linear in linears if linear.weight is embedding.weight],
+                rounded=_uncalibrated(embedding, spec),
+                bits=spec.bits,
+                block_size=spec.block_of(embedding),
+            )
+            embeddings.setdefault(embedding.name, where)
+    return Rewritten([linear.name for linears in chosen for linear in linears], embeddings)
 
 
 def _takes_part(linear: Linear, spec: LowBit) -> bool:
@@ -160,29 +190,13 @@ def _joined(readers: Sequence[Callable[[], RoundedWeight]]) -> RoundedWeight:
 
 
 def _uncalibrated(linear: Linear, spec: LowBit) -> Callable[[], RoundedWeight]:
-    def rounded(weight: NDArray[np.float32]) -> RoundedWeight:
-        return round_weight(
-            weight,
-            bits=spec.bits,
-            block_size=spec.block_of(linear),
-            search=spec.rounding == "search",
-            scale_dtype=linear.dtype.numpy(),
-        )
-
-    return lambda: _in_parts(linear, rounded)
-
-
-def _in_parts(linear: Linear, rounding: Callable[[NDArray[np.float32]], RoundedWeight]) -> RoundedWeight:
-    """The weight of ``linear`` rounded some output channels at a time, read when their turn comes."""
-    channels = max(_WEIGHTS_AT_ONCE // linear.K, 1)
-    codes = np.empty((linear.K, linear.N), dtype=np.int8)
-    scales = []
-    for start in range(0, linear.N, channels):
-        some = slice(start, start + channels)
-        rounded = rounding(linear.read_weight(some))
-        codes[:, some] = rounded.codes
-        scales.append(rounded.scales)
-    return replace(rounded, codes=codes, scales=np.concatenate(scales, axis=1))
+    return partial(
+        rounded_alone,
+        linear,
+        bits=spec.bits,
+        block_size=spec.block_of(linear),
+        search=spec.rounding != "plain",
+    )
 
 
 def _calibrated(
@@ -207,7 +221,7 @@ def _calibrated(
                 block_size=spec.block_of(linear),
                 scale_dtype=linear.dtype.numpy(),
             )
-            rounded = _in_parts(linear, fitted)
+            rounded = rounded_in_parts(linear, fitted)
             kept[linear.name] = _kept(scratch / linear.name, rounded)
             yield rounded
 

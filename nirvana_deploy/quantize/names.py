@@ -22,6 +22,11 @@ def described(name: str, transposed: bool) -> tuple[str, str, str, int | None]:
     return name, "other", "", None
 
 
+def is_embedding(name: str) -> bool:
+    """Whether ``<name>.weight`` is the table of a family's tokens."""
+    return any(name == family.embedding for family in _families())
+
+
 @cache
 def _families() -> tuple[Family, ...]:
     gated = family_of({"model_type": "t5", "feed_forward_proj": "gated-gelu"})

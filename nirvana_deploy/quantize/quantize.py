@@ -78,7 +78,8 @@ def quantize_onnx(
 
     ``scheme`` is ``int8`` (W8A8), or ``w8`` or ``w4``, which round the weights alone: ``w4`` in blocks of
     ``block_size`` inputs, ``rounding`` "plain", "search" or "gptq" (calibrated, what is done when nothing is
-    said and there is calibration), ``writing`` "ort" or "tensorrt". ``head`` quantizes lm_head as well.
+    said and there is calibration), ``writing`` "ort" or "tensorrt". ``head`` quantizes lm_head as well, and
+    where ``w8`` or ``w4`` is written for "ort" the embedding, the same matrix where they are tied.
 
     For int8, ``calibration`` [N, T] are token ids to take ranges from; ``heldout``
     [M, T'] those that choices are made by (the calibration windows where there are none): ``smooth`` "auto",
@@ -175,8 +176,8 @@ def _int8_folder(
     progress: Progress,
 ) -> QuantizedFolder:
     graphs = open_folder(folder)
-    apply_to(graphs, spec)
-    record = record_of(scheme="int8", **entries, int8=spec.to_json())
+    embeddings = apply_to(graphs, spec)
+    record = record_of(scheme="int8", **entries, int8=spec.to_json(), embeddings=embeddings)
     return _written(
         folder, out, graphs, record, list(spec.linears), float_bytes=float_bytes, progress=progress
     )
@@ -198,11 +199,17 @@ def _low_bit_folder(
         windows = _windows_record(calibration)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=out.parent) as scratch:
-        linears = rewrite_low_bit(
+        done = rewrite_low_bit(
             graphs, spec, calibration=calibration, scratch=Path(scratch), progress=progress
         )
-        record = record_of(scheme=scheme, calibration=windows, weights=spec.to_json(), linears=linears)
-        return _written(folder, out, graphs, record, linears, float_bytes=float_bytes, progress=progress)
+        record = record_of(
+            scheme=scheme,
+            calibration=windows,
+            weights=spec.to_json(),
+            linears=done.linears,
+            embeddings=done.embeddings,
+        )
+        return _written(folder, out, graphs, record, done.linears, float_bytes=float_bytes, progress=progress)
 
 
 def _written(

@@ -14,6 +14,8 @@ up with zero rows, and its input with zeros (a ``Pad``).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -22,14 +24,28 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nirvana_deploy.quantize.linears import Linear, OnnxGraph
-from nirvana_deploy.quantize.rounding import RoundedWeight
+from nirvana_deploy.quantize.rounding import RoundedWeight, round_weight
 
 WRITINGS = {"ort": "ONNX Runtime and onnxruntime-genai", "tensorrt": "TensorRT, and ONNX Runtime as well"}
 ACCURACY_LEVEL = 4
+_WEIGHTS_AT_ONCE = 2**25
+"""Of one linear, rounded together: 128 MB in float32, of which rounding needs a few. A head has many more."""
 PER_CHANNEL_BLOCK = 32
 """Block size that a MatMulNBits of one scale per channel is given, the scale repeated. Activations are
 rounded in blocks of this size too: on SmolLM2 that alone costs a KL of 0.0028 in blocks of 32 and 0.0064 in
 blocks of 64, which are hardly faster."""
+
+
+@dataclass(frozen=True)
+class RowCodes:
+    """A weight [K, N] as ``MatMulNBits`` stores it: row by row for each of its N output channels."""
+
+    codes: ir.Value
+    """[N, blocks, bytes of a block], uint8."""
+    scales: ir.Value
+    """[N, blocks]."""
+    bits: int
+    block_size: int
 
 
 def write_rounded(
@@ -40,16 +56,49 @@ def write_rounded(
     bits: int,
     block_size: int,
     writing: str = "ort",
-) -> None:
+) -> RowCodes | None:
     """Let ``linear`` compute with the rounded weight that ``read`` returns, asked for when it is written.
 
-    ``block_size`` as in :class:`RoundedWeight`: K for one scale per channel.
+    ``block_size`` as in :class:`RoundedWeight`: K for one scale per channel. Returns what the ``ort`` writing
+    reads.
     """
     if writing == "ort":
-        output = _nbits(graph, linear, _Parts(read), bits, block_size)
-    else:
-        output = _dequantized(graph, linear, _Parts(read), bits, block_size)
-    graph.replace(linear, output)
+        rows = row_codes(graph, linear, read, bits=bits, block_size=block_size)
+        graph.replace(linear, _nbits(graph, linear, rows))
+        return rows
+    graph.replace(linear, _dequantized(graph, linear, _Parts(read), bits, block_size))
+    return None
+
+
+def row_codes(
+    graph: OnnxGraph,
+    linear: Linear,
+    read: Callable[[], RoundedWeight],
+    *,
+    bits: int,
+    block_size: int,
+) -> RowCodes:
+    """Initializers of the rounded weight: codes packed and unsigned, one scale a channel repeated."""
+    K, N, name, parts = linear.K, linear.N, f"{linear.name}.weight", _Parts(read)
+    block = stored_block(linear, bits=bits, block_size=block_size)
+    blocks = -(-K // block)
+    repeats = blocks if block < block_size else 1
+
+    def scales() -> NDArray[Any]:
+        return np.repeat(parts.scales(), repeats, axis=0).T
+
+    codes = graph.initializer(
+        f"{name}_quantized",
+        ir.DataType.UINT8,
+        (N, blocks, block * bits // 8),
+        lambda: packed_blocks(parts.codes(), bits=bits, block_size=block),
+    )
+    return RowCodes(
+        codes=codes,
+        scales=graph.initializer(f"{name}_scale", linear.dtype, (N, blocks), scales),
+        bits=bits,
+        block_size=block,
+    )
 
 
 class _Parts:
@@ -71,38 +120,48 @@ class _Parts:
         return self._scales
 
 
-def _nbits(graph: OnnxGraph, linear: Linear, parts: _Parts, bits: int, block_size: int) -> ir.Value:
-    """A MatMulNBits node: codes packed [N, blocks, bytes], unsigned, scales [N, blocks]."""
-    K, N, name = linear.K, linear.N, f"{linear.name}.weight"
-    block, repeats = (block_size, 1)
-    if block_size >= K and bits == 8:
-        block, repeats = PER_CHANNEL_BLOCK, -(-K // PER_CHANNEL_BLOCK)
-    blocks = -(-K // block)
+def rounded_in_parts(
+    linear: Linear, rounding: Callable[[NDArray[np.float32]], RoundedWeight]
+) -> RoundedWeight:
+    """The weight of ``linear`` rounded some output channels at a time, read when their turn comes."""
+    channels = max(_WEIGHTS_AT_ONCE // linear.K, 1)
+    codes = np.empty((linear.K, linear.N), dtype=np.int8)
+    scales = []
+    for start in range(0, linear.N, channels):
+        some = slice(start, start + channels)
+        rounded = rounding(linear.read_weight(some))
+        codes[:, some] = rounded.codes
+        scales.append(rounded.scales)
+    return replace(rounded, codes=codes, scales=np.concatenate(scales, axis=1))
 
-    def scales() -> NDArray[Any]:
-        return np.repeat(parts.scales(), repeats, axis=0).T
 
-    inputs = [
-        linear.x,
-        graph.initializer(
-            f"{name}_quantized",
-            ir.DataType.UINT8,
-            (N, blocks, block * bits // 8),
-            lambda: packed_blocks(parts.codes(), bits=bits, block_size=block),
+def rounded_alone(linear: Linear, *, bits: int, block_size: int, search: bool) -> RoundedWeight:
+    """The weight of ``linear`` rounded without calibration, its scales in the graph's dtype."""
+    return rounded_in_parts(
+        linear,
+        partial(
+            round_weight, bits=bits, block_size=block_size, search=search, scale_dtype=linear.dtype.numpy()
         ),
-        graph.initializer(f"{name}_scale", linear.dtype, (N, blocks), scales),
-    ]
+    )
+
+
+def stored_block(linear: Linear, *, bits: int, block_size: int) -> int:
+    """The block size that the ``ort`` writing gives a weight rounded in blocks of ``block_size``."""
+    return PER_CHANNEL_BLOCK if bits == 8 and block_size >= linear.K else block_size
+
+
+def _nbits(graph: OnnxGraph, linear: Linear, rows: RowCodes) -> ir.Value:
     return graph.node(
         "MatMulNBits",
-        inputs,
+        [linear.x, rows.codes, rows.scales],
         before=linear.node,
         name=f"{linear.name}.matmul",
         domain="com.microsoft",
         attributes={
-            "K": K,
-            "N": N,
-            "bits": bits,
-            "block_size": block,
+            "K": linear.K,
+            "N": linear.N,
+            "bits": rows.bits,
+            "block_size": rows.block_size,
             "accuracy_level": ACCURACY_LEVEL,
         },
         dtype=linear.dtype,
