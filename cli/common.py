@@ -132,6 +132,13 @@ def pruning_options(command: Command) -> Command:
             help="Windows scored at a time; changes memory, not the result.",
         ),
         click.option(
+            "--reconstruct/--no-reconstruct",
+            default=False,
+            show_default=True,
+            help="Refit what the cut leaves of the output projections (o, down) by least squares on the "
+            "calibration windows; shapes and speed stay. Needs as many tokens as the widest FFN has neurons.",
+        ),
+        click.option(
             "--eval-text",
             type=click.Path(path_type=Path),
             default=None,

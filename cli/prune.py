@@ -36,12 +36,17 @@ def prune(model: str, plan_file: Path | None, as_json: bool, **options: Any) -> 
     \b
     Examples:
       nirvana-deploy prune smollm2 --sparsity 0.4 --out smollm2-small
+      nirvana-deploy prune smollm2 --sparsity 0.4 --reconstruct --out smollm2-refitted
       nirvana-deploy prune smollm2 --plan smollm2-small/plan.json --out again
     """
     if plan_file is None:
         require_sparsity(options)
     elif options["out"] is None:
         raise click.UsageError("--plan needs --out DIR.")
+    elif options["reconstruct"]:
+        raise click.UsageError(
+            "--plan reads no calibration text, which --reconstruct needs; pass --sparsity."
+        )
     from nirvana_deploy import pipeline
 
     out: Path

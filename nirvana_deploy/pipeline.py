@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from nirvana_deploy.prune.plan import (
     removed_counts,
     write_plan,
 )
+from nirvana_deploy.prune.reconstruct import require_tokens
 from nirvana_deploy.prune.saliency import saliency_named
 from nirvana_deploy.prune.select import gamma_grid
 from nirvana_deploy.quantize.spec import read_record
@@ -45,6 +46,7 @@ from nirvana_deploy.stages import (
     decide,
     export,
     model_record,
+    reconstruct_stage,
     score,
     select,
     slice_stage,
@@ -83,6 +85,7 @@ def prune_export(
     seq_len: int = 128,
     seed: int = 0,
     micro_batch: int = 8,
+    reconstruct: bool = False,
     eval_text: Path | str | None = None,
     dtype: str = "fp32",
     flavor: str = "portable",
@@ -110,6 +113,9 @@ def prune_export(
     for "auto", else 1); ``saliency`` may be several or "auto" (nirvana and taylor); ``gamma`` may be "auto"
     (a small grid).
 
+    ``reconstruct`` refits what the cut leaves of the output projections by least squares on the calibration
+    windows: no new parameter, no other shape.
+
     ``eval_text`` is a file to measure quality on instead of held-out windows. ``dtype`` ("fp32", "fp16",
     "bf16") and ``flavor`` ("portable", "gqa") are those of the ONNX graphs; bfloat16 has no arithmetic in
     ONNX Runtime's CPU, where its quality is computed in float32 and nothing is timed. ``baseline`` False
@@ -135,6 +141,8 @@ def prune_export(
     shape = checked_shape(source.path, seq_len=seq_len)
     if until != "checkpoint":
         graph.require_fits(shape)
+    if reconstruct:
+        require_tokens(shape, num_sequences, seq_len)
     choices = Choices(
         corpora=_corpora(calib, shape),
         candidates=candidates or (4 if calib == "auto" else 1),
@@ -161,6 +169,7 @@ def prune_export(
         "seq_len": seq_len,
         "seed": seed,
         "micro_batch": micro_batch,
+        "reconstruct": reconstruct,
         "eval_text": str(eval_text) if eval_text is not None else None,
     }
     if until == "report":
@@ -220,8 +229,10 @@ def prune_export(
         round_to=round_to,
         saliency=chosen_saliency,
         seed=seed,
+        reconstruct=reconstruct,
     )
-    slice_stage(run, source, plan)
+    reconstruct_stage(run, source, plan)
+    slice_stage(run, source, plan, reconstructed=reconstruct)
     if until == "checkpoint":
         return Deployment(out=run.out, plan=plan, manifest=run.manifest, benchmark=None, report=None)
     export(run, source, baseline=baseline, dtype=dtype, flavor=flavor)
@@ -296,11 +307,15 @@ def prune_by_plan(
 ) -> PrunePlan:
     """Redo the cut of a plan.json alone: writes ``out``/plan.json and ``out``/checkpoint, scores nothing.
 
+    It reads no text and so reconstructs nothing; a note says so where the plan's own model was.
     Raises NirvanaError when the plan is damaged or was made for a model of another shape.
     """
     decided = read_plan(plan)
     source = resolve_model(model, progress=progress)
     check_plan_fits(decided, checked_shape(source.path))
+    if decided.reconstruct is not None:
+        decided = replace(decided, reconstruct=None)
+        progress.note("The plan's model was reconstructed after the cut; a plan alone gives the cut alone.")
     run = Run.begin(
         out,
         options={"model": model, "plan": str(plan)},

@@ -34,6 +34,7 @@ from nirvana_deploy.prune.plan import (
     read_plan,
     write_plan,
 )
+from nirvana_deploy.prune.reconstruct import DEFAULT_RIDGE, reconstruct_layers
 from nirvana_deploy.prune.score import score_units
 from nirvana_deploy.prune.select import calibration_record, select_calibration
 from nirvana_deploy.prune.texts import read_text_file
@@ -43,6 +44,7 @@ from nirvana_deploy.variants import CHECKPOINT, DENSE_ONNX, ONNX, PLAN_FILE, var
 
 CALIBRATION_FILE = "calibration.safetensors"
 SCORES_FILE = "scores.safetensors"
+RECONSTRUCTION = "reconstruction"
 QUALITY_FILE = "quality.json"
 BENCHMARK_FILE = "benchmark.json"
 HELDOUT_SEQUENCES, HELDOUT_LEN = 16, 256
@@ -248,6 +250,7 @@ def decide(
     round_to: int,
     saliency: str,
     seed: int,
+    reconstruct: bool,
 ) -> PrunePlan:
     """Make the plan from the scores."""
 
@@ -269,6 +272,8 @@ def decide(
         if selection is not None:
             candidates = [{"name": one["name"], "kl": one["kl"]} for one in selection["candidates"]]
             plan = dataclasses.replace(plan, selection={"kl": selection["kl"], "candidates": candidates})
+        if reconstruct:
+            plan = dataclasses.replace(plan, reconstruct={"ridge": DEFAULT_RIDGE})
         write_plan(plan, run.out / PLAN_FILE)
         return dataclasses.asdict(plan.budget)
 
@@ -276,17 +281,36 @@ def decide(
     return read_plan(run.out / PLAN_FILE)
 
 
-def slice_stage(run: Run, source: ModelFolder, plan: PrunePlan) -> None:
-    """Write the smaller checkpoint."""
-    run.stage(
-        "checkpoint",
-        [CHECKPOINT],
-        lambda: {
-            "linear_parameters": slice_checkpoint(
-                source.path, plan, run.out / CHECKPOINT, progress=run.progress
-            ).linear_parameters
-        },
-    )
+def reconstruct_stage(run: Run, source: ModelFolder, plan: PrunePlan) -> None:
+    """Refit what the plan keeps of o and down on the calibration windows, where the plan says so."""
+    if plan.reconstruct is None:
+        return
+    ridge = plan.reconstruct["ridge"]
+
+    def work() -> dict[str, Any]:
+        tokens = read_windows(run.out / CALIBRATION_FILE)["calibration"]
+        folder = run.out / RECONSTRUCTION
+        return dataclasses.asdict(
+            reconstruct_layers(source.path, plan, tokens, folder, ridge=ridge, progress=run.progress)
+        )
+
+    run.stage("reconstruct", [RECONSTRUCTION], work)
+
+
+def slice_stage(run: Run, source: ModelFolder, plan: PrunePlan, *, reconstructed: bool = False) -> None:
+    """Write the smaller checkpoint, ``reconstructed`` with what :func:`reconstruct_stage` wrote."""
+
+    def work() -> dict[str, Any]:
+        shape = slice_checkpoint(
+            source.path,
+            plan,
+            run.out / CHECKPOINT,
+            reconstruction=run.out / RECONSTRUCTION if reconstructed else None,
+            progress=run.progress,
+        )
+        return {"linear_parameters": shape.linear_parameters}
+
+    run.stage("checkpoint", [CHECKPOINT], work)
 
 
 def export(run: Run, source: ModelFolder, *, baseline: bool, dtype: str, flavor: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from nirvana_deploy.measure.inspection import Records
@@ -79,6 +80,17 @@ def _pruning_facts(plan: Mapping[str, Any]) -> Facts:
     return (*facts, *_facts(plan, names), *_facts(calibration, drawn), *size)
 
 
+def _reconstruction_facts(records: Records) -> Facts:
+    """How what is left of the output projections was refitted, where it was."""
+    result = records.stage("reconstruct").get("result")
+    if not result:
+        return ()
+    shares = list(result["explained_share"].values())
+    back = f"; {format_share(median(shares))} of the output that was cut is back (median)" if shares else ""
+    fitted = f"{len(shares)} output projections refitted on {result['tokens']:,} calibration tokens"
+    return (("Reconstruction", f"{fitted}, ridge {result['ridge']:g}{back}"),)
+
+
 def _quality_facts(records: Records) -> Facts:
     variants = (records.benchmark or {}).get("variants") or ()
     tokens = next((q["tokens"] for v in variants if (q := v.get("quality")) and q.get("tokens")), None)
@@ -112,7 +124,7 @@ def details(records: Records) -> tuple[tuple[str, Facts], ...]:
     environment = benchmark.get("environment") or manifest.get("environment") or {}
     origin = {"name": "Model", "origin": "Origin", "licence": "Licence of the weights"}
     groups = (
-        ("Pruning", _pruning_facts(records.plan or {})),
+        ("Pruning", (*_pruning_facts(records.plan or {}), *_reconstruction_facts(records))),
         (
             "Measurement",
             (

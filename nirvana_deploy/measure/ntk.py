@@ -31,9 +31,10 @@ from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
 from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.prune.loaded import micro_batches
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.saliency import Saliency, saliency_named
-from nirvana_deploy.prune.score import StreamedModel, micro_batches, score_units
+from nirvana_deploy.prune.score import StreamedModel, score_units
 from nirvana_deploy.prune.slicing import MaskedWeights
 from nirvana_deploy.prune.units import Kept, kept_positions
 

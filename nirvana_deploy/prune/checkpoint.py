@@ -38,7 +38,7 @@ from nirvana_deploy.model.weights import (
 )
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.prune.plan import PrunePlan, pruned_shape
-from nirvana_deploy.prune.slicing import SlicedWeights
+from nirvana_deploy.prune.slicing import ReplacedWeights, SlicedWeights
 
 DEFAULT_SHARD_BYTES = 1_000_000_000
 _NOT_INHERITED = (
@@ -56,11 +56,13 @@ def slice_checkpoint(
     plan: PrunePlan,
     out: Path,
     *,
+    reconstruction: Path | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> ModelShape:
     """Cut the plan's units out of ``checkpoint`` and write the result to the folder ``out``.
 
+    What ``reconstruct_layers`` wrote to the folder ``reconstruction`` takes the place of the plain cut.
     The source is not touched; ``out`` appears whole or not at all. Memory is bounded by one shard of
     ``shard_bytes`` and one tensor. Returns the shape of what was written; its ``family`` is that of the
     config written, which is Mistral where a uniform Llama had to be relabelled (a note says so too).
@@ -70,7 +72,9 @@ def slice_checkpoint(
     source = SafetensorsWeights(checkpoint)
     check_weights(source, shape)
     smaller = pruned_shape(shape, plan)
-    weights = SlicedWeights(source, shape, plan)
+    weights: WeightSource = SlicedWeights(source, shape, plan)
+    if reconstruction is not None:
+        weights = ReplacedWeights(weights, SafetensorsWeights(reconstruction))
     shards = _shards(weights, list(expected_shapes(smaller)), shard_bytes)
     total_bytes = sum(_bytes(weights, name) for shard in shards for name in shard)
     require_free_bytes(out, total_bytes, what="The pruned checkpoint")

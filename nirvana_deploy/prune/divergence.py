@@ -22,9 +22,9 @@ from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource
 from nirvana_deploy.progress import SILENT, Advance, Progress
-from nirvana_deploy.prune.loaded import home
+from nirvana_deploy.prune.loaded import home, micro_batches
 from nirvana_deploy.prune.plan import PrunePlan
-from nirvana_deploy.prune.score import micro_batches, streamed_model
+from nirvana_deploy.prune.score import streamed_model
 from nirvana_deploy.prune.score_seq2seq import View
 from nirvana_deploy.prune.slicing import MaskedWeights, SlicedWeights
 

@@ -6,7 +6,7 @@ a GPU and back is tested for consistency only: it has never been run on one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,8 @@ from torch import nn
 from nirvana_deploy.model.weights import WeightSource
 
 CPU = torch.device("cpu")
+LayerVisit = Callable[[Sequence[int], nn.Module, Sequence[Callable[[], torch.Tensor]]], None]
+"""(positions in ``shape.layers``, the module that has their weights, one run of it per micro-batch)."""
 
 
 def compute_device() -> torch.device:
@@ -25,6 +27,11 @@ def compute_device() -> torch.device:
 def home(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor on the CPU; itself when it is there."""
     return tensor.to(CPU)
+
+
+def micro_batches(tokens: torch.Tensor, sequences: int) -> list[torch.Tensor]:
+    """``tokens`` [N, T] as views [n, T] of at most ``sequences``."""
+    return [tokens[start : start + sequences] for start in range(0, len(tokens), sequences)]
 
 
 @contextmanager

@@ -81,6 +81,8 @@ class PrunePlan:
     layers: tuple[LayerPlan, ...]
     selection: dict[str, Any] | None = None
     """Held-out KL of every candidate that was tried, where there was a choice."""
+    reconstruct: dict[str, Any] | None = None
+    """How what is kept is refitted after the cut (``prune/reconstruct.py``); None for a plain cut."""
 
     @property
     def kept_groups(self) -> list[tuple[int, ...]]:
@@ -269,6 +271,8 @@ def check_plan_fits(plan: PrunePlan, shape: ModelShape) -> None:
 def write_plan(plan: PrunePlan, path: Path) -> None:
     """Write ``plan.json``; the same plan gives the same bytes."""
     data = {"schema": PLAN_SCHEMA, **asdict(plan)}
+    if plan.reconstruct is None:
+        del data["reconstruct"]
     if all(layer.site == DECODER for layer in plan.layers):
         for layer in data["layers"]:
             del layer["site"]  # a decoder-only model has one kind of layer, which needs no name

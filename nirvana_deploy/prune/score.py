@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,7 +32,7 @@ from nirvana_deploy.model.weights import RememberedWeights, SafetensorsWeights, 
 from nirvana_deploy.progress import SILENT, Advance, Progress
 from nirvana_deploy.prune.borders import Borders
 from nirvana_deploy.prune.features import FeatureScore, FeatureStatistics, merged, statistics_of
-from nirvana_deploy.prune.loaded import CPU, compute_device, home, loaded
+from nirvana_deploy.prune.loaded import CPU, LayerVisit, compute_device, home, loaded, micro_batches
 from nirvana_deploy.prune.output import embedded, head_blocks, head_name, states_gradient
 from nirvana_deploy.prune.saliency import SALIENCIES, OutputGradient, saliency_named
 from nirvana_deploy.prune.score_seq2seq import StreamedEncoderDecoder, View
@@ -101,11 +102,6 @@ def streamed_model(
     """The model, of the kind that its family is, on the GPU where there is one."""
     kind = StreamedEncoderDecoder if shape.family.encoder_decoder else StreamedModel
     return kind(checkpoint, weights, shape, compute_device())
-
-
-def micro_batches(tokens: torch.Tensor, sequences: int) -> list[torch.Tensor]:
-    """``tokens`` [N, T] as views [n, T] of at most ``sequences``."""
-    return [tokens[start : start + sequences] for start in range(0, len(tokens), sequences)]
 
 
 def score_windows(
@@ -253,8 +249,7 @@ class StreamedModel:
             for index in range(depth):
                 with self._loaded_layer(index) as layer, torch.no_grad():
                     for number in range(len(batches)):
-                        states = self._run(layer, self._away(borders[index, number]))
-                        borders[index + 1, number] = home(states)
+                        borders[index + 1, number] = home(self._run(layer, borders[index, number]))
                 advance(len(batches))
             final, head = self._final_norm(), head_blocks(self._weights, self._shape, self._device)
             for number, batch in enumerate(batches):
@@ -294,7 +289,7 @@ class StreamedModel:
                 with self._loaded_layer(index) as layer:
                     seen: dict[str, FeatureStatistics] = {}
                     with recorded_inputs(layer, (family.decoder.o, family.decoder.ffn_down), seen):
-                        hidden = [home(self._run(layer, self._away(states))) for states in hidden]
+                        hidden = [home(self._run(layer, states)) for states in hidden]
                     output = layer.get_parameter(f"{family.decoder.o}.weight")
                     down = layer.get_parameter(f"{family.decoder.ffn_down}.weight")
                     of_heads, of_ffn = seen[family.decoder.o], seen[family.decoder.ffn_down]
@@ -306,6 +301,16 @@ class StreamedModel:
                     )
                 advance(1)
         return UnitScores(groups=tuple(groups), neurons=tuple(neurons))
+
+    def transform_layers(self, tokens: torch.Tensor, visit: LayerVisit, *, micro_batch: int) -> None:
+        """Run tokens [N, T] through all layers; ``visit`` may run and change each layer before it is run."""
+        with torch.no_grad():
+            hidden = list(self._embedded(micro_batches(tokens, micro_batch)))
+            for index in range(len(self._layers)):
+                with self._loaded_layer(index) as layer:
+                    runs = [partial(self._run, layer, states) for states in hidden]
+                    visit((index,), layer, runs)
+                    hidden = [home(run()) for run in runs]
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [N, T, V] of tokens [N, T], one layer in memory at a time."""
@@ -335,9 +340,7 @@ class StreamedModel:
             for index in range(len(self._layers)):
                 for number, weights in enumerate(seen):
                     with self._loaded_layer(index, weights) as layer:
-                        hidden[number] = [
-                            home(self._run(layer, self._away(states))) for states in hidden[number]
-                        ]
+                        hidden[number] = [home(self._run(layer, states)) for states in hidden[number]]
                     advance(1)
                 remembered.forget()
         return hidden
@@ -352,6 +355,7 @@ class StreamedModel:
 
     def _run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """One layer over unpadded windows: causal attention, positions from 0."""
+        hidden = self._away(hidden)
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         angles = self._rotary(hidden, positions)
         output: torch.Tensor = layer(

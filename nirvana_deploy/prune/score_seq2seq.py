@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import WeightSource
 from nirvana_deploy.progress import SILENT, Advance, Progress
 from nirvana_deploy.prune.borders import Borders
-from nirvana_deploy.prune.loaded import CPU, home, loaded
+from nirvana_deploy.prune.loaded import CPU, LayerVisit, home, loaded, micro_batches
 from nirvana_deploy.prune.output import embedded, head_blocks, head_name, states_gradient
 from nirvana_deploy.prune.saliency import OutputGradient
 from nirvana_deploy.prune.units import UnitScores, scored_tensors, unit_sums
@@ -55,10 +56,6 @@ def teacher_forced(tokens: torch.Tensor, *, start_token: int) -> tuple[torch.Ten
     half = tokens.shape[1] // 2
     start = torch.full((len(tokens), 1), start_token, dtype=tokens.dtype)
     return tokens[:, :half], torch.cat([start, tokens[:, half:]], dim=1)
-
-
-def _micro_batches(tokens: torch.Tensor, sequences: int) -> list[torch.Tensor]:
-    return [tokens[start : start + sequences] for start in range(0, len(tokens), sequences)]
 
 
 @dataclass
@@ -99,8 +96,8 @@ class StreamedEncoderDecoder:
         """``|w * df/dw|`` summed over every unit, for windows [N, T]; f is averaged over the N sequences."""
         encoder_tokens, decoder_tokens = teacher_forced(tokens, start_token=self._start_token())
         read, batches = (
-            _micro_batches(encoder_tokens, micro_batch),
-            _micro_batches(decoder_tokens, micro_batch),
+            micro_batches(encoder_tokens, micro_batch),
+            micro_batches(decoder_tokens, micro_batch),
         )
         encoder, decoder = self._stacks(decoder_tokens.shape[1])
         label = f"Scoring {tokens.shape[0]} x {tokens.shape[1]} tokens"
@@ -123,6 +120,37 @@ class StreamedEncoderDecoder:
             self._backward(encoder, len(batches), encoding, scores, advance)
         ordered = [scores[position] for position in range(len(self._shape.layers))]
         return UnitScores(groups=tuple(g for g, _ in ordered), neurons=tuple(n for _, n in ordered))
+
+    def transform_layers(self, tokens: torch.Tensor, visit: LayerVisit, *, micro_batch: int) -> None:
+        """Run windows [N, T] through all blocks, the encoder's first; ``visit`` may run and change each block
+        before it is run.
+        """
+        read, written = teacher_forced(tokens, start_token=self._start_token())
+        encoder, decoder = self._stacks(written.shape[1])
+        with torch.no_grad():
+            encoded = self._transform(encoder, micro_batches(read, micro_batch), visit)
+            context = [self._encoder_norm(states) for states in encoded]
+            self._transform(decoder, micro_batches(written, micro_batch), visit, context)
+
+    def _transform(
+        self,
+        stack: _Stack,
+        batches: Sequence[torch.Tensor],
+        visit: LayerVisit,
+        context: Sequence[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """What leaves the last block of a stack whose blocks ``visit`` changed."""
+        contexts: Sequence[torch.Tensor | None] = context or [None] * len(batches)
+        hidden = [embedded(self._weights, self._shape, batch) for batch in batches]
+        for index in range(len(stack.blocks)):
+            with self._loaded(stack, index) as block:
+                runs = [
+                    partial(self._run, stack, index, block, self._away(states), encoded)
+                    for states, encoded in zip(hidden, contexts, strict=True)
+                ]
+                visit(self._positions(stack, index), block, runs)
+                hidden = [home(run()) for run in runs]
+        return hidden
 
     def logits(self, encoder_tokens: torch.Tensor, decoder_tokens: torch.Tensor) -> torch.Tensor:
         """Logits [N, T, V] of decoder inputs [N, T] after encoder inputs, one block in memory at a time."""
@@ -273,9 +301,7 @@ class StreamedEncoderDecoder:
         """Sum ``|w * df/dw|`` over the units of every site that lies in the block."""
         prefix = self._prefix(stack, index)
         parameters = dict(block.named_parameters(prefix=prefix))
-        for position in range(len(self._shape.layers)):
-            if self._shape.place(position)[1] != prefix:
-                continue
+        for position in self._positions(stack, index):
             weighted = {}
             for name in scored_tensors(self._shape, position):
                 weight, gradient = parameters[name].detach(), parameters[name].grad
@@ -323,6 +349,15 @@ class StreamedEncoderDecoder:
 
     def _prefix(self, stack: _Stack, index: int) -> str:
         return self._shape.family.site(stack.name).layer(index)
+
+    def _positions(self, stack: _Stack, index: int) -> list[int]:
+        """Those of ``shape.layers`` that lie in one block."""
+        prefix = self._prefix(stack, index)
+        return [
+            position
+            for position in range(len(self._shape.layers))
+            if self._shape.place(position)[1] == prefix
+        ]
 
     def _loaded(self, stack: _Stack, index: int) -> AbstractContextManager[nn.Module]:
         """One block with its weights."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import Rows, WeightSource
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
@@ -48,6 +49,42 @@ class SlicedWeights:
     def rows(self, name: str, positions: Rows) -> torch.Tensor:
         """Some rows of the tensor after the cut."""
         return self.load(name)[positions] if name in self._kept else self._source.rows(name, positions)
+
+
+class ReplacedWeights:
+    """A checkpoint of which some tensors come from elsewhere; raises NirvanaError where shapes differ."""
+
+    def __init__(self, source: WeightSource, replacement: WeightSource) -> None:
+        self._source = source
+        self._replacement = replacement
+        self._replaced = frozenset(replacement.names())
+        for name in self._replaced:
+            if replacement.shape(name) != source.shape(name):
+                raise NirvanaError(
+                    f"Tensor {name!r} was reconstructed with shape {list(replacement.shape(name))}, "
+                    f"and the plan cuts it to {list(source.shape(name))}: another plan's.",
+                    hint="Reconstruct again: repeat the prune command with --force.",
+                )
+
+    def names(self) -> Sequence[str]:
+        """All tensor names, sorted; the same as the source's."""
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The same as the source's."""
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The same as the source's."""
+        return self._source.dtype(name)
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor, from where it is to come from."""
+        return (self._replacement if name in self._replaced else self._source).load(name)
+
+    def rows(self, name: str, positions: Rows) -> torch.Tensor:
+        """Some rows of the tensor."""
+        return (self._replacement if name in self._replaced else self._source).rows(name, positions)
 
 
 class MaskedWeights:
