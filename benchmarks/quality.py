@@ -11,7 +11,8 @@ gamma ``auto`` (of each seed, the gamma of least held-out KL) and the KL-selecte
 ``nirvana`` and ``taylor`` are measured with the whole grid of ``--gamma auto``, the others with gamma 1 and
 M/A; magnitudes know no seed. Rows are written as they are measured, the sparsities in the order given; the
 same command continues where it stopped. --quick measures sparsity 0.4, nirvana and taylor, gamma 1 and M/A,
-two seeds. With --table nothing is measured and the table of what is there is printed.
+two seeds. --reconstruct measures the same plans, what the cut leaves refitted on the seed's own calibration
+windows. With --table nothing is measured and the table of what is there is printed.
 
 One candidate costs 2 x (linear weights left + head) operations a token. For SmolLM2 at sparsity 0.4 and the
 default 8 x 512 + 32 x 64 tokens that is 1.1e12 (a GEMM of its shapes runs at 0.2e12 a second on two
@@ -23,12 +24,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nirvana_deploy.artifact import sha256_of, write_bytes
 from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
@@ -40,7 +43,8 @@ from nirvana_deploy.prune.calibrate import (
     windows_of_text,
 )
 from nirvana_deploy.prune.divergence import masked_quality
-from nirvana_deploy.prune.plan import default_gamma, make_plan
+from nirvana_deploy.prune.plan import PrunePlan, default_gamma, make_plan
+from nirvana_deploy.prune.reconstruct import DEFAULT_RIDGE, reconstruct_layers
 from nirvana_deploy.prune.saliency import SALIENCIES
 from nirvana_deploy.prune.score import score_units
 from nirvana_deploy.prune.select import gamma_grid
@@ -52,6 +56,7 @@ WHOLE_GRID = ("nirvana", "taylor")
 """Saliencies that are measured with every gamma that ``--gamma auto`` tries."""
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 
 def main() -> None:
@@ -73,11 +78,12 @@ def main() -> None:
     parser.add_argument("--heldout-windows", type=int, default=32, help="of 64 tokens, of --calib")
     parser.add_argument("--num-sequences", type=int, default=32, help="calibration windows of 128 tokens")
     parser.add_argument("--allocation", default="global")
+    parser.add_argument("--reconstruct", action="store_true", help="refit after the cut")
     options = parser.parse_args()
     rows = read_rows(options.out)
     if not options.table:
         measure(options, rows)
-    print(table(rows))
+    print(f"{table(rows)}\n\n{reconstruction_table(rows)}")
 
 
 def measure(options: argparse.Namespace, rows: list[Row]) -> None:
@@ -94,7 +100,7 @@ def measure(options: argparse.Namespace, rows: list[Row]) -> None:
             row
             for seed in range(seeds)
             for gamma in grid.gammas(saliency, sparsity)
-            if key(row := new_row(settings, saliency, sparsity, gamma, seed)) not in done
+            if key(row := new_row(settings, saliency, sparsity, gamma, seed) | grid.refitting) not in done
         ]
         if wanted:
             rows += grid.measured(wanted)
@@ -148,6 +154,11 @@ class Grid:
         }
 
     @property
+    def refitting(self) -> Row:
+        """What a row says of refitting after the cut; nothing where there is none."""
+        return {"reconstruct": {"ridge": DEFAULT_RIDGE}} if self._options.reconstruct else {}
+
+    @property
     def default_gamma(self) -> float:
         """M/A."""
         return default_gamma(self._shape)
@@ -164,11 +175,13 @@ class Grid:
         """Of every unit; they serve all sparsities and gammas. A row may name another corpus than --calib."""
         saliency, corpus, seed = row["saliency"], row.get("corpus"), row["seed"]
         if (saliency, corpus, seed) not in self._scores:
-            tokens = self._data(seed, corpus=corpus).calibration.tokens
             self._scores[saliency, corpus, seed] = score_units(
-                self._checkpoint, tokens, saliency=saliency, seed=seed
+                self._checkpoint, self._calibration(row), saliency=saliency, seed=seed
             )
         return self._scores[saliency, corpus, seed]
+
+    def _calibration(self, row: Row) -> NDArray[np.int64]:
+        return self._data(row["seed"], corpus=row.get("corpus")).calibration.tokens
 
     def measured(self, rows: Sequence[Row]) -> list[Row]:
         """The rows, which ask for a saliency, a seed, a sparsity and a gamma, with what came out."""
@@ -184,10 +197,15 @@ class Grid:
             )
             for row in rows
         ]
-        start = time.process_time()
         window_sets = [self._heldout.tokens, self.evaluated.tokens]
-        seen, unseen = masked_quality(self._checkpoint, plans, window_sets)
-        cpu_s = (time.process_time() - start) / len(rows)
+        with tempfile.TemporaryDirectory() as scratch:
+            folders = [
+                self._reconstruction(row, plan, Path(scratch) / str(number)) if "reconstruct" in row else None
+                for number, (row, plan) in enumerate(zip(rows, plans, strict=True))
+            ]
+            start = time.process_time()
+            seen, unseen = masked_quality(self._checkpoint, plans, window_sets, reconstructions=folders)
+            cpu_s = (time.process_time() - start) / len(rows)
         results = [
             row
             | {
@@ -205,13 +223,20 @@ class Grid:
             for index, (row, plan) in enumerate(zip(rows, plans, strict=True))
         ]
         for row in results:
+            refitted = " refitted" if "reconstruct" in row else ""
             print(
-                f"{row['saliency']} {row['sparsity']:g} gamma {row['gamma']:g} seed {row['seed']}: "
+                f"{row['saliency']} {row['sparsity']:g}{refitted} gamma {row['gamma']:g} seed {row['seed']}: "
                 f"perplexity {row['perplexity']:.1f} (dense {row['dense_perplexity']:.1f}), "
                 f"KL {row['kl']:.3f}",
                 flush=True,
             )
         return results
+
+    def _reconstruction(self, row: Row, plan: PrunePlan, out: Path) -> Path:
+        """What the plan leaves of its linears, refitted on the row's calibration windows, in ``out``."""
+        ridge = row["reconstruct"]["ridge"]
+        reconstruct_layers(self._checkpoint, plan, self._calibration(row), out, ridge=ridge)
+        return out
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -221,7 +246,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def key(row: Row) -> str:
     """What makes two rows the same measurement."""
-    names = ("settings", "saliency", "sparsity", "gamma", "seed", "corpus")
+    names = ("settings", "saliency", "sparsity", "gamma", "seed", "corpus", "reconstruct")
     return json.dumps([row.get(name) for name in names])
 
 
@@ -230,8 +255,17 @@ def standard_error(values: Any) -> float | None:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
+def plain(rows: Sequence[Row]) -> list[Row]:
+    """The rows that were cut and not refitted."""
+    return [row for row in rows if "reconstruct" not in row]
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line per sparsity, saliency and settings; perplexity as the median of the seeds (range)."""
+    """Markdown: a line per sparsity, saliency and settings; perplexity as the median of the seeds (range).
+
+    Of plain cuts alone; :func:`reconstruction_table` shows the others beside theirs.
+    """
+    rows = plain(rows)
     lines = [
         "| sparsity | saliency | allocation | seeds | gamma 1 | gamma M/A | gamma auto | KL, gamma auto | "
         "seed of least KL, gamma auto |",
@@ -254,6 +288,32 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", f"Dense perplexity: {', '.join(sorted(dense))}."])
 
 
+def reconstruction_table(rows: Sequence[Row]) -> str:
+    """Markdown: the same cuts plain and refitted, gamma M/A; medians of the seeds with both (range)."""
+    lines = [
+        "| sparsity | saliency | allocation | seeds | perplexity, plain cut | reconstructed | "
+        "KL, plain cut | reconstructed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    cuts = {key(row): row for row in plain(rows)}
+    pairs = []
+    for row in rows:
+        beside = cuts.get(key({name: value for name, value in row.items() if name != "reconstruct"}))
+        if "reconstruct" in row and beside is not None and row["gamma"] == row["default_gamma"]:
+            pairs.append((beside, row))
+
+    def group(pair: tuple[Row, Row]) -> tuple[Any, ...]:
+        _, row = pair
+        return row["sparsity"], row["saliency"], row["settings"]["allocation"], json.dumps(row["settings"])
+
+    for (sparsity, saliency, allocation, _), members in grouped(pairs, group):
+        before, after = ([pair[side] for pair in members] for side in (0, 1))
+        kl = [f"{np.median([row['kl'] for row in side]):.3f}" for side in (before, after)]
+        cells = [f"{sparsity:g}", saliency, allocation, str(len(members)), spread(before), spread(after), *kl]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def spread(rows: Sequence[Row]) -> str:
     """Perplexity of some rows: median and range."""
     values = sorted(row["perplexity"] for row in rows)
@@ -269,7 +329,7 @@ def least_heldout(rows: Sequence[Row]) -> Row:
     return min(rows, key=lambda row: float(row["heldout_kl"]))
 
 
-def grouped(rows: Sequence[Row], by: Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
+def grouped(rows: Sequence[Item], by: Callable[[Item], Any]) -> list[tuple[Any, list[Item]]]:
     """Rows by a key, in order of the key."""
     return [(name, list(same)) for name, same in itertools.groupby(sorted(rows, key=by), key=by)]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from consumers import section as where_it_runs  # the scripts beside this one
-from quality import read_rows, table
+from quality import read_rows, reconstruction_table, table
 from quantization import table as quantization_table
 from selection import table as selection_table
 
@@ -63,7 +63,8 @@ def measured_section(benchmark: dict[str, Any]) -> str:
 def quality_section() -> str:
     """The README's tables of quality.jsonl and selection.jsonl."""
     rows = read_rows(QUALITY)
-    return f"{table(rows)}\n\n{selection_table([*rows, *read_rows(SELECTION)])}"
+    refitted = reconstruction_table(rows)
+    return f"{table(rows)}\n\n{refitted}\n\n{selection_table([*rows, *read_rows(SELECTION)])}"
 
 
 def consumers_section() -> str:

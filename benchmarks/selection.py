@@ -21,7 +21,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from quality import WHOLE_GRID, Grid, Row, key, least_heldout, new_row, read_rows, spread  # beside this one
+from quality import (
+    WHOLE_GRID,
+    Grid,
+    Row,
+    key,
+    least_heldout,
+    new_row,
+    plain,
+    read_rows,
+    spread,
+)  # beside this one
 
 from nirvana_deploy.artifact import write_bytes
 from nirvana_deploy.model.checkpoint import load_tokenizer
@@ -78,7 +88,7 @@ def table(rows: Sequence[Row], *, sparsity: float = 0.4) -> str:
     """Markdown: ever wider choices, what the least KL took from each, and what else it could have been."""
     candidates = [
         row
-        for row in rows
+        for row in plain(rows)
         if row["sparsity"] == sparsity
         and row["saliency"] in WHOLE_GRID
         and row["settings"]["allocation"] == "global"

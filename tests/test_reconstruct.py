@@ -1,4 +1,4 @@
-"""Least squares after the cut: the normal equations, and a model whose cut units are copies of kept ones."""
+"""Least squares after the cut: the normal equations, brute force, and units that are copies of each other."""
 
 from __future__ import annotations
 
@@ -25,38 +25,39 @@ from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.prune.least_squares import CutLinear
+from nirvana_deploy.prune.least_squares import NormalEquations, Refit
 from nirvana_deploy.prune.plan import PrunePlan, read_plan
 from nirvana_deploy.prune.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.score_seq2seq import teacher_forced
 from nirvana_deploy.prune.slicing import ReplacedWeights, SlicedWeights
 from nirvana_deploy.prune.units import kept_positions
 
-KEPT = torch.tensor([0, 2, 3, 6])
 
-
-def case(*, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs [30, 8], correlated and of unlike scale, and a weight [5, 8]."""
+def case(*, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs [30, 4], correlated and of unlike scale, a weight [5, 4], and what it should give [30, 5]."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(30, 8, generator=generator) @ torch.randn(8, 8, generator=generator) + 0.5
-    return (inputs * torch.logspace(-1, 1, 8)).to(dtype), torch.randn(5, 8, generator=generator).to(dtype)
+    inputs = torch.randn(30, 4, generator=generator) @ torch.randn(4, 4, generator=generator) + 0.5
+    inputs = inputs * torch.logspace(-1, 1, 4)
+    weight = torch.randn(5, 4, generator=generator)
+    wanted = inputs @ (weight + 0.1 * torch.randn(5, 4, generator=generator)).T
+    wanted = wanted + 0.1 * torch.randn(30, 5, generator=generator)
+    return inputs.to(dtype), weight.to(dtype), wanted.to(dtype)
 
 
-def refitted(inputs: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
-    linear = CutLinear(weight, kept)
-    for part in inputs.split(7):
-        linear.observe(part[None])
-    return linear.refit(ridge).weight
+def solved(inputs: torch.Tensor, weight: torch.Tensor, wanted: torch.Tensor, ridge: float) -> Refit:
+    equations = NormalEquations(weight)
+    for x, y in zip(inputs.split(7), wanted.split(7), strict=True):
+        equations.observe(x[None], y[None])
+    return equations.solve(ridge)
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 0.1, 3.0])
 def test_the_gradient_of_the_objective_is_zero_at_the_refit(ridge: float) -> None:
-    inputs, weight = case()
-    found = refitted(inputs, weight, KEPT, ridge).requires_grad_()
-    kept = inputs[:, KEPT]
-    delta = found - weight[:, KEPT]
-    objective = (inputs @ weight.T - kept @ found.T).square().sum()
-    objective = objective + ridge * (delta.square() * kept.square().sum(0)).sum()
+    inputs, weight, wanted = case()
+    found = solved(inputs, weight, wanted, ridge).weight.requires_grad_()
+    delta = found - weight
+    objective = (wanted - inputs @ found.T).square().sum()
+    objective = objective + ridge * (delta.square() * inputs.square().sum(0)).sum()
     (gradient,) = torch.autograd.grad(objective, found)
     scale = (weight.abs() @ (inputs.T @ inputs).abs()).max()
     assert gradient.abs().max() < 1e-12 * scale
@@ -64,44 +65,39 @@ def test_the_gradient_of_the_objective_is_zero_at_the_refit(ridge: float) -> Non
 
 
 def test_the_share_explained_is_what_the_residual_says() -> None:
-    inputs, weight = case()
-    linear = CutLinear(weight, KEPT)
-    linear.observe(inputs)
-    refit = linear.refit(0.1)
-    dense, kept = inputs @ weight.T, inputs[:, KEPT]
-    lost = (dense - kept @ weight[:, KEPT].T).square().sum()
-    still = (dense - kept @ refit.weight.T).square().sum()
-    assert refit.explained_share == pytest.approx(float(1 - still / lost), abs=1e-12)
+    inputs, weight, wanted = case()
+    refit = solved(inputs, weight, wanted, 0.1)
+    before = (wanted - inputs @ weight.T).square().sum()
+    after = (wanted - inputs @ refit.weight.T).square().sum()
+    assert refit.explained_share == pytest.approx(float(1 - after / before), abs=1e-12)
     assert 0 < refit.explained_share < 1
 
 
-def test_all_columns_kept_changes_nothing() -> None:
-    inputs, weight = case()
-    assert torch.equal(refitted(inputs, weight, torch.arange(8), 0.1), weight)
+def test_a_linear_that_misses_nothing_stays() -> None:
+    inputs, weight, _ = case()
+    refit = solved(inputs, weight, inputs @ weight.T, 0.1)
+    torch.testing.assert_close(refit.weight, weight, rtol=1e-12, atol=1e-12)
 
 
-def test_a_large_ridge_gives_the_plain_cut_and_silent_inputs_keep_their_weights() -> None:
-    inputs, weight = case()
-    torch.testing.assert_close(refitted(inputs, weight, KEPT, 1e12), weight[:, KEPT], rtol=1e-9, atol=1e-9)
+def test_a_large_ridge_changes_nothing_and_silent_inputs_keep_their_weights() -> None:
+    inputs, weight, wanted = case()
+    torch.testing.assert_close(solved(inputs, weight, wanted, 1e12).weight, weight, rtol=1e-9, atol=1e-9)
     inputs[:, 2] = 0
-    found = refitted(inputs, weight, KEPT, 0.1)
-    assert torch.equal(found[:, 1], weight[:, 2]) and not torch.equal(found[:, 0], weight[:, 0])
+    found = solved(inputs, weight, wanted, 0.1).weight
+    assert torch.equal(found[:, 2], weight[:, 2]) and not torch.equal(found[:, 0], weight[:, 0])
 
 
 def test_the_scale_of_an_input_does_not_matter() -> None:
-    inputs, weight = case()
-    scale = torch.logspace(-3, 3, 8, dtype=torch.float64)
-    scaled = refitted(inputs * scale, weight / scale, KEPT, 0.1)
-    torch.testing.assert_close(
-        scaled * scale[KEPT], refitted(inputs, weight, KEPT, 0.1), rtol=1e-9, atol=1e-9
-    )
+    inputs, weight, wanted = case()
+    scale = torch.logspace(-3, 3, 4, dtype=torch.float64)
+    scaled = solved(inputs * scale, weight / scale, wanted, 0.1).weight * scale
+    torch.testing.assert_close(scaled, solved(inputs, weight, wanted, 0.1).weight, rtol=1e-9, atol=1e-9)
 
 
 def test_float32_sums_are_close_to_float64() -> None:
-    inputs, weight = case()
-    found = refitted(inputs.float(), weight.float(), KEPT, 0.1)
+    found = solved(*case(dtype=torch.float32), 0.1).weight
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), refitted(inputs, weight, KEPT, 0.1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.double(), solved(*case(), 0.1).weight, rtol=1e-4, atol=1e-4)
 
 
 def copied(folder: Path, plan: PrunePlan) -> None:
@@ -149,34 +145,49 @@ def test_cut_copies_of_kept_units_cost_nothing(
 
 
 def in_memory(
-    folder: Path, plan: PrunePlan, inputs: dict[str, torch.Tensor], names: Sequence[str], ridge: float
+    folder: Path,
+    plan: PrunePlan,
+    inputs: dict[str, torch.Tensor],
+    readers: Sequence[tuple[str, str]],
+    ridge: float,
 ) -> dict[str, torch.Tensor]:
-    """The same by brute force: the whole model runs for each linear, one lstsq solves for its weight."""
+    """The same by brute force: for each (norm, linear) both whole models run, and lstsq solves for W."""
     kept = kept_positions(shape_from_config(config_json(folder)), plan.kept_groups, plan.kept_neurons)
-    model = load_checkpoint(folder)
+    dense, made = load_checkpoint(folder), load_checkpoint(folder)
     found = {}
-    for name in names:
-        stay = kept[name].positions
-        module = model.get_submodule(name.removesuffix(".weight"))
-        seen: list[torch.Tensor] = []
-        handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        with torch.no_grad():
-            model(**inputs)
-        handle.remove()
-        x = seen[0].flatten(0, -2).double()
-        y, weight = x @ module.weight.double().T, module.weight.double()[:, stay]
-        norms = x[:, stay].norm(dim=0)
-        penalty = torch.diag(ridge**0.5 * torch.where(norms > 0, norms, 1.0))  # dead ReLU neurons
-        system = torch.cat([x[:, stay], penalty])
-        target = torch.cat([y, penalty @ weight.T])
-        found[name] = torch.linalg.lstsq(system, target).solution.T.float()
+    for norm, linear in readers:
+        stay = kept[f"{linear}.weight"].positions
+        entered, x, _ = seen_at(made, norm, linear, inputs)
+        dense_entered, _, dense_y = seen_at(dense, norm, linear, inputs)
+        module = made.get_submodule(linear)
+        x, weight = x[:, stay], module.weight.double()[:, stay]
+        wanted = dense_entered + dense_y - entered - (0 if module.bias is None else module.bias.double())
+        norms = x.norm(dim=0)
+        penalty = torch.diag(ridge**0.5 * torch.where(norms > 0, norms, 1.0))  # ReLU neurons may be silent
+        solution = torch.linalg.lstsq(
+            torch.cat([x, penalty]), torch.cat([wanted, penalty @ weight.T])
+        ).solution
+        found[f"{linear}.weight"] = solution.T.float()
         whole = torch.zeros_like(module.weight)
-        module.weight = torch.nn.Parameter(whole.index_copy(1, stay, found[name]))
-    return {name: weight for name, weight in found.items() if weight.shape[1] < plan_width(folder, name)}
+        module.weight = torch.nn.Parameter(whole.index_copy(1, stay, solution.T.float()))
+    return found
 
 
-def plan_width(folder: Path, name: str) -> int:
-    return SafetensorsWeights(folder).shape(name)[1]
+def seen_at(
+    model: Any, norm: str, linear: str, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """float64 [positions, width]: what the norm reads, what the linear reads and what it gives."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        model.get_submodule(norm).register_forward_pre_hook(lambda _, args: seen.update(entered=args[0])),
+        model.get_submodule(linear).register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y)),
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    entered, x, y = (seen[name].flatten(0, -2).double() for name in ("entered", "x", "y"))
+    return entered, x, y
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
@@ -186,12 +197,15 @@ def test_streaming_equals_the_whole_model_in_memory(
     plan = plan_for(tiny)
     record = reconstruct_layers(tiny, plan, tokens, tmp_path / "r", ridge=0.1, micro_batch=micro_batch)
     streamed = SafetensorsWeights(tmp_path / "r")
-    names = [
-        f"model.layers.{layer}.{module}.weight"
+    readers = [
+        (f"model.layers.{layer}.{norm}", f"model.layers.{layer}.{linear}")
         for layer in range(3)
-        for module in ("self_attn.o_proj", "mlp.down_proj")
+        for norm, linear in (
+            ("input_layernorm", "self_attn.o_proj"),
+            ("post_attention_layernorm", "mlp.down_proj"),
+        )
     ]
-    expected = in_memory(tiny, plan, {"input_ids": torch.from_numpy(tokens)}, names, 0.1)
+    expected = in_memory(tiny, plan, {"input_ids": torch.from_numpy(tokens)}, readers, 0.1)
     assert sorted(expected) == streamed.names() == sorted(record.explained_share)
     for name, weight in expected.items():
         torch.testing.assert_close(streamed.load(name), weight, rtol=2e-3, atol=2e-4)
@@ -205,22 +219,23 @@ def test_both_stacks_of_an_encoder_decoder_are_refitted(
     folder = tiny_t5.write_t5(tmp_path / "dense", kind)
     plan = tiny_t5.plan_for(folder)
     reconstruct_layers(folder, plan, tokens, tmp_path / "r", ridge=0.1, micro_batch=4)
-    encoder = [("encoder", 3, ["0.SelfAttention.o", "1.DenseReluDense.wo"])]
-    decoder = [("decoder", 2, ["0.SelfAttention.o", "1.EncDecAttention.o", "2.DenseReluDense.wo"])]
-    names = [
-        f"{stack}.block.{block}.layer.{module}.weight"
-        for stack, blocks, modules in encoder + decoder
+    encoder = ("encoder", 3, ["SelfAttention.o", "DenseReluDense.wo"])
+    decoder = ("decoder", 2, ["SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"])
+    readers = [
+        (f"{stack}.block.{block}.layer.{place}.layer_norm", f"{stack}.block.{block}.layer.{place}.{linear}")
+        for stack, blocks, linears in (encoder, decoder)
         for block in range(blocks)
-        for module in modules
+        for place, linear in enumerate(linears)
     ]
     read, written = teacher_forced(torch.from_numpy(tokens), start_token=0)
-    expected = in_memory(folder, plan, {"input_ids": read, "decoder_input_ids": written}, names, 0.1)
+    expected = in_memory(folder, plan, {"input_ids": read, "decoder_input_ids": written}, readers, 0.1)
     streamed = SafetensorsWeights(tmp_path / "r")
     assert sorted(expected) == streamed.names()
     for name, weight in expected.items():
         torch.testing.assert_close(streamed.load(name), weight, rtol=2e-3, atol=2e-4)
     slice_checkpoint(folder, plan, tmp_path / "pruned", reconstruction=tmp_path / "r")
-    assert torch.equal(SafetensorsWeights(tmp_path / "pruned").load(names[-1]), streamed.load(names[-1]))
+    for name in expected:
+        assert torch.equal(SafetensorsWeights(tmp_path / "pruned").load(name), streamed.load(name))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -26,7 +26,7 @@ from nirvana_deploy.prune.loaded import home, micro_batches
 from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.prune.score import streamed_model
 from nirvana_deploy.prune.score_seq2seq import View
-from nirvana_deploy.prune.slicing import MaskedWeights, SlicedWeights
+from nirvana_deploy.prune.slicing import MaskedWeights, ReplacedWeights, SlicedWeights
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """States [..., D] to logits [..., V]."""
@@ -65,14 +65,18 @@ def masked_quality(
     plans: Sequence[PrunePlan],
     window_sets: Sequence[NDArray[np.int64]],
     *,
+    reconstructions: Sequence[Path | None] | None = None,
     progress: Progress = SILENT,
 ) -> list[MaskedQuality]:
     """KL to the dense model and next-token loss of P pruned models, for each set of windows [M, T].
 
     All sets are read in one pass; they may differ in M and T. Each position is computed in float32, sums over
-    positions in float64. Raises NirvanaError for a plan that does not fit, or logits that are not finite.
+    positions in float64. ``reconstructions`` are the folders that ``reconstruct_layers`` wrote for the plans
+    of a decoder-only model (None: the plain cut). Raises NirvanaError for a plan that does not fit, or logits
+    that are not finite.
     """
     shape = shape_from_config(config_json(checkpoint))
+    folders = reconstructions or [None] * len(plans)
     model = streamed_model(checkpoint, SafetensorsWeights(checkpoint), shape)
     batches = [
         batch
@@ -94,7 +98,10 @@ def masked_quality(
         [reference] = last_states([_dense])
         head = model.output_head()
         for start in range(0, max(len(plans), 1), at_once):
-            views = [_pruned(shape, plan) for plan in plans[start : start + at_once]]
+            views = [
+                _pruned(shape, plan, folder)
+                for plan, folder in zip(plans[start : start + at_once], folders[start:], strict=False)
+            ]
             by_model = _by_position(head, [reference, *last_states(views)], next_tokens, advance)
             results += by_model if start == 0 else by_model[1:]
     return _by_window(results, [windows.shape for windows in targets])
@@ -104,7 +111,10 @@ def _dense(weights: WeightSource) -> WeightSource:
     return weights
 
 
-def _pruned(shape: ModelShape, plan: PrunePlan) -> View:
+def _pruned(shape: ModelShape, plan: PrunePlan, reconstruction: Path | None) -> View:
+    if reconstruction is not None:
+        refitted = SafetensorsWeights(reconstruction)
+        return lambda weights: ReplacedWeights(SlicedWeights(weights, shape, plan), refitted)
     kind = MaskedWeights if shape.family.encoder_decoder else SlicedWeights
     return lambda weights: kind(weights, shape, plan)
 

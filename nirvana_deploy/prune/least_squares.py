@@ -1,25 +1,19 @@
-"""Let the inputs that a linear keeps take over what its cut ones did: least squares, one linear at a time.
+"""Refit a linear to what it should give: ridge regression toward the weights it has.
 
-A linear computes Y = X W^T from inputs X [P, C] at P positions and W [D, C]. A cut leaves it the columns k of
-X; the columns c are gone, and with them E = X_c W_c^T [P, D] of the output. No new parameter is needed to
-make up for it: where kept inputs are correlated with cut ones, W_k can change by Delta [D, k] so that
+A linear with W [D, k] reads X [P, k] at P positions and should give Y [P, D]; E = Y - X W^T is what is
+missing. The change Delta [D, k] of its weights for which
 
-    J(Delta) = || E - X_k Delta^T ||^2 + ridge * tr(Delta S Delta^T),    S = diag(X_k^T X_k)
+    J(Delta) = || E - X Delta^T ||^2 + ridge * tr(Delta S Delta^T),    S = diag(X^T X)
 
-is least. Setting the gradient to zero gives the normal equations
+is least has a zero gradient there, which gives the normal equations
 
-    Delta (G + ridge * S) = E^T X_k,    G = X_k^T X_k,    W' = W_k + Delta.
+    Delta (G + ridge * S) = E^T X,    G = X^T X,    W' = W + Delta.
 
-The penalty pulls W' toward the plain cut and not toward zero: where the calibration text says nothing about
-an input, its weights stay as they were, and for a large ``ridge`` W' is the plain cut. S, in place of the
-identity, makes the answer independent of the scale of each input (a neuron twice as loud with half the
-weights is the same neuron), and after the same scaling the system's condition number is at most
-(k + ridge) / ridge, however much louder some inputs are than others. A bias of the linear is in both Y and
-what is fitted to it and cancels: it stays.
-
-Refitting what is left after channels are gone is He et al., Channel Pruning (arXiv 1707.06168); SparseGPT
-(2301.00774), ZipLM (2302.04089) and OSSCAR (2403.12983) do it in language models, and RCPU (2510.07782)
-shows how the plain fit overfits few calibration tokens. The ridge toward the cut and S are our derivation.
+The penalty pulls W' toward W and not toward zero: where the text says little about a direction of the inputs,
+the weights stay as they were, and for a large ``ridge`` all do. S, in place of the identity, makes the answer
+independent of the scale of each input (a neuron twice as loud with half the weights is the same neuron), and
+keeps a few very loud ones from deciding for all: scaled so, the largest eigenvalue of G is at most k and the
+system's condition number at most (k + ridge) / ridge.
 
 Pure maths on tensors: no model, no hook.
 """
@@ -33,47 +27,41 @@ import torch
 
 @dataclass(frozen=True)
 class Refit:
-    """A linear after the cut."""
+    """What least squares makes of a linear."""
 
     weight: torch.Tensor
     """W' [D, k], of the dtype that W had."""
     explained_share: float
-    """1 - ||E - X_k Delta^T||^2 / ||E||^2 over the positions seen: what of the lost output is back."""
+    """1 - ||E - X Delta^T||^2 / ||E||^2 over the positions seen: how much of what was missing is there."""
 
 
-class CutLinear:
-    """A linear with W [D, C], of which the columns ``kept`` (int64 [k]) stay, and sums over its inputs.
+class NormalEquations:
+    """Sums over positions for a linear with W [D, k]: they take k (k + D) numbers, however many positions.
 
-    Sums are in W's dtype; the equations are solved in float64. k x k numbers are what it holds.
+    Sums are in W's dtype; the equations are solved in float64.
     """
 
-    def __init__(self, weight: torch.Tensor, kept: torch.Tensor) -> None:
-        mask = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        self._kept = kept.to(weight.device)
-        mask[self._kept] = False
-        self._cut = mask.nonzero()[:, 0]
+    def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
-        self._cut_weight = weight.index_select(1, self._cut)
-        self._gram = weight.new_zeros(len(kept), len(kept))
-        self._cross = weight.new_zeros(len(weight), len(kept))
-        self._lost = torch.zeros((), dtype=torch.float64, device=weight.device)
+        self._gram = weight.new_zeros(weight.shape[1], weight.shape[1])
+        self._cross = torch.zeros_like(weight)
+        self._missing = torch.zeros((), dtype=torch.float64, device=weight.device)
 
-    def observe(self, inputs: torch.Tensor) -> None:
-        """Add inputs [..., C], at any number of positions, to the sums."""
-        flat = inputs.detach().reshape(-1, inputs.shape[-1])
-        kept = flat.index_select(1, self._kept)
-        lost = flat.index_select(1, self._cut) @ self._cut_weight.T
-        self._gram.addmm_(kept.T, kept)
-        self._cross.addmm_(lost.T, kept)
-        self._lost += lost.square().sum(dtype=torch.float64)
+    def observe(self, inputs: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Add inputs [..., k], and what the linear should give for them [..., D], to the sums."""
+        x = inputs.flatten(0, -2)
+        missing = wanted.flatten(0, -2) - x @ self._weight.T
+        self._gram.addmm_(x.T, x)
+        self._cross.addmm_(missing.T, x)
+        self._missing += missing.square().sum(dtype=torch.float64)
 
     @property
     def finite(self) -> bool:
         """Whether all that was observed is."""
-        return all(bool(sums.isfinite().all()) for sums in (self._gram, self._cross, self._lost))
+        return all(bool(sums.isfinite().all()) for sums in (self._gram, self._cross, self._missing))
 
-    def refit(self, ridge: float) -> Refit:
-        """Solve for W'; ``ridge`` must be positive. An input that is always zero keeps its weights."""
+    def solve(self, ridge: float) -> Refit:
+        """W'; ``ridge`` must be positive. The weights of an input that was always zero stay."""
         scale = self._gram.diagonal().double().sqrt()
         scale = torch.where(scale > 0, scale, 1.0)
         # by z = x / scale all diagonal entries are 1, and S is the identity
@@ -81,8 +69,8 @@ class CutLinear:
         system.diagonal().add_(ridge)
         cross = self._cross.double().div_(scale)
         delta = torch.cholesky_solve(cross.T, torch.linalg.cholesky(system)).T
-        # ||E - Z d^T||^2 = ||E||^2 - 2 <d, E^T Z> + <d G, d>, and d (G + ridge) = E^T Z
+        # ||E - Z d^T||^2 = ||E||^2 - 2 <d, E^T Z> + <d G, d>, and d G = E^T Z - ridge d
         gained = (delta * cross).sum() + ridge * delta.square().sum()
-        explained = float(gained / self._lost) if self._lost > 0 else 0.0
-        weight = self._weight.index_select(1, self._kept).double() + delta / scale
-        return Refit(weight=weight.to(self._weight.dtype), explained_share=explained)
+        explained = float(gained / self._missing) if self._missing > 0 else 0.0
+        weight = (self._weight.double() + delta / scale).to(self._weight.dtype)
+        return Refit(weight=weight, explained_share=explained)

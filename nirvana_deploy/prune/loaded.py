@@ -15,8 +15,11 @@ from torch import nn
 from nirvana_deploy.model.weights import WeightSource
 
 CPU = torch.device("cpu")
-LayerVisit = Callable[[Sequence[int], nn.Module, Sequence[Callable[[], torch.Tensor]]], None]
-"""(positions in ``shape.layers``, the module that has their weights, one run of it per micro-batch)."""
+Runs = Sequence[Callable[[], torch.Tensor]]
+"""One layer on each micro-batch of what entered it: what leaves it, [n, T, D]."""
+LayerVisit = Callable[[Sequence[int], nn.Module, Runs, Runs], tuple[list[torch.Tensor], list[torch.Tensor]]]
+"""(positions in ``shape.layers``, the module with their weights, runs of it in the dense model and in the one
+that is being made) -> what leaves it in both."""
 
 
 def compute_device() -> torch.device:

@@ -14,9 +14,10 @@ and down are zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +32,13 @@ from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
 from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.prune.least_squares import CutLinear, Refit
-from nirvana_deploy.prune.loaded import home
+from nirvana_deploy.prune.least_squares import NormalEquations, Refit
+from nirvana_deploy.prune.loaded import Runs, home
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
 from nirvana_deploy.prune.score import DEFAULT_MICRO_BATCH, streamed_model
-from nirvana_deploy.prune.units import kept_positions
+from nirvana_deploy.prune.units import Kept, kept_positions
 
-DEFAULT_RIDGE = 0.1
-"""Relative to each input's own energy."""
+DEFAULT_RIDGE = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,6 @@ class Reconstruction:
     tokens: int
     explained_share: dict[str, float]
     """Tensor name -> how much of the output that its cut columns gave is back, on the calibration text."""
-
-
-Runs = Sequence[Callable[[], torch.Tensor]]
 
 
 class _Seen(Exception):  # noqa: N818 (nothing went wrong)
@@ -68,12 +65,12 @@ def reconstruct_layers(
     micro_batch: int = DEFAULT_MICRO_BATCH,
     progress: Progress = SILENT,
 ) -> Reconstruction:
-    """Refit every o and down that ``plan`` cuts, on windows [N, T], and write them to the folder ``out``.
+    """Refit what ``plan`` leaves of every o and down on windows [N, T]; write them to the folder ``out``.
 
     ``out`` gets one safetensors file per layer, [D, k] tensors in their stored dtype under their names in
     the checkpoint: what ``slice_checkpoint`` takes in place of the plain cut. It appears whole or not at all.
     ``micro_batch`` is in sequences. Raises NirvanaError for a plan that does not fit, for fewer tokens than
-    the widest linear keeps inputs, and for activations that are not finite.
+    the widest linear has inputs, and for activations that are not finite.
     """
     shape = shape_from_config(config_json(checkpoint))
     weights = SafetensorsWeights(checkpoint)
@@ -88,18 +85,24 @@ def reconstruct_layers(
     label = f"Reconstructing on {tokens.shape[0]} x {tokens.shape[1]} tokens"
     with whole_folder(out) as folder, progress.task(label, len(shape.layers)) as advance:
 
-        def visit(positions: Sequence[int], layer: nn.Module, runs: Runs) -> None:
+        def visit(
+            positions: Sequence[int], layer: nn.Module, dense: Runs, made: Runs
+        ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            readers = list(_readers(shape, positions, layer, kept))
+            wanted, leaving = _dense_states(readers, dense)
             written = {}
-            for name, module in _readers(shape, positions, layer):
-                stay = kept[name].positions
-                if len(stay) < module.in_features:
-                    refit = _refitted(name, module, stay, runs, ridge)
-                    stored = refit.weight.to(weights.dtype(name))
-                    _zero_but(module, stay, stored.float())
-                    written[name], explained[name] = home(stored).contiguous(), refit.explained_share
+            for reader, states in zip(readers, wanted, strict=True):
+                refit = _refitted(reader, made, states, ridge)
+                stored = refit.weight.to(weights.dtype(reader.name))
+                _zero_but(reader, stored.float())
+                written[reader.name], explained[reader.name] = (
+                    home(stored).contiguous(),
+                    refit.explained_share,
+                )
             with disk_errors(out):
                 save_file(written, folder / f"layer-{min(positions):05}.safetensors")
             advance(len(positions))
+            return leaving, [home(run()) for run in made]
 
         model.transform_layers(torch.from_numpy(tokens), visit, micro_batch=micro_batch)
     return Reconstruction(ridge=ridge, tokens=int(tokens.size), explained_share=explained)
@@ -119,44 +122,93 @@ def require_tokens(shape: ModelShape, num_sequences: int, seq_len: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """A linear that reads units, and writes what it makes of them into the hidden states."""
+
+    name: str
+    """Of its weight in the checkpoint."""
+    linear: nn.Linear
+    norm: nn.Module
+    """Reads the hidden states that the linear adds to."""
+    kept: torch.Tensor
+    """Its inputs that stay; int64 [k]."""
+
+
 def _readers(
-    shape: ModelShape, positions: Sequence[int], layer: nn.Module
-) -> Iterator[tuple[str, nn.Linear]]:
-    """The linears that read units of one layer, by the name of their weight, in the order in which they run:
-    all attentions stand before the FFN.
-    """
+    shape: ModelShape, positions: Sequence[int], layer: nn.Module, kept: Mapping[str, Kept]
+) -> Iterator[_Reader]:
+    """Those of one layer in the order in which they run: all attentions stand before the FFN."""
     places = [shape.place(position) for position in positions]
-    modules = [(prefix, site.o) for site, prefix in places]
-    modules += [(prefix, site.ffn_down) for site, prefix in places if site.ffn_rows]
-    for prefix, module in modules:
-        linear = layer.get_submodule(module)
+    modules = [(prefix, site.o, site.input_norm) for site, prefix in places]
+    modules += [(prefix, site.ffn_down, site.ffn_norm) for site, prefix in places if site.ffn_norm]
+    for prefix, module, norm in modules:
+        linear, name = layer.get_submodule(module), f"{prefix}.{module}.weight"
         assert isinstance(linear, nn.Linear)
-        yield f"{prefix}.{module}.weight", linear
+        yield _Reader(name, linear, layer.get_submodule(norm), kept[name].positions)
 
 
-def _refitted(name: str, linear: nn.Linear, kept: torch.Tensor, runs: Runs, ridge: float) -> Refit:
-    """Run the layer up to ``linear``, batch by batch, and fit what stays of it to what it sees."""
-    cut = CutLinear(linear.weight.detach(), kept)
+def _dense_states(
+    readers: Sequence[_Reader], runs: Runs
+) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
+    """(the hidden states after each reader, what leaves the layer), per micro-batch, before any change."""
+    entering: list[list[torch.Tensor]] = [[] for _ in readers]
+    with ExitStack() as hooks:
+        for reader, states in zip(readers, entering, strict=True):
+            hooks.enter_context(_shown(reader.norm, partial(_append_home, states)))
+        leaving = [home(run()) for run in runs]
+    return [*entering[1:], leaving], leaving
 
-    def see(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        cut.observe(inputs[0])
+
+def _append_home(states: list[torch.Tensor], more: torch.Tensor) -> None:
+    states.append(home(more))
+
+
+def _refitted(reader: _Reader, runs: Runs, wanted: Sequence[torch.Tensor], ridge: float) -> Refit:
+    """Run the layer up to a reader, batch by batch, and fit what stays of it to the ``wanted`` states."""
+    weight, bias = reader.linear.weight.detach(), reader.linear.bias
+    kept = reader.kept.to(weight.device)
+    equations = NormalEquations(weight.index_select(1, kept))
+    for run, states in zip(runs, wanted, strict=True):
+        entered, inputs = _up_to(reader, run)
+        missing = states.to(weight.device) - entered
+        equations.observe(inputs.index_select(-1, kept), missing if bias is None else missing - bias)
+    if not equations.finite:
+        raise NirvanaError(
+            f"{reader.name}: its inputs are NaN or infinite on the calibration text; nothing fits them."
+        )
+    return equations.solve(ridge)
+
+
+def _up_to(reader: _Reader, run: Callable[[], object]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the layer as far as a reader: (the hidden states [n, T, D] it adds to, its inputs [n, T, C])."""
+    seen: list[torch.Tensor] = []
+
+    def last(inputs: torch.Tensor) -> None:
+        seen.append(inputs)
         raise _Seen
 
-    handle = linear.register_forward_pre_hook(see)
+    with _shown(reader.norm, seen.append), _shown(reader.linear, last), suppress(_Seen):
+        run()
+    entered, inputs = seen
+    return entered, inputs
+
+
+@contextmanager
+def _shown(module: nn.Module, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """While the block runs, show what ``module`` is about to read to ``see``."""
+
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        see(inputs[0])
+
+    handle = module.register_forward_pre_hook(hook)
     try:
-        for run in runs:
-            with suppress(_Seen):
-                run()
+        yield
     finally:
         handle.remove()
-    if not cut.finite:
-        raise NirvanaError(
-            f"{name}: its inputs are NaN or infinite on the calibration text; nothing fits them."
-        )
-    return cut.refit(ridge)
 
 
-def _zero_but(linear: nn.Linear, kept: torch.Tensor, weight: torch.Tensor) -> None:
-    """Give ``linear`` the columns ``weight`` [D, k] at ``kept`` and zeros elsewhere, as the cut has it."""
-    whole = torch.zeros_like(linear.weight)
-    linear.weight = nn.Parameter(whole.index_copy_(1, kept.to(whole.device), weight))
+def _zero_but(reader: _Reader, weight: torch.Tensor) -> None:
+    """Give the linear the columns ``weight`` [D, k] and zeros where it was cut."""
+    whole = torch.zeros_like(reader.linear.weight)
+    reader.linear.weight = nn.Parameter(whole.index_copy_(1, reader.kept.to(whole.device), weight))

@@ -303,14 +303,13 @@ class StreamedModel:
         return UnitScores(groups=tuple(groups), neurons=tuple(neurons))
 
     def transform_layers(self, tokens: torch.Tensor, visit: LayerVisit, *, micro_batch: int) -> None:
-        """Run tokens [N, T] through all layers; ``visit`` may run and change each layer before it is run."""
+        """Run tokens [N, T] through all layers of the dense model and of what ``visit`` makes of it."""
         with torch.no_grad():
-            hidden = list(self._embedded(micro_batches(tokens, micro_batch)))
+            dense = made = list(self._embedded(micro_batches(tokens, micro_batch)))
             for index in range(len(self._layers)):
                 with self._loaded_layer(index) as layer:
-                    runs = [partial(self._run, layer, states) for states in hidden]
-                    visit((index,), layer, runs)
-                    hidden = [home(run()) for run in runs]
+                    runs = ([partial(self._run, layer, states) for states in some] for some in (dense, made))
+                    dense, made = visit((index,), layer, *runs)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [N, T, V] of tokens [N, T], one layer in memory at a time."""

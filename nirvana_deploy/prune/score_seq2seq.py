@@ -122,35 +122,37 @@ class StreamedEncoderDecoder:
         return UnitScores(groups=tuple(g for g, _ in ordered), neurons=tuple(n for _, n in ordered))
 
     def transform_layers(self, tokens: torch.Tensor, visit: LayerVisit, *, micro_batch: int) -> None:
-        """Run windows [N, T] through all blocks, the encoder's first; ``visit`` may run and change each block
-        before it is run.
+        """Run windows [N, T] through all blocks twice over, the encoder's first: the dense model, and what
+        ``visit`` makes of it.
         """
         read, written = teacher_forced(tokens, start_token=self._start_token())
         encoder, decoder = self._stacks(written.shape[1])
+        unread = [None] * len(micro_batches(read, micro_batch))
         with torch.no_grad():
-            encoded = self._transform(encoder, micro_batches(read, micro_batch), visit)
-            context = [self._encoder_norm(states) for states in encoded]
-            self._transform(decoder, micro_batches(written, micro_batch), visit, context)
+            encoded = self._transform(encoder, micro_batches(read, micro_batch), visit, (unread, unread))
+            dense, made = ([self._encoder_norm(states) for states in some] for some in encoded)
+            self._transform(decoder, micro_batches(written, micro_batch), visit, (dense, made))
 
     def _transform(
         self,
         stack: _Stack,
         batches: Sequence[torch.Tensor],
         visit: LayerVisit,
-        context: Sequence[torch.Tensor] | None = None,
-    ) -> list[torch.Tensor]:
-        """What leaves the last block of a stack whose blocks ``visit`` changed."""
-        contexts: Sequence[torch.Tensor | None] = context or [None] * len(batches)
-        hidden = [embedded(self._weights, self._shape, batch) for batch in batches]
+        contexts: tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor | None]],
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What leaves the last block of a stack, in the dense model and in what is made of it."""
+        dense = made = [embedded(self._weights, self._shape, batch) for batch in batches]
         for index in range(len(stack.blocks)):
             with self._loaded(stack, index) as block:
-                runs = [
-                    partial(self._run, stack, index, block, self._away(states), encoded)
-                    for states, encoded in zip(hidden, contexts, strict=True)
-                ]
-                visit(self._positions(stack, index), block, runs)
-                hidden = [home(run()) for run in runs]
-        return hidden
+                runs = (
+                    [
+                        partial(self._run, stack, index, block, self._away(states), encoded)
+                        for states, encoded in zip(hidden, context, strict=True)
+                    ]
+                    for hidden, context in zip((dense, made), contexts, strict=True)
+                )
+                dense, made = visit(self._positions(stack, index), block, *runs)
+        return dense, made
 
     def logits(self, encoder_tokens: torch.Tensor, decoder_tokens: torch.Tensor) -> torch.Tensor:
         """Logits [N, T, V] of decoder inputs [N, T] after encoder inputs, one block in memory at a time."""
