@@ -13,7 +13,7 @@ from test_t5 import write_t5
 
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import shape_from_config
-from nirvana_deploy.prune import divergence, score, score_seq2seq, units
+from nirvana_deploy.prune import divergence, least_squares, reconstruct, score, score_seq2seq, units
 from nirvana_deploy.prune.divergence import masked_divergences
 from nirvana_deploy.prune.loaded import compute_device
 from nirvana_deploy.prune.plan import make_plan
@@ -33,7 +33,7 @@ def came_home(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
     monkeypatch.setattr(score, "compute_device", lambda: META)
-    for module in (score, score_seq2seq, units, divergence):
+    for module in (score, score_seq2seq, units, divergence, reconstruct, least_squares):
         monkeypatch.setattr(module, "home", zeros)
     return shapes
 
@@ -49,6 +49,7 @@ def test_scoring_and_comparing_never_mix_devices(
     assert len(came_home) > 4 * len(shape.layers)
     plan = make_plan(shape, scores, sparsity=0.3, gamma=1.0, round_to=4, saliency="nirvana")
     assert masked_divergences(folder, [plan], tokens).tolist() == [[0.0] * len(tokens)]
+    reconstruct.reconstruct_layers(folder, plan, tokens, tmp_path / "r")
     if kind != "t5":
         score_windows(folder, tokens)
         score_units(folder, tokens, saliency="wanda-sp")

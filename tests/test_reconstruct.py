@@ -21,10 +21,13 @@ from test_slicing import logits_of, plan_for
 from nirvana_deploy import pipeline, stages
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.measure.facts import details
+from nirvana_deploy.measure.inspection import read_records
 from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.least_squares import NormalEquations, Refit
 from nirvana_deploy.prune.plan import PrunePlan, read_plan
 from nirvana_deploy.prune.reconstruct import reconstruct_layers
@@ -48,7 +51,9 @@ def solved(inputs: torch.Tensor, weight: torch.Tensor, wanted: torch.Tensor, rid
     equations = NormalEquations(weight)
     for x, y in zip(inputs.split(7), wanted.split(7), strict=True):
         equations.observe(x[None], y[None])
-    return equations.solve(ridge)
+    refit = equations.solve(ridge)
+    assert refit is not None
+    return refit
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 0.1, 3.0])
@@ -238,6 +243,24 @@ def test_both_stacks_of_an_encoder_decoder_are_refitted(
         assert torch.equal(SafetensorsWeights(tmp_path / "pruned").load(name), streamed.load(name))
 
 
+def test_the_refitted_model_is_closer_to_the_dense_one(
+    tiny: Path, tmp_path: Path, tokens: NDArray[np.int64]
+) -> None:
+    plan, dense = plan_for(tiny), logits_of(tiny, tokens)
+    slice_checkpoint(tiny, plan, tmp_path / "plain")
+    refitted = cut(tiny, plan, tokens, tmp_path)
+    far, near = ((logits_of(one, tokens) - dense).norm() for one in (tmp_path / "plain", refitted))
+    assert near < 0.9 * far
+    [quality] = masked_quality(
+        tiny, [plan, plan], [tokens], reconstructions=[None, tmp_path / "reconstruction"]
+    )
+    assert quality.divergence[1].mean() < quality.divergence[0].mean()
+    expected = (
+        logits_of(refitted, tokens).log_softmax(-1)[:, :-1].gather(2, torch.tensor(tokens)[:, 1:, None])
+    )
+    np.testing.assert_allclose(quality.loss[1], -expected[..., 0].double().mean(1), rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(
     tmp_path: Path, tokens: NDArray[np.int64], dtype: torch.dtype
@@ -318,6 +341,9 @@ def test_a_run_reconstructs_resumes_and_says_so(tiny_llama: Path, tmp_path: Path
     for name, share in first["reconstruct"]["result"]["explained_share"].items():
         assert torch.equal(written.load(name), SafetensorsWeights(tmp_path / "out/reconstruction").load(name))
         assert 0 < share < 1
+
+    facts = dict(dict(details(read_records(tmp_path / "out")))["Pruning"])
+    assert facts["Reconstruction"].startswith("6 output projections refitted on 64 calibration tokens, ridge")
 
     (tmp_path / "out/checkpoint/model.safetensors").unlink()
     again = pruned(tiny_llama, tmp_path / "out", reconstruct=True, resume=True)

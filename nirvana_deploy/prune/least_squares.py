@@ -20,9 +20,12 @@ Pure maths on tensors: no model, no hook.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+from nirvana_deploy.prune.loaded import home
 
 
 @dataclass(frozen=True)
@@ -55,22 +58,21 @@ class NormalEquations:
         self._cross.addmm_(missing.T, x)
         self._missing += missing.square().sum(dtype=torch.float64)
 
-    @property
-    def finite(self) -> bool:
-        """Whether all that was observed is."""
-        return all(bool(sums.isfinite().all()) for sums in (self._gram, self._cross, self._missing))
-
-    def solve(self, ridge: float) -> Refit:
-        """W'; ``ridge`` must be positive. The weights of an input that was always zero stay."""
-        scale = self._gram.diagonal().double().sqrt()
+    def solve(self, ridge: float) -> Refit | None:
+        """W' on the CPU, or None where something that was observed is NaN or infinite; ``ridge`` must be
+        positive. The weights of an input that was always zero stay.
+        """
+        gram, cross, missing = home(self._gram), home(self._cross), float(home(self._missing))
+        if not (gram.isfinite().all() and cross.isfinite().all() and math.isfinite(missing)):
+            return None
+        scale = gram.diagonal().double().sqrt()
         scale = torch.where(scale > 0, scale, 1.0)
         # by z = x / scale all diagonal entries are 1, and S is the identity
-        system = self._gram.double().div_(scale).div_(scale[:, None])
+        system = gram.double().div_(scale).div_(scale[:, None])
         system.diagonal().add_(ridge)
-        cross = self._cross.double().div_(scale)
+        cross = cross.double().div_(scale)
         delta = torch.cholesky_solve(cross.T, torch.linalg.cholesky(system)).T
         # ||E - Z d^T||^2 = ||E||^2 - 2 <d, E^T Z> + <d G, d>, and d G = E^T Z - ridge d
-        gained = (delta * cross).sum() + ridge * delta.square().sum()
-        explained = float(gained / self._missing) if self._missing > 0 else 0.0
-        weight = (self._weight.double() + delta / scale).to(self._weight.dtype)
-        return Refit(weight=weight, explained_share=explained)
+        gained = float((delta * cross).sum() + ridge * delta.square().sum())
+        weight = (home(self._weight).double() + delta / scale).to(self._weight.dtype)
+        return Refit(weight=weight, explained_share=gained / missing if missing > 0 else 0.0)

@@ -38,7 +38,7 @@ from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
 from nirvana_deploy.prune.score import DEFAULT_MICRO_BATCH, streamed_model
 from nirvana_deploy.prune.units import Kept, kept_positions
 
-DEFAULT_RIDGE = 2.0
+DEFAULT_RIDGE = 1.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def reconstruct_layers(
                 stored = refit.weight.to(weights.dtype(reader.name))
                 _zero_but(reader, stored.float())
                 written[reader.name], explained[reader.name] = (
-                    home(stored).contiguous(),
+                    stored.contiguous(),
                     refit.explained_share,
                 )
             with disk_errors(out):
@@ -173,11 +173,12 @@ def _refitted(reader: _Reader, runs: Runs, wanted: Sequence[torch.Tensor], ridge
         entered, inputs = _up_to(reader, run)
         missing = states.to(weight.device) - entered
         equations.observe(inputs.index_select(-1, kept), missing if bias is None else missing - bias)
-    if not equations.finite:
+    refit = equations.solve(ridge)
+    if refit is None:
         raise NirvanaError(
             f"{reader.name}: its inputs are NaN or infinite on the calibration text; nothing fits them."
         )
-    return equations.solve(ridge)
+    return refit
 
 
 def _up_to(reader: _Reader, run: Callable[[], object]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,4 +212,6 @@ def _shown(module: nn.Module, see: Callable[[torch.Tensor], None]) -> Iterator[N
 def _zero_but(reader: _Reader, weight: torch.Tensor) -> None:
     """Give the linear the columns ``weight`` [D, k] and zeros where it was cut."""
     whole = torch.zeros_like(reader.linear.weight)
-    reader.linear.weight = nn.Parameter(whole.index_copy_(1, reader.kept.to(whole.device), weight))
+    reader.linear.weight = nn.Parameter(
+        whole.index_copy_(1, reader.kept.to(whole.device), weight.to(whole.device))
+    )
