@@ -86,7 +86,9 @@ def _reconstruction_facts(records: Records) -> Facts:
     if not result:
         return ()
     shares = list(result["explained_share"].values())
-    back = f"; {format_share(median(shares))} of the output that was cut is back (median)" if shares else ""
+    back = (
+        f"; {format_share(median(shares))} of what was missing behind them is back (median)" if shares else ""
+    )
     fitted = f"{len(shares)} output projections refitted on {result['tokens']:,} calibration tokens"
     return (("Reconstruction", f"{fitted}, ridge {result['ridge']:g}{back}"),)
 

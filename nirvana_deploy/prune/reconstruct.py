@@ -1,15 +1,26 @@
-"""Refit o and down after the cut, layer by layer: each linear on the inputs that it will have.
+"""Reconstruction: what a cut leaves of o and down takes over, as far as it can, what the cut took away.
 
-The calibration windows run through the pruned model as it comes into being. Of each layer, the inputs of o
-are seen first, o is refitted (``least_squares.py``) and takes its place; then down, whose inputs already
-come from the refitted o; then the layer is run for the next one. What is fitted is what the dense linear
-would make of *these* inputs. The alternative, to fit the dense model's hidden states and so make up for the
-errors of all layers before, overfits: see the numbers below.
+The calibration windows run through two models side by side, layer by layer: the dense one, and the pruned one
+as it comes into being. Of each layer, o is refitted first (``least_squares.py``), to what carries the hidden
+states of the pruned model to those of the dense one behind its attention; then down, whose inputs already
+come from the refitted o, to those behind the FFN. So each linear also makes up for what is missing from all
+before it, and no parameter is new: every shape, and so every consumer, stays what it is for the plain cut.
 
-Memory is bounded by one layer, the hidden states of one border and k x k sums of one linear, whatever the
-depth. Arithmetic is float32 (the equations: float64) whatever the stored dtype; W' is rounded to that dtype
-once, and what later layers see is the rounded weight. A dense layer is run, of which the cut columns of o
-and down are zero.
+Least-squares refitting after channels are gone is He et al., Channel Pruning (arXiv 1707.06168), who fit to the
+dense model's states too; ZipLM (2302.04089) and OSSCAR (2403.12983) do it in language models, and RCPU
+(2510.07782) shows how the plain fit overfits few calibration tokens. The ridge toward the cut weights, in the
+inputs' own scale, is ours. Measured on SmolLM2-135M, ``nirvana``, sparsity 0.4, 32 x 128 tokens of WikiText-2
+valid, perplexity on WikiText-2 test and on held-out ``pydoc``, which no fit has seen (plain cut: 116 and 68):
+
+* ridge 1, 2, 3: 61 and 56, 62 and 52, 63 and 52. A fit to what the dense layer makes of the pruned model's
+  *own* inputs gains less: 66 and 59 with ridge 0.3, 69 and 56 with 1.
+* four times the tokens give what 32 x 128 do (ridge 2: 62 and 53). down alone: 63 and 51; o alone: 79 and 70.
+* calibrated on ``pydoc`` (plain cut: 111 and 66): 117 and 31, with four times the tokens 119 and 25. The gain is
+  largest on text of the calibration's kind, and from a narrow corpus there may be none elsewhere.
+
+Memory is bounded by one layer, k x k sums of one linear and the hidden states [N, T, D] at a few borders,
+whatever the depth. Arithmetic is float32 (the equations: float64) whatever the stored dtype; W' is rounded to
+that dtype once, and what later layers see is the rounded weight.
 """
 
 from __future__ import annotations
@@ -39,6 +50,7 @@ from nirvana_deploy.prune.score import DEFAULT_MICRO_BATCH, streamed_model
 from nirvana_deploy.prune.units import Kept, kept_positions
 
 DEFAULT_RIDGE = 1.0
+"""Share of each input's own energy; see above."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Reconstruction:
     ridge: float
     tokens: int
     explained_share: dict[str, float]
-    """Tensor name -> how much of the output that its cut columns gave is back, on the calibration text."""
+    """Tensor name -> how much of what was missing behind it is back, on the calibration text."""
 
 
 class _Seen(Exception):  # noqa: N818 (nothing went wrong)
