@@ -311,7 +311,7 @@ def reconstruction_table(rows: Sequence[Row]) -> str:
         kl = [f"{np.median([row['kl'] for row in side]):.3f}" for side in (before, after)]
         cells = [f"{sparsity:g}", saliency, allocation, str(len(members)), spread(before), spread(after), *kl]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if pairs else ""
 
 
 def spread(rows: Sequence[Row]) -> str:

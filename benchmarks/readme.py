@@ -63,8 +63,8 @@ def measured_section(benchmark: dict[str, Any]) -> str:
 def quality_section() -> str:
     """The README's tables of quality.jsonl and selection.jsonl."""
     rows = read_rows(QUALITY)
-    refitted = reconstruction_table(rows)
-    return f"{table(rows)}\n\n{refitted}\n\n{selection_table([*rows, *read_rows(SELECTION)])}"
+    parts = (table(rows), reconstruction_table(rows), selection_table([*rows, *read_rows(SELECTION)]))
+    return "\n\n".join(part for part in parts if part)
 
 
 def consumers_section() -> str:

@@ -6,17 +6,17 @@ states of the pruned model to those of the dense one behind its attention; then 
 come from the refitted o, to those behind the FFN. So each linear also makes up for what is missing from all
 before it, and no parameter is new: every shape, and so every consumer, stays what it is for the plain cut.
 
-Least-squares refitting after channels are gone is He et al., Channel Pruning (arXiv 1707.06168), who fit to the
-dense model's states too; ZipLM (2302.04089) and OSSCAR (2403.12983) do it in language models, and RCPU
-(2510.07782) shows how the plain fit overfits few calibration tokens. The ridge toward the cut weights, in the
-inputs' own scale, is ours. Measured on SmolLM2-135M, ``nirvana``, sparsity 0.4, 32 x 128 tokens of WikiText-2
-valid, perplexity on WikiText-2 test and on held-out ``pydoc``, which no fit has seen (plain cut: 116 and 68):
+Refitting after channels are gone is He et al., Channel Pruning (arXiv 1707.06168), who fit to the dense
+model's states too; ZipLM (2302.04089) and OSSCAR (2403.12983) do it in language models, and RCPU (2510.07782)
+shows how the plain fit overfits few calibration tokens. The ridge toward the cut weights, in the inputs' own
+scale, is ours. Measured on SmolLM2-135M, ``nirvana``, sparsity 0.4, 32 x 128 tokens of WikiText-2 valid;
+perplexity on WikiText-2 test and on held-out ``pydoc``, which no fit has seen (plain cut: 116 and 68):
 
 * ridge 1, 2, 3: 61 and 56, 62 and 52, 63 and 52. A fit to what the dense layer makes of the pruned model's
   *own* inputs gains less: 66 and 59 with ridge 0.3, 69 and 56 with 1.
 * four times the tokens give what 32 x 128 do (ridge 2: 62 and 53). down alone: 63 and 51; o alone: 79 and 70.
-* calibrated on ``pydoc`` (plain cut: 111 and 66): 117 and 31, with four times the tokens 119 and 25. The gain is
-  largest on text of the calibration's kind, and from a narrow corpus there may be none elsewhere.
+* calibrated on ``pydoc`` (plain cut: 111 and 66): 117 and 31, with four times the tokens 119 and 25. The
+  gain is largest on text of the calibration's kind, and from a narrow corpus there may be none elsewhere.
 
 Memory is bounded by one layer, k x k sums of one linear and the hidden states [N, T, D] at a few borders,
 whatever the depth. Arithmetic is float32 (the equations: float64) whatever the stored dtype; W' is rounded to
