@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py 8b [--sequences 4] [--seq-len 128] [--json FILE]
     python benchmarks/scale.py 1b --in-memory
+    python benchmarks/scale.py 1b --layers 4 --reconstruct 64
 
 Writes a checkpoint of random bf16 weights in the exact shape of Llama-3-8B or Llama-3.2-1B (or of a tiny
 model, to try the script), shard by shard, to a temporary folder, and in a fresh process scores it on random
@@ -11,8 +12,8 @@ plan. The checkpoint was just written: as much of it as fits is still in the sys
 
 Peak memory comes from one layer, the head and one shard, hardly from the number of layers: --layers 2 with
 the 8b shape shows it in minutes. The promise is a peak of at most 6 GB; exits with 1 when it is broken. With
---in-memory another process holds the whole model in float32 and does one plain backward; its plan must be
-the same.
+--reconstruct N what the cut leaves is refitted on N sequences. With --in-memory another process holds the
+whole model in float32 and does one plain backward; its plan must be the same.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import INDEX_FILE, SafetensorsWeights, check_weights, expected_shapes
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan, pruned_shape, read_plan, write_plan
+from nirvana_deploy.prune.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.saliency import SALIENCIES, saliency_named
 from nirvana_deploy.prune.score import score_units
 from nirvana_deploy.prune.units import UnitScores, scored_tensors, unit_sums
@@ -113,6 +115,7 @@ def main() -> None:
             "sparsity": options.sparsity,
             "sequences": options.sequences,
             "seq_len": options.seq_len,
+            "reconstruct_sequences": options.reconstruct,
             "written_s": written_s,
             "streamed": in_fresh_process("streamed", options),
             "result": check_result(options.work / "pruned", shape, read_plan(options.work / "streamed.json")),
@@ -139,6 +142,7 @@ def _options() -> argparse.Namespace:
     gradients = [name for name, method in SALIENCIES.items() if method.functional]
     parser.add_argument("--saliency", choices=gradients, default="nirvana")
     parser.add_argument("--folder", type=Path, help="where the checkpoints go for a while [the system's]")
+    parser.add_argument("--reconstruct", type=int, default=0, metavar="N", help="refit on N sequences too")
     parser.add_argument("--in-memory", action="store_true", help="compare with one backward in memory")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--worker", choices=list(_WORKERS), help=argparse.SUPPRESS)
@@ -189,7 +193,7 @@ def _random_tensor(rng: np.random.Generator, name: str, size: tuple[int, ...], h
 def in_fresh_process(worker: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one of the workers and return what it reports of itself."""
     command = [sys.executable, __file__, options.shape, "--worker", worker, "--work", str(options.work)]
-    for name in ("layers", "sequences", "seq_len", "sparsity", "saliency"):
+    for name in ("layers", "sequences", "seq_len", "sparsity", "saliency", "reconstruct"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     start = time.perf_counter()
     if subprocess.run(command, check=False).returncode:
@@ -225,8 +229,12 @@ def streamed(options: argparse.Namespace) -> None:
         scores = score_units(dense, tokens, saliency=options.saliency, spill_folder=options.work)
     with stage(stages, "plan"):
         plan = _write_plan_of(scores, options, "streamed")
+    reconstruction = options.work / "reconstruction" if options.reconstruct else None
+    if reconstruction is not None:
+        with stage(stages, "reconstruct"):
+            reconstruct_layers(dense, plan, _tokens(options, options.reconstruct), reconstruction)
     with stage(stages, "slice"):
-        slice_checkpoint(dense, plan, options.work / "pruned")
+        slice_checkpoint(dense, plan, options.work / "pruned", reconstruction=reconstruction)
     write_json(
         options.work / "report.json",
         {"stages": stages, "score_parts_s": score_parts(profile), "peak_rss_bytes": peak_rss_bytes()},
@@ -258,9 +266,10 @@ def in_memory(options: argparse.Namespace) -> None:
 _WORKERS: dict[str, Callable[[argparse.Namespace], None]] = {"streamed": streamed, "in-memory": in_memory}
 
 
-def _tokens(options: argparse.Namespace) -> Any:
+def _tokens(options: argparse.Namespace, sequences: int | None = None) -> Any:
     vocab = SHAPES[options.shape]["vocab_size"]
-    return np.random.default_rng(0).integers(0, vocab, size=(options.sequences, options.seq_len))
+    size = (sequences or options.sequences, options.seq_len)
+    return np.random.default_rng(0).integers(0, vocab, size=size)
 
 
 def _write_plan_of(scores: UnitScores, options: argparse.Namespace, name: str) -> PrunePlan:
