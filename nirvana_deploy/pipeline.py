@@ -153,7 +153,7 @@ def prune_export(
         run_benchmark = False
         progress.note("bf16 cannot be timed on the CPU: it has no bfloat16 arithmetic in ONNX Runtime")
     out = Path(out) if out is not None else Path(f"{source.name}-s{sparsity:g}")
-    copies = 1 if until == "checkpoint" else 2 + baseline + len(quantize)
+    copies = reconstruct + (1 if until == "checkpoint" else 2 + baseline + len(quantize))
     parameters = shape.linear_parameters + shape.embedding_parameters
     require_free_bytes(out, 4 * copies * parameters, what="The output")
     options = {
@@ -232,7 +232,7 @@ def prune_export(
         reconstruct=reconstruct,
     )
     reconstruct_stage(run, source, plan)
-    slice_stage(run, source, plan, reconstructed=reconstruct)
+    slice_stage(run, source, plan)
     if until == "checkpoint":
         return Deployment(out=run.out, plan=plan, manifest=run.manifest, benchmark=None, report=None)
     export(run, source, baseline=baseline, dtype=dtype, flavor=flavor)

@@ -278,7 +278,13 @@ def decide(
         return dataclasses.asdict(plan.budget)
 
     run.stage("plan", [PLAN_FILE], work)
-    return read_plan(run.out / PLAN_FILE)
+    plan = read_plan(run.out / PLAN_FILE)
+    if reconstruct and plan.reconstruct is None:
+        raise NirvanaError(
+            f"{run.out} was planned by a version that does not reconstruct.",
+            hint="Repeat the command with --force instead of --resume, or without --reconstruct.",
+        )
+    return plan
 
 
 def reconstruct_stage(run: Run, source: ModelFolder, plan: PrunePlan) -> None:
@@ -297,15 +303,15 @@ def reconstruct_stage(run: Run, source: ModelFolder, plan: PrunePlan) -> None:
     run.stage("reconstruct", [RECONSTRUCTION], work)
 
 
-def slice_stage(run: Run, source: ModelFolder, plan: PrunePlan, *, reconstructed: bool = False) -> None:
-    """Write the smaller checkpoint, ``reconstructed`` with what :func:`reconstruct_stage` wrote."""
+def slice_stage(run: Run, source: ModelFolder, plan: PrunePlan) -> None:
+    """Write the smaller checkpoint, with what :func:`reconstruct_stage` wrote where the plan says so."""
 
     def work() -> dict[str, Any]:
         shape = slice_checkpoint(
             source.path,
             plan,
             run.out / CHECKPOINT,
-            reconstruction=run.out / RECONSTRUCTION if reconstructed else None,
+            reconstruction=run.out / RECONSTRUCTION if plan.reconstruct is not None else None,
             progress=run.progress,
         )
         return {"linear_parameters": shape.linear_parameters}

@@ -359,6 +359,18 @@ def test_a_run_reconstructs_resumes_and_says_so(tiny_llama: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("short")
+def test_a_folder_of_a_version_that_knew_no_reconstruction_is_refused(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    pruned(tiny_llama, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    del manifest["options"]["reconstruct"]
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(NirvanaError, match="planned by a version that does not reconstruct"):
+        pruned(tiny_llama, tmp_path / "out", reconstruct=True, resume=True)
+
+
+@pytest.mark.usefixtures("short")
 def test_a_plan_alone_gives_the_plain_cut(tiny_llama: Path, tmp_path: Path) -> None:
     pruned(tiny_llama, tmp_path / "out", reconstruct=True)
     plain = pruned(tiny_llama, tmp_path / "plain")

@@ -26,7 +26,9 @@ def record_of(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_a_tiny_model_is_measured(tmp_path: Path) -> None:
-    record = record_of(tmp_path, "tiny", "--sequences", "2", "--seq-len", "16", "--in-memory")
+    options = ("--sequences", "2", "--seq-len", "16", "--in-memory", "--reconstruct", "32")
+    record = record_of(tmp_path, "tiny", *options)
+    assert list(record["streamed"]["stages"]) == ["score", "plan", "reconstruct", "slice"]
     assert record["promise"]["kept"]["peak"] and record["promise"]["kept"]["plan"]
     assert record["comparison"]["max_relative_score_difference"] < 1e-5
     assert record["result"]["planned_shapes"]
