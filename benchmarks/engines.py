@@ -1,27 +1,34 @@
 """What building a TensorRT-RTX engine costs, pruned against dense: seconds, CPU, memory, bytes.
 
-    python benchmarks/engines.py OUT [--forms fp16-concat,w4-in-place] [--also uniform,round-64] [--json FILE]
-    python benchmarks/engines.py --shape 8b [--layers 4] [--only pruned] [--limit-gb 20] [--json FILE]
+    python benchmarks/engines.py OUT [--forms fp16-concat,w4-in-place] [--also uniform] [--twins 64,288]
+    python benchmarks/engines.py --shape 8b [--layers 8] [--only pruned] [--limit-gb 20]
 
 OUT is a folder that `nirvana-deploy prune-export` made: its checkpoint and the dense model it came from are
 built; --also cuts the same scores in other ways (each layer alike, or FFN widths in steps of 64). With
 --shape both are random checkpoints in the shape of Llama-3-8B or Llama-3.2-1B, the pruned one cut by random
-scores (so its layers differ, as they do in earnest). Each engine is built in a process of its own. Needs no
-GPU. --json puts the run into FILE, beside the runs of other models that are there.
+scores (so its layers differ, as they do in earnest). Each engine is built in a process of its own, variants
+taking turns. Needs no GPU. --json puts the run into FILE, beside what is there of other models and forms.
 
-The promises: the pruned build takes at most 0.8 of the dense build's CPU time and of its peak memory, and
-the engines' bytes are in the proportion of the weights' bytes within 3 %. Exits with 1 when one is broken. A
-build that needs more than --limit-gb of memory of its own (pages of the mapped ONNX file are not counted: the
-system can drop them) is stopped, and that is what is reported.
+The promises: the pruned build takes at most 0.8 of the dense build's CPU time and of its memory, and the
+engines' bytes are in the proportion of the weights' bytes within 3 %. Exits with 1 when one is broken.
+--twins builds narrow models of as many layers too, and says by them what could be kept at all
+(engine_promises.py). Memory is the build's own: pages of the mapped ONNX file are not counted, since the
+system can drop them; with them it is ``rss_ratio``. A build that needs more of it than --limit-gb is stopped,
+and that is what is reported. int8 takes the decision in OUT/onnx-int8, and calibrates the other variants on
+OUT's own windows with the same alpha.
 
-What breaks the promises, that of bytes at 135M parameters and that of CPU time at 1B too, found by looking
-into the engines: an RTX engine carries each kernel that was generated for it as source text, 0.16 MB apiece,
-since each brings a copy of the same definitions (0.13 MB). Their number grows with layers, profiles and
-*distinct* widths, not with parameters: engines of as many layers of one width have programs of the same
-bytes, dense or pruned, and layers that differ cost more (`kernel_sources` in the record). Of the builder's
-options none changes that (optimization level, tactics, auxiliary streams, verbosity and targets were tried);
-FFN widths in steps of 64 or `--allocation uniform` do. CPU seconds of one and the same build differ by a
-fifth from run to run, and by more where gigabytes are read for the first time.
+What breaks the promises where a model is small, found by looking into the engines: an RTX engine carries each
+kernel that was generated for it as source text, 0.16 MB apiece, since each brings a copy of the same
+definitions (0.13 MB). Norms, rotary and the like have one text for all layers that are alike. The fused
+attention has one for every layer and profile, identical to the letter (SmolLM2: 30 for prefill and 30 for
+decode), and with a cache that grows so have the kernels that write present and repeat KV heads for the
+prefill (59). The product SiLU(gate) * up has the FFN's width in its text: one for every distinct width and
+profile, 50 more in SmolLM2 cut to layers that differ. Flattening that product, a prefill profile with a past,
+and each option of the builder (optimization level, tactics, auxiliary streams, verbosity, targets,
+compilation cache, user allocation) change none of it; one profile alone halves texts and CPU time, but leaves
+decode the kernels of prefill. What does help is fewer distinct widths: FFN widths in steps of 64 or
+`--allocation uniform`. CPU seconds of one and the same build differ by a fifth from run to run, and by more
+where gigabytes are read for the first time: hence --repeats, and the median.
 """
 
 from __future__ import annotations
@@ -33,70 +40,77 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+from engine_promises import comparison_line, comparisons, is_twin
 from scale import SHAPES, write_random_checkpoint
 
 from nirvana_deploy.artifact import read_json, write_json
 from nirvana_deploy.engine.from_checkpoint import onnx_for_engine
+from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.environment import measured_environment
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan
 from nirvana_deploy.prune.units import UnitScores
-from nirvana_deploy.prune.windows_file import read_scores
-from nirvana_deploy.stages import SCORES_FILE
+from nirvana_deploy.prune.windows_file import read_scores, read_windows
+from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.spec import Int8Spec, read_spec
+from nirvana_deploy.stages import CALIBRATION_FILE, SCORES_FILE
 
-COST_PROMISE = 0.8
-SIZE_PROMISE = 0.03
 LENGTH_TOKENS = 2048
 OTHER_CUTS: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},
     "round-64": {"round_to": 64},
 }
 """Variant -> what its plan has of its own."""
-_POLL_S = 0.2
+_TWIN_WIDTH_STEP = 64
+_POLL_S = 0.02
+_LOW_BIT = ("w8", "w4")
 
 
 def main() -> None:
     """Build, print a table, and say whether the promises hold."""
     options = _options()
     environment = measured_environment(threads=1)
-    records: list[dict[str, Any]] = []
+    builds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="nirvana-engines-") as temporary:
         work = Path(temporary)
         checkpoints = _checkpoints(options, work)
+        specs = _int8_specs(options, checkpoints, work) if "int8" in options.forms else {}
         for form in options.forms.split(","):
-            for variant, checkpoint in checkpoints.items():
-                records.append(
-                    {"variant": variant, "form": form, **_measured(checkpoint, form, options, work)}
-                )
-                print(_line(records[-1]), flush=True)
-    comparisons = _comparisons(records)
-    for one in comparisons:
-        print(
-            f"{one['form']:14} {one['variant']} / dense: CPU {one['cpu_ratio']:.2f}, memory "
-            f"{one['memory_ratio']:.2f} (promise {COST_PROMISE}); bytes {one['engine_ratio']:.3f} (promise: "
-            f"weights' {one['weights_ratio']:.3f} within {SIZE_PROMISE:.0%}, is {one['size_deviation']:+.1%})"
-        )
-    kept = all(all(one["kept"].values()) for one in comparisons)
-    if comparisons:
+            found = _measured(checkpoints, specs, form, options, work)
+            builds += [{"variant": variant, "form": form, **build} for variant, build in found.items()]
+            for build in builds[-len(found) :]:
+                print(_line(build), flush=True)
+    compared = comparisons(builds)
+    for one in compared:
+        print(comparison_line(one))
+    kept = all(all(one["kept"].values()) for one in compared)
+    if compared:
         print("Promises kept." if kept else "A promise is broken.")
     if options.json:
-        _add_run(options, {"environment": environment, "builds": records, "comparisons": comparisons})
+        _add_run(options, {"environment": environment, "builds": builds, "comparisons": compared})
     sys.exit(0 if kept else 1)
 
 
 def _add_run(options: argparse.Namespace, run: dict[str, Any]) -> None:
-    """Put a run into the record of all models, in the place of an earlier one of the same builds."""
-    record = read_json(options.json) if options.json.is_file() else {"schema": 2, "runs": {}}
+    """Put a run into the record of all models; forms that it did not build stay as they were."""
+    record = read_json(options.json) if options.json.is_file() else {"schema": 3, "runs": {}}
     name = options.shape or read_json(options.out / "manifest.json")["model"]["name"]
+    if options.layers:
+        name += f", {options.layers} layers"
     if options.only:
         name += f", {options.only} alone"
+    forms = options.forms.split(",")
+    for key, earlier in record["runs"].get(name, {}).items():
+        if isinstance(earlier, list):
+            run[key] = [one for one in earlier if one["form"] not in forms] + run[key]
     record["runs"][name] = run
     write_json(options.json, record)
 
@@ -110,10 +124,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--sparsity", type=float, default=0.4, help="of a random checkpoint [0.4]")
     parser.add_argument(
-        "--forms", default="fp16-concat", help="of fp16|bf16|w8|w4-concat|in-place [fp16-concat]"
+        "--forms", default="fp16-concat", help="of fp16|bf16|int8|w8|w4-concat|in-place [fp16-concat]"
     )
     parser.add_argument("--also", help=f"other cuts by the scores of OUT, built too: {','.join(OTHER_CUTS)}")
     parser.add_argument("--only", choices=["dense", "pruned"])
+    parser.add_argument("--twins", help="hidden sizes of narrow models to build too: 64,288")
     parser.add_argument("--repeats", type=int, default=1, help="builds of each, the median is taken [1]")
     parser.add_argument("--limit-gb", type=float, help="stop a build that needs more memory of its own")
     parser.add_argument("--folder", type=Path, help="where models and engines go for a while [the system's]")
@@ -124,6 +139,11 @@ def _options() -> argparse.Namespace:
     options.also = options.also.split(",") if options.also else []
     if options.also and (options.out is None or not set(options.also) <= set(OTHER_CUTS)):
         parser.error(f"--also takes OUT and some of {','.join(OTHER_CUTS)}")
+    options.twins = [int(size) for size in options.twins.split(",")] if options.twins else []
+    if options.twins and options.only:
+        parser.error("--twins say what can be kept, so they need both models: leave out --only")
+    if "int8" in options.forms and (options.out is None or not (options.out / "onnx-int8").is_dir()):
+        parser.error("int8 takes OUT with an onnx-int8: nirvana-deploy quantize OUT --scheme int8")
     return options
 
 
@@ -133,6 +153,7 @@ def _checkpoints(options: argparse.Namespace, work: Path) -> dict[str, Path]:
         dense = Path(read_json(options.out / "manifest.json")["model"]["path"])
         found = {"dense": dense, "pruned": options.out / "checkpoint"}
         found |= {name: _cut_again(options.out, dense, work / name, name) for name in options.also}
+        config = config_json(dense)
     else:
         config = SHAPES[options.shape]
         config = config | {"num_hidden_layers": options.layers or config["num_hidden_layers"]}
@@ -148,7 +169,25 @@ def _checkpoints(options: argparse.Namespace, work: Path) -> dict[str, Path]:
             slice_checkpoint(found["dense"], plan, found["pruned"])
         if options.only == "pruned":
             shutil.rmtree(found["dense"])
-    return {name: path for name, path in found.items() if options.only in (None, name)}
+    found = {name: path for name, path in found.items() if options.only in (None, name)}
+    for hidden in options.twins:
+        found[f"twin-{hidden}"] = work / f"twin-{hidden}"
+        write_random_checkpoint(found[f"twin-{hidden}"], _narrower(config, hidden))
+    return found
+
+
+def _narrower(config: dict[str, Any], hidden: int) -> dict[str, Any]:
+    """As many layers, heads and tokens of the vocabulary, in ``hidden`` channels; the FFN as narrow."""
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    width = config["intermediate_size"] * hidden // config["hidden_size"]
+    narrow = config | {
+        "hidden_size": hidden,
+        "intermediate_size": max(_TWIN_WIDTH_STEP, width // _TWIN_WIDTH_STEP * _TWIN_WIDTH_STEP),
+        "head_dim": head_dim,
+    }
+    if config["model_type"] == "llama":  # the same network; its configuration takes no such widths
+        narrow |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    return narrow
 
 
 def _cut_again(out: Path, dense: Path, folder: Path, name: str) -> Path:
@@ -162,30 +201,77 @@ def _cut_again(out: Path, dense: Path, folder: Path, name: str) -> Path:
     return folder
 
 
-def _measured(checkpoint: Path, form: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Export ``checkpoint`` in ``form`` and build it; of several builds the one of median CPU time."""
+def _int8_specs(options: argparse.Namespace, checkpoints: dict[str, Path], work: Path) -> dict[str, Int8Spec]:
+    """Variant -> the int8 decision: OUT's own, or calibrated by its windows; a twin has the dense one's."""
+    own = read_spec(options.out / "onnx-int8")
+    windows = read_windows(options.out / CALIBRATION_FILE)["calibration"]
+    specs = {}
+    for variant, checkpoint in checkpoints.items():
+        if variant == "pruned":
+            specs[variant] = own
+        elif is_twin(variant):
+            specs[variant] = _spec_of_twin(specs["dense"], config_json(checkpoint)["hidden_size"])
+        else:
+            onnx_from_checkpoint(checkpoint, work / "float")
+            quantize_onnx(
+                work / "float", work / "int8", scheme="int8", calibration=windows, smooth=own.alpha or "none"
+            )
+            specs[variant] = read_spec(work / "int8")
+            shutil.rmtree(work / "float")
+            shutil.rmtree(work / "int8")
+    return specs
+
+
+def _spec_of_twin(dense: Int8Spec, hidden: int) -> Int8Spec:
+    """As many outlier channels as the dense model has, so that the graph has the same nodes; no folds."""
+    linears = {
+        name: replace(linear, outliers=tuple(range(min(len(linear.outliers), hidden // 2))))
+        for name, linear in dense.linears.items()
+    }
+    return replace(dense, linears=linears, smoothing={})
+
+
+def _measured(
+    checkpoints: dict[str, Path],
+    specs: dict[str, Int8Spec],
+    form: str,
+    options: argparse.Namespace,
+    work: Path,
+) -> dict[str, dict[str, Any]]:
+    """Variant -> of its builds in ``form``, taking turns, the one of median CPU time."""
     precision, _, kv = form.partition("-")
-    onnx, engine = work / "onnx", work / "engine"
-    scheme = precision if precision in ("w8", "w4") else None
-    onnx_for_engine(
-        checkpoint,
-        onnx,
-        dtype="fp16" if scheme else precision,
-        kv=kv,
-        quantize=scheme,
-        rounding="plain" if scheme else None,
-        cache_tokens=LENGTH_TOKENS,
-    )
-    samples = [_built(onnx, engine, options.limit_gb) for _ in range(options.repeats)]
-    shutil.rmtree(onnx)
-    shutil.rmtree(engine, ignore_errors=True)
+    for variant, checkpoint in checkpoints.items():
+        onnx_for_engine(
+            checkpoint,
+            work / f"onnx-{variant}",
+            dtype=precision if precision in ("fp16", "bf16") else "fp16",
+            kv=kv,
+            quantize=None if precision in ("fp16", "bf16") else precision,
+            int8_spec=specs.get(variant),
+            rounding="plain" if precision in _LOW_BIT else None,
+            cache_tokens=LENGTH_TOKENS,
+        )
+    samples: dict[str, list[dict[str, Any]]] = {variant: [] for variant in checkpoints}
+    for _ in range(options.repeats):
+        for variant, of_variant in samples.items():
+            of_variant.append(_built(work / f"onnx-{variant}", work / "engine", options.limit_gb))
+            shutil.rmtree(work / "engine", ignore_errors=True)
+    for variant in checkpoints:
+        shutil.rmtree(work / f"onnx-{variant}")
+    return {variant: _middle(of_variant) for variant, of_variant in samples.items()}
+
+
+def _middle(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """The build of median CPU time, with what all of them took."""
     middle = sorted(samples, key=lambda sample: sample.get("cpu_s", 0.0))[len(samples) // 2]
-    return middle | {"cpu_samples_s": [sample.get("cpu_s") for sample in samples]}
+    return middle | {
+        "cpu_samples_s": [sample.get("cpu_s") for sample in samples],
+        "peak_own_samples_bytes": [sample["peak_own_bytes"] for sample in samples],
+    }
 
 
 def _built(onnx: Path, engine: Path, limit_gb: float | None) -> dict[str, Any]:
     """One build in a new process; what that process says of itself."""
-    shutil.rmtree(engine, ignore_errors=True)
     started = time.perf_counter()
     worker = Path(__file__).with_name("engine_worker.py")
     command = [sys.executable, str(worker), str(onnx), str(engine), str(LENGTH_TOKENS)]
@@ -222,37 +308,6 @@ def _watched(process: subprocess.Popen[str], limit_gb: float | None) -> tuple[in
         time.sleep(_POLL_S)
     process.wait()
     return peak, False
-
-
-def _comparisons(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Pruned against dense, for every form of which both were built."""
-    found = []
-    for form in dict.fromkeys(record["form"] for record in records):
-        of_form = {r["variant"]: r for r in records if r["form"] == form and "stopped" not in r}
-        for variant in [name for name in of_form if name != "dense" and "dense" in of_form]:
-            found.append(_comparison(of_form["dense"], of_form[variant]))
-    return found
-
-
-def _comparison(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, Any]:
-    """One pruned build against the dense one of the same form."""
-    ratios = {key: pruned[key] / dense[key] for key in ("cpu_s", "peak_rss_bytes", "engine_bytes")}
-    weights_ratio = pruned["weights_bytes"] / dense["weights_bytes"]
-    deviation = ratios["engine_bytes"] / weights_ratio - 1
-    return {
-        "form": dense["form"],
-        "variant": pruned["variant"],
-        "cpu_ratio": ratios["cpu_s"],
-        "memory_ratio": ratios["peak_rss_bytes"],
-        "engine_ratio": ratios["engine_bytes"],
-        "weights_ratio": weights_ratio,
-        "size_deviation": deviation,
-        "kept": {
-            "cpu": ratios["cpu_s"] <= COST_PROMISE,
-            "memory": ratios["peak_rss_bytes"] <= COST_PROMISE,
-            "size": abs(deviation) <= SIZE_PROMISE,
-        },
-    }
 
 
 def _line(record: dict[str, Any]) -> str:

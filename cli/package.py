@@ -18,7 +18,8 @@ from .common import TerminalProgress, echo_json, json_option
     "engines",
     multiple=True,
     metavar="[TARGET=]FILE",
-    help="With --triton: serve this TensorRT engine instead, for example sm89=l4.engine. Repeatable.",
+    help="With --triton: serve this TensorRT engine instead, for example sm89=l4.engine. Repeatable. Of an "
+    "encoder-decoder the decoder's, alone: text in, text out.",
 )
 @click.option(
     "--out",
@@ -58,6 +59,7 @@ def package(
       nirvana-deploy package smollm2-s0.4 --gguf --type q8_0
       nirvana-deploy package smollm2-s0.4 --triton --out repository
       nirvana-deploy package smollm2-s0.4 --triton --engine sm89=l4.engine --engine sm86=a10.engine
+      nirvana-deploy package t5-s0.3 --triton --engine t5-s0.3/engine/pruned-decoder.engine
     """
     if as_gguf == as_triton:
         raise click.UsageError("Pass one of --gguf and --triton.")

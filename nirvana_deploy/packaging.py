@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.engine.record import read_engine_record
+from nirvana_deploy.engine.record import is_part_of_seq2seq, read_engine_record
 from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export import MODEL_FILE, is_seq2seq
+from nirvana_deploy.measure.stream import tokenizer_folder
 from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint
 from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
 from nirvana_deploy.package.triton_engine import triton_from_engines
+from nirvana_deploy.package.triton_seq2seq import triton_from_seq2seq_engines
 from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.run import MANIFEST, Run
 from nirvana_deploy.variants import CHECKPOINT, ONNX
@@ -76,9 +78,10 @@ def package_triton(
     """
     if is_seq2seq(source) or is_seq2seq(source / ONNX):
         raise NirvanaError(
-            "An encoder-decoder cannot be packaged for Triton: "
+            "The ONNX model of an encoder-decoder cannot be packaged for Triton: "
             "the decode model runs on onnxruntime-genai, which has no T5.",
-            hint="report.md says how ONNX Runtime runs it.",
+            hint="Its engines can: build-engine OUT, then package OUT --triton --engine "
+            "OUT/engine/NAME-decoder.engine",
         )
     onnx = _part(source, ONNX, MODEL_FILE, "nirvana-deploy export CHECKPOINT --out DIR")
     target = target or source / TRITON_FOLDER
@@ -105,11 +108,15 @@ def package_engines(
     """Write engines as one model of a Triton repository, ``target`` None meaning ``source``/triton.
 
     Each of ``engines`` is ``FILE`` or ``sm89=FILE``; without a target the engine's own record must name it.
+    The decoder's engine of an encoder-decoder, alone, is packaged with its encoder as a model of text.
     Raises NirvanaError for a target named twice or not at all, when ``target`` exists and ``force`` is not
-    given, and as :func:`triton_from_engines` does.
+    given, and as :func:`triton_from_engines` and :func:`triton_from_seq2seq_engines` do.
     """
     target = target or source / TRITON_FOLDER
     _require_free(target, force)
+    files = [Path(one.rpartition("=")[2]) for one in engines]
+    if any(is_part_of_seq2seq(read_engine_record(file, check_bytes=False)) for file in files):
+        return _package_seq2seq(files, source, target, name=name, progress=progress)
     by_target: dict[str, Path] = {}
     for one in engines:
         given, _, file = one.rpartition("=")
@@ -124,6 +131,27 @@ def package_engines(
     def work() -> dict[str, Any]:
         called = name or f"{_name_of(source)}-engine"
         made.append(triton_from_engines(by_target, target, name=called, progress=progress))
+        return {"models": list(made[0].models)}
+
+    _record(source, "triton", target, work, progress)
+    return made[0]
+
+
+def _package_seq2seq(
+    files: Sequence[Path], source: Path, target: Path, *, name: str | None, progress: Progress
+) -> TritonRepository:
+    if len(files) > 1:
+        raise NirvanaError(
+            f"An encoder-decoder is served by one pair of engines, got {len(files)} files.",
+            hint="Name its decoder alone; the encoder beside it is found. A GPU of another kind takes a "
+            "repository of its own.",
+        )
+    made: list[TritonRepository] = []
+
+    def work() -> dict[str, Any]:
+        (decoder,), called = files, name or f"{_name_of(source)}-engine"
+        folder = tokenizer_folder(decoder)
+        made.append(triton_from_seq2seq_engines(decoder, folder, target, name=called, progress=progress))
         return {"models": list(made[0].models)}
 
     _record(source, "triton", target, work, progress)

@@ -87,6 +87,9 @@ def rewritten(path: Path, data: bytes) -> Path:
 
 @without_gpu
 def test_an_engine_without_a_gpu_is_one_sentence(engine: Path) -> None:
+    pytest.importorskip(
+        "cuda.bindings.driver", reason="needs cuda-bindings: pip install 'nirvana-deploy[rtx]'"
+    )
     with pytest.raises(NirvanaError) as caught:
         TensorRTRunner(engine)
     assert re.match(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,10 +12,17 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from conftest import write_tiny
-from google.protobuf import json_format, text_format
-from numpy.typing import NDArray
+from fake_triton import (
+    FakeRequest,
+    FakeSender,
+    arguments,
+    ask,
+    load,
+    model_config_pb2,
+    parsed,
+    pretend_triton,
+)
 from test_slicing import plan_for
-from tritonclient.grpc import model_config_pb2
 
 from nirvana_deploy.artifact import write_bytes
 from nirvana_deploy.cli.package import package
@@ -50,12 +53,6 @@ def repository(onnx_folder: Path) -> Path:
     return triton_from_onnx(onnx_folder, onnx_folder.parent / "repository", name="tiny").path
 
 
-def parsed(repository: Path, model: str) -> model_config_pb2.ModelConfig:
-    """config.pbtxt by the schema; unknown fields and wrong types are errors."""
-    text = (repository / model / "config.pbtxt").read_text()
-    return text_format.Parse(text, model_config_pb2.ModelConfig())
-
-
 def test_the_graph_is_described_as_the_file_is(repository: Path, onnx_folder: Path) -> None:
     config = parsed(repository, "tiny-graph")
     assert (config.name, config.backend, config.max_batch_size) == ("tiny-graph", "onnxruntime", 0)
@@ -78,103 +75,15 @@ def test_the_placed_graph_runs_where_it_lies(repository: Path, onnx_folder: Path
     np.testing.assert_array_equal(placed, original)
 
 
-@dataclass
-class FakeTensor:
-    """pb_utils.Tensor, as far as a model may rely on it."""
-
-    name: str
-    array: NDArray[Any]
-
-    def as_numpy(self) -> NDArray[Any]:
-        return self.array
-
-
-@dataclass
-class FakeResponse:
-    output_tensors: list[FakeTensor] = field(default_factory=list)
-    error: Exception | None = None
-
-    def of(self, name: str) -> NDArray[Any]:
-        return {tensor.name: tensor.array for tensor in self.output_tensors}[name]
-
-
-@dataclass
-class FakeSender:
-    sent: list[FakeResponse] = field(default_factory=list)
-    finished: bool = False
-    cancel_after: int | None = None
-
-    def send(self, response: FakeResponse | None = None, flags: int = 0) -> None:
-        assert not self.finished, "Triton refuses what comes after the final flag"
-        assert response is not None or flags
-        self.sent += [response] if response is not None else []
-        self.finished = bool(flags)
-
-    def is_cancelled(self) -> bool:
-        return self.cancel_after is not None and len(self.sent) >= self.cancel_after
-
-
-@dataclass
-class FakeRequest:
-    inputs: dict[str, Any]
-    sender: FakeSender = field(default_factory=FakeSender)
-
-    def get_response_sender(self) -> FakeSender:
-        return self.sender
-
-
-_DTYPES = {"TYPE_STRING": np.object_, "TYPE_INT32": np.int32, "TYPE_BOOL": np.bool_, "TYPE_FP32": np.float32}
-
-
 @pytest.fixture
 def model(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """model.py of the repository, initialized as Triton's Python backend does it."""
     config = parsed(repository, "tiny")
-    declared = {tensor.name: model_config_pb2.DataType.Name(tensor.data_type) for tensor in config.input}
-
-    def get_input(request: FakeRequest, name: str) -> FakeTensor | None:
-        dtype = _DTYPES[declared[name]]  # a KeyError for an input that config.pbtxt does not declare
-        if name not in request.inputs:
-            return None
-        value = request.inputs[name]
-        return FakeTensor(name, np.array([value.encode() if isinstance(value, str) else value], dtype=dtype))
-
-    utils = ModuleType("triton_python_backend_utils")
-    utils.__dict__.update(
-        get_input_tensor_by_name=get_input,
-        Tensor=FakeTensor,
-        InferenceResponse=FakeResponse,
-        TritonError=RuntimeError,
-        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
-    )
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
+    pretend_triton(monkeypatch, config)
     made = load(repository / "tiny/1/model.py").TritonPythonModel()
     made.initialize(arguments(repository, config))
     yield made
     made.finalize()
-
-
-def load(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("triton_model", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def arguments(repository: Path, config: model_config_pb2.ModelConfig) -> dict[str, str]:
-    return {
-        "model_config": json_format.MessageToJson(config, preserving_proto_field_name=True),
-        "model_repository": str(repository / "tiny"),
-        "model_version": "1",
-    }
-
-
-def ask(model: Any, **inputs: Any) -> FakeSender:
-    request = FakeRequest(inputs)
-    model.execute([request])
-    assert request.sender.finished
-    return request.sender
 
 
 @pytest.mark.consumer(
@@ -276,7 +185,7 @@ def test_the_command_writes_a_repository(onnx_folder: Path, tmp_path: Path) -> N
     assert isinstance(nothing.exception, NirvanaError) and "onnx/model.onnx" in nothing.exception.message
     (tmp_path / "seq2seq").mkdir()
     (tmp_path / "seq2seq" / "encoder_model.onnx").touch()
-    with pytest.raises(NirvanaError, match="An encoder-decoder cannot be packaged"):
+    with pytest.raises(NirvanaError, match="The ONNX model of an encoder-decoder cannot be packaged"):
         package_triton(tmp_path / "seq2seq")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "model.onnx").write_bytes((onnx_folder / "model.onnx").read_bytes())

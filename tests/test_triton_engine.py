@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from fake_tensorrt import decoder_profiles, write_fake_engine
-from google.protobuf import text_format
+from fake_triton import model_config_pb2, parsed
 from tiny_decoder import HEAD_DIM, KV_HEADS, VOCAB, write_tiny_decoder
-from tritonclient.grpc import model_config_pb2
 
 from nirvana_deploy.artifact import read_json, write_json
 from nirvana_deploy.cli.package import package
@@ -37,8 +36,7 @@ def make_engine(root: Path, name: str = "a", *, step_tokens: int = 8, **changes:
 def test_each_gpu_gets_its_plan(engine: Path, tmp_path: Path) -> None:
     other = make_engine(tmp_path, "b")
     out = triton_from_engines({"sm89": engine, "sm120": other}, tmp_path / "repository", name="tiny").path
-    config = model_config_pb2.ModelConfig()
-    text_format.Parse((out / "tiny" / "config.pbtxt").read_text(), config)
+    config = parsed(out, "tiny")
     assert (config.name, config.backend, config.max_batch_size) == ("tiny", "tensorrt", 0)
     assert dict(config.cc_model_filenames) == {"8.9": "model.sm89.plan", "12.0": "model.sm120.plan"}
     assert config.default_model_filename == "model.sm89.plan"

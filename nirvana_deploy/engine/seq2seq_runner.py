@@ -99,7 +99,7 @@ class TensorRTSeq2Seq:
         self._plan = plan_seq2seq_memory(record)
         self._records = {DECODER: record, ENCODER: read_engine_record(paths[ENCODER])}
         _require_one_model(self._records[ENCODER], record)
-        self.start_token = start_token(_config_folder(decoder))
+        self.start_token = start_token(config_folder(decoder))
         trt = module if module is not None else tensorrt_module(record.runtime)
         for one in self._records.values():
             require_weights(one)
@@ -272,7 +272,7 @@ def _require_one_model(encoder: EngineRecord, decoder: EngineRecord) -> None:
         )
 
 
-def _config_folder(decoder: Path) -> Path:
+def config_folder(decoder: Path) -> Path:
     """The folder whose config.json is the model's: the ONNX folder or the checkpoint, near its engines."""
     name, base = decoder.stem.removesuffix(f"-{DECODER}"), decoder.parent
     nearby = (

@@ -14,8 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-_DEFAULT_MAX_TOKENS = 128
-_SAMPLING = ("temperature", "top_k", "top_p")
+DEFAULT_MAX_TOKENS = 128
+_OPTIONS = {
+    "max_tokens": int,
+    "stream": bool,
+    "chat": bool,
+    "random_seed": int,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+}
 
 
 class TritonPythonModel:
@@ -41,38 +49,15 @@ class TritonPythonModel:
         self._context_tokens = config["model"]["context_length"]
 
     def execute(self, requests):
-        """Answer each request on its own sender; a request that fails fails alone."""
-        import triton_python_backend_utils as pb_utils
-
-        for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._answer(pb_utils, request, sender)
-            except Exception as error:  # whatever it is, this request must be told and the next one served
-                response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
-                sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        """Answer each request on its own sender."""
+        serve(requests, self._pieces, options=_OPTIONS)
 
     def finalize(self):
         """Let go of the model before the process ends."""
         self._tokenizer = self._model = None
 
-    def _answer(self, pb_utils, request, sender):
-        text, options = _read(pb_utils, request)
-        prompt = self._encode(text, chat=options.pop("chat", False))
-        stream = options.pop("stream", False)
-        pieces, tokens = [], []
-        for piece, token in self._generate(prompt, **options):
-            if sender.is_cancelled():
-                break
-            pieces.append(piece)
-            tokens.append(token)
-            if stream:
-                sender.send(_response(pb_utils, piece, [token]))
-        last = None if stream else _response(pb_utils, "".join(pieces), tokens)
-        if last is None:
-            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        else:
-            sender.send(last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    def _pieces(self, text, *, chat=False, **options):
+        return self._generate(self._encode(text, chat=chat), **options)
 
     def _encode(self, text, *, chat):
         if chat:
@@ -87,10 +72,8 @@ class TritonPythonModel:
             )
         return prompt
 
-    def _generate(self, prompt, *, max_tokens=_DEFAULT_MAX_TOKENS, random_seed=None, **sampling):
+    def _generate(self, prompt, *, max_tokens=DEFAULT_MAX_TOKENS, random_seed=None, **sampling):
         """Yield (text, token) until a stop token, which is left out, or ``max_tokens``."""
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
         parameters = self._genai.GeneratorParams(self._model)
         length = min(len(prompt) + max_tokens, self._context_tokens)
         search = {"max_length": length, "do_sample": bool(sampling), **sampling}
@@ -108,21 +91,52 @@ class TritonPythonModel:
             yield stream.decode(token), token
 
 
-def _read(pb_utils, request):
+def serve(requests, pieces_of, *, options):
+    """Answer each request by ``pieces_of(text, **options)``, which yields (text, token) of new tokens.
+
+    ``options`` names the inputs that a request may have, with their types; ``stream`` sends each piece by
+    itself. A request that fails fails alone.
+    """
+    import triton_python_backend_utils as pb_utils
+
+    for request in requests:
+        sender = request.get_response_sender()
+        try:
+            _answer(pb_utils, request, sender, pieces_of, options)
+        except Exception as error:  # whatever it is, this request must be told and the next one served
+            response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _answer(pb_utils, request, sender, pieces_of, options):
+    text, given = _read(pb_utils, request, options)
+    if given.get("max_tokens", 1) < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {given['max_tokens']}.")
+    stream = given.pop("stream", False)
+    pieces, tokens = [], []
+    for piece, token in pieces_of(text, **given):
+        if sender.is_cancelled():
+            break
+        pieces.append(piece)
+        tokens.append(token)
+        if stream:
+            sender.send(_response(pb_utils, piece, [token]))
+    if stream:
+        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    else:
+        last = _response(pb_utils, "".join(pieces), tokens)
+        sender.send(last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _read(pb_utils, request, options):
     """The text, and the options that were sent."""
     text = pb_utils.get_input_tensor_by_name(request, "text_input").as_numpy().reshape(-1)[0]
-    options = {}
-    for name, read in (
-        ("max_tokens", int),
-        ("stream", bool),
-        ("chat", bool),
-        ("random_seed", int),
-        *((name, float if name != "top_k" else int) for name in _SAMPLING),
-    ):
+    given = {}
+    for name, read in options.items():
         tensor = pb_utils.get_input_tensor_by_name(request, name)
         if tensor is not None:
-            options[name] = read(tensor.as_numpy().reshape(-1)[0])
-    return text.decode("utf-8") if isinstance(text, bytes) else str(text), options
+            given[name] = read(tensor.as_numpy().reshape(-1)[0])
+    return text.decode("utf-8") if isinstance(text, bytes) else str(text), given
 
 
 def _response(pb_utils, text, tokens):
