@@ -6,7 +6,9 @@
 OUT is a folder that `nirvana-deploy prune-export` made. For each runtime that is installed and each form of
 the KV cache, dense and pruned are exported in fp16, built for this GPU, verified against ONNX Runtime at the
 corners of their profiles, and timed in alternating rounds; the record holds every sample, GPU compute time
-and device memory beside the latencies. Exits with 1 where a test fails or a comparison does not pass.
+and device memory beside the latencies. Exits with 1 where a test fails or a comparison does not pass. The
+batch is fixed to one, as for somebody who decodes alone: decode gets the kernels of a single row, for which
+the engine stores its linears a second time (engine/build.py), so its size is not that of engines.py.
 
 --build-only stops before anything runs, and needs no GPU with tensorrt-rtx: it tries the first half.
 """

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from consumers import section as where_it_runs  # the scripts beside this one
+from engine_promises import is_twin
 from quality import read_rows, reconstruction_table, table
 from quantization import table as quantization_table
 from selection import table as selection_table
@@ -107,9 +108,10 @@ def engines_section() -> str:
     for model, run in runs.items():
         beside = {(one["form"], one["variant"]): one for one in run["comparisons"]}
         for build in run["builds"]:
-            name = f"{model.partition(',')[0]}, {build['variant']}, {build['form']}"
-            cells = _engine_cells(build, beside.get((build["form"], build["variant"])))
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            if not is_twin(build["variant"]):
+                name = f"{model.removesuffix(' alone')}, {build['variant']}, {build['form']}"
+                cells = _engine_cells(build, beside.get((build["form"], build["variant"])))
+                lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_engine_notes(runs)])
 
 
@@ -120,40 +122,60 @@ def _engine_cells(build: dict[str, Any], beside: dict[str, Any] | None) -> list[
     sizes = [build["weights_bytes"] / 1e6, build["programs"]["kernel_sources"], build["engine_bytes"] / 1e6]
     cells = [f"{size:.0f}" for size in sizes]
     if beside is None:
-        return [*cells, "", "", f"{build['cpu_s']:.1f} s", f"{build['peak_rss_bytes'] / 1e9:.2f} GB"]
-    shares = [f"{beside[of]:.3f}" for of in ("weights_ratio", "engine_ratio")]
-    return [*cells, *shares, *(f"{beside[of]:.2f}" for of in ("cpu_ratio", "memory_ratio"))]
+        return [*cells, "", "", f"{build['cpu_s']:.1f} s", f"{build['peak_own_bytes'] / 1e9:.2f} GB"]
+    shares = []
+    for name, digits in (("engine", 3), ("cpu", 2), ("memory", 2)):
+        at_best = f" ({beside['bound'][name]:.{digits}f})" if "bound" in beside else ""
+        shares.append(f"{beside[f'{name}_ratio']:.{digits}f}{at_best}")
+    return [*cells, f"{beside['weights_ratio']:.3f}", *shares]
 
 
 def _engine_notes(runs: dict[str, Any]) -> list[str]:
     """What the table says about the promises, in words."""
-    programs = [build["programs"] for run in runs.values() for build in run["builds"] if "programs" in build]
-    texts, stored = (sum(one[key] for one in programs) for key in ("kernel_sources", "bytes"))
-    packed = stored / sum(one["zlib_bytes"] for one in programs)
-    notes = [
-        f"A kernel text takes {stored / texts / 1e6:.2f} MB; all of them compress {packed:.0f} times, if an "
-        "engine has to travel.",
-    ]
     built = [build for run in runs.values() for build in run["builds"] if "programs" in build]
-    largest = max(built, key=lambda build: build["weights_bytes"])
-    own = largest["peak_own_bytes"] / largest["weights_bytes"]
-    stopped = [build for run in runs.values() for build in run["builds"] if "stopped" in build]
+    texts, stored, zipped = (
+        sum(build["programs"][key] for build in built) for key in ("kernel_sources", "bytes", "zlib_bytes")
+    )
+    notes = [
+        "In brackets: the best that a model of these weights can reach, by a line through narrow models of "
+        f"as many layers. A kernel text takes {stored / texts / 1e6:.2f} MB; all of them compress "
+        f"{stored / zipped:.0f} times, if an engine has to travel.",
+    ]
     notes += [
-        f"The build that was stopped has {build['onnx_bytes'] / 1e9:.1f} GB of weights; the largest that was "
-        f"not took {own:.1f} times its weights in memory of its own."
-        for build in stopped
+        f"The build that was stopped has {build['onnx_bytes'] / 1e9:.1f} GB of weights."
+        for run in runs.values()
+        for build in run["builds"]
+        if "stopped" in build
     ]
     for model, run in runs.items():
         pairs = [one for one in run["comparisons"] if one["variant"] == "pruned"]
         if not pairs:
             continue
-        kept = [sum(one["kept"][what] for one in pairs) for what in ("size", "cpu", "memory")]
+        told = [
+            f"{word} {_counted(pairs, 'kept', name)}"
+            + (f" ({_counted(pairs, 'can_be_kept', name)} at best)" if "can_be_kept" in pairs[0] else "")
+            for name, word in (("engine", "bytes"), ("cpu", "CPU time"), ("memory", "memory"))
+        ]
         off = max(abs(one["size_deviation"]) for one in pairs)
-        notes.append(
-            f"{model}: of {len(pairs)} pruned engines {kept[0]} keep the promise of bytes (at most {off:.1%} "
-            f"off), {kept[1]} that of CPU time, {kept[2]} that of memory."
-        )
+        count = f"{len(pairs)} pruned engines" if len(pairs) > 1 else "one pruned engine"
+        notes.append(f"{model}, {count}: promises kept of {', '.join(told)}; bytes at most {off:.1%} off.")
+        notes += [_needed(one) for one in pairs[:1] if "bound" in one]
     return notes
+
+
+def _counted(pairs: list[dict[str, Any]], what: str, name: str) -> str:
+    return f"{sum(one[what][name] for one in pairs)} of {sum(what in one for one in pairs)}"
+
+
+def _needed(one: dict[str, Any]) -> str:
+    """From which size on a promise could be kept, by the line of one form."""
+    words = [
+        f"{word} from {needed / 1e9:.1f} GB"
+        for name, word in (("engine", "bytes"), ("cpu", "CPU time"), ("memory", "memory"))
+        if (needed := one["weights_needed_bytes"][name]) is not None
+    ]
+    never = " of dense weights on" if words else "never"
+    return f"With its layers, in {one['form']}, these could be kept: {', '.join(words)}{never}."
 
 
 def decode_section(record: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from nirvana_deploy.engine.profile import Lengths, Range, profiles_for, shapes_of
+from nirvana_deploy.engine.profile import Lengths, Range, notes_on_rows, profiles_for, shapes_of
 from nirvana_deploy.engine.source import OnnxSource, read_source
 from nirvana_deploy.errors import NirvanaError
 
@@ -113,3 +113,16 @@ def test_what_a_graph_cannot_take_is_refused(
 ) -> None:
     with pytest.raises(NirvanaError, match=message):
         profiles_for(source_of(tmp_path, inputs, context=512), lengths)
+
+
+def test_an_engine_that_stores_its_linears_twice_says_why(tmp_path: Path) -> None:
+    def notes(max_batch: int, engine_bytes: int, inputs: dict[str, tuple[int, list[int | str]]]) -> list[str]:
+        source = source_of(tmp_path, inputs)
+        profiles = profiles_for(source, Lengths(max_batch=max_batch, max_length=64))
+        shapes = [shapes_of(source, profile) for profile in profiles]
+        return list(notes_on_rows(shapes, 269_000_000, engine_bytes))
+
+    (note,) = notes(1, 503_000_000, CONCAT)
+    assert note.startswith("234 MB lie beside 269 MB of weights") and "--max-batch 2" in note
+    assert notes(2, 503_000_000, CONCAT) == notes(1, 292_000_000, CONCAT) == []
+    assert notes(1, 503_000_000, SEQ2SEQ) == []  # its two profiles have one row each

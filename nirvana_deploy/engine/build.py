@@ -4,15 +4,19 @@
 
 * the parser maps the external data, and building takes about twice the weights in memory beside it; the
   engine is written in blocks of 64 MB, never whole in memory;
-* an engine has the weights once for both profiles, and beside them the source text of each
-  kernel that was generated for it, 0.16 MB apiece, nearly all of it a copy of the same definitions. Their
-  number grows with layers, profiles and distinct widths, not with parameters: SmolLM2 (30 layers, two
-  profiles) has 136 of them, 23 MB beside 269 MB of weights; cut to layers of different widths 203, 32 MB
-  beside 185 MB; cut to layers of one width 136 again. So the file of a small model shrinks less than its
-  weights, and the CPU time of its build hardly shrinks. Optimization level, number of tactics, auxiliary
-  streams, verbosity and targets were tried and change nothing (``benchmarks/engines.py``);
-* but where the batch is fixed to 1 (``--max-batch 1``), so that decode has one row, linears are stored a
-  second time: dense SmolLM2 then has 503 MB instead of 292, cut 350 instead of 217 (``benchmarks/gpu.py``);
+* an engine has the weights once for both profiles, and beside them the source text of each kernel that was
+  generated for it, 0.16 MB apiece, nearly all of it a copy of the same definitions. The fused attention has
+  one for every layer and profile, even where they are identical; norms and the like one for all layers that
+  are alike; SiLU(gate) * up one for each FFN width and profile. SmolLM2 (30 layers, two profiles) has 136 of
+  them, 23 MB beside 269 MB of weights; cut to layers of different widths 203, 32 MB beside 185 MB; cut to
+  layers of one width 136 again. So the file of a small model shrinks less than its weights, and nine tenths
+  of the CPU time of its build do not depend on weights at all. No option of the builder changes that
+  (``benchmarks/engines.py``);
+* but where the batch is fixed to 1 (``--max-batch 1``), linears are stored a second time: decode then has one
+  row, and its products of matrix and vector read another layout than those of prefill (with either profile
+  alone they are stored once). Weights that the graph holds transposed are shared by o_proj and down_proj, not
+  by the joined q, k, v and gate, up. Dense SmolLM2 has 503 MB instead of 292, cut 350 instead of 217; the
+  record of such an engine says so;
 * naming several targets costs nothing: four make the engine 32 bytes larger than one, at the same build time;
 * engines without weights (refit, strip) need a GPU to build, and version compatibility a library that the
   package does not have; weight streaming is a flag that changes neither bytes nor cost of the build.
@@ -47,7 +51,7 @@ from nirvana_deploy.engine.precision import (
     attention_without_kernel,
     notes_on_attention,
 )
-from nirvana_deploy.engine.profile import Lengths, Profile, profiles_for, shapes_of
+from nirvana_deploy.engine.profile import Lengths, Profile, notes_on_rows, profiles_for, shapes_of
 from nirvana_deploy.engine.record import (
     ENGINE_SUFFIX,
     BuildCost,
@@ -211,6 +215,8 @@ class _Job:
     ) -> EngineRecord:
         """Describe the finished engine; writes its log."""
         options, profiles = self.options, self.shapes()
+        engine_bytes = self.engine.stat().st_size
+        notes = [*notes, *notes_on_rows(profiles, facts.weights_bytes, engine_bytes)]
         log_file = self.engine.with_suffix(".log")
         write_bytes(log_file, self.log.text().encode())
         return EngineRecord(
@@ -228,7 +234,7 @@ class _Job:
             layers=facts.layers,
             weights_bytes=facts.weights_bytes,
             engine_file=self.engine.name,
-            engine_bytes=self.engine.stat().st_size,
+            engine_bytes=engine_bytes,
             engine_sha256=sha256_of(self.engine),
             onnx_sha256=self.source.sha256(),
             weight_streaming=options.weight_streaming,

@@ -13,7 +13,8 @@ Dimension letters: B sequences of a batch, T new tokens, S past and new ones, C 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,19 @@ def shapes_of(source: OnnxSource, profile: Profile) -> ProfileRecord:
             for one in source.inputs
         },
     )
+
+
+def notes_on_rows(profiles: Sequence[ProfileRecord], weights_bytes: int, engine_bytes: int) -> Iterator[str]:
+    """Say why an engine is so large where one of several profiles fixes its tokens [B, T] to one row."""
+    tokens = [profile.shapes["input_ids"] for profile in profiles if "input_ids" in profile.shapes]
+    rows = [math.prod(largest) for _, _, largest in tokens]
+    beside_bytes = engine_bytes - weights_bytes
+    if 1 in rows and max(rows) > 1 and beside_bytes > weights_bytes / 2:
+        yield (
+            f"{beside_bytes / 1e6:,.0f} MB lie beside {weights_bytes / 1e6:,.0f} MB of weights: decode is "
+            "fixed to one row, for which linears are stored a second time, in another layout. --max-batch 2 "
+            "stores them once."
+        )
 
 
 def _decoder_profiles(longest: int, prompt: int, length: int) -> tuple[Profile, ...]:
