@@ -262,12 +262,14 @@ def _measured(
 
 
 def _middle(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """The build of median CPU time, with what all of them took."""
-    middle = sorted(samples, key=lambda sample: sample.get("cpu_s", 0.0))[len(samples) // 2]
-    return middle | {
-        "cpu_samples_s": [sample.get("cpu_s") for sample in samples],
-        "peak_own_samples_bytes": [sample["peak_own_bytes"] for sample in samples],
-    }
+    """The build of median CPU time, with the median of memory, and what all of them took."""
+    if any("stopped" in sample for sample in samples):
+        return samples[-1]
+    middle = sorted(samples, key=lambda sample: sample["cpu_s"])[len(samples) // 2]
+    for field in ("cpu_s", "peak_own_bytes", "peak_rss_bytes"):
+        taken = [sample[field] for sample in samples]
+        middle = middle | {field: sorted(taken)[len(taken) // 2], f"{field}_samples": taken}
+    return middle
 
 
 def _built(onnx: Path, engine: Path, limit_gb: float | None) -> dict[str, Any]:

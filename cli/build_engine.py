@@ -50,11 +50,23 @@ class _Bytes(click.ParamType[Any]):
     help="A cache that grows, or one of --max-length tokens that is updated in place, as servers want it. "
     "[concat]",
 )
-@click.option("--quantize", type=click.Choice(["int8", "w8", "w4", "fp8"]), help="How weights are stored.")
 @click.option(
-    "--target", help="GPU architectures of an RTX engine, with commas. [sm80,sm86,sm89,sm120,sm121]"
+    "--quantize",
+    type=click.Choice(["int8", "w8", "w4", "fp8"]),
+    help="int8: weights and activations, by what DIR/onnx-int8 decided; the others: weights alone, w8 and w4 "
+    "as in DIR/onnx-w8 or onnx-w4 where that is, fp8 for sm89 and newer. [none]",
 )
-@click.option("--max-batch", type=int, default=4, show_default=True, help="Largest batch.")
+@click.option(
+    "--target",
+    help="GPU architectures of an RTX engine, with commas; sm75 too. [sm80,sm86,sm89,sm120,sm121]",
+)
+@click.option(
+    "--max-batch",
+    type=int,
+    default=4,
+    show_default=True,
+    help="Largest batch. With 1 the engine stores its linears twice.",
+)
 @click.option("--opt-batch", type=int, default=1, show_default=True, help="Batch that is tuned for.")
 @click.option("--max-length", type=int, help="Longest sequence, prompt and answer. [2048, or the context]")
 @click.option("--opt-prompt", type=int, help="Tokens of a prompt that prefill is tuned for. [128]")
@@ -138,7 +150,7 @@ def build_engine(
     is_output, progress = (folder / MANIFEST).is_file(), TerminalProgress()
     if given and not is_output:
         raise NirvanaError(
-            f"{folder} is no output folder: --{', --'.join(given)} are said by its ONNX file already.",
+            f"{folder} is no output folder: its ONNX file already settles --{', --'.join(given)}.",
             hint="Give the output folder of prune-export, or leave them out.",
         )
     if is_output and out is not None:

@@ -131,7 +131,7 @@ def test_an_onnx_folder_is_built_as_it_is(dense: Path, tmp_path: Path) -> None:
     record = read_engine_record(folder / "engine" / "mine.engine")
     assert record.weight_streaming and record.workspace_bytes == 1 << 30
     assert "weight streaming" in result.stdout and "--memPoolSize=workspace:1024M" in record.trtexec
-    with pytest.raises(NirvanaError, match="--kv are said by its ONNX file already"):
+    with pytest.raises(NirvanaError, match="its ONNX file already settles --kv"):
         run("build-engine", folder, *SIZES, "--kv", "in-place", "--force")
 
 

@@ -134,7 +134,7 @@ def test_without_the_package_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, runtime: str, module: str, extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=rf"Engines of {runtime} needs .*\n.*\[{extra}\]"):
+    with pytest.raises(MissingExtraError, match=rf"An engine of {runtime} needs .*\n.*\[{extra}\]"):
         tensorrt_module(runtime)
 
 

@@ -32,7 +32,7 @@ def tensorrt_module(runtime: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise MissingExtraError(f"Engines of {runtime}", package=runtime, extra=extra) from None
+        raise MissingExtraError(f"An engine of {runtime}", package=runtime, extra=extra) from None
 
 
 def version_compatible(record: EngineRecord) -> bool:

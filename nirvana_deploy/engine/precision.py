@@ -57,7 +57,7 @@ def notes_on_attention(source: OnnxSource, reasons: dict[int, str], total: int) 
     """What the user of the engine should know about its attention."""
     if source.dtype == "fp32":
         return [
-            "fp32 was asked for: attention is decomposed into MatMul, Softmax and MatMul wherever no "
+            "The graph computes in fp32: attention is decomposed into MatMul, Softmax and MatMul wherever no "
             "fused kernel exists, which is slower and takes memory quadratic in the prompt; fp16 and bf16 "
             "are fused."
         ]
