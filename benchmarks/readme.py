@@ -109,7 +109,7 @@ def engines_section() -> str:
         beside = {(one["form"], one["variant"]): one for one in run["comparisons"]}
         for build in run["builds"]:
             if not is_twin(build["variant"]):
-                name = f"{model.removesuffix(' alone')}, {build['variant']}, {build['form']}"
+                name = f"{model.removesuffix(f', {build["variant"]} alone')}, {build['variant']}, {build['form']}"
                 cells = _engine_cells(build, beside.get((build["form"], build["variant"])))
                 lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_engine_notes(runs)])
@@ -164,7 +164,8 @@ def _engine_notes(runs: dict[str, Any]) -> list[str]:
 
 
 def _counted(pairs: list[dict[str, Any]], what: str, name: str) -> str:
-    return f"{sum(one[what][name] for one in pairs)} of {sum(what in one for one in pairs)}"
+    found = [one[what][name] for one in pairs if what in one]
+    return f"{sum(found)} of {len(found)}"
 
 
 def _needed(one: dict[str, Any]) -> str:
