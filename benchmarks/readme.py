@@ -109,8 +109,9 @@ def engines_section() -> str:
         beside = {(one["form"], one["variant"]): one for one in run["comparisons"]}
         for build in run["builds"]:
             if not is_twin(build["variant"]):
-                name = f"{model.removesuffix(f', {build["variant"]} alone')}, {build['variant']}, {build['form']}"
-                cells = _engine_cells(build, beside.get((build["form"], build["variant"])))
+                variant = build["variant"]
+                name = f"{model.removesuffix(f', {variant} alone')}, {variant}, {build['form']}"
+                cells = _engine_cells(build, beside.get((build["form"], variant)))
                 lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_engine_notes(runs)])
 
