@@ -311,7 +311,9 @@ def reconstruction_table(rows: Sequence[Row]) -> str:
         kl = [f"{np.median([row['kl'] for row in side]):.3f}" for side in (before, after)]
         cells = [f"{sparsity:g}", saliency, allocation, str(len(members)), spread(before), spread(after), *kl]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if pairs else ""
+    ridges = ", ".join(sorted({f"{row['reconstruct']['ridge']:g}" for _, row in pairs}))
+    how = f"Reconstructed (`--reconstruct`): refitted on the seed's own calibration windows, ridge {ridges}."
+    return "\n".join([*lines, "", how]) if pairs else ""
 
 
 def spread(rows: Sequence[Row]) -> str:
