@@ -7,7 +7,8 @@ weights' bytes, ``fixed + slope * weights``, gives the best that a pruned model 
 
     bound = (fixed + slope * pruned weights) / (fixed + slope * dense weights)
 
-as if its kernels were no more than the dense model's. Where the bound is above the promise, nothing that the
+as if its kernels were as many as the dense model's (a layer whose attention is decomposed has fewer, and CPU
+time is noisy: a build may fall a little below). Where the bound is well above the promise, nothing that the
 exporter does can keep it, and the line says from how many bytes of weights on it could be kept.
 """
 

@@ -45,6 +45,7 @@ def main(onnx: Path, out: Path, max_length: int) -> None:
             {
                 "seconds": record.build.seconds,
                 "cpu_s": record.build.cpu_seconds,
+                "system_s": record.build.system_seconds,
                 "peak_rss_bytes": record.build.peak_rss_bytes,
                 "imports_rss_bytes": imports_bytes,
                 "engine_bytes": record.engine_bytes,

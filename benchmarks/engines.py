@@ -266,7 +266,7 @@ def _middle(samples: list[dict[str, Any]]) -> dict[str, Any]:
     if any("stopped" in sample for sample in samples):
         return samples[-1]
     middle = sorted(samples, key=lambda sample: sample["cpu_s"])[len(samples) // 2]
-    for field in ("cpu_s", "peak_own_bytes", "peak_rss_bytes"):
+    for field in ("cpu_s", "system_s", "peak_own_bytes", "peak_rss_bytes"):
         taken = [sample[field] for sample in samples]
         middle = middle | {field: sorted(taken)[len(taken) // 2], f"{field}_samples": taken}
     return middle

@@ -30,3 +30,9 @@ def cpu_seconds() -> float:
     """CPU time of this process and of its finished children."""
     usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(u.ru_utime + u.ru_stime for u in usage)
+
+
+def system_cpu_seconds() -> float:
+    """The part of :func:`cpu_seconds` that the system took: pages given and found again, files."""
+    usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(u.ru_stime for u in usage)

@@ -69,7 +69,7 @@ from nirvana_deploy.export import MODEL_FILE
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import WeightSource
 from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.usage import cpu_seconds, peak_rss_bytes, reset_peak_rss
+from nirvana_deploy.usage import cpu_seconds, peak_rss_bytes, reset_peak_rss, system_cpu_seconds
 
 _SPARE_BYTES = 64_000_000  # for the programs and the log
 
@@ -143,7 +143,8 @@ class _Job:
         self, shape: ModelShape | None, checkpoint: WeightSource | None, progress: Progress
     ) -> tuple[NetworkFacts, NetworkCheck, list[str], BuildCost]:
         """Parse, check and build; the engine file is written."""
-        trt, started, cpu_started = self.trt, time.perf_counter(), cpu_seconds()
+        trt, started = self.trt, time.perf_counter()
+        cpu_started, system_started = cpu_seconds(), system_cpu_seconds()
         reset_peak_rss()
         logger = make_logger(trt, self.log)
         builder = trt.Builder(logger)
@@ -176,6 +177,7 @@ class _Job:
             cpu_seconds=round(cpu_seconds() - cpu_started, 3),
             peak_rss_bytes=peak_rss_bytes(),
             parse_seconds=round(parse_seconds, 3),
+            system_seconds=round(system_cpu_seconds() - system_started, 3),
         )
         return facts, check, notes, cost
 

@@ -58,6 +58,8 @@ class BuildCost:
     cpu_seconds: float
     peak_rss_bytes: int
     parse_seconds: float
+    system_seconds: float = 0.0
+    """Of the CPU time: what the system took, for memory and files; records before this was kept have 0."""
 
 
 @dataclass(frozen=True)
