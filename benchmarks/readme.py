@@ -160,13 +160,22 @@ def _engine_notes(runs: dict[str, Any]) -> list[str]:
         off = max(abs(one["size_deviation"]) for one in pairs)
         count = f"{len(pairs)} pruned engines" if len(pairs) > 1 else "one pruned engine"
         notes.append(f"{model}, {count}: promises kept of {', '.join(told)}; bytes at most {off:.1%} off.")
-        notes += [_needed(one) for one in pairs[:1] if "bound" in one]
+        notes += [f"{_needed(one)} {_spread(run['builds'], one)}" for one in pairs[:1] if "bound" in one]
     return notes
 
 
 def _counted(pairs: list[dict[str, Any]], what: str, name: str) -> str:
     found = [one[what][name] for one in pairs if what in one]
     return f"{sum(found)} of {len(found)}"
+
+
+def _spread(builds: list[dict[str, Any]], one: dict[str, Any]) -> str:
+    """How far the CPU seconds of the builds that a comparison stands on lie apart."""
+    taken = {b["variant"]: b["cpu_s_samples"] for b in builds if b["form"] == one["form"]}
+    ranges = (
+        f"{name} {min(taken[name]):.1f} to {max(taken[name]):.1f}" for name in ("dense", one["variant"])
+    )
+    return f"CPU seconds of {len(taken['dense'])} builds each: {', '.join(ranges)}."
 
 
 def _needed(one: dict[str, Any]) -> str:
