@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from statistics import median
 from typing import Any
 
 from nirvana_deploy.measure.inspection import Records
@@ -85,12 +84,12 @@ def _reconstruction_facts(records: Records) -> Facts:
     result = records.stage("reconstruct").get("result")
     if not result:
         return ()
-    shares = list(result["explained_share"].values())
-    back = (
-        f"; {format_share(median(shares))} of what was missing behind them is back (median)" if shares else ""
+    fitted = (
+        f"{len(result['explained_share'])} output projections refitted on {result['tokens']:,} calibration"
     )
-    fitted = f"{len(shares)} output projections refitted on {result['tokens']:,} calibration tokens"
-    return (("Reconstruction", f"{fitted}, ridge {result['ridge']:g}{back}"),)
+    return (
+        ("Reconstruction", f"{fitted} tokens, ridge {result['ridge']:g}; it gains most on text like them"),
+    )
 
 
 def _quality_facts(records: Records) -> Facts:
