@@ -60,18 +60,21 @@ class NormalEquations:
 
     def solve(self, ridge: float) -> Refit | None:
         """W' on the CPU, or None where something that was observed is NaN or infinite; ``ridge`` must be
-        positive. The weights of an input that was always zero stay.
+        positive. The weights of an input that was always zero stay. Uses up the sums.
         """
         gram, cross, missing = home(self._gram), home(self._cross), float(home(self._missing))
-        if not (gram.isfinite().all() and cross.isfinite().all() and math.isfinite(missing)):
+        self._gram = self._gram.new_empty(0)  # k x k is the largest thing here: one copy at a time
+        energy = gram.diagonal().double()
+        if not (energy.isfinite().all() and cross.isfinite().all() and math.isfinite(missing)):
             return None
-        scale = gram.diagonal().double().sqrt()
-        scale = torch.where(scale > 0, scale, 1.0)
+        scale = torch.where(energy > 0, energy.sqrt(), 1.0)
+        system = gram.double()
+        del gram
         # by z = x / scale all diagonal entries are 1, and S is the identity
-        system = gram.double().div_(scale).div_(scale[:, None])
-        system.diagonal().add_(ridge)
+        system.div_(scale).div_(scale[:, None]).diagonal().add_(ridge)
         cross = cross.double().div_(scale)
-        delta = torch.cholesky_solve(cross.T, torch.linalg.cholesky(system)).T
+        torch.linalg.cholesky(system, out=system)
+        delta = torch.cholesky_solve(cross.T, system).T
         # ||E - Z d^T||^2 = ||E||^2 - 2 <d, E^T Z> + <d G, d>, and d G = E^T Z - ridge d
         gained = float((delta * cross).sum() + ridge * delta.square().sum())
         weight = (home(self._weight).double() + delta / scale).to(self._weight.dtype)

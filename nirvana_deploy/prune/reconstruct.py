@@ -14,9 +14,10 @@ perplexity on WikiText-2 test and on held-out ``pydoc``, which no fit has seen (
 
 * ridge 1, 2, 3: 61 and 56, 62 and 52, 63 and 52. A fit to what the dense layer makes of the pruned model's
   *own* inputs gains less: 66 and 59 with ridge 0.3, 69 and 56 with 1.
-* four times the tokens give what 32 x 128 do (ridge 2: 62 and 53). down alone: 63 and 51; o alone: 79 and 70.
-* calibrated on ``pydoc`` (plain cut: 111 and 66): 117 and 31, with four times the tokens 119 and 25. The
-  gain is largest on text of the calibration's kind, and from a narrow corpus there may be none elsewhere.
+* 64 x 256 tokens: 55 and 50. down alone, ridge 2: 63 and 51; o alone: 79 and 70.
+* calibrated on ``pydoc`` (plain cut: 111 and 66): 117 and 31, with 128 x 128 tokens 119 and 25; on ``self``
+  (118 and 79): 93 and 51. The gain is largest on text of the calibration's kind, and from a narrow corpus
+  there may be none elsewhere.
 
 Memory is bounded by one layer, k x k sums of one linear and the hidden states [N, T, D] at a few borders,
 whatever the depth. Arithmetic is float32 (the equations: float64) whatever the stored dtype; W' is rounded to
