@@ -65,7 +65,7 @@ class _Bytes(click.ParamType[Any]):
     type=int,
     default=4,
     show_default=True,
-    help="Largest batch. With 1 the engine stores its linears twice.",
+    help="Largest batch. With 1 the engine stores fp16 linears twice.",
 )
 @click.option("--opt-batch", type=int, default=1, show_default=True, help="Batch that is tuned for.")
 @click.option("--max-length", type=int, help="Longest sequence, prompt and answer. [2048, or the context]")

@@ -15,8 +15,8 @@
 * but where the batch is fixed to 1 (``--max-batch 1``), linears are stored a second time: decode then has one
   row, and its products of matrix and vector read another layout than those of prefill (with either profile
   alone they are stored once). Weights that the graph holds transposed are shared by o_proj and down_proj, not
-  by the joined q, k, v and gate, up. Dense SmolLM2 has 503 MB instead of 292, cut 350 instead of 217; the
-  record of such an engine says so;
+  by the joined q, k, v and gate, up. Dense SmolLM2 has 503 MB instead of 292, cut 350 instead of 217 (cut
+  and in w4 131: four-bit weights are stored once); the record of such an engine says so;
 * naming several targets costs nothing: four make the engine 32 bytes larger than one, at the same build time;
 * engines without weights (refit, strip) need a GPU to build, and version compatibility a library that the
   package does not have; weight streaming is a flag that changes neither bytes nor cost of the build.
