@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from consumers import section as where_it_runs  # the scripts beside this one
@@ -170,12 +171,22 @@ def _counted(pairs: list[dict[str, Any]], what: str, name: str) -> str:
 
 
 def _spread(builds: list[dict[str, Any]], one: dict[str, Any]) -> str:
-    """How far the CPU seconds of the builds that a comparison stands on lie apart."""
-    taken = {b["variant"]: b["cpu_s_samples"] for b in builds if b["form"] == one["form"]}
-    ranges = (
-        f"{name} {min(taken[name]):.1f} to {max(taken[name]):.1f}" for name in ("dense", one["variant"])
+    """How far the CPU seconds of two builds spread, and what is left of their ratio without the system's."""
+    pair = {b["variant"]: b for b in builds if b["form"] == one["form"]}
+    names = ("dense", one["variant"])
+    taken = {name: pair[name]["cpu_s_samples"] for name in names}
+    ranges = (f"{name} {min(taken[name]):.1f} to {max(taken[name]):.1f}" for name in names)
+    told = f"CPU seconds of {len(taken['dense'])} builds each: {', '.join(ranges)}."
+    if not all("system_s_samples" in pair[name] for name in names):
+        return told
+    own = {
+        name: median(c - s for c, s in zip(taken[name], pair[name]["system_s_samples"], strict=True))
+        for name in names
+    }
+    return (
+        f"{told} Most of the difference is the system's time for memory and files; the builder's own is "
+        f"{own['dense']:.1f} and {own[one['variant']]:.1f} s, {own[one['variant']] / own['dense']:.2f} of dense."
     )
-    return f"CPU seconds of {len(taken['dense'])} builds each: {', '.join(ranges)}."
 
 
 def _needed(one: dict[str, Any]) -> str:
