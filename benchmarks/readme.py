@@ -185,7 +185,8 @@ def _spread(builds: list[dict[str, Any]], one: dict[str, Any]) -> str:
     }
     return (
         f"{told} Most of the difference is the system's time for memory and files; the builder's own is "
-        f"{own['dense']:.1f} and {own[one['variant']]:.1f} s, {own[one['variant']] / own['dense']:.2f} of dense."
+        f"{own['dense']:.1f} and {own[one['variant']]:.1f} s, "
+        f"{own[one['variant']] / own['dense']:.2f} of dense."
     )
 
 
