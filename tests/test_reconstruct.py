@@ -62,7 +62,8 @@ def test_the_gradient_of_the_objective_is_zero_at_the_refit(ridge: float) -> Non
     found = solved(inputs, weight, wanted, ridge).weight.requires_grad_()
     delta = found - weight
     objective = (wanted - inputs @ found.T).square().sum()
-    objective = objective + ridge * (delta.square() * inputs.square().sum(0)).sum()
+    energy = inputs.square().sum(0)
+    objective = objective + ridge * (delta.square() * (energy + 0.1 * energy.mean())).sum()
     (gradient,) = torch.autograd.grad(objective, found)
     scale = (weight.abs() @ (inputs.T @ inputs).abs()).max()
     assert gradient.abs().max() < 1e-12 * scale
@@ -92,11 +93,15 @@ def test_a_large_ridge_changes_nothing_and_silent_inputs_keep_their_weights() ->
     assert torch.equal(found[:, 2], weight[:, 2]) and not torch.equal(found[:, 0], weight[:, 0])
 
 
-def test_the_scale_of_an_input_does_not_matter() -> None:
+def test_the_scale_of_all_inputs_does_not_matter_and_a_quiet_one_gets_no_large_weight() -> None:
     inputs, weight, wanted = case()
-    scale = torch.logspace(-3, 3, 4, dtype=torch.float64)
-    scaled = solved(inputs * scale, weight / scale, wanted, 0.1).weight * scale
-    torch.testing.assert_close(scaled, solved(inputs, weight, wanted, 0.1).weight, rtol=1e-9, atol=1e-9)
+    plain = solved(inputs, weight, wanted, 0.1).weight
+    scaled = solved(1000 * inputs, weight / 1000, wanted, 0.1).weight * 1000
+    torch.testing.assert_close(scaled, plain, rtol=1e-9, atol=1e-9)
+    inputs[:, 1] /= 1000
+    quiet = solved(inputs, weight, wanted, 0.1).weight
+    changes = [(found - weight)[:, 1].abs().max() for found in (plain, quiet)]
+    assert 0 < changes[1] < changes[0]
 
 
 def test_float32_sums_are_close_to_float64() -> None:
@@ -167,8 +172,10 @@ def in_memory(
         module = made.get_submodule(linear)
         x, weight = x[:, stay], module.weight.double()[:, stay]
         wanted = dense_entered + dense_y - entered - (0 if module.bias is None else module.bias.double())
-        norms = x.norm(dim=0)
-        penalty = torch.diag(ridge**0.5 * torch.where(norms > 0, norms, 1.0))  # ReLU neurons may be silent
+        share = (dense_entered + dense_y).square().mean(-1, keepdim=True).rsqrt()
+        x, wanted = x * share, wanted * share
+        energy = x.square().sum(0)
+        penalty = torch.diag((ridge * (energy + 0.1 * energy.mean())).sqrt())
         solution = torch.linalg.lstsq(
             torch.cat([x, penalty]), torch.cat([wanted, penalty @ weight.T])
         ).solution

@@ -3,17 +3,18 @@
 A linear with W [D, k] reads X [P, k] at P positions and should give Y [P, D]; E = Y - X W^T is what is
 missing. The change Delta [D, k] of its weights for which
 
-    J(Delta) = || E - X Delta^T ||^2 + ridge * tr(Delta S Delta^T),    S = diag(X^T X)
+    J(Delta) = || E - X Delta^T ||^2 + ridge * tr(Delta S Delta^T),    S = diag(X^T X) + q mean(diag(X^T X)) I
 
 is least has a zero gradient there, which gives the normal equations
 
     Delta (G + ridge * S) = E^T X,    G = X^T X,    W' = W + Delta.
 
 The penalty pulls W' toward W and not toward zero: where the text says little about a direction of the inputs,
-the weights stay as they were, and for a large ``ridge`` all do. S, in place of the identity, makes the answer
-independent of the scale of each input (a neuron twice as loud with half the weights is the same neuron), and
-keeps a few very loud ones from deciding for all: scaled so, the largest eigenvalue of G is at most k and the
-system's condition number at most (k + ridge) / ridge.
+the weights stay as they were, and for a large ``ridge`` all do. The first part of S measures a change by what
+it does (a neuron twice as loud with half the weights is the same neuron), and keeps a few very loud inputs
+from deciding for all; the second, q = 0.1, keeps quiet ones from large weights, which four bits in blocks
+cannot hold beside small ones. Scaled by S the largest eigenvalue of G is at most k, the system's condition
+number at most (k + ridge) / ridge.
 
 Pure maths on tensors: no model, no hook.
 """
@@ -26,6 +27,9 @@ from dataclasses import dataclass
 import torch
 
 from nirvana_deploy.prune.loaded import home
+
+_QUIET_SHARE = 0.1
+"""q: the part of the mean energy that S gives every input on top of its own."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,11 @@ class NormalEquations:
         energy = gram.diagonal().double()
         if not (energy.isfinite().all() and cross.isfinite().all() and math.isfinite(missing)):
             return None
-        scale = torch.where(energy > 0, energy.sqrt(), 1.0)
+        scale = (energy + _QUIET_SHARE * energy.mean()).sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)
         system = gram.double()
         del gram
-        # by z = x / scale all diagonal entries are 1, and S is the identity
+        # by z = x / scale S is the identity
         system.div_(scale).div_(scale[:, None]).diagonal().add_(ridge)
         cross = cross.double().div_(scale)
         torch.linalg.cholesky(system, out=system)

@@ -64,6 +64,9 @@ class Reconstruction:
     """Tensor name -> how much of what was missing behind it is back, on the calibration text."""
 
 
+_TINY = 1e-12
+
+
 class _Seen(Exception):  # noqa: N818 (nothing went wrong)
     """The inputs are known; the rest of the layer need not run."""
 
@@ -178,14 +181,19 @@ def _append_home(states: list[torch.Tensor], more: torch.Tensor) -> None:
 
 
 def _refitted(reader: _Reader, runs: Runs, wanted: Sequence[torch.Tensor], ridge: float) -> Refit:
-    """Run the layer up to a reader, batch by batch, and fit what stays of it to the ``wanted`` states."""
+    """Run the layer up to a reader, batch by batch, and fit what stays of it to the ``wanted`` states.
+
+    Every position counts relative to the size of its state, which is how the norm behind sees it.
+    """
     weight, bias = reader.linear.weight.detach(), reader.linear.bias
     kept = reader.kept.to(weight.device)
     equations = NormalEquations(weight.index_select(1, kept))
     for run, states in zip(runs, wanted, strict=True):
         entered, inputs = _up_to(reader, run)
-        missing = states.to(weight.device) - entered
-        equations.observe(inputs.index_select(-1, kept), missing if bias is None else missing - bias)
+        states = states.to(weight.device)
+        missing = states - entered if bias is None else states - entered - bias
+        share = states.square().mean(-1, keepdim=True).clamp_min(_TINY).rsqrt()
+        equations.observe(inputs.index_select(-1, kept) * share, missing * share)
     refit = equations.solve(ridge)
     if refit is None:
         raise NirvanaError(
