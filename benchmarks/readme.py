@@ -1,6 +1,7 @@
 """Refresh what the README shows: its tables and its picture.
 
-    nirvana-deploy prune-export smollm2 --sparsity 0.4 --quantize int8 --quantize w4 --out demo
+    nirvana-deploy prune-export smollm2 --sparsity 0.4 --reconstruct --quantize int8 --quantize w4 \\
+        --quantize-head --out demo
     python benchmarks/quality.py smollm2 --calib A --eval-text B --out benchmarks/results/quality.jsonl
     python benchmarks/selection.py smollm2 --calib A --eval-text B \\
         --quality benchmarks/results/quality.jsonl --out benchmarks/results/selection.jsonl
