@@ -87,7 +87,8 @@ def export_section() -> str:
         "| exporter | CPU seconds | peak MB | nodes | prefill ms | decode ms a token |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for name, row in json.loads(EXPORT.read_text())["exporters"].items():
+    record = json.loads(EXPORT.read_text())
+    for name, row in record["exporters"].items():
         cost, latency = row["cost"], row["latency"]
         cells = [
             f"{cost['cpu_s']:.1f}",
@@ -97,7 +98,12 @@ def export_section() -> str:
             f"{latency['tpot_ms']['p50']:.1f}",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    promises = (one for one in record["promises"] if one["promise"].startswith("decode"))
+    found = [
+        f"{one['promise']}: {one['found']:.2f} ({'kept' if one['kept'] else 'BROKEN'}, {one['allowed']:g})"
+        for one in promises
+    ]
+    return "\n".join([*lines, "", f"By the median round, promise in brackets: {'; '.join(found)}."])
 
 
 def engines_section() -> str:
