@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.artifact import read_json, write_json
-from nirvana_deploy.run import environment
+from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.machine import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "consumers.json"

@@ -27,9 +27,9 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from nirvana_deploy.artifact import read_json, write_json
-from nirvana_deploy.export.ort_session import default_threads
-from nirvana_deploy.measure.environment import measured_environment
+from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.runtime.onnxruntime.session import default_threads
 
 VARIANTS = ("dense", "dense-int8", "dense-w8", "dense-w4", "builder-int4", "pruned-int8", "pruned-w4")
 WARM_UP = 20

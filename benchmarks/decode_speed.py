@@ -28,12 +28,12 @@ import numpy as np
 import onnxruntime_genai
 from numpy.typing import NDArray
 
-from nirvana_deploy.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.export.ort_session import default_threads
-from nirvana_deploy.measure.environment import measured_environment
-from nirvana_deploy.prune.windows_file import read_windows
 from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.runtime.onnxruntime.session import default_threads
 
 PROMISES = (("dense-int8", "dense", 2.5), ("dense-w4", "dense", 3.5), ("pruned-w4", "builder-int4", 1.3))
 BUILDER = "builder-int4"

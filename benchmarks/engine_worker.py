@@ -1,4 +1,4 @@
-"""Build the engine of one ONNX folder and print as JSON what that cost: the process that engines.py measures.
+"""Build the engine of one ONNX folder and print as JSON what that cost: the process that engine/stage.py measures.
 
     python benchmarks/engine_worker.py ONNX_FOLDER OUT MAX_LENGTH
 
@@ -14,10 +14,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from nirvana_deploy.base.machine import peak_rss_bytes
 from nirvana_deploy.engine.build import engine_from_onnx
 from nirvana_deploy.engine.profile import Lengths
-from nirvana_deploy.engine.record import EngineRecord
-from nirvana_deploy.usage import peak_rss_bytes
+from nirvana_deploy.runtime.tensorrt.record import EngineRecord
 
 _PRELUDE = b"__myln_cast___myln_bf16___myln_bool(__myln_bool x)"
 """A line that stands once in the source text of each kernel that an RTX 1.7 engine carries."""

@@ -51,19 +51,20 @@ import psutil
 from engine_promises import comparison_line, comparisons, is_twin
 from scale import SHAPES, write_random_checkpoint
 
-from nirvana_deploy.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.engine.from_checkpoint import onnx_for_engine
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.measure.environment import measured_environment
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.output.layout import CALIBRATION_FILE, SCORES_FILE
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan
-from nirvana_deploy.prune.units import UnitScores
-from nirvana_deploy.prune.windows_file import read_scores, read_windows
+from nirvana_deploy.prune.saliency.units import UnitScores
+from nirvana_deploy.prune.scores_file import read_scores
+from nirvana_deploy.quantize.int8.spec import Int8Spec, read_spec
 from nirvana_deploy.quantize.quantize import quantize_onnx
-from nirvana_deploy.quantize.spec import Int8Spec, read_spec
-from nirvana_deploy.stages import CALIBRATION_FILE, SCORES_FILE
 
 LENGTH_TOKENS = 2048
 OTHER_CUTS: dict[str, dict[str, Any]] = {

@@ -34,10 +34,10 @@ from typing import Any
 
 import onnx
 
-from nirvana_deploy.artifact import read_json, write_json
-from nirvana_deploy.measure.benchmark import RoundSample, Workload, alternate, speedups, summary
-from nirvana_deploy.measure.environment import measured_environment
-from nirvana_deploy.measure.worker import WorkerProcess
+from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.measure.benchmark import Workload, alternate, speedups, summary
+from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 

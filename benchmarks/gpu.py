@@ -8,7 +8,7 @@ the KV cache, dense and pruned are exported in fp16, built for this GPU, verifie
 corners of their profiles, and timed in alternating rounds; the record holds every sample, GPU compute time
 and device memory beside the latencies. Exits with 1 where a test fails or a comparison does not pass. The
 batch is fixed to one, as for somebody who decodes alone: decode gets the kernels of a single row, for which
-the engine stores its linears a second time (engine/build.py), so its size is not that of engines.py.
+the engine stores its linears a second time (engine/build.py), so its size is not that of engine/stage.py.
 
 --build-only stops before anything runs, and needs no GPU with tensorrt-rtx: it tries the first half.
 """
@@ -25,22 +25,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.engine.build import engine_from_onnx
-from nirvana_deploy.engine.cuda import CudaDevice
-from nirvana_deploy.engine.loading import MODULES
-from nirvana_deploy.engine.memory import plan_memory
 from nirvana_deploy.engine.profile import Lengths
-from nirvana_deploy.engine.record import EngineRecord
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
-from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.export.ort import OrtDecoder
-from nirvana_deploy.export.verify import prompts_for
 from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
-from nirvana_deploy.measure.compare import answers_of, cases_of, compare_runners, device_tolerance
-from nirvana_deploy.measure.runners import open_runner
 from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
+from nirvana_deploy.runtime.registry import open_runner
+from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
+from nirvana_deploy.runtime.tensorrt.loading import MODULES
+from nirvana_deploy.runtime.tensorrt.memory import plan_memory
+from nirvana_deploy.runtime.tensorrt.record import EngineRecord
+from nirvana_deploy.verify.against_torch import prompts_for
+from nirvana_deploy.verify.compare import answers_of, cases_of, compare_runners, device_tolerance
 
 FORMS = {"concat": "portable", "in-place": "static-cache"}
 DTYPE = "fp16"
@@ -78,7 +78,7 @@ def gpu_facts() -> dict[str, Any]:
 def run_tests() -> dict[str, Any]:
     """The tests marked ``gpu``, in a process of their own."""
     root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/runtime/tensorrt/test_gpu.py"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     print(done.stdout)
     return {"passed": done.returncode == 0, "output": done.stdout}

@@ -33,23 +33,23 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.artifact import sha256_of, write_bytes
-from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
-from nirvana_deploy.model.shape import shape_from_config
-from nirvana_deploy.model.sources import resolve_model
-from nirvana_deploy.prune.calibrate import (
+from nirvana_deploy.base.artifact import sha256_of, write_bytes
+from nirvana_deploy.calibrate.texts import read_text_file
+from nirvana_deploy.calibrate.windows import (
     CalibrationData,
     calibration_data,
     windows_of_text,
 )
+from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
+from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import PrunePlan, default_gamma, make_plan
 from nirvana_deploy.prune.reconstruct import DEFAULT_RIDGE, reconstruct_layers
-from nirvana_deploy.prune.saliency import SALIENCIES
-from nirvana_deploy.prune.score import score_units
+from nirvana_deploy.prune.saliency.gradient import SALIENCIES
+from nirvana_deploy.prune.saliency.units import UnitScores
 from nirvana_deploy.prune.select import gamma_grid
-from nirvana_deploy.prune.texts import read_text_file
-from nirvana_deploy.prune.units import UnitScores
+from nirvana_deploy.prune.streaming.model import score_units
 
 EVAL_LEN = 512
 WHOLE_GRID = ("nirvana", "taylor")

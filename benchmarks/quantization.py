@@ -33,20 +33,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.artifact import read_json, write_json
-from nirvana_deploy.export.ort import OrtDecoder
+from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.calibrate.texts import read_text_file
+from nirvana_deploy.calibrate.windows import calibration_data, windows_of_text
+from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.model.checkpoint import load_tokenizer
-from nirvana_deploy.prune.calibrate import calibration_data, windows_of_text
-from nirvana_deploy.prune.texts import read_text_file
-from nirvana_deploy.prune.windows_file import read_windows
-from nirvana_deploy.quantize.cut import prompt_feeds
-from nirvana_deploy.quantize.linears import open_folder
+from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.variants import variant_named
+from nirvana_deploy.prune.plan import shape_of
+from nirvana_deploy.quantize.graph.layer_parts import prompt_feeds
+from nirvana_deploy.quantize.graph.linears import open_folder
+from nirvana_deploy.quantize.int8.spec import read_spec
 from nirvana_deploy.quantize.quantize import apply_spec, quantize_onnx
-from nirvana_deploy.quantize.spec import read_spec
-from nirvana_deploy.run import Run
-from nirvana_deploy.variants import shape_of, variant_named
+from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 
 EVAL_WINDOWS, EVAL_LEN = 8, 256
 SEEDS = (0, 1, 2)

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from scale import PEAK_PROMISE_BYTES, SHAPES, write_random_checkpoint
 
-from nirvana_deploy.artifact import read_json, require_free_bytes, write_json
+from nirvana_deploy.base.artifact import read_json, require_free_bytes, write_json
+from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.measure.environment import measured_environment
 from nirvana_deploy.measure.worker import peak_rss_bytes
 from nirvana_deploy.model.shape import shape_from_config
-from nirvana_deploy.quantize.low_bit import ROUNDINGS
 from nirvana_deploy.quantize.quantize import SCHEMES, quantize_onnx
+from nirvana_deploy.quantize.weights.low_bit import ROUNDINGS
 
 GROWTH_PROMISE = 1.1
 

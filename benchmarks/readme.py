@@ -29,7 +29,7 @@ from quality import read_rows, reconstruction_table, table
 from quantization import table as quantization_table
 from selection import table as selection_table
 
-from nirvana_deploy.measure.table import summary_table
+from nirvana_deploy.report.table import summary_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -35,8 +35,8 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from nirvana_deploy.artifact import read_json, require_free_bytes, write_json
-from nirvana_deploy.measure.environment import measured_environment
+from nirvana_deploy.base.artifact import read_json, require_free_bytes, write_json
+from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.measure.worker import peak_rss_bytes
 from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
@@ -44,9 +44,9 @@ from nirvana_deploy.model.weights import INDEX_FILE, SafetensorsWeights, check_w
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan, pruned_shape, read_plan, write_plan
 from nirvana_deploy.prune.reconstruct import reconstruct_layers
-from nirvana_deploy.prune.saliency import SALIENCIES, saliency_named
-from nirvana_deploy.prune.score import score_units
-from nirvana_deploy.prune.units import UnitScores, scored_tensors, unit_sums
+from nirvana_deploy.prune.saliency.gradient import SALIENCIES, saliency_named
+from nirvana_deploy.prune.saliency.units import UnitScores, scored_tensors, unit_sums
+from nirvana_deploy.prune.streaming.model import score_units
 
 PEAK_PROMISE_BYTES = 6_000_000_000
 IN_MEMORY_PROMISE = 1.3

@@ -33,7 +33,7 @@ from quality import (
     spread,
 )  # beside this one
 
-from nirvana_deploy.artifact import write_bytes
+from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.model.checkpoint import load_tokenizer
 from nirvana_deploy.model.sources import resolve_model
 

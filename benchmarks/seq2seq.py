@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from nirvana_deploy.artifact import write_json
+from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.benchmark import Workload, alternate, benchmark, speedups, variant_from_folder
 from nirvana_deploy.measure.worker import WorkerProcess
@@ -33,7 +33,7 @@ from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import default_gamma, make_plan
-from nirvana_deploy.prune.score import score_units
+from nirvana_deploy.prune.streaming.model import score_units
 
 _FLAN = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 SHAPES: dict[str, dict[str, Any]] = {

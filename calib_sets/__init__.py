@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import dataclass
 from importlib import resources
 
-from nirvana_deploy.registry import look_up
+from nirvana_deploy.base.registry import look_up
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def benchmark(
     """
     from nirvana_deploy import pipeline
     from nirvana_deploy.measure.benchmark import Workload
-    from nirvana_deploy.measure.table import summary_table
+    from nirvana_deploy.report.table import summary_table
 
     workload = Workload(
         prompt_tokens=prompt_tokens,

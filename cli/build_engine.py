@@ -116,12 +116,13 @@ def build_engine(
       nirvana-deploy build-engine smollm2-s0.4 --kv in-place --quantize w4 --target sm86,sm89
       nirvana-deploy build-engine my-onnx-fp16 --max-batch 1
     """
-    from nirvana_deploy import engines
+    from nirvana_deploy.base.errors import NirvanaError
+    from nirvana_deploy.engine import stage as engines
     from nirvana_deploy.engine.profile import Lengths
-    from nirvana_deploy.engine.record import ENGINE_SUFFIX, read_engine_record
     from nirvana_deploy.engine.targets import BuilderOptions
-    from nirvana_deploy.errors import NirvanaError
-    from nirvana_deploy.run import MANIFEST
+    from nirvana_deploy.output.layout import ENGINES
+    from nirvana_deploy.output.run import MANIFEST
+    from nirvana_deploy.runtime.tensorrt.record import ENGINE_SUFFIX, read_engine_record
 
     if calib_cache is not None:
         raise NirvanaError(
@@ -157,7 +158,7 @@ def build_engine(
         raise NirvanaError(
             "The engine of an output folder lies in it.", hint="Leave out --out; --name names it."
         )
-    where = out or folder / engines.ENGINES
+    where = out or folder / ENGINES
     named = name or (folder.resolve().name if not is_output else None)
     if is_output and named is None:
         named = engines.engine_name(

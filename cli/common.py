@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from nirvana_deploy.progress import Advance
+from nirvana_deploy.base.progress import Advance
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -19,7 +19,7 @@ def doctor(as_json: bool) -> None:
       nirvana-deploy doctor
       nirvana-deploy doctor --json | jq '.findings[] | select(.usable | not)'
     """
-    from nirvana_deploy.measure.doctor import examine
+    from nirvana_deploy.runtime.doctor import examine
 
     findings = examine()
     if as_json:

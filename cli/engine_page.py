@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nirvana_deploy.engine.record import EngineRecord, ProfileRecord, TensorRecord
+    from nirvana_deploy.runtime.tensorrt.record import EngineRecord, ProfileRecord, TensorRecord
 
 _SHOWN_LAYERS = (
     "ATTENTION_INPUT",

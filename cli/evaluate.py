@@ -81,7 +81,7 @@ def evaluate(
       nirvana-deploy evaluate smollm2-s0.4 --tasks piqa,arc_easy --limit 100
       nirvana-deploy evaluate smollm2-s0.4 --tasks mine --include-path my-tasks
     """
-    from nirvana_deploy.evaluating import evaluate_folder
+    from nirvana_deploy.pipeline import evaluate_folder
 
     if tasks is None and (tasks_on or task_folder or limit):
         raise click.UsageError("--tasks-on, --include-path and --limit are about --tasks; it is missing.")
@@ -113,7 +113,7 @@ def evaluate(
 
 
 def _show_quality(result: dict[str, Any]) -> None:
-    from nirvana_deploy.measure.table import format_number
+    from nirvana_deploy.report.table import format_number
 
     rows = []
     for name, found in result["variants"].items():
@@ -127,14 +127,14 @@ def _show_quality(result: dict[str, Any]) -> None:
 
 
 def _show_kernel(record: dict[str, Any]) -> None:
-    from nirvana_deploy.measure.ntk_page import explain, headers, rows
+    from nirvana_deploy.report.ntk_page import explain, headers, rows
 
     echo_table(headers(record), rows(record), title="Change of the tangent kernel")
     click.echo("\n" + "\n\n".join(explain(record)))
 
 
 def _show_tasks(variants: dict[str, Any]) -> None:
-    from nirvana_deploy.measure.table import format_number
+    from nirvana_deploy.report.table import format_number
 
     rows = [
         [f"{task} {metric}", name, format_number(value)]

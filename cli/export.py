@@ -58,7 +58,7 @@ def export(
       nirvana-deploy export smollm2 --out my-onnx-fp16 --dtype fp16 --flavor gqa
       nirvana-deploy export smollm2 --out for-engines --dtype fp16 --flavor static-cache --cache-length 1024
     """
-    from nirvana_deploy.errors import NirvanaError
+    from nirvana_deploy.base.errors import NirvanaError
     from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
     from nirvana_deploy.model.sources import resolve_model
 

@@ -47,8 +47,8 @@ def generate(
       nirvana-deploy generate smollm2-s0.4 --prompt "The capital of France is"
       nirvana-deploy generate smollm2-s0.4/engine/pruned.engine --prompt "Hello" --chat
     """
-    from nirvana_deploy.measure.runners import open_runner
-    from nirvana_deploy.measure.stream import load_text_side, model_in, stream_text, tokenizer_folder
+    from nirvana_deploy.runtime.registry import open_runner
+    from nirvana_deploy.runtime.text import load_text_side, model_in, stream_text, tokenizer_folder
 
     model = model_in(path)
     text_side, stops = load_text_side(tokenizer_folder(model, given=tokenizer))

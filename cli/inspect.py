@@ -13,7 +13,7 @@ from .engine_page import engine_lines
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nirvana_deploy.measure.inspection import Inspection
+    from nirvana_deploy.output.records import Inspection
 
 
 @click.command("inspect")
@@ -32,7 +32,7 @@ def inspect(path: Path, as_json: bool) -> None:
       nirvana-deploy inspect smollm2-s0.4/plan.json --json | jq .plan.budget
       nirvana-deploy inspect smollm2-s0.4/engine/pruned.engine
     """
-    from nirvana_deploy.engine.record import ENGINE_SUFFIX, read_engine_record
+    from nirvana_deploy.runtime.tensorrt.record import ENGINE_SUFFIX, read_engine_record
 
     if path.suffix == ENGINE_SUFFIX:
         record = read_engine_record(path)
@@ -41,7 +41,7 @@ def inspect(path: Path, as_json: bool) -> None:
         else:
             click.echo("\n".join(engine_lines(path, record)))
         return
-    from nirvana_deploy.measure.inspection import inspect_path
+    from nirvana_deploy.output.records import inspect_path
 
     inspection = inspect_path(path)
     if as_json:
@@ -58,7 +58,7 @@ def _print_plan(console: Console, inspection: Inspection) -> None:
     from rich import box
     from rich.table import Table
 
-    from nirvana_deploy.measure.table import ABSENT, format_count, format_share, text_bar
+    from nirvana_deploy.report.table import ABSENT, format_count, format_share, text_bar
 
     budget = inspection.plan.get("budget")
     if budget:
@@ -91,7 +91,7 @@ def _print_folder(console: Console, inspection: Inspection) -> None:
     from rich import box
     from rich.table import Table
 
-    from nirvana_deploy.measure.table import ABSENT, format_bytes, format_number, format_seconds
+    from nirvana_deploy.report.table import ABSENT, format_bytes, format_number, format_seconds
 
     if inspection.folder_bytes:
         sizes = Table("folder", "size", box=box.SIMPLE_HEAD)

@@ -9,7 +9,7 @@ import sys
 import click
 
 from nirvana_deploy import __version__
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError
 
 # name -> (module, attribute, help line); spelled out so that --help imports none of them
 _COMMANDS = {
@@ -50,7 +50,7 @@ class _LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Add "did you mean" to click's usage error."""
-        from nirvana_deploy.registry import nearest_names
+        from nirvana_deploy.base.registry import nearest_names
 
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
             close = nearest_names(args[0], list(_COMMANDS))

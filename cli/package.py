@@ -65,7 +65,7 @@ def package(
         raise click.UsageError("Pass one of --gguf and --triton.")
     if engines and not as_triton:
         raise click.UsageError("--engine goes with --triton.")
-    from nirvana_deploy import packaging
+    from nirvana_deploy.package import stage as packaging
 
     progress = TerminalProgress()
     if as_gguf:

@@ -79,7 +79,7 @@ def prune_export(model: str, as_json: bool, **options: Any) -> None:
     """
     require_sparsity(options)
     from nirvana_deploy import pipeline
-    from nirvana_deploy.measure.table import format_seconds, summary_table
+    from nirvana_deploy.report.table import format_seconds, summary_table
 
     done = pipeline.prune_export(model, command=command_line(), progress=TerminalProgress(), **options)
     if as_json:

@@ -125,11 +125,11 @@ def quantize(
       nirvana-deploy quantize my-onnx --scheme int8 --calib handbook.txt --out my-onnx-int8
     """
     from nirvana_deploy import pipeline
-    from nirvana_deploy.deploying import write_sensitivity
-    from nirvana_deploy.errors import NirvanaError
+    from nirvana_deploy.base.errors import NirvanaError
+    from nirvana_deploy.output.run import MANIFEST
     from nirvana_deploy.quantize.coverage import Coverage
     from nirvana_deploy.quantize.quantize import quantize_onnx
-    from nirvana_deploy.run import MANIFEST
+    from nirvana_deploy.report.sensitivity import write_sensitivity
 
     progress = TerminalProgress()
     whole_run = (folder / MANIFEST).is_file()
@@ -165,9 +165,9 @@ def _drawn(
     source: Path, calib: str, num_sequences: int, seq_len: int, seed: int, progress: TerminalProgress
 ) -> dict[str, Any]:
     """Calibration and held-out windows of a text, by the folder's own tokenizer."""
+    from nirvana_deploy.calibrate.windows import calibration_data
     from nirvana_deploy.model.checkpoint import load_tokenizer
-    from nirvana_deploy.prune.calibrate import calibration_data
-    from nirvana_deploy.quantize.linears import open_folder
+    from nirvana_deploy.quantize.graph.linears import open_folder
 
     open_folder(source)  # what cannot be quantized is refused before any text is read
     data = calibration_data(

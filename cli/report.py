@@ -21,8 +21,8 @@ def report(out: Path, as_json: bool) -> None:
     Example:
       nirvana-deploy report smollm2-s0.4
     """
-    from nirvana_deploy.measure.report import write_report
-    from nirvana_deploy.run import MANIFEST, Run
+    from nirvana_deploy.output.run import MANIFEST, Run
+    from nirvana_deploy.report.report import write_report
 
     markdown, page = write_report(out)
     if (out / MANIFEST).is_file() and "report" in (run := Run.open(out)).manifest["stages"]:

@@ -79,10 +79,10 @@ def select_calib(
       nirvana-deploy select-calib smollm2 --sparsity 0.4 --candidates 4 --corpora pydoc,self
       nirvana-deploy select-calib smollm2 --sparsity 0.4 --candidates 1 --gamma auto --saliency nirvana,taylor
     """
+    from nirvana_deploy.calibrate.windows import calibration_candidates
     from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
     from nirvana_deploy.model.shape import shape_from_config
     from nirvana_deploy.model.sources import resolve_model
-    from nirvana_deploy.prune.calibrate import calibration_candidates
     from nirvana_deploy.prune.select import gamma_grid, select_calibration
 
     progress = TerminalProgress()

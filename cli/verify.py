@@ -36,8 +36,8 @@ def verify(out: Path, model: str | None, runtime: str | None, threads: int | Non
       nirvana-deploy verify my-onnx --checkpoint smollm2-s0.4/checkpoint
       nirvana-deploy verify smollm2-s0.4 --runtime tensorrt-rtx
     """
-    from nirvana_deploy import verifying
-    from nirvana_deploy.export.folder_check import CHECKED
+    from nirvana_deploy.verify import folder as verifying
+    from nirvana_deploy.verify.folder_check import CHECKED
 
     progress = TerminalProgress()
     if model is not None:

@@ -18,8 +18,8 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "cli" / "main.py").
     __path__.append(str(_checkout))
 
 _PUBLIC = {
-    "NirvanaError": "nirvana_deploy.errors",
-    "VerificationError": "nirvana_deploy.errors",
+    "NirvanaError": "nirvana_deploy.base.errors",
+    "VerificationError": "nirvana_deploy.base.errors",
     "PrunePlan": "nirvana_deploy.prune.plan",
     "load_checkpoint": "nirvana_deploy.model.checkpoint",
     "prune_export": "nirvana_deploy.pipeline",
@@ -27,7 +27,7 @@ _PUBLIC = {
 __all__ = ["NirvanaError", "PrunePlan", "VerificationError", "load_checkpoint", "prune_export"]
 
 if TYPE_CHECKING:
-    from nirvana_deploy.errors import NirvanaError, VerificationError
+    from nirvana_deploy.base.errors import NirvanaError, VerificationError
     from nirvana_deploy.model.checkpoint import load_checkpoint
     from nirvana_deploy.pipeline import prune_export
     from nirvana_deploy.prune.plan import PrunePlan

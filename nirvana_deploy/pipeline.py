@@ -10,20 +10,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from nirvana_deploy.artifact import read_json, require_free_bytes
-from nirvana_deploy.deploying import quantize as quantize_stage
-from nirvana_deploy.deploying import require_quantized
-from nirvana_deploy.engine.loading import MODULES, tensorrt_module
+from nirvana_deploy.base.artifact import read_json, require_free_bytes
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.registry import look_up
+from nirvana_deploy.calibrate.stage import calibrate, evaluation_windows
+from nirvana_deploy.engine.stage import build_engine
 from nirvana_deploy.engine.targets import BuilderOptions
-from nirvana_deploy.engines import build_engine
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.export.decoder import GraphOptions
 from nirvana_deploy.export.dtypes import dtype_named
-from nirvana_deploy.export.graph import GraphOptions
+from nirvana_deploy.export.stage import export
 from nirvana_deploy.measure.benchmark import Workload
-from nirvana_deploy.measuring import quality, speed
+from nirvana_deploy.measure.stage import TasksOn, quality, refresh_quality, speed, tangent_kernel, tasks
+from nirvana_deploy.measure.tasks import require_tasks
+from nirvana_deploy.model.checkpoint import checked_shape, load_tokenizer, model_record
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import resolve_model
-from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.output.layout import BENCHMARK_FILE, CHECKPOINT, PLAN_FILE
+from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.variants import DENSE, PRUNED, SCHEMES, variant_named
 from nirvana_deploy.prune.plan import (
     PrunePlan,
     check_plan_fits,
@@ -33,27 +38,16 @@ from nirvana_deploy.prune.plan import (
     write_plan,
 )
 from nirvana_deploy.prune.reconstruct import require_tokens
-from nirvana_deploy.prune.saliency import saliency_named
+from nirvana_deploy.prune.saliency.gradient import saliency_named
 from nirvana_deploy.prune.select import gamma_grid
-from nirvana_deploy.quantize.spec import read_record
-from nirvana_deploy.registry import look_up
-from nirvana_deploy.run import Run
-from nirvana_deploy.stages import (
-    BENCHMARK_FILE,
-    Choices,
-    calibrate,
-    checked_shape,
-    decide,
-    export,
-    model_record,
-    reconstruct_stage,
-    score,
-    select,
-    slice_stage,
-    verify,
-    write_pages,
-)
-from nirvana_deploy.variants import DENSE, PLAN_FILE, PRUNED, SCHEMES, variant_named
+from nirvana_deploy.prune.stage import Choices, decide, reconstruct_stage, score, select, slice_stage
+from nirvana_deploy.quantize.int8.spec import read_record
+from nirvana_deploy.quantize.stage import quantize as quantize_stage
+from nirvana_deploy.quantize.stage import require_quantized
+from nirvana_deploy.report.sensitivity import write_sensitivity
+from nirvana_deploy.report.stage import write_pages
+from nirvana_deploy.runtime.tensorrt.loading import MODULES, tensorrt_module
+from nirvana_deploy.verify.stage import verify
 
 _AUTO_SALIENCIES = ("nirvana", "taylor")
 
@@ -240,7 +234,8 @@ def prune_export(
     quantized = {}
     if all(result.passed for result in report.values()):
         quantized = {
-            scheme: quantize_stage(run, scheme, head=quantize_head) for scheme in dict.fromkeys(quantize)
+            scheme: quantize_stage(run, scheme, head=quantize_head, draw=write_sensitivity)
+            for scheme in dict.fromkeys(quantize)
         }
         for engine in dict.fromkeys(engines):
             _build_engines(run, engine, quantize=quantize, baseline=baseline)
@@ -366,6 +361,7 @@ def quantize_folder(
         block_size=block_size,
         rounding=rounding,
         writing=writing,
+        draw=write_sensitivity,
         redo=True,
     )
     write_pages(run)
@@ -385,4 +381,54 @@ def benchmark_folder(
     speed(run, workload=workload, runtime=runtime, redo=True)
     write_pages(run)
     result: dict[str, Any] = read_json(out / BENCHMARK_FILE)
+    return result
+
+
+def evaluate_folder(
+    out: Path,
+    *,
+    eval_text: Path | None = None,
+    window_tokens: int | None = None,
+    max_windows: int | None = None,
+    ntk_windows: int | None = None,
+    task_names: Sequence[str] = (),
+    task_limit: int | None = None,
+    task_folder: Path | None = None,
+    tasks_on: TasksOn | None = None,
+    threads: int | None = None,
+    runtime: str | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Measure quality of an output folder again; rewrites quality.json, benchmark.json and the report.
+
+    On ``eval_text`` in windows of ``window_tokens`` tokens [256], at most ``max_windows`` of them [16]; else
+    on the held-out windows; in ``runtime`` [onnxruntime-cpu]. ``ntk_windows`` also measures the tangent
+    kernels on so many held-out windows, ``task_names`` runs tasks of lm-evaluation-harness on ``task_limit``
+    examples each [all], those of ``task_folder`` among them, on the models that ``tasks_on`` says [the ONNX
+    ones]. A folder without ONNX model is measured by these two alone. Returns quality.json with ``ntk`` and
+    ``tasks`` added.
+    """
+    run = Run.open(out, progress=progress)
+    result: dict[str, Any] = {}
+    if task_names:
+        require_tasks(task_names)
+    if "onnx" in run.manifest["stages"] or not (ntk_windows or task_names):
+        windows = None
+        if eval_text is not None:
+            checked_shape(out / CHECKPOINT, seq_len=window_tokens or 1)
+            windows = evaluation_windows(
+                eval_text,
+                load_tokenizer(out / CHECKPOINT),
+                progress,
+                seq_len=window_tokens,
+                max_sequences=max_windows,
+            )
+        result = quality(run, threads=threads, windows=windows, runtime=runtime, redo=True)
+        refresh_quality(run)
+    if ntk_windows:
+        result = {**result, "ntk": tangent_kernel(run, windows=ntk_windows)}
+    if task_names:
+        found = tasks(run, task_names, limit=task_limit, include_path=task_folder, on=tasks_on)
+        result = {**result, "tasks": found}
+    write_pages(run)
     return result

@@ -15,25 +15,21 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     "base",
     "model",
+    "output",
+    "calibrate",
     "prune",
     "export",
+    "runtime",
     "quantize",
     "engine",
-    "package",
+    "verify",
     "measure",
-    "run",
-    "variants",
-    "stages",
-    "engines",
-    "deploying",
-    "measuring",
-    "verifying",
-    "packaging",
-    "evaluating",
+    "package",
+    "report",
     "pipeline",
     "cli",
 ]
-BASE = {"errors", "registry", "progress", "artifact", "usage", "__init__", "calib_sets"}
+BASE = {"base", "__init__", "calib_sets"}
 
 
 def group_of(module: str) -> str:

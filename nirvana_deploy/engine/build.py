@@ -34,16 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy import __version__
-from nirvana_deploy.artifact import require_free_bytes, sha256_of, whole_file, write_bytes, write_json
-from nirvana_deploy.engine.builder import (
-    PROGRESS_STEPS,
-    BuilderLog,
-    make_logger,
-    make_monitor,
-    make_writer,
-    require_builder,
-)
-from nirvana_deploy.engine.loading import tensorrt_module
+from nirvana_deploy.base.artifact import require_free_bytes, sha256_of, whole_file, write_bytes, write_json
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import cpu_seconds, peak_rss_bytes, reset_peak_rss, system_cpu_seconds
+from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.engine.network import NetworkCheck, NetworkFacts, check_network, read_network
 from nirvana_deploy.engine.precision import (
     MISSING_KERNEL,
@@ -52,7 +46,22 @@ from nirvana_deploy.engine.precision import (
     notes_on_attention,
 )
 from nirvana_deploy.engine.profile import Lengths, Profile, notes_on_rows, profiles_for, shapes_of
-from nirvana_deploy.engine.record import (
+from nirvana_deploy.engine.source import OnnxSource, OnnxTensor, read_source, require_parsable
+from nirvana_deploy.engine.targets import RTX, BuilderOptions, configure
+from nirvana_deploy.engine.trtexec import trtexec_command
+from nirvana_deploy.engine.vendor import (
+    PROGRESS_STEPS,
+    BuilderLog,
+    make_logger,
+    make_monitor,
+    make_writer,
+    require_builder,
+)
+from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.weights import WeightSource
+from nirvana_deploy.output.layout import MODEL_FILE
+from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
+from nirvana_deploy.runtime.tensorrt.record import (
     ENGINE_SUFFIX,
     BuildCost,
     EngineRecord,
@@ -61,15 +70,6 @@ from nirvana_deploy.engine.record import (
     TensorRecord,
     record_path,
 )
-from nirvana_deploy.engine.source import OnnxSource, OnnxTensor, read_source, require_parsable
-from nirvana_deploy.engine.targets import RTX, BuilderOptions, configure
-from nirvana_deploy.engine.trtexec import trtexec_command
-from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import MODEL_FILE
-from nirvana_deploy.model.shape import ModelShape
-from nirvana_deploy.model.weights import WeightSource
-from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.usage import cpu_seconds, peak_rss_bytes, reset_peak_rss, system_cpu_seconds
 
 _SPARE_BYTES = 64_000_000  # for the programs and the log
 

@@ -15,24 +15,24 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.engine.build import BuiltEngine, engine_from_onnx
-from nirvana_deploy.engine.fp8 import FP8_TARGETS, rewrite_fp8
-from nirvana_deploy.engine.loading import tensorrt_module
+from nirvana_deploy.engine.drop_branch import drop_cache_branch
 from nirvana_deploy.engine.profile import Lengths, require_lengths
-from nirvana_deploy.engine.seq2seq import drop_cache_branch
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
-from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import DECODER_FILE, ENCODER_FILE, MODEL_FILE
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
-from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.quantize.choose import apply_to
-from nirvana_deploy.quantize.linears import RECORD_FILE, open_folder, write_folder
+from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE, MODEL_FILE
+from nirvana_deploy.quantize.graph.linears import RECORD_FILE, open_folder, write_folder
+from nirvana_deploy.quantize.int8.decide import apply_to
+from nirvana_deploy.quantize.int8.spec import Int8Spec, record_of
 from nirvana_deploy.quantize.quantize import quantize_onnx
-from nirvana_deploy.quantize.spec import Int8Spec, record_of
-from nirvana_deploy.registry import look_up
+from nirvana_deploy.quantize.weights.fp8 import FP8_TARGETS, rewrite_fp8
+from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
 
 KV_FORMS = {"concat": "portable", "in-place": "static-cache"}
 """How the cache is kept -> the flavor of the graph."""

@@ -28,8 +28,8 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
+from nirvana_deploy.base.errors import VerificationError
 from nirvana_deploy.engine.source import OnnxSource, OnnxTensor
-from nirvana_deploy.errors import VerificationError
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import WeightSource
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nirvana_deploy.engine.record import ProfileRecord
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.engine.source import OnnxSource
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.runtime.tensorrt.record import ProfileRecord
 
 BATCH = "batch_size"
 _DEFAULT_LENGTH_TOKENS = 2048

@@ -16,8 +16,8 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from nirvana_deploy.artifact import read_json, sha256_of
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.artifact import read_json, sha256_of
+from nirvana_deploy.base.errors import NirvanaError
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 _GRAPH_DTYPES: dict[int, str] = {

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from nirvana_deploy.engine.record import ProfileRecord
+from nirvana_deploy.runtime.tensorrt.record import ProfileRecord
 
 
 def trtexec_command(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from nirvana_deploy.export import DECODER_FILE, MODEL_FILE
+from nirvana_deploy.output.layout import DECODER_FILE, MODEL_FILE
 
 _PAST = re.compile(r"past_key_values\.\d+\.(decoder\.)?(key|value)")
 _CROSS_PAST = re.compile(r"past_key_values\.\d+\.encoder\.(key|value)")

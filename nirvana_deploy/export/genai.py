@@ -6,16 +6,10 @@ from the static dimensions of the ONNX inputs; the numbers here are only its def
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from nirvana_deploy.errors import NirvanaError
 from nirvana_deploy.model.shape import ModelShape
 
 
@@ -66,35 +60,3 @@ def genai_config(
             "past_present_share_buffer": flavor == "gqa",
         },
     }
-
-
-@contextmanager
-def genai_tokens(folder: Path) -> Iterator[Callable[[NDArray[np.int64], int], list[int]]]:
-    """Load ``folder`` in onnxruntime-genai and yield a greedy generator: (prompt [1, T], count) -> new ids.
-
-    It ends at a stop token of the config, which onnxruntime-genai leaves out of the result. Raises
-    NirvanaError when onnxruntime-genai refuses the folder.
-    """
-    import onnxruntime_genai  # an optional extra: imported when it is asked for
-
-    try:
-        model = onnxruntime_genai.Model(str(folder))
-    except RuntimeError as error:
-        unknown = "It takes no key that it does not know. " if "nknown value" in str(error) else ""
-        raise NirvanaError(
-            f"onnxruntime-genai cannot load {folder}: {error}.",
-            hint=f"{unknown}genai_config.json is written anew by: "
-            f"nirvana-deploy export CHECKPOINT --out {folder} --force",
-        ) from error
-
-    def generate(prompt: NDArray[np.int64], new_tokens: int) -> list[int]:
-        parameters = onnxruntime_genai.GeneratorParams(model)
-        length = prompt.shape[1] + new_tokens
-        parameters.set_search_options(max_length=length, do_sample=False)
-        generator = onnxruntime_genai.Generator(model, parameters)
-        generator.append_tokens(prompt[0].astype(np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-        return [int(token) for token in generator.get_sequence(0)[prompt.shape[1] :]]
-
-    yield generate

@@ -14,19 +14,19 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
-from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folder, write_json
-from nirvana_deploy.export import DATA_FILE, MODEL_FILE
+from nirvana_deploy.base.artifact import disk_errors, require_free_bytes, whole_folder, write_json
+from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.export.attention import Rotary
+from nirvana_deploy.export.decoder import GraphOptions, build_decoder
 from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.export.genai import genai_config
-from nirvana_deploy.export.graph import GraphOptions, build_decoder
 from nirvana_deploy.export.onnx_seq2seq import save_sharing_weights, seq2seq_graphs, write_consumer_configs
 from nirvana_deploy.export.streaming import streamed_parameters
 from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, config_json, read_config
 from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
-from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.output.layout import DATA_FILE, MODEL_FILE
 
 _ALIGNMENT_BYTES = 4096  # a page: runtimes can map large tensors straight from the file
 

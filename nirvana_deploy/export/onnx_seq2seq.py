@@ -18,10 +18,9 @@ from typing import Any
 import onnx_ir as ir
 from transformers import GenerationConfig, PreTrainedConfig
 
-from nirvana_deploy.artifact import disk_errors, write_json
-from nirvana_deploy.export import DATA_FILE, DECODER_FILE, ENCODER_FILE
+from nirvana_deploy.base.artifact import disk_errors, write_json
 from nirvana_deploy.export.dtypes import DTYPES, Dtype
-from nirvana_deploy.export.graph_seq2seq import (
+from nirvana_deploy.export.encoder_decoder import (
     Weights,
     build_cached_decoder,
     build_encoder,
@@ -30,6 +29,7 @@ from nirvana_deploy.export.graph_seq2seq import (
 from nirvana_deploy.export.streaming import streamed_parameters
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import WeightSource
+from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE
 
 
 def seq2seq_graphs(

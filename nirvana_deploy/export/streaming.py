@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.dtypes import Dtype
 from nirvana_deploy.export.packed import unpacked_names
 from nirvana_deploy.model.weights import WeightSource

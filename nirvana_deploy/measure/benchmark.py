@@ -16,14 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.engine.record import engine_files
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.measure.bounds import Work, work_of
-from nirvana_deploy.measure.environment import measured_environment
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import ModelShape
-from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.runtime.tensorrt.record import engine_files
 
 SCHEMA = 1
 

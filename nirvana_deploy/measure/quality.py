@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
 
 _BLOCK_TOKENS = 32
 

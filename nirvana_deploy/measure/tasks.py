@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from nirvana_deploy.artifact import sha256_of
-from nirvana_deploy.errors import MissingExtraError, NirvanaError
-from nirvana_deploy.export import MODEL_FILE
+from nirvana_deploy.base.artifact import sha256_of
+from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model import modeling_nirvana
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.output.layout import MODEL_FILE
 
 _OWN_MODULE = "modeling_nirvana.py"
 

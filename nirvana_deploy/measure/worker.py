@@ -28,8 +28,8 @@ import psutil
 from numpy.typing import NDArray
 
 import nirvana_deploy
-from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export.greedy import Decoder
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.runtime.greedy import Decoder
 
 _STDERR_TAIL_BYTES = 2000
 
@@ -210,7 +210,7 @@ def serve(
 
     try:
         # imported here: the parent needs no runtime, and a missing one is an answer like any other
-        from nirvana_deploy.measure.runners import OnDevice, open_runner
+        from nirvana_deploy.runtime.registry import OnDevice, open_runner
 
         process = psutil.Process()
         interpreter_rss_bytes = process.memory_info().rss

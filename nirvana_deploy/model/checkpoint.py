@@ -20,10 +20,11 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from nirvana_deploy.artifact import read_json
-from nirvana_deploy.errors import NirvanaError, TokenizerError
+from nirvana_deploy.base.artifact import read_json, sha256_of
+from nirvana_deploy.base.errors import NirvanaError, TokenizerError
 from nirvana_deploy.model.families import FAMILIES, Family
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.sources import ModelFolder
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
 
 TOKENIZER_FILES = (
@@ -120,3 +121,26 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if was_on:
             hf_logging.enable_progress_bar()
+
+
+def checked_shape(checkpoint: Path, *, seq_len: int = 1) -> ModelShape:
+    """The shape of a checkpoint whose config and tensors agree; raises NirvanaError before any work."""
+    config = config_json(checkpoint)
+    shape = shape_from_config(config)
+    check_weights(SafetensorsWeights(checkpoint), shape)
+    longest_tokens = config.get("max_position_embeddings")
+    if longest_tokens is not None and seq_len > longest_tokens:
+        raise NirvanaError(f"seq_len {seq_len} is longer than the model's {longest_tokens} positions.")
+    return shape
+
+
+def model_record(source: ModelFolder) -> dict[str, Any]:
+    """What the manifest says about the input, sha256 included."""
+    files = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.json")])
+    return {
+        "name": source.name,
+        "origin": source.origin,
+        "licence": source.licence,
+        "path": str(source.path),
+        "files": {file.name: sha256_of(file) for file in files},
+    }

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError
 
 DECODER = "decoder"
 

@@ -14,10 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.artifact import read_json, require_free_bytes, sha256_of, whole_folder, write_json
-from nirvana_deploy.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.artifact import read_json, require_free_bytes, sha256_of, whole_folder, write_json
+from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.families import FAMILIES
-from nirvana_deploy.progress import SILENT, Progress
 
 _RECORD = "converted.json"
 _MAGIC = b"GGUF"

@@ -14,10 +14,10 @@ from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from nirvana_deploy.artifact import disk_errors
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.artifact import disk_errors
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.families import family_of
-from nirvana_deploy.progress import SILENT, Progress
 
 ALLOWED_FILES = (
     "config.json",

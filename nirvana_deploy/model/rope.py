@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError
 
 _FIXED = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the sequence length
 

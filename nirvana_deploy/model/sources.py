@@ -15,8 +15,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nirvana_deploy.artifact import disk_errors, read_json, sha256_of
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.artifact import disk_errors, read_json, sha256_of
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.registry import nearest_names
 from nirvana_deploy.model.families import FAMILIES
 from nirvana_deploy.model.gguf_convert import (
     OTHER_CACHE,
@@ -25,8 +27,6 @@ from nirvana_deploy.model.gguf_convert import (
     find_converted,
     require_gguf_extra,
 )
-from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.registry import nearest_names
 
 
 @dataclass(frozen=True)

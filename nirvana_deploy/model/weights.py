@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.shape import ModelShape
 
 INDEX_FILE = "model.safetensors.index.json"

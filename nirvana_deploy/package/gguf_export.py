@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nirvana_deploy.artifact import require_free_bytes, whole_file
-from nirvana_deploy.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.artifact import require_free_bytes, whole_file
+from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.model.checkpoint import config_json, read_config
 from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.model.shape import shape_from_config
@@ -33,8 +35,6 @@ from nirvana_deploy.package.gguf_layout import (
     rope_of,
 )
 from nirvana_deploy.package.gguf_tokenizer import tokenizer_metadata
-from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.registry import look_up
 
 GGUF_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 """Weight types by the names of llama.cpp's command line -> gguf-py's name."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.model.weights import WeightSource
 

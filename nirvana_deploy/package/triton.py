@@ -22,12 +22,12 @@ from pathlib import Path
 
 import onnx
 
-from nirvana_deploy.artifact import files_under, require_free_bytes, whole_folder
-from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.export import MODEL_FILE
-from nirvana_deploy.export.folder_check import check_graph_file
+from nirvana_deploy.base.artifact import files_under, require_free_bytes, whole_folder
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.output.layout import MODEL_FILE
 from nirvana_deploy.package import triton_decode
-from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.verify.folder_check import check_graph_file
 
 VERSION = "1"
 _TYPES: dict[int, str] = {

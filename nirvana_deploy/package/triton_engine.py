@@ -22,9 +22,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from nirvana_deploy.artifact import require_free_bytes
-from nirvana_deploy.engine.record import EngineRecord, TensorRecord, read_engine_record
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.artifact import require_free_bytes
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.package.triton import (
     TritonModel,
     TritonRepository,
@@ -32,7 +32,7 @@ from nirvana_deploy.package.triton import (
     require_name,
     write_repository,
 )
-from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.runtime.tensorrt.record import EngineRecord, TensorRecord, read_engine_record
 
 _TYPES = {
     "bool": "TYPE_BOOL",

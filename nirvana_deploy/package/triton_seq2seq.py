@@ -17,10 +17,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from nirvana_deploy.artifact import require_free_bytes
-from nirvana_deploy.engine.record import ENCODER, engine_files, read_engine_record, record_path
-from nirvana_deploy.engine.seq2seq_runner import config_folder
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.artifact import require_free_bytes
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.package import triton_seq2seq_decode
 from nirvana_deploy.package.triton import (
     TritonModel,
@@ -29,7 +28,8 @@ from nirvana_deploy.package.triton import (
     require_name,
     write_repository,
 )
-from nirvana_deploy.progress import SILENT, Progress
+from nirvana_deploy.runtime.tensorrt.encoder_decoder import config_folder
+from nirvana_deploy.runtime.tensorrt.record import ENCODER, engine_files, read_engine_record, record_path
 
 ENGINE_FOLDER = "engine"
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "spiece.model")

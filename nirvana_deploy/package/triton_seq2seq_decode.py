@@ -22,8 +22,8 @@ class TritonPythonModel:
 
     def initialize(self, args):
         """Open the engines that the parameter ``decoder`` names, on the GPU of this instance."""
-        from nirvana_deploy.engine.seq2seq_runner import TensorRTSeq2Seq
-        from nirvana_deploy.measure.stream import load_text_side
+        from nirvana_deploy.runtime.tensorrt.encoder_decoder import TensorRTSeq2Seq
+        from nirvana_deploy.runtime.text import load_text_side
 
         parameters = json.loads(args["model_config"])["parameters"]
         version = Path(args["model_repository"]) / args["model_version"]
@@ -41,7 +41,7 @@ class TritonPythonModel:
 
     def _pieces(self, text, *, max_tokens=DEFAULT_MAX_TOKENS):
         """Yield (text, token) until a stop token, which is left out, or ``max_tokens``."""
-        from nirvana_deploy.measure.stream import TextPieces
+        from nirvana_deploy.runtime.text import TextPieces
 
         heard = []
         words = TextPieces(self._tokenizer, heard.append)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.shape import ModelShape
-from nirvana_deploy.prune.units import UnitScores
+from nirvana_deploy.prune.saliency.units import UnitScores
 
 Masks = list[NDArray[np.bool_]]
 """Per layer, True where the unit stays."""

@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from nirvana_deploy.artifact import disk_errors, require_free_bytes, whole_folder, write_json
+from nirvana_deploy.base.artifact import disk_errors, require_free_bytes, whole_folder, write_json
+from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model import modeling_nirvana
 from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, config_json
 from nirvana_deploy.model.families import FAMILIES, Family, family_of
@@ -36,7 +37,6 @@ from nirvana_deploy.model.weights import (
     check_weights,
     expected_shapes,
 )
-from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.prune.plan import PrunePlan, pruned_shape
 from nirvana_deploy.prune.slicing import ReplacedWeights, SlicedWeights
 

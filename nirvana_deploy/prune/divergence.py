@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Advance, Progress
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource
-from nirvana_deploy.progress import SILENT, Advance, Progress
-from nirvana_deploy.prune.loaded import home, micro_batches
 from nirvana_deploy.prune.plan import PrunePlan
-from nirvana_deploy.prune.score import streamed_model
-from nirvana_deploy.prune.score_seq2seq import View
 from nirvana_deploy.prune.slicing import MaskedWeights, ReplacedWeights, SlicedWeights
+from nirvana_deploy.prune.streaming.encoder_decoder import View
+from nirvana_deploy.prune.streaming.loading import home, micro_batches
+from nirvana_deploy.prune.streaming.model import streamed_model
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """States [..., D] to logits [..., V]."""

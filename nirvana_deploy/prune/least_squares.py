@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nirvana_deploy.prune.loaded import home
+from nirvana_deploy.prune.streaming.loading import home
 
 _QUIET_SHARE = 0.1
 """q: the part of the mean energy that S gives every input on top of its own."""

@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.artifact import read_json, write_json
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.registry import look_up
+from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.families import DECODER
-from nirvana_deploy.model.shape import LayerShape, ModelShape
+from nirvana_deploy.model.shape import LayerShape, ModelShape, shape_from_config
+from nirvana_deploy.output.layout import CHECKPOINT, PLAN_FILE
+from nirvana_deploy.output.variants import DENSE, ModelVariant
 from nirvana_deploy.prune.allocation import ALLOCATIONS, Wish, whole
-from nirvana_deploy.prune.units import UnitScores
-from nirvana_deploy.registry import look_up
+from nirvana_deploy.prune.saliency.units import UnitScores
 
 PLAN_SCHEMA = 1
 
@@ -368,3 +371,9 @@ def _budget(
         parameters_dense=dense + shape.embedding_parameters,
         parameters_kept=kept + shape.embedding_parameters,
     )
+
+
+def shape_of(out: Path, variant: ModelVariant) -> ModelShape:
+    """The shape of a variant of the output folder ``out``."""
+    pruned = shape_from_config(config_json(out / CHECKPOINT))
+    return dense_shape(pruned, read_plan(out / PLAN_FILE)) if variant.name == DENSE else pruned

@@ -43,17 +43,17 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import nn
 
-from nirvana_deploy.artifact import disk_errors, whole_folder
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.artifact import disk_errors, whole_folder
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
-from nirvana_deploy.progress import SILENT, Progress
 from nirvana_deploy.prune.least_squares import NormalEquations, Refit
-from nirvana_deploy.prune.loaded import Runs, home
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
-from nirvana_deploy.prune.score import DEFAULT_MICRO_BATCH, streamed_model
-from nirvana_deploy.prune.units import Kept, kept_positions
+from nirvana_deploy.prune.saliency.units import Kept, kept_positions
+from nirvana_deploy.prune.streaming.loading import Runs, home
+from nirvana_deploy.prune.streaming.model import DEFAULT_MICRO_BATCH, streamed_model
 
 DEFAULT_RIDGE = 1.0
 """Share of each input's own energy; see above."""

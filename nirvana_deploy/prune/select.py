@@ -26,17 +26,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.calibrate.overlap import refuse_overlap
+from nirvana_deploy.calibrate.stage import calibration_record
+from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
-from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.prune.calibrate import TokenWindows
 from nirvana_deploy.prune.divergence import masked_divergences
-from nirvana_deploy.prune.overlap import refuse_overlap
 from nirvana_deploy.prune.plan import PrunePlan, default_gamma, largest_sparsity, make_plan, removed_counts
-from nirvana_deploy.prune.saliency import saliency_named
-from nirvana_deploy.prune.score import DEFAULT_MICRO_BATCH, score_units, score_windows
-from nirvana_deploy.prune.units import UnitScores
+from nirvana_deploy.prune.saliency.gradient import saliency_named
+from nirvana_deploy.prune.saliency.units import UnitScores
+from nirvana_deploy.prune.streaming.model import DEFAULT_MICRO_BATCH, score_units, score_windows
 
 SEPARABLE_STANDARD_ERRORS = 2.0
 """A lead of at least so many paired standard errors is called separable."""
@@ -208,19 +209,6 @@ def select_calibration(
             tried.append(_Tried(plan, calibration, scores))
     divergences = masked_divergences(checkpoint, [one.plan for one in tried], tokens, progress=progress)
     return _selection(tried, divergences, heldout, scoring)
-
-
-def calibration_record(calibration: TokenWindows) -> dict[str, Any]:
-    """What a plan says about its calibration windows."""
-    num_sequences, seq_len = calibration.tokens.shape
-    return {
-        "source": calibration.source,
-        "num_sequences": num_sequences,
-        "seq_len": seq_len,
-        "text_sha256": calibration.text_sha256,
-        "seed": calibration.seed,
-        "draw": calibration.draw,
-    }
 
 
 def _heldout_tokens(heldout: Sequence[TokenWindows]) -> NDArray[np.int64]:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from nirvana_deploy.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import Rows, WeightSource
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
-from nirvana_deploy.prune.units import kept_positions
+from nirvana_deploy.prune.saliency.units import kept_positions
 
 
 class SlicedWeights:

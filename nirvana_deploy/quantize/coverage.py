@@ -19,10 +19,10 @@ from typing import Any
 
 import onnx
 
-from nirvana_deploy.errors import VerificationError
+from nirvana_deploy.base.errors import VerificationError
 from nirvana_deploy.export.packed import unpacked_names
-from nirvana_deploy.quantize.cut import Cut, session_of
-from nirvana_deploy.quantize.spec import read_record
+from nirvana_deploy.quantize.graph.layer_parts import Cut, session_of
+from nirvana_deploy.quantize.int8.spec import read_record
 
 INTEGER_OPERATORS = frozenset(
     {

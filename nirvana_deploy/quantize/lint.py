@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.quantize.files import load_model, read_initializer
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.quantize.graph.files import load_model, read_initializer
 
 _Q, _DQ = "QuantizeLinear", "DequantizeLinear"
 _SIGNED = {ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1}

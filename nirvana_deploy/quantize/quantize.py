@@ -14,10 +14,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nirvana_deploy.artifact import write_json
-from nirvana_deploy.errors import NirvanaError
-from nirvana_deploy.progress import SILENT, Progress
-from nirvana_deploy.quantize.choose import (
+from nirvana_deploy.base.artifact import write_json
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.registry import look_up
+from nirvana_deploy.quantize.coverage import Coverage, coverage_of, slow_host_note
+from nirvana_deploy.quantize.graph.layer_runner import Runner
+from nirvana_deploy.quantize.graph.linears import RECORD_FILE, OnnxGraph, open_folder, write_folder
+from nirvana_deploy.quantize.int8.decide import (
     Candidate,
     apply_to,
     calibrated,
@@ -25,17 +29,13 @@ from nirvana_deploy.quantize.choose import (
     decide,
     smoothing_alpha,
 )
-from nirvana_deploy.quantize.coverage import Coverage, coverage_of, slow_host_note
-from nirvana_deploy.quantize.divergence import Yardstick
-from nirvana_deploy.quantize.linears import RECORD_FILE, OnnxGraph, open_folder, write_folder
+from nirvana_deploy.quantize.int8.observe import require_prefill
+from nirvana_deploy.quantize.int8.ranges import METHODS
+from nirvana_deploy.quantize.int8.sensitivity import Sensitivity, sensitivity_of
+from nirvana_deploy.quantize.int8.spec import Int8Spec, record_of
 from nirvana_deploy.quantize.lint import lint
-from nirvana_deploy.quantize.low_bit import BITS, LowBit, low_bit, rewrite_low_bit
-from nirvana_deploy.quantize.observe import require_prefill
-from nirvana_deploy.quantize.ranges import METHODS
-from nirvana_deploy.quantize.runner import Runner
-from nirvana_deploy.quantize.sensitivity import Sensitivity, sensitivity_of
-from nirvana_deploy.quantize.spec import Int8Spec, record_of
-from nirvana_deploy.registry import look_up
+from nirvana_deploy.quantize.weights.low_bit import BITS, LowBit, low_bit, rewrite_low_bit
+from nirvana_deploy.runtime.divergence import Yardstick
 
 SCHEMES = ("int8", *BITS)
 ENOUGH_TOKENS = 4096

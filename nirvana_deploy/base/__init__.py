@@ -1,0 +1,1 @@
+"""Errors, whole files, progress, tables of names, the machine."""

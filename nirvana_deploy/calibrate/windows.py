@@ -1,0 +1,345 @@
+"""Calibration windows, drawn by seed, and held-out windows that no seed can draw.
+
+A source is read as documents, tokenised into one stream (EOS between documents), and cut into blocks of
+five segments: four for calibration, the fifth held out. The cut depends on lengths alone, never on the
+seed, so held-out text is disjoint from the calibration windows of every seed by construction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.calibrate.texts import SourceText, read_source
+
+CALIBRATION_SEGMENTS = 4
+"""Of each block; one more segment is held out."""
+_PIECE_CHARACTERS = 1 << 18
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Windows of tokens and where they come from."""
+
+    tokens: NDArray[np.int64]
+    """[N, T]."""
+    source: str
+    """For people: "pydoc", "file notes.txt", ..."""
+    text_sha256: str
+    """Of the whole source text, UTF-8, documents joined by a zero byte; of one file, that file's content."""
+    seed: int | None
+    """None where no seed had a say: held-out windows and --eval-text."""
+    positions: tuple[int, ...]
+    """Start of each window in the token stream."""
+    draw: int = 0
+    """Which set of this seed: the windows of a seed's different draws are disjoint."""
+
+
+@dataclass(frozen=True)
+class CandidateSets:
+    """Calibration sets of one source to choose from."""
+
+    calibrations: tuple[TokenWindows, ...]
+    """[N, T] each; no two of them share a window."""
+    heldout: TokenWindows
+    """[M, T_heldout], disjoint from all of them."""
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What a pruning run reads."""
+
+    calibration: TokenWindows
+    """[N, T], drawn by seed; windows do not overlap."""
+    heldout: TokenWindows
+    """[M, T_heldout], the same for every seed, disjoint from all that any seed could draw."""
+
+
+def calibration_data(
+    source: str,
+    tokenizer: Any,
+    *,
+    num_sequences: int,
+    seq_len: int,
+    seed: int,
+    heldout_sequences: int,
+    heldout_len: int,
+    draw: int = 0,
+    model_path: Path | None = None,
+    progress: Progress = SILENT,
+) -> CalibrationData:
+    """Draw N = ``num_sequences`` windows of T = ``seq_len`` tokens, and hold M others out.
+
+    ``source`` is "pydoc" (the language reference inside this Python), "self" (the model at ``model_path``
+    writes), a name in calib_sets/, or a UTF-8 text or .jsonl file; ``tokenizer`` is the model's, from
+    transformers. ``draw`` chooses among a seed's disjoint sets (:func:`calibration_candidates`).
+    ``heldout_sequences`` may be 0. Raises NirvanaError for a source that is unknown, unreadable or too short
+    (it says how much fits), MissingExtraError for a named set without ``datasets``.
+    """
+    if draw < 0:
+        raise NirvanaError(f"draw must be at least 0, got {draw}.")
+    sets = _candidate_sets(
+        source,
+        tokenizer,
+        draws=range(draw, draw + 1),
+        calibration_shape=(num_sequences, seq_len),
+        heldout_shape=(heldout_sequences, heldout_len),
+        seed=seed,
+        model_path=model_path,
+        progress=progress,
+    )
+    return CalibrationData(calibration=sets.calibrations[0], heldout=sets.heldout)
+
+
+def calibration_candidates(
+    source: str,
+    tokenizer: Any,
+    *,
+    candidates: int,
+    num_sequences: int,
+    seq_len: int,
+    seed: int,
+    heldout_sequences: int,
+    heldout_len: int,
+    model_path: Path | None = None,
+    progress: Progress = SILENT,
+) -> CandidateSets:
+    """Draw ``candidates`` calibration sets that share no window, and hold M windows out of all of them.
+
+    The sets are the draws 0, 1, ... of ``seed``, so :func:`calibration_data` gives each of them again. For
+    "self", which writes as much text as is asked, they are the seeds ``seed``, ``seed + 1``, ... instead.
+    Raises NirvanaError as :func:`calibration_data` does, and when the text has no room for so many.
+    """
+    if candidates < 1:
+        raise NirvanaError(f"candidates must be at least 1, got {candidates}.")
+    return _candidate_sets(
+        source,
+        tokenizer,
+        draws=range(candidates),
+        calibration_shape=(num_sequences, seq_len),
+        heldout_shape=(heldout_sequences, heldout_len),
+        seed=seed,
+        model_path=model_path,
+        progress=progress,
+    )
+
+
+def _candidate_sets(
+    source: str,
+    tokenizer: Any,
+    *,
+    draws: range,
+    calibration_shape: tuple[int, int],
+    heldout_shape: tuple[int, int],
+    seed: int,
+    model_path: Path | None,
+    progress: Progress,
+) -> CandidateSets:
+    num_sequences, seq_len = calibration_shape
+    heldout_sequences, heldout_len = heldout_shape
+    for name, value, least in (
+        ("num_sequences", num_sequences, 1),
+        ("seq_len", seq_len, 1),
+        ("seed", seed, 0),
+        ("heldout_sequences", heldout_sequences, 0),
+        ("heldout_len", heldout_len, 1),
+    ):
+        if value < least:
+            raise NirvanaError(f"{name} must be at least {least}, got {value}.")
+    if source == "self":
+        seeds = [seed + draw for draw in draws]
+        return _written_by_model(model_path, tokenizer, calibration_shape, heldout_shape, seeds, progress)
+
+    text = read_source(source, progress=progress)
+    stream = _token_stream(text.documents, tokenizer, progress)
+    cut = _Cut(length=len(stream), seq_len=seq_len, heldout_len=heldout_len)
+    cut.require(num_sequences, heldout_sequences, source=text.name)
+    starts = cut.calibration_starts
+    if draws.stop * num_sequences > len(starts):
+        fits = len(starts) // num_sequences
+        raise NirvanaError(
+            f"{text.name} has room for {fits} disjoint calibration sets of {num_sequences} x {seq_len} "
+            f"tokens; {draws.stop} were asked for.",
+            hint=f"Pass --candidates {fits}, smaller sets (--num-sequences), or a longer text.",
+        )
+    drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(starts))
+    spread = np.arange(heldout_sequences) * len(cut.heldout_starts) // max(heldout_sequences, 1)
+    return CandidateSets(
+        calibrations=tuple(
+            _windows(
+                stream,
+                [starts[i] for i in drawn[draw * num_sequences : (draw + 1) * num_sequences]],
+                seq_len,
+                text,
+                seed,
+                draw=draw,
+            )
+            for draw in draws
+        ),
+        heldout=_windows(stream, [cut.heldout_starts[i] for i in spread], heldout_len, text, None),
+    )
+
+
+def windows_of_text(
+    text: SourceText,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    max_sequences: int | None = None,
+    progress: Progress = SILENT,
+) -> TokenWindows:
+    """The consecutive windows [M, T] of a text from its beginning, at most ``max_sequences`` of them.
+
+    Raises NirvanaError when the text is shorter than one window.
+    """
+    stream = _token_stream(text.documents, tokenizer, progress)
+    starts = range(0, len(stream) - seq_len + 1, seq_len)[:max_sequences]
+    if not starts:
+        raise NirvanaError(
+            f"{text.name} is too short: it has {len(stream):,} tokens with this model's tokenizer; "
+            f"one window needs {seq_len:,}.",
+            hint="Give a longer text, or shorter windows.",
+        )
+    return _windows(stream, starts, seq_len, text, None)
+
+
+def _token_stream(documents: Sequence[str], tokenizer: Any, progress: Progress) -> NDArray[np.int64]:
+    """All documents as one int64 stream, EOS between them; long ones are tokenised piece by piece."""
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    with progress.task("Tokenising", len(documents)) as advance:
+        for index, document in enumerate(documents):
+            if index:
+                stream += separator
+            for piece in _pieces(document):
+                stream += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            advance(1)
+    return np.array(stream, dtype=np.int64)
+
+
+def _pieces(document: str) -> Iterator[str]:
+    """``document`` in pieces of bounded size that end at a line's end where there is one."""
+    start = 0
+    for end in (match.end() for match in re.finditer(r"\n", document)):
+        if end - start >= _PIECE_CHARACTERS:
+            yield document[start:end]
+            start = end
+    if start < len(document):
+        yield document[start:]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How a stream is cut; knows how many windows fit, and how many tokens a wish needs."""
+
+    length: int
+    seq_len: int
+    heldout_len: int
+
+    @property
+    def segment(self) -> int:
+        return max(self.seq_len, self.heldout_len)
+
+    @property
+    def block(self) -> int:
+        return (CALIBRATION_SEGMENTS + 1) * self.segment
+
+    @property
+    def calibration_starts(self) -> list[int]:
+        return self._starts(0, CALIBRATION_SEGMENTS * self.segment, self.seq_len)
+
+    @property
+    def heldout_starts(self) -> list[int]:
+        return self._starts(CALIBRATION_SEGMENTS * self.segment, self.block, self.heldout_len)
+
+    def _starts(self, begin: int, end: int, window: int) -> list[int]:
+        """Starts of the windows, side by side, that fit into [begin, end) of each block."""
+        return [
+            start
+            for block in range(0, self.length, self.block)
+            for start in range(block + begin, min(block + end, self.length) - window + 1, window)
+        ]
+
+    def require(self, num_sequences: int, heldout_sequences: int, *, source: str) -> None:
+        """Raise NirvanaError unless so many windows fit."""
+        fits, heldout_fits = len(self.calibration_starts), len(self.heldout_starts)
+        if fits >= num_sequences and heldout_fits >= heldout_sequences:
+            return
+        calibration_end = CALIBRATION_SEGMENTS * self.segment
+        needed = max(
+            self._needed(num_sequences, 0, calibration_end, self.seq_len),
+            self._needed(heldout_sequences, calibration_end, self.block, self.heldout_len),
+        )
+        fitting = f"--num-sequences {fits}" if 0 < fits < num_sequences else "a longer text"
+        raise NirvanaError(
+            f"{source} is too short: it has {self.length:,} tokens with this model's tokenizer. "
+            f"{num_sequences} x {self.seq_len} tokens of calibration and {heldout_sequences} x "
+            f"{self.heldout_len} held out (one token in {CALIBRATION_SEGMENTS + 1} is reserved for these) "
+            f"need {needed:,}.",
+            hint=f"What fits: {fits} calibration and {heldout_fits} held-out windows. Give {fitting}.",
+        )
+
+    def _needed(self, count: int, begin: int, end: int, window: int) -> int:
+        """Fewest tokens in which ``count`` windows fit."""
+        if not count:
+            return 0
+        full_blocks, last = divmod(count - 1, (end - begin) // window)
+        return full_blocks * self.block + begin + (last + 1) * window
+
+
+def _windows(
+    stream: NDArray[np.int64],
+    starts: Sequence[int],
+    length: int,
+    text: SourceText,
+    seed: int | None,
+    *,
+    draw: int = 0,
+) -> TokenWindows:
+    tokens = np.stack([stream[s : s + length] for s in starts]) if starts else np.empty((0, length), np.int64)
+    return TokenWindows(
+        tokens,
+        source=text.name,
+        text_sha256=text.sha256,
+        seed=seed,
+        positions=tuple(starts),
+        draw=draw,
+    )
+
+
+def _written_by_model(
+    model_path: Path | None,
+    tokenizer: Any,
+    calibration_shape: tuple[int, int],
+    heldout_shape: tuple[int, int],
+    seeds: Sequence[int],
+    progress: Progress,
+) -> CandidateSets:
+    """Calibration from the even random streams 2 x seed, held-out text from stream 1, which no seed gives."""
+    from nirvana_deploy.calibrate.selfwrite import written_by_model
+
+    if model_path is None:
+        raise NirvanaError(
+            "The calibration source 'self' needs the model's folder, because the model writes it."
+        )
+    shapes = {**{2 * seed: calibration_shape for seed in seeds}, 1: heldout_shape}
+    written = written_by_model(model_path, tokenizer, shapes=shapes, progress=progress)
+
+    def windows(stream: int, recorded_seed: int | None) -> TokenWindows:
+        tokens = written[stream]
+        text = SourceText("self", tuple(tokenizer.batch_decode(tokens)))
+        return _windows(
+            tokens.ravel(), range(0, tokens.size, tokens.shape[1]), tokens.shape[1], text, recorded_seed
+        )
+
+    return CandidateSets(
+        calibrations=tuple(windows(2 * seed, seed) for seed in seeds), heldout=windows(1, None)
+    )

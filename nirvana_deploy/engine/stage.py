@@ -1,0 +1,221 @@
+"""Engines of an output folder, as stages of its run: each variant in the precision and KV form asked for."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.base.artifact import require_free_bytes, whole_folder
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.calibrate.windows_file import read_windows
+from nirvana_deploy.engine.build import BuiltEngine, engine_from_onnx
+from nirvana_deploy.engine.drop_branch import drop_cache_branch
+from nirvana_deploy.engine.from_checkpoint import engines_from_checkpoint
+from nirvana_deploy.engine.profile import Lengths
+from nirvana_deploy.engine.targets import RTX, BuilderOptions
+from nirvana_deploy.output.layout import (
+    CALIBRATION_FILE,
+    CHECKPOINT,
+    DECODER_FILE,
+    ENCODER_FILE,
+    ENGINES,
+    MODEL_FILE,
+    is_seq2seq,
+)
+from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.variants import DENSE, PRUNED
+from nirvana_deploy.quantize.graph.linears import RECORD_FILE
+from nirvana_deploy.quantize.int8.spec import Int8Spec, read_record, read_spec
+from nirvana_deploy.runtime.tensorrt.record import ENGINE_SUFFIX
+
+
+@dataclass(frozen=True)
+class _Decisions:
+    """What was decided when the ONNX of an output folder was quantized."""
+
+    int8_spec: Int8Spec | None = None
+    block_size: int = 32
+    rounding: str | None = None
+    calibration: NDArray[np.int64] | None = None
+
+
+def engine_name(variant: str, *, dtype: str, kv: str, quantize: str | None, runtime: str) -> str:
+    """The variant's own name for the usual engine (RTX, fp16, concat); what differs is added to it."""
+    name = f"{variant}-{quantize}" if quantize else variant
+    for usual, chosen in (("fp16", dtype), ("concat", kv), (RTX, runtime)):
+        name += "" if chosen == usual else f"-{chosen}"
+    return name
+
+
+def engine_from_output(
+    out: Path,
+    *,
+    variant: str = PRUNED,
+    dtype: str = "fp16",
+    kv: str = "concat",
+    quantize: str | None = None,
+    lengths: Lengths | None = None,
+    options: BuilderOptions | None = None,
+    name: str | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Path, ...]:
+    """Build the engine of a variant of the output folder ``out``; as :func:`build_engine`, always anew."""
+    return build_engine(
+        Run.open(out, progress=progress),
+        variant=variant,
+        dtype=dtype,
+        kv=kv,
+        quantize=quantize,
+        lengths=lengths,
+        options=options,
+        name=name,
+        redo=True,
+    )
+
+
+def build_engine(
+    run: Run,
+    *,
+    variant: str = PRUNED,
+    dtype: str = "fp16",
+    kv: str = "concat",
+    quantize: str | None = None,
+    lengths: Lengths | None = None,
+    options: BuilderOptions | None = None,
+    name: str | None = None,
+    redo: bool = False,
+) -> tuple[Path, ...]:
+    """Build the engine of a variant of a run, into its folder ``engine``: a stage called engine-<name>.
+
+    ``variant`` is "pruned" or "dense". An int8 engine takes the decisions of ``onnx-int8``, a w4 or w8 engine
+    those of ``onnx-w4`` or ``onnx-w8`` where it is there (block size, rounding), and the run's own
+    calibration windows where the rounding needs them. Returns the engine files: two of an encoder-decoder.
+    """
+    if variant not in (PRUNED, DENSE):
+        raise NirvanaError(f"Unknown variant {variant!r}; engines are made of {PRUNED} and {DENSE}.")
+    checkpoint = run.out / CHECKPOINT if variant == PRUNED else Path(run.manifest["model"]["path"])
+    if not checkpoint.is_dir():
+        raise NirvanaError(
+            f"The checkpoint of {variant} is not at {checkpoint}.",
+            hint="Make it again: repeat the prune-export command with --resume.",
+        )
+    options = options or BuilderOptions(RTX)
+    name = name or engine_name(variant, dtype=dtype, kv=kv, quantize=quantize, runtime=options.runtime)
+    folder = run.out / ENGINES
+
+    def work() -> dict[str, Any]:
+        decided = _decisions(run, variant, quantize)
+        engines = engines_from_checkpoint(
+            checkpoint,
+            folder,
+            name=name,
+            dtype=dtype,
+            kv=kv,
+            quantize=quantize,
+            int8_spec=decided.int8_spec,
+            block_size=decided.block_size,
+            rounding=decided.rounding,
+            calibration=decided.calibration,
+            lengths=lengths,
+            options=options,
+            progress=run.progress,
+        )
+        return {"engines": [_summary(engine) for engine in engines]}
+
+    names = [name, f"{name}-encoder", f"{name}-decoder"]
+    outputs = [f"{ENGINES}/{one}{end}" for one in names for end in (ENGINE_SUFFIX, ".json", ".log")]
+    result = run.stage(f"engine-{name}", [*outputs, f"{ENGINES}/{name}-onnx"], work, redo=redo)
+    return tuple(folder / f"{engine['name']}{ENGINE_SUFFIX}" for engine in result["engines"])
+
+
+def engines_from_onnx_folder(
+    folder: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    lengths: Lengths | None = None,
+    options: BuilderOptions | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Path, ...]:
+    """Build an ONNX folder: a decoder's ``model.onnx`` as it is, or the two graphs of an encoder-decoder.
+
+    Those are built from a copy beside the engines, ``name``-onnx, where the decoder has lost the input that
+    no engine can have (``engine/drop_branch.py``).
+    """
+    name = name or folder.name
+    parts = {MODEL_FILE: ("decoder", name)}
+    if is_seq2seq(folder):
+        folder = _for_engines(folder, out / f"{name}-onnx")
+        parts = {ENCODER_FILE: ("encoder", f"{name}-encoder"), DECODER_FILE: ("decoder", f"{name}-decoder")}
+    return tuple(
+        engine_from_onnx(
+            folder,
+            out,
+            name=part_name,
+            file=file,
+            part=part,
+            lengths=lengths,
+            options=options,
+            progress=progress,
+        ).path
+        for file, (part, part_name) in parts.items()
+    )
+
+
+def _for_engines(folder: Path, copy: Path) -> Path:
+    """Copy an encoder-decoder's ONNX folder, its decoder rewritten; returns ``copy``."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    require_free_bytes(copy.parent, sum(path.stat().st_size for path in files), what="The ONNX folder")
+    with whole_folder(copy) as partial:
+        for path in files:
+            shutil.copyfile(path, partial / path.name)
+        drop_cache_branch(partial / DECODER_FILE)
+    return copy
+
+
+def _decisions(run: Run, variant: str, quantize: str | None) -> _Decisions:
+    """Read them from the quantized ONNX folder of the variant; the defaults where there is none."""
+    folder = run.out / ("" if variant == PRUNED else DENSE) / f"onnx-{quantize}"
+    if quantize == "int8" and not (folder / RECORD_FILE).is_file():
+        source, calib = (run.out, "") if variant == PRUNED else (folder.with_name("onnx"), " --calib TEXT")
+        raise NirvanaError(
+            f"An int8 engine takes the ranges of its activations from {folder}, which is not there.",
+            hint=f"nirvana-deploy quantize {source} --scheme int8{calib}"
+            + (f" --out {folder}" if variant == DENSE else ""),
+        )
+    if quantize is None or not (folder / RECORD_FILE).is_file():
+        return _Decisions()
+    if quantize == "int8":
+        return _Decisions(int8_spec=read_spec(folder))
+    weights = read_record(folder)["weights"]
+    windows = run.out / CALIBRATION_FILE
+    calibrated = weights["rounding"] == "gptq" and windows.is_file()
+    return _Decisions(
+        block_size=weights["block_size"] or 32,
+        rounding=weights["rounding"],
+        calibration=read_windows(windows)["calibration"] if calibrated else None,
+    )
+
+
+def _summary(engine: BuiltEngine) -> dict[str, Any]:
+    """What the manifest says of an engine."""
+    record = engine.record
+    return {
+        "name": record.name,
+        "dtype": record.dtype,
+        "quantization": record.quantization,
+        "kv": record.kv,
+        "runtime": f"{record.runtime} {record.runtime_version}",
+        "targets": list(record.targets),
+        "engine_bytes": record.engine_bytes,
+        "weights_bytes": record.weights_bytes,
+        "fused_attentions": record.layers.get("ATTENTION", 0),
+        "build_seconds": record.build.seconds,
+        "compared_constants": len(engine.check.compared_values),
+    }

@@ -1,0 +1,237 @@
+"""The decoder as an ONNX graph, built layer by layer from parts.
+
+The graph is built rather than traced: it has about twenty nodes a layer with names that say where they
+come from, takes each layer's own dimensions, and refers to weights by name without holding them.
+
+Flavors, by how they keep the KV cache (``attention.py`` says what each takes and gives):
+
+========================  ======================================  =======================================
+``portable`` (opset 23)   past and new concatenated               ONNX Runtime, onnxruntime-genai, TensorRT
+``gqa`` (opset 23)        com.microsoft.GroupQueryAttention       ONNX Runtime, onnxruntime-genai
+``static-cache`` (24)     fixed length, updated in place          TensorRT, ONNX Runtime
+========================  ======================================  =======================================
+
+What other stages rely on (quantization replaces weights by these rules):
+
+* every linear is a ``MatMul`` whose second input is the initializer ``<module>.weight``, stored as
+  [inputs, outputs], with ``<module>`` as the checkpoint names it; its bias, where there is one, is the
+  initializer ``<module>.bias`` of the ``Add`` behind;
+* in ``gqa``, for ONNX Runtime alone, q, k and v are one such product, and gate and up another, named as
+  ``packed.py`` says: at one token a product takes microseconds, and its start is a good part of them;
+* the embedding is the initializer ``<embedding>.weight`` [V, D]; a tied head is the ``Transpose`` of it,
+  an untied one the linear ``<head>.weight`` [D, V];
+* the hidden state that leaves layer i is called ``hidden_states.i``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.export.attention import (
+    ConcatenatedCache,
+    GroupQueryCache,
+    HeadNorms,
+    KvForm,
+    Rotary,
+    StaticCache,
+)
+from nirvana_deploy.export.dtypes import Dtype
+from nirvana_deploy.export.packed import packed_name
+from nirvana_deploy.export.parts import OPSET, GraphParts
+from nirvana_deploy.export.streaming import Parameter
+from nirvana_deploy.model.shape import LayerShape, ModelShape
+from nirvana_deploy.output.layout import DTYPE_KEY, FLAVOR_KEY, GRAPH_SCHEMA, SCHEMA_KEY
+
+FLAVORS = ("portable", "gqa", "static-cache")
+_GQA_HEAD_DIM_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What a user can choose about a decoder's graph."""
+
+    dtype: Dtype
+    flavor: str = "portable"
+    cache_tokens: int | None = None
+    """C of ``static-cache``; None for the other flavors."""
+    last_logits: bool = False
+    """Logits of the last position only, [B, 1, V]: all that a prompt needs, where the prompts of a batch end
+    together. A shorter one that is padded on the right (onnxruntime-genai does) ends before that position."""
+
+    def __post_init__(self) -> None:
+        if self.flavor not in FLAVORS:
+            raise NirvanaError(f"Unknown flavor {self.flavor!r}; there are {', '.join(FLAVORS)}.")
+        if self.flavor == "static-cache" and (self.cache_tokens is None or self.cache_tokens < 1):
+            raise NirvanaError(
+                f"The flavor static-cache needs the length of its cache, got {self.cache_tokens}.",
+                hint="Pass --cache-length TOKENS, prompt and answer together.",
+            )
+        if self.flavor != "static-cache" and self.cache_tokens is not None:
+            raise NirvanaError(f"A cache length was given, and the cache of {self.flavor} grows.")
+
+    def require_fits(self, shape: ModelShape) -> None:
+        """Raise NirvanaError for a model that these options are not for."""
+        if shape.family.encoder_decoder and (self.flavor != "portable" or self.last_logits):
+            asked = f"the flavor {self.flavor}" if self.flavor != "portable" else "last logits only"
+            raise NirvanaError(
+                f"An encoder-decoder ({shape.family.name}) cannot be exported with {asked}: "
+                "its attention has a relative position bias, and its decoder starts from one token.",
+                hint="Export with --flavor portable and all logits.",
+            )
+        if self.flavor == "gqa" and shape.head_dim % _GQA_HEAD_DIM_MULTIPLE:
+            raise NirvanaError(
+                f"GroupQueryAttention rotates heads of a multiple of {_GQA_HEAD_DIM_MULTIPLE} numbers, "
+                f"and head_dim is {shape.head_dim}.",
+                hint="Export with --flavor portable.",
+            )
+
+    @property
+    def opset(self) -> int:
+        """Of the standard operators."""
+        return 24 if self.flavor == "static-cache" else OPSET
+
+
+def build_decoder(
+    shape: ModelShape,
+    options: GraphOptions,
+    *,
+    rotary: Rotary,
+    norm_epsilon: float,
+    max_positions: int,
+    parameter: Parameter,
+) -> ir.Model:
+    """Build the decoder with KV cache for ``shape``.
+
+    Inputs ``input_ids`` [B, T] and, by flavor, ``attention_mask`` [B, S], ``position_ids`` [B, T] or
+    ``write_indices`` [B] (all int64); per layer ``past_key_values.{i}.key|value``. Outputs ``logits``
+    [B, T, V] (or [B, 1, V]) and ``present.{i}.key|value``. ``max_positions`` is the length of the rotary
+    tables of ``gqa``.
+    """
+    parts = GraphParts(
+        "decoder", opset=options.opset, dtype=options.dtype, norm_epsilon=norm_epsilon, parameter=parameter
+    )
+    _Decoder(parts, shape, options).build(rotary, max_positions)
+    return parts.finish(
+        {
+            SCHEMA_KEY: str(GRAPH_SCHEMA),
+            FLAVOR_KEY: options.flavor,
+            DTYPE_KEY: options.dtype.name,
+        }
+    )
+
+
+def hidden_state_name(layer: int) -> str:
+    """Name of the value that leaves ``layer``, [B, T, D]; verification compares it."""
+    return f"hidden_states.{layer}"
+
+
+class _Decoder:
+    """Holds what every part of the graph needs while it is being built."""
+
+    def __init__(self, parts: GraphParts, shape: ModelShape, options: GraphOptions) -> None:
+        self.parts = parts
+        self.op = parts.op
+        self.shape = shape
+        self.options = options
+
+    def build(self, rotary: Rotary, max_positions: int) -> None:
+        """Add all nodes, inputs and outputs to the graph."""
+        op, shape, family = self.op, self.shape, self.shape.family
+        form = self.kv_form(rotary, max_positions)
+        embedding = self.parts.weight(f"{family.embedding}.weight", (shape.vocab_size, shape.hidden_size))
+        hidden, change = op.Gather(embedding, form.tokens, axis=0), None
+        for index, layer in enumerate(shape.layers):
+            self.parts.builder.push_module(family.layer(index))
+            hidden, change = self.layer(index, layer, hidden, change, form)
+            self.parts.builder.pop_module()
+        normed, _ = self.add_and_norm(hidden, change, family.final_norm, name=len(shape.layers) - 1)
+        length: int | str = "sequence_length"
+        if self.options.last_logits:
+            normed, length = op.Slice(normed, [-1], [2**62], [1]), 1
+        logits = op.MatMul(normed, self.head(embedding))
+        self.parts.add_output(logits, "logits", ["batch_size", length, shape.vocab_size], first=True)
+
+    def kv_form(self, rotary: Rotary, max_positions: int) -> KvForm:
+        """The form that the flavor asks for; declares the inputs of tokens."""
+        d = self.shape.head_dim
+        if self.options.flavor == "gqa":
+            return GroupQueryCache(self.parts, rotary, d, max_positions=max_positions)
+        if self.options.cache_tokens is not None:
+            return StaticCache(self.parts, rotary, d, cache_tokens=self.options.cache_tokens)
+        return ConcatenatedCache(self.parts, rotary, d)
+
+    def layer(
+        self, index: int, layer: LayerShape, hidden: ir.Value, change: ir.Value | None, form: KvForm
+    ) -> tuple[ir.Value, ir.Value]:
+        """One layer with its own dimensions: (hidden, what is yet to be added to it), each [B, T, D]."""
+        site, prefix = self.shape.place(index)
+        normed, hidden = self.add_and_norm(hidden, change, f"{prefix}.{site.input_norm}", name=index - 1)
+        change = self.attention(index, layer, normed, form)
+        normed, hidden = self.add_and_norm(hidden, change, f"{prefix}.{site.ffn_norm}")
+        return hidden, self.feed_forward(index, layer, normed)
+
+    def add_and_norm(
+        self, hidden: ir.Value, change: ir.Value | None, module: str, *, name: int | None = None
+    ) -> tuple[ir.Value, ir.Value]:
+        """(norm of hidden + change, hidden + change); the sum leaves layer ``name``, when that is said."""
+        width = self.shape.hidden_size
+        if change is None:
+            return self.parts.norm(hidden, module, width), hidden
+        if self.options.flavor == "gqa":
+            normed, total = self.parts.fused_add_and_norm(hidden, change, module, width)
+        else:
+            total = self.op.Add(hidden, change)
+            normed = self.parts.norm(total, module, width)
+        if name is not None:
+            total.name = hidden_state_name(name)
+        return normed, total
+
+    def attention(self, index: int, layer: LayerShape, hidden: ir.Value, form: KvForm) -> ir.Value:
+        """Grouped-query attention over past and new tokens: [B, T, D] -> [B, T, D]."""
+        D, d, bias = self.shape.hidden_size, self.shape.head_dim, self.shape.attention_bias
+        site, prefix = self.shape.place(index)
+        modules = [f"{prefix}.{module}" for module in (site.q, site.k, site.v)]
+        sizes = [heads * d for heads in (layer.query_heads, layer.kv_heads, layer.kv_heads)]
+        norms = HeadNorms(*(f"{prefix}.{norm}" if norm else None for norm in (site.q_norm, site.k_norm)))
+        projected = self.linears(hidden, modules, D, sizes, bias=bias, apart=bool(norms.query or norms.key))
+        mixed = form.attend(index, layer, projected, norms)
+        return self.parts.linear(
+            mixed, f"{prefix}.{site.o}", layer.query_heads * d, D, bias=self.shape.output_bias
+        )
+
+    def feed_forward(self, index: int, layer: LayerShape, hidden: ir.Value) -> ir.Value:
+        """Gated SiLU: down(silu(gate(x)) * up(x)), [B, T, D] -> [B, T, D]."""
+        op, D, F, bias = self.op, self.shape.hidden_size, layer.ffn_width, self.shape.ffn_bias
+        site, prefix = self.shape.place(index)
+        modules = [f"{prefix}.{row}" for row in site.ffn_rows]
+        gate, up = self.linears(hidden, modules, D, [F, F], bias=bias)
+        gated = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+        return self.parts.linear(gated, f"{prefix}.{site.ffn_down}", F, D, bias=bias)
+
+    def linears(
+        self,
+        x: ir.Value,
+        modules: Sequence[str],
+        inputs: int,
+        sizes: Sequence[int],
+        *,
+        bias: bool,
+        apart: bool = True,
+    ) -> Sequence[ir.Value]:
+        """Linears of [B, T, inputs] to [B, T, size] each, or ``gqa``'s one value of all of them."""
+        if self.options.flavor != "gqa":
+            pairs = zip(modules, sizes, strict=True)
+            return [self.parts.linear(x, module, inputs, size, bias=bias) for module, size in pairs]
+        packed = self.parts.linear(x, packed_name(modules), inputs, sum(sizes), bias=bias)
+        return self.op.Split(packed, list(sizes), axis=-1, _outputs=len(sizes)) if apart else [packed]
+
+    def head(self, embedding: ir.Value) -> ir.Value:
+        """The [D, V] matrix of the head: its own weight, or the embedding transposed when they are tied."""
+        if self.shape.tied_embeddings:
+            return self.op.Transpose(embedding, perm=[1, 0])
+        size = (self.shape.hidden_size, self.shape.vocab_size)
+        return self.parts.weight(f"{self.shape.family.head}.weight", size, transposed=True)

@@ -1,0 +1,1 @@
+"""How far a cut changes the tangent kernel."""

@@ -1,0 +1,266 @@
+"""How much a cut changes the tangent kernels of a model: measured, beside what the cut predicts.
+
+Everything is exact: an inner product over all weights is the sum of those over each layer, so one streamed
+backward for each of n windows suffices (4/3 of a plain one, as in scoring), and memory holds n gradients of
+one layer. For the handful of windows that a kernel matrix is read on, a random projection would save
+nothing that matters. The maths, and what is identity or bound, is in ``kernels.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.measure.ntk.kernels import (
+    Kernels,
+    Matrix,
+    Removed,
+    Vector,
+    kernels_of,
+    no_kernels,
+    removed_part,
+)
+from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
+from nirvana_deploy.prune.plan import PrunePlan, make_plan
+from nirvana_deploy.prune.saliency.gradient import Saliency, saliency_named
+from nirvana_deploy.prune.saliency.units import Kept, kept_positions
+from nirvana_deploy.prune.slicing import MaskedWeights
+from nirvana_deploy.prune.streaming.loading import micro_batches
+from nirvana_deploy.prune.streaming.model import StreamedModel, score_units
+
+_DEFAULT_FUNCTIONAL = "nirvana"
+
+
+@dataclass(frozen=True)
+class CutDrift:
+    """One cut: what it was predicted to take, and what it took."""
+
+    name: str
+    saliency: str
+    seed: int
+    removed_share: float
+    """Of the decoder's linear weights."""
+    removed: Removed
+    kernels: Kernels
+    """Of the pruned model."""
+    values: Vector
+    """[n]: f' of each window."""
+
+
+@dataclass(frozen=True)
+class NtkStudy:
+    """The dense model's kernels, and how each cut changed them."""
+
+    functional: str
+    """Name of the gradient saliency whose f this is."""
+    window_tokens: int
+    values: Vector
+    """[n]: f of each window."""
+    whole: Removed
+    """What removing all prunable weights would take: the kernels and sums that shares refer to."""
+    cuts: tuple[CutDrift, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record ntk.json: matrices and the numbers that are read off them."""
+        dense = self.whole.kernels
+        return {
+            "schema": 1,
+            "functional": self.functional,
+            "windows": len(self.values),
+            "window_tokens": self.window_tokens,
+            "dense": {
+                "values": self.values.tolist(),
+                "saliency": self.whole.saliency.tolist(),
+                "adam": dense.adam.tolist(),
+                "plain": dense.plain.tolist(),
+            },
+            "cuts": [self._cut_json(cut) for cut in self.cuts],
+        }
+
+    def _cut_json(self, cut: CutDrift) -> dict[str, Any]:
+        dense, removed = self.whole.kernels, cut.removed
+        trainability = np.diag(removed.kernels.adam)
+        bound = np.sqrt(len(trainability)) * np.linalg.norm(trainability) / np.linalg.norm(dense.adam)
+        return {
+            "name": cut.name,
+            "saliency": cut.saliency,
+            "seed": cut.seed,
+            "removed_share": cut.removed_share,
+            "values": cut.values.tolist(),
+            "zero_shot": {
+                "change": (self.values - cut.values).tolist(),
+                "first_order_change": removed.change.tolist(),
+                "removed_saliency": removed.saliency.tolist(),
+                "removed_saliency_share": (removed.saliency / self.whole.saliency).tolist(),
+            },
+            "adam": {
+                **_drift_json(dense.adam, cut.kernels.adam, removed.kernels.adam),
+                "removed_bound": float(bound),
+            },
+            "plain": _drift_json(dense.plain, cut.kernels.plain, removed.kernels.plain),
+        }
+
+
+def _drift_json(dense: Matrix, pruned: Matrix, removed: Matrix) -> dict[str, Any]:
+    """Norms relative to the dense kernel's (Frobenius); the diagonal relative to itself, loss positive."""
+    norm = np.linalg.norm(dense)
+    return {
+        "kernel": pruned.tolist(),
+        "removed_kernel": removed.tolist(),
+        "drift": float(np.linalg.norm(dense - pruned) / norm),
+        "removed": float(np.linalg.norm(removed) / norm),
+        "moved": float(np.linalg.norm(dense - removed - pruned) / norm),
+        "diagonal_drift": (np.diag(dense - pruned) / np.diag(dense)).tolist(),
+        "diagonal_removed": (np.diag(removed) / np.diag(dense)).tolist(),
+    }
+
+
+def measure_ntk(
+    checkpoint: Path,
+    plan: PrunePlan,
+    tokens: NDArray[np.int64],
+    *,
+    functional: str | None = None,
+    random_seeds: Sequence[int] = (0,),
+    progress: Progress = SILENT,
+) -> NtkStudy:
+    """Measure the kernels of a dense checkpoint and of its cut by ``plan``, on windows [n, T].
+
+    f is that of ``functional``, a gradient saliency [the plan's own, else "nirvana"]. Beside the plan stands
+    one random cut of the same budget for each of ``random_seeds``. Changes nothing on disk. Raises
+    NirvanaError for an encoder-decoder, a plan that does not fit, a saliency without gradient, windows that
+    are none, and gradients that are not finite.
+    """
+    if tokens.ndim != 2 or tokens.size == 0:
+        raise NirvanaError(f"A kernel needs windows [n, T] with n and T at least 1, got {tokens.shape}.")
+    name = functional or (plan.saliency if saliency_named(plan.saliency).functional else _DEFAULT_FUNCTIONAL)
+    method = saliency_named(name)
+    if method.functional is None:
+        raise NirvanaError(f"The saliency {name!r} takes no gradient, so it has no tangent kernel.")
+    shape = shape_from_config(config_json(checkpoint))
+    weights = SafetensorsWeights(checkpoint)
+    check_weights(weights, shape)
+    plans = {"pruned": plan}
+    for seed in random_seeds:
+        label = "random" if len(random_seeds) == 1 else f"random {seed}"
+        plans[label] = _random_plan(checkpoint, shape, plan, seed)
+    windows = torch.from_numpy(tokens)
+    masks = [kept_positions(shape, one.kept_groups, one.kept_neurons) for one in plans.values()]
+    masked = [MaskedWeights(weights, shape, one) for one in plans.values()]  # refuses one that does not fit
+    values, whole, parts = _dense_pass(_Model(checkpoint, weights, shape), windows, method, masks, progress)
+    cuts = []
+    for (label, one), source, part in zip(plans.items(), masked, parts, strict=True):
+        pruned_values, kernels = _kernel_pass(_Model(checkpoint, source, shape), windows, method, progress)
+        cuts.append(
+            CutDrift(
+                name=label,
+                saliency=one.saliency,
+                seed=one.seed,
+                removed_share=one.budget.met_removed_share,
+                removed=part,
+                kernels=kernels,
+                values=pruned_values,
+            )
+        )
+    return NtkStudy(
+        functional=name, window_tokens=tokens.shape[1], values=values, whole=whole, cuts=tuple(cuts)
+    )
+
+
+def _random_plan(checkpoint: Path, shape: ModelShape, plan: PrunePlan, seed: int) -> PrunePlan:
+    """Units drawn by chance, with the budget of ``plan``."""
+    return make_plan(
+        shape,
+        score_units(checkpoint, None, saliency="random", seed=seed),
+        sparsity=plan.sparsity,
+        gamma=plan.gamma,
+        allocation=plan.allocation,
+        round_to=plan.round_to,
+        saliency="random",
+        seed=seed,
+    )
+
+
+class _Model:
+    """A checkpoint's weights, dense or masked, streamed layer by layer."""
+
+    def __init__(self, checkpoint: Path, weights: WeightSource, shape: ModelShape) -> None:
+        self.weights = weights
+        self.shape = shape
+        self._streamed = StreamedModel(checkpoint, weights, shape)
+
+    def values(self, windows: torch.Tensor, method: Saliency) -> Vector:
+        """f of each window of [n, T], [n]."""
+        batches = micro_batches(windows, 1)
+        states, head = self._streamed.last_states(batches), self._streamed.output_head()
+        with torch.no_grad():
+            assert method.functional is not None
+            pairs = zip(states, batches, strict=True)
+            return np.array([float(method.functional(head(s), b)) for s, b in pairs])
+
+    def each_tensor(
+        self,
+        windows: torch.Tensor,
+        method: Saliency,
+        use: Callable[[str, list[torch.Tensor]], None],
+        progress: Progress,
+    ) -> None:
+        """Call ``use`` once for every prunable tensor: its name and its gradient for each window."""
+        gathered: list[dict[str, torch.Tensor]] = []
+
+        def visit(layer: int, gradients: dict[str, torch.Tensor]) -> None:
+            if not all(torch.isfinite(gradient).all() for gradient in gradients.values()):
+                raise NirvanaError(
+                    f"Layer {layer}: the gradients are NaN or infinite; its kernel cannot be measured."
+                )
+            gathered.append(gradients)
+            if len(gathered) == len(windows):
+                for name in gradients:
+                    use(name, [window[name] for window in gathered])
+                gathered.clear()
+
+        assert method.output_gradient is not None
+        self._streamed.visit_window_gradients(windows, method.output_gradient, visit, progress=progress)
+
+
+def _dense_pass(
+    model: _Model,
+    windows: torch.Tensor,
+    method: Saliency,
+    masks: Sequence[dict[str, Kept]],
+    progress: Progress,
+) -> tuple[Vector, Removed, list[Removed]]:
+    """f of the windows, what all weights hold, and what each cut takes of it."""
+    nothing = Removed(no_kernels(len(windows)), np.zeros(len(windows)), np.zeros(len(windows)))
+    totals = [nothing] * (1 + len(masks))
+
+    def use(name: str, gradients: list[torch.Tensor]) -> None:
+        weight = model.weights.load(name).float()
+        for index, kept in enumerate([None, *(mask[name] for mask in masks)]):
+            totals[index] += removed_part(weight, gradients, kept)
+
+    model.each_tensor(windows, method, use, progress)
+    return model.values(windows, method), totals[0], totals[1:]
+
+
+def _kernel_pass(
+    model: _Model, windows: torch.Tensor, method: Saliency, progress: Progress
+) -> tuple[Vector, Kernels]:
+    """f of the windows and the kernels of a masked model."""
+    totals = [no_kernels(len(windows))]
+
+    def use(name: str, gradients: list[torch.Tensor]) -> None:
+        totals[0] += kernels_of(gradients)
+
+    model.each_tensor(windows, method, use, progress)
+    return model.values(windows, method), totals[0]

@@ -1,0 +1,221 @@
+"""The stages that measure a finished folder: quality, speed, tangent kernel, tasks.
+
+Each can be run again alone; ``evaluate`` and ``benchmark`` do. What makes the folder is in ``stages.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.calibrate.stage import drawn_record
+from nirvana_deploy.calibrate.windows import TokenWindows
+from nirvana_deploy.calibrate.windows_file import read_windows
+from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
+from nirvana_deploy.measure.ntk.study import measure_ntk
+from nirvana_deploy.measure.quality import quality_of
+from nirvana_deploy.measure.tasks import evaluate_tasks
+from nirvana_deploy.output.layout import (
+    BENCHMARK_FILE,
+    CALIBRATION_FILE,
+    CHECKPOINT,
+    MODEL_FILE,
+    NTK_FILE,
+    PLAN_FILE,
+    QUALITY_FILE,
+    TASKS_FILE,
+)
+from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.variants import DENSE, PRUNED, variants_of
+from nirvana_deploy.prune.plan import read_plan, shape_of
+from nirvana_deploy.runtime.models import models_for
+from nirvana_deploy.runtime.onnxruntime.encoder_decoder import teacher_forced
+from nirvana_deploy.runtime.registry import Runner, is_engine, open_runner
+from nirvana_deploy.verify.stage import _in_float32
+
+TasksOn = Literal["onnx", "checkpoint", "both"]
+_NOTHING_DENSE = {"kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
+"""What a measurement without the dense baseline cannot say."""
+
+
+def quality(
+    run: Run,
+    *,
+    threads: int | None,
+    windows: TokenWindows | None = None,
+    runtime: str | None = None,
+    redo: bool = False,
+) -> dict[str, Any]:
+    """Perplexity of the models, and KL against dense: on ``windows``, else on the held-out ones.
+
+    ``runtime`` runs them (``runners.RUNNERS``), ONNX Runtime on the CPU when it is None.
+    """
+
+    def work() -> dict[str, Any]:
+        if windows is None:
+            tokens, source = heldout_windows(run)
+        else:
+            tokens, source = windows.tokens, windows.source
+        models = models_for(run, runtime)
+        with ExitStack() as stack:
+            opened = {
+                v.name: teacher_forced(
+                    stack.enter_context(_opened(run, path, runtime=runtime, threads=threads))
+                )
+                for v, path in models.items()
+            }
+            baseline = next(iter(opened))
+            found = quality_of(
+                opened.pop(baseline),
+                opened,
+                tokens,
+                baseline_name=baseline,
+                parents={v.name: v.parent for v in models if v.parent in opened},
+                progress=run.progress,
+            )
+        if baseline != DENSE:
+            found = {name: found[name] | _NOTHING_DENSE for name in found}
+        result = {"source": source, "window_tokens": tokens.shape[1], "variants": found}
+        write_json(run.out / QUALITY_FILE, result)
+        return result
+
+    return run.stage("quality", [QUALITY_FILE], work, redo=redo or _outdated(run, "quality", runtime))
+
+
+def heldout_windows(run: Run) -> tuple[NDArray[np.int64], str]:
+    """The windows [M, T] that calibration set aside, and where they come from."""
+    return read_windows(run.out / CALIBRATION_FILE)["heldout"], drawn_record(run)["evaluation_source"]
+
+
+def speed(run: Run, *, workload: Workload, runtime: str | None = None, redo: bool = False) -> dict[str, Any]:
+    """Measure the models against each other in ``runtime`` and write benchmark.json, quality included."""
+
+    def work() -> dict[str, Any]:
+        models = models_for(run, runtime)
+        variants = [
+            variant_from_folder(
+                v.name,
+                run.out / v.folder,
+                shape_of(run.out, v),
+                float_arithmetic=v.scheme is None,
+                runtime=runtime,
+                path=path,
+            )
+            for v, path in models.items()
+        ]
+        result = benchmark(variants, workload=workload, baseline=variants[0].name, progress=run.progress)
+        for variant, path in zip(result["variants"], models.values(), strict=True):
+            variant["path"] = path.relative_to(run.out).as_posix()
+        write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
+        return {
+            "variants": [variant["name"] for variant in result["variants"]],
+            "comparisons": result["comparisons"],
+        }
+
+    return run.stage("benchmark", [BENCHMARK_FILE], work, redo=redo or _outdated(run, "benchmark", runtime))
+
+
+def _outdated(run: Run, stage: str, runtime: str | None) -> bool:
+    """Whether a stage measured other variants than the folder holds now."""
+    recorded = run.manifest["stages"].get(stage)
+    if recorded is None:
+        return False
+    return set(recorded["result"]["variants"]) != {variant.name for variant in models_for(run, runtime)}
+
+
+def refresh_quality(run: Run) -> None:
+    """Put the quality measured last into benchmark.json, where there is one."""
+    path = run.out / BENCHMARK_FILE
+    if path.is_file() and "benchmark" in run.manifest["stages"]:
+        write_json(path, _with_quality(run, read_json(path)))
+        run.rehash("benchmark")
+
+
+def _with_quality(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    path = run.out / QUALITY_FILE
+    found = read_json(path) if path.is_file() else {"variants": {}}
+    for variant in result["variants"]:
+        variant["quality"] = found["variants"].get(variant["name"])
+    return {**result, "evaluation": {key: found.get(key) for key in ("source", "window_tokens")}}
+
+
+def tangent_kernel(run: Run, *, windows: int) -> dict[str, Any]:
+    """Compare the tangent kernels of dense, pruned and randomly cut model on the first held-out windows.
+
+    Returns ntk.json. Raises NirvanaError when the folder has no held-out windows or the dense model is gone.
+    """
+    if not (run.out / CALIBRATION_FILE).is_file():
+        raise NirvanaError(
+            f"{run.out} has no {CALIBRATION_FILE}, whose held-out windows --ntk is measured on.",
+            hint="Prune from a model instead of a plan: nirvana-deploy prune MODEL --sparsity 0.4",
+        )
+    dense = dense_checkpoint(run)
+
+    def work() -> dict[str, Any]:
+        tokens, source = heldout_windows(run)
+        study = measure_ntk(dense, read_plan(run.out / PLAN_FILE), tokens[:windows], progress=run.progress)
+        result = {**study.to_json(), "source": source}
+        write_json(run.out / NTK_FILE, result)
+        return result
+
+    return run.stage("ntk", [NTK_FILE], work, redo=True)
+
+
+def tasks(
+    run: Run,
+    names: Sequence[str],
+    *,
+    limit: int | None,
+    include_path: Path | None = None,
+    on: TasksOn | None = None,
+) -> dict[str, Any]:
+    """Run tasks of lm-evaluation-harness on the models of the folder; returns tasks.json.
+
+    ``on`` "onnx" means every variant that is deployed, "checkpoint" what they were made from, "both" both;
+    None is "onnx" where the folder has ONNX models. A checkpoint's results stand under "dense checkpoint" and
+    "pruned checkpoint" where the ONNX ones stand beside them.
+    """
+    variants = [variant for variant in variants_of(run) if (run.out / variant.folder / MODEL_FILE).is_file()]
+    on = on or ("onnx" if variants else "checkpoint")
+    models = {} if on == "checkpoint" else {v.name: run.out / v.folder for v in variants}
+    if on == "onnx" and not models:
+        raise NirvanaError(
+            f"{run.out} has no ONNX model to run tasks on.",
+            hint="Run them on the checkpoints, --tasks-on checkpoint, or finish the folder: "
+            "nirvana-deploy prune-export ... --resume",
+        )
+    if on != "onnx":
+        suffix = " checkpoint" if models else ""
+        models |= {f"{DENSE}{suffix}": dense_checkpoint(run), f"{PRUNED}{suffix}": run.out / CHECKPOINT}
+
+    def work() -> dict[str, Any]:
+        result = evaluate_tasks(models, names, limit=limit, include_path=include_path, progress=run.progress)
+        write_json(run.out / TASKS_FILE, result)
+        return result
+
+    return run.stage("tasks", [TASKS_FILE], work, redo=True)
+
+
+def dense_checkpoint(run: Run) -> Path:
+    """The model that was pruned; raises NirvanaError when it is not where it was."""
+    path = Path(run.manifest["model"]["path"])
+    if not path.is_dir():
+        raise NirvanaError(
+            f"The dense model is no longer at {path}, and this compares with it.",
+            hint=f"Fetch it again: nirvana-deploy prune {run.manifest['options']['model']} --sparsity 0.4",
+        )
+    return path
+
+
+def _opened(run: Run, path: Path, *, runtime: str | None, threads: int | None) -> Runner:
+    """A runner; a bfloat16 model that no other runtime was named for is computed in float32 on the CPU."""
+    if runtime is None and not is_engine(path) and run.manifest["options"].get("dtype") == "bf16":
+        return _in_float32(path, threads=threads)
+    return open_runner(path, runtime=runtime, threads=threads)

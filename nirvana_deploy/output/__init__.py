@@ -1,0 +1,1 @@
+"""The output folder: its run, its files, its models, its records."""

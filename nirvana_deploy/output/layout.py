@@ -1,0 +1,46 @@
+"""From a checkpoint to an ONNX folder that runtimes load, verified against the checkpoint."""
+
+from pathlib import Path
+
+from nirvana_deploy.base.errors import NirvanaError
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+"""External data of the graphs in the same folder: of MODEL_FILE, or of the two below."""
+ENCODER_FILE = "encoder_model.onnx"
+DECODER_FILE = "decoder_model_merged.onnx"
+"""An encoder-decoder's graphs, named as optimum and transformers.js look for them."""
+SCHEMA_KEY, FLAVOR_KEY, DTYPE_KEY = (f"nirvana_deploy.{key}" for key in ("schema", "flavor", "dtype"))
+"""What a graph says of itself, in its metadata."""
+GRAPH_SCHEMA = 1
+CALIBRATION_FILE = "calibration.safetensors"
+SCORES_FILE = "scores.safetensors"
+RECONSTRUCTION = "reconstruction"
+QUALITY_FILE = "quality.json"
+BENCHMARK_FILE = "benchmark.json"
+CHECKPOINT = "checkpoint"
+PLAN_FILE = "plan.json"
+ONNX = "onnx"
+DENSE_ONNX = "dense/onnx"
+ENGINES = "engine"
+NTK_FILE = "ntk.json"
+TASKS_FILE = "tasks.json"
+
+
+def is_seq2seq(folder: Path) -> bool:
+    """Whether an ONNX folder holds an encoder-decoder."""
+    return (folder / ENCODER_FILE).is_file()
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is an ONNX folder, of a decoder or an encoder-decoder."""
+    return (folder / MODEL_FILE).is_file() or is_seq2seq(folder)
+
+
+def require_schema(model: Path, found: str | None) -> None:
+    """Raise NirvanaError unless ``found``, what a graph says under SCHEMA_KEY, is known; None is no claim."""
+    if found not in (None, str(GRAPH_SCHEMA)):
+        raise NirvanaError(
+            f"{model} was written with schema {found}; this version reads schema {GRAPH_SCHEMA}.",
+            hint="pip install --upgrade nirvana-deploy",
+        )

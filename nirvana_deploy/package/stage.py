@@ -1,0 +1,197 @@
+"""Packages of an output folder: where they go, and that the manifest knows those which lie inside it.
+
+A package inside the folder is recorded like a stage, with its sha256, so that ``verify`` notices damage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE, ONNX, is_seq2seq
+from nirvana_deploy.output.run import MANIFEST, Run
+from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint
+from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
+from nirvana_deploy.package.triton_engine import triton_from_engines
+from nirvana_deploy.package.triton_seq2seq import triton_from_seq2seq_engines
+from nirvana_deploy.runtime.tensorrt.record import is_part_of_seq2seq, read_engine_record
+from nirvana_deploy.runtime.text import tokenizer_folder
+
+GGUF_FOLDER = "gguf"
+TRITON_FOLDER = "triton"
+
+
+def package_gguf(
+    source: Path,
+    target: Path | None = None,
+    *,
+    weight_type: str = "f16",
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> GgufFile:
+    """Write the checkpoint of ``source``, an output folder or a checkpoint folder, as a GGUF file.
+
+    ``target`` None means ``source``/gguf/NAME-TYPE.gguf. Raises NirvanaError when there is no checkpoint,
+    when ``target`` exists and ``force`` is not given, and as :func:`gguf_from_checkpoint` does.
+    """
+    checkpoint = _part(
+        source, CHECKPOINT, "config.json", "nirvana-deploy prune MODEL --sparsity 0.4 --out DIR"
+    )
+    name = f"{_name_of(source)}-{weight_type}.gguf"
+    target = target or source / GGUF_FOLDER / name
+    _require_free(target, force)
+    made: list[GgufFile] = []
+
+    def work() -> dict[str, Any]:
+        made.append(gguf_from_checkpoint(checkpoint, target, weight_type=weight_type, progress=progress))
+        return {key: value for key, value in gguf_record(made[0]).items() if key != "out"}
+
+    _record(source, f"gguf-{weight_type}", target, work, progress)
+    return made[0]
+
+
+def gguf_record(file: GgufFile) -> dict[str, Any]:
+    """What is said of a GGUF file to machines."""
+    record = dataclasses.asdict(file)
+    return {"out": str(record.pop("path")), **record}
+
+
+def package_triton(
+    source: Path,
+    target: Path | None = None,
+    *,
+    name: str | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> TritonRepository:
+    """Write the ONNX model of ``source``, an output folder or an ONNX folder, as a Triton model repository.
+
+    ``target`` None means ``source``/triton; ``name`` None means the folder's name. Raises NirvanaError when
+    there is no ONNX model, when ``target`` exists and ``force`` is not given, and as
+    :func:`triton_from_onnx` does.
+    """
+    if is_seq2seq(source) or is_seq2seq(source / ONNX):
+        raise NirvanaError(
+            "The ONNX model of an encoder-decoder cannot be packaged for Triton: "
+            "the decode model runs on onnxruntime-genai, which has no T5.",
+            hint="Its engines can: build-engine OUT, then package OUT --triton --engine "
+            "OUT/engine/NAME-decoder.engine",
+        )
+    onnx = _part(source, ONNX, MODEL_FILE, "nirvana-deploy export CHECKPOINT --out DIR")
+    target = target or source / TRITON_FOLDER
+    _require_free(target, force)
+    made: list[TritonRepository] = []
+
+    def work() -> dict[str, Any]:
+        made.append(triton_from_onnx(onnx, target, name=name or _name_of(source), progress=progress))
+        return {"models": list(made[0].models)}
+
+    _record(source, "triton", target, work, progress)
+    return made[0]
+
+
+def package_engines(
+    engines: Sequence[str],
+    source: Path,
+    target: Path | None = None,
+    *,
+    name: str | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> TritonRepository:
+    """Write engines as one model of a Triton repository, ``target`` None meaning ``source``/triton.
+
+    Each of ``engines`` is ``FILE`` or ``sm89=FILE``; without a target the engine's own record must name it.
+    The decoder's engine of an encoder-decoder, alone, is packaged with its encoder as a model of text.
+    Raises NirvanaError for a target named twice or not at all, when ``target`` exists and ``force`` is not
+    given, and as :func:`triton_from_engines` and :func:`triton_from_seq2seq_engines` do.
+    """
+    target = target or source / TRITON_FOLDER
+    _require_free(target, force)
+    files = [Path(one.rpartition("=")[2]) for one in engines]
+    if any(is_part_of_seq2seq(read_engine_record(file, check_bytes=False)) for file in files):
+        return _package_seq2seq(files, source, target, name=name, progress=progress)
+    by_target: dict[str, Path] = {}
+    for one in engines:
+        given, _, file = one.rpartition("=")
+        path = Path(file)
+        targets = (given,) if given else read_engine_record(path, check_bytes=False).targets
+        for capability in targets:
+            if capability in by_target:
+                raise NirvanaError(f"{by_target[capability]} and {path} are both for {capability}.")
+            by_target[capability] = path
+    made: list[TritonRepository] = []
+
+    def work() -> dict[str, Any]:
+        called = name or f"{_name_of(source)}-engine"
+        made.append(triton_from_engines(by_target, target, name=called, progress=progress))
+        return {"models": list(made[0].models)}
+
+    _record(source, "triton", target, work, progress)
+    return made[0]
+
+
+def _package_seq2seq(
+    files: Sequence[Path], source: Path, target: Path, *, name: str | None, progress: Progress
+) -> TritonRepository:
+    if len(files) > 1:
+        raise NirvanaError(
+            f"An encoder-decoder is served by one pair of engines, got {len(files)} files.",
+            hint="Name its decoder alone; the encoder beside it is found. A GPU of another kind takes a "
+            "repository of its own.",
+        )
+    made: list[TritonRepository] = []
+
+    def work() -> dict[str, Any]:
+        (decoder,), called = files, name or f"{_name_of(source)}-engine"
+        folder = tokenizer_folder(decoder)
+        made.append(triton_from_seq2seq_engines(decoder, folder, target, name=called, progress=progress))
+        return {"models": list(made[0].models)}
+
+    _record(source, "triton", target, work, progress)
+    return made[0]
+
+
+def _part(source: Path, inside: str, landmark: str, command: str) -> Path:
+    """The folder that holds ``landmark``: ``source`` itself, or its part ``inside``."""
+    for folder in (source / inside, source):
+        if (folder / landmark).is_file():
+            return folder
+    raise NirvanaError(
+        f"{source} holds no {inside}/{landmark}, and no {landmark}.", hint=f"Make it: {command}"
+    )
+
+
+def _name_of(source: Path) -> str:
+    """A name for files and servers: that of the folder, or of the one around a part like ``checkpoint``."""
+    folder = source.resolve()
+    name = folder.name
+    if name in (CHECKPOINT, ONNX):
+        name = folder.parent.name
+    elif name.startswith(f"{ONNX}-"):  # a quantized variant
+        name = folder.parent.name + name.removeprefix(ONNX)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name) or "model"
+
+
+def _require_free(target: Path, force: bool) -> None:
+    if target.exists() and not force:
+        raise NirvanaError(
+            f"{target} exists already.", hint="Pass --force to replace it, or another place with --out."
+        )
+
+
+def _record(
+    source: Path, stage: str, target: Path, work: Callable[[], dict[str, Any]], progress: Progress
+) -> None:
+    """Do ``work``; a package inside an output folder is written into its manifest."""
+    inside = target.resolve().is_relative_to(source.resolve())
+    if inside and (source / MANIFEST).is_file():
+        run = Run.open(source, progress=progress)
+        run.stage(stage, [target.resolve().relative_to(source.resolve()).as_posix()], work, redo=True)
+    else:
+        work()

@@ -1,0 +1,1 @@
+"""Scores of units: what removing them is expected to cost."""

@@ -1,0 +1,1 @@
+"""A model run one layer at a time."""

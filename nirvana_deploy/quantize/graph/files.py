@@ -1,0 +1,99 @@
+"""ONNX files opened lazily: the graph, and the places of its tensors in the external data beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.output.layout import SCHEMA_KEY, require_schema
+
+Part = tuple[slice, ...]
+"""Of an array, axis by axis; () is all of it."""
+
+
+def read_initializer(value: ir.Value, part: Part = ()) -> NDArray[Any]:
+    """An initializer's values in memory of their own; what was mapped of its file is unmapped again."""
+    return read_tensor(value.const_value, part)
+
+
+def read_tensor(tensor: ir.TensorProtocol | None, part: Part = ()) -> NDArray[Any]:
+    """The values of a tensor, or that ``part`` of them, as :func:`read_initializer` gives them."""
+    if tensor is None:
+        raise ValueError("not an initializer")
+    array = np.array(tensor.numpy()[part])
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return array
+
+
+def lazy_tensor(
+    name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], NDArray[Any]]
+) -> ir.LazyTensor:
+    """A tensor that ``read`` computes each time it is asked for; its shape is checked."""
+
+    def tensor() -> ir.TensorProtocol:
+        array = read()
+        if array.shape != shape:
+            raise ValueError(f"{name}: the graph says {shape}, computed were {array.shape}")
+        return ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+
+    return ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name)
+
+
+def static_shape(value: ir.Value) -> tuple[int, ...]:
+    """The shape of a value whose dimensions are all numbers."""
+    if value.shape is None:
+        raise ValueError(f"{value.name!r} has no shape")
+    return tuple(value.shape.numpy())
+
+
+def load_model(path: Path) -> ir.Model:
+    """The graph at ``path``, quantized or not; no weight is read.
+
+    Raises NirvanaError when it is not ONNX or of a newer schema, or its external data is missing, too short
+    or elsewhere.
+    """
+    if not path.is_file():
+        raise NirvanaError(f"{path} does not exist.", hint="nirvana-deploy export CHECKPOINT --out DIR")
+    try:
+        model = ir.load(path)
+    except (DecodeError, ValueError) as error:
+        raise NirvanaError(f"{path} is not a valid ONNX model: {error}.") from error
+    require_schema(path, model.metadata_props.get(SCHEMA_KEY))
+    _check_external_data(model, path)
+    return model
+
+
+def _externals(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield value.const_value
+
+
+def data_files(model: ir.Model) -> set[str]:
+    """Names of the external-data files that the graph refers to."""
+    return {str(tensor.location) for tensor in _externals(model)}
+
+
+def _check_external_data(model: ir.Model, path: Path) -> None:
+    """Every external tensor lies within a file of the same folder."""
+    for tensor in _externals(model):
+        location = Path(tensor.location)
+        data = path.parent / location
+        if location.is_absolute() or not data.resolve().is_relative_to(path.parent.resolve()):
+            raise NirvanaError(f"{path} places {tensor.name!r} outside its folder: {str(location)!r}.")
+        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        size = data.stat().st_size if data.is_file() else -1
+        if size < end:
+            state = "is not there" if size < 0 else f"ends at byte {size}"
+            raise NirvanaError(
+                f"{path} places {tensor.name!r} up to byte {end} of {location}, which {state}.",
+                hint="Copy the folder again as a whole, or export it again.",
+            )

@@ -1,0 +1,1 @@
+"""Weights as codes: rounding, fitting, writing."""

@@ -1,0 +1,172 @@
+"""Calibrated rounding: codes that keep the output of a linear, not its weights.
+
+Rounding W [K, N] to V changes the output on calibration inputs X [tokens, K] by the squared error
+tr((W - V)^T H (W - V)) with H = X^T X, all that need be known of X. Three steps lower it, each a pure
+function of W and H:
+
+1. scales of least error, inputs weighed by diag(H) (``rounding.block_scales``);
+2. error feedback: inputs are rounded one after another, those with most energy first, and what each
+   loses is made up for by those not rounded yet [GPTQ, arXiv 2210.17323, its "act order" with scales
+   fixed beforehand, so that blocks stay consecutive inputs];
+3. coordinate descent: each code in turn is set to the best one given all others, so the error never
+   grows [QuantEase, arXiv 2309.01885]. After step 2 two sweeps take off another 3 to 12 %.
+
+Damping is relative to each input's own energy. The usual share of the mean energy is too much where one
+input is a thousand times stronger than the rest, as in the ``down_proj`` that makes attention sinks: it
+would hide what is known of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.quantize.weights.rounding import RoundedWeight, block_scales, checked, code_range, per_row
+
+DAMPING = 0.05
+"""Added to the diagonal of H, as a share of it: what 8192 tokens cannot know about correlations."""
+SWEEPS = 2
+_CHUNK_INPUTS = 128
+"""Inputs between two updates of all the others, which is one large matrix product."""
+_SMALLEST_ENERGY_SHARE = 1e-10
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What rounding needs of the inputs of a linear, computed once for all weights that read them."""
+
+    energy: NDArray[np.float32]
+    """[K]: diag(H), positive."""
+    H: torch.Tensor
+    """[K, K], damped."""
+    order: torch.Tensor
+    """[K]: inputs by their energy, the largest first."""
+    U: torch.Tensor
+    """[K, K], upper triangular: the inverse of H in that order is U^T U."""
+
+
+def inputs_of(hessian: NDArray[np.float32], *, damping: float = DAMPING) -> Inputs:
+    """Prepare H = X^T X [K, K], which is damped **in place** (of a wide FFN it takes most of the memory).
+
+    Raises NirvanaError when it is not finite, or the inputs were zero throughout.
+    """
+    energy = _energy(hessian)
+    H = torch.from_numpy(hessian)
+    H.diagonal().copy_(torch.from_numpy(energy)).mul_(1 + damping)
+    order = torch.argsort(H.diagonal(), descending=True)
+    return Inputs(energy=energy, H=H, order=order, U=inverse_factor(H[order[:, None], order]))
+
+
+def round_calibrated(
+    weight: NDArray[Any],
+    inputs: Inputs,
+    *,
+    bits: int,
+    block_size: int,
+    sweeps: int = SWEEPS,
+    scale_dtype: np.dtype[np.generic] | None = None,
+) -> RoundedWeight:
+    """Round ``weight`` [K, N] to symmetric codes for what it reads; it is not changed.
+
+    Its output channels are independent of each other: any part of them [K, N'] gives that part of the
+    codes. Raises NirvanaError when the weight is not finite.
+    """
+    values = checked(weight)
+    scales = block_scales(
+        values, bits=bits, block_size=block_size, search=True, importance=inputs.energy, dtype=scale_dtype
+    )
+    W = torch.from_numpy(values)
+    steps = torch.from_numpy(per_row(scales.astype(np.float32), block_size, len(values)))
+    codes = feedback_codes(W, inputs, steps, bits=bits)
+    codes = descended_codes(W, inputs.H, steps, codes, bits=bits, sweeps=sweeps)
+    return RoundedWeight(codes=codes.to(torch.int8).numpy(), scales=scales, bits=bits, block_size=block_size)
+
+
+def feedback_codes(W: torch.Tensor, inputs: Inputs, steps: torch.Tensor, *, bits: int) -> torch.Tensor:
+    """Step 2: codes [K, N] (float32) of ``W`` [K, N] at ``steps`` [K, N]."""
+    order, U = inputs.order, inputs.U
+    rest, steps = W[order], steps[order]
+    codes = torch.empty_like(rest)
+    low, high = code_range(bits)
+    for chunk in _chunks(len(rest)):
+        here, factor = rest[chunk], U[chunk, chunk]
+        errors = torch.empty_like(here)
+        for i in range(len(here)):
+            code = (here[i] / steps[chunk.start + i]).round_().clamp_(low, high)
+            codes[chunk.start + i] = code
+            errors[i] = (here[i] - code * steps[chunk.start + i]) / factor[i, i]
+            here[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+        rest[chunk.stop :].addmm_(U[chunk, chunk.stop :].T, errors, alpha=-1)
+    unordered = torch.empty_like(codes)
+    unordered[order] = codes
+    return unordered
+
+
+def inverse_factor(H: torch.Tensor) -> torch.Tensor:
+    """The upper triangular U with H^-1 = U^T U; computed at unit diagonal, where float32 is enough.
+
+    ``H`` is consumed.
+    """
+    scale = H.diagonal().sqrt()
+    H.div_(scale[:, None]).div_(scale)
+    torch.cholesky_inverse(torch.linalg.cholesky(H), out=H)
+    factor: torch.Tensor = torch.linalg.cholesky(H, upper=True)
+    return factor.div_(scale)
+
+
+def descended_codes(
+    W: torch.Tensor, H: torch.Tensor, steps: torch.Tensor, codes: torch.Tensor, *, bits: int, sweeps: int
+) -> torch.Tensor:
+    """Step 3: ``codes`` [K, N] improved one input at a time, ``sweeps`` times over all K."""
+    codes = codes.clone()
+    low, high = code_range(bits)
+    left = W - codes * steps
+    for _ in range(sweeps):
+        gradient = H @ left
+        for chunk in _chunks(len(W)):
+            before, here = left[chunk].clone(), gradient[chunk].clone()
+            within = H[chunk, chunk]
+            for i, k in enumerate(range(chunk.start, chunk.stop)):
+                code = (codes[k] + here[i] / (H[k, k] * steps[k])).round_().clamp_(low, high)
+                change = (codes[k] - code) * steps[k]
+                codes[k] = code
+                left[k] += change
+                here.addr_(within[i], change)
+            gradient.addmm_(H[:, chunk], left[chunk] - before)
+    return codes
+
+
+def output_error(
+    weight: NDArray[np.float32], rounded: NDArray[np.float32], hessian: NDArray[np.float32]
+) -> float:
+    """Squared change of the output relative to the output: tr(E^T H E) / tr(W^T H W) with E = W - V."""
+    difference = weight - rounded
+    return float(np.sum(difference * (hessian @ difference)) / np.sum(weight * (hessian @ weight)))
+
+
+def _energy(hessian: NDArray[np.float32]) -> NDArray[np.float32]:
+    """diag(H) [K], inputs that never fired lifted to a share too small to matter."""
+    if not np.isfinite(hessian).all():
+        raise NirvanaError(
+            "Calibration activations hold NaN or infinite values.",
+            hint="The float model overflows on this text: export it as fp32, or check the weights.",
+        )
+    energy = np.ascontiguousarray(hessian.diagonal())
+    if not energy.max(initial=0.0) > 0:
+        raise NirvanaError(
+            "Calibration activations are zero throughout, which says nothing about rounding.",
+            hint="Check the calibration text, or round without it: --rounding search.",
+        )
+    lifted: NDArray[np.float32] = np.maximum(energy, _SMALLEST_ENERGY_SHARE * energy.max())
+    return lifted
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    for start in range(0, count, _CHUNK_INPUTS):
+        yield slice(start, min(start + _CHUNK_INPUTS, count))

@@ -1,0 +1,147 @@
+"""The circumstances of a result as labels and values: budget, workload, environment, origin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nirvana_deploy.output.records import Records
+from nirvana_deploy.report.table import format_bytes, format_share, format_times
+
+TEACHER_FORCING = "the encoder reads the first half of a window, the decoder predicts the second"
+PREFILL = "the encoder and the decoder's first step"
+"""What the words mean for an encoder-decoder."""
+
+Facts = tuple[tuple[str, str], ...]
+"""Labels and values, in reading order."""
+
+
+def evaluation_source(records: Records) -> str | None:
+    """The text that perplexity and KL were measured on, where it is recorded."""
+    benchmark = records.benchmark or {}
+    places = (benchmark.get("evaluation"), records.stage("quality").get("result"))
+    return next((str(place["source"]) for place in places if place and place.get("source")), None)
+
+
+def encoder_decoder(records: Records) -> bool:
+    """Whether the model is one: the layers of its plan say which stack they are of."""
+    layers = (records.plan or {}).get("layers") or ()
+    return any(layer.get("site") for layer in layers)
+
+
+def _facts(record: Mapping[str, Any] | None, labels: Mapping[str, str]) -> Facts:
+    record = record or {}
+    return tuple(
+        (label, format_bytes(record[key]) if key.endswith("_bytes") else str(record[key]))
+        for key, label in labels.items()
+        if record.get(key) is not None
+    )
+
+
+def _spelled(key: str) -> str:
+    """A field's name as a label; bytes are written with their unit already."""
+    return key.removesuffix("_bytes").replace("_gb_per_s", " GB/s").replace("_", " ")
+
+
+def _speed_facts(benchmark: Mapping[str, Any]) -> Facts:
+    """How much the speed-ups varied between rounds."""
+    facts = []
+    for comparison in benchmark.get("comparisons") or ():
+        for metric, label in (("tpot", "Decode"), ("prefill", "Prefill")):
+            spread = comparison.get(f"{metric}_speedup_p10_p90")
+            if spread:
+                name = f"{label} speed-up of {comparison['variant']}, p10 to p90"
+                facts.append((name, f"{format_times(spread[0])} to {format_times(spread[1])}"))
+    return tuple(facts)
+
+
+def _pruning_facts(plan: Mapping[str, Any]) -> Facts:
+    budget, calibration = plan.get("budget") or {}, plan.get("calibration") or {}
+    facts: list[tuple[str, str]] = []
+    if budget:
+        rounded = budget.get("removed_neurons_after_rounding", budget["removed_neurons"])
+        facts = [
+            ("Budget asked", f"{format_share(budget['asked_removed_share'])} of the linear weights"),
+            ("Budget met", f"{budget['met_removed_share'] * 100:.3f}%"),
+            ("KV groups removed", f"{budget['removed_groups']:,} of {budget['of_groups']:,}"),
+            ("FFN neurons removed", f"{rounded:,} of {budget['of_neurons']:,}"),
+            ("Neurons before rounding", f"{budget['removed_neurons']:,}"),
+        ]
+    windows = (calibration.get("num_sequences"), calibration.get("seq_len"))
+    names = {
+        "saliency": "Saliency",
+        "gamma": "Gamma",
+        "allocation": "Allocation",
+        "round_to": "Widths rounded to",
+    }
+    drawn = {"source": "Calibration text", "seed": "Calibration seed", "text_sha256": "Text sha256"}
+    size = (("Calibration size", f"{windows[0]} windows of {windows[1]} tokens"),) if all(windows) else ()
+    return (*facts, *_facts(plan, names), *_facts(calibration, drawn), *size)
+
+
+def _reconstruction_facts(records: Records) -> Facts:
+    """How what is left of the output projections was refitted, where it was."""
+    result = records.stage("reconstruct").get("result")
+    if not result:
+        return ()
+    fitted = (
+        f"{len(result['explained_share'])} output projections refitted on {result['tokens']:,} calibration"
+    )
+    return (
+        ("Reconstruction", f"{fitted} tokens, ridge {result['ridge']:g}; it gains most on text like them"),
+    )
+
+
+def _quality_facts(records: Records) -> Facts:
+    variants = (records.benchmark or {}).get("variants") or ()
+    tokens = next((q["tokens"] for v in variants if (q := v.get("quality")) and q.get("tokens")), None)
+    if tokens is None:
+        return ()
+    forced = (("Evaluation reading", TEACHER_FORCING),) if encoder_decoder(records) else ()
+    return (
+        ("Evaluation text", evaluation_source(records) or "not recorded"),
+        ("Evaluation size", f"{tokens:,} predicted tokens" + _in_windows(records)),
+        *forced,
+    )
+
+
+def _in_windows(records: Records) -> str:
+    window_tokens = ((records.benchmark or {}).get("evaluation") or {}).get("window_tokens")
+    return f" in windows of {window_tokens:,}" if window_tokens else ""
+
+
+def details(records: Records) -> tuple[tuple[str, Facts], ...]:
+    """Groups of facts under a heading: pruning, workload, environment, origin; empty groups are left out."""
+    manifest, benchmark = records.manifest or {}, records.benchmark or {}
+    workload = {
+        "prompt_tokens": "Prompt tokens",
+        "new_tokens": "New tokens",
+        "batch_size": "Batch size",
+        "repeats": "Repeats, alternating",
+        "warmup": "Warm-up runs, dropped",
+        "threads": "Threads",
+        "seed": "Seed",
+    }
+    environment = benchmark.get("environment") or manifest.get("environment") or {}
+    origin = {"name": "Model", "origin": "Origin", "licence": "Licence of the weights"}
+    groups = (
+        ("Pruning", (*_pruning_facts(records.plan or {}), *_reconstruction_facts(records))),
+        (
+            "Measurement",
+            (
+                *_facts(benchmark.get("workload"), workload),
+                *((("Prefill", PREFILL),) if benchmark and encoder_decoder(records) else ()),
+                *_speed_facts(benchmark),
+                *_quality_facts(records),
+            ),
+        ),
+        ("Environment", _facts(environment, {key: _spelled(key) for key in environment})),
+        (
+            "Origin",
+            (
+                *_facts(manifest.get("model"), origin),
+                *_facts(manifest, {"tool": "Made by", "command": "Command"}),
+            ),
+        ),
+    )
+    return tuple((heading, facts) for heading, facts in groups if facts)

@@ -1,0 +1,319 @@
+"""What the records say, as a reader wants to hear it: headline numbers, cautions and gaps.
+
+Pure functions from parsed records to small values that both templates of the report render. A caution is
+part of the headline: a report that sells speed says on the same screen what it cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nirvana_deploy.output.records import Records, model_name, verifications
+from nirvana_deploy.report.deployed_page import low_bit_source_caution, quantization_caution
+from nirvana_deploy.report.table import (
+    baseline_of,
+    challengers_of,
+    format_bytes,
+    format_change,
+    format_count,
+    format_ms,
+    format_number,
+    format_share,
+    format_times,
+    median_of,
+)
+
+PERPLEXITY_ALARM = 1.5
+"""A perplexity of more than this times dense is called a drop in quality."""
+BOUND_SHARE_ALARM = 0.9
+"""A speed-up of less than this share of its bound is called unexpected."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One latency of one variant against the baseline's, medians."""
+
+    before_ms: float
+    after_ms: float
+    speedup: float
+    bound: float | None
+    """The speed-up that fewer bytes (decode) or fewer flops (prefill) allow; None if not recorded."""
+
+    @property
+    def share_of_bound(self) -> float | None:
+        """Speed-up as a share of its bound."""
+        return self.speedup / self.bound if self.bound else None
+
+
+def gain(
+    benchmark: Mapping[str, Any], variant: Mapping[str, Any], metric: Literal["tpot", "prefill"]
+) -> Gain | None:
+    """How much faster ``variant`` is than the baseline; None when either was not measured."""
+    baseline = baseline_of(benchmark)
+    before, after = (median_of(v, f"{metric}_ms") if v else None for v in (baseline, variant))
+    if not before or not after:
+        return None
+    comparisons = benchmark.get("comparisons") or ()
+    recorded: Mapping[str, Any] = next((c for c in comparisons if c.get("variant") == variant["name"]), {})
+    return Gain(
+        before_ms=before,
+        after_ms=after,
+        speedup=recorded.get(f"{metric}_speedup") or before / after,
+        bound=recorded.get(f"bound_{metric}_speedup"),
+    )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline number."""
+
+    label: str
+    value: str
+    note: str
+
+
+def _removed_tile(budget: Mapping[str, Any]) -> Tile:
+    of_all = 1 - budget["parameters_kept"] / budget["parameters_dense"]
+    return Tile(
+        label="Linear weights removed",
+        value=format_share(budget["met_removed_share"]),
+        note=f"{format_share(of_all)} of all parameters, embeddings included",
+    )
+
+
+def _speed_tile(label: str, unit: str, bound_is: str, found: Gain) -> Tile:
+    note = f"{format_ms(found.before_ms)} to {format_ms(found.after_ms)} {unit}"
+    if found.bound and found.share_of_bound:
+        note += f"; {found.share_of_bound:.0%} of the {format_times(found.bound)} that {bound_is} allow"
+    return Tile(label, format_times(found.speedup), note)
+
+
+def _size_tile(
+    label: str, key: str, baseline: Mapping[str, Any] | None, variant: Mapping[str, Any]
+) -> Tile | None:
+    after, before = variant.get(key), (baseline or {}).get(key)
+    if after is None:
+        return None
+    note = f"{format_change(before, after)} from {format_bytes(before)}" if before else "no baseline measured"
+    return Tile(label, format_bytes(after), note)
+
+
+def _quality_tiles(baseline: Mapping[str, Any] | None, variant: Mapping[str, Any]) -> list[Tile]:
+    quality, dense = variant.get("quality") or {}, (baseline or {}).get("quality") or {}
+    after, before, kl = quality.get("perplexity"), dense.get("perplexity"), quality.get("kl_vs_dense")
+    tiles = []
+    if after is not None:
+        note = f"{format_times(after / before)} the dense model's {format_number(before)}" if before else ""
+        tiles.append(Tile("Perplexity", format_number(after), note))
+    if kl is not None and before is not None:
+        error = quality.get("kl_standard_error")
+        note = "nats per token" + (
+            f", standard error {format_number(error, digits=2)}" if error is not None else ""
+        )
+        tiles.append(Tile("KL to dense", format_number(kl), note))
+    return tiles
+
+
+def headline_tiles(records: Records) -> tuple[Tile, ...]:
+    """The numbers of the first screen, for the first variant that is not the baseline.
+
+    Without a baseline the speeds are absolute; what was not measured has no tile.
+    """
+    tiles = []
+    budget = (records.plan or {}).get("budget")
+    if budget:
+        tiles.append(_removed_tile(budget))
+    benchmark = records.benchmark or {}
+    baseline = baseline_of(benchmark)
+    variant = next(iter(challengers_of(benchmark)), baseline)
+    if variant is None:
+        return tuple(tiles)
+    if variant is baseline:
+        baseline = None
+    decode, prefill = gain(benchmark, variant, "tpot"), gain(benchmark, variant, "prefill")
+    if baseline and decode:
+        tiles.append(_speed_tile("Decode speed-up", "per token", "fewer bytes", decode))
+    elif median_of(variant, "tpot_ms"):
+        tiles.append(Tile("Decode", format_ms(variant["tpot_ms"]["p50"]), "per token, median"))
+    if baseline and prefill:
+        prompt = (benchmark.get("workload") or {}).get("prompt_tokens")
+        unit = f"for {prompt:,} tokens" if prompt else "for the prompt"
+        tiles.append(_speed_tile("Prefill speed-up", unit, "fewer operations", prefill))
+    elif median_of(variant, "prefill_ms"):
+        tiles.append(Tile("Prefill", format_ms(variant["prefill_ms"]["p50"]), "median"))
+    sizes = (
+        ("Weight file", "weights_bytes"),
+        ("Peak memory (RSS)", "peak_rss_bytes"),
+        ("KV cache per token", "kv_cache_bytes_per_token"),
+    )
+    tiles += [tile for label, key in sizes if (tile := _size_tile(label, key, baseline, variant))]
+    return (*tiles, *_quality_tiles(baseline, variant))
+
+
+@dataclass(frozen=True)
+class Badge:
+    """Whether the exports equal the models they were made from."""
+
+    state: Literal["passed", "failed", "absent"]
+    text: str
+    detail: str
+
+
+def verification_badge(records: Records) -> Badge:
+    """The verification of all models in one line."""
+    found = verifications(records)
+    if not found:
+        return Badge("absent", "Not verified", "The exported files were not compared with the torch model.")
+    failed = [v.model for v in found if not v.passed]
+    largest = max((v.max_abs_diff for v in found if v.max_abs_diff is not None), default=None)
+    parts = [f"{sum(v.num_checks for v in found)} checks of {' and '.join(v.model for v in found)}"]
+    if largest is not None:
+        parts.append(f"largest logit difference {format_number(largest, digits=2)}")
+    compared = [v.greedy_equal for v in found if v.greedy_equal is not None]
+    if compared:
+        parts.append("greedy tokens equal" if all(compared) else "greedy tokens differ")
+    text = f"Verification failed: {', '.join(failed)}" if failed else "Verified against torch"
+    return Badge("failed" if failed else "passed", text, ", ".join(parts))
+
+
+def headline(records: Records) -> str:
+    """One sentence: which model, and what was taken out of it."""
+    budget = (records.plan or {}).get("budget")
+    if not budget:
+        return "What was removed is not recorded here."
+    neurons = budget.get("removed_neurons_after_rounding", budget["removed_neurons"])
+    return (
+        f"{budget['removed_groups']:,} of {budget['of_groups']:,} KV groups and {neurons:,} of "
+        f"{budget['of_neurons']:,} FFN neurons were removed: {format_count(budget['parameters_dense'])} "
+        f"parameters became {format_count(budget['parameters_kept'])}."
+    )
+
+
+def _verification_caution(records: Records) -> str | None:
+    failed = [
+        f"{v.model} (first at: {v.first_departure})" if v.first_departure else v.model
+        for v in verifications(records)
+        if not v.passed
+    ]
+    if not failed:
+        return None
+    return (
+        f"Verification failed for {' and '.join(failed)}: the exported files do not compute what the "
+        "checkpoint computes. Do not deploy them."
+    )
+
+
+def _quality_caution(benchmark: Mapping[str, Any]) -> str | None:
+    before = ((baseline_of(benchmark) or {}).get("quality") or {}).get("perplexity")
+    if not before:
+        return None
+    rises = {v["name"]: (v.get("quality") or {}).get("perplexity") for v in challengers_of(benchmark)}
+    dropped = [
+        f"{format_number(after)} in {name} ({format_times(after / before)})"
+        for name, after in rises.items()
+        if after and after > PERPLEXITY_ALARM * before
+    ]
+    if not dropped:
+        return None
+    return (
+        f"Quality dropped: perplexity was {format_number(before)} and became {', '.join(dropped)}. "
+        "Remove less, or train further, before relying on the result."
+    )
+
+
+_SHORT_OF_BOUND = {
+    True: "Usual reasons: a busy machine, or time spent outside the weights.",
+    False: "The bound counts bytes read. As weights shrink, what reads none of them (attention, norms, "
+    "rounding activations, starting each operator) becomes most of the time.",
+}
+"""Why, by whether the variant computes in float."""
+
+
+def _speed_caution(what: str, name: str, speed: Gain | None, *, in_float: bool) -> str | None:
+    if speed is None or not speed.bound or speed.speedup >= BOUND_SHARE_ALARM * speed.bound:
+        return None
+    return (
+        f"{what} of {name} reached {format_share(speed.speedup / speed.bound)} of its bound: "
+        f"{format_times(speed.speedup)} where {format_times(speed.bound)} is possible. "
+        f"{_SHORT_OF_BOUND[in_float]}"
+    )
+
+
+def cautions(records: Records) -> tuple[str, ...]:
+    """What a reader must know before believing the headline; empty when nothing is wrong."""
+    benchmark = records.benchmark or {}
+    found = [
+        _verification_caution(records),
+        quantization_caution(records),
+        _quality_caution(benchmark),
+        low_bit_source_caution(records),
+    ]
+    for variant in challengers_of(benchmark):
+        name = str(variant["name"])
+        in_float = variant.get("float_arithmetic", True)
+        decode, prefill = (gain(benchmark, variant, "tpot"), gain(benchmark, variant, "prefill"))
+        found.append(_speed_caution("Decode", name, decode, in_float=in_float))
+        found.append(_speed_caution("Prefill", name, prefill, in_float=in_float))
+    return tuple(caution for caution in found if caution)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A part of the report that is missing, why, and the command that makes it."""
+
+    what: str
+    command: str
+
+
+def gaps(records: Records) -> tuple[Gap, ...]:
+    """Every part that could not be written; commands are typed inside the output folder."""
+    options = (records.manifest or {}).get("options") or {}
+    benchmark = records.benchmark
+    found = []
+    if records.plan is None:
+        found.append(
+            Gap("What was removed: plan.json is not here.", "nirvana-deploy prune-export MODEL --out .")
+        )
+    if records.manifest is None:
+        found.append(
+            Gap(
+                "Origin and time of each stage: manifest.json is not here.",
+                "nirvana-deploy prune-export MODEL --out .",
+            )
+        )
+    if not verifications(records):
+        found.append(Gap("Verification: it has not run.", "nirvana-deploy verify ."))
+    if benchmark is None:
+        asked = " (--no-benchmark was given)" if options.get("benchmark") is False else ""
+        found.append(Gap(f"Speed and memory: not measured{asked}.", "nirvana-deploy benchmark ."))
+    elif baseline_of(benchmark) is None:
+        asked = " (--no-baseline was given)" if options.get("baseline") is False else ""
+        found.append(
+            Gap(
+                f"Speed-ups: the dense baseline was not measured{asked}.",
+                "nirvana-deploy prune-export MODEL --baseline --resume --out .",
+            )
+        )
+    if not any(variant.get("quality") for variant in (benchmark or {}).get("variants") or ()):
+        found.append(Gap("Quality: perplexity and KL were not measured.", "nirvana-deploy evaluate ."))
+    return tuple(found)
+
+
+def title(records: Records) -> str:
+    """The report's title: the model, and how much of it was removed."""
+    name = model_name(records) or "Unnamed model"
+    share = ((records.plan or {}).get("budget") or {}).get("met_removed_share")
+    return f"{name} pruned by {share:.0%}" if share is not None else name
+
+
+def compared(records: Records) -> str:
+    """Which variants the headline compares."""
+    benchmark = records.benchmark or {}
+    names = [str(variant["name"]) for variant in challengers_of(benchmark)]
+    baseline = baseline_of(benchmark)
+    if not names or baseline is None:
+        return ""
+    others = f"; {', '.join(names[1:])} in the table below" if len(names) > 1 else ""
+    return f"{names[0]} against {baseline['name']}{others}"

@@ -1,0 +1,409 @@
+"""Write report.md and report.html from an output folder's records.
+
+The HTML carries everything inside itself: style, figures, no script, and a content policy that lets a
+browser load nothing else. The Markdown has the same numbers as tables, for a terminal or a repository.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from nirvana_deploy.base.artifact import write_bytes
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.output.records import (
+    LayerWidth,
+    Records,
+    complete,
+    layer_widths,
+    listed_files,
+    read_records,
+)
+from nirvana_deploy.report import deployed_page, figures, findings, ntk_page
+from nirvana_deploy.report.facts import details, encoder_decoder, evaluation_source
+from nirvana_deploy.report.table import (
+    ABSENT,
+    baseline_of,
+    challengers_of,
+    format_bytes,
+    format_number,
+    format_seconds,
+    format_share,
+    median_of,
+    summary_table,
+    text_bar,
+)
+
+_RUN_GENAI = """\
+import onnxruntime_genai as og
+
+model = og.Model("onnx")
+tokenizer = og.Tokenizer(model)
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=64, do_sample=False)
+generator = og.Generator(model, parameters)
+prompt = tokenizer.encode("The capital of France is")
+generator.append_tokens(prompt)
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))"""
+
+_RUN_SEQ2SEQ = """\
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
+
+folder = Path("onnx")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = OrtSeq2Seq(folder)
+prompt = tokenizer("The capital of France is", return_tensors="np")
+tokens = model.generate(
+    prompt["input_ids"],
+    max_new_tokens=32,
+    eos_token_ids=frozenset([tokenizer.eos_token_id]),
+)
+print(tokenizer.decode(tokens))"""
+
+_RUN_TRANSFORMERS = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "checkpoint"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(
+    folder, trust_remote_code=True
+)
+prompt = tokenizer("The capital of France is", return_tensors="pt")
+tokens = model.generate(**prompt, max_new_tokens=32)
+print(tokenizer.decode(tokens[0]))"""
+
+
+@dataclass(frozen=True)
+class PlacedFigure:
+    """One figure as the page shows it."""
+
+    svg: Markup
+    caption: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """One way to run the result, typed inside the output folder."""
+
+    title: str
+    language: str
+    code: str
+
+
+def _bounds_ms(benchmark: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """Per variant with a known bound, the median in ms that ``metric`` would have there."""
+    before_ms = median_of(baseline_of(benchmark) or {}, metric)
+    bounds = {}
+    for variant in challengers_of(benchmark):
+        found = findings.gain(benchmark, variant, "prefill" if metric == "prefill_ms" else "tpot")
+        if found and found.bound and before_ms:
+            bounds[str(variant["name"])] = before_ms / found.bound
+    return bounds
+
+
+def _latency_figures(benchmark: Mapping[str, Any], baseline: str | None) -> list[PlacedFigure]:
+    prompt = (benchmark.get("workload") or {}).get("prompt_tokens")
+    # the time of every single token shows the spread; the mean per round is what the headline uses
+    every_token = all(v.get("itl_ms") for v in benchmark["variants"])
+    titles = {
+        "itl_ms" if every_token else "tpot_ms": "Decode, time of each token",
+        "prefill_ms": f"Prefill, time for {prompt:,} tokens" if prompt else "Prefill, time for the prompt",
+    }
+    placed = []
+    for metric, title in titles.items():
+        variants = [v for v in benchmark["variants"] if v.get(metric)]
+        if not variants:
+            continue
+        bounds = _bounds_ms(benchmark, metric)
+        svg = figures.latency_figure(variants, metric=metric, title=title, baseline=baseline, bound_ms=bounds)
+        count = max(len(v[metric].get("samples") or ()) for v in variants)
+        drawn = figures.MAX_DOTS
+        thinned = f" ({drawn} of them drawn)" if count > drawn else ""
+        caption = f"{count:,} samples per variant, one dot each{thinned}; the line is the median."
+        if bounds:
+            why = "operations" if metric == "prefill_ms" else "bytes read"
+            caption += f" Dotted: where the median would be if time followed the {why} alone."
+        placed.append(PlacedFigure(Markup(svg), caption))
+    return placed
+
+
+def _quality_caption(records: Records) -> str:
+    source = evaluation_source(records) or "not recorded"
+    qualities = [q for v in (records.benchmark or {}).get("variants") or () if (q := v.get("quality"))]
+    tokens = next((q["tokens"] for q in qualities if q.get("tokens")), None)
+    size = f", {tokens:,} predicted tokens" if tokens else ""
+    return (
+        f"Evaluation text: {source}{size}. Lower perplexity and KL are better. "
+        "One text says little about other texts and tasks."
+    )
+
+
+def _benchmark_figures(records: Records) -> list[PlacedFigure]:
+    benchmark = records.benchmark or {}
+    variants = benchmark.get("variants") or []
+    if not variants:
+        return []
+    reference = baseline_of(benchmark)
+    baseline = str(reference["name"]) if reference else None
+    placed = _latency_figures(benchmark, baseline)
+    placed.append(
+        PlacedFigure(
+            Markup(figures.memory_figure(variants, baseline=baseline)),
+            "Each variant ran in a process of its own, so its peak is its own. "
+            "KV cache: bytes that one token adds.",
+        )
+    )
+    judged = [v for v in variants if v.get("quality")]
+    if judged:
+        gains = {str(v["name"]): findings.gain(benchmark, v, "tpot") for v in challengers_of(benchmark)}
+        speedups = {name: found.speedup for name, found in gains.items() if found}
+        svg = figures.quality_figure(judged, baseline=baseline, speedups=speedups)
+        placed.append(PlacedFigure(Markup(svg), _quality_caption(records)))
+    return placed
+
+
+def _figures_of(records: Records) -> list[PlacedFigure]:
+    placed = []
+    if records.plan:
+        svg = figures.kept_width_figure(layer_widths(records.plan))
+        caption = "Blue is kept, grey removed. A KV group is one KV head with its query heads."
+        placed.append(PlacedFigure(Markup(svg), caption, wide=True))
+    selection = _selection(records)
+    if selection:
+        svg = figures.selection_figure(selection)
+        caption = "Each candidate was scored, planned and masked; the least KL on held-out text was taken."
+        placed.append(PlacedFigure(Markup(svg), caption, wide=True))
+    layers = (records.stage("onnx-int8").get("result") or {}).get("layer_kl")
+    if layers:
+        caption = "Measured on 128 tokens with every other layer in float: where int8 loses, not how much."
+        placed.append(PlacedFigure(Markup(figures.sensitivity_figure(layers)), caption, wide=True))
+    return placed + _benchmark_figures(records)
+
+
+def _selection(records: Records) -> Mapping[str, Any] | None:
+    """What the selector tried, where there was a choice."""
+    stages = (records.manifest or {}).get("stages") or {}
+    found: Mapping[str, Any] | None = ((stages.get("select") or {}).get("result") or {}).get("selection")
+    return found
+
+
+def _kernel(records: Records) -> dict[str, Any] | None:
+    """What the section on the tangent kernel says, where it was measured."""
+    record = records.stage("ntk").get("result")
+    if not record:
+        return None
+    with complete("manifest.json: the result of stage 'ntk'"):
+        return {
+            "says": ntk_page.explain(record),
+            "headers": ntk_page.headers(record),
+            "rows": ntk_page.rows(record),
+        }
+
+
+def _kernel_figure(records: Records) -> PlacedFigure | None:
+    record = records.stage("ntk").get("result")
+    if not record:
+        return None
+    caption = "Line: what the removed weights alone take, an identity. Dotted: the most that they can take."
+    return PlacedFigure(Markup(figures.kernel_figure(record)), caption)
+
+
+def _task_rows(records: Records) -> tuple[tuple[str, ...], ...]:
+    """Rows of the table of tasks: task, metric, then one cell a variant; the first row is the header."""
+    variants = (records.stage("tasks").get("result") or {}).get("variants") or {}
+    if not variants:
+        return ()
+    keys = dict.fromkeys(
+        (task, metric) for found in variants.values() for task in found for metric in found[task]
+    )
+    rows = [
+        (task, metric, *(_cell(found.get(task, {}).get(metric)) for found in variants.values()))
+        for task, metric in keys
+    ]
+    return (("task", "metric", *variants), *rows)
+
+
+def _cell(value: float | None) -> str:
+    return ABSENT if value is None else format_number(value)
+
+
+def _stage_figure(records: Records) -> PlacedFigure | None:
+    stages = (records.manifest or {}).get("stages") or {}
+    seconds = [stage["seconds"] for stage in stages.values() if stage.get("seconds") is not None]
+    if not seconds:
+        return None
+    caption = f"{format_seconds(sum(seconds))} in all, each stage in the order it ran."
+    return PlacedFigure(Markup(figures.stage_time_figure(stages)), caption)
+
+
+def _snippets(records: Records) -> tuple[Snippet, ...]:
+    verify = Snippet("Compare every file with its model again", "sh", "nirvana-deploy verify .")
+    if encoder_decoder(records):  # which onnxruntime-genai does not run
+        transformers = _RUN_TRANSFORMERS.replace("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+        run_onnx = Snippet("Generate with ONNX Runtime", "python", _RUN_SEQ2SEQ)
+    else:
+        transformers = _RUN_TRANSFORMERS
+        run_onnx = Snippet("Generate with onnxruntime-genai", "python", _RUN_GENAI)
+    return tuple(
+        snippet
+        for stage, snippet in (
+            ("onnx", run_onnx),
+            ("checkpoint", Snippet("Generate with transformers", "python", transformers)),
+            ("onnx", verify),
+        )
+        if records.stage(stage)
+    )
+
+
+def _checks(records: Records) -> tuple[tuple[str, ...], ...]:
+    """Rows of the verification table: model, check, what was found, what is allowed, result."""
+    rows = []
+    for model, result in (records.stage("verify").get("result") or {}).items():
+        for check in result.get("checks") or ():
+            difference = format_number(check["max_abs_diff"], digits=2)
+            tolerance = format_number(check["tolerance"], digits=2)
+            rows.append(
+                (model, check["name"], difference, tolerance, "passed" if check["passed"] else "failed")
+            )
+        for check in result.get("greedy") or ():
+            name = f"{check['new_tokens']} greedy tokens, {check['runtime']}"
+            if check.get("not_run"):
+                rows.append((model, name, ABSENT, ABSENT, f"not run: {check['not_run']}"))
+                continue
+            equal, ties, prompts = check["equal_prompts"], check.get("ties"), check["prompts"]
+            found = f"{equal} equal" + (f", {ties} parted at a tie" if ties else "")
+            rows.append((model, name, found, f"{prompts} prompts", "passed" if check["passed"] else "failed"))
+    return tuple(rows)
+
+
+def _layer_rows(records: Records) -> tuple[tuple[str, ...], ...]:
+    """Rows of the width table: layer, KV groups kept, FFN neurons kept, and that as a share and a bar."""
+    return tuple(
+        (layer.label, f"{len(layer.kept_groups)} of {layer.of_groups}", *_neurons(layer))
+        for layer in (layer_widths(records.plan) if records.plan else ())
+    )
+
+
+def _neurons(layer: LayerWidth) -> tuple[str, str, str]:
+    if not layer.of_neurons:  # a cross-attention
+        return ABSENT, ABSENT, ""
+    return (
+        f"{layer.kept_neurons:,} of {layer.of_neurons:,}",
+        format_share(layer.kept_neurons / layer.of_neurons),
+        text_bar(layer.kept_neurons, layer.of_neurons, width=20),
+    )
+
+
+def _stage_rows(records: Records) -> tuple[tuple[str, ...], ...]:
+    """Rows of the time table: stage, wall time, CPU time, peak RSS."""
+    columns = (("seconds", format_seconds), ("cpu_seconds", format_seconds), ("peak_rss_bytes", format_bytes))
+    return tuple(
+        (name, *(ABSENT if stage.get(key) is None else write(stage[key]) for key, write in columns))
+        for name, stage in ((records.manifest or {}).get("stages") or {}).items()
+    )
+
+
+def report_context(records: Records) -> dict[str, Any]:
+    """Everything both templates show, from the records alone: same records, same context."""
+    return {
+        "title": findings.title(records),
+        "headline": findings.headline(records),
+        "compared": findings.compared(records),
+        "badge": findings.verification_badge(records),
+        "tiles": findings.headline_tiles(records),
+        "cautions": findings.cautions(records),
+        "gaps": findings.gaps(records),
+        "summary": summary_table(records.benchmark) if records.benchmark else None,
+        "quantized_headers": deployed_page.QUANTIZED_HEADERS,
+        "quantized": deployed_page.quantized_rows(records),
+        "engine_headers": deployed_page.ENGINE_HEADERS,
+        "engines": deployed_page.engine_rows(records),
+        "details": details(records),
+        "kernel": _kernel(records),
+        "tasks": _task_rows(records),
+        "checks": _checks(records),
+        "layers": _layer_rows(records),
+        "files": listed_files(records),
+        "snippets": _snippets(records),
+        "stages": _stage_rows(records),
+    }
+
+
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#])")
+
+
+def markdown_text(value: Any) -> str:
+    """``value`` as Markdown that shows exactly these characters, on one line; Markup passes unchanged."""
+    if isinstance(value, Markup):
+        return str(value)
+    return _MARKDOWN_SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
+
+
+def markdown_code(value: Any) -> Markup:
+    """``value`` as inline code for a table cell: one line, without backticks and bars."""
+    return Markup("`" + " ".join(str(value).split()).replace("`", "'").replace("|", "/") + "`")
+
+
+def render_markdown(context: Mapping[str, Any]) -> str:
+    """report.md from ``report_context``; every value is escaped for Markdown."""
+    environment = Environment(
+        loader=PackageLoader("nirvana_deploy.report"),
+        autoescape=False,  # HTML's rules; finalize applies Markdown's
+        finalize=markdown_text,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": markdown_code, "verbatim": Markup}
+    return environment.get_template("report.md.j2").render(context)
+
+
+def render_html(
+    context: Mapping[str, Any],
+    placed: list[PlacedFigure],
+    stage_figure: PlacedFigure | None,
+    kernel_figure: PlacedFigure | None = None,
+) -> str:
+    """report.html from ``report_context`` and its figures; every value is escaped for HTML."""
+    environment = Environment(
+        loader=PackageLoader("nirvana_deploy.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    template = environment.get_template("report.html.j2")
+    return template.render(context, figures=placed, stage_figure=stage_figure, kernel_figure=kernel_figure)
+
+
+def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]:
+    """Write OUT/report.md and OUT/report.html from whatever records OUT holds; returns both paths.
+
+    Reads manifest.json, plan.json and benchmark.json; a part whose record is missing is named in the report
+    with the command that makes it. Raises NirvanaError when OUT holds none of them or a broken one.
+    """
+    with progress.task("report", total=2) as advance:
+        records = read_records(out)
+        context = report_context(records)
+        markdown, page = out / "report.md", out / "report.html"
+        write_bytes(markdown, render_markdown(context).encode())
+        advance(1)
+        html = render_html(context, _figures_of(records), _stage_figure(records), _kernel_figure(records))
+        write_bytes(page, html.encode())
+        advance(1)
+    return markdown, page

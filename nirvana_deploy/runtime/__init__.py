@@ -1,0 +1,1 @@
+"""What generates tokens: runtimes by name, behind one interface."""

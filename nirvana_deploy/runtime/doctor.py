@@ -1,0 +1,204 @@
+"""What works on this machine, what does not, and the command that changes that.
+
+Distributions are looked up in installed metadata; a package is imported only where its metadata cannot
+tell whether it runs (native libraries, devices).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.model.gguf_convert import cache_folder
+from nirvana_deploy.runtime.registry import DEFAULT, RUNNERS, runs_engines
+from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
+from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
+
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "data": ("datasets",),
+    "eval": ("accelerate", "lm-eval"),
+    "gguf": ("accelerate", "gguf"),
+    "test": ("mypy", "pytest", "ruff", "tritonclient"),
+}
+"""Extras that add no runtime, and their packages, as pyproject.toml has them."""
+
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimd", "i8mm")
+"""What the speed of fp32 and int8 kernels depends on, in the words of /proc/cpuinfo."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    section: str
+    """"runtimes", "runners", "extras" or "machine"."""
+    name: str
+    usable: bool
+    detail: str
+    fix: str | None = None
+    """The command to type where it is not usable."""
+
+
+def examine() -> list[Finding]:
+    """Look at runtimes, extras and the machine; takes about two seconds, changes nothing."""
+    device = _device()
+    return [*_runtimes(), *_runners(device), *_extras(), *_machine(), device]
+
+
+def _runtimes() -> list[Finding]:
+    return [
+        _python(),
+        _runtime("torch", "torch", _torch_devices, fix="pip install torch"),
+        _runtime("onnxruntime", "onnxruntime", _execution_providers, fix=_install("cpu")),
+        _runtime("onnxruntime-genai", "onnxruntime_genai", fix=_install("genai")),
+        _runtime("tensorrt", "tensorrt", fix=_install("gpu")),
+        _runtime("tensorrt-rtx", "tensorrt_rtx", fix=_install("rtx")),
+    ]
+
+
+def _install(extra: str) -> str:
+    return f"pip install 'nirvana-deploy[{extra}]'"
+
+
+def _python() -> Finding:
+    return Finding("runtimes", "python", True, f"{platform.python_version()} ({sys.executable})")
+
+
+def _runtime(name: str, module_name: str, describe: Any = None, *, fix: str) -> Finding:
+    """Import ``module_name``: a native library that is missing or too old shows only then."""
+    try:
+        module = importlib.import_module(module_name)
+        detail = str(getattr(module, "__version__", "")) or version(name)
+        if describe is not None:
+            detail += f": {describe(module)}"
+    except ModuleNotFoundError as error:
+        if error.name == module_name:
+            return Finding("runtimes", name, False, "not installed", fix)
+        return Finding("runtimes", name, False, f"installed, but {error.name} is missing", fix)
+    except (ImportError, OSError, RuntimeError) as error:
+        return Finding("runtimes", name, False, f"installed, but does not load: {_first_line(error)}", fix)
+    return Finding("runtimes", name, True, detail)
+
+
+def _runners(device: Finding) -> list[Finding]:
+    """What ``--runtime`` can name here: the package is there, and the GPU where it needs one."""
+    return [_runner(name, device) for name in RUNNERS]
+
+
+def _runner(name: str, device: Finding) -> Finding:
+    option = f"--runtime {name}"
+    try:
+        if runs_engines(name):
+            tensorrt_module(name)
+        else:
+            from nirvana_deploy.runtime.onnxruntime.providers import PACKAGES, PROVIDERS, available
+
+            if not available(PROVIDERS[name]):
+                detail = f"this onnxruntime has no {PROVIDERS[name]}"
+                return Finding("runners", option, False, detail, PACKAGES[name])
+    except (NirvanaError, ImportError, OSError, RuntimeError) as error:
+        message = error.message if isinstance(error, NirvanaError) else _first_line(error)
+        fix = error.hint if isinstance(error, NirvanaError) else None
+        return Finding("runners", option, False, message, fix or _install("gpu"))
+    if name == DEFAULT:
+        return Finding("runners", option, True, "ONNX folders, on the CPU")
+    takes = "engine files" if runs_engines(name) else "ONNX folders"
+    if not device.usable:
+        return Finding("runners", option, False, f"installed, for {takes}; {device.detail}", device.fix)
+    return Finding(
+        "runners", option, True, f"{takes}, on {device.detail}; whether it starts shows on loading"
+    )
+
+
+def _device() -> Finding:
+    """The first GPU, as the CUDA driver sees it."""
+    try:
+        with CudaDevice() as device:
+            free, total = device.memory_bytes()
+            detail = (
+                f"{device.name}, {device.compute_capability}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+            )
+            return Finding("machine", "gpu", True, detail)
+    except MissingExtraError as error:
+        return Finding("machine", "gpu", False, "not looked for: cuda-bindings is not installed", error.hint)
+    except NirvanaError as error:
+        fix = "An NVIDIA GPU with its driver; engines are built and inspected without one"
+        return Finding("machine", "gpu", False, error.message, fix)
+
+
+def _torch_devices(torch: Any) -> str:
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"cuda:{i} {device}" for i, device in enumerate(devices)) or "CPU only, no CUDA device"
+
+
+def _execution_providers(onnxruntime: Any) -> str:
+    return ", ".join(onnxruntime.get_available_providers())
+
+
+def _extras() -> list[Finding]:
+    return [_extra(extra, package) for extra, packages in EXTRAS.items() for package in packages]
+
+
+def _extra(extra: str, package: str) -> Finding:
+    try:
+        return Finding("extras", f"{package} [{extra}]", True, version(package))
+    except PackageNotFoundError:
+        return Finding("extras", f"{package} [{extra}]", False, "not installed", _install(extra))
+
+
+def _machine() -> list[Finding]:
+    memory = psutil.virtual_memory()
+    cache = cache_folder()
+    return [
+        Finding("machine", "cpu", True, _cpu()),
+        Finding(
+            "machine", "memory", True, f"{memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f} GB"
+        ),
+        Finding("machine", "disk", True, f"{_free_bytes(Path.cwd()) / 1e9:.1f} GB free in {Path.cwd()}"),
+        _cache(cache),
+    ]
+
+
+def _cpu() -> str:
+    """Model, cores usable by this process, and the instruction sets that matter."""
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        info = ""
+    fields = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())
+    }
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
+    features = [feature for feature in _CPU_FEATURES if feature in flags]
+    return f"{name}, {cores} usable of {psutil.cpu_count()} cores, {' '.join(features) or 'features unknown'}"
+
+
+def _cache(folder: Path) -> Finding:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        return Finding(
+            "machine", "cache", False, f"{folder} cannot be written", "export NIRVANA_DEPLOY_CACHE=DIR"
+        )
+    used_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = _free_bytes(existing) / 1e9
+    return Finding("machine", "cache", True, f"{folder}, {used_bytes / 1e9:.2f} GB used, {free:.1f} GB free")
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""ONNX folders in ONNX Runtime."""

@@ -1,0 +1,336 @@
+"""Run an exported decoder folder in ONNX Runtime: one session, one interface for every flavor of the graph.
+
+Everything about the model is read from the session's own inputs, so the layers may differ in KV heads. A
+cache that the graph concatenates (``portable``) stays in OrtValues where the runtime put it; one that it
+updates in place (``gqa``, ``static-cache``) is allocated once (``slots.py``), and bound as input and output
+at the same time. Prompts of a batch are padded on the left whatever the flavor: where a graph wants its rows
+to start in slot 0, they are moved there and back. Logits are viewed, not copied. The three Python entry
+points of ONNX Runtime (``run``, ``run_with_ort_values``, ``io_binding``) cost the same per token within
+the noise; the one used here needs no rebinding and never shows the cache to numpy.
+
+The session's own defaults stay, as measured on SmolLM2 (538 MB in fp32): prepacking replaces the weights
+rather than doubling them (607 MB resident after loading, 720 MB at the peak, which the head's repacking
+sets), and without it decode slows by a quarter to save 50 MB of peak; arena and memory pattern change
+neither.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.base.artifact import read_json
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.output.layout import FLAVOR_KEY, MODEL_FILE
+from nirvana_deploy.runtime.greedy import greedy_tokens
+from nirvana_deploy.runtime.onnxruntime.session import (
+    CACHE_DTYPES,
+    RUNTIMES,
+    as_numpy,
+    as_ort,
+    checked_threads,
+    export_hint,
+    first_names,
+    graph_values,
+    open_session,
+    static_dimension,
+)
+from nirvana_deploy.runtime.onnxruntime.slots import (
+    CacheLayout,
+    SlotCache,
+    moved_left,
+    moved_right,
+    ones_then_zeros,
+    require_left_padding,
+)
+
+_PAST_KEY = re.compile(r"past_key_values\.(\d+)\.key")
+_HEADROOM_TOKENS = 256
+"""Slots beyond the prompt in a buffer that can grow."""
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """What the decoder remembers after S tokens of N sequences. Immutable: a step returns a new one.
+
+    With buffers that are written in place, continuing a state makes void what followed it before.
+
+    ONNX Runtime's binding hands out all outputs of a step as one vector, so a state keeps the memory of
+    its step's logits too; drop prefill states of long prompts that are not decoded from.
+    """
+
+    cache: tuple[Any, ...]
+    """OrtValues key, value of layer 0, key, value of layer 1, ...: each [N, K_i, S, d] or longer."""
+    attention_mask: NDArray[np.int64]
+    """[N, S]: 1 for a token, 0 for left padding."""
+    slots: SlotCache | None = None
+    """The buffers of ``cache``, where they are written in place."""
+    mark: int = 0
+    """Which state of these buffers it is."""
+
+
+class OrtDecoder:
+    """One exported decoder folder in one ONNX Runtime session.
+
+    ``threads`` is the size of the intra-op pool, the calling thread included; None means
+    ``default_threads()``. ``in_float32`` computes a half-precision model in float32 on the CPU, from the
+    same stored weights (``float32_twin.py``). Raises NirvanaError when the folder is incomplete, corrupt, or
+    not a decoder.
+    """
+
+    runtime: str
+    """For example ``onnxruntime-cpu``."""
+    threads: int
+    kv_heads: tuple[int, ...]
+    """K of each layer."""
+    head_dim: int
+    """d."""
+    vocab_size: int
+    """V."""
+    last_logits: bool
+    """The graph gives the logits of the last position only."""
+    max_tokens: int | None
+    """What the cache holds, prompt and answer together; None for a cache that grows."""
+    in_place: bool
+    """The KV cache is one buffer that every step writes into."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        provider: str = "CPUExecutionProvider",
+        provider_options: Mapping[str, str] | None = None,
+        in_float32: bool = False,
+    ) -> None:
+        self.threads = checked_threads(threads)
+        model = folder / MODEL_FILE
+        self._session = open_session(
+            model,
+            threads=self.threads,
+            provider=provider,
+            provider_options=provider_options,
+            in_float32=in_float32,
+        )
+        self._device = "cpu" if provider == "CPUExecutionProvider" else "cuda"
+        self._binds_outputs = self._device != "cpu"  # else ONNX Runtime brings every output to the host
+        inputs = {node.name: node for node in self._session.get_inputs()}
+        outputs = {node.name: node for node in self._session.get_outputs()}
+        layers = sorted(int(m[1]) for m in map(_PAST_KEY.fullmatch, inputs) if m)
+        if not layers or "logits" not in outputs or "input_ids" not in inputs:
+            raise NirvanaError(
+                f"{model} is not a decoder with a KV cache: its inputs are {first_names(inputs)}, "
+                f"its outputs {first_names(outputs)}; "
+                "it needs input_ids, past_key_values.0.key, ... and logits.",
+                hint=export_hint(folder),
+            )
+        self.runtime = RUNTIMES.get(provider, provider)
+        names = tuple(f"{layer}.{part}" for layer in layers for part in ("key", "value"))
+        past = [inputs[f"past_key_values.{name}"] for name in names]
+        dtype = CACHE_DTYPES.get(past[0].type)
+        if dtype is None:
+            raise NirvanaError(
+                f"{model} keeps its KV cache as {past[0].type}; "
+                f"this runtime reads {' and '.join(CACHE_DTYPES)}."
+            )
+        shapes = tuple((static_dimension(node, 1, model), static_dimension(node, 3, model)) for node in past)
+        self._layout = CacheLayout(names=names, shapes=shapes, dtype=dtype)
+        self._output_names = ["logits", *(f"present.{name}" for name in names)]
+        self._token_inputs = inputs.keys() & {
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "write_indices",
+        }
+        self.in_place = "write_indices" in inputs or _shares_buffers(self._session, folder)
+        slots = past[0].shape[2]
+        self.max_tokens = slots if isinstance(slots, int) else None
+        self.kv_heads = tuple(heads for heads, _ in shapes[::2])
+        self.head_dim = shapes[0][1]
+        self.vocab_size = static_dimension(outputs["logits"], 2, model)
+        self.last_logits = outputs["logits"].shape[1] == 1
+
+    def __enter__(self) -> OrtDecoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the session go: weights and arenas are freed with the last state."""
+        del self._session
+
+    def prefill(
+        self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.float32], DecodeState]:
+        """Read whole prompts; returns logits [N, T, V], read-only, and the state after them.
+
+        ``tokens`` and ``attention_mask`` are [N, T] int64; the mask is 0 where a prompt is padded on the
+        left, and None when none is. A graph made with last logits only returns [N, 1, V].
+        """
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise NirvanaError(f"Prompts must be an array [N, T] of at least one token, got {tokens.shape}.")
+        if attention_mask is None:
+            attention_mask = np.ones(tokens.shape, dtype=np.int64)
+        if self.in_place:
+            return self._prefill_in_place(tokens, attention_mask)
+        empty = self._layout.arrays(len(tokens), 0)
+        return self._step(tokens, attention_mask, tuple(as_ort(array, self._device) for array in empty))
+
+    def decode(
+        self, tokens: NDArray[np.int64], state: DecodeState
+    ) -> tuple[NDArray[np.float32], DecodeState]:
+        """Read one more token per sequence, [N, 1]; returns logits [N, 1, V] and the state after it."""
+        grown = np.ones((len(tokens), state.attention_mask.shape[1] + 1), dtype=np.int64)
+        grown[:, :-1] = state.attention_mask
+        if state.slots is not None:
+            return self._step_in_place(tokens, grown, state.slots, state.mark)
+        return self._step(tokens, grown, state.cache)
+
+    def generate(
+        self,
+        tokens: NDArray[np.int64],
+        *,
+        max_new_tokens: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """Continue one prompt [1, T] greedily; returns the new ids, a stop token included when one came."""
+        return greedy_tokens(
+            self, tokens, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, on_token=on_token
+        )
+
+    def _step(
+        self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64], cache: Sequence[Any]
+    ) -> tuple[NDArray[np.float32], DecodeState]:
+        """Run the graph on [N, T] new tokens; ``attention_mask`` [N, S+T] covers past and new ones."""
+        positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -tokens.shape[1] :]
+        feeds = self._feeds(input_ids=tokens, attention_mask=attention_mask, position_ids=positions)
+        feeds.update(zip((f"past_key_values.{name}" for name in self._layout.names), cache, strict=True))
+        run = self._run_on_device if self._binds_outputs else self._session.run_with_ort_values
+        logits, *present = run(self._output_names, feeds)
+        return as_numpy(logits), DecodeState(cache=tuple(present), attention_mask=attention_mask)
+
+    def _run_on_device(self, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+        """Run with logits brought to the host and everything else left on the device."""
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in names:
+            binding.bind_output(name, "cpu" if name == "logits" else self._device, 0)
+        self._session.run_with_iobinding(binding)
+        outputs: list[Any] = binding.get_outputs()
+        return outputs
+
+    def _prefill_in_place(
+        self, tokens: NDArray[np.int64], mask: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], DecodeState]:
+        """Prompts [N, T] padded on the left, into new buffers where every row starts in slot 0."""
+        require_left_padding(mask)
+        padded = not mask.all()
+        if padded and self.last_logits:
+            raise NirvanaError(
+                "This graph gives the logits of the last position only, where prompts of different lengths "
+                "have their padding.",
+                hint="Prefill prompts of one length, or export without --last-logits.",
+            )
+        slots = self.max_tokens or tokens.shape[1] + _HEADROOM_TOKENS
+        buffers = SlotCache(self._layout.arrays(len(tokens), slots))
+        rows = moved_right(mask, tokens) if padded else tokens
+        logits, state = self._step_in_place(rows, mask, buffers, 0)
+        return (moved_left(mask, logits) if padded else logits), state
+
+    def _step_in_place(
+        self, tokens: NDArray[np.int64], mask: NDArray[np.int64], buffers: SlotCache, mark: int
+    ) -> tuple[NDArray[np.float32], DecodeState]:
+        """Run the graph on rows [N, T] that start in slot 0; ``mask`` [N, S+T] counts each row's tokens."""
+        lengths = mask.sum(axis=1)
+        prompt = tokens.shape[1] == mask.shape[1]
+        past = np.zeros_like(lengths) if prompt else lengths - tokens.shape[1]
+        end = int(past.max()) + tokens.shape[1]
+        if end > buffers.slots:
+            buffers, mark = self._grown(buffers, end), 0
+        mark = buffers.advance(mark)
+        feeds = self._feeds(
+            input_ids=tokens,
+            attention_mask=ones_then_zeros(lengths, end),
+            position_ids=past[:, None] + np.arange(tokens.shape[1]),
+            write_indices=past,
+        )
+        if buffers.binding is None:
+            buffers.binding = self._bound(buffers)
+        for name, value in feeds.items():
+            buffers.binding.bind_ortvalue_input(name, value)
+        buffers.binding.bind_output("logits")  # new memory: what was returned before stays as it is
+        self._session.run_with_iobinding(buffers.binding)
+        logits, *cache = buffers.binding.get_outputs()
+        state = DecodeState(cache=tuple(cache), attention_mask=mask, slots=buffers, mark=mark)
+        return as_numpy(logits), state
+
+    def _bound(self, buffers: SlotCache) -> Any:
+        """A binding in which every buffer is input and output."""
+        binding = self._session.io_binding()
+        binding.bind_output("logits")
+        buffers.values = [as_ort(array, self._device) for array in buffers.arrays]
+        for name, value in zip(self._layout.names, buffers.values, strict=True):
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        return binding
+
+    def _grown(self, buffers: SlotCache, needed: int) -> SlotCache:
+        if self.max_tokens is not None:
+            raise NirvanaError(
+                f"The cache of this graph holds {self.max_tokens} tokens, and {needed} are needed.",
+                hint="Export again with a larger --cache-length, or ask for fewer tokens.",
+            )
+        if self._device != "cpu":
+            buffers.arrays = [value.numpy() for value in buffers.values]
+        return buffers.grown(max(needed, 2 * buffers.slots))
+
+    def _feeds(self, **of_tokens: NDArray[np.int64]) -> dict[str, Any]:
+        """Those of the inputs that the graph has."""
+        return {
+            name: as_ort(np.ascontiguousarray(of_tokens[name], dtype=np.int64)) for name in self._token_inputs
+        }
+
+
+def session_outputs(
+    folder: Path, tokens: NDArray[np.int64], names: Sequence[str]
+) -> dict[str, NDArray[np.float32]]:
+    """Values inside the graph for prompts [N, T], by name: for finding where a computation departs.
+
+    Computed in float32 whatever the model's dtype. The folder is not changed: the extra outputs live in a
+    copy of the graph that stays in memory.
+    """
+    mask = np.ones_like(tokens)
+    of_tokens = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "position_ids": np.cumsum(mask, axis=1) - 1,
+        "write_indices": np.zeros(len(tokens), dtype=np.int64),
+    }
+
+    def feeds(inputs: Sequence[Any]) -> dict[str, NDArray[Any]]:
+        made = {}
+        for node in inputs:
+            if node.name in of_tokens:
+                made[node.name] = of_tokens[node.name]
+            else:
+                _, heads, slots, dim = node.shape
+                shape = (len(tokens), heads, slots if isinstance(slots, int) else 0, dim)
+                made[node.name] = np.zeros(shape, dtype=np.float32)
+        return made
+
+    return graph_values(folder / MODEL_FILE, feeds, names)
+
+
+def _shares_buffers(session: Any, folder: Path) -> bool:
+    """Whether past and present may be one buffer: what the graph says of itself, else genai_config.json."""
+    metadata = session.get_modelmeta().custom_metadata_map
+    if FLAVOR_KEY in metadata:
+        return bool(metadata[FLAVOR_KEY] == "gqa")
+    config = folder / "genai_config.json"
+    return config.is_file() and bool(read_json(config)["search"].get("past_present_share_buffer"))

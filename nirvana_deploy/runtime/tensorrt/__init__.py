@@ -1,0 +1,1 @@
+"""Engine files in TensorRT."""

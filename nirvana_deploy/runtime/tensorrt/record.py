@@ -1,0 +1,206 @@
+"""What is known of an engine, in the JSON beside it: the only way to read an engine where no GPU is.
+
+A serialized engine opens on a GPU alone. Everything a runner, ``inspect`` or a server needs before that
+(names, dtypes and dimensions, profiles, precision, targets, versions, what the build cost) is written to
+``<name>.json`` after the engine itself, so an engine without its JSON was never finished, and one whose
+bytes differ from the JSON is refused.
+
+Dimensions that vary are ``None`` in :class:`TensorRecord`; their ranges are in the profiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.base.artifact import read_json, sha256_of
+from nirvana_deploy.base.errors import NirvanaError
+
+ENGINE_SCHEMA = 1
+ENGINE_SUFFIX = ".engine"
+ENCODER, DECODER = "encoder", "decoder"
+"""Parts of an encoder-decoder, and the ends of their engines' names."""
+ENCODER_STATES = "encoder_hidden_states"
+"""What its decoder reads of its encoder."""
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One input or output of the engine."""
+
+    name: str
+    dtype: str
+    """numpy's name: ``int64``, ``int32``, ``float16``, ``bfloat16``, ``float32``, ``bool``."""
+    shape: tuple[int | None, ...]
+    """None where the profiles give the range."""
+    alias: str | None = None
+    """Of an output: the input with the same address (in-place cache update)."""
+
+
+@dataclass(frozen=True)
+class ProfileRecord:
+    """One optimization profile; its position in :attr:`EngineRecord.profiles` is its index."""
+
+    name: str
+    """``prefill`` or ``decode``; ``encoder`` for an encoder."""
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    """Input name -> (minimum, optimum, maximum) shape, of every input."""
+
+
+@dataclass(frozen=True)
+class BuildCost:
+    """What building cost, in the process that built."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+    parse_seconds: float
+    system_seconds: float = 0.0
+    """Of the CPU time: what the system took, for memory and files; records before this was kept have 0."""
+
+
+@dataclass(frozen=True)
+class LogDigest:
+    """The builder's log: the whole of it is in ``file``, beside the engine."""
+
+    file: str
+    sha256: str
+    lines: int
+    warnings: tuple[str, ...]
+    """Each distinct warning once, with what it means where that is known."""
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """The JSON beside an engine."""
+
+    name: str
+    part: str
+    """``decoder`` (causal, with KV cache), or a part of an encoder-decoder: ``encoder``, ..."""
+    runtime: str
+    """``tensorrt-rtx`` or ``tensorrt``."""
+    runtime_version: str
+    """Of the builder; an engine loads in the same version (RTX: the same minor version) alone."""
+    targets: tuple[str, ...]
+    """GPU architectures, ``sm80``, ...; for ``tensorrt`` the one of the building machine."""
+    dtype: str
+    """Of activations and cache: ``fp16``, ``bf16`` or ``fp32``."""
+    quantization: str | None
+    """``int8``, ``w8``, ``w4``, or None."""
+    kv: str
+    """``concat`` (the cache grows), ``in-place`` (fixed length, outputs alias inputs), ``none``."""
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    profiles: tuple[ProfileRecord, ...]
+    layers: Mapping[str, int]
+    """Layers of the parsed network by type."""
+    weights_bytes: int
+    """Bytes of the network's constants."""
+    engine_file: str
+    engine_bytes: int
+    engine_sha256: str
+    onnx_sha256: Mapping[str, str]
+    """Of the files that were parsed: ``model.onnx`` and its external data."""
+    weight_streaming: bool
+    stripped: bool
+    """Without weights: refit it from the ONNX folder before use."""
+    workspace_bytes: int | None
+    build: BuildCost
+    log: LogDigest
+    versions: Mapping[str, str]
+    trtexec: str
+    """The equivalent command line of the vendor's tool."""
+    notes: tuple[str, ...] = ()
+    """What the build wants its user to know."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"schema": ENGINE_SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Any, *, path: Path) -> EngineRecord:
+        """Parse what :meth:`to_json` gave; raises NirvanaError naming ``path`` where it is something else."""
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if schema != ENGINE_SCHEMA:
+            raise NirvanaError(
+                f"{path} has schema {schema!r}; this version reads engine records of schema {ENGINE_SCHEMA}.",
+                hint="Build the engine again: nirvana-deploy build-engine DIR --force",
+            )
+        try:
+            fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+            fields["inputs"], fields["outputs"] = (
+                tuple(TensorRecord(**{**one, "shape": tuple(one["shape"])}) for one in value[side])
+                for side in ("inputs", "outputs")
+            )
+            fields["profiles"] = tuple(_profile(one) for one in value["profiles"])
+            fields["build"] = BuildCost(**value["build"])
+            fields["log"] = LogDigest(**{**value["log"], "warnings": tuple(value["log"]["warnings"])})
+            fields["targets"], fields["notes"] = tuple(value["targets"]), tuple(value["notes"])
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise NirvanaError(
+                f"{path} is not complete: {type(error).__name__} {error}.",
+                hint="Build the engine again: nirvana-deploy build-engine DIR --force",
+            ) from error
+
+
+def _profile(value: Mapping[str, Any]) -> ProfileRecord:
+    shapes = {
+        name: (tuple(low), tuple(best), tuple(high)) for name, (low, best, high) in value["shapes"].items()
+    }
+    return ProfileRecord(name=value["name"], shapes=shapes)
+
+
+def record_path(engine: Path) -> Path:
+    """The JSON of an engine file."""
+    return engine.with_suffix(".json")
+
+
+def is_part_of_seq2seq(record: EngineRecord) -> bool:
+    """Whether an engine is one of the two of an encoder-decoder."""
+    return record.part == ENCODER or any(tensor.name == ENCODER_STATES for tensor in record.inputs)
+
+
+def encoder_beside(decoder: Path) -> Path:
+    """The encoder's engine of an encoder-decoder: ``x-encoder.engine`` beside ``x-decoder.engine``."""
+    return decoder.with_name(f"{decoder.stem.removesuffix(f'-{DECODER}')}-{ENCODER}{ENGINE_SUFFIX}")
+
+
+def engine_files(engine: Path) -> tuple[Path, ...]:
+    """All engines of the model that ``engine`` opens: a decoder's own, or both of an encoder-decoder."""
+    if is_part_of_seq2seq(read_engine_record(engine, check_bytes=False)):
+        return engine, encoder_beside(engine)
+    return (engine,)
+
+
+def read_engine_record(engine: Path, *, check_bytes: bool = True) -> EngineRecord:
+    """Read the record of an engine file, and prove that the file is the one it describes.
+
+    ``check_bytes`` False compares the size alone, not the sha256 (a large engine takes seconds to read).
+    Raises NirvanaError when either file is missing, or they do not belong together.
+    """
+    again = "Build it again: nirvana-deploy build-engine DIR --force"
+    if not engine.is_file():
+        raise NirvanaError(f"{engine} does not exist.", hint=again)
+    path = record_path(engine)
+    if not path.is_file():
+        raise NirvanaError(
+            f"{engine} has no {path.name} beside it: its build was never finished, or it was copied alone.",
+            hint=again,
+        )
+    record = EngineRecord.from_json(read_json(path), path=path)
+    found_bytes = engine.stat().st_size
+    if found_bytes != record.engine_bytes:
+        what = "truncated" if found_bytes < record.engine_bytes else "longer than it was"
+        raise NirvanaError(
+            f"{engine} is {what}: {found_bytes:,} bytes, and {path.name} says {record.engine_bytes:,}.",
+            hint=again,
+        )
+    if check_bytes and sha256_of(engine) != record.engine_sha256:
+        raise NirvanaError(
+            f"{engine} is not the engine that {path.name} describes: its sha256 differs.", hint=again
+        )
+    return record

@@ -1,0 +1,187 @@
+"""Text that streams out of any runner: tokens become words as soon as they are whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nirvana_deploy.base.artifact import read_json
+from nirvana_deploy.base.errors import NirvanaError, TokenizerError
+from nirvana_deploy.output.layout import MODEL_FILE, holds_model
+from nirvana_deploy.runtime.registry import Runner
+
+_UNFINISHED = "�"  # what a tokenizer puts where the bytes of a character are not all there yet
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One streamed answer."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    ttft_ms: float
+    """Request to the first token's id."""
+    tpot_ms: float | None
+    """Mean gap between tokens; None for fewer than two."""
+    stopped: bool
+    """Whether the model ended by itself, with a stop token."""
+
+
+def stream_text(
+    runner: Runner,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    stops: frozenset[int] = frozenset(),
+    chat: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue ``prompt`` greedily; ``on_text`` hears the text piece by piece.
+
+    ``tokenizer`` is one of transformers. ``chat`` puts the prompt into its chat template as the user's turn.
+    Raises NirvanaError for a prompt of no tokens, or a tokenizer without chat template.
+    """
+    ids = _prompt_ids(tokenizer, prompt, chat=chat)
+    if not ids:
+        raise NirvanaError("The prompt has no tokens.", hint='Pass some text: --prompt "Once upon a time"')
+    pieces = TextPieces(tokenizer, on_text or (lambda _text: None), hidden=stops)
+    stamps: list[float] = []
+
+    def heard(token: int) -> None:
+        stamps.append(time.perf_counter())
+        pieces.add(token)
+
+    start = time.perf_counter()
+    new_ids = runner.generate(
+        np.array([ids], dtype=np.int64), max_new_tokens=max_new_tokens, eos_token_ids=stops, on_token=heard
+    )
+    text = pieces.finish()
+    gaps = np.diff(stamps)
+    return Generation(
+        text=text,
+        prompt_tokens=len(ids),
+        new_tokens=len(new_ids),
+        ttft_ms=1e3 * (stamps[0] - start),
+        tpot_ms=1e3 * float(gaps.mean()) if len(gaps) else None,
+        stopped=new_ids[-1] in stops,
+    )
+
+
+class TextPieces:
+    """Turns ids into text that never has to be taken back.
+
+    A character may take several tokens, and what a token decodes to may depend on the one before it, so all
+    ids are decoded together and only what has been added is passed on, up to the last whole character.
+    """
+
+    def __init__(
+        self, tokenizer: Any, on_text: Callable[[str], None], *, hidden: frozenset[int] = frozenset()
+    ) -> None:
+        self._tokenizer, self._on_text, self._hidden = tokenizer, on_text, hidden
+        self._ids: list[int] = []
+        self._told = ""
+
+    def add(self, token: int) -> None:
+        """Hear one more id."""
+        if token in self._hidden:
+            return
+        self._ids.append(token)
+        text = self._decoded()
+        if not text.endswith(_UNFINISHED):
+            self._tell(text)
+
+    def finish(self) -> str:
+        """Pass on what is left, and return the whole text."""
+        self._tell(self._decoded())
+        return self._told
+
+    def _decoded(self) -> str:
+        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return text
+
+    def _tell(self, text: str) -> None:
+        if len(text) > len(self._told):
+            self._on_text(text[len(self._told) :])
+            self._told = text
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool) -> Sequence[int]:
+    if not chat:
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        return ids
+    if not tokenizer.chat_template:
+        raise NirvanaError(
+            "--chat needs a tokenizer with a chat template, and this one has none.",
+            hint="Leave --chat out: the prompt is continued as plain text.",
+        )
+    turn = [{"role": "user", "content": prompt}]
+    encoded = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)
+    of_chat: list[int] = encoded["input_ids"]
+    return of_chat
+
+
+def model_in(path: Path) -> Path:
+    """What to run: an engine file or ONNX folder as it is, the pruned model of an output folder."""
+    if path.is_file() or holds_model(path):
+        return path
+    inside = path / "onnx"
+    if holds_model(inside):
+        return inside
+    raise NirvanaError(
+        f"{path} holds no model: neither {MODEL_FILE} nor onnx/{MODEL_FILE}.",
+        hint="nirvana-deploy export CHECKPOINT --out DIR",
+    )
+
+
+def tokenizer_folder(path: Path, *, given: Path | None = None) -> Path:
+    """The folder with the tokenizer of an ONNX folder or an engine: ``given``, its own, or one nearby.
+
+    Beside an engine lie the ONNX folder that it was built from (or it lies in it) and the checkpoint of the
+    same output folder. Raises NirvanaError where there is none.
+    """
+    base = path if path.is_dir() else path.parent
+    of_engine = [] if path.is_dir() else [base / f"{path.stem}-onnx", base.parent]
+    nearby = [
+        base,
+        *of_engine,
+        *(above / name for above in (base, base.parent) for name in ("onnx", "checkpoint")),
+    ]
+    for folder in [given] if given is not None else nearby:
+        if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
+            return folder
+    raise NirvanaError(
+        f"No tokenizer lies in {given or base}.", hint="Name its folder: --tokenizer out/checkpoint"
+    )
+
+
+def load_text_side(folder: Path) -> tuple[Any, frozenset[int]]:
+    """The tokenizer of a folder, and the ids that end an answer; needs no checkpoint beside it."""
+    try:
+        tokenizer = _tokenizer(folder)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(folder, error) from error
+    for name, keys in (("genai_config.json", ("model", "eos_token_id")), ("config.json", ("eos_token_id",))):
+        if (folder / name).is_file():
+            found = read_json(folder / name)
+            for key in keys:
+                found = found.get(key) if isinstance(found, dict) else None
+            if found is not None:
+                return tokenizer, frozenset(found if isinstance(found, list) else [found])
+    return tokenizer, frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+
+
+def _tokenizer(folder: Path) -> Any:
+    if (folder / "config.json").is_file() and (folder / "tokenizer_config.json").is_file():
+        from nirvana_deploy.model.checkpoint import load_tokenizer  # imports torch
+
+        return load_tokenizer(folder)  # knows configurations whose layers differ
+    from transformers import AutoTokenizer  # two seconds that other users of this module are spared
+
+    return AutoTokenizer.from_pretrained(folder)

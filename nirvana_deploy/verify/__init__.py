@@ -1,0 +1,1 @@
+"""Two runners agree: logits within a tolerance, and the same greedy tokens."""

@@ -1,0 +1,122 @@
+"""Check at any time what was made: an output folder, or one ONNX folder that stands alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nirvana_deploy.base.errors import NirvanaError, VerificationError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.sources import resolve_model
+from nirvana_deploy.output.layout import CHECKPOINT, PLAN_FILE, holds_model
+from nirvana_deploy.output.run import MANIFEST, Run
+from nirvana_deploy.output.variants import DENSE, KNOWN, PRUNED, variant_named, variants_of
+from nirvana_deploy.prune.plan import check_plan_was_cut, read_plan
+from nirvana_deploy.quantize.coverage import Coverage, recorded_coverage
+from nirvana_deploy.quantize.graph.linears import RECORD_FILE
+from nirvana_deploy.verify.against_torch import VerifyReport, verify_onnx
+from nirvana_deploy.verify.folder_check import check_folder
+from nirvana_deploy.verify.stage import compare_in
+
+
+@dataclass(frozen=True)
+class FolderCheck:
+    """What :func:`verify_folder` found."""
+
+    out: Path
+    damaged: list[str]
+    """Files that are missing or whose sha256 differs from the manifest's."""
+    reports: dict[str, VerifyReport]
+    """ONNX against checkpoint, by variant."""
+    compared: dict[str, VerifyReport] = field(default_factory=dict)
+    """A runtime that was named against ONNX Runtime on the CPU, by the path of what it ran."""
+    quantized: dict[str, Coverage] = field(default_factory=dict)
+    """What runs in integer kernels now, by variant; half precision runs in none on the CPU."""
+
+    def require_passed(self) -> None:
+        """Raise VerificationError unless every file and every comparison is as it should be."""
+        if self.damaged:
+            more = f" and {len(self.damaged) - 3} more" if len(self.damaged) > 3 else ""
+            raise VerificationError(
+                f"{self.out} is not as its manifest says; missing or different: "
+                f"{', '.join(self.damaged[:3])}{more}.",
+                hint="Make them again: repeat the prune-export command with --resume.",
+            )
+        folders = {variant.name: variant.folder for variant in KNOWN}
+        for name, report in self.reports.items():
+            report.require_passed(self.out / folders.get(name, ""))
+        for name, coverage in self.quantized.items():
+            coverage.require_whole(self.out / folders.get(name, ""))
+        for name, report in self.compared.items():
+            runtime = report.greedy[0].runtime
+            report.require_passed(self.out / name, against=f"ONNX Runtime on the CPU ({runtime} differs)")
+
+
+def verify_folder(
+    out: Path, *, threads: int | None = None, runtime: str | None = None, progress: Progress = SILENT
+) -> FolderCheck:
+    """Check an output folder: sha256 of every file, then ONNX against checkpoint; changes nothing.
+
+    ``runtime`` also runs the models there, and compares it with ONNX Runtime on the CPU.
+    """
+    _require_output_folder(out)
+    run = Run.open(out, progress=progress)
+    damaged = [file for name in run.manifest["stages"] for file in run.damaged(name)]
+    dense = Path(run.manifest["model"]["path"])
+    checkpoints = {PRUNED: out / CHECKPOINT, DENSE: dense}
+    if not damaged and (out / CHECKPOINT / "config.json").is_file() and (out / PLAN_FILE).is_file():
+        check_plan_was_cut(read_plan(out / PLAN_FILE), shape_from_config(config_json(out / CHECKPOINT)))
+    # first: where the runtime or its device is missing, that is said before minutes of work
+    compared = compare_in(run, runtime, threads=threads) if runtime is not None and not damaged else {}
+    reports = {
+        name: verify_onnx(checkpoint, out / variant_named(name).folder, threads=threads, progress=progress)
+        for name, checkpoint in checkpoints.items()
+        if checkpoint.is_dir() and (out / variant_named(name).folder).is_dir() and not damaged
+    }
+    quantized = {
+        variant.name: _quantized_check(out / variant.folder, out / CHECKPOINT)
+        for variant in variants_of(run)
+        if variant.scheme is not None and not damaged
+    }
+    return FolderCheck(out=out, damaged=damaged, reports=reports, compared=compared, quantized=quantized)
+
+
+def verify_onnx_folder(
+    folder: Path, *, model: str, threads: int | None = None, progress: Progress = SILENT
+) -> FolderCheck:
+    """Check an ONNX folder that stands alone against the checkpoint ``model``; changes nothing."""
+    source = resolve_model(model, progress=progress)
+    if (folder / RECORD_FILE).is_file():
+        coverage = _quantized_check(folder, source.path)
+        return FolderCheck(out=folder, damaged=[], reports={}, quantized={"model": coverage})
+    report = verify_onnx(source.path, folder, threads=threads, progress=progress)
+    return FolderCheck(out=folder, damaged=[], reports={"model": report})
+
+
+def _quantized_check(folder: Path, checkpoint: Path) -> Coverage:
+    check_folder(folder, checkpoint)
+    return recorded_coverage(folder)
+
+
+def _require_output_folder(out: Path) -> None:
+    """Raise NirvanaError for a part of an output folder, or one of its kinds alone: with what to type."""
+    if (out / MANIFEST).is_file():
+        return
+    for around in list(out.resolve().parents)[:2]:
+        if (around / MANIFEST).is_file():
+            raise NirvanaError(
+                f"{out} is a part of the output folder {around}, whose manifest knows its files.",
+                hint=f"nirvana-deploy verify {around}",
+            )
+    if holds_model(out):
+        raise NirvanaError(
+            f"{out} is an ONNX folder alone: nothing in it says what it was exported from.",
+            hint=f"nirvana-deploy verify {out} --checkpoint CHECKPOINT",
+        )
+    if (out / "config.json").is_file():
+        raise NirvanaError(
+            f"{out} is a checkpoint alone: it is what an ONNX folder is compared with.",
+            hint=f"nirvana-deploy verify ONNX_FOLDER --checkpoint {out}",
+        )

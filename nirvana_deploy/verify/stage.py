@@ -1,0 +1,107 @@
+"""Prove ONNX folders against their checkpoints, and runtimes against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.sources import ModelFolder
+from nirvana_deploy.output.layout import (
+    CHECKPOINT,
+    DECODER_FILE,
+    MODEL_FILE,
+    holds_model,
+    is_seq2seq,
+)
+from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.variants import ModelVariant, variant_named
+from nirvana_deploy.runtime.models import engines_of, models_for
+from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
+from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
+from nirvana_deploy.runtime.registry import is_engine, open_runner, runs_engines
+from nirvana_deploy.runtime.tensorrt.record import DECODER, read_engine_record
+from nirvana_deploy.verify.against_torch import VerifyReport, dtype_of_graph, prompts_for, verify_onnx
+from nirvana_deploy.verify.compare import (
+    DEFAULT_CASES,
+    answers_of,
+    cases_of,
+    compare_runners,
+    device_tolerance,
+)
+
+
+def verify(
+    run: Run, source: ModelFolder, *, baseline: bool, threads: int | None, redo: bool = False
+) -> dict[str, VerifyReport]:
+    """Prove both ONNX folders against their checkpoints; differences are a result, not an exception."""
+
+    def work() -> dict[str, Any]:
+        checkpoints = {"pruned": run.out / CHECKPOINT}
+        if baseline:
+            checkpoints["dense"] = source.path
+        reports = {
+            name: verify_onnx(
+                checkpoint, run.out / variant_named(name).folder, threads=threads, progress=run.progress
+            )
+            for name, checkpoint in checkpoints.items()
+        }
+        return {name: report.to_json() for name, report in reports.items()}
+
+    result = run.stage("verify", [], work, redo=redo)
+    return {name: VerifyReport.from_json(report) for name, report in result.items()}
+
+
+def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, VerifyReport]:
+    """Every model in ``runtime``, by its path, against ONNX Runtime on the CPU, computing in float32.
+
+    An engine is compared with the ONNX folder that it was built from where that lies beside it, else with
+    its variant's; there are as many comparisons as engines.
+    """
+    paths: dict[Path, ModelVariant] = (
+        engines_of(run, runtime)
+        if runs_engines(runtime)
+        else {path: variant for variant, path in models_for(run, runtime).items()}
+    )
+    reports = {}
+    for path, variant in paths.items():
+        record = read_engine_record(path, check_bytes=False) if is_engine(path) else None
+        beside = path.parent / f"{path.stem.removesuffix(f'-{DECODER}')}-onnx"
+        folder = beside if holds_model(beside) else run.out / variant.folder
+        graph = DECODER_FILE if is_seq2seq(folder) else MODEL_FILE
+        with (
+            _in_float32(folder, threads=threads) as reference,
+            open_runner(path, runtime=runtime, threads=threads) as runner,
+        ):
+            vocab_size = runner.vocab_size
+            prompts, new_tokens = prompts_for(run.out / CHECKPOINT, vocab_size), 32
+            if record is not None:
+                prompts, new_tokens = answers_of(record, prompts)
+            reports[path.relative_to(run.out).as_posix()] = compare_runners(
+                reference,
+                runner,
+                cases=DEFAULT_CASES if record is None else cases_of(record, vocab_size=vocab_size),
+                tolerance=device_tolerance(
+                    record.dtype if record else dtype_of_graph(folder / graph).name,
+                    layers=_attentions(reference, folder),
+                    quantization=variant.scheme,
+                ),
+                prompts=prompts,
+                new_tokens=new_tokens,
+                progress=run.progress,
+            )
+    return reports
+
+
+def _attentions(reference: OrtDecoder | OrtSeq2Seq, folder: Path) -> int:
+    """Attentions of a model, each with what lies around it: how deep roundings pile up."""
+    if isinstance(reference, OrtDecoder):
+        return len(reference.kv_heads)
+    return len(shape_from_config(config_json(folder)).layers)
+
+
+def _in_float32(folder: Path, *, threads: int | None) -> OrtDecoder | OrtSeq2Seq:
+    """An ONNX folder on the CPU, computing in float32 whatever it stores."""
+    kind = OrtSeq2Seq if is_seq2seq(folder) else OrtDecoder
+    return kind(folder, threads=threads, in_float32=True)

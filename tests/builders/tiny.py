@@ -1,0 +1,86 @@
+"""Tiny random models of every supported decoder, with a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY = 272
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "llama-tied": lambda: LlamaConfig(**_size(), tie_word_embeddings=True),
+    "llama-biased": lambda: LlamaConfig(**_size(), attention_bias=True, mlp_bias=True),
+    "mistral": lambda: MistralConfig(**_size(), head_dim=8, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**_size(), tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_size(), head_dim=16),
+}
+
+
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""First line of a script that is to be interrupted: a shell's background jobs inherit SIGINT ignored."""
+
+
+def _size() -> dict[str, Any]:
+    return {
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer: every text encodes, one token a byte."""
+    specials = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(specials + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+def write_tiny(
+    folder: Path,
+    kind: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int | None = None,
+    **save: Any,
+) -> Path:
+    """Save a random model of ``kind`` with weights large enough that its layers matter."""
+    torch.manual_seed(7)
+    config = KINDS[kind]()
+    if head_dim is not None:
+        config.head_dim = head_dim
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0.0, 0.15)
+    model.to(dtype).save_pretrained(folder, **save)
+    write_tokenizer(folder)
+    return folder

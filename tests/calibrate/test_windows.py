@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tomllib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from nirvana_deploy import calib_sets
+from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.calibrate.texts import SourceText, read_source, read_text_file
+from nirvana_deploy.calibrate.windows import CalibrationData, calibration_data, windows_of_text
+
+WORDS = " ".join(str(number * number) for number in range(4000))  # every stretch of it is different
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Any:
+    """One token a byte, so that lengths in a test are lengths of its text."""
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def drawn(source: Path | str, tokenizer: Any, **changed: Any) -> CalibrationData:
+    options = {"num_sequences": 6, "seq_len": 32, "seed": 0, "heldout_sequences": 3, "heldout_len": 48}
+    return calibration_data(str(source), tokenizer, **{**options, **changed})
+
+
+def positions_read(data: Any) -> set[int]:
+    """Every position of the stream that a set of windows covers; fails when two windows overlap."""
+    covered = [p for start in data.positions for p in range(start, start + data.tokens.shape[1])]
+    assert len(covered) == len(set(covered))
+    return set(covered)
+
+
+# --- windows --------------------------------------------------------------------------------------------
+
+
+def test_windows_hold_the_text_at_their_positions(tokenizer: Any, tmp_path: Path) -> None:
+    data = drawn(write(tmp_path, "notes.txt", WORDS), tokenizer)
+    for windows, shape in ((data.calibration, (6, 32)), (data.heldout, (3, 48))):
+        assert windows.tokens.shape == shape and windows.tokens.dtype == np.int64
+        for start, window in zip(windows.positions, windows.tokens, strict=True):
+            assert tokenizer.decode(window) == WORDS[start : start + shape[1]]
+    assert data.calibration.source == "file notes.txt"
+    assert data.calibration.text_sha256 == hashlib.sha256(WORDS.encode()).hexdigest()
+    assert (data.calibration.seed, data.heldout.seed) == (0, None)
+
+
+def test_same_seed_same_tokens_other_seed_other_tokens(tokenizer: Any, tmp_path: Path) -> None:
+    text = write(tmp_path, "notes.txt", WORDS)
+    first, again, other = (drawn(text, tokenizer, seed=seed) for seed in (5, 5, 6))
+    assert np.array_equal(first.calibration.tokens, again.calibration.tokens)
+    assert not np.array_equal(first.calibration.tokens, other.calibration.tokens)
+    assert np.array_equal(first.heldout.tokens, other.heldout.tokens)
+
+
+def test_fewer_windows_are_the_first_of_more(tokenizer: Any, tmp_path: Path) -> None:
+    text = write(tmp_path, "notes.txt", WORDS)
+    few, many = (drawn(text, tokenizer, num_sequences=count).calibration for count in (4, 20))
+    assert few.positions == many.positions[:4]
+
+
+@pytest.mark.parametrize(("seq_len", "heldout_len"), [(32, 48), (48, 32), (1, 7), (100, 100), (37, 111)])
+def test_no_seed_ever_reads_what_is_held_out(
+    tokenizer: Any, tmp_path: Path, seq_len: int, heldout_len: int
+) -> None:
+    text = write(tmp_path, "notes.txt", WORDS)
+    options = {"seq_len": seq_len, "heldout_len": heldout_len}
+    heldout = positions_read(drawn(text, tokenizer, heldout_sequences=8, **options).heldout)
+    everything = set()
+    for seed in range(40):
+        windows = drawn(text, tokenizer, seed=seed, num_sequences=12, **options).calibration
+        everything |= positions_read(windows)
+        assert windows.tokens.shape == (12, seq_len)
+    assert not everything & heldout
+
+
+def test_heldout_windows_are_spread_over_the_text(tokenizer: Any, tmp_path: Path) -> None:
+    positions = drawn(write(tmp_path, "notes.txt", WORDS), tokenizer, heldout_sequences=4).heldout.positions
+    gaps = np.diff(positions)
+    assert gaps.min() > 0.8 * len(WORDS) / 4 and positions[0] < len(WORDS) / 4
+
+
+def test_the_length_that_the_error_asks_for_is_the_least_that_works(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match=r"file short\.txt is too short: it has 300 tokens") as caught:
+        drawn(write(tmp_path, "short.txt", WORDS[:300]), tokenizer, num_sequences=20)
+    needed = int(caught.value.message.split("need ")[-1].rstrip(".").replace(",", ""))
+    assert drawn(write(tmp_path, "enough.txt", WORDS[:needed]), tokenizer, num_sequences=20)
+    with pytest.raises(NirvanaError, match=f"need {needed:,}"):
+        drawn(write(tmp_path, "nearly.txt", WORDS[: needed - 1]), tokenizer, num_sequences=20)
+
+
+def test_the_count_that_the_error_offers_fits_and_one_more_does_not(tokenizer: Any, tmp_path: Path) -> None:
+    text = write(tmp_path, "notes.txt", WORDS[:2000])
+    with pytest.raises(NirvanaError, match="too short") as caught:
+        drawn(text, tokenizer, num_sequences=1000)
+    offered = int((caught.value.hint or "").split("--num-sequences ")[1].rstrip("."))
+    assert drawn(text, tokenizer, num_sequences=offered).calibration.tokens.shape[0] == offered
+    with pytest.raises(NirvanaError, match="too short"):
+        drawn(text, tokenizer, num_sequences=offered + 1)
+
+
+def test_text_too_short_to_hold_out(tokenizer: Any, tmp_path: Path) -> None:
+    text = write(tmp_path, "short.txt", WORDS[:200])
+    with pytest.raises(NirvanaError, match="0 held-out windows"):
+        drawn(text, tokenizer, num_sequences=2)
+    data = drawn(text, tokenizer, num_sequences=2, heldout_sequences=0)
+    assert (data.calibration.tokens.shape, data.heldout.tokens.shape) == ((2, 32), (0, 48))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("num_sequences", 0), ("seq_len", 0), ("seed", -1), ("heldout_sequences", -1), ("heldout_len", 0)],
+)
+def test_number_out_of_range_is_named(tokenizer: Any, option: str, value: int) -> None:
+    with pytest.raises(NirvanaError, match=f"{option} must be at least {value + 1}, got {value}"):
+        drawn("pydoc", tokenizer, **{option: value})
+
+
+def test_consecutive_windows_of_evaluation_text(tokenizer: Any) -> None:
+    text = SourceText("file eval.txt", (WORDS[:100],))
+    windows = windows_of_text(text, tokenizer, seq_len=30)
+    assert windows.positions == (0, 30, 60) and windows.seed is None
+    assert tokenizer.decode(windows.tokens.ravel()) == WORDS[:90]
+    assert windows_of_text(text, tokenizer, seq_len=30, max_sequences=2).tokens.shape == (2, 30)
+    with pytest.raises(NirvanaError, match=r"has 100 tokens .* one window needs 101"):
+        windows_of_text(text, tokenizer, seq_len=101)
+
+
+def test_documents_are_joined_by_eos_and_long_ones_lose_nothing(tokenizer: Any) -> None:
+    long = "a line of text\n" * 40_000  # beyond one piece
+    windows = windows_of_text(SourceText("two", (long, "end")), tokenizer, seq_len=len(long) + 4)
+    expected = [*long.encode(), None, *b"end"]
+    decoded = [tokenizer.decode([token]) for token in windows.tokens[0, -4:]]
+    assert decoded == ["</s>", "e", "n", "d"]
+    assert len(expected) == windows.tokens.size
+    assert tokenizer.decode(windows.tokens[0, : len(long)]) == long
+
+
+# --- texts ----------------------------------------------------------------------------------------------
+
+
+def test_pydoc_is_always_there(tokenizer: Any) -> None:
+    data = drawn("pydoc", tokenizer, num_sequences=100)
+    assert data.calibration.source == "pydoc"
+    assert "The assert statement" in " ".join(read_source("pydoc").documents).replace("**", "").replace(
+        '"', ""
+    )
+
+
+def test_jsonl_reads_text_or_the_only_string_field(tmp_path: Path) -> None:
+    lines = [{"text": "one", "title": "x"}, {"body": "two", "id": 3}]
+    path = write(tmp_path, "d.jsonl", "\n\n".join(json.dumps(line) for line in lines) + "\n")
+    assert read_text_file(path).documents == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{not json", "line 2: not JSON"),
+        ('{"a": "x", "b": "y"}', r"line 2: .*string fields \['a', 'b'\]"),
+        ('{"a": 1}', "line 2: .*got '{\"a\": 1}'"),
+        ('["x"]', "line 2: expected an object"),
+    ],
+)
+def test_bad_jsonl_names_the_line(tmp_path: Path, line: str, complaint: str) -> None:
+    with pytest.raises(NirvanaError, match=complaint):
+        read_text_file(write(tmp_path, "d.jsonl", '{"text": "fine"}\n' + line))
+
+
+def test_not_utf8_names_the_byte(tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match="not UTF-8: byte 0xe9 at offset 3") as caught:
+        read_text_file(write(tmp_path, "latin.txt", b"caf\xe9"))
+    assert "iconv" in (caught.value.hint or "")
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    assert read_text_file(write(tmp_path, "bom.txt", b"\xef\xbb\xbfhello")).documents == ("hello",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("e.txt", ""), ("s.txt", " \n\t\n"), ("e.jsonl", "\n"), ("t.jsonl", '{"text": ""}')]
+)
+def test_empty_file(tmp_path: Path, name: str, content: str) -> None:
+    with pytest.raises(NirvanaError, match="is empty"):
+        read_text_file(write(tmp_path, name, content))
+
+
+def test_missing_file_folder_and_mistyped_name(tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match=r"gone\.txt does not exist"):
+        read_source(str(tmp_path / "gone.txt"))
+    with pytest.raises(NirvanaError, match="is a folder"):
+        read_source(str(tmp_path))
+    with pytest.raises(NirvanaError, match="Did you mean 'pydoc'"):
+        read_source("pydocs")
+
+
+# --- named sets -----------------------------------------------------------------------------------------
+
+
+def test_every_definition_is_complete_and_holds_no_text() -> None:
+    assert set(calib_sets.names()) == {"bookcorpus", "c4", "lambada", "wikitext"}
+    for name in calib_sets.names():
+        definition = calib_sets.load(name)
+        assert "/" in definition.dataset and definition.rows > 0 and definition.licence and definition.split
+    for file in Path(calib_sets.__file__).parent.glob("*.toml"):
+        assert all(len(str(value)) < 100 for value in tomllib.loads(file.read_text()).values())
+
+
+def test_named_set_without_datasets_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r"nirvana-deploy\[data\]"):
+        read_source("c4")
+
+
+class FakeDatasets(types.ModuleType):
+    """Stands in for ``datasets``: counts the rows read, or fails as a network does."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        super().__init__("datasets")
+        self.failure, self.asked, self.rows_read = failure, (), 0
+
+    def load_dataset(self, *where: str, split: str, streaming: bool) -> Iterator[dict[str, str]]:
+        self.asked = (*where, split, streaming)
+        if self.failure:
+            raise self.failure
+        return self.rows()
+
+    def rows(self) -> Iterator[dict[str, str]]:
+        while True:
+            self.rows_read += 1
+            yield {"text": f"row {self.rows_read}"}
+
+
+@pytest.mark.parametrize(("name", "documents"), [("c4", 2000), ("wikitext", 1)])
+def test_named_set_reads_the_rows_that_its_definition_says(
+    monkeypatch: pytest.MonkeyPatch, name: str, documents: int
+) -> None:
+    fake, definition = FakeDatasets(), calib_sets.load(name)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    text = read_source(name)
+    assert fake.asked == (definition.dataset, definition.config, definition.split, definition.streaming)
+    assert len(text.documents) == documents and text.documents[0].startswith("row 1")
+    assert text.documents[-1].endswith(f"row {definition.rows}")
+    assert fake.rows_read == definition.rows
+
+
+def test_network_failure_of_a_named_set_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        sys.modules, "datasets", FakeDatasets(ConnectionError("Couldn't reach the hub\ntrace"))
+    )
+    with pytest.raises(
+        NirvanaError, match=r"'c4' \(allenai/c4 on the hub\) cannot be read: Couldn't reach the hub$"
+    ):
+        try:
+            read_source("c4")
+        except NirvanaError as error:
+            assert "--calib pydoc" in (error.hint or "")
+            raise NirvanaError(error.message) from error
+
+
+# --- the model writes -----------------------------------------------------------------------------------
+
+
+def test_model_writes_the_same_for_the_same_seed(tokenizer: Any, tiny_llama: Path) -> None:
+    options = {"num_sequences": 18, "seq_len": 6, "heldout_sequences": 2, "heldout_len": 9}
+    first, again, other = (
+        drawn("self", tokenizer, model_path=tiny_llama, seed=seed, **options) for seed in (0, 0, 1)
+    )
+    assert first.calibration.tokens.shape == (18, 6) and first.heldout.tokens.shape == (2, 9)
+    assert np.array_equal(first.calibration.tokens, again.calibration.tokens)
+    assert first.calibration.text_sha256 == again.calibration.text_sha256 != other.calibration.text_sha256
+    assert np.array_equal(first.heldout.tokens, other.heldout.tokens)
+    assert len(np.unique(first.calibration.tokens, axis=0)) == 18
+    assert first.calibration.positions == tuple(range(0, 18 * 6, 6))
+
+
+def test_model_samples_from_its_own_distribution(tiny_llama: Path, tokenizer: Any) -> None:
+    import torch
+
+    from nirvana_deploy.calibrate.selfwrite import written_by_model
+    from nirvana_deploy.model.checkpoint import load_checkpoint
+
+    count = 512
+    tokens = torch.from_numpy(written_by_model(tiny_llama, tokenizer, shapes={7: (count, 2)})[7])
+    model = load_checkpoint(tiny_llama)
+    with torch.inference_mode():
+        probabilities = model(tokens[:, :1]).logits[:, -1].softmax(-1)
+    # the sampled tokens' mean log-probability is minus the mean entropy, within 5 standard errors
+    got = probabilities.gather(1, tokens[:, 1:]).log().mean()
+    entropy = -(probabilities * probabilities.log()).sum(-1)
+    spread = ((probabilities * probabilities.log() ** 2).sum(-1) - entropy**2).mean().sqrt()
+    assert abs(float(got + entropy.mean())) < 5 * float(spread) / count**0.5
+
+
+def test_self_without_a_model(tokenizer: Any) -> None:
+    with pytest.raises(NirvanaError, match="needs the model's folder"):
+        drawn("self", tokenizer)

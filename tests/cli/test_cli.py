@@ -1,0 +1,136 @@
+"""The command line as a user meets it: light help, clear errors, results on stdout and logs on stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders.tiny import write_tiny
+
+from nirvana_deploy.cli.main import _COMMANDS
+
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib", "numpy", "rich", "jinja2")
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "nirvana_deploy", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
+
+
+def imported_by(statement: str) -> set[str]:
+    script = f"import sys\n{statement}\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["import nirvana_deploy", "import nirvana_deploy.cli.main"])
+def test_importing_is_light(statement: str) -> None:
+    assert imported_by(statement).isdisjoint(HEAVY)
+
+
+def test_every_help_page_is_light() -> None:
+    calls = [[], *([name] for name in _COMMANDS)]
+    statement = (
+        "from nirvana_deploy.cli.main import commands\n"
+        "import contextlib, io\n"
+        f"for arguments in {calls!r}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()):\n"
+        "        commands.main([*arguments, '--help'], standalone_mode=False)"
+    )
+    assert imported_by(statement).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("command", list(_COMMANDS))
+def test_every_command_has_help_with_an_example_and_json(command: str) -> None:
+    result = run(command, "--help")
+    assert (
+        result.returncode == 0 and f"nirvana-deploy {command}" in result.stdout and "Example" in result.stdout
+    )
+    assert "--json" in result.stdout
+
+
+def test_the_package_resolves_its_public_names_on_use() -> None:
+    import nirvana_deploy
+
+    for name in nirvana_deploy.__all__:
+        assert getattr(nirvana_deploy, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'prune_exprot'"):
+        _ = nirvana_deploy.prune_exprot
+
+
+def test_a_wrong_command_is_a_usage_error_with_a_guess() -> None:
+    result = run("prune-exprot", "smollm2")
+    assert result.returncode == 2 and "Did you mean 'prune-export'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["prune-export", "smolm2", "--sparsity", "0.4"], 1, "Did you mean 'smollm2"),
+        (["prune-export", "smollm2"], 2, "--sparsity"),
+        (["inspect", "nowhere"], 1, "nowhere"),
+        (["verify", "."], 1, "is not an output folder of this tool"),
+        (["export", "no/such/folder", "--out", "x"], 1, "does not exist"),
+    ],
+)
+def test_the_users_problems_end_with_one_message(
+    tmp_path: Path, arguments: list[str], code: int, complaint: str
+) -> None:
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == code and complaint in result.stderr and "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_prune_inspect_and_export_on_a_folder(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny-model", "llama-tied")
+    options = [
+        "--sparsity",
+        "0.3",
+        "--gamma",
+        "1",
+        "--round-to",
+        "4",
+        "--num-sequences",
+        "4",
+        "--seq-len",
+        "16",
+    ]
+    pruned = run("prune", "./tiny-model", *options, "--json", cwd=tmp_path)
+    assert pruned.returncode == 0, pruned.stderr
+    result = json.loads(pruned.stdout)
+    assert result["out"] == "tiny-model-s0.3" and 0.2 < result["met_removed_share"] <= 0.3
+    assert "Scoring 4 x 16 tokens" in pruned.stderr
+
+    shown = run("inspect", "tiny-model-s0.3", cwd=tmp_path)
+    assert shown.returncode == 0 and "of the linear weights removed" in shown.stdout
+
+    exported = run("export", "tiny-model-s0.3/checkpoint", "--out", "onnx", cwd=tmp_path)
+    assert exported.returncode == 0 and "nodes" in exported.stdout, exported.stderr
+    again = run("export", "tiny-model-s0.3/checkpoint", "--out", "onnx", cwd=tmp_path)
+    assert again.returncode == 1 and "--force" in again.stderr
+
+
+def test_select_calib_ranks_candidates(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "model", "llama-tied")
+    (tmp_path / "text.txt").write_text("".join(f"Line {i} says {i * i}.\n" for i in range(300)))
+    options = ["--sparsity", "0.3", "--candidates", "2", "--corpora", "text.txt", "--gamma", "1,M/A"]
+    sizes = ["--num-sequences", "2", "--seq-len", "16", "--heldout-sequences", "4", "--heldout-len", "8"]
+    command = ["select-calib", "model", *options, *sizes]
+    result = run(*command, "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["schema"] == 1 and len(data["candidates"]) == 4
+    kls = [candidate["kl"] for candidate in data["candidates"]]
+    assert data["winner"] == kls.index(min(kls))
+    table = run(*command, "--round-to", "4", cwd=tmp_path)
+    assert table.returncode == 0 and "Winner: file text.txt" in table.stdout
+    crowded = run(*command[:4], "--candidates", "999", *command[6:], cwd=tmp_path)
+    assert crowded.returncode == 1 and "room for" in crowded.stderr

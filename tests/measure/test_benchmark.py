@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from builders.tiny import INTERRUPTIBLE
+from builders.tiny_decoder import KV_HEADS, VOCAB, write_tiny_decoder
+from numpy.typing import NDArray
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.export.footprint import Footprint
+from nirvana_deploy.measure import benchmark as benchmark_module
+from nirvana_deploy.measure.benchmark import (
+    Variant,
+    Workload,
+    alternate,
+    benchmark,
+    speedups,
+    summary,
+    variant_from_folder,
+)
+from nirvana_deploy.measure.bounds import DecoderWork, mean_context_tokens
+from nirvana_deploy.measure.worker import RoundSample, WorkerProcess, timed_round
+from nirvana_deploy.model.shape import shape_from_config
+
+PROMPT = np.array([[3, 1, 4]], dtype=np.int64)
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+class SleepyDecoder:
+    """A decoder of known latency; makes the tokens 1, 2, 3, ... and remembers what it was fed."""
+
+    def __init__(self, *, prefill_s: float, decode_s: float) -> None:
+        self.prefill_s = prefill_s
+        self.decode_s = decode_s
+        self.fed: list[int] = []
+
+    def prefill(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], Any]:
+        time.sleep(self.prefill_s)
+        return np.eye(9, dtype=np.float32)[[[0] * (tokens.shape[1] - 1) + [1]]], 1
+
+    def decode(self, tokens: NDArray[np.int64], state: Any) -> tuple[NDArray[np.float32], Any]:
+        time.sleep(self.decode_s)
+        self.fed.append(int(tokens[0, 0]))
+        return np.eye(9, dtype=np.float32)[[[state + 1]]], state + 1
+
+
+class DriftingRunner:
+    """A runner whose rounds take ``tpot_ms`` times the machine's slowness, which grows with every call."""
+
+    slowness = 1.0
+
+    def __init__(self, tpot_ms: float, calls: list[str], name: str) -> None:
+        self.tpot_ms = tpot_ms
+        self.calls = calls
+        self.name = name
+        self.prompts: list[NDArray[np.int64]] = []
+
+    def measure(self, tokens: NDArray[np.int64], *, new_tokens: int) -> RoundSample:
+        self.calls.append(self.name)
+        self.prompts.append(tokens)
+        slowness = 1.2 ** len(self.calls)
+        gap = self.tpot_ms * slowness
+        return RoundSample(prefill_ms=3 * gap, ttft_ms=4 * gap, itl_ms=(gap,) * (new_tokens - 1))
+
+
+def tiny_variant(folder: Path, name: str = "dense", *, linear_parameters: int = 288) -> Variant:
+    work = DecoderWork(
+        linear_parameters=linear_parameters,
+        head_parameters=88,
+        attention_width=12,
+        kv_cache_bytes_per_token=4 * 2 * 4 * sum(KV_HEADS),
+        weight_bytes_per_step=4 * (linear_parameters + 88),
+    )
+    return Variant(name=name, path=folder, parameters=976, embedding_parameters=88, work=work)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_decoder(tmp_path_factory.mktemp("tiny") / "onnx")
+
+
+@pytest.fixture
+def worker(folder: Path) -> Iterator[WorkerProcess]:
+    with WorkerProcess("dense", folder, threads=1) as process:
+        yield process
+
+
+def test_a_decoder_of_known_latency_is_measured() -> None:
+    """The best of a few rounds: a sleep is never shorter than asked, and longer on a busy machine."""
+    decoder = SleepyDecoder(prefill_s=0.04, decode_s=0.01)
+    samples = [timed_round(decoder, PROMPT, new_tokens=5) for _ in range(5)]
+    assert decoder.fed == [1, 2, 3, 4] * 5
+    assert all(len(sample.itl_ms) == 4 for sample in samples)
+    assert all(40 <= sample.prefill_ms <= sample.ttft_ms for sample in samples)
+    # loose above, for busy machines; prefill counted into decode would already be 20 per token
+    assert 40 <= min(sample.ttft_ms for sample in samples) < 50
+    assert 10 <= min(sample.tpot_ms for sample in samples) < 15
+
+
+def test_what_each_interval_covers() -> None:
+    """On a clock that ticks once per look: start, after prefill, first id, then one look per token."""
+    ticks = iter(range(100))
+    decoder = SleepyDecoder(prefill_s=0, decode_s=0)
+    sample = timed_round(decoder, PROMPT, new_tokens=4, clock=lambda: next(ticks))
+    assert sample == RoundSample(prefill_ms=1000, ttft_ms=2000, itl_ms=(1000, 1000, 1000))
+    assert sample.tpot_ms == 1000
+
+
+def test_warm_up_is_left_out_and_the_order_flips() -> None:
+    calls: list[str] = []
+    runners = {name: DriftingRunner(10, calls, name) for name in "ab"}
+    workload = Workload(prompt_tokens=5, new_tokens=3, repeats=3, warmup=2)
+    samples = alternate(runners, workload=workload, vocab_size=7)
+    assert "".join(calls) == "abbaabbaab"
+    assert [len(samples[name]) for name in "ab"] == [3, 3]
+    assert samples["a"][0].tpot_ms == pytest.approx(10 * 1.2**5)  # the fifth call is a's first that counts
+    for a, b in zip(runners["a"].prompts, runners["b"].prompts, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.shape == (1, 5)
+        assert 0 <= a.min() <= a.max() < 7
+    assert not np.array_equal(runners["a"].prompts[0], runners["a"].prompts[1])
+
+
+def test_drift_cancels_from_paired_speedups() -> None:
+    """A machine that slows by 20% a call, and a variant twice as fast: ends of the drift differ 30-fold."""
+    calls: list[str] = []
+    runners = {"dense": DriftingRunner(10, calls, "dense"), "pruned": DriftingRunner(5, calls, "pruned")}
+    workload = Workload(prompt_tokens=1, new_tokens=3, repeats=8, warmup=1)
+    samples = alternate(runners, workload=workload, vocab_size=7)
+    result = speedups(samples["dense"], samples["pruned"])
+    for metric in ("prefill", "ttft", "tpot"):
+        assert result[f"{metric}_speedup"] == pytest.approx(2, rel=0.02)
+        low, high = result[f"{metric}_speedup_p10_p90"]
+        assert (low, high) == (pytest.approx(2 / 1.2), pytest.approx(2 * 1.2))
+
+
+def test_summary_by_hand() -> None:
+    assert summary([4.0, 1.0, 3.0, 2.0, 5.0]) == {
+        "p50": 3.0,
+        "p90": pytest.approx(4.6),
+        "p99": pytest.approx(4.96),
+        "mean": 3.0,
+        "min": 1.0,
+        "max": 5.0,
+        "samples": [4.0, 1.0, 3.0, 2.0, 5.0],
+    }
+
+
+def test_the_work_of_smollm2_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    footprint = Footprint(weight_bytes_per_step=4_000, kv_cache_bytes_per_token=46080)
+    monkeypatch.setattr(benchmark_module, "footprint_of", lambda folder: footprint)
+    variant = variant_from_folder("dense", Path("onnx"), shape_from_config(SMOLLM2))
+    linears = 30 * (576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536)
+    head = 49152 * 576
+    assert (variant.work.linear_parameters, variant.work.head_parameters) == (linears, head)
+    assert variant.parameters == linears + head
+    assert variant.work.decode_bytes(context_tokens=160) == 4_000 + 160 * 46080
+    assert variant.work.decode_bytes(context_tokens=160, batch_size=4) == 4_000 + 640 * 46080
+    attention = 30 * 9 * 2 * 2 * 64 * (1 + 2 + 3)  # three tokens: 1, 2 and 3 keys, two products each
+    assert variant.work.prefill_flops(prompt_tokens=3) == 2 * 3 * (linears + head) + attention
+    assert variant.work.prefill_flops(prompt_tokens=3, batch_size=2) == 2 * (6 * (linears + head) + attention)
+    assert mean_context_tokens(prompt_tokens=10, new_tokens=4) == np.mean([11, 12, 13])
+
+
+def test_integer_products_are_not_compared_with_float_ones(folder: Path) -> None:
+    quantized = replace(tiny_variant(folder, "int8"), float_arithmetic=False)
+    workload = Workload(prompt_tokens=4, new_tokens=3, repeats=1, warmup=0, threads=1)
+    (comparison,) = benchmark([tiny_variant(folder), quantized], workload=workload)["comparisons"]
+    assert comparison["bound_prefill_speedup"] is comparison["prefill_share_of_bound"] is None
+    assert comparison["bound_tpot_speedup"] == 1
+
+
+def test_benchmark_end_to_end(folder: Path, tmp_path: Path) -> None:
+    other = write_tiny_decoder(tmp_path / "other", seed=1)
+    workload = Workload(prompt_tokens=4, new_tokens=5, repeats=3, warmup=1, threads=1)
+    variants = [tiny_variant(folder), tiny_variant(other, "pruned", linear_parameters=144)]
+    result = benchmark(variants, workload=workload)
+    assert result["schema"] == 1
+    assert result["workload"] == {
+        "prompt_tokens": 4,
+        "new_tokens": 5,
+        "batch_size": 1,
+        "repeats": 3,
+        "warmup": 1,
+        "threads": 1,
+        "seed": 0,
+    }
+    environment = result["environment"]
+    assert environment["threads"] == 1
+    assert environment["memory_bandwidth_gb_per_s"] > 0.1
+    dense, pruned = result["variants"]
+    assert (dense["name"], pruned["name"]) == ("dense", "pruned")
+    for record in (dense, pruned):
+        assert record["runtime"] == "onnxruntime-cpu"
+        assert [len(record[f"{metric}_ms"]["samples"]) for metric in ("prefill", "ttft", "tpot", "itl")] == [
+            3,
+            3,
+            3,
+            3 * 4,
+        ]
+        assert 0 < record["prefill_ms"]["p50"] <= record["ttft_ms"]["p50"]
+        assert record["decode_tokens_per_s"] == pytest.approx(1000 / record["tpot_ms"]["p50"])
+        assert record["interpreter_rss_bytes"] <= record["loaded_rss_bytes"] <= record["peak_rss_bytes"]
+        assert record["peak_device_bytes"] is record["quality"] is None
+        files = ("model.onnx", "model.onnx.data")
+        assert record["weights_bytes"] == sum((Path(record["path"]) / name).stat().st_size for name in files)
+    (comparison,) = result["comparisons"]
+    assert (comparison["variant"], comparison["baseline"]) == ("pruned", "dense")
+    cache_bytes = 6.5 * 96
+    bound = (4 * (288 + 88) + cache_bytes) / (4 * (144 + 88) + cache_bytes)
+    assert comparison["bound_tpot_speedup"] == pytest.approx(bound)
+    share = comparison["tpot_speedup"] / comparison["bound_tpot_speedup"]
+    assert comparison["tpot_share_of_bound"] == pytest.approx(share)
+    paired = [
+        before / after
+        for before, after in zip(dense["tpot_ms"]["samples"], pruned["tpot_ms"]["samples"], strict=True)
+    ]
+    assert comparison["tpot_speedup"] == pytest.approx(np.median(paired))
+
+
+def test_a_worker_answers_and_ends_with_its_block(folder: Path) -> None:
+    with WorkerProcess("dense", folder, threads=1) as worker:
+        assert (worker.loaded.vocab_size, worker.loaded.threads) == (VOCAB, 1)
+        sample = worker.measure(PROMPT, new_tokens=4)
+        assert len(sample.itl_ms) == 3
+        assert worker.peak_rss_bytes >= worker.loaded.loaded_rss_bytes
+        pid = only_child().pid
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_worker_imports_no_torch(folder: Path) -> None:
+    """Its peak memory would be torch's."""
+    with WorkerProcess("dense", folder, threads=1):
+        maps = Path(f"/proc/{only_child().pid}/maps")
+        if not maps.exists():
+            pytest.skip("the libraries of another process show in /proc only")
+        assert "libtorch" not in maps.read_text()
+
+
+def test_an_idle_worker_burns_no_cpu(folder: Path) -> None:
+    with WorkerProcess("dense", folder, threads=2) as worker:
+        worker.measure(PROMPT, new_tokens=4)
+        process = only_child()
+        time.sleep(0.3)  # the runtime's pool spins for a moment after a run
+        before = sum(process.cpu_times()[:2])
+        time.sleep(0.5)
+        assert sum(process.cpu_times()[:2]) - before <= 0.05
+
+
+def test_a_killed_worker_is_a_clear_error(worker: WorkerProcess) -> None:
+    os.kill(only_child().pid, signal.SIGKILL)
+    with pytest.raises(NirvanaError, match=r"'dense' was ended by SIGKILL.*\n.*memory ran out"):
+        worker.measure(PROMPT, new_tokens=4)
+
+
+def test_a_dying_worker_passes_on_its_last_words(worker: WorkerProcess) -> None:
+    beyond_the_vocabulary = np.array([[VOCAB + 5]], dtype=np.int64)
+    with pytest.raises(NirvanaError, match=r"worker of 'dense' exited with 1\.(.|\n)*out of data bounds"):
+        worker.measure(beyond_the_vocabulary, new_tokens=4)
+
+
+def test_a_folder_that_does_not_load_names_the_variant(folder: Path, tmp_path: Path) -> None:
+    variants = [tiny_variant(folder), tiny_variant(tmp_path, "pruned")]
+    with pytest.raises(NirvanaError, match=r"pruned: .* holds no model\.onnx\.\n.*nirvana-deploy export"):
+        benchmark(variants, workload=Workload(threads=1))
+    assert psutil.Process().children() == []
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
+def test_workers_end_with_their_parent(folder: Path, how: str) -> None:
+    script = INTERRUPTIBLE + (
+        "import sys, pathlib, time; from nirvana_deploy.measure.worker import WorkerProcess\n"
+        "with WorkerProcess('dense', pathlib.Path(sys.argv[1]), threads=1) as worker:\n"
+        "    print('ready', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        (child,) = psutil.Process(parent.pid).children()
+        if how == "kill":
+            parent.kill()
+        else:
+            os.killpg(parent.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the worker too
+        _, words = parent.communicate(timeout=5)
+    child.wait(timeout=5)
+    assert words.count("Traceback") == (how == "Ctrl-C")  # the parent's KeyboardInterrupt, no worker's
+
+
+def test_vocabularies_must_agree(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("builders.tiny_decoder.VOCAB", VOCAB + 1)
+    wider = write_tiny_decoder(tmp_path / "wider")
+    with pytest.raises(NirvanaError, match=r"vocabulary; these differ: \{'dense': 11, 'pruned': 12\}"):
+        benchmark([tiny_variant(folder), tiny_variant(wider, "pruned")], workload=Workload(threads=1))
+
+
+def test_variants_need_distinct_names_and_the_baseline(folder: Path) -> None:
+    for names in (["pruned"], ["dense", "dense"]):
+        with pytest.raises(NirvanaError, match="distinct names, and one must be 'dense'"):
+            benchmark([tiny_variant(folder, name) for name in names], workload=Workload())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("new_tokens", 1, 2), ("prompt_tokens", 0, 1), ("repeats", 0, 1), ("warmup", -1, 0), ("threads", 0, 1)],
+)
+def test_a_workload_that_measures_nothing_is_refused(name: str, value: int, least: int) -> None:
+    with pytest.raises(NirvanaError, match=f"{name} must be at least {least}, got {value}"):
+        Workload(**{name: value})
+
+
+def test_peak_rss_sees_memory_that_was_given_back() -> None:
+    script = (
+        "import numpy, psutil; from nirvana_deploy.measure.worker import peak_rss_bytes\n"
+        "rss_bytes = lambda: psutil.Process().memory_info().rss\n"
+        "before = rss_bytes(); numpy.ones(200_000_000, dtype=numpy.uint8)\n"
+        "print(before, peak_rss_bytes(), rss_bytes())"
+    )
+    output = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
+    before, peak, after = map(int, output.stdout.split())
+    assert peak - before == pytest.approx(200e6, rel=0.05)
+    assert after < before + 50e6
+
+
+def only_child() -> psutil.Process:
+    (child,) = psutil.Process().children()
+    return child

@@ -1,0 +1,99 @@
+"""What is particular to a decoder family: biases, head norms, sliding windows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders.tiny import write_tiny
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.sources import resolve_model
+from nirvana_deploy.model.weights import SafetensorsWeights
+from nirvana_deploy.prune.plan import PrunePlan, make_plan
+from nirvana_deploy.prune.slicing import SlicedWeights
+from nirvana_deploy.prune.streaming.model import score_units
+
+
+def plan_of(folder: Path, tokens: NDArray[np.int64] | None, *, saliency: str, round_to: int = 4) -> PrunePlan:
+    shape = shape_from_config(config_json(folder))
+    scores = score_units(folder, tokens, saliency=saliency, seed=5)
+    return make_plan(shape, scores, sparsity=0.4, gamma=1.0, round_to=round_to, saliency=saliency)
+
+
+def test_biases_are_cut_with_their_groups_and_head_norms_stay(tmp_path: Path) -> None:
+    for kind in ("qwen2", "qwen3"):
+        folder = write_tiny(tmp_path / kind, kind)
+        shape, plan = shape_from_config(config_json(folder)), plan_of(folder, None, saliency="random")
+        weights, d = SlicedWeights(SafetensorsWeights(folder), shape, plan), shape.head_dim
+        for index, layer in enumerate(plan.layers):
+            prefix, groups = f"model.layers.{index}.self_attn", len(layer.kept_groups)
+            if kind == "qwen2":
+                assert weights.shape(f"{prefix}.q_proj.bias") == (2 * groups * d,)
+                assert weights.load(f"{prefix}.k_proj.bias").shape == (groups * d,)
+            else:
+                assert d == 16 != shape.hidden_size // 6  # explicit, not derived
+                assert weights.shape(f"{prefix}.q_norm.weight") == (d,)
+
+
+def test_a_llama_in_qwen2_clothes_gets_the_same_plan(tmp_path: Path, tokens: NDArray[np.int64]) -> None:
+    llama, twin = write_tiny(tmp_path / "llama", "llama-tied"), tmp_path / "qwen2"
+    write_qwen2_twin(llama, twin)
+    ours, theirs = (plan_of(folder, tokens, saliency="nirvana") for folder in (llama, twin))
+    assert replace(theirs, model=ours.model) == ours
+
+
+def test_smollm2_in_qwen2_clothes_gets_the_same_plan(tmp_path: Path) -> None:
+    llama, twin = resolve_model("smollm2").path, tmp_path / "qwen2"
+    write_qwen2_twin(llama, twin)
+    words = np.random.default_rng(0).integers(100, 49000, size=(1, 24))
+    ours, theirs = (plan_of(folder, words, saliency="nirvana", round_to=8) for folder in (llama, twin))
+    assert ours.budget.of_neurons == 30 * 1536
+    assert replace(theirs, model=ours.model) == ours
+
+
+def write_qwen2_twin(llama: Path, twin: Path) -> None:
+    """The same function as a Qwen2: biases that are zero, everything else as it is."""
+    twin.mkdir()
+    config = config_json(llama) | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (twin / "config.json").write_text(json.dumps(config))
+    tensors = load_file(llama / "model.safetensors")
+    for name in list(tensors):
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            tensors[name.replace(".weight", ".bias")] = torch.zeros(len(tensors[name]))
+    save_file(tensors, twin / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 3, "layer_types": None},
+        {"layer_types": ["full_attention"] * 3, "use_sliding_window": True, "max_window_layers": 1},
+    ],
+)
+def test_a_qwen_without_sliding_layers_is_accepted(tmp_path: Path, change: dict[str, object]) -> None:
+    config = config_json(write_tiny(tmp_path, "qwen2")) | change
+    assert shape_from_config(config).family.name == "qwen2"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None},
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 64},
+    ],
+)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_a_qwen_with_sliding_layers_is_refused(tmp_path: Path, kind: str, change: dict[str, object]) -> None:
+    config = config_json(write_tiny(tmp_path, kind)) | change
+    with pytest.raises(NirvanaError, match="sliding-window attention"):
+        shape_from_config(config)
