@@ -1,10 +1,17 @@
-"""Read a checkpoint folder, dense or pruned, without running any code that lies in it."""
+"""A checkpoint folder, dense or pruned, opened once and passed on; no code that lies in it runs.
+
+Library functions take ``checkpoint: Checkpoint``. Only the door (``cli/``, ``pipeline.py``, ``*/stage.py``,
+:func:`load_checkpoint`) turns a path into one, so config.json is parsed and weights are checked once.
+"""
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,6 +48,78 @@ TOKENIZER_FILES = (
 """What travels with the weights from folder to folder, where it exists."""
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose config and tensors agree.
+
+    Opening reads config.json and the headers of the safetensors files; tensors are read on demand.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    """The parsed config.json; callers must not modify it."""
+    shape: ModelShape
+    weights: SafetensorsWeights
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Open the folder ``path``.
+
+        Raises NirvanaError for a folder without config.json or safetensors, an unsupported model, and tensors
+        that are missing or do not have the shapes that config.json asks for.
+        """
+        if not (path / "config.json").is_file():
+            raise NirvanaError(f"{path} is not a checkpoint: it has no config.json.")
+        config = config_json(path)
+        shape = shape_from_config(config)
+        weights = SafetensorsWeights(path)
+        check_weights(weights, shape)
+        return cls(path=path, config=config, shape=shape, weights=weights)
+
+    @cached_property
+    def pretrained_config(self) -> PreTrainedConfig:
+        """The config object of transformers; that of a pruned model gets the class of this package."""
+        return _pretrained_config(self.config, self.shape.family)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; raises NirvanaError when there is none."""
+        return load_tokenizer(self.path)
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """The ids that end a generation."""
+        return stop_token_ids(self.pretrained_config)
+
+    def require_length(self, seq_len: int) -> None:
+        """Raise NirvanaError when ``seq_len`` tokens are more than the model has positions for."""
+        longest_tokens = self.config.get("max_position_embeddings")
+        if longest_tokens is not None and seq_len > longest_tokens:
+            raise NirvanaError(f"seq_len {seq_len} is longer than the model's {longest_tokens} positions.")
+
+    def load(self, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """A runnable transformers model in eval mode, with all weights in memory."""
+        config = _pretrained_config(self.config, self.shape.family)  # the model changes and keeps it
+        with _quiet_loading():
+            model: PreTrainedModel = model_class(config, self.shape.family).from_pretrained(
+                self.path, config=config, dtype=dtype
+            )
+        return model.eval()
+
+    def meta_model(self) -> PreTrainedModel:
+        """The modules of the model without any weights: parameters live on torch's meta device."""
+        return meta_model(_pretrained_config(self.config, self.shape.family))
+
+
+def load_checkpoint(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A runnable transformers model in eval mode from a dense or pruned checkpoint folder.
+
+    No flag is needed and no code of the folder runs: differing layers are built by this package.
+    Raises NirvanaError when tensors are missing or do not have the shapes that config.json asks for.
+    """
+    return Checkpoint.open(Path(folder)).load(dtype=dtype)
+
+
 def config_json(folder: Path) -> dict[str, Any]:
     """The parsed ``config.json``; raises NirvanaError when it is missing or damaged."""
     config: dict[str, Any] = read_json(folder / "config.json")
@@ -48,12 +127,17 @@ def config_json(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config object of a checkpoint; a pruned one gets the class of this package, not of the folder."""
+    """The config object of a folder with a ``config.json``."""
     config = config_json(folder)
-    shape = shape_from_config(config)
+    return _pretrained_config(config, shape_from_config(config).family)
+
+
+def _pretrained_config(config: dict[str, Any], family: Family) -> PreTrainedConfig:
+    """A pruned model gets the config class of this package, not of its folder."""
+    config = copy.deepcopy(config)  # transformers completes nested dictionaries in place
     if "per_layer_config" not in config and "pruned_layers" not in config:
         return AutoConfig.for_model(**config)
-    config_class = getattr(_modeling(), f"Nirvana{shape.family.config_class}")
+    config_class = getattr(_modeling(), f"Nirvana{family.config_class}")
     return config_class.from_dict(config)
 
 
@@ -90,25 +174,6 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The modules of a model without any weights: parameters live on torch's meta device."""
     with torch.device("meta"):
         return model_class(config, FAMILIES[config.model_type])(config).eval()
-
-
-def load_checkpoint(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A runnable transformers model in eval mode from a dense or pruned checkpoint folder.
-
-    No flag is needed and no code of the folder runs: differing layers are built by this package.
-    Raises NirvanaError when tensors are missing or do not have the shapes that config.json asks for.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise NirvanaError(f"{folder} is not a checkpoint: it has no config.json.")
-    config = read_config(folder)
-    shape = shape_from_config(config_json(folder))
-    check_weights(SafetensorsWeights(folder), shape)
-    with _quiet_loading():
-        model: PreTrainedModel = model_class(config, shape.family).from_pretrained(
-            folder, config=config, dtype=dtype
-        )
-    return model.eval()
 
 
 @contextmanager
