@@ -35,8 +35,8 @@ from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_f
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.registry import open_runner
+from nirvana_deploy.runtime.table import engine_runtimes
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
-from nirvana_deploy.runtime.tensorrt.loading import MODULES
 from nirvana_deploy.runtime.tensorrt.memory import plan_memory
 from nirvana_deploy.runtime.tensorrt.record import EngineRecord
 from nirvana_deploy.verify.against_torch import prompts_for
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, default=None, help="for ONNX folders and engines [OUT/gpu]")
-    parser.add_argument("--runtime", action="append", choices=list(MODULES), default=None)
+    parser.add_argument("--runtime", action="append", choices=list(engine_runtimes()), default=None)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=15)
@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     workload = Workload(
         prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens, repeats=options.repeats
     )
-    runtimes = options.runtime or [name for name, (module, _) in MODULES.items() if find_spec(module)]
+    runtimes = options.runtime or [name for name, row in engine_runtimes().items() if find_spec(row.module)]
     try:
         facts = None if options.build_only else gpu_facts()
         target = None if facts is None else facts["compute_capability"]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from nirvana_deploy.base.progress import Advance
+from nirvana_deploy.runtime.table import RUNTIMES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -25,18 +26,9 @@ threads_option = click.option(
     help="Threads of ONNX Runtime. [all physical cores]",
 )
 
-RUNTIMES = (
-    "onnxruntime-cpu",
-    "onnxruntime-cuda",
-    "onnxruntime-tensorrt",
-    "onnxruntime-nvtensorrtrtx",
-    "tensorrt",
-    "tensorrt-rtx",
-)
-"""The names of ``measure.runners.RUNNERS``, spelled out so that --help imports nothing; tested to agree."""
 runtime_option = click.option(
     "--runtime",
-    type=click.Choice(RUNTIMES),
+    type=click.Choice(tuple(RUNTIMES)),
     default=None,
     help="What runs the model. [an engine's own, else onnxruntime-cpu]",
 )

@@ -46,7 +46,8 @@ from nirvana_deploy.quantize.stage import quantize as quantize_stage
 from nirvana_deploy.quantize.stage import require_quantized
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import write_pages
-from nirvana_deploy.runtime.tensorrt.loading import MODULES, tensorrt_module
+from nirvana_deploy.runtime.table import engine_runtimes
+from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
 from nirvana_deploy.verify.stage import verify
 
 _AUTO_SALIENCIES = ("nirvana", "taylor")
@@ -125,7 +126,7 @@ def prune_export(
     for scheme in quantize:
         look_up(scheme, {name: name for name in SCHEMES}, what="scheme")
     for engine in engines:
-        look_up(engine, MODULES, what="engine")
+        look_up(engine, engine_runtimes(), what="engine")
         tensorrt_module(engine)
     saliencies = _AUTO_SALIENCIES if saliency == "auto" else _listed(saliency)
     for name in saliencies:

@@ -20,9 +20,8 @@ import psutil
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.model.gguf_convert import cache_folder
-from nirvana_deploy.runtime.registry import DEFAULT, RUNNERS, runs_engines
+from nirvana_deploy.runtime.table import RUNTIMES, Runtime
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
-from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "data": ("datasets",),
@@ -34,6 +33,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimd", "i8mm")
 """What the speed of fp32 and int8 kernels depends on, in the words of /proc/cpuinfo."""
+_TAKES = {"onnx": "ONNX folders", "engine": "engine files", "checkpoint": "checkpoints"}
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,17 @@ def examine() -> list[Finding]:
 
 
 def _runtimes() -> list[Finding]:
+    modules: dict[str, Runtime] = {}
+    for row in RUNTIMES.values():
+        modules.setdefault(row.module, row)
     return [
         _python(),
         _runtime("torch", "torch", _torch_devices, fix="pip install torch"),
-        _runtime("onnxruntime", "onnxruntime", _execution_providers, fix=_install("cpu")),
+        *(
+            _runtime(row.distribution, module, _DESCRIBED.get(module), fix=row.install)
+            for module, row in modules.items()
+        ),
         _runtime("onnxruntime-genai", "onnxruntime_genai", fix=_install("genai")),
-        _runtime("tensorrt", "tensorrt", fix=_install("gpu")),
-        _runtime("tensorrt-rtx", "tensorrt_rtx", fix=_install("rtx")),
     ]
 
 
@@ -92,32 +96,35 @@ def _runtime(name: str, module_name: str, describe: Any = None, *, fix: str) -> 
 
 def _runners(device: Finding) -> list[Finding]:
     """What ``--runtime`` can name here: the package is there, and the GPU where it needs one."""
-    return [_runner(name, device) for name in RUNNERS]
+    return [_runner(row, device) for row in RUNTIMES.values()]
 
 
-def _runner(name: str, device: Finding) -> Finding:
-    option = f"--runtime {name}"
-    try:
-        if runs_engines(name):
-            tensorrt_module(name)
-        else:
-            from nirvana_deploy.runtime.onnxruntime.providers import PACKAGES, PROVIDERS, available
-
-            if not available(PROVIDERS[name]):
-                detail = f"this onnxruntime has no {PROVIDERS[name]}"
-                return Finding("runners", option, False, detail, PACKAGES[name])
-    except (NirvanaError, ImportError, OSError, RuntimeError) as error:
-        message = error.message if isinstance(error, NirvanaError) else _first_line(error)
-        fix = error.hint if isinstance(error, NirvanaError) else None
-        return Finding("runners", option, False, message, fix or _install("gpu"))
-    if name == DEFAULT:
-        return Finding("runners", option, True, "ONNX folders, on the CPU")
-    takes = "engine files" if runs_engines(name) else "ONNX folders"
+def _runner(row: Runtime, device: Finding) -> Finding:
+    option, takes = f"--runtime {row.name}", _TAKES[row.takes]
+    missing = _missing(row)
+    if missing is not None:
+        return Finding("runners", option, False, missing, row.install)
+    if row.device == "cpu":
+        return Finding("runners", option, True, f"{takes}, on the CPU")
     if not device.usable:
         return Finding("runners", option, False, f"installed, for {takes}; {device.detail}", device.fix)
     return Finding(
         "runners", option, True, f"{takes}, on {device.detail}; whether it starts shows on loading"
     )
+
+
+def _missing(row: Runtime) -> str | None:
+    """What this machine lacks for a runtime; None for nothing."""
+    try:
+        module = importlib.import_module(row.module)
+    except ModuleNotFoundError as error:
+        absent = row.distribution if error.name == row.module else error.name
+        return f"the package {absent!r} is not installed"
+    except (ImportError, OSError, RuntimeError) as error:
+        return _first_line(error)
+    if row.provider is not None and row.provider not in module.get_available_providers():
+        return f"this onnxruntime has no {row.provider}"
+    return None
 
 
 def _device() -> Finding:
@@ -143,6 +150,10 @@ def _torch_devices(torch: Any) -> str:
 
 def _execution_providers(onnxruntime: Any) -> str:
     return ", ".join(onnxruntime.get_available_providers())
+
+
+_DESCRIBED = {"onnxruntime": _execution_providers}
+"""What is said of a module beside its version."""
 
 
 def _extras() -> list[Finding]:

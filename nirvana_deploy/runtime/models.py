@@ -9,7 +9,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.output.layout import MODEL_FILE
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import ModelVariant, variants_of
-from nirvana_deploy.runtime.tensorrt.loading import MODULES
+from nirvana_deploy.runtime.table import runtime_named
 from nirvana_deploy.runtime.tensorrt.record import DECODER, ENGINE_SUFFIX, EngineRecord, read_engine_record
 
 _ADDED_TO_NAMES = ("bf16", "fp32", "in-place", "tensorrt")
@@ -22,7 +22,7 @@ def models_for(run: Run, runtime: str | None) -> dict[ModelVariant, Path]:
     Of several engines, the one with the plainest name (``pruned`` before ``pruned-in-place``). Raises
     NirvanaError where ``runtime`` runs engines and the folder has none of them.
     """
-    if runtime not in MODULES:
+    if runtime is None or runtime_named(runtime).takes != "engine":
         return {variant: run.out / variant.folder for variant in variants_of(run)}
     engines = engines_of(run, runtime)
     found: dict[ModelVariant, Path] = {}

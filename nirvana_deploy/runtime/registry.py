@@ -1,7 +1,6 @@
-"""What can run a decoder: one name a runtime, and one interface for all of them.
+"""Open a model in a runtime of the table: one interface for all of them.
 
-An ONNX folder runs in ONNX Runtime, an engine file in the TensorRT that built it. Each module is imported
-when its runtime is asked for, so a missing package is missed by nobody else.
+Each runtime's module is imported when it is asked for, so a missing package is missed by nobody else.
 """
 
 from __future__ import annotations
@@ -15,20 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.registry import look_up
+from nirvana_deploy.runtime.table import DEFAULT, runtime_named
 from nirvana_deploy.runtime.tensorrt.record import ENGINE_SUFFIX, read_engine_record
-
-RUNNERS: dict[str, str] = {
-    "onnxruntime-cpu": "nirvana_deploy.runtime.onnxruntime.providers:open_decoder",
-    "onnxruntime-cuda": "nirvana_deploy.runtime.onnxruntime.providers:open_decoder",
-    "onnxruntime-tensorrt": "nirvana_deploy.runtime.onnxruntime.providers:open_decoder",
-    "onnxruntime-nvtensorrtrtx": "nirvana_deploy.runtime.onnxruntime.providers:open_decoder",
-    "tensorrt": "nirvana_deploy.runtime.tensorrt.decoder:open_engine",
-    "tensorrt-rtx": "nirvana_deploy.runtime.tensorrt.decoder:open_engine",
-}
-"""Runtime -> ``module:function`` that is called with (path, runtime=, threads=) and returns a Runner."""
-
-DEFAULT = "onnxruntime-cpu"
 
 
 class Runner(Protocol):
@@ -90,26 +77,22 @@ def is_engine(path: Path) -> bool:
     return path.suffix == ENGINE_SUFFIX
 
 
-def runs_engines(runtime: str) -> bool:
-    """Whether a runtime takes engine files; the others take ONNX folders."""
-    return not runtime.startswith("onnxruntime")
-
-
 def open_runner(path: Path, *, runtime: str | None = None, threads: int | None = None) -> Runner:
     """Load an ONNX folder or an engine file with ``runtime``, by default :func:`runtime_for`.
 
     ``threads`` is the size of ONNX Runtime's pool. Raises NirvanaError for an unknown runtime, one that
     does not take such a file, and whatever keeps the file from being loaded.
     """
-    runtime = runtime if runtime is not None else runtime_for(path)
-    module, function = look_up(runtime, RUNNERS, what="runtime", hint="nirvana-deploy doctor").split(":")
-    if runs_engines(runtime) != is_engine(path):
-        wanted = "an engine file" if runs_engines(runtime) else "an ONNX folder"
+    row = runtime_named(runtime if runtime is not None else runtime_for(path))
+    takes_engines = row.takes == "engine"
+    if takes_engines != is_engine(path):
+        wanted = "an engine file" if takes_engines else "an ONNX folder"
         raise NirvanaError(
-            f"The runtime {runtime} runs {wanted}, and {path} is none.",
-            hint=f"nirvana-deploy build-engine {path} --engine {runtime}" if runs_engines(runtime) else None,
+            f"The runtime {row.name} runs {wanted}, and {path} is none.",
+            hint=f"nirvana-deploy build-engine {path} --engine {row.name}" if takes_engines else None,
         )
+    module, function = row.opens.split(":")
     opened: Runner = getattr(importlib.import_module(module), function)(
-        path, runtime=runtime, threads=threads
+        path, runtime=row.name, threads=threads
     )
     return opened

@@ -20,7 +20,8 @@ from nirvana_deploy.output.variants import ModelVariant, variant_named
 from nirvana_deploy.runtime.models import engines_of, models_for
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
-from nirvana_deploy.runtime.registry import is_engine, open_runner, runs_engines
+from nirvana_deploy.runtime.registry import is_engine, open_runner
+from nirvana_deploy.runtime.table import runtime_named
 from nirvana_deploy.runtime.tensorrt.record import DECODER, read_engine_record
 from nirvana_deploy.verify.against_torch import VerifyReport, dtype_of_graph, prompts_for, verify_onnx
 from nirvana_deploy.verify.compare import (
@@ -61,7 +62,7 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
     """
     paths: dict[Path, ModelVariant] = (
         engines_of(run, runtime)
-        if runs_engines(runtime)
+        if runtime_named(runtime).takes == "engine"
         else {path: variant for variant, path in models_for(run, runtime).items()}
     )
     reports = {}

@@ -5,6 +5,7 @@ import json
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime
@@ -13,10 +14,12 @@ from builders.fake_cuda import FakeDriver
 from builders.scripts import ROOT
 from click.testing import CliRunner
 
-from nirvana_deploy.cli.doctor import doctor
+from nirvana_deploy.runtime import doctor
 from nirvana_deploy.runtime.doctor import EXTRAS, Finding, examine
-from nirvana_deploy.runtime.registry import RUNNERS
+from nirvana_deploy.runtime.table import RUNTIMES
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
+
+FAKE_TENSORRT: Any = SimpleNamespace(__version__="11.0")
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:
@@ -80,15 +83,16 @@ def test_runtime_whose_native_library_does_not_load(
 def test_every_runner_says_what_it_lacks(cache: Path) -> None:
     found = by_name(examine())
     assert found["--runtime onnxruntime-cpu"].usable
-    for name in RUNNERS:
+    for name in RUNTIMES:
         finding = found[f"--runtime {name}"]
         assert finding.usable or finding.fix
     if not found["gpu"].usable:
-        assert [name for name in RUNNERS if found[f"--runtime {name}"].usable] == ["onnxruntime-cpu"]
+        assert [name for name in RUNTIMES if found[f"--runtime {name}"].usable] == ["onnxruntime-cpu"]
 
 
 def test_a_gpu_makes_engines_usable(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "tensorrt_module", lambda runtime: None)
+    monkeypatch.setitem(sys.modules, "tensorrt", FAKE_TENSORRT)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", FAKE_TENSORRT)
     monkeypatch.setattr(doctor, "CudaDevice", lambda: CudaDevice(driver=FakeDriver()))
     found = by_name(examine())
     assert found["gpu"] == Finding("machine", "gpu", True, "Fake L4, sm89, 1.1 of 1.1 GB free")
@@ -97,7 +101,8 @@ def test_a_gpu_makes_engines_usable(cache: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_a_gpu_its_absence_is_the_reason(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "tensorrt_module", lambda runtime: None)
+    monkeypatch.setitem(sys.modules, "tensorrt", FAKE_TENSORRT)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", FAKE_TENSORRT)
     monkeypatch.setattr(doctor, "CudaDevice", lambda: CudaDevice(driver=FakeDriver(devices=0)))
     finding = by_name(examine())["--runtime tensorrt-rtx"]
     assert finding.detail == ("installed, for engine files; The NVIDIA driver of this machine sees no GPU.")

@@ -17,14 +17,15 @@ from builders.tiny import write_tiny
 from click.testing import CliRunner
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.cli.common import RUNTIMES
+from nirvana_deploy.cli.common import runtime_option
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.benchmark import _device_times
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess, serve
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
-from nirvana_deploy.runtime.onnxruntime.providers import PROVIDERS, available, tensorrt_options
-from nirvana_deploy.runtime.registry import RUNNERS, open_runner, runtime_for
+from nirvana_deploy.runtime.onnxruntime.providers import available, tensorrt_options
+from nirvana_deploy.runtime.registry import open_runner, runtime_for
+from nirvana_deploy.runtime.table import RUNTIMES, Runtime
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
 from nirvana_deploy.runtime.tensorrt.decoder import TensorRTRunner
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record
@@ -62,10 +63,9 @@ def fake_runner(engine: Path) -> TensorRTRunner:
 
 
 def test_every_runtime_has_a_function_and_the_command_line_knows_it() -> None:
-    assert tuple(RUNNERS) == RUNTIMES
-    assert {name for name in RUNNERS if name.startswith("onnxruntime")} == set(PROVIDERS)
-    for target in RUNNERS.values():
-        module, function = target.split(":")
+    assert runtime_option(lambda: None).__click_params__[0].type.choices == tuple(RUNTIMES)
+    for row in RUNTIMES.values():
+        module, function = row.opens.split(":")
         assert callable(getattr(importlib.import_module(module), function))
 
 
@@ -87,12 +87,17 @@ def test_a_runtime_does_not_take_what_another_runs(folder: Path, engine: Path) -
         open_runner(engine, runtime="onnxruntime-cpu")
 
 
-@pytest.mark.parametrize("runtime", [name for name in PROVIDERS if name != "onnxruntime-cpu"])
-def test_a_provider_that_is_not_there_is_a_sentence(folder: Path, runtime: str) -> None:
-    if available(PROVIDERS[runtime]):
-        pytest.skip(f"says what happens without {PROVIDERS[runtime]}; this onnxruntime has it")
-    with pytest.raises(NirvanaError, match=rf"has no {PROVIDERS[runtime]}, .* {runtime} is\.\n.* doctor"):
-        open_runner(folder, runtime=runtime)
+@pytest.mark.parametrize(
+    "row",
+    [row for row in RUNTIMES.values() if row.provider and row.device == "gpu"],
+    ids=lambda row: row.name,
+)
+def test_a_provider_that_is_not_there_is_a_sentence(folder: Path, row: Runtime) -> None:
+    assert row.provider is not None
+    if available(row.provider):
+        pytest.skip(f"says what happens without {row.provider}; this onnxruntime has it")
+    with pytest.raises(NirvanaError, match=rf"has no {row.provider}, .* {row.name} is\.\n.* doctor"):
+        open_runner(folder, runtime=row.name)
 
 
 def test_a_provider_that_falls_back_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

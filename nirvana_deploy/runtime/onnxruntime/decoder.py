@@ -31,7 +31,6 @@ from nirvana_deploy.output.layout import FLAVOR_KEY, MODEL_FILE
 from nirvana_deploy.runtime.greedy import greedy_tokens
 from nirvana_deploy.runtime.onnxruntime.session import (
     CACHE_DTYPES,
-    RUNTIMES,
     as_numpy,
     as_ort,
     checked_threads,
@@ -49,6 +48,7 @@ from nirvana_deploy.runtime.onnxruntime.slots import (
     ones_then_zeros,
     require_left_padding,
 )
+from nirvana_deploy.runtime.table import runtime_of_provider
 
 _PAST_KEY = re.compile(r"past_key_values\.(\d+)\.key")
 _HEADROOM_TOKENS = 256
@@ -130,7 +130,7 @@ class OrtDecoder:
                 "it needs input_ids, past_key_values.0.key, ... and logits.",
                 hint=export_hint(folder),
             )
-        self.runtime = RUNTIMES.get(provider, provider)
+        self.runtime = runtime_of_provider(provider)
         names = tuple(f"{layer}.{part}" for layer in layers for part in ("key", "value"))
         past = [inputs[f"past_key_values.{name}"] for name in names]
         dtype = CACHE_DTYPES.get(past[0].type)

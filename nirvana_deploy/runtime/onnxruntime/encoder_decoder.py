@@ -22,7 +22,6 @@ from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.runtime.greedy import greedy_tokens
 from nirvana_deploy.runtime.onnxruntime.session import (
     CACHE_DTYPES,
-    RUNTIMES,
     as_numpy,
     as_ort,
     checked_threads,
@@ -32,6 +31,7 @@ from nirvana_deploy.runtime.onnxruntime.session import (
     open_session,
     static_dimension,
 )
+from nirvana_deploy.runtime.table import runtime_of_provider
 
 AnyRunner = TypeVar("AnyRunner")
 
@@ -76,7 +76,7 @@ class OrtSeq2Seq:
         in_float32: bool = False,
     ) -> None:
         self.threads = checked_threads(threads)
-        self.runtime = RUNTIMES.get(provider, provider)
+        self.runtime = runtime_of_provider(provider)
         model = folder / DECODER_FILE
         self._encoder, self._decoder = (
             open_session(folder / file, threads=self.threads, provider=provider, in_float32=in_float32)

@@ -20,17 +20,7 @@ from nirvana_deploy.model.gguf_convert import cache_folder
 from nirvana_deploy.output.layout import MODEL_FILE, is_seq2seq
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
-from nirvana_deploy.runtime.onnxruntime.session import RUNTIMES
-
-PROVIDERS = {runtime: provider for provider, runtime in RUNTIMES.items()}
-"""Runtime -> the name of its provider."""
-
-PACKAGES = {
-    "onnxruntime-cuda": "pip install 'nirvana-deploy[gpu]'",
-    "onnxruntime-tensorrt": "pip install 'nirvana-deploy[gpu]'",
-    "onnxruntime-nvtensorrtrtx": "An onnxruntime with this provider: see its page on onnxruntime.ai",
-}
-"""What brings a provider that is not there."""
+from nirvana_deploy.runtime.table import runtime_named
 
 _WITHOUT_RANGES = ("CPUExecutionProvider", "CUDAExecutionProvider")
 
@@ -45,11 +35,12 @@ def open_decoder(path: Path, *, runtime: str, threads: int | None = None) -> Ort
 
     An encoder-decoder has no ranges for the TensorRT providers, and they are refused.
     """
-    provider = PROVIDERS[runtime]
+    row = runtime_named(runtime)
+    provider = row.provider or runtime
     if not available(provider):
         raise NirvanaError(
             f"This onnxruntime has no {provider}, which the runtime {runtime} is.",
-            hint=f"{PACKAGES[runtime]}; then: nirvana-deploy doctor",
+            hint=f"{row.install}; then: nirvana-deploy doctor",
         )
     if is_seq2seq(path):
         if provider not in _WITHOUT_RANGES:
@@ -92,7 +83,7 @@ def tensorrt_options(
     least = _shapes(inputs, new=1, past=0, total=1)
     best = _shapes(inputs, new=1, past=total_tokens // 2, total=total_tokens // 2 + 1)
     most = _shapes(inputs, new=total_tokens, past=total_tokens - 1, total=total_tokens)
-    prefix = "nv" if provider == PROVIDERS["onnxruntime-nvtensorrtrtx"] else "trt"
+    prefix = "nv" if provider == "NvTensorRTRTXExecutionProvider" else "trt"
     options = {
         f"{prefix}_profile_min_shapes": least,
         f"{prefix}_profile_opt_shapes": best,

@@ -27,13 +27,6 @@ CACHE_DTYPES: dict[str, type[np.floating[Any]]] = {
     "tensor(float16)": np.float16,
 }
 """What a KV cache may be stored as."""
-RUNTIMES = {
-    "CPUExecutionProvider": "onnxruntime-cpu",
-    "CUDAExecutionProvider": "onnxruntime-cuda",
-    "TensorrtExecutionProvider": "onnxruntime-tensorrt",
-    "NvTensorRTRTXExecutionProvider": "onnxruntime-nvtensorrtrtx",
-}
-"""Execution provider -> the name of the runtime that it is."""
 
 _FLOAT32_ACCURACY = "1"
 """ONNX Runtime's number for it."""

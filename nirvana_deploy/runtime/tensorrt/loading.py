@@ -15,24 +15,25 @@ from typing import Any
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.registry import look_up
+from nirvana_deploy.runtime.table import engine_runtimes
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
 from nirvana_deploy.runtime.tensorrt.record import EngineRecord
 
-MODULES = {"tensorrt": ("tensorrt", "gpu"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
-"""Runtime -> the module to import, the extra that installs it."""
 _NATIVE = "native"
 """The target of an engine that was built for the GPU of the building machine."""
 
 
 def tensorrt_module(runtime: str) -> Any:
     """The Python module of ``tensorrt`` or ``tensorrt-rtx``; raises MissingExtraError without it."""
-    name, extra = look_up(runtime, MODULES, what="engine")
+    row = look_up(runtime, engine_runtimes(), what="engine")
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(row.module)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if error.name != row.module:
             raise
-        raise MissingExtraError(f"An engine of {runtime}", package=runtime, extra=extra) from None
+        raise MissingExtraError(
+            f"An engine of {runtime}", package=runtime, extra=row.extra or runtime
+        ) from None
 
 
 def version_compatible(record: EngineRecord) -> bool:

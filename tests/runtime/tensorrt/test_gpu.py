@@ -22,8 +22,9 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.worker import WorkerProcess
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
-from nirvana_deploy.runtime.onnxruntime.providers import PROVIDERS, available
+from nirvana_deploy.runtime.onnxruntime.providers import available
 from nirvana_deploy.runtime.registry import open_runner
+from nirvana_deploy.runtime.table import RUNTIMES
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
 from nirvana_deploy.runtime.tensorrt.decoder import TensorRTRunner
 from nirvana_deploy.runtime.tensorrt.encoder_decoder import TensorRTSeq2Seq
@@ -167,10 +168,12 @@ def test_the_engines_of_an_encoder_decoder_compute_what_onnxruntime_does(
     assert report.passed, report
 
 
-@pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "onnxruntime-cpu"])
+@pytest.mark.parametrize(
+    "name", [row.name for row in RUNTIMES.values() if row.provider and row.device == "gpu"]
+)
 def test_a_provider_computes_what_the_cpu_does(folder: Path, form: str, name: str) -> None:
-    if not available(PROVIDERS[name]):
-        pytest.skip(f"this onnxruntime has no {PROVIDERS[name]}")
+    if not available(RUNTIMES[name].provider or ""):
+        pytest.skip(f"this onnxruntime has no {RUNTIMES[name].provider}")
     if form == "in-place" and name != "onnxruntime-cuda":
         pytest.skip("the TensorRT providers have no in-place cache update")
     reference = OrtDecoder(folder, in_float32=True)

@@ -1,0 +1,111 @@
+"""The runtimes, one row each: what a runtime takes, what opens it, what it needs.
+
+Imports nothing heavy, for ``--help``. A new runtime is a module that returns a ``Runner`` and a row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nirvana_deploy.base.registry import look_up
+
+Takes = Literal["onnx", "engine", "checkpoint"]
+
+_ORT = "nirvana_deploy.runtime.onnxruntime.providers:open_decoder"
+_TENSORRT = "nirvana_deploy.runtime.tensorrt.decoder:open_engine"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One runtime."""
+
+    name: str
+    takes: Takes
+    """An ONNX folder, an engine file or a checkpoint folder."""
+    opens: str
+    """``module:function``, called with (path, runtime=, threads=); returns a Runner."""
+    module: str
+    """The Python module that it needs; its distribution has the same name, with hyphens."""
+    provider: str | None = None
+    """The execution provider that it needs of ONNX Runtime."""
+    extra: str | None = None
+    """The extra of this package that installs ``module``."""
+    fix: str | None = None
+    """How to get it, where no extra does."""
+    device: Literal["cpu", "gpu"] = "gpu"
+
+    @property
+    def distribution(self) -> str:
+        """The package on PyPI, as messages name it."""
+        return self.module.replace("_", "-")
+
+    @property
+    def install(self) -> str:
+        """The command that installs what it needs."""
+        return (
+            f"pip install 'nirvana-deploy[{self.extra}]'"
+            if self.extra
+            else self.fix or "nirvana-deploy doctor"
+        )
+
+
+RUNTIMES: dict[str, Runtime] = {
+    row.name: row
+    for row in (
+        Runtime(
+            "onnxruntime-cpu",
+            takes="onnx",
+            opens=_ORT,
+            module="onnxruntime",
+            provider="CPUExecutionProvider",
+            extra="cpu",
+            device="cpu",
+        ),
+        Runtime(
+            "onnxruntime-cuda",
+            takes="onnx",
+            opens=_ORT,
+            module="onnxruntime",
+            provider="CUDAExecutionProvider",
+            extra="gpu",
+        ),
+        Runtime(
+            "onnxruntime-tensorrt",
+            takes="onnx",
+            opens=_ORT,
+            module="onnxruntime",
+            provider="TensorrtExecutionProvider",
+            extra="gpu",
+        ),
+        Runtime(
+            "onnxruntime-nvtensorrtrtx",
+            takes="onnx",
+            opens=_ORT,
+            module="onnxruntime",
+            provider="NvTensorRTRTXExecutionProvider",
+            fix="An onnxruntime with this provider: see its page on onnxruntime.ai",
+        ),
+        Runtime("tensorrt", takes="engine", opens=_TENSORRT, module="tensorrt", extra="gpu"),
+        Runtime("tensorrt-rtx", takes="engine", opens=_TENSORRT, module="tensorrt_rtx", extra="rtx"),
+    )
+}
+"""By name, in the order in which they are listed."""
+
+DEFAULT = "onnxruntime-cpu"
+"""Runs ONNX folders where no runtime is named."""
+
+
+def runtime_named(name: str) -> Runtime:
+    """The row of ``name``; raises NirvanaError for an unknown one."""
+    return look_up(name, RUNTIMES, what="runtime", hint="nirvana-deploy doctor")
+
+
+def engine_runtimes() -> dict[str, Runtime]:
+    """The runtimes that take engine files."""
+    return {name: row for name, row in RUNTIMES.items() if row.takes == "engine"}
+
+
+def runtime_of_provider(provider: str) -> str:
+    """The runtime that runs on an execution provider; the provider's own name for an unknown one."""
+    return next((row.name for row in RUNTIMES.values() if row.provider == provider), provider)
