@@ -1,9 +1,10 @@
-# make demo: the main job on the embedded default model.   make test: the tests.
-# Both make .venv on first use, with the exact versions of constraints.txt.
+# make demo: the main job on the embedded default model.   make test: all tests, ruff and mypy among them.
+# make unit: the quick tests.   make lint: ruff, mypy and the help pages.
+# Each makes .venv on first use, with the exact versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test unit lint clean
 
 demo: .venv/.demo-ready
 	$(BIN)/nirvana-deploy prune-export smollm2 --sparsity 0.4 --reconstruct --quantize int8 --quantize w4 --quantize-head --out demo --force
@@ -11,8 +12,11 @@ demo: .venv/.demo-ready
 test: .venv/.test-ready
 	$(BIN)/python -m pytest
 
+unit: .venv/.test-ready
+	$(BIN)/python -m pytest -m unit
+
 lint: .venv/.test-ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python -m pytest -m gate tests/test_gates.py tests/cli
 
 clean:
 	rm -rf .venv demo build *.egg-info

@@ -1,4 +1,4 @@
-"""Build the engine of one ONNX folder and print as JSON what that cost: the process that engine/stage.py measures.
+"""Build the engine of one ONNX folder and print its cost as JSON: the process that engine/stage.py measures.
 
     python benchmarks/engine_worker.py ONNX_FOLDER OUT MAX_LENGTH
 

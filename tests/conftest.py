@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from builders.gpu import why_no_gpu
 from builders.tiny import KINDS, VOCABULARY, write_tiny
 from numpy.typing import NDArray
 
-from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
+OTHER_TIERS = frozenset({"consumer", "gate", "gpu", "integration", "slow"})
+"""Markers of the tests that are not of the tier ``unit``; see CONTRIBUTING.md."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,11 +37,18 @@ def pytest_runtest_makereport(
         for mark in item.iter_markers("consumer"):
             told = {"consumer": mark.args[0], **mark.kwargs, "test": item.nodeid, "outcome": report.outcome}
             if package := told.pop("package", None):
-                told["version"] = version(package)
+                told["version"] = _version_of(package)
             if report.skipped and isinstance(report.longrepr, tuple):
                 told["reason"] = report.longrepr[2].removeprefix("Skipped: ")
             found.append(told)
     return report
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -49,21 +57,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    no_gpu = _why_no_gpu() if any("gpu" in item.keywords for item in items) else None
+    no_gpu = why_no_gpu() if any(item.get_closest_marker("gpu") for item in items) else None
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if OTHER_TIERS.isdisjoint(mark.name for mark in item.iter_markers()):
+            item.add_marker("unit")
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
-        if "gpu" in item.keywords and no_gpu is not None:
+        if item.get_closest_marker("gpu") and no_gpu is not None:
             item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU: {no_gpu}"))
-
-
-def _why_no_gpu() -> str | None:
-    """The driver's own answer: a torch without CUDA says nothing about the machine."""
-    try:
-        CudaDevice().close()
-    except NirvanaError as error:
-        return error.message
-    return None
 
 
 @pytest.fixture(scope="session", params=list(KINDS))

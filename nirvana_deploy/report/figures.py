@@ -345,7 +345,7 @@ def selection_figure(selection: Mapping[str, Any]) -> str:
 def sensitivity_figure(layers: Mapping[str, float]) -> str:
     """What each layer alone in int8 costs, in the order of the model; the worst three with their numbers.
 
-    ``layers`` is KL in nats by the names of quantize/int8/sensitivity.py: "3", "encoder 3", "cross 3", "head".
+    ``layers``: KL in nats by the names of quantize/int8/sensitivity.py ("3", "encoder 3", "cross 3", "head").
     """
     names = sorted(layers, key=_layer_order)
     kls = [layers[name] for name in names]
@@ -377,8 +377,8 @@ def _layer_order(name: str) -> tuple[int, int]:
 def kernel_figure(record: Mapping[str, Any]) -> str:
     """How much each cut changed the Adam kernel: measured, by removal alone, and the linear bound.
 
-    ``record`` is what ``NtkStudy.to_json`` of measure/ntk/study.py gives. The axis is logarithmic: a cut may change
-    the kernel by many times its size.
+    ``record`` comes from ``NtkStudy.to_json`` of measure/ntk/study.py. The axis is logarithmic: a cut may
+    change the kernel by many times its size.
     """
     cuts = record["cuts"]
     names = list(headers(record)[1:])

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
+from builders.extras import needs
 from builders.tiny import VOCABULARY, write_tokenizer
 from nirvana_deploy.engine.profile import Lengths
 from nirvana_deploy.engine.targets import BuilderOptions
@@ -19,7 +19,7 @@ from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.saliency.units import UnitScores
 
-trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx (pip install 'nirvana-deploy[rtx]')")
+trt = needs("tensorrt_rtx")
 
 
 CACHE_TOKENS = 64

@@ -14,10 +14,9 @@ import pytest
 from google.protobuf import json_format, text_format
 from numpy.typing import NDArray
 
-model_config_pb2: Any = pytest.importorskip(
-    "tritonclient.grpc.model_config_pb2",
-    reason="needs tritonclient, for Triton's own schema: pip install 'nirvana-deploy[test]'",
-)
+from builders.extras import needs
+
+model_config_pb2: Any = needs("tritonclient.grpc.model_config_pb2")
 _DTYPES = {"TYPE_STRING": np.object_, "TYPE_INT32": np.int32, "TYPE_BOOL": np.bool_, "TYPE_FP32": np.float32}
 
 

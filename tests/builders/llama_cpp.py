@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from builders.extras import needs
 from nirvana_deploy.model.checkpoint import load_checkpoint
 
 VERSION = "3.22.1"
@@ -84,6 +84,7 @@ def in_q8_0(model: PreTrainedModel, *, activations: bool) -> PreTrainedModel:
 
     Rows of blocks of 32 get 8 bits and one float16 scale a block; others are float16. Changes the model.
     """
+    gguf = needs("gguf")
     q8_0 = gguf.GGMLQuantizationType.Q8_0
     with torch.no_grad():
         for parameter in model.parameters():

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from builders.tiny import write_tiny
+from click.testing import CliRunner
 
-from nirvana_deploy.cli.main import _COMMANDS
+from nirvana_deploy.cli.main import _COMMANDS, commands
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib", "numpy", "rich", "jinja2")
 
@@ -48,13 +50,23 @@ def test_every_help_page_is_light() -> None:
     assert imported_by(statement).isdisjoint(HEAVY)
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("command", list(_COMMANDS))
 def test_every_command_has_help_with_an_example_and_json(command: str) -> None:
-    result = run(command, "--help")
-    assert (
-        result.returncode == 0 and f"nirvana-deploy {command}" in result.stdout and "Example" in result.stdout
-    )
-    assert "--json" in result.stdout
+    page = CliRunner().invoke(commands, [command, "--help"], prog_name="nirvana-deploy")
+    assert page.exit_code == 0 and f"nirvana-deploy {command}" in page.output and "Example" in page.output
+    assert "--json" in page.output
+
+
+@pytest.mark.gate
+def test_help_is_instant() -> None:
+    def cpu_s() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "prune-export" in run("--help").stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(cpu_s() for _ in range(3)) < 0.3
 
 
 def test_the_package_resolves_its_public_names_on_use() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from builders.engines import CACHE_TOKENS, LENGTHS, SMALL, exported, network_of, pruned_model, write_model
+from builders.extras import needs
 from builders.tiny import VOCABULARY
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -29,7 +30,7 @@ from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record, record_path
 from nirvana_deploy.verify.against_torch import verify_onnx
 
-trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx (pip install 'nirvana-deploy[rtx]')")
+trt = needs("tensorrt_rtx")
 
 
 @pytest.fixture(scope="module")

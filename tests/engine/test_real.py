@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.extras import needs
 
 from nirvana_deploy.engine.build import BuiltEngine
 from nirvana_deploy.engine.from_checkpoint import engines_from_checkpoint
@@ -23,7 +24,8 @@ from nirvana_deploy.prune.saliency.units import UnitScores
 from nirvana_deploy.quantize.int8.spec import Int8Spec, read_spec
 from nirvana_deploy.quantize.quantize import quantize_onnx
 
-pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx (pip install 'nirvana-deploy[rtx]')")
+needs("tensorrt_rtx")
+pytestmark = pytest.mark.integration
 
 LENGTHS = Lengths(max_batch=2, max_length=512)
 PROGRAMS_BYTES = {"fp16": 45_000_000, "w4": 60_000_000, "int8": 70_000_000}

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from builders.engines import CACHE_TOKENS, LENGTHS, SMALL, exported, network_of, plan_of, write_model
+from builders.extras import needs
 from builders.tiny_t5 import write_t5
 from click.testing import CliRunner
 
@@ -31,7 +32,7 @@ from nirvana_deploy.quantize.weights.fp8 import FP8_TARGETS, round_to_fp8
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record
 
-trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx (pip install 'nirvana-deploy[rtx]')")
+trt = needs("tensorrt_rtx")
 SIZES = ["--max-batch", "2", "--max-length", str(CACHE_TOKENS), "--opt-prompt", "16", "--target", "sm86"]
 
 

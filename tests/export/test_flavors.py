@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from builders.damaged import damaged_copy
+from builders.extras import needs
 from builders.plans import plan_for
 from builders.tiny import KINDS, write_tiny
 from numpy.typing import NDArray
@@ -285,17 +286,17 @@ def test_last_logits_are_the_last_of_all(folder: Path, qwen3: Path, tmp_path: Pa
 @pytest.mark.parametrize("flavor", ["portable", "gqa"])
 def test_a_batch_in_genai_is_each_prompt_alone(qwen3: Path, tmp_path: Path, flavor: str) -> None:
     """onnxruntime-genai pads the shorter prompt on the right, and says so in the attention mask."""
-    import onnxruntime_genai
+    og = needs("onnxruntime_genai")
 
     folder = exported(qwen3, tmp_path / "onnx", flavor)
-    model = onnxruntime_genai.Model(str(folder))
-    tokenizer = onnxruntime_genai.Tokenizer(model)
+    model = og.Model(str(folder))
+    tokenizer = og.Tokenizer(model)
     texts = ["ab", "abcdefgh"]
     prompts = np.asarray(tokenizer.encode_batch(texts).as_numpy())
     assert prompts.shape == (2, 8) and not prompts[0, 2:].any()
-    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=14, do_sample=False, batch_size=2)
-    generator = onnxruntime_genai.Generator(model, parameters)
+    generator = og.Generator(model, parameters)
     generator.append_tokens(prompts)
     while not generator.is_done():
         generator.generate_next_token()

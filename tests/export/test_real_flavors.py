@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime_genai
 import pytest
 import torch
+from builders.extras import needs
 from builders.llama_cpp import REAL_PROMPTS, greedy_share
 from builders.plans import plan_for
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,11 @@ from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.verify.against_torch import verify_onnx
 from nirvana_deploy.verify.tolerance import OWN_ROUNDINGS, torch_logits
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
+og = needs("onnxruntime_genai")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the genai bindings while they load
+]
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +95,15 @@ def test_layers_that_differ_share_buffers_in_genai_chat_and_stream(dense: Path, 
     assert settings["search"]["past_present_share_buffer"] is True
     assert_tokens_of_torch(checkpoint, folder, new_tokens=8)
 
-    model = onnxruntime_genai.Model(str(folder))
-    tokenizer = onnxruntime_genai.Tokenizer(model)
+    model = og.Model(str(folder))
+    tokenizer = og.Tokenizer(model)
     turn = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.encode(tokenizer.apply_chat_template(json.dumps(turn), add_generation_prompt=True))
     wanted = load_tokenizer(dense).apply_chat_template(turn, add_generation_prompt=True, return_dict=True)
     assert list(prompt) == wanted["input_ids"]
-    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=len(prompt) + 12, do_sample=False)
-    generator = onnxruntime_genai.Generator(model, parameters)
+    generator = og.Generator(model, parameters)
     generator.append_tokens(prompt)
     stream, pieces = tokenizer.create_stream(), []
     while not generator.is_done():

@@ -51,6 +51,7 @@ def test_a_llama_in_qwen2_clothes_gets_the_same_plan(tmp_path: Path, tokens: NDA
     assert replace(theirs, model=ours.model) == ours
 
 
+@pytest.mark.integration
 def test_smollm2_in_qwen2_clothes_gets_the_same_plan(tmp_path: Path) -> None:
     llama, twin = resolve_model("smollm2").path, tmp_path / "qwen2"
     write_qwen2_twin(llama, twin)

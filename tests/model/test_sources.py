@@ -12,11 +12,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
 
-import gguf
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from builders.extras import needs
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -271,6 +271,7 @@ def test_weights_file_in_place_of_its_folder(tiny_llama: Path) -> None:
 
 def write_gguf(path: Path, folder: Path, *, architecture: str = "llama") -> Path:
     """Write the tiny Llama of ``folder`` as GGUF, the way llama.cpp lays it out, in fp32."""
+    gguf = needs("gguf")
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -306,6 +307,7 @@ def write_gguf(path: Path, folder: Path, *, architecture: str = "llama") -> Path
 
 def gguf_tensor(name: str, weight: np.ndarray, config: Any) -> tuple[str, np.ndarray]:
     """GGUF name and layout: rotary pairs of q and k interleave there and are halves in transformers."""
+    gguf = needs("gguf")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
         name.split(".")[-2]

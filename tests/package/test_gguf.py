@@ -10,10 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from builders.extras import needs
 from builders.llama_cpp import (
     CONSUMER_VERSION,
     REAL_PROMPTS,
@@ -50,6 +50,7 @@ from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan
 from nirvana_deploy.prune.streaming.model import score_units
 
+gguf = needs("gguf")
 TEXTS = [
     "The capital of France is",
     "  spaces   and\ttabs\n\n x",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from builders.extras import needs
 from builders.tiny import INTERRUPTIBLE, write_tiny
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
@@ -40,7 +41,10 @@ OPTIONS: dict[str, Any] = {
     "seq_len": 16,
     "threads": 1,
 }
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the genai bindings while they load
+]
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +150,7 @@ def test_a_quantized_variant_stands_beside_its_float_model(
 
 
 def test_engines_of_every_model_are_stages_of_the_run(finished: Path, model: str, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx (pip install 'nirvana-deploy[rtx]')")
+    needs("tensorrt_rtx")
     out = copied(finished, tmp_path)
     pipeline.prune_export(model, out=out, resume=True, engines=["tensorrt-rtx"], **OPTIONS)
     stages = stages_of(out)

@@ -26,6 +26,8 @@ from nirvana_deploy.quantize.quantize import quantize_onnx
 from nirvana_deploy.runtime.genai import genai_tokens
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from builders.extras import needs
 from builders.fake_cuda import FakeDriver
 from builders.fake_tensorrt import PASS_MS, decoder_profiles, fake_module, write_fake_engine
+from builders.gpu import why_no_gpu
 from builders.tiny import write_tiny
 from click.testing import CliRunner
 
@@ -26,7 +28,6 @@ from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.providers import available, tensorrt_options
 from nirvana_deploy.runtime.registry import open_runner, runtime_for
 from nirvana_deploy.runtime.table import RUNTIMES, Runtime
-from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
 from nirvana_deploy.runtime.tensorrt.decoder import TensorRTRunner
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record
 from nirvana_deploy.runtime.text import TextPieces, load_text_side, model_in, stream_text, tokenizer_folder
@@ -177,13 +178,9 @@ def test_a_prompt_that_an_engine_does_not_take_is_an_answer(
 
 
 def test_a_worker_says_that_there_is_no_gpu(engine: Path) -> None:
-    try:
-        CudaDevice().close()
-    except NirvanaError as error:
-        reason = error.message
-    else:
+    if (reason := why_no_gpu()) is None:
         pytest.skip("says what happens without a GPU; this machine has one")
-    tensorrt_rtx = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
+    tensorrt_rtx = needs("tensorrt_rtx")
     record = read_engine_record(engine)
     assert record.runtime_version.split(".")[:2] == tensorrt_rtx.__version__.split(".")[:2]
     with pytest.raises(NirvanaError) as caught, WorkerProcess("pruned", engine, threads=None):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from builders.extras import needs
 from builders.plans import plan_for
 from builders.scripts import ROOT
 from builders.tiny import KINDS, write_tiny
@@ -211,7 +212,7 @@ def test_calibrated_rounding_is_nearer(llama: Path, tmp_path: Path) -> None:
 def test_genai_and_ort_generate_the_same(
     tmp_path: Path, tokens: NDArray[np.int64], scheme: str, flavor: str
 ) -> None:
-    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    needs("onnxruntime_genai")
     checkpoint = write_tiny(tmp_path / "dense", "qwen2", head_dim=HEAD_DIM)
     slice_checkpoint(checkpoint, plan_for(checkpoint), tmp_path / "pruned")
     source = onnx_from_checkpoint(tmp_path / "pruned", tmp_path / "onnx", flavor=flavor).path
@@ -264,7 +265,7 @@ def test_bf16_for_tensorrt_without_running_it(tmp_path: Path) -> None:
 
 
 def test_tensorrt_builds_the_tensorrt_writing(llama: Path, tmp_path: Path) -> None:
-    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    trt = needs("tensorrt_rtx")
     for scheme in ("w8", "w4"):
         folder = quantize_onnx(
             llama, tmp_path / scheme, scheme=scheme, writing="tensorrt", head=True, rounding="plain"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import fake_cuda
+from builders.extras import needs
 from builders.fake_cuda import COPY_MS, FakeDriver, Status
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
@@ -34,7 +35,7 @@ def device(driver: FakeDriver) -> Iterator[CudaDevice]:
 def _has_nvidia_driver() -> bool:
     try:
         return int(load_driver().cuInit(0)[0]) == 0
-    except RuntimeError:
+    except (NirvanaError, RuntimeError):
         return False
 
 
@@ -203,6 +204,7 @@ def test_a_driver_that_does_not_start_is_a_sentence(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(_has_nvidia_driver(), reason="needs a machine without an NVIDIA driver; this one has one")
 def test_no_driver_is_a_sentence() -> None:
+    needs("cuda.bindings.driver")
     with pytest.raises(
         NirvanaError, match=r"^No NVIDIA driver on this machine: .*\n.*nirvana-deploy verify OUT"
     ):
@@ -217,6 +219,7 @@ def test_without_cuda_bindings_the_extra_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_real_binding_has_every_function_with_these_parameters() -> None:
+    needs("cuda.bindings.driver")
     real: Any = load_driver()
     for name, member in inspect.getmembers(Driver, inspect.isfunction):
         if not name.startswith("cu"):
@@ -238,6 +241,7 @@ def test_the_real_binding_has_every_function_with_these_parameters() -> None:
 
 @pytest.mark.skipif(_has_nvidia_driver(), reason="calls with made-up addresses, so only without a driver")
 def test_the_real_binding_accepts_the_arguments_of_every_call() -> None:
+    needs("cuda.bindings.driver")
     driver = FakeDriver(binding=load_driver())
     with CudaDevice(driver=driver) as device:
         buffer, host = device.allocate(64, "numbers"), device.pinned(64)
@@ -291,6 +295,7 @@ with CudaDevice() as device:
 
 
 def test_the_real_binding_on_a_driver_of_host_memory(tmp_path: Path) -> None:
+    needs("cuda.bindings.driver")
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("compiles a stand-in for libcuda: needs cc, on Linux")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.extras import needs
 from builders.fake_cuda import FakeDriver
 from builders.fake_tensorrt import PASS_MS, SCRATCH_BYTES, WEIGHTS_BYTES, fake_module, write_fake_engine
 from builders.tiny_t5 import write_t5
@@ -191,7 +192,7 @@ def test_a_prompt_beyond_the_profiles_is_refused(runner: TensorRTSeq2Seq) -> Non
 
 def test_an_onnx_folder_is_built_from_a_copy_without_the_branch(tmp_path: Path) -> None:
     """With the real builder: it refuses the decoder as it is exported."""
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nirvana-deploy[rtx]'")
+    needs("tensorrt_rtx")
     folder = tmp_path / "onnx"
     onnx_from_checkpoint(write_t5(tmp_path / "model", "t5"), folder, dtype="fp16")
     before = (folder / DECODER_FILE).read_bytes()

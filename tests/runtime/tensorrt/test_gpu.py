@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.extras import needs
 from builders.tiny import write_tiny
 from builders.tiny_t5 import write_t5
 
@@ -143,7 +144,7 @@ def test_gpu_time_is_within_the_hosts(engine: Path) -> None:
 
 
 def test_an_engine_for_other_gpus_is_refused(folder: Path, target: str) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx")
+    needs("tensorrt_rtx")
     other = "sm86" if target != "sm86" else "sm89"
     with pytest.raises(NirvanaError, match=rf"was built for {other}; this machine's .* is {target}"):
         TensorRTRunner(build(folder, "tensorrt-rtx", (other,)))

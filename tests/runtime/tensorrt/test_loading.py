@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.extras import needs
 from builders.fake_cuda import FakeDriver
 from builders.fake_tensorrt import (
     FakeContext,
@@ -22,6 +23,7 @@ from builders.fake_tensorrt import (
     fake_module,
     write_fake_engine,
 )
+from builders.gpu import without_gpu
 from builders.tiny import write_tiny
 from builders.tiny_decoder import write_tiny_decoder
 from onnx import TensorProto, helper, numpy_helper
@@ -33,23 +35,11 @@ from nirvana_deploy.engine.profile import Lengths
 from nirvana_deploy.engine.targets import BuilderOptions, configure
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
-from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
 from nirvana_deploy.runtime.tensorrt.decoder import TensorRTRunner, open_engine
 from nirvana_deploy.runtime.tensorrt.loading import load_engine, tensorrt_module
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record, record_path
 
-trt: Any = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nirvana-deploy[rtx]'")
-
-
-def _has_gpu() -> bool:
-    try:
-        CudaDevice().close()
-    except NirvanaError:
-        return False
-    return True
-
-
-without_gpu = pytest.mark.skipif(_has_gpu(), reason="says what happens without a GPU; this machine has one")
+trt: Any = needs("tensorrt_rtx")
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +77,7 @@ def rewritten(path: Path, data: bytes) -> Path:
 
 @without_gpu
 def test_an_engine_without_a_gpu_is_one_sentence(engine: Path) -> None:
-    pytest.importorskip(
-        "cuda.bindings.driver", reason="needs cuda-bindings: pip install 'nirvana-deploy[rtx]'"
-    )
+    needs("cuda.bindings.driver")
     with pytest.raises(NirvanaError) as caught:
         TensorRTRunner(engine)
     assert re.match(

@@ -1,0 +1,24 @@
+"""Optional packages of the tests, and the extra of ours that installs each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+EXTRAS = {
+    "cuda": ("cuda-bindings", "rtx"),
+    "gguf": ("gguf", "gguf"),
+    "lm_eval": ("lm-eval", "eval"),
+    "onnxruntime_genai": ("onnxruntime-genai", "genai"),
+    "tensorrt_rtx": ("tensorrt-rtx", "rtx"),
+    "tritonclient": ("tritonclient", "test"),
+}
+"""Top-level module: its package, our extra."""
+
+
+def needs(module: str) -> Any:
+    """Import ``module``, or skip the file or test that asks, with the command that installs it."""
+    __tracebackhide__ = True
+    package, extra = EXTRAS[module.partition(".")[0]]
+    return pytest.importorskip(module, reason=f"needs {package}: pip install 'nirvana-deploy[{extra}]'")
