@@ -1,67 +1,267 @@
-"""Rules of the code base that a reader relies on."""
+"""The rules of the house that a reader relies on; nirvana_deploy/README.md tells them in words.
+
+``KNOWN`` lists what breaks a rule today. A test fails when something new breaks it, and when something in the
+list no longer does: the lists only shrink.
+"""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+from builders.scripts import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-# Left to right: a module imports only what stands to its left (or in its own group).
-ORDER = [
+from nirvana_deploy.cli.main import _COMMANDS
+from nirvana_deploy.model.families import FAMILIES
+from nirvana_deploy.runtime.table import RUNTIMES
+
+ROOMS = [
     "base",
     "model",
     "output",
     "calibrate",
     "prune",
+    "recover",
     "export",
     "runtime",
     "quantize",
     "engine",
     "verify",
     "measure",
+    "search",
     "package",
     "report",
     "pipeline",
     "cli",
 ]
-BASE = {"base", "__init__", "calib_sets"}
+"""Left to right: a room imports itself and the rooms to its left."""
+AT_THE_ROOT = {"__init__", "__main__", "pipeline"}
+SCHEMES = {"int8", "w8", "w4", "fp8"}
+
+KNOWN: dict[str, set[str]] = {
+    "circles": {"verify.against_torch", "verify.against_torch_seq2seq"},
+    "knows Run": {"runtime.models", "verify.folder"},
+    "parameters": {
+        "calibrate.windows:calibration_candidates",
+        "calibrate.windows:calibration_data",
+        "cli.build_engine:build_engine",
+        "cli.evaluate:evaluate",
+        "cli.select_calib:select_calib",
+        "engine.build:engine_from_onnx",
+        "engine.from_checkpoint:engines_from_checkpoint",
+        "engine.from_checkpoint:onnx_for_engine",
+        "engine.trtexec:trtexec_command",
+        "pipeline:evaluate_folder",
+        "pipeline:quantize_folder",
+        "prune.plan:make_plan",
+        "prune.select:select_calibration",
+        "prune.stage:decide",
+        "prune.stage:select",
+        "quantize.quantize:quantize_onnx",
+        "quantize.stage:quantize",
+    },
+    "families": {
+        "package.gguf_layout",
+        "package.gguf_tokenizer",
+        "prune.checkpoint",
+        "quantize.graph.names",
+    },
+    "runtimes": {
+        "cli.build_engine",
+        "cli.prune_export",
+        "engine.from_checkpoint",
+        "engine.targets",
+        "engine.trtexec",
+        "engine.vendor",
+        "package.triton_engine",
+        "quantize.weights.write",
+    },
+    "schemes": {
+        "cli.build_engine",
+        "cli.prune_export",
+        "cli.quantize",
+        "engine.from_checkpoint",
+        "engine.source",
+        "engine.stage",
+        "output.variants",
+        "report.deployed_page",
+        "runtime.tensorrt.memory",
+        "verify.compare",
+    },
+    "lines": {"prune.streaming.model"},
+}
 
 
-def group_of(module: str) -> str:
-    """The group of a dotted module name of this package."""
-    parts = module.split(".")[1:] or ["__init__"]
-    return "base" if parts[0] in BASE else parts[0]
+@cache
+def modules() -> dict[str, Path]:
+    """Dotted name within the package: its file."""
+    library = {
+        path.relative_to(ROOT / "nirvana_deploy"): path for path in ROOT.glob("nirvana_deploy/**/*.py")
+    }
+    beside = {
+        path.relative_to(ROOT): path for name in ("cli", "calib_sets") for path in ROOT.glob(f"{name}/*.py")
+    }
+    return {
+        ".".join(place.with_suffix("").parts).removesuffix(".__init__"): path
+        for place, path in sorted({**library, **beside}.items())
+    }
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    for path in sorted((ROOT / "nirvana_deploy").rglob("*.py")):
-        yield ".".join(path.relative_to(ROOT).with_suffix("").parts), path
-    for folder in ("cli", "calib_sets"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            yield f"nirvana_deploy.{folder}.{path.stem}", path
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(modules()[module].read_text(encoding="utf-8"))
 
 
-def imports_of(path: Path) -> Iterator[str]:
-    """Modules of this package that a file imports when it is imported itself (not under TYPE_CHECKING)."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nirvana_deploy"):
-            yield node.module or ""
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _nodes_at_run_time(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node below, but those that only a type checker sees."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            continue
+        yield child
+        yield from _nodes_at_run_time(child)
+
+
+@cache
+def imports_of(module: str) -> frozenset[str]:
+    """Modules of this package that ``module`` imports, at its top or inside a function."""
+    found = set()
+    for node in _nodes_at_run_time(tree(module)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "nirvana_deploy":
+            source = (node.module or "").partition(".")[2]
+            for alias in node.names:
+                name = f"{source}.{alias.name}" if source else alias.name
+                found.add(name if name in modules() else source or "__init__")
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("nirvana_deploy"))
+            names = [alias.name for alias in node.names if alias.name.startswith("nirvana_deploy.")]
+            found |= {name.removeprefix("nirvana_deploy.") for name in names}
+    return frozenset(found - {module})
 
 
-@pytest.mark.parametrize(("module", "path"), [pytest.param(m, p, id=m) for m, p in modules()])
-def test_imports_point_left(module: str, path: Path) -> None:
-    if module == "nirvana_deploy.__main__":
-        return
-    own = ORDER.index(group_of(module))
-    for imported in imports_of(path):
-        assert ORDER.index(group_of(imported)) <= own, f"{module} imports {imported}"
+def strings_of(module: str) -> set[str]:
+    """String literals; docstrings are longer than any name that is looked for."""
+    return {
+        node.value
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def namers(names: set[str], *, home: tuple[str, ...]) -> set[str]:
+    """Modules outside ``home`` in which one of ``names`` is a string literal."""
+    return {m for m in modules() if not m.startswith(home) and not names.isdisjoint(strings_of(m))}
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m not in {"__init__", "__main__"}])
+def test_imports_point_left(module: str) -> None:
+    def place(name: str) -> int:
+        room = room_of(name)
+        return ROOMS.index("base" if room in {"__init__", "calib_sets"} else room)
+
+    assert not [name for name in imports_of(module) if place(name) > place(module)]
+
+
+def test_no_circles_inside_a_room() -> None:
+    inside = {m: {i for i in imports_of(m) if room_of(i) == room_of(m)} for m in modules()}
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = inside.get(waiting.pop(), set()) - found
+            found |= new
+            waiting += new
+        return found
+
+    assert {module for module in inside if module in reached(module)} == KNOWN["circles"]
+
+
+def test_only_stages_output_pipeline_and_cli_know_the_run() -> None:
+    knowing = {
+        module
+        for module in modules()
+        if any(
+            isinstance(node, ast.ImportFrom)
+            and node.module == "nirvana_deploy.output.run"
+            and any(alias.name == "Run" for alias in node.names)
+            for node in ast.walk(tree(module))
+        )
+    }
+    allowed = {m for m in knowing if m.endswith(".stage") or room_of(m) in {"output", "pipeline", "cli"}}
+    assert knowing - allowed == KNOWN["knows Run"]
+
+
+def test_every_module_lives_in_a_room() -> None:
+    assert {path.stem for path in ROOT.glob("nirvana_deploy/*.py")} == AT_THE_ROOT
+    folders = {path.parent.name for path in ROOT.glob("nirvana_deploy/*/__init__.py")}
+    assert folders <= set(ROOMS)
+
+
+def test_folders_stay_small() -> None:
+    """At most twelve modules a folder; cli/ holds one module a command beside them."""
+    commands = {f"cli/{module}.py" for module, _ in _COMMANDS.values()}
+    places = [path.relative_to(ROOT).as_posix() for path in modules().values()]
+    counts = Counter(
+        place.rpartition("/")[0]
+        for place in places
+        if not place.endswith("__init__.py") and place not in commands
+    )
+    assert {folder: count for folder, count in counts.items() if count > 12} == {}
 
 
 def test_modules_stay_small() -> None:
-    lines = {module: len(path.read_text().splitlines()) for module, path in modules()}
-    assert {module: count for module, count in lines.items() if count > 450} == {}
+    long = {m for m, path in modules().items() if len(path.read_text(encoding="utf-8").splitlines()) > 450}
+    assert long == KNOWN["lines"]
+
+
+def test_functions_take_few_parameters() -> None:
+    """At most nine, ``prune_export`` excepted: it's the one call that takes every option."""
+    many = set()
+    for module in modules():
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if sum(argument.arg not in {"self", "cls"} for argument in arguments) > 9:
+                    many.add(f"{module}:{node.name}")
+    assert many - {"pipeline:prune_export"} == KNOWN["parameters"]
+
+
+def test_a_family_is_named_in_its_file_and_in_the_aliases() -> None:
+    assert namers(set(FAMILIES), home=("model.families", "model.sources")) == KNOWN["families"]
+
+
+def test_a_runtime_is_named_in_its_row() -> None:
+    assert namers(set(RUNTIMES), home=("runtime.",)) == KNOWN["runtimes"]
+
+
+def test_a_scheme_is_named_in_its_row_and_where_it_is_written() -> None:
+    assert namers(SCHEMES, home=("quantize.",)) == KNOWN["schemes"]
+
+
+def test_tests_mirror_the_sources() -> None:
+    """A folder of tests is a room; a test file imports its own room, or runs it as a program."""
+    tests = ROOT / "tests"
+    folders = {path.name for path in tests.iterdir() if any(path.glob("**/test_*.py"))}
+    assert folders <= {*ROOMS, "benchmarks"}
+    programs = {"benchmarks", "cli", "pipeline"}
+    strangers = set()
+    for path in tests.glob("*/**/test_*.py"):
+        room, *_ = inside = path.relative_to(tests).parts[:-1]
+        if room in programs:
+            continue
+        assert (ROOT / "nirvana_deploy").joinpath(*inside).is_dir()
+        imported = {
+            (node.module or "").split(".")[1]
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nirvana_deploy.")
+        }
+        if room not in imported:
+            strangers.add(path.relative_to(ROOT).as_posix())
+    assert not strangers
