@@ -32,6 +32,7 @@ from nirvana_deploy.base.artifact import read_json, write_json
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.quantize.quantize import quantize_onnx
 from nirvana_deploy.runtime.onnxruntime.session import default_threads
 
@@ -94,7 +95,7 @@ def variants(out: Path, work: Path) -> dict[str, Path]:
     for name, checkpoint in (("dense", dense), ("pruned", out / "checkpoint")):
         folders[name] = work / name
         if not folders[name].exists():
-            onnx_from_checkpoint(checkpoint, folders[name], flavor="gqa")
+            onnx_from_checkpoint(Checkpoint.open(checkpoint), folders[name], flavor="gqa")
         for scheme in ("int8", "w8", "w4"):
             target = folders[f"{name}-{scheme}"] = work / f"{name}-{scheme}"
             if target.exists():

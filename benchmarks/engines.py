@@ -56,7 +56,7 @@ from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.engine.from_checkpoint import onnx_for_engine
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.output.layout import CALIBRATION_FILE, SCORES_FILE
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
@@ -169,7 +169,7 @@ def _checkpoints(options: argparse.Namespace, work: Path) -> dict[str, Path]:
                 neurons=tuple(rng.lognormal(size=layer.ffn_width) for layer in shape.layers),
             )
             plan = make_plan(shape, scores, sparsity=options.sparsity, saliency="random")
-            slice_checkpoint(found["dense"], plan, found["pruned"])
+            slice_checkpoint(Checkpoint.open(found["dense"]), plan, found["pruned"])
         if options.only == "pruned":
             shutil.rmtree(found["dense"])
     found = {name: path for name, path in found.items() if options.only in (None, name)}
@@ -200,7 +200,7 @@ def _cut_again(out: Path, dense: Path, folder: Path, name: str) -> Path:
     gamma = said["gamma"] if own["allocation"] == "global" else None
     shape, scores = shape_from_config(config_json(dense)), read_scores(out / SCORES_FILE)
     plan = make_plan(shape, scores, sparsity=said["sparsity"], gamma=gamma, saliency=said["saliency"], **own)
-    slice_checkpoint(dense, plan, folder)
+    slice_checkpoint(Checkpoint.open(dense), plan, folder)
     return folder
 
 
@@ -215,7 +215,7 @@ def _int8_specs(options: argparse.Namespace, checkpoints: dict[str, Path], work:
         elif is_twin(variant):
             specs[variant] = _spec_of_twin(specs["dense"], config_json(checkpoint)["hidden_size"])
         else:
-            onnx_from_checkpoint(checkpoint, work / "float")
+            onnx_from_checkpoint(Checkpoint.open(checkpoint), work / "float")
             quantize_onnx(
                 work / "float", work / "int8", scheme="int8", calibration=windows, smooth=own.alpha or "none"
             )

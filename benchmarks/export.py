@@ -54,7 +54,8 @@ _OURS = """
 import sys
 from pathlib import Path
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-onnx_from_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), flavor=sys.argv[3])
+from nirvana_deploy.model.checkpoint import Checkpoint
+onnx_from_checkpoint(Checkpoint.open(Path(sys.argv[1])), Path(sys.argv[2]), flavor=sys.argv[3])
 """
 
 _TORCH = """

@@ -24,6 +24,7 @@ from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.export.dtypes import DTYPES
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.worker import peak_rss_bytes
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 
 PEAK_PROMISE_BYTES = 4_000_000_000
@@ -93,7 +94,9 @@ def measured(options: argparse.Namespace, layers: int) -> dict[str, Any]:
 def export_here(work: Path, *, dtype: str, flavor: str) -> None:
     """Worker: export, and report what it cost this process."""
     start, cpu, imported = time.perf_counter(), time.process_time(), peak_rss_bytes()
-    exported = onnx_from_checkpoint(work / "dense", work / "onnx", dtype=dtype, flavor=flavor)
+    exported = onnx_from_checkpoint(
+        Checkpoint.open(work / "dense"), work / "onnx", dtype=dtype, flavor=flavor
+    )
     write_json(
         work / "report.json",
         {

@@ -32,6 +32,7 @@ from nirvana_deploy.engine.profile import Lengths
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.registry import open_runner
@@ -97,7 +98,9 @@ def models_of(
         folder = work / f"onnx-{name}-{form}"
         if not folder.is_dir():
             slots = total_tokens if form == "in-place" else None
-            onnx_from_checkpoint(checkpoint, folder, dtype=DTYPE, flavor=FORMS[form], cache_tokens=slots)
+            onnx_from_checkpoint(
+                Checkpoint.open(checkpoint), folder, dtype=DTYPE, flavor=FORMS[form], cache_tokens=slots
+            )
         targets = (target,) if target is not None and runtime == RTX else None
         built = engine_from_onnx(
             folder,

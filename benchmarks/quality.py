@@ -40,7 +40,7 @@ from nirvana_deploy.calibrate.windows import (
     calibration_data,
     windows_of_text,
 )
-from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_tokenizer
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.divergence import masked_quality
@@ -136,7 +136,7 @@ class Grid:
             seed=seed,
             heldout_sequences=self._options.heldout_windows,
             heldout_len=64,
-            model_path=self._checkpoint,
+            checkpoint=Checkpoint.open(self._checkpoint),
         )
 
     def settings(self, model: str) -> Row:

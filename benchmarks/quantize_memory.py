@@ -26,6 +26,7 @@ from nirvana_deploy.base.artifact import read_json, require_free_bytes, write_js
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.worker import peak_rss_bytes
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.quantize.quantize import SCHEMES, quantize_onnx
 from nirvana_deploy.quantize.weights.low_bit import ROUNDINGS
@@ -92,7 +93,9 @@ def measured(options: argparse.Namespace, layers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=folder, prefix="nirvana-memory-") as temporary:
         work = Path(temporary)
         write_random_checkpoint(work / "checkpoint", config)
-        exported = onnx_from_checkpoint(work / "checkpoint", work / "onnx", dtype=options.dtype, flavor="gqa")
+        exported = onnx_from_checkpoint(
+            Checkpoint.open(work / "checkpoint"), work / "onnx", dtype=options.dtype, flavor="gqa"
+        )
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(work)]
         if subprocess.run(command, check=False).returncode:
             raise SystemExit(f"Quantizing {options.shape} with {layers} layers failed.")

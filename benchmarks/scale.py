@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from nirvana_deploy.base.artifact import read_json, require_free_bytes, write_json
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.measure.worker import peak_rss_bytes
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import INDEX_FILE, SafetensorsWeights, check_weights, expected_shapes
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
@@ -234,7 +234,7 @@ def streamed(options: argparse.Namespace) -> None:
         with stage(stages, "reconstruct"):
             reconstruct_layers(dense, plan, _tokens(options, options.reconstruct), reconstruction)
     with stage(stages, "slice"):
-        slice_checkpoint(dense, plan, options.work / "pruned", reconstruction=reconstruction)
+        slice_checkpoint(Checkpoint.open(dense), plan, options.work / "pruned", reconstruction=reconstruction)
     write_json(
         options.work / "report.json",
         {"stages": stages, "score_parts_s": score_parts(profile), "peak_rss_bytes": peak_rss_bytes()},

@@ -29,7 +29,7 @@ from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.benchmark import Workload, alternate, benchmark, speedups, variant_from_folder
 from nirvana_deploy.measure.worker import WorkerProcess
-from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import default_gamma, make_plan
@@ -52,7 +52,7 @@ def write_checkpoints(name: str, out: Path, *, sparsity: float) -> dict[str, Pat
     shape, scores = shape_of(out / "dense"), score_units(out / "dense", None, saliency="random", seed=0)
     gamma = default_gamma(shape)
     plan = make_plan(shape, scores, sparsity=sparsity, gamma=gamma, round_to=64, saliency="random", seed=0)
-    slice_checkpoint(out / "dense", plan, out / "pruned")
+    slice_checkpoint(Checkpoint.open(out / "dense"), plan, out / "pruned")
     return {"dense": out / "dense", "pruned": out / "pruned"}
 
 
@@ -64,7 +64,7 @@ def shape_of(checkpoint: Path) -> ModelShape:
 def exported(checkpoint: Path, folder: Path) -> dict[str, float]:
     """Export a checkpoint; what it cost, imports left out."""
     wall, cpu = time.perf_counter(), time.process_time()
-    model = onnx_from_checkpoint(checkpoint, folder)
+    model = onnx_from_checkpoint(Checkpoint.open(checkpoint), folder)
     return {
         "wall_s": time.perf_counter() - wall,
         "cpu_s": time.process_time() - cpu,

@@ -60,13 +60,14 @@ def export(
     """
     from nirvana_deploy.base.errors import NirvanaError
     from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+    from nirvana_deploy.model.checkpoint import Checkpoint
     from nirvana_deploy.model.sources import resolve_model
 
     if out.exists() and not force:
         raise NirvanaError(f"{out} exists already.", hint="Pass --force to replace it, or another --out DIR.")
     progress = TerminalProgress()
     exported = onnx_from_checkpoint(
-        resolve_model(model, progress=progress).path,
+        Checkpoint.open(resolve_model(model, progress=progress).path),
         out,
         dtype=dtype,
         flavor=flavor,

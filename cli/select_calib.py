@@ -80,15 +80,14 @@ def select_calib(
       nirvana-deploy select-calib smollm2 --sparsity 0.4 --candidates 1 --gamma auto --saliency nirvana,taylor
     """
     from nirvana_deploy.calibrate.windows import calibration_candidates
-    from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
-    from nirvana_deploy.model.shape import shape_from_config
+    from nirvana_deploy.model.checkpoint import Checkpoint
     from nirvana_deploy.model.sources import resolve_model
     from nirvana_deploy.prune.select import gamma_grid, select_calibration
 
     progress = TerminalProgress()
     source = resolve_model(model, progress=progress)
-    tokenizer = load_tokenizer(source.path)
-    shape = shape_from_config(config_json(source.path))
+    checkpoint = Checkpoint.open(source.path)
+    tokenizer, shape = checkpoint.tokenizer, checkpoint.shape
     names = _listed(corpora)
     sets = [
         calibration_candidates(
@@ -100,7 +99,7 @@ def select_calib(
             seed=seed,
             heldout_sequences=-(-heldout_sequences // len(names)),
             heldout_len=heldout_len,
-            model_path=source.path,
+            checkpoint=checkpoint,
             progress=progress,
         )
         for name in names

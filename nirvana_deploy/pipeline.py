@@ -23,7 +23,7 @@ from nirvana_deploy.export.stage import export
 from nirvana_deploy.measure.benchmark import Workload
 from nirvana_deploy.measure.stage import TasksOn, quality, refresh_quality, speed, tangent_kernel, tasks
 from nirvana_deploy.measure.tasks import require_tasks
-from nirvana_deploy.model.checkpoint import checked_shape, load_tokenizer, model_record
+from nirvana_deploy.model.checkpoint import Checkpoint, model_record
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import BENCHMARK_FILE, CHECKPOINT, PLAN_FILE
@@ -133,7 +133,9 @@ def prune_export(
         saliency_named(name)
     graph = GraphOptions(dtype=dtype_named(dtype), flavor=flavor)
     source = resolve_model(model, progress=progress)
-    shape = checked_shape(source.path, seq_len=seq_len)
+    checkpoint = Checkpoint.open(source.path)
+    checkpoint.require_length(seq_len)
+    shape = checkpoint.shape
     if until != "checkpoint":
         graph.require_fits(shape)
     if reconstruct:
@@ -308,7 +310,7 @@ def prune_by_plan(
     """
     decided = read_plan(plan)
     source = resolve_model(model, progress=progress)
-    check_plan_fits(decided, checked_shape(source.path))
+    check_plan_fits(decided, Checkpoint.open(source.path).shape)
     if decided.reconstruct is not None:
         decided = replace(decided, reconstruct=None)
         progress.note("The plan's model was reconstructed after the cut; a plan alone gives the cut alone.")
@@ -416,10 +418,11 @@ def evaluate_folder(
     if "onnx" in run.manifest["stages"] or not (ntk_windows or task_names):
         windows = None
         if eval_text is not None:
-            checked_shape(out / CHECKPOINT, seq_len=window_tokens or 1)
+            checkpoint = Checkpoint.open(out / CHECKPOINT)
+            checkpoint.require_length(window_tokens or 1)
             windows = evaluation_windows(
                 eval_text,
-                load_tokenizer(out / CHECKPOINT),
+                checkpoint.tokenizer,
                 progress,
                 seq_len=window_tokens,
                 max_sequences=max_windows,

@@ -7,7 +7,6 @@ across machines rounding may tip a sample.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Advance, Progress
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
-from nirvana_deploy.model.families import family_of
+from nirvana_deploy.model.checkpoint import Checkpoint
 
 BATCH_SIZE = 16
 """Windows written side by side; a constant, because the batch decides which random number goes where."""
@@ -26,21 +24,21 @@ _NEUTRAL_STARTS = ("The", "In", "A", "I", "What", "To", "1", "\n")
 
 
 def written_by_model(
-    model_path: Path, tokenizer: Any, *, shapes: dict[int, tuple[int, int]], progress: Progress = SILENT
+    checkpoint: Checkpoint, *, shapes: dict[int, tuple[int, int]], progress: Progress = SILENT
 ) -> dict[int, NDArray[np.int64]]:
-    """Let the model at ``model_path`` write, for each random stream, windows of the shape asked.
+    """Let the model write, for each random stream, windows of the shape asked.
 
     ``shapes`` maps a stream (any non-negative integer: the seed of its random numbers) to (N, T); the result
     maps it to int64 tokens [N, T]. Different streams are independent. The model is loaded once, in fp32.
     Raises NirvanaError for an encoder-decoder.
     """
-    family = family_of(config_json(model_path))
+    family = checkpoint.shape.family
     if family.encoder_decoder:
         raise NirvanaError(
             f"--calib self: only a decoder-only model writes its own calibration text, not {family.name}.",
             hint="Pass --calib pydoc or a text file.",
         )
-    model = load_checkpoint(model_path)
+    model, tokenizer = checkpoint.load(), checkpoint.tokenizer
     starts = _start_tokens(tokenizer)
     steps = sum(-(-count // BATCH_SIZE) * length for count, length in shapes.values())
     with progress.task("Writing calibration text", steps) as advance:

@@ -15,7 +15,7 @@ from nirvana_deploy.calibrate.windows import (
     windows_of_text,
 )
 from nirvana_deploy.calibrate.windows_file import write_windows
-from nirvana_deploy.model.checkpoint import load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer
 from nirvana_deploy.model.sources import ModelFolder
 from nirvana_deploy.output.layout import CALIBRATION_FILE
 from nirvana_deploy.output.run import Run
@@ -45,7 +45,7 @@ def calibrate(
             seed=seed,
             heldout_sequences=HELDOUT_SEQUENCES if eval_text is None else 0,
             heldout_len=HELDOUT_LEN,
-            model_path=source.path,
+            checkpoint=Checkpoint.open(source.path),
             progress=run.progress,
         )
         if eval_text is not None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,9 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.calibrate.texts import SourceText, read_source
+
+if TYPE_CHECKING:
+    from nirvana_deploy.model.checkpoint import Checkpoint
 
 CALIBRATION_SEGMENTS = 4
 """Of each block; one more segment is held out."""
@@ -73,12 +75,12 @@ def calibration_data(
     heldout_sequences: int,
     heldout_len: int,
     draw: int = 0,
-    model_path: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: Progress = SILENT,
 ) -> CalibrationData:
     """Draw N = ``num_sequences`` windows of T = ``seq_len`` tokens, and hold M others out.
 
-    ``source`` is "pydoc" (the language reference inside this Python), "self" (the model at ``model_path``
+    ``source`` is "pydoc" (the language reference inside this Python), "self" (the model of ``checkpoint``
     writes), a name in calib_sets/, or a UTF-8 text or .jsonl file; ``tokenizer`` is the model's, from
     transformers. ``draw`` chooses among a seed's disjoint sets (:func:`calibration_candidates`).
     ``heldout_sequences`` may be 0. Raises NirvanaError for a source that is unknown, unreadable or too short
@@ -93,7 +95,7 @@ def calibration_data(
         calibration_shape=(num_sequences, seq_len),
         heldout_shape=(heldout_sequences, heldout_len),
         seed=seed,
-        model_path=model_path,
+        checkpoint=checkpoint,
         progress=progress,
     )
     return CalibrationData(calibration=sets.calibrations[0], heldout=sets.heldout)
@@ -109,7 +111,7 @@ def calibration_candidates(
     seed: int,
     heldout_sequences: int,
     heldout_len: int,
-    model_path: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: Progress = SILENT,
 ) -> CandidateSets:
     """Draw ``candidates`` calibration sets that share no window, and hold M windows out of all of them.
@@ -127,7 +129,7 @@ def calibration_candidates(
         calibration_shape=(num_sequences, seq_len),
         heldout_shape=(heldout_sequences, heldout_len),
         seed=seed,
-        model_path=model_path,
+        checkpoint=checkpoint,
         progress=progress,
     )
 
@@ -140,7 +142,7 @@ def _candidate_sets(
     calibration_shape: tuple[int, int],
     heldout_shape: tuple[int, int],
     seed: int,
-    model_path: Path | None,
+    checkpoint: Checkpoint | None,
     progress: Progress,
 ) -> CandidateSets:
     num_sequences, seq_len = calibration_shape
@@ -156,7 +158,7 @@ def _candidate_sets(
             raise NirvanaError(f"{name} must be at least {least}, got {value}.")
     if source == "self":
         seeds = [seed + draw for draw in draws]
-        return _written_by_model(model_path, tokenizer, calibration_shape, heldout_shape, seeds, progress)
+        return _written_by_model(checkpoint, tokenizer, calibration_shape, heldout_shape, seeds, progress)
 
     text = read_source(source, progress=progress)
     stream = _token_stream(text.documents, tokenizer, progress)
@@ -316,7 +318,7 @@ def _windows(
 
 
 def _written_by_model(
-    model_path: Path | None,
+    checkpoint: Checkpoint | None,
     tokenizer: Any,
     calibration_shape: tuple[int, int],
     heldout_shape: tuple[int, int],
@@ -326,12 +328,12 @@ def _written_by_model(
     """Calibration from the even random streams 2 x seed, held-out text from stream 1, which no seed gives."""
     from nirvana_deploy.calibrate.selfwrite import written_by_model
 
-    if model_path is None:
+    if checkpoint is None:
         raise NirvanaError(
-            "The calibration source 'self' needs the model's folder, because the model writes it."
+            "The calibration source 'self' needs the model's checkpoint, because the model writes it."
         )
     shapes = {**{2 * seed: calibration_shape for seed in seeds}, 1: heldout_shape}
-    written = written_by_model(model_path, tokenizer, shapes=shapes, progress=progress)
+    written = written_by_model(checkpoint, shapes=shapes, progress=progress)
 
     def windows(stream: int, recorded_seed: int | None) -> TokenWindows:
         tokens = written[stream]

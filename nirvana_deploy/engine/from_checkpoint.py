@@ -23,7 +23,7 @@ from nirvana_deploy.engine.drop_branch import drop_cache_branch
 from nirvana_deploy.engine.profile import Lengths, require_lengths
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE, MODEL_FILE
@@ -128,7 +128,7 @@ def onnx_for_engine(
     exported = out if quantize is None else out.with_name(f".{out.name}-float")
     try:
         onnx_from_checkpoint(
-            checkpoint,
+            Checkpoint.open(checkpoint),
             exported,
             dtype=dtype,
             flavor=look_up(kv, KV_FORMS, what="KV form"),

@@ -22,10 +22,10 @@ from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.export.genai import genai_config
 from nirvana_deploy.export.onnx_seq2seq import save_sharing_weights, seq2seq_graphs, write_consumer_configs
 from nirvana_deploy.export.streaming import streamed_parameters
-from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, config_json, read_config
+from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from nirvana_deploy.model.rope import rotary_frequencies
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
-from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
+from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.weights import WeightSource
 from nirvana_deploy.output.layout import DATA_FILE, MODEL_FILE
 
 _ALIGNMENT_BYTES = 4096  # a page: runtimes can map large tensors straight from the file
@@ -44,7 +44,7 @@ class OnnxFolder:
 
 
 def onnx_from_checkpoint(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     out: Path,
     *,
     dtype: str = "fp32",
@@ -53,23 +53,20 @@ def onnx_from_checkpoint(
     last_logits: bool = False,
     progress: Progress = SILENT,
 ) -> OnnxFolder:
-    """Export a checkpoint folder (dense or pruned) to the ONNX folder ``out``.
+    """Export a checkpoint, dense or pruned, to the ONNX folder ``out``.
 
     ``dtype`` is "fp32", "fp16" or "bf16" (``dtypes.py`` says what stays float32 inside), ``flavor``
     "portable", "gqa" or "static-cache" (``graph.py``), the last with a cache of ``cache_tokens`` slots;
     ``last_logits`` keeps the logits of the last position only.
 
     ``out`` appears whole or not at all, and replaces what was there. Raises NirvanaError for an
-    unsupported architecture, weights that do not fit the config or the dtype, or a disk without room.
+    architecture that these options are not for, weights that do not fit the dtype, or a disk without room.
     """
     options = GraphOptions(
         dtype=dtype_named(dtype), flavor=flavor, cache_tokens=cache_tokens, last_logits=last_logits
     )
-    config = read_config(checkpoint)
-    shape = shape_from_config(config.to_dict())
+    config, shape, weights = checkpoint.pretrained_config, checkpoint.shape, checkpoint.weights
     options.require_fits(shape)
-    weights = SafetensorsWeights(checkpoint)
-    check_weights(weights, shape)
     parameters = shape.linear_parameters + shape.embedding_parameters
     require_free_bytes(out, options.dtype.element_bytes * parameters, what="The ONNX export")
     if shape.family.encoder_decoder:
@@ -80,17 +77,17 @@ def onnx_from_checkpoint(
     with whole_folder(out) as folder, progress.task("Writing ONNX weights", count) as advance:
         if shape.family.encoder_decoder:
             save_sharing_weights(models, folder, alignment=_ALIGNMENT_BYTES, advance=advance)
-            write_consumer_configs(config, checkpoint, folder)
+            write_consumer_configs(config, checkpoint.path, folder)
         else:
             _save(models[MODEL_FILE], folder / MODEL_FILE, advance)
             if options.flavor != "static-cache":  # which onnxruntime-genai cannot drive
                 settings = genai_config(config, shape, filename=MODEL_FILE, flavor=flavor)
                 write_json(folder / "genai_config.json", settings)
-            if "auto_map" not in (stock := config_json(checkpoint)):  # one shape in all layers
-                write_json(folder / "config.json", stock)
+            if "auto_map" not in checkpoint.config:  # one shape in all layers
+                write_json(folder / "config.json", checkpoint.config)
         for name in TOKENIZER_FILES:
-            if (checkpoint / name).is_file():
-                shutil.copyfile(checkpoint / name, folder / name)
+            if (checkpoint.path / name).is_file():
+                shutil.copyfile(checkpoint.path / name, folder / name)
     return OnnxFolder(
         path=out,
         shape=shape,

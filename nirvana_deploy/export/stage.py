@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.sources import ModelFolder
 from nirvana_deploy.output.layout import CHECKPOINT, DENSE_ONNX, ONNX
 from nirvana_deploy.output.run import Run
@@ -16,7 +17,7 @@ def export(run: Run, source: ModelFolder, *, baseline: bool, dtype: str, flavor:
 
     def work(checkpoint: Path, folder: str) -> dict[str, Any]:
         exported = onnx_from_checkpoint(
-            checkpoint, run.out / folder, dtype=dtype, flavor=flavor, progress=run.progress
+            Checkpoint.open(checkpoint), run.out / folder, dtype=dtype, flavor=flavor, progress=run.progress
         )
         return {
             "nodes": exported.nodes,

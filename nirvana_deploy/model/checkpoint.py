@@ -188,17 +188,6 @@ def _quiet_loading() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def checked_shape(checkpoint: Path, *, seq_len: int = 1) -> ModelShape:
-    """The shape of a checkpoint whose config and tensors agree; raises NirvanaError before any work."""
-    config = config_json(checkpoint)
-    shape = shape_from_config(config)
-    check_weights(SafetensorsWeights(checkpoint), shape)
-    longest_tokens = config.get("max_position_embeddings")
-    if longest_tokens is not None and seq_len > longest_tokens:
-        raise NirvanaError(f"seq_len {seq_len} is longer than the model's {longest_tokens} positions.")
-    return shape
-
-
 def model_record(source: ModelFolder) -> dict[str, Any]:
     """What the manifest says about the input, sha256 included."""
     files = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.json")])

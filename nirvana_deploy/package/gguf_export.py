@@ -22,10 +22,8 @@ from nirvana_deploy.base.artifact import require_free_bytes, whole_file
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import look_up
-from nirvana_deploy.model.checkpoint import config_json, read_config
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.rope import rotary_frequencies
-from nirvana_deploy.model.shape import shape_from_config
-from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
 from nirvana_deploy.package.gguf_layout import (
     Architecture,
     GgufTensor,
@@ -56,7 +54,7 @@ class GgufFile:
 
 
 def gguf_from_checkpoint(
-    checkpoint: Path, out: Path, *, weight_type: str = "f16", progress: Progress = SILENT
+    checkpoint: Checkpoint, out: Path, *, weight_type: str = "f16", progress: Progress = SILENT
 ) -> GgufFile:
     """Write a decoder checkpoint, dense or pruned, as the GGUF file ``out``; it appears whole or not at all.
 
@@ -67,17 +65,11 @@ def gguf_from_checkpoint(
     """
     gguf = _gguf()
     look_up(weight_type, GGUF_TYPES, what="GGUF weight type")
-    if not (checkpoint / "config.json").is_file():
-        raise NirvanaError(f"{checkpoint} is not a checkpoint: it has no config.json.")
-    config = config_json(checkpoint)
-    shape = shape_from_config(config)
+    shape, full_config = checkpoint.shape, checkpoint.pretrained_config
     architecture = architecture_for(shape)
-    weights = SafetensorsWeights(checkpoint)
-    check_weights(weights, shape)
-    full_config = read_config(checkpoint)
     frequencies, scaling = rotary_frequencies(full_config, head_dim=shape.head_dim)
     rope = rope_of(architecture, full_config.rope_parameters, frequencies, scaling)
-    tensors = gguf_tensors(architecture, shape, weights, rope_factors=rope.factors)
+    tensors = gguf_tensors(architecture, shape, checkpoint.weights, rope_factors=rope.factors)
     kinds = [_kind(tensor, weight_type) for tensor in tensors]
     needed_bytes = sum(_nbytes(gguf, tensor, kind) for tensor, kind in zip(tensors, kinds, strict=True))
     require_free_bytes(out, needed_bytes, what="The GGUF file")
@@ -88,7 +80,7 @@ def gguf_from_checkpoint(
         writer = gguf.GGUFWriter(partial, architecture.name)
         try:
             _add_metadata(gguf, writer, architecture, values | rope.metadata)
-            _add_plain(writer, tokenizer_metadata(checkpoint, vocab_size=shape.vocab_size, config=config))
+            _add_plain(writer, tokenizer_metadata(checkpoint))
             writer.add_name(out.stem)
             writer.add_file_type(_FILE_TYPES[weight_type])
             if weight_type == "q8_0":

@@ -15,6 +15,7 @@ from typing import Any
 
 from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.checkpoint import Checkpoint
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _NUMBERS_OF = (
@@ -39,27 +40,28 @@ _HINT = "Deploy the ONNX folder instead: nirvana-deploy export CHECKPOINT --out 
 _LONG_AGO = -1e6
 
 
-def tokenizer_metadata(checkpoint: Path, *, vocab_size: int, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``tokenizer.*`` keys of a checkpoint folder with a ``tokenizer.json``, for V = ``vocab_size``.
+def tokenizer_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The ``tokenizer.*`` keys of a checkpoint with a ``tokenizer.json``.
 
     Raises NirvanaError for a folder without one, and for a tokenizer that llama.cpp would read otherwise.
     """
-    if not (checkpoint / "tokenizer.json").is_file():
+    folder = checkpoint.path
+    if not (folder / "tokenizer.json").is_file():
         raise NirvanaError(
-            f"{checkpoint} has no tokenizer.json, which a GGUF file must contain.",
+            f"{folder} has no tokenizer.json, which a GGUF file must contain.",
             hint="Copy the model's tokenizer files into the folder.",
         )
-    tokenizer = read_json(checkpoint / "tokenizer.json")
+    tokenizer = read_json(folder / "tokenizer.json")
     model = tokenizer["model"]
     if model.get("type") != "BPE":
         raise NirvanaError(
             f"A tokenizer of type {model.get('type')!r} is not known here; BPE is.", hint=_HINT
         )
-    pieces, types = _pieces(tokenizer, vocab_size)
+    pieces, types = _pieces(tokenizer, checkpoint.shape.vocab_size)
     found: dict[str, Any] = {
         "tokenizer.ggml.tokens": pieces,
         "tokenizer.ggml.token_type": types,
-        **_special_ids(checkpoint, tokenizer, config),
+        **_special_ids(folder, tokenizer, checkpoint.config),
     }
     if model.get("byte_fallback"):
         return found | _sentencepiece(tokenizer, pieces)
@@ -160,10 +162,10 @@ def _prefixes_space(tokenizer: Mapping[str, Any]) -> bool:
     )
 
 
-def _special_ids(checkpoint: Path, tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _special_ids(folder: Path, tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Ids of the special tokens, whether one goes before every text, and the chat template."""
-    settings = _optional_json(checkpoint / "tokenizer_config.json")
-    generation = _optional_json(checkpoint / "generation_config.json")
+    settings = _optional_json(folder / "tokenizer_config.json")
+    generation = _optional_json(folder / "generation_config.json")
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
     found: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
@@ -184,7 +186,7 @@ def _special_ids(checkpoint: Path, tokenizer: Mapping[str, Any], config: Mapping
         found["tokenizer.ggml.eot_token_id"] = stops[0]
     template = (tokenizer.get("post_processor") or {}).get("single") or []
     found["tokenizer.ggml.add_bos_token"] = bool(template) and "SpecialToken" in template[0]
-    chat = checkpoint / "chat_template.jinja"
+    chat = folder / "chat_template.jinja"
     text = chat.read_text(encoding="utf-8") if chat.is_file() else settings.get("chat_template")
     if isinstance(text, str):
         found["tokenizer.chat_template"] = text

@@ -13,6 +13,7 @@ from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE, ONNX, is_seq2seq
 from nirvana_deploy.output.run import MANIFEST, Run
 from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint
@@ -45,10 +46,11 @@ def package_gguf(
     name = f"{_name_of(source)}-{weight_type}.gguf"
     target = target or source / GGUF_FOLDER / name
     _require_free(target, force)
+    opened = Checkpoint.open(checkpoint)
     made: list[GgufFile] = []
 
     def work() -> dict[str, Any]:
-        made.append(gguf_from_checkpoint(checkpoint, target, weight_type=weight_type, progress=progress))
+        made.append(gguf_from_checkpoint(opened, target, weight_type=weight_type, progress=progress))
         return {key: value for key, value in gguf_record(made[0]).items() if key != "out"}
 
     _record(source, f"gguf-{weight_type}", target, work, progress)

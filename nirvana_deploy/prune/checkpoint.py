@@ -27,14 +27,13 @@ from safetensors.torch import save_file
 from nirvana_deploy.base.artifact import disk_errors, require_free_bytes, whole_folder, write_json
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model import modeling_nirvana
-from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, config_json
+from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from nirvana_deploy.model.families import FAMILIES, Family, family_of
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import (
     INDEX_FILE,
     SafetensorsWeights,
     WeightSource,
-    check_weights,
     expected_shapes,
 )
 from nirvana_deploy.prune.plan import PrunePlan, pruned_shape
@@ -52,7 +51,7 @@ _NOT_INHERITED = (
 
 
 def slice_checkpoint(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     plan: PrunePlan,
     out: Path,
     *,
@@ -67,18 +66,15 @@ def slice_checkpoint(
     ``shard_bytes`` and one tensor. Returns the shape of what was written; its ``family`` is that of the
     config written, which is Mistral where a uniform Llama had to be relabelled (a note says so too).
     """
-    config = config_json(checkpoint)
-    shape = shape_from_config(config)
-    source = SafetensorsWeights(checkpoint)
-    check_weights(source, shape)
+    shape = checkpoint.shape
     smaller = pruned_shape(shape, plan)
-    weights: WeightSource = SlicedWeights(source, shape, plan)
+    weights: WeightSource = SlicedWeights(checkpoint.weights, shape, plan)
     if reconstruction is not None:
         weights = ReplacedWeights(weights, SafetensorsWeights(reconstruction))
     shards = _shards(weights, list(expected_shapes(smaller)), shard_bytes)
     total_bytes = sum(_bytes(weights, name) for shard in shards for name in shard)
     require_free_bytes(out, total_bytes, what="The pruned checkpoint")
-    written = pruned_config(config, plan, shape)
+    written = pruned_config(checkpoint.config, plan, shape)
     family = family_of(written)
     if family != shape.family:
         progress.note(
@@ -93,8 +89,8 @@ def slice_checkpoint(
         if "auto_map" in written:
             shutil.copyfile(Path(modeling_nirvana.__file__), folder / "modeling_nirvana.py")
         for name in TOKENIZER_FILES:
-            if (checkpoint / name).is_file():
-                shutil.copyfile(checkpoint / name, folder / name)
+            if (checkpoint.path / name).is_file():
+                shutil.copyfile(checkpoint.path / name, folder / name)
     return replace(smaller, family=family)
 
 

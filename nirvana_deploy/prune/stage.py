@@ -20,7 +20,7 @@ from nirvana_deploy.calibrate.windows import (
     calibration_candidates,
 )
 from nirvana_deploy.calibrate.windows_file import read_windows, write_windows
-from nirvana_deploy.model.checkpoint import load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import ModelFolder
 from nirvana_deploy.output.layout import CALIBRATION_FILE, CHECKPOINT, PLAN_FILE, RECONSTRUCTION, SCORES_FILE
@@ -80,7 +80,8 @@ def select(
     """
 
     def work() -> dict[str, Any]:
-        tokenizer = load_tokenizer(source.path)
+        opened = Checkpoint.open(source.path)
+        tokenizer = opened.tokenizer
         sets = [
             calibration_candidates(
                 corpus,
@@ -91,7 +92,7 @@ def select(
                 seed=seed,
                 heldout_sequences=2 * SELECTION_SEQUENCES // len(choices.corpora),
                 heldout_len=SELECTION_LEN,
-                model_path=source.path,
+                checkpoint=opened,
                 progress=run.progress,
             )
             for corpus in choices.corpora
@@ -218,7 +219,7 @@ def slice_stage(run: Run, source: ModelFolder, plan: PrunePlan) -> None:
 
     def work() -> dict[str, Any]:
         shape = slice_checkpoint(
-            source.path,
+            Checkpoint.open(source.path),
             plan,
             run.out / CHECKPOINT,
             reconstruction=run.out / RECONSTRUCTION if plan.reconstruct is not None else None,

@@ -23,7 +23,7 @@ from builders.tiny import KINDS, write_tiny
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 
@@ -83,8 +83,13 @@ def test_config_lies_beside_a_graph_that_its_readers_can_run(tiny_llama: Path, t
         checkpoint = tiny_llama
         if allocation != "dense":
             checkpoint = tmp_path / allocation
-            slice_checkpoint(tiny_llama, plan_for(tiny_llama, allocation=allocation), checkpoint)
-        beside = onnx_from_checkpoint(checkpoint, tmp_path / f"{allocation}-onnx").path / "config.json"
+            slice_checkpoint(
+                Checkpoint.open(tiny_llama), plan_for(tiny_llama, allocation=allocation), checkpoint
+            )
+        beside = (
+            onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / f"{allocation}-onnx").path
+            / "config.json"
+        )
         assert beside.is_file() == (allocation != "global")
         if beside.is_file():
             assert config_json(beside.parent) == config_json(checkpoint)
@@ -103,8 +108,8 @@ def jobs_for(
             checkpoint = dense
             if allocation != "dense":
                 checkpoint = folder / f"{kind}-{allocation}"
-                slice_checkpoint(dense, plan_for(dense, allocation=allocation), checkpoint)
-            out = onnx_from_checkpoint(checkpoint, folder / f"{kind}-{allocation}-onnx").path
+                slice_checkpoint(Checkpoint.open(dense), plan_for(dense, allocation=allocation), checkpoint)
+            out = onnx_from_checkpoint(Checkpoint.open(checkpoint), folder / f"{kind}-{allocation}-onnx").path
             order = {"folder": str(out), "kind": "causal", "prompts": PROMPTS.tolist(), "mask": MASK.tolist()}
             jobs.append({**order, "new_tokens": NEW_TOKENS})
             answer = load_checkpoint(checkpoint).generate(

@@ -13,7 +13,7 @@ from builders.tiny import VOCABULARY, write_tokenizer
 from nirvana_deploy.engine.profile import Lengths
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
@@ -71,13 +71,13 @@ def plan_of(dense: Path) -> PrunePlan:
 
 def pruned_model(folder: Path, dense: Path) -> Path:
     """The checkpoint of ``dense`` cut by :func:`plan_of`."""
-    slice_checkpoint(dense, plan_of(dense), folder)
+    slice_checkpoint(Checkpoint.open(dense), plan_of(dense), folder)
     return folder
 
 
 def exported(checkpoint: Path, folder: Path, *, dtype: str = "fp16", in_place: bool = False) -> Path:
     flavor, tokens = ("static-cache", CACHE_TOKENS) if in_place else ("portable", None)
-    onnx_from_checkpoint(checkpoint, folder, dtype=dtype, flavor=flavor, cache_tokens=tokens)
+    onnx_from_checkpoint(Checkpoint.open(checkpoint), folder, dtype=dtype, flavor=flavor, cache_tokens=tokens)
     return folder
 
 

@@ -277,8 +277,11 @@ def test_network_failure_of_a_named_set_is_a_sentence(monkeypatch: pytest.Monkey
 
 def test_model_writes_the_same_for_the_same_seed(tokenizer: Any, tiny_llama: Path) -> None:
     options = {"num_sequences": 18, "seq_len": 6, "heldout_sequences": 2, "heldout_len": 9}
+    from nirvana_deploy.model.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(tiny_llama)
     first, again, other = (
-        drawn("self", tokenizer, model_path=tiny_llama, seed=seed, **options) for seed in (0, 0, 1)
+        drawn("self", tokenizer, checkpoint=checkpoint, seed=seed, **options) for seed in (0, 0, 1)
     )
     assert first.calibration.tokens.shape == (18, 6) and first.heldout.tokens.shape == (2, 9)
     assert np.array_equal(first.calibration.tokens, again.calibration.tokens)
@@ -292,10 +295,10 @@ def test_model_samples_from_its_own_distribution(tiny_llama: Path, tokenizer: An
     import torch
 
     from nirvana_deploy.calibrate.selfwrite import written_by_model
-    from nirvana_deploy.model.checkpoint import load_checkpoint
+    from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint
 
     count = 512
-    tokens = torch.from_numpy(written_by_model(tiny_llama, tokenizer, shapes={7: (count, 2)})[7])
+    tokens = torch.from_numpy(written_by_model(Checkpoint.open(tiny_llama), shapes={7: (count, 2)})[7])
     model = load_checkpoint(tiny_llama)
     with torch.inference_mode():
         probabilities = model(tokens[:, :1]).logits[:, -1].softmax(-1)
@@ -307,5 +310,5 @@ def test_model_samples_from_its_own_distribution(tiny_llama: Path, tokenizer: An
 
 
 def test_self_without_a_model(tokenizer: Any) -> None:
-    with pytest.raises(NirvanaError, match="needs the model's folder"):
+    with pytest.raises(NirvanaError, match="needs the model's checkpoint"):
         drawn("self", tokenizer)

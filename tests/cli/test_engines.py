@@ -21,6 +21,7 @@ from nirvana_deploy.base.artifact import read_json, sha256_of, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.runtime.models import engines_of, models_for
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
@@ -36,8 +37,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished")
     write_tiny(out / "model", "llama-biased")
     write_tiny(out / "checkpoint", "llama-tied")
-    onnx_from_checkpoint(out / "model", out / "dense" / "onnx")
-    onnx_from_checkpoint(out / "checkpoint", out / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(out / "model"), out / "dense" / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(out / "checkpoint"), out / "onnx")
     (out / "engine").mkdir()
     make_engine(out / "engine" / "smaller.engine", out / "onnx")
     files = {name: f"{name}/model.onnx" for name in ("dense/onnx", "onnx")}

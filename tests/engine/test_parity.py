@@ -25,7 +25,7 @@ from onnx import numpy_helper
 from nirvana_deploy.engine.from_checkpoint import onnx_for_engine
 from nirvana_deploy.export.dtypes import DTYPES
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint, load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint, load_tokenizer
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import MODEL_FILE
@@ -100,7 +100,7 @@ def integer_forward(linear: Any, scale: float, outliers: tuple[Array, Array] | N
 
 def int8_spec(checkpoint: Path, work: Path, tokens: Array) -> Int8Spec:
     """The decision of int8, made on the float32 export."""
-    onnx_from_checkpoint(checkpoint, work / "float")
+    onnx_from_checkpoint(Checkpoint.open(checkpoint), work / "float")
     quantize_onnx(work / "float", work / "int8", scheme="int8", calibration=tokens, smooth=0.5)
     return read_spec(work / "int8")
 
@@ -141,7 +141,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruned Qwen3, whose layers differ."""
     folder = tmp_path_factory.mktemp("parity")
     dense = write_tiny(folder / "dense", "qwen3", head_dim=16)
-    slice_checkpoint(dense, plan_for(dense), folder / "pruned")
+    slice_checkpoint(Checkpoint.open(dense), plan_for(dense), folder / "pruned")
     return folder / "pruned"
 
 
@@ -168,7 +168,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     dense, pruned = resolve_model("smollm2").path, tmp_path_factory.mktemp("real") / "pruned"
     scores = score_units(dense, real_tokens(dense), saliency="nirvana")
     plan = make_plan(shape_from_config(config_json(dense)), scores, sparsity=0.4, saliency="nirvana")
-    slice_checkpoint(dense, plan, pruned)
+    slice_checkpoint(Checkpoint.open(dense), plan, pruned)
     return {"dense": dense, "pruned": pruned}
 
 

@@ -15,7 +15,7 @@ from nirvana_deploy.engine.from_checkpoint import engines_from_checkpoint
 from nirvana_deploy.engine.profile import Lengths
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_tokenizer
 from nirvana_deploy.model.shape import ModelShape, shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
@@ -65,7 +65,7 @@ class Engines:
             text = "The capital of France is Paris, and a list in Python is sorted by its method sort. " * 8
             ids = load_tokenizer(self.checkpoints["dense"])(text)["input_ids"]
             exported, out = self.folder / f"{variant}-fp32", self.folder / f"{variant}-int8"
-            onnx_from_checkpoint(self.checkpoints[variant], exported)
+            onnx_from_checkpoint(Checkpoint.open(self.checkpoints[variant]), exported)
             windows = np.array([ids[:32], ids[32:64]])
             quantize_onnx(exported, out, scheme="int8", calibration=windows, smooth=0.8)
             self.specs[variant] = read_spec(out)
@@ -85,7 +85,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
         groups=tuple(rng.lognormal(size=layer.kv_heads) for layer in shape.layers),
         neurons=tuple(rng.lognormal(size=layer.ffn_width) for layer in shape.layers),
     )
-    slice_checkpoint(dense, make_plan(shape, scores, sparsity=0.4, saliency="random"), folder / "pruned")
+    slice_checkpoint(
+        Checkpoint.open(dense), make_plan(shape, scores, sparsity=0.4, saliency="random"), folder / "pruned"
+    )
     return Engines(folder, {"dense": dense, "pruned": folder / "pruned"})
 
 

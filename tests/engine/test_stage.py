@@ -21,6 +21,7 @@ from nirvana_deploy.cli.main import commands
 from nirvana_deploy.engine.drop_branch import drop_cache_branch
 from nirvana_deploy.engine.from_checkpoint import engines_from_checkpoint
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.layout import DECODER_FILE
 from nirvana_deploy.pipeline import prune_by_plan
 from nirvana_deploy.prune.plan import write_plan
@@ -55,7 +56,7 @@ def spec(output: Path, tmp_path_factory: pytest.TempPathFactory) -> Int8Spec:
     """The int8 decision, made on the float32 ONNX."""
     folder = tmp_path_factory.mktemp("int8")
     tokens = np.random.default_rng(0).integers(3, 272, size=(4, 24))
-    onnx_from_checkpoint(output / "checkpoint", folder / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(output / "checkpoint"), folder / "onnx")
     quantize_onnx(folder / "onnx", output / "onnx-int8", scheme="int8", calibration=tokens, smooth=0.5)
     return read_spec(output / "onnx-int8")
 
@@ -180,7 +181,7 @@ def test_an_encoder_decoder_gives_two_engines(tmp_path: Path, kind: str) -> None
 def test_the_rewritten_decoder_computes_what_the_exported_one_does(tmp_path: Path) -> None:
     """First step from an empty cache, later step from a full one; the branch input is gone."""
     folder = tmp_path / "onnx"
-    onnx_from_checkpoint(write_t5(tmp_path / "model", "flan-t5"), folder)
+    onnx_from_checkpoint(Checkpoint.open(write_t5(tmp_path / "model", "flan-t5")), folder)
     path, rng = folder / DECODER_FILE, np.random.default_rng(0)
 
     def session() -> onnxruntime.InferenceSession:
@@ -228,7 +229,7 @@ def test_a_branch_used_otherwise_is_refused(tmp_path: Path) -> None:
 
 def test_both_runtimes_quantize_by_the_same_rules(output: Path, spec: Int8Spec, tmp_path: Path) -> None:
     """Activations per tensor, weights per output channel, zero points 0; ties go to even, as in TensorRT."""
-    onnx_from_checkpoint(output / "checkpoint", tmp_path / "float", dtype="fp16")
+    onnx_from_checkpoint(Checkpoint.open(output / "checkpoint"), tmp_path / "float", dtype="fp16")
     graphs = open_folder(tmp_path / "float")
     apply_to(graphs, spec)
     write_folder(tmp_path / "float", tmp_path / "int8", graphs)
@@ -270,7 +271,9 @@ def test_fp8_weights_build_for_ada_and_newer(output: Path, tmp_path: Path) -> No
     assert (record.quantization, record.targets) == ("fp8", FP8_TARGETS)
     assert record.layers["DEQUANTIZE"] == 14 and record.layers["ATTENTION_INPUT"] == 2
     # the file that was built computes the model, up to the rounding of its weights
-    exported = onnx_from_checkpoint(output / "checkpoint", tmp_path / "float", dtype="fp16").path
+    exported = onnx_from_checkpoint(
+        Checkpoint.open(output / "checkpoint"), tmp_path / "float", dtype="fp16"
+    ).path
     tokens = np.random.default_rng(0).integers(3, 272, size=(2, 9))
     expected, _ = OrtDecoder(exported).prefill(tokens)
     found, _ = OrtDecoder(tmp_path / "q-onnx").prefill(tokens)

@@ -29,7 +29,7 @@ from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.bounds import EncoderDecoderWork, work_of
 from nirvana_deploy.measure.quality import quality_of
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.weights import expected_shapes
 from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
@@ -46,7 +46,7 @@ def write_form(root: Path, kind: str, form: str) -> Path:
     dense = write_t5(root / "dense", kind)
     if form == "dense":
         return dense
-    slice_checkpoint(dense, plan_for(dense, allocation=form), root / "pruned")
+    slice_checkpoint(Checkpoint.open(dense), plan_for(dense, allocation=form), root / "pruned")
     return root / "pruned"
 
 
@@ -55,7 +55,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A checkpoint and its ONNX folder, in every form in turn; read-only."""
     root = tmp_path_factory.mktemp("t5-onnx")
     checkpoint = write_form(root, *request.param.split())
-    onnx_from_checkpoint(checkpoint, root / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(checkpoint), root / "onnx")
     return checkpoint, root / "onnx"
 
 
@@ -161,7 +161,7 @@ def test_transformers_js_generates_the_same(tmp_path: Path, pytestconfig: pytest
     for form in FORMS:
         root = tmp_path / form.replace(" ", "-")
         checkpoint = write_form(root, *form.split())
-        onnx_from_checkpoint(checkpoint, root / "onnx")
+        onnx_from_checkpoint(Checkpoint.open(checkpoint), root / "onnx")
         order = {"folder": str(root / "onnx"), "prompts": prompt.tolist(), "mask": mask.tolist()}
         jobs.append({**order, "new_tokens": 12})
         answers = load_checkpoint(checkpoint).generate(
@@ -270,7 +270,7 @@ def test_a_narrow_failure_is_judged_in_float64(
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_keeps_wide_what_overflows(flan: Path, tmp_path: Path, dtype: str) -> None:
-    onnx_from_checkpoint(flan, tmp_path / "onnx", dtype=dtype)
+    onnx_from_checkpoint(Checkpoint.open(flan), tmp_path / "onnx", dtype=dtype)
     onnx.checker.check_model(tmp_path / "onnx" / DECODER_FILE, full_check=True)
     report = verify_onnx(flan, tmp_path / "onnx", new_tokens=4, threads=1)
     report.require_passed(tmp_path / "onnx")
@@ -291,7 +291,7 @@ def test_sums_beyond_float16_stay_finite(tmp_path: Path) -> None:
         if name.endswith("wo.weight"):
             tensors[name] *= 60_000.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    onnx_from_checkpoint(folder, tmp_path / "onnx", dtype="fp16")
+    onnx_from_checkpoint(Checkpoint.open(folder), tmp_path / "onnx", dtype="fp16")
     prompt, answer = drawn(2, 9), drawn(2, 4, seed=1)
     runner = OrtSeq2Seq(tmp_path / "onnx", threads=1)
     logits, _ = runner.decode(answer, runner.encode(prompt))
@@ -311,7 +311,7 @@ def test_what_an_encoder_decoder_has_not_is_refused(
     flan: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(NirvanaError, match=message):
-        onnx_from_checkpoint(flan, tmp_path / "onnx", **options)
+        onnx_from_checkpoint(Checkpoint.open(flan), tmp_path / "onnx", **options)
     assert not (tmp_path / "onnx").exists()
 
 
@@ -330,13 +330,13 @@ def test_a_config_that_cannot_be_computed_is_refused(
     config.pop("dense_act_fn", None)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(NirvanaError, match=message):
-        onnx_from_checkpoint(folder, tmp_path / "onnx")
+        onnx_from_checkpoint(Checkpoint.open(folder), tmp_path / "onnx")
 
 
 @pytest.fixture
 def copied(flan: Path, tmp_path: Path) -> Path:
     """An ONNX folder of ``flan`` that a test may damage."""
-    onnx_from_checkpoint(flan, tmp_path / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(flan), tmp_path / "onnx")
     return tmp_path / "onnx"
 
 

@@ -25,7 +25,7 @@ from nirvana_deploy.export.decoder import FLAVORS
 from nirvana_deploy.export.dtypes import DTYPES
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.packed import unpacked_names
-from nirvana_deploy.model.checkpoint import load_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.runtime.onnxruntime import decoder as ort
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
@@ -43,7 +43,7 @@ PADDED = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1], [1] * 9, [0, 1, 1, 1, 1, 1, 1, 1
 def exported(checkpoint: Path, out: Path, flavor: str, **options: object) -> Path:
     if flavor == "static-cache":
         options.setdefault("cache_tokens", CACHE_TOKENS)
-    return onnx_from_checkpoint(checkpoint, out, flavor=flavor, **options).path  # type: ignore[arg-type]
+    return onnx_from_checkpoint(Checkpoint.open(checkpoint), out, flavor=flavor, **options).path  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -55,7 +55,9 @@ def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with norms of heads, whose layers differ; read-only."""
     folder = tmp_path_factory.mktemp("qwen3")
-    slice_checkpoint(write_tiny(folder / "dense", "qwen3"), plan_for(folder / "dense"), folder / "pruned")
+    slice_checkpoint(
+        Checkpoint.open(write_tiny(folder / "dense", "qwen3")), plan_for(folder / "dense"), folder / "pruned"
+    )
     return folder / "pruned"
 
 
@@ -70,7 +72,7 @@ def test_every_flavor_equals_torch(dense: Path, tmp_path: Path, allocation: str)
     checkpoint = dense
     if allocation != "dense":
         checkpoint = tmp_path / "checkpoint"
-        slice_checkpoint(dense, plan_for(dense, allocation=allocation), checkpoint)
+        slice_checkpoint(Checkpoint.open(dense), plan_for(dense, allocation=allocation), checkpoint)
     model = load_checkpoint(checkpoint)
     for flavor in FLAVORS:
         decoder = OrtDecoder(exported(checkpoint, tmp_path / flavor, flavor), threads=1)
@@ -149,9 +151,9 @@ def scaled_copy(checkpoint: Path, out: Path, name: str, largest: float) -> Path:
 def test_weights_beyond_float16_are_named(qwen3: Path, tmp_path: Path) -> None:
     checkpoint = scaled_copy(qwen3, tmp_path / "big", "model.layers.1.mlp.up_proj.weight", 7e4)
     with pytest.raises(NirvanaError, match=r"layers\.1\.mlp\.up_proj\.weight' holds 7e\+04.*\n.*bf16"):
-        onnx_from_checkpoint(checkpoint, tmp_path / "onnx", dtype="fp16")
+        onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "onnx", dtype="fp16")
     assert not (tmp_path / "onnx").exists()
-    onnx_from_checkpoint(checkpoint, tmp_path / "onnx", dtype="bf16")
+    onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "onnx", dtype="bf16")
 
 
 def test_norms_survive_squares_beyond_float16(qwen3: Path, tmp_path: Path) -> None:
@@ -355,7 +357,7 @@ def test_options_that_do_not_fit_are_refused(tiny_llama: Path, tmp_path: Path) -
         ({"flavor": "gqa"}, r"multiple of 16 numbers, and head_dim is 8.\nExport with --flavor portable"),
     ):
         with pytest.raises(NirvanaError, match=words):
-            onnx_from_checkpoint(tiny_llama, tmp_path / "onnx", **options)  # type: ignore[arg-type]
+            onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path / "onnx", **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load

@@ -17,7 +17,7 @@ from builders.plans import plan_for
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint, load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint, load_tokenizer
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.runtime.genai import genai_tokens
@@ -41,7 +41,7 @@ def cut(dense: Path, out: Path, allocation: str) -> Path:
     """The dense checkpoint, or a pruned one by random scores."""
     if allocation == "dense":
         return dense
-    slice_checkpoint(dense, plan_for(dense, sparsity=0.2, allocation=allocation), out)
+    slice_checkpoint(Checkpoint.open(dense), plan_for(dense, sparsity=0.2, allocation=allocation), out)
     return out
 
 
@@ -90,7 +90,7 @@ def assert_tokens_of_torch(checkpoint: Path, folder: Path, *, new_tokens: int) -
 )
 def test_layers_that_differ_share_buffers_in_genai_chat_and_stream(dense: Path, tmp_path: Path) -> None:
     checkpoint = cut(dense, tmp_path / "checkpoint", "global")
-    folder = onnx_from_checkpoint(checkpoint, tmp_path / "gqa", flavor="gqa").path
+    folder = onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "gqa", flavor="gqa").path
     settings = json.loads((folder / "genai_config.json").read_text())
     assert settings["search"]["past_present_share_buffer"] is True
     assert_tokens_of_torch(checkpoint, folder, new_tokens=8)
@@ -131,7 +131,7 @@ def test_layers_that_differ_share_buffers_in_genai_chat_and_stream(dense: Path, 
 @pytest.mark.parametrize("allocation", ["dense", "global", "uniform"])
 def test_64_tokens_of_5_prompts(dense: Path, tmp_path: Path, allocation: str, flavor: str) -> None:
     checkpoint = cut(dense, tmp_path / "checkpoint", allocation)
-    folder = onnx_from_checkpoint(checkpoint, tmp_path / "onnx", flavor=flavor).path
+    folder = onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "onnx", flavor=flavor).path
     assert_tokens_of_torch(checkpoint, folder, new_tokens=64)
     assert_rounding_of_torch(checkpoint, folder)
 
@@ -150,7 +150,7 @@ def test_real_weights_in_half_precision(dense: Path, tmp_path: Path, family: str
     slots = 128 if flavor == "static-cache" else None
     for dtype in ("fp32", "fp16", "bf16"):
         folder = onnx_from_checkpoint(
-            checkpoint, tmp_path / dtype, flavor=flavor, dtype=dtype, cache_tokens=slots
+            Checkpoint.open(checkpoint), tmp_path / dtype, flavor=flavor, dtype=dtype, cache_tokens=slots
         ).path
         report = verify_onnx(checkpoint, folder, new_tokens=16)
         assert report.passed, report

@@ -20,6 +20,7 @@ from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.calibrate import stage as calibrate_stage
 from nirvana_deploy.cli.evaluate import evaluate
 from nirvana_deploy.measure.tasks import evaluate_tasks
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.pipeline import evaluate_folder
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import read_plan
@@ -142,7 +143,7 @@ def test_foreign_code_and_unknown_tasks_are_refused(
     with pytest.raises(NirvanaError, match="cannot run nonsense on the pruned model"):
         evaluate_tasks({"pruned": cut / "checkpoint"}, ["nonsense"])
     changed = tmp_path / "changed"
-    slice_checkpoint(cut.parent / "model", read_plan(cut / "plan.json"), changed)
+    slice_checkpoint(Checkpoint.open(cut.parent / "model"), read_plan(cut / "plan.json"), changed)
     with (changed / "modeling_nirvana.py").open("a") as module:
         module.write("import os\n")
     with pytest.raises(NirvanaError, match="not this package's"):

@@ -38,7 +38,7 @@ def test_an_open_checkpoint_is_what_transformers_builds(tiny: Path, tokens: NDAr
 
 def test_a_pruned_checkpoint_opens_with_the_classes_of_this_package(tiny_llama: Path, tmp_path: Path) -> None:
     plan = plan_for(tiny_llama)
-    slice_checkpoint(tiny_llama, plan, tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(tiny_llama), plan, tmp_path / "pruned")
     checkpoint = Checkpoint.open(tmp_path / "pruned")
     assert [layer.kv_heads for layer in checkpoint.shape.layers] == [len(kept) for kept in plan.kept_groups]
     assert type(checkpoint.pretrained_config).__name__ == "NirvanaLlamaConfig"

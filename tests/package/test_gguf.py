@@ -38,7 +38,7 @@ from transformers import (
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.package import package
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint, load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint, load_tokenizer
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.model.weights import SafetensorsWeights
@@ -184,14 +184,21 @@ def test_every_family_generates_its_tokens_in_llama_cpp(llama_cpp: Path, tmp_pat
                 checkpoint = dense
                 if allocation != "dense":
                     checkpoint = tmp_path / f"{kind}-{allocation}"
-                    slice_checkpoint(dense, plan_for(dense, sparsity=0.3, allocation=allocation), checkpoint)
+                    slice_checkpoint(
+                        Checkpoint.open(dense),
+                        plan_for(dense, sparsity=0.3, allocation=allocation),
+                        checkpoint,
+                    )
                 file = tmp_path / f"{kind}-{allocation}.gguf"
                 if architecture is None:
                     with pytest.raises(NirvanaError, match="untied head") as caught:
-                        gguf_from_checkpoint(checkpoint, file)
+                        gguf_from_checkpoint(Checkpoint.open(checkpoint), file)
                     assert "--allocation uniform" in str(caught.value.hint) and not file.exists()
                     continue
-                assert gguf_from_checkpoint(checkpoint, file, weight_type="f32").architecture == architecture
+                assert (
+                    gguf_from_checkpoint(Checkpoint.open(checkpoint), file, weight_type="f32").architecture
+                    == architecture
+                )
                 prompts = prompts_for(checkpoint)
                 jobs.append({"path": str(file), "prompts": prompts, "new_tokens": NEW_TOKENS, "texts": []})
                 checkpoints.append((checkpoint, prompts))
@@ -215,11 +222,11 @@ def test_q8_0_rounds_activations_too(llama_cpp: Path, tmp_path: Path) -> None:
         patch.setitem(KINDS, "wide", lambda: LlamaConfig(**(_size() | size | widths)))
         dense = write_tiny(tmp_path / "dense", "wide")
     save_tokenizer(TOKENIZERS["gpt-2"](), dense)
-    slice_checkpoint(dense, plan_for(dense, sparsity=0.3), tmp_path / "global")
+    slice_checkpoint(Checkpoint.open(dense), plan_for(dense, sparsity=0.3), tmp_path / "global")
     prompts, checkpoints = prompts_for(dense), [dense, tmp_path / "global"]
     jobs = []
     for checkpoint in checkpoints:
-        gguf_from_checkpoint(checkpoint, checkpoint / "q8.gguf", weight_type="q8_0")
+        gguf_from_checkpoint(Checkpoint.open(checkpoint), checkpoint / "q8.gguf", weight_type="q8_0")
         jobs.append({"path": str(checkpoint / "q8.gguf"), "prompts": prompts, "new_tokens": 40, "texts": []})
     for checkpoint, answer in zip(checkpoints, run_llama_cpp(llama_cpp, jobs, tmp_path), strict=True):
         rounded = in_q8_0(load_checkpoint(checkpoint), activations=True)
@@ -239,7 +246,7 @@ def test_llama_cpp_cuts_the_same_tokens(llama_cpp: Path, tmp_path: Path) -> None
         LlamaForCausalLM(config).save_pretrained(checkpoint)
         save_tokenizer(tokenizer, checkpoint)
         file = tmp_path / f"{name}.gguf"
-        gguf_from_checkpoint(checkpoint, file)
+        gguf_from_checkpoint(Checkpoint.open(checkpoint), file)
         jobs.append({"path": str(file), "prompts": [], "new_tokens": 0, "texts": TEXTS})
         fast = load_tokenizer(checkpoint)
         wanted.append([fast(text, add_special_tokens=False)["input_ids"] for text in TEXTS])
@@ -261,7 +268,7 @@ def checkpoint(tmp_path: Path) -> Path:
     """A globally pruned tiny Llama with a tokenizer that GGUF can hold."""
     dense = write_tiny(tmp_path / "dense", "llama-tied")
     save_tokenizer(TOKENIZERS["gpt-2"](), dense)
-    slice_checkpoint(dense, plan_for(dense), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(dense), plan_for(dense), tmp_path / "pruned")
     return tmp_path / "pruned"
 
 
@@ -270,7 +277,7 @@ def checkpoint(tmp_path: Path) -> Path:
 )
 def test_weights_are_those_of_the_checkpoint(checkpoint: Path, weight_type: str, tolerance: float) -> None:
     file = checkpoint.parent / "model.gguf"
-    written = gguf_from_checkpoint(checkpoint, file, weight_type=weight_type)
+    written = gguf_from_checkpoint(Checkpoint.open(checkpoint), file, weight_type=weight_type)
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     assert (len(found), file.stat().st_size) == (written.tensors, written.size_bytes)
     weights = SafetensorsWeights(checkpoint)
@@ -297,7 +304,9 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path / "deep")
     save_tokenizer(TOKENIZERS["gpt-2"](), tmp_path / "deep")
     tracemalloc.start()  # numpy reports its arrays there
-    written = gguf_from_checkpoint(tmp_path / "deep", tmp_path / "deep.gguf", weight_type="f32")
+    written = gguf_from_checkpoint(
+        Checkpoint.open(tmp_path / "deep"), tmp_path / "deep.gguf", weight_type="f32"
+    )
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert written.size_bytes > 40e6 > 6 * peak_bytes
@@ -311,7 +320,7 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(checkpoint: Path) -> Non
         change(tokenizer)
         path.write_text(json.dumps(tokenizer))
         with pytest.raises(NirvanaError, match=match) as caught:
-            gguf_from_checkpoint(checkpoint, checkpoint.parent / "refused.gguf")
+            gguf_from_checkpoint(Checkpoint.open(checkpoint), checkpoint.parent / "refused.gguf")
         assert caught.value.hint and not list(checkpoint.parent.glob("*refused*"))
         path.write_text(before)
 
@@ -322,7 +331,7 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(checkpoint: Path) -> Non
     refused(lambda t: t["model"]["vocab"].update(stranger=VOCABULARY), "'stranger' of id 272")
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(NirvanaError, match=r"no tokenizer\.json"):
-        gguf_from_checkpoint(checkpoint, checkpoint.parent / "refused.gguf")
+        gguf_from_checkpoint(Checkpoint.open(checkpoint), checkpoint.parent / "refused.gguf")
 
 
 def test_models_without_an_architecture_are_refused(tmp_path: Path) -> None:
@@ -330,19 +339,19 @@ def test_models_without_an_architecture_are_refused(tmp_path: Path) -> None:
     yarn = LlamaConfig(**_size(), rope_parameters={**rope, "original_max_position_embeddings": 64})
     LlamaForCausalLM(yarn).save_pretrained(tmp_path / "yarn")
     with pytest.raises(NirvanaError, match="yarn rotary embedding"):
-        gguf_from_checkpoint(tmp_path / "yarn", tmp_path / "yarn.gguf")
+        gguf_from_checkpoint(Checkpoint.open(tmp_path / "yarn"), tmp_path / "yarn.gguf")
     t5 = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=32)
     T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
     with pytest.raises(NirvanaError, match=r"encoder-decoder \(t5\) cannot be written as GGUF"):
-        gguf_from_checkpoint(tmp_path / "t5", tmp_path / "t5.gguf")
+        gguf_from_checkpoint(Checkpoint.open(tmp_path / "t5"), tmp_path / "t5.gguf")
     with pytest.raises(NirvanaError, match="Did you mean 'q8_0'"):
-        gguf_from_checkpoint(tmp_path / "t5", tmp_path / "t5.gguf", weight_type="q8")
+        gguf_from_checkpoint(Checkpoint.open(tmp_path / "t5"), tmp_path / "t5.gguf", weight_type="q8")
 
 
 def test_the_disk_is_asked_first(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(NirvanaError, match="The GGUF file needs about"):
-        gguf_from_checkpoint(checkpoint, checkpoint.parent / "full.gguf")
+        gguf_from_checkpoint(Checkpoint.open(checkpoint), checkpoint.parent / "full.gguf")
     assert not list(checkpoint.parent.glob("*full*"))
 
 
@@ -384,7 +393,7 @@ def test_a_uniform_smollm2_generates_its_tokens(llama_cpp: Path, tmp_path: Path)
     assert all(
         len(layer.kept_groups) < layer.of_groups for layer in plan.layers
     )  # heads go, not neurons alone
-    slice_checkpoint(dense, plan, tmp_path / "checkpoint")
+    slice_checkpoint(Checkpoint.open(dense), plan, tmp_path / "checkpoint")
     tokenizer = load_tokenizer(tmp_path / "checkpoint")
     prompts = [tokenizer(text)["input_ids"] for text in REAL_PROMPTS]
     # Of q8_0 only its loading is asked here. llama.cpp rounds activations to 8 bits then (see the test
@@ -397,7 +406,9 @@ def test_a_uniform_smollm2_generates_its_tokens(llama_cpp: Path, tmp_path: Path)
     jobs = []
     for weight_type in types:
         file = tmp_path / f"{weight_type}.gguf"
-        written = gguf_from_checkpoint(tmp_path / "checkpoint", file, weight_type=weight_type)
+        written = gguf_from_checkpoint(
+            Checkpoint.open(tmp_path / "checkpoint"), file, weight_type=weight_type
+        )
         assert written.architecture == "llama"
         jobs.append(
             {"path": str(file), "prompts": prompts, "new_tokens": 32, "texts": [*REAL_PROMPTS, *TEXTS]}

@@ -28,7 +28,7 @@ from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.package import package
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer
 from nirvana_deploy.package.stage import package_triton
 from nirvana_deploy.package.triton import TritonModel, TritonTensor, triton_from_onnx, write_repository
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
@@ -43,8 +43,8 @@ def onnx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("triton")
     dense = write_tiny(folder / "dense", "llama-tied")
     (dense / "chat_template.jinja").write_text("{{ '<s>' + messages[0]['content'] + ': ' }}")
-    slice_checkpoint(dense, plan_for(dense), folder / "checkpoint")
-    onnx_from_checkpoint(folder / "checkpoint", folder / "onnx")
+    slice_checkpoint(Checkpoint.open(dense), plan_for(dense), folder / "checkpoint")
+    onnx_from_checkpoint(Checkpoint.open(folder / "checkpoint"), folder / "onnx")
     return folder / "onnx"
 
 

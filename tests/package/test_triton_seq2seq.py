@@ -31,6 +31,7 @@ from nirvana_deploy.engine.drop_branch import drop_cache_branch
 from nirvana_deploy.engine.profile import Lengths, profiles_for, shapes_of
 from nirvana_deploy.engine.source import read_source
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.package.triton_seq2seq import triton_from_seq2seq_engines
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
@@ -45,7 +46,7 @@ LENGTHS = Lengths(max_batch=1, max_length=40, opt_prompt=8, opt_length=12)
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("triton-t5")
-    onnx_from_checkpoint(write_t5(root / "model", "t5"), root / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(write_t5(root / "model", "t5")), root / "onnx")
     return root / "onnx"
 
 

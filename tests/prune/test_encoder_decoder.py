@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.selfwrite import written_by_model
 from nirvana_deploy.calibrate.windows import TokenWindows
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.weights import SafetensorsWeights, expected_shapes
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_quality
@@ -115,7 +115,7 @@ def test_streamed_logits_equal_transformers(t5: Path, halves: Tokens) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_sliced_equals_masked(t5: Path, tmp_path: Path, halves: Tokens, seed: int) -> None:
     shape, plan = shape_of(t5), plan_for(t5, seed=seed)
-    slice_checkpoint(t5, plan, tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(t5), plan, tmp_path / "pruned")
     masked = MaskedWeights(SafetensorsWeights(t5), shape, plan)
     expected = StreamedEncoderDecoder(t5, masked, shape).logits(*halves)
     torch.testing.assert_close(logits_of(tmp_path / "pruned", halves), expected, rtol=1e-4, atol=1e-4)
@@ -134,7 +134,7 @@ def test_kl_of_many_plans_equals_that_of_each_pruned_checkpoint(
         dense = logits_of(t5, halves).log_softmax(-1)
         for index, plan in enumerate(plans):
             out = tmp_path / f"{index}-{windows.shape[1]}"
-            slice_checkpoint(t5, plan, out)
+            slice_checkpoint(Checkpoint.open(t5), plan, out)
             pruned = logits_of(out, halves).log_softmax(-1)
             kl = (dense.exp() * (dense - pruned)).sum(-1).mean(1)
             np.testing.assert_allclose(quality.divergence[index], kl, rtol=1e-3)
@@ -163,7 +163,7 @@ def test_the_shared_position_bias_stays_whole_and_is_read_by_head(t5: Path, tmp_
     plan = plan_for(t5)
     for site in ("encoder", "decoder", "cross"):  # what other tests rely on: layers keep different heads
         assert len({layer.kept_groups for layer in plan.layers if layer.site == site}) > 1
-    slice_checkpoint(t5, plan, tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(t5), plan, tmp_path / "pruned")
     name = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     dense, pruned = SafetensorsWeights(t5).load(name), SafetensorsWeights(tmp_path / "pruned").load(name)
     torch.testing.assert_close(dense, pruned, rtol=0, atol=0)
@@ -188,16 +188,16 @@ def test_the_plan_survives_the_disk_and_names_its_sites(t5: Path, tmp_path: Path
 
 
 def test_pruning_twice_keeps_track_of_the_heads(t5: Path, tmp_path: Path, halves: Tokens) -> None:
-    slice_checkpoint(t5, plan_for(t5, sparsity=0.2), tmp_path / "once")
+    slice_checkpoint(Checkpoint.open(t5), plan_for(t5, sparsity=0.2), tmp_path / "once")
     shape, plan = shape_of(tmp_path / "once"), plan_for(tmp_path / "once", sparsity=0.3, seed=6)
-    slice_checkpoint(tmp_path / "once", plan, tmp_path / "twice")
+    slice_checkpoint(Checkpoint.open(tmp_path / "once"), plan, tmp_path / "twice")
     masked = MaskedWeights(SafetensorsWeights(tmp_path / "once"), shape, plan)
     expected = StreamedEncoderDecoder(tmp_path / "once", masked, shape).logits(*halves)
     torch.testing.assert_close(logits_of(tmp_path / "twice", halves), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_save_and_load_give_identical_logits(t5: Path, tmp_path: Path, halves: Tokens) -> None:
-    slice_checkpoint(t5, plan_for(t5), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(t5), plan_for(t5), tmp_path / "pruned")
     load_checkpoint(tmp_path / "pruned").save_pretrained(tmp_path / "again")
     again, pruned = logits_of(tmp_path / "again", halves), logits_of(tmp_path / "pruned", halves)
     torch.testing.assert_close(again, pruned, rtol=0, atol=0)
@@ -205,7 +205,7 @@ def test_save_and_load_give_identical_logits(t5: Path, tmp_path: Path, halves: T
 
 
 def test_cached_generation_equals_the_whole_forward(t5: Path, tmp_path: Path, halves: Tokens) -> None:
-    slice_checkpoint(t5, plan_for(t5), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(t5), plan_for(t5), tmp_path / "pruned")
     model = load_checkpoint(tmp_path / "pruned")
     options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     cached = model.generate(halves[0], **options)
@@ -213,7 +213,7 @@ def test_cached_generation_equals_the_whole_forward(t5: Path, tmp_path: Path, ha
 
 
 def test_a_fresh_process_loads_it_with_transformers_alone(t5: Path, tmp_path: Path, halves: Tokens) -> None:
-    slice_checkpoint(t5, plan_for(t5), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(t5), plan_for(t5), tmp_path / "pruned")
     script = """
 import json, sys
 import torch
@@ -244,7 +244,7 @@ print(json.dumps({"logits": logits[0, -1].tolist(), "shape": list(generated.shap
 
 
 def test_padding_of_the_input_changes_nothing(t5: Path, tmp_path: Path, halves: Tokens) -> None:
-    slice_checkpoint(t5, plan_for(t5), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(t5), plan_for(t5), tmp_path / "pruned")
     model, (encoder, decoder) = load_checkpoint(tmp_path / "pruned"), halves
     padded = torch.nn.functional.pad(encoder, (0, 3), value=5)
     mask = torch.nn.functional.pad(torch.ones_like(encoder), (0, 3))
@@ -255,7 +255,7 @@ def test_padding_of_the_input_changes_nothing(t5: Path, tmp_path: Path, halves: 
 
 def test_a_t5_does_not_write_its_own_calibration_text(t5: Path) -> None:
     with pytest.raises(NirvanaError, match="only a decoder-only model writes its own calibration text"):
-        written_by_model(t5, None, shapes={0: (1, 4)})
+        written_by_model(Checkpoint.open(t5), shapes={0: (1, 4)})
 
 
 def test_the_scorer_of_decoders_refuses_it(t5: Path) -> None:

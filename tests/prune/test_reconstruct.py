@@ -22,7 +22,7 @@ from nirvana_deploy import pipeline
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate import stage as calibrate_stage
 from nirvana_deploy.cli.main import commands
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.output.records import read_records
@@ -136,7 +136,7 @@ def copied(folder: Path, plan: PrunePlan) -> None:
 def cut(folder: Path, plan: PrunePlan, tokens: NDArray[np.int64], out: Path, **options: Any) -> Path:
     """The reconstructed checkpoint."""
     reconstruct_layers(folder, plan, tokens, out / "reconstruction", **options)
-    slice_checkpoint(folder, plan, out / "pruned", reconstruction=out / "reconstruction")
+    slice_checkpoint(Checkpoint.open(folder), plan, out / "pruned", reconstruction=out / "reconstruction")
     return out / "pruned"
 
 
@@ -149,7 +149,7 @@ def test_cut_copies_of_kept_units_cost_nothing(
     plan = plan_for(folder, allocation=allocation)
     copied(folder, plan)
     dense = logits_of(folder, tokens)
-    slice_checkpoint(folder, plan, tmp_path / "plain")
+    slice_checkpoint(Checkpoint.open(folder), plan, tmp_path / "plain")
     assert (logits_of(tmp_path / "plain", tokens) - dense).abs().max() > 0.1
     pruned = cut(folder, plan, tokens, tmp_path, ridge=1e-7)
     torch.testing.assert_close(logits_of(pruned, tokens), dense, rtol=2e-3, atol=2e-3)
@@ -246,7 +246,7 @@ def test_both_stacks_of_an_encoder_decoder_are_refitted(
     assert sorted(expected) == streamed.names()
     for name, weight in expected.items():
         torch.testing.assert_close(streamed.load(name), weight, rtol=2e-3, atol=2e-4)
-    slice_checkpoint(folder, plan, tmp_path / "pruned", reconstruction=tmp_path / "r")
+    slice_checkpoint(Checkpoint.open(folder), plan, tmp_path / "pruned", reconstruction=tmp_path / "r")
     for name in expected:
         assert torch.equal(SafetensorsWeights(tmp_path / "pruned").load(name), streamed.load(name))
 
@@ -255,7 +255,7 @@ def test_the_refitted_model_is_closer_to_the_dense_one(
     tiny: Path, tmp_path: Path, tokens: NDArray[np.int64]
 ) -> None:
     plan, dense = plan_for(tiny), logits_of(tiny, tokens)
-    slice_checkpoint(tiny, plan, tmp_path / "plain")
+    slice_checkpoint(Checkpoint.open(tiny), plan, tmp_path / "plain")
     refitted = cut(tiny, plan, tokens, tmp_path)
     far, near = ((logits_of(one, tokens) - dense).norm() for one in (tmp_path / "plain", refitted))
     assert near < 0.9 * far

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.windows import TokenWindows, calibration_candidates, calibration_data
 from nirvana_deploy.measure.quality import position_scores
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint, load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint, load_tokenizer
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_divergences, masked_quality
@@ -54,7 +54,7 @@ def test_masked_kl_equals_that_of_the_sliced_checkpoint(
     assert found.divergence.shape == found.loss.shape == (2, len(tokens))
     dense = logits_of(tiny, tokens)
     for index, plan in enumerate(plans):
-        slice_checkpoint(tiny, plan, tmp_path / str(index))
+        slice_checkpoint(Checkpoint.open(tiny), plan, tmp_path / str(index))
         sliced = logits_of(tmp_path / str(index), tokens)
         for window, row in enumerate(tokens):
             expected = position_scores(dense[window], sliced[window], row).kl.mean()
@@ -230,9 +230,10 @@ def test_candidates_of_a_text_are_disjoint_and_can_be_drawn_again(tiny_llama: Pa
 
 
 def test_candidates_that_the_model_writes_are_its_seeds(tiny_llama: Path) -> None:
-    tokenizer = load_tokenizer(tiny_llama)
+    checkpoint = Checkpoint.open(tiny_llama)
+    tokenizer = checkpoint.tokenizer
     sizes = {"num_sequences": 2, "seq_len": 8, "heldout_sequences": 2, "heldout_len": 8}
-    sets = calibration_candidates("self", tokenizer, candidates=2, seed=3, model_path=tiny_llama, **sizes)
+    sets = calibration_candidates("self", tokenizer, candidates=2, seed=3, checkpoint=checkpoint, **sizes)
     assert [one.seed for one in sets.calibrations] == [3, 4]
-    again = calibration_data("self", tokenizer, seed=4, model_path=tiny_llama, **sizes)
+    again = calibration_data("self", tokenizer, seed=4, checkpoint=checkpoint, **sizes)
     np.testing.assert_array_equal(again.calibration.tokens, sets.calibrations[1].tokens)

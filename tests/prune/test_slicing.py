@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SilentProgress
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
@@ -37,7 +37,7 @@ def test_the_plan_makes_layers_differ(tiny_llama: Path) -> None:
 def test_sliced_equals_masked(tiny: Path, tmp_path: Path, tokens: NDArray[np.int64], seed: int) -> None:
     shape = shape_from_config(config_json(tiny))
     plan = plan_for(tiny, seed=seed)
-    slice_checkpoint(tiny, plan, tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(tiny), plan, tmp_path / "pruned")
     masked = MaskedWeights(SafetensorsWeights(tiny), shape, plan)
     expected = StreamedModel(tiny, masked, shape).logits(torch.from_numpy(tokens))
     dense = logits_of(tiny, tokens)
@@ -65,7 +65,7 @@ def test_views_leave_the_source_alone(tiny_llama: Path) -> None:
 
 
 def test_save_and_load_give_identical_logits(tiny: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
-    slice_checkpoint(tiny, plan_for(tiny), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(tiny), plan_for(tiny), tmp_path / "pruned")
     model = load_checkpoint(tmp_path / "pruned")
     model.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(
@@ -75,8 +75,8 @@ def test_save_and_load_give_identical_logits(tiny: Path, tmp_path: Path, tokens:
 
 def test_shards_hold_the_same_tensors(tiny_llama: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
     plan = plan_for(tiny_llama)
-    slice_checkpoint(tiny_llama, plan, tmp_path / "one")
-    slice_checkpoint(tiny_llama, plan, tmp_path / "many", shard_bytes=40_000)
+    slice_checkpoint(Checkpoint.open(tiny_llama), plan, tmp_path / "one")
+    slice_checkpoint(Checkpoint.open(tiny_llama), plan, tmp_path / "many", shard_bytes=40_000)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     torch.testing.assert_close(
         logits_of(tmp_path / "many", tokens), logits_of(tmp_path / "one", tokens), rtol=0, atol=0
@@ -85,7 +85,7 @@ def test_shards_hold_the_same_tensors(tiny_llama: Path, tmp_path: Path, tokens: 
 
 def test_bf16_weights_stay_bf16(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "dense", "llama-tied", dtype=torch.bfloat16)
-    slice_checkpoint(folder, plan_for(folder), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(folder), plan_for(folder), tmp_path / "pruned")
     tensors = load_file(tmp_path / "pruned" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
@@ -99,7 +99,7 @@ def test_bf16_weights_stay_bf16(tmp_path: Path) -> None:
 def test_a_fresh_process_loads_it_with_transformers_alone(
     tiny: Path, tmp_path: Path, tokens: NDArray[np.int64]
 ) -> None:
-    slice_checkpoint(tiny, plan_for(tiny), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(tiny), plan_for(tiny), tmp_path / "pruned")
     script = """
 import json, sys
 import torch
@@ -176,7 +176,7 @@ def test_a_uniform_checkpoint_is_stock(
         plan_for(folder, sparsity=sparsity, allocation="uniform"),
         shape_from_config(config_json(folder)),
     )
-    written = slice_checkpoint(folder, plan, tmp_path / "pruned")
+    written = slice_checkpoint(Checkpoint.open(folder), plan, tmp_path / "pruned")
     assert written == shape_from_config(config_json(tmp_path / "pruned"))
     assert (written.layers[0].query_heads, written.family.architecture) == (heads, architecture)
     assert not list((tmp_path / "pruned").glob("*.py"))
@@ -206,7 +206,7 @@ def test_relabelling_is_said(tmp_path: Path) -> None:
             notes.append(text)
 
     plan = plan_for(folder, sparsity=0.2, allocation="uniform")
-    slice_checkpoint(folder, plan, tmp_path / "pruned", progress=Notes())
+    slice_checkpoint(Checkpoint.open(folder), plan, tmp_path / "pruned", progress=Notes())
     assert len(notes) == 1 and "MistralForCausalLM" in notes[0] and "10 heads" in notes[0]
 
 
@@ -215,7 +215,7 @@ def test_a_uniform_llama_with_biases_that_does_not_fit_travels_with_its_code(
 ) -> None:
     folder = write_six_groups(tmp_path / "dense", attention_bias=True)
     plan, shape = plan_for(folder, sparsity=0.2, allocation="uniform"), shape_from_config(config_json(folder))
-    slice_checkpoint(folder, plan, tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(folder), plan, tmp_path / "pruned")
     assert (tmp_path / "pruned" / "modeling_nirvana.py").is_file()
     masked = MaskedWeights(SafetensorsWeights(folder), shape, plan)
     expected = StreamedModel(folder, masked, shape).logits(torch.from_numpy(tokens))
@@ -225,7 +225,7 @@ def test_a_uniform_llama_with_biases_that_does_not_fit_travels_with_its_code(
 def test_a_pruned_checkpoint_can_be_scored_again(
     tiny_llama: Path, tmp_path: Path, tokens: NDArray[np.int64]
 ) -> None:
-    slice_checkpoint(tiny_llama, plan_for(tiny_llama, sparsity=0.2), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(tiny_llama), plan_for(tiny_llama, sparsity=0.2), tmp_path / "pruned")
     shape = shape_from_config(config_json(tmp_path / "pruned"))
     scores = score_units(tmp_path / "pruned", tokens)
     assert [len(groups) for groups in scores.groups] == [layer.kv_heads for layer in shape.layers]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.quantize.quantize import quantize_onnx
@@ -42,7 +43,7 @@ def nodes_of(path: Path, operator: str) -> list[onnx.NodeProto]:
 @pytest.mark.parametrize("scheme", ["w8", "w4"])
 def test_rows_are_the_rounded_rows(tmp_path: Path, tokens: NDArray[np.int64], kind: str, scheme: str) -> None:
     checkpoint = write_tiny(tmp_path / "dense", kind)
-    source = onnx_from_checkpoint(checkpoint, tmp_path / "onnx").path
+    source = onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "onnx").path
     done = quantize_onnx(source, tmp_path / scheme, scheme=scheme, block_size=BLOCK, head=True)
     holder = "lm_head" if kind in TIED else TABLE
     assert done.record["embeddings"] == {TABLE: f"codes of {holder}"}
@@ -61,7 +62,7 @@ def test_rows_are_the_rounded_rows(tmp_path: Path, tokens: NDArray[np.int64], ki
 def test_a_tied_embedding_is_not_stored_again(
     tmp_path: Path, tiny_llama: Path, tokens: NDArray[np.int64]
 ) -> None:
-    source = onnx_from_checkpoint(tiny_llama, tmp_path / "onnx").path
+    source = onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path / "onnx").path
     sizes, floats = {}, {}
     for head in (False, True):
         folder = quantize_onnx(source, tmp_path / str(head), scheme="w4", block_size=BLOCK, head=head).path
@@ -82,7 +83,7 @@ def test_a_tied_embedding_is_not_stored_again(
 def test_int8_for_onnx_runtime_alone(tmp_path: Path, tokens: NDArray[np.int64], flavor: str) -> None:
     """8-bit rows of its own, since the head's product has its codes in another layout."""
     checkpoint = write_tiny(tmp_path / "dense", "llama-tied", head_dim=16)
-    source = onnx_from_checkpoint(checkpoint, tmp_path / "onnx", flavor=flavor).path
+    source = onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "onnx", flavor=flavor).path
     done = quantize_onnx(
         source, tmp_path / "int8", scheme="int8", calibration=tokens, smooth="none", head=True
     )
@@ -101,7 +102,7 @@ def test_int8_for_onnx_runtime_alone(tmp_path: Path, tokens: NDArray[np.int64], 
 @pytest.mark.parametrize("kind", ["t5", "flan-t5"])
 def test_both_graphs_of_an_encoder_decoder_read_the_same_codes(tmp_path: Path, kind: str) -> None:
     checkpoint = write_t5(tmp_path / "t5", kind)
-    source = onnx_from_checkpoint(checkpoint, tmp_path / "onnx").path
+    source = onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "onnx").path
     done = quantize_onnx(source, tmp_path / "w4", scheme="w4", block_size=BLOCK, head=True)
     holder = "lm_head" if kind == "t5" else "shared"
     assert done.record["embeddings"] == {"shared": f"codes of {holder}"}
@@ -125,7 +126,7 @@ def test_both_graphs_of_an_encoder_decoder_read_the_same_codes(tmp_path: Path, k
 
 def test_what_stays_float(tmp_path: Path, tiny_llama: Path) -> None:
     """No head asked for, rows that are no whole blocks, and graphs that TensorRT reads too."""
-    source = onnx_from_checkpoint(tiny_llama, tmp_path / "onnx").path
+    source = onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path / "onnx").path
     for name, options, said in (
         ("headless", {"block_size": BLOCK}, {}),
         ("blocks", {"head": True}, {TABLE: "float: rows of 48 numbers are no whole blocks of 32"}),
@@ -138,7 +139,7 @@ def test_what_stays_float(tmp_path: Path, tiny_llama: Path) -> None:
 
 
 def test_half_precision_rows(tmp_path: Path, tiny_llama: Path, tokens: NDArray[np.int64]) -> None:
-    source = onnx_from_checkpoint(tiny_llama, tmp_path / "onnx", dtype="fp16").path
+    source = onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path / "onnx", dtype="fp16").path
     done = quantize_onnx(source, tmp_path / "w4", scheme="w4", block_size=BLOCK, head=True)
     session = onnxruntime.InferenceSession(done.path / "model.onnx", providers=["CPUExecutionProvider"])
     assert session.get_outputs()[0].type == "tensor(float16)"

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.quantize.graph.files import read_initializer
 from nirvana_deploy.quantize.graph.linears import OnnxGraph, open_folder, write_folder
 from nirvana_deploy.quantize.int8.rewrite import quantize_linear
@@ -28,7 +29,7 @@ from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 @pytest.fixture(scope="module")
 def llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX folder of the tied tiny Llama."""
-    return onnx_from_checkpoint(tiny_llama, tmp_path_factory.mktemp("linears") / "onnx").path
+    return onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path_factory.mktemp("linears") / "onnx").path
 
 
 def test_every_linear_is_found_with_its_role_and_weight(llama: Path, tiny_llama: Path) -> None:
@@ -172,7 +173,9 @@ def test_a_folder_is_not_written_over_its_source(llama: Path) -> None:
 
 
 def test_biased_and_untied_models_have_the_same_roles(tmp_path: Path) -> None:
-    folder = onnx_from_checkpoint(write_tiny(tmp_path / "m", "llama-biased"), tmp_path / "onnx").path
+    folder = onnx_from_checkpoint(
+        Checkpoint.open(write_tiny(tmp_path / "m", "llama-biased")), tmp_path / "onnx"
+    ).path
     (graph,) = open_folder(folder)
     head = graph.linears[-1]
     assert head.name == "lm_head" and head.role == "head" and not head.transposed
@@ -189,7 +192,9 @@ def _peak_bytes(tmp_path: Path, layers: int) -> int:
         vocab_size=64,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / f"model{layers}")
-    folder = onnx_from_checkpoint(tmp_path / f"model{layers}", tmp_path / f"onnx{layers}").path
+    folder = onnx_from_checkpoint(
+        Checkpoint.open(tmp_path / f"model{layers}"), tmp_path / f"onnx{layers}"
+    ).path
     tracemalloc.start()
     (graph,) = open_folder(folder)
     for linear in graph.linears:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.quantize.lint import Finding, lint
 from nirvana_deploy.quantize.quantize import quantize_onnx
 
@@ -25,7 +26,7 @@ Change = Callable[[onnx.GraphProto], None]
 def int8(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama in int8."""
     folder = tmp_path_factory.mktemp("lint")
-    onnx_from_checkpoint(tiny_llama, folder / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(tiny_llama), folder / "onnx")
     tokens = np.random.default_rng(3).integers(3, 200, size=(2, 16))
     quantize_onnx(folder / "onnx", folder / "int8", scheme="int8", calibration=tokens, smooth="none")
     return folder / "int8"

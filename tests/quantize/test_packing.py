@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.packed import packed_name, parent_of, unpacked_names
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.quantize.coverage import coverage_of
 from nirvana_deploy.quantize.graph.files import read_initializer
@@ -35,8 +36,8 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A pruned model of each kind, whose layers differ, in the flavor for ONNX Runtime."""
     folder = tmp_path_factory.mktemp("packing") / request.param
     checkpoint = write_tiny(folder / "dense", request.param, head_dim=HEAD_DIM)
-    slice_checkpoint(checkpoint, plan_for(checkpoint), folder / "checkpoint")
-    return onnx_from_checkpoint(folder / "checkpoint", folder / "onnx", flavor="gqa").path
+    slice_checkpoint(Checkpoint.open(checkpoint), plan_for(checkpoint), folder / "checkpoint")
+    return onnx_from_checkpoint(Checkpoint.open(folder / "checkpoint"), folder / "onnx", flavor="gqa").path
 
 
 def test_an_exported_graph_opens_as_the_linears_of_its_checkpoint(
@@ -121,7 +122,7 @@ def test_attention_takes_them_packed_unless_heads_are_normed(source: Path, tmp_p
 def test_a_graph_that_tensorrt_reads_stays_apart(
     tiny_llama: Path, tmp_path: Path, tokens: NDArray[np.int64]
 ) -> None:
-    source = onnx_from_checkpoint(tiny_llama, tmp_path / "onnx").path
+    source = onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path / "onnx").path
     for scheme, writing in (("int8", "ort"), ("w4", "tensorrt")):
         folder = quantize_onnx(
             source, tmp_path / scheme, scheme=scheme, calibration=tokens, smooth="none", writing=writing
@@ -136,7 +137,7 @@ def test_different_decisions_are_not_packed(
 ) -> None:
     """What --keep-fp leaves in float stays apart, and the siblings that remain are packed."""
     checkpoint = write_tiny(tmp_path / "dense", "mistral", head_dim=HEAD_DIM)
-    source = onnx_from_checkpoint(checkpoint, tmp_path / "onnx", flavor="gqa").path
+    source = onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "onnx", flavor="gqa").path
     done = quantize_onnx(
         source, tmp_path / "int8", scheme="int8", calibration=tokens, smooth="none", keep_fp=5
     )
@@ -166,7 +167,7 @@ def test_different_decisions_are_not_packed(
 def test_a_packed_linear_that_runs_in_float_is_missed_with_all_it_holds(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    source = onnx_from_checkpoint(tiny_llama, tmp_path / "onnx").path
+    source = onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path / "onnx").path
     folder = quantize_onnx(source, tmp_path / "w4", scheme="w4").path
     promised = [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
     assert coverage_of(folder, promised).missing == ()

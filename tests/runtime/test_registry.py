@@ -24,6 +24,7 @@ from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.benchmark import _device_times
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess, serve
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.providers import available, tensorrt_options
 from nirvana_deploy.runtime.registry import open_runner, runtime_for
@@ -44,7 +45,7 @@ from nirvana_deploy.verify.compare import (
 @pytest.fixture(scope="module")
 def folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runners") / "onnx"
-    onnx_from_checkpoint(tiny_llama, folder)
+    onnx_from_checkpoint(Checkpoint.open(tiny_llama), folder)
     return folder
 
 
@@ -220,7 +221,7 @@ def test_an_engine_that_computes_the_same_passes(folder: Path, engine: Path) -> 
 
 def test_other_weights_do_not_pass(folder: Path, tmp_path: Path) -> None:
     write_tiny(tmp_path / "other", "llama-biased")
-    onnx_from_checkpoint(tmp_path / "other", tmp_path / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(tmp_path / "other"), tmp_path / "onnx")
     report = compare_runners(
         OrtDecoder(folder, threads=1),
         OrtDecoder(tmp_path / "onnx", threads=1),

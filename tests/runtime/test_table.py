@@ -14,6 +14,7 @@ from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.worker import serve
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.runtime.doctor import examine
 from nirvana_deploy.runtime.models import models_for
@@ -26,7 +27,7 @@ from nirvana_deploy.verify.stage import compare_in
 def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder whose pruned model is a tiny one, with an engine beside it."""
     out = tmp_path_factory.mktemp("finished")
-    onnx_from_checkpoint(tiny_llama, out / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(tiny_llama), out / "onnx")
     (out / "checkpoint").symlink_to(tiny_llama)
     manifest = {"schema": 1, "options": {}, "stages": {"onnx": {"files": {}, "result": {}}}}
     (out / "manifest.json").write_text(json.dumps(manifest))

@@ -15,7 +15,7 @@ from builders.tiny import write_tiny
 
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
@@ -28,8 +28,8 @@ STANDARD_OPERATORS = {"", "ai.onnx"}
 def pruned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint, ONNX folder) of a pruned model of each kind."""
     folder = tmp_path_factory.mktemp("pruned")
-    slice_checkpoint(tiny, plan_for(tiny), folder / "checkpoint")
-    onnx_from_checkpoint(folder / "checkpoint", folder / "onnx")
+    slice_checkpoint(Checkpoint.open(tiny), plan_for(tiny), folder / "checkpoint")
+    onnx_from_checkpoint(Checkpoint.open(folder / "checkpoint"), folder / "onnx")
     return folder / "checkpoint", folder / "onnx"
 
 
@@ -49,7 +49,7 @@ def test_the_pruned_graph_equals_its_checkpoint(pruned: tuple[Path, Path]) -> No
 
 
 def test_the_dense_graph_equals_its_checkpoint(tiny: Path, tmp_path: Path) -> None:
-    onnx_from_checkpoint(tiny, tmp_path / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(tiny), tmp_path / "onnx")
     assert verify_onnx(tiny, tmp_path / "onnx", new_tokens=8).passed
 
 
@@ -91,7 +91,7 @@ def test_weights_lie_in_one_relative_file(pruned: tuple[Path, Path], tmp_path: P
 
 def test_the_export_is_deterministic(tiny_llama: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        onnx_from_checkpoint(tiny_llama, tmp_path / name)
+        onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path / name)
     for file in ("model.onnx", "model.onnx.data", "genai_config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -102,7 +102,7 @@ def test_a_sharded_checkpoint_gives_the_same_bytes(tmp_path: Path, dtype: torch.
     shards = write_tiny(tmp_path / "shards", "mistral", dtype=dtype, max_shard_size="50KB")
     assert len(list(shards.glob("model-*.safetensors"))) > 2
     for folder in (whole, shards):
-        onnx_from_checkpoint(folder, folder / "onnx")
+        onnx_from_checkpoint(Checkpoint.open(folder), folder / "onnx")
     for file in ("model.onnx", "model.onnx.data", "genai_config.json"):
         assert (whole / "onnx" / file).read_bytes() == (shards / "onnx" / file).read_bytes()
 
@@ -113,7 +113,7 @@ def test_a_rope_that_depends_on_length_is_refused(tmp_path: Path) -> None:
     config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(NirvanaError, match="rope_type 'dynamic'"):
-        onnx_from_checkpoint(folder, tmp_path / "onnx")
+        onnx_from_checkpoint(Checkpoint.open(folder), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 
@@ -130,7 +130,7 @@ def test_scaled_rotary_embeddings_are_exported(tmp_path: Path, rope: dict[str, o
         **(extra if rope["rope_type"] == "llama3" else {}),
     }
     (folder / "config.json").write_text(json.dumps(config))
-    onnx_from_checkpoint(folder, tmp_path / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(folder), tmp_path / "onnx")
     assert verify_onnx(folder, tmp_path / "onnx", new_tokens=4).passed
 
 

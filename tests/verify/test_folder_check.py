@@ -17,7 +17,7 @@ from nirvana_deploy import NirvanaError
 from nirvana_deploy.base.errors import VerificationError
 from nirvana_deploy.cli.verify import verify
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_tokenizer
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.package.triton import triton_from_onnx
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the 
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint, ONNX folder); read-only."""
     folder = tmp_path_factory.mktemp("exported")
-    onnx_from_checkpoint(write_tiny(folder / "checkpoint", "qwen3"), folder / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(write_tiny(folder / "checkpoint", "qwen3")), folder / "onnx")
     return folder / "checkpoint", folder / "onnx"
 
 
@@ -147,7 +147,7 @@ def test_an_invalid_graph(exported: tuple[Path, Path], folder: Path) -> None:
 
 def test_a_graph_of_another_cut(exported: tuple[Path, Path], folder: Path, tmp_path: Path) -> None:
     plan = plan_for(exported[0])
-    slice_checkpoint(exported[0], plan, tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(exported[0]), plan, tmp_path / "pruned")
     with pytest.raises(NirvanaError, match=r"holds 3 KV heads of 16 numbers, its checkpoint [12] of 16"):
         check_folder(folder, tmp_path / "pruned")
     check_plan_was_cut(plan, shape_from_config(config_json(tmp_path / "pruned")))

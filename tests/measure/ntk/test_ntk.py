@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.measure.ntk.kernels import kernels_of, removed_part
 from nirvana_deploy.measure.ntk.study import NtkStudy, measure_ntk
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
@@ -82,7 +82,7 @@ def test_streamed_kernels_equal_autograd_and_masked_equals_sliced(
     assert_near(np.diag(found.whole.kernels.adam), gradients.abs().sum(dim=1))
     np.testing.assert_allclose(found.values, values, rtol=1e-5)
 
-    slice_checkpoint(tiny, plan, tmp_path / "sliced")
+    slice_checkpoint(Checkpoint.open(tiny), plan, tmp_path / "sliced")
     values, gradients = by_hand(tmp_path / "sliced", windows)
     [cut] = found.cuts
     assert_near(cut.kernels.adam, gradients @ gradients.sign().T)

@@ -16,6 +16,7 @@ from builders.tiny_t5 import write_t5
 from numpy.typing import NDArray
 
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.quantize.graph.layer_runner import Runner
 from nirvana_deploy.quantize.graph.linears import open_folder, write_folder
@@ -31,7 +32,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruned Qwen2 checkpoint, with biases."""
     folder = tmp_path_factory.mktemp("forms")
     dense = write_tiny(folder / "dense", "qwen2")
-    slice_checkpoint(dense, plan_for(dense), folder / "pruned")
+    slice_checkpoint(Checkpoint.open(dense), plan_for(dense), folder / "pruned")
     return folder / "pruned"
 
 
@@ -40,8 +41,8 @@ def t5(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     """ONNX folder of a pruned T5 of each kind."""
     folder = tmp_path_factory.mktemp("t5-int8")
     dense = write_t5(folder / "dense", request.param)
-    slice_checkpoint(dense, t5_plan_for(dense), folder / "pruned")
-    onnx_from_checkpoint(folder / "pruned", folder / "onnx")
+    slice_checkpoint(Checkpoint.open(dense), t5_plan_for(dense), folder / "pruned")
+    onnx_from_checkpoint(Checkpoint.open(folder / "pruned"), folder / "onnx")
     return folder / "onnx"
 
 
@@ -49,10 +50,10 @@ def t5(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 def test_other_flavors_are_quantized_alike(tmp_path: Path, tokens: NDArray[np.int64], flavor: str) -> None:
     dense = write_tiny(tmp_path / "dense", "qwen3")
     pruned = tmp_path / "pruned"
-    slice_checkpoint(dense, plan_for(dense), pruned)
-    onnx_from_checkpoint(pruned, tmp_path / "portable")
+    slice_checkpoint(Checkpoint.open(dense), plan_for(dense), pruned)
+    onnx_from_checkpoint(Checkpoint.open(pruned), tmp_path / "portable")
     cache_tokens = 32 if flavor == "static-cache" else None
-    onnx_from_checkpoint(pruned, tmp_path / flavor, flavor=flavor, cache_tokens=cache_tokens)
+    onnx_from_checkpoint(Checkpoint.open(pruned), tmp_path / flavor, flavor=flavor, cache_tokens=cache_tokens)
     specs, found = [], []
     for name in ("portable", flavor):
         folder = tmp_path / name
@@ -67,8 +68,8 @@ def test_other_flavors_are_quantized_alike(tmp_path: Path, tokens: NDArray[np.in
 
 
 def test_the_decision_fits_a_float16_export(pruned: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
-    onnx_from_checkpoint(pruned, tmp_path / "fp32")
-    onnx_from_checkpoint(pruned, tmp_path / "fp16", dtype="fp16")
+    onnx_from_checkpoint(Checkpoint.open(pruned), tmp_path / "fp32")
+    onnx_from_checkpoint(Checkpoint.open(pruned), tmp_path / "fp16", dtype="fp16")
     done = quantize_onnx(tmp_path / "fp32", tmp_path / "int8", scheme="int8", calibration=tokens, smooth=0.6)
     half = apply_spec(tmp_path / "fp16", read_spec(done.path), tmp_path / "fp16-int8")
     model = onnx.load(half.path / "model.onnx")

@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.quantize.coverage import coverage_of, slow_host_note
 from nirvana_deploy.quantize.graph.layer_runner import Runner
@@ -39,14 +40,14 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """ONNX folder of a pruned model of each kind: layers differ in heads and widths."""
     folder = tmp_path_factory.mktemp("int8")
     checkpoint = write_tiny(folder / "dense", request.param)
-    slice_checkpoint(checkpoint, plan_for(checkpoint), folder / "checkpoint")
-    return onnx_from_checkpoint(folder / "checkpoint", folder / "onnx").path
+    slice_checkpoint(Checkpoint.open(checkpoint), plan_for(checkpoint), folder / "checkpoint")
+    return onnx_from_checkpoint(Checkpoint.open(folder / "checkpoint"), folder / "onnx").path
 
 
 @pytest.fixture(scope="module")
 def llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ONNX folder of the dense tiny Llama."""
-    return onnx_from_checkpoint(tiny_llama, tmp_path_factory.mktemp("int8") / "onnx").path
+    return onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path_factory.mktemp("int8") / "onnx").path
 
 
 def _initializers(folder: Path) -> dict[str, NDArray[np.generic]]:

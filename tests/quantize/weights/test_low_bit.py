@@ -26,6 +26,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.packed import unpacked_names
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.quantize.coverage import INTEGER_OPERATORS
 from nirvana_deploy.quantize.graph.layer_parts import Cut, session_of
@@ -48,14 +49,14 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """ONNX folder of a pruned model of each kind: layers differ, and widths are no multiple of a block."""
     folder = tmp_path_factory.mktemp("low-bit")
     checkpoint = write_tiny(folder / "dense", request.param)
-    slice_checkpoint(checkpoint, plan_for(checkpoint), folder / "checkpoint")
-    return onnx_from_checkpoint(folder / "checkpoint", folder / "onnx").path
+    slice_checkpoint(Checkpoint.open(checkpoint), plan_for(checkpoint), folder / "checkpoint")
+    return onnx_from_checkpoint(Checkpoint.open(folder / "checkpoint"), folder / "onnx").path
 
 
 @pytest.fixture(scope="module")
 def llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ONNX folder of the dense tiny Llama."""
-    return onnx_from_checkpoint(tiny_llama, tmp_path_factory.mktemp("low-bit") / "onnx").path
+    return onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path_factory.mktemp("low-bit") / "onnx").path
 
 
 def stored_weight(folder: Path, linear: Linear, among: Sequence[Linear]) -> NDArray[np.float32]:
@@ -214,8 +215,8 @@ def test_genai_and_ort_generate_the_same(
 ) -> None:
     needs("onnxruntime_genai")
     checkpoint = write_tiny(tmp_path / "dense", "qwen2", head_dim=HEAD_DIM)
-    slice_checkpoint(checkpoint, plan_for(checkpoint), tmp_path / "pruned")
-    source = onnx_from_checkpoint(tmp_path / "pruned", tmp_path / "onnx", flavor=flavor).path
+    slice_checkpoint(Checkpoint.open(checkpoint), plan_for(checkpoint), tmp_path / "pruned")
+    source = onnx_from_checkpoint(Checkpoint.open(tmp_path / "pruned"), tmp_path / "onnx", flavor=flavor).path
     calibration = tokens if scheme == "int8" else None
     folder = quantize_onnx(
         source,
@@ -244,7 +245,7 @@ def test_every_flavor_and_dtype(
     checkpoint = write_tiny(tmp_path / "dense", "qwen3", head_dim=HEAD_DIM)
     cache_tokens = 64 if flavor == "static-cache" else None
     source = onnx_from_checkpoint(
-        checkpoint, tmp_path / "onnx", flavor=flavor, dtype=dtype, cache_tokens=cache_tokens
+        Checkpoint.open(checkpoint), tmp_path / "onnx", flavor=flavor, dtype=dtype, cache_tokens=cache_tokens
     ).path
     result = quantize_onnx(source, tmp_path / "q", scheme="w4", calibration=tokens, writing=writing)
     assert result.coverage.found == result.coverage.promised == 21
@@ -255,7 +256,7 @@ def test_every_flavor_and_dtype(
 def test_bf16_for_tensorrt_without_running_it(tmp_path: Path) -> None:
     """No CPU kernel computes bf16: the numbers are checked in the file."""
     checkpoint = write_tiny(tmp_path / "dense", "llama-tied")
-    source = onnx_from_checkpoint(checkpoint, tmp_path / "onnx", dtype="bf16").path
+    source = onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "onnx", dtype="bf16").path
     (graph,) = open_folder(source)
     linear = graph.linears[0]
     bfloat16 = linear.dtype.numpy()
@@ -356,10 +357,10 @@ def test_layer_by_layer_counts_what_the_whole_graph_gives(
     tmp_path: Path, tokens: NDArray[np.int64], scheme: str, writing: str, flavor: str
 ) -> None:
     checkpoint = write_tiny(tmp_path / "dense", "qwen2", head_dim=HEAD_DIM)
-    slice_checkpoint(checkpoint, plan_for(checkpoint), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(checkpoint), plan_for(checkpoint), tmp_path / "pruned")
     cache_tokens = 64 if flavor == "static-cache" else None
     source = onnx_from_checkpoint(
-        tmp_path / "pruned", tmp_path / "onnx", flavor=flavor, cache_tokens=cache_tokens
+        Checkpoint.open(tmp_path / "pruned"), tmp_path / "onnx", flavor=flavor, cache_tokens=cache_tokens
     ).path
     result = quantize_onnx(
         source, tmp_path / "q", scheme=scheme, writing=writing, calibration=tokens, smooth="none", head=True
@@ -382,7 +383,7 @@ def test_values_of_one_layer_at_a_time_are_those_of_the_whole_graph(
     """gqa too, where a layer's last sum and the next one's norm are one operator."""
     checkpoint = write_tiny(tmp_path / "dense", "qwen2", head_dim=HEAD_DIM)
     for flavor in ("portable", "gqa"):
-        source = onnx_from_checkpoint(checkpoint, tmp_path / flavor, flavor=flavor).path
+        source = onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / flavor, flavor=flavor).path
         (graph,) = open_folder(source)
         names = sorted({str(linear.x.name) for linear in graph.linears})
         expected = session_outputs(source, tokens[:1], names)

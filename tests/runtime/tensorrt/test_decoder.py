@@ -23,6 +23,7 @@ from builders.fake_tensorrt import (
 from nirvana_deploy.base.artifact import read_json, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.tensorrt.decoder import TensorRTRunner
 from nirvana_deploy.runtime.tensorrt.memory import plan_memory
@@ -42,8 +43,10 @@ def form(request: pytest.FixtureRequest) -> str:
 def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same small model with a cache of either form."""
     root = tmp_path_factory.mktemp("engine-forms")
-    onnx_from_checkpoint(tiny_llama, root / "concat")
-    onnx_from_checkpoint(tiny_llama, root / "in-place", flavor="static-cache", cache_tokens=TOTAL_TOKENS)
+    onnx_from_checkpoint(Checkpoint.open(tiny_llama), root / "concat")
+    onnx_from_checkpoint(
+        Checkpoint.open(tiny_llama), root / "in-place", flavor="static-cache", cache_tokens=TOTAL_TOKENS
+    )
     return {form: root / form for form in FORMS}
 
 

@@ -25,6 +25,7 @@ from nirvana_deploy.engine.stage import engines_from_onnx_folder
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.benchmark import _device_times
 from nirvana_deploy.measure.worker import RoundSample, serve
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq, TeacherForced, teacher_forced
 from nirvana_deploy.runtime.tensorrt.decoder import TensorRTRunner, open_engine
@@ -41,7 +42,7 @@ FILES = {"encoder": ENCODER_FILE, "decoder": DECODER_FILE}
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder as it is exported: ONNX Runtime runs it."""
     root = tmp_path_factory.mktemp("seq2seq")
-    onnx_from_checkpoint(write_t5(root / "model", request.param), root / "onnx")
+    onnx_from_checkpoint(Checkpoint.open(write_t5(root / "model", request.param)), root / "onnx")
     return root / "onnx"
 
 
@@ -194,7 +195,7 @@ def test_an_onnx_folder_is_built_from_a_copy_without_the_branch(tmp_path: Path) 
     """With the real builder: it refuses the decoder as it is exported."""
     needs("tensorrt_rtx")
     folder = tmp_path / "onnx"
-    onnx_from_checkpoint(write_t5(tmp_path / "model", "t5"), folder, dtype="fp16")
+    onnx_from_checkpoint(Checkpoint.open(write_t5(tmp_path / "model", "t5")), folder, dtype="fp16")
     before = (folder / DECODER_FILE).read_bytes()
     paths = engines_from_onnx_folder(folder, folder / "engine", name="t5", lengths=LENGTHS)
     assert [path.name for path in paths] == ["t5-encoder.engine", "t5-decoder.engine"]

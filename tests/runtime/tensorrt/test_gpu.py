@@ -21,6 +21,7 @@ from nirvana_deploy.engine.stage import engines_from_onnx_folder
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.worker import WorkerProcess
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
 from nirvana_deploy.runtime.onnxruntime.providers import available
@@ -65,7 +66,7 @@ def folder(request: pytest.FixtureRequest, form: str, tmp_path_factory: pytest.T
     write_tiny(root / "checkpoint", request.param)
     in_place = form == "in-place"
     onnx_from_checkpoint(
-        root / "checkpoint",
+        Checkpoint.open(root / "checkpoint"),
         root / "onnx",
         dtype="fp16",
         flavor=FLAVORS[form],
@@ -154,7 +155,7 @@ def test_the_engines_of_an_encoder_decoder_compute_what_onnxruntime_does(
     runtime: str, target: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "onnx"
-    onnx_from_checkpoint(write_t5(tmp_path / "model", "flan-t5"), folder, dtype="fp16")
+    onnx_from_checkpoint(Checkpoint.open(write_t5(tmp_path / "model", "flan-t5")), folder, dtype="fp16")
     options = BuilderOptions(runtime, targets=(target,) if runtime == "tensorrt-rtx" else None)
     _, decoder = engines_from_onnx_folder(folder, tmp_path / "engine", lengths=LENGTHS, options=options)
     reference = OrtSeq2Seq(folder, in_float32=True)

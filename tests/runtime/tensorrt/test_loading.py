@@ -34,6 +34,7 @@ from nirvana_deploy.engine.build import engine_from_onnx
 from nirvana_deploy.engine.profile import Lengths
 from nirvana_deploy.engine.targets import BuilderOptions, configure
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.tensorrt.decoder import TensorRTRunner, open_engine
 from nirvana_deploy.runtime.tensorrt.loading import load_engine, tensorrt_module
@@ -187,7 +188,11 @@ def test_the_record_of_a_real_build_drives_the_runner(tmp_path: Path, in_place: 
     cache_tokens = 48 if in_place else None
     flavor = "static-cache" if in_place else "portable"
     onnx_from_checkpoint(
-        tmp_path / "checkpoint", tmp_path / "onnx", dtype="fp16", flavor=flavor, cache_tokens=cache_tokens
+        Checkpoint.open(tmp_path / "checkpoint"),
+        tmp_path / "onnx",
+        dtype="fp16",
+        flavor=flavor,
+        cache_tokens=cache_tokens,
     )
     lengths = Lengths(max_batch=2, max_length=48, opt_prompt=8, opt_length=24)
     built = engine_from_onnx(
