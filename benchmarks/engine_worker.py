@@ -16,7 +16,7 @@ from typing import Any
 
 from nirvana_deploy.base.machine import peak_rss_bytes
 from nirvana_deploy.engine.build import engine_from_onnx
-from nirvana_deploy.engine.profile import Lengths
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.runtime.tensorrt.record import EngineRecord
 
 _PRELUDE = b"__myln_cast___myln_bf16___myln_bool(__myln_bool x)"

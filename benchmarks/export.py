@@ -36,7 +36,8 @@ import onnx
 
 from nirvana_deploy.base.artifact import read_json, write_json
 from nirvana_deploy.base.machine import measured_environment
-from nirvana_deploy.measure.benchmark import Workload, alternate, speedups, summary
+from nirvana_deploy.measure.benchmark import alternate, speedups, summary
+from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.sources import resolve_model

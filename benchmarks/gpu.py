@@ -28,10 +28,11 @@ from typing import Any
 from nirvana_deploy.base.artifact import read_json, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.engine.build import engine_from_onnx
-from nirvana_deploy.engine.profile import Lengths
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
+from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
+from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder

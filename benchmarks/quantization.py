@@ -37,8 +37,9 @@ from nirvana_deploy.base.artifact import read_json, write_json
 from nirvana_deploy.calibrate.texts import read_text_file
 from nirvana_deploy.calibrate.windows import calibration_data, windows_of_text
 from nirvana_deploy.calibrate.windows_file import read_windows
-from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
+from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
 from nirvana_deploy.measure.quality import quality_of
+from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.model.checkpoint import load_tokenizer
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import variant_named

@@ -27,7 +27,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.measure.benchmark import Workload, alternate, benchmark, speedups, variant_from_folder
+from nirvana_deploy.measure.benchmark import alternate, benchmark, speedups, variant_from_folder
+from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.worker import WorkerProcess
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json
 from nirvana_deploy.model.shape import ModelShape, shape_from_config

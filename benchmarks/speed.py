@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.base.artifact import read_json, write_json
-from nirvana_deploy.measure.benchmark import Variant, Workload, benchmark, variant_from_folder
+from nirvana_deploy.measure.benchmark import Variant, benchmark, variant_from_folder
+from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.prune.plan import dense_shape, read_plan
 

@@ -3,57 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .common import TerminalProgress, echo_json, echo_table, json_option, runtime_option, threads_option
+from nirvana_deploy.measure.recipe import Workload
+from nirvana_deploy.runtime.recipe import Place
+
+from .common import TerminalProgress, echo_json, echo_table
+from .options import json_option, recipe_options, taken
 
 
 @click.command("benchmark")
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option(
-    "--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Prompt length."
-)
-@click.option(
-    "--new-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens decoded."
-)
-@click.option(
-    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Prompts at a time."
-)
-@click.option(
-    "--repeats", type=click.IntRange(min=1), default=11, show_default=True, help="Rounds that count."
-)
-@runtime_option
-@threads_option
+@recipe_options(Workload)
+@recipe_options(Place, without=("threads",))
 @json_option
-def benchmark(
-    out: Path,
-    prompt_tokens: int,
-    new_tokens: int,
-    batch_size: int,
-    repeats: int,
-    runtime: str | None,
-    threads: int | None,
-    as_json: bool,
-) -> None:
+def benchmark(out: Path, runtime: str | None, as_json: bool, **options: Any) -> None:
     """Measure OUT again, dense and pruned in turn, and rewrite its benchmark.json and report.
 
     \b
     Example:
       nirvana-deploy benchmark smollm2-s0.4 --prompt-tokens 512 --repeats 21
     """
-    from nirvana_deploy import pipeline
-    from nirvana_deploy.measure.benchmark import Workload
+    from nirvana_deploy.pipeline.folder import benchmark_folder
     from nirvana_deploy.report.table import summary_table
 
-    workload = Workload(
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch_size=batch_size,
-        repeats=repeats,
-        threads=threads,
-    )
-    result = pipeline.benchmark_folder(out, workload=workload, runtime=runtime, progress=TerminalProgress())
+    workload = taken(Workload, options)
+    result = benchmark_folder(out, workload, runtime=runtime, progress=TerminalProgress())
     if as_json:
         echo_json(result)
         return

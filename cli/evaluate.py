@@ -3,75 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
-from .common import TerminalProgress, echo_json, echo_table, json_option, runtime_option, threads_option
+from nirvana_deploy.measure.recipe import Evaluation
+from nirvana_deploy.runtime.recipe import Place
+
+from .common import TerminalProgress, echo_json, echo_table
+from .options import json_option, recipe_options, taken
 
 
 @click.command("evaluate")
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option(
-    "--eval-text",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Text to measure on. [the windows that calibration held out]",
-)
-@click.option(
-    "--window",
-    "window_tokens",
-    type=click.IntRange(min=2),
-    default=None,
-    help="Tokens a window of --eval-text, for example 512 or 2048. [256]",
-)
-@click.option(
-    "--max-windows",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Windows of --eval-text, from its beginning. [16]",
-)
-@click.option("--ntk", is_flag=True, help="Also measure how far the cut changed the tangent kernel.")
-@click.option(
-    "--ntk-windows",
-    type=click.IntRange(min=1),
-    default=4,
-    show_default=True,
-    help="Held-out windows that --ntk reads.",
-)
-@click.option("--tasks", default=None, help="Tasks of lm-evaluation-harness, comma-separated: piqa,arc_easy.")
-@click.option(
-    "--tasks-on",
-    type=click.Choice(["onnx", "checkpoint", "both"]),
-    default=None,
-    help="Which models --tasks runs on. [onnx, where there is one: what is deployed]",
-)
-@click.option(
-    "--include-path",
-    "task_folder",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Folder with the yaml files of further tasks.",
-)
-@click.option("--limit", type=click.IntRange(min=1), default=None, help="Examples of each task. [all]")
-@runtime_option
-@threads_option
+@recipe_options(Evaluation, Place)
 @json_option
-def evaluate(
-    out: Path,
-    eval_text: Path | None,
-    window_tokens: int | None,
-    max_windows: int | None,
-    ntk: bool,
-    ntk_windows: int,
-    tasks: str | None,
-    tasks_on: Literal["onnx", "checkpoint", "both"] | None,
-    task_folder: Path | None,
-    limit: int | None,
-    runtime: str | None,
-    threads: int | None,
-    as_json: bool,
-) -> None:
+def evaluate(out: Path, as_json: bool, **options: Any) -> None:
     """Measure perplexity, and KL against dense, of the ONNX models in OUT; rewrites the report.
 
     \b
@@ -81,26 +28,14 @@ def evaluate(
       nirvana-deploy evaluate smollm2-s0.4 --tasks piqa,arc_easy --limit 100
       nirvana-deploy evaluate smollm2-s0.4 --tasks mine --include-path my-tasks
     """
-    from nirvana_deploy.pipeline import evaluate_folder
+    from nirvana_deploy.pipeline.folder import evaluate_folder
 
-    if tasks is None and (tasks_on or task_folder or limit):
+    recipe, place = taken(Evaluation, options), taken(Place, options)
+    if recipe.tasks is None and (recipe.tasks_on or recipe.task_folder or recipe.limit):
         raise click.UsageError("--tasks-on, --include-path and --limit are about --tasks; it is missing.")
-    if eval_text is None and (window_tokens or max_windows):
+    if recipe.eval_text is None and (recipe.window_tokens or recipe.max_windows):
         raise click.UsageError("--window and --max-windows cut --eval-text into windows; it is missing.")
-    result = evaluate_folder(
-        out,
-        eval_text=eval_text,
-        window_tokens=window_tokens,
-        max_windows=max_windows,
-        ntk_windows=ntk_windows if ntk else None,
-        task_names=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
-        task_limit=limit,
-        task_folder=task_folder,
-        tasks_on=tasks_on,
-        threads=threads,
-        runtime=runtime,
-        progress=TerminalProgress(),
-    )
+    result = evaluate_folder(out, recipe, place, progress=TerminalProgress())
     if as_json:
         echo_json(result)
         return

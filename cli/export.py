@@ -3,52 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .common import TerminalProgress, echo_json, json_option
+from nirvana_deploy.export.recipe import Graph
+
+from .common import TerminalProgress, echo_json
+from .options import json_option, recipe_options
 
 
 @click.command("export")
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="ONNX folder to write.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
-    default="fp32",
-    show_default=True,
-    help="Type of weights, activations, KV cache and logits; norms and angles stay float32.",
-)
-@click.option(
-    "--flavor",
-    type=click.Choice(["portable", "gqa", "static-cache"]),
-    default="portable",
-    show_default=True,
-    help="How the KV cache is kept: concatenated (standard operators), by GroupQueryAttention (ONNX Runtime, "
-    "onnxruntime-genai), or at a fixed length and updated in place (engines).",
-)
-@click.option(
-    "--cache-length",
-    "cache_tokens",
-    type=click.IntRange(min=1),
-    help="Tokens that the cache of static-cache holds, prompt and answer together.",
-)
-@click.option(
-    "--last-logits",
-    is_flag=True,
-    help="Logits of the last position only: enough for one prompt, or prompts of one length.",
-)
+@recipe_options(Graph)
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @json_option
 def export(
     model: str,
     out: Path,
-    dtype: str,
-    flavor: str,
-    cache_tokens: int | None,
-    last_logits: bool,
     force: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Export MODEL, a checkpoint folder (dense or pruned), an alias or a hub id, to ONNX in OUT.
 
@@ -69,18 +45,15 @@ def export(
     exported = onnx_from_checkpoint(
         Checkpoint.open(resolve_model(model, progress=progress).path),
         out,
-        dtype=dtype,
-        flavor=flavor,
-        cache_tokens=cache_tokens,
-        last_logits=last_logits,
+        **options,
         progress=progress,
     )
     if as_json:
         echo_json(
             {
                 "out": str(out),
-                "dtype": dtype,
-                "flavor": flavor,
+                "dtype": options["dtype"],
+                "flavor": options["flavor"],
                 "nodes": exported.nodes,
                 "weights_bytes": exported.weights_bytes,
             }

@@ -4,42 +4,21 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .common import echo_json, json_option, runtime_option, threads_option
+from nirvana_deploy.runtime.recipe import Generation, Place
+
+from .common import echo_json
+from .options import json_option, recipe_options, taken
 
 
 @click.command("generate")
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
-@click.option("--prompt", required=True, help="Text to continue.")
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    help="Longest answer.",
-)
-@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
-@click.option(
-    "--tokenizer",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=None,
-    help="Folder with the tokenizer. [the model's own, or the one of its output folder]",
-)
-@runtime_option
-@threads_option
+@recipe_options(Generation, Place)
 @json_option
-def generate(
-    path: Path,
-    prompt: str,
-    max_new_tokens: int,
-    chat: bool,
-    tokenizer: Path | None,
-    runtime: str | None,
-    threads: int | None,
-    as_json: bool,
-) -> None:
+def generate(path: Path, as_json: bool, **options: Any) -> None:
     """Stream an answer from PATH: an output folder, an ONNX folder or an engine file. Greedy.
 
     \b
@@ -50,16 +29,17 @@ def generate(
     from nirvana_deploy.runtime.registry import open_runner
     from nirvana_deploy.runtime.text import load_text_side, model_in, stream_text, tokenizer_folder
 
+    asked, place = taken(Generation, options), taken(Place, options)
     model = model_in(path)
-    text_side, stops = load_text_side(tokenizer_folder(model, given=tokenizer))
-    with open_runner(model, runtime=runtime, threads=threads) as runner:
+    text_side, stops = load_text_side(tokenizer_folder(model, given=asked.tokenizer))
+    with open_runner(model, runtime=place.runtime, threads=place.threads) as runner:
         answer = stream_text(
             runner,
             text_side,
-            prompt,
-            max_new_tokens=max_new_tokens,
+            asked.prompt,
+            max_new_tokens=asked.max_new_tokens,
             stops=stops,
-            chat=chat,
+            chat=asked.chat,
             on_text=None if as_json else lambda text: click.echo(text, nl=False),
         )
     if as_json:

@@ -14,6 +14,7 @@ from nirvana_deploy.base.errors import NirvanaError
 # name -> (module, attribute, help line); spelled out so that --help imports none of them
 _COMMANDS = {
     "prune-export": ("prune_export", "The whole job: prune, export, verify, measure, report."),
+    "recipe": ("recipe", "Show everything that a job would do, as recipe.toml, without running it."),
     "prune": ("prune", "Score a model and cut it: plan.json and a smaller checkpoint."),
     "select-calib": ("select_calib", "Choose calibration text, gamma and saliency by KL divergence."),
     "export": ("export", "Export a checkpoint, dense or pruned, to an ONNX folder."),

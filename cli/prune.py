@@ -7,18 +7,13 @@ from typing import Any
 
 import click
 
-from .common import (
-    TerminalProgress,
-    command_line,
-    echo_json,
-    json_option,
-    pruning_options,
-    require_sparsity,
-)
+from .common import TerminalProgress, command_line, echo_json
+from .job import folder_options, job_from, model_argument, pruning_options, recipe_option
+from .options import json_option
 
 
 @click.command("prune")
-@click.argument("model")
+@model_argument
 @pruning_options
 @click.option(
     "--plan",
@@ -27,8 +22,19 @@ from .common import (
     default=None,
     help="Cut by this plan.json instead of scoring; needs --out.",
 )
+@recipe_option
+@folder_options
 @json_option
-def prune(model: str, plan_file: Path | None, as_json: bool, **options: Any) -> None:
+def prune(
+    model: str | None,
+    plan_file: Path | None,
+    recipe_file: Path | None,
+    out: Path | None,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Score MODEL, decide what goes, and write plan.json and checkpoint/.
 
     'nirvana-deploy prune-export' with the same options and --resume continues from there.
@@ -39,23 +45,23 @@ def prune(model: str, plan_file: Path | None, as_json: bool, **options: Any) -> 
       nirvana-deploy prune smollm2 --sparsity 0.4 --reconstruct --out smollm2-refitted
       nirvana-deploy prune smollm2 --plan smollm2-small/plan.json --out again
     """
-    if plan_file is None:
-        require_sparsity(options)
-    elif options["out"] is None:
+    if plan_file is not None and out is None:
         raise click.UsageError("--plan needs --out DIR.")
-    elif options["reconstruct"]:
+    if plan_file is not None and options["reconstruct"]:
         raise click.UsageError(
             "--plan reads no calibration text, which --reconstruct needs; pass --sparsity."
         )
-    from nirvana_deploy import pipeline
+    if plan_file is not None and model is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
+    shared: dict[str, Any] = {"force": force, "command": command_line(), "progress": TerminalProgress()}
+    job = None if plan_file is not None else job_from(model, recipe_file, options)
+    from nirvana_deploy.pipeline.prune_export import prune_by_plan, run_job
 
-    out: Path
-    shared: dict[str, Any] = {"command": command_line(), "progress": TerminalProgress()}
-    if plan_file is not None:
-        out, force = options["out"], options["force"]
-        plan = pipeline.prune_by_plan(model, plan=plan_file, out=out, force=force, **shared)
+    if job is None:
+        assert model is not None and plan_file is not None and out is not None
+        plan = prune_by_plan(model, plan=plan_file, out=out, **shared)
     else:
-        done = pipeline.prune_export(model, until="checkpoint", **shared, **options)
+        done = run_job(job, out=out, until="checkpoint", resume=resume, **shared)
         out, plan = done.out, done.plan
     budget = plan.budget
     if as_json:

@@ -2,71 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from .common import (
-    TerminalProgress,
-    command_line,
-    echo_json,
-    echo_table,
-    json_option,
-    pruning_options,
-    require_sparsity,
-    threads_option,
-)
+from .common import TerminalProgress, command_line, echo_json, echo_table
+from .job import deployment_options, folder_options, job_from, model_argument, pruning_options, recipe_option
+from .options import json_option
+from .recipe import show
 
 
 @click.command("prune-export")
-@click.argument("model")
+@model_argument
 @pruning_options
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
-    default="fp32",
-    show_default=True,
-    help="Type of weights, activations and KV cache in the ONNX graphs.",
-)
-@click.option(
-    "--flavor",
-    type=click.Choice(["portable", "gqa"]),
-    default="portable",
-    show_default=True,
-    help="Standard operators, or GroupQueryAttention of ONNX Runtime with a shared KV buffer.",
-)
-@click.option(
-    "--baseline/--no-baseline",
-    default=True,
-    show_default=True,
-    help="Export and measure the dense model too.",
-)
-@click.option(
-    "--benchmark/--no-benchmark", "run_benchmark", default=True, show_default=True, help="Measure latency."
-)
-@click.option(
-    "--quantize",
-    multiple=True,
-    type=click.Choice(["int8", "w8", "w4"]),
-    help="Quantize the pruned model too, on the same calibration set; may be repeated. "
-    "int8: weights and activations; w8, w4: weights alone.",
-)
-@click.option(
-    "--quantize-head",
-    is_flag=True,
-    help="Quantize lm_head as well, and of w8 and w4 the embedding: a large part of a small model.",
-)
-@click.option(
-    "--engine",
-    "engines",
-    multiple=True,
-    type=click.Choice(["tensorrt-rtx", "tensorrt"]),
-    help="Build float16 engines too, of dense, pruned and quantized models; may be repeated. tensorrt-rtx "
-    "builds without a GPU. 'build-engine' has all options.",
-)
-@threads_option
+@deployment_options
+@recipe_option
+@folder_options
+@click.option("--dry-run", is_flag=True, help="Show the recipe, checked, and do nothing.")
 @json_option
-def prune_export(model: str, as_json: bool, **options: Any) -> None:
+def prune_export(
+    model: str | None,
+    recipe_file: Path | None,
+    out: Path | None,
+    resume: bool,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Prune MODEL, export it to ONNX, verify it, measure it against dense, write a report.
 
     MODEL is an alias ('nirvana-deploy models'), a hub id, a folder with safetensors, or a .gguf file.
@@ -76,12 +40,18 @@ def prune_export(model: str, as_json: bool, **options: Any) -> None:
       nirvana-deploy prune-export smollm2 --sparsity 0.4
       nirvana-deploy prune-export smollm2 --sparsity 0.2 --quantize int8 --quantize w4 --engine tensorrt-rtx
       nirvana-deploy prune-export ./my-llama --sparsity 0.3 --calib notes.txt --out my-llama-small
+      nirvana-deploy prune-export --recipe smollm2-s0.4/recipe.toml --out again
     """
-    require_sparsity(options)
-    from nirvana_deploy import pipeline
+    job = job_from(model, recipe_file, options)
+    if dry_run:
+        show(job, as_json=as_json)
+        return
+    from nirvana_deploy.pipeline.prune_export import run_job
     from nirvana_deploy.report.table import format_seconds, summary_table
 
-    done = pipeline.prune_export(model, command=command_line(), progress=TerminalProgress(), **options)
+    done = run_job(
+        job, out=out, resume=resume, force=force, command=command_line(), progress=TerminalProgress()
+    )
     if as_json:
         echo_json(
             {

@@ -2,73 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from .common import TerminalProgress, echo_json, echo_table, json_option
+from nirvana_deploy.prune.recipe import Selection
+
+from .common import TerminalProgress, echo_json, echo_table
+from .options import json_option, recipe_options, taken
 
 
 @click.command("select-calib")
 @click.argument("model")
-@click.option(
-    "--sparsity", type=float, required=True, help="Share of the decoder's linear weights to remove."
-)
-@click.option(
-    "--candidates",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Disjoint calibration sets drawn from each corpus.",
-)
-@click.option(
-    "--corpora",
-    default="pydoc",
-    show_default=True,
-    help="Comma-separated: text or .jsonl files, pydoc, self, c4, bookcorpus, wikitext, lambada.",
-)
-@click.option(
-    "--saliency",
-    "saliencies",
-    default="nirvana",
-    show_default=True,
-    help="Comma-separated saliencies to try.",
-)
-@click.option(
-    "--gamma",
-    "gammas",
-    default="M/A",
-    show_default=True,
-    help="Comma-separated numbers or M/A to try, or 'auto' for a small grid.",
-)
-@click.option("--allocation", default="global", show_default=True, help="global or uniform.")
-@click.option("--round-to", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--num-sequences", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--seq-len", type=click.IntRange(min=2), default=128, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option(
-    "--heldout-sequences",
-    type=click.IntRange(min=2),
-    default=128,
-    show_default=True,
-    help="Held-out windows, shared equally among the corpora.",
-)
-@click.option("--heldout-len", type=click.IntRange(min=1), default=64, show_default=True)
+@recipe_options(Selection)
 @json_option
-def select_calib(
-    model: str,
-    sparsity: float,
-    candidates: int,
-    corpora: str,
-    saliencies: str,
-    gammas: str,
-    allocation: str,
-    round_to: int,
-    num_sequences: int,
-    seq_len: int,
-    seed: int,
-    heldout_sequences: int,
-    heldout_len: int,
-    as_json: bool,
-) -> None:
+def select_calib(model: str, as_json: bool, **options: Any) -> None:
     """Try calibration sets, gammas and saliencies, and rank them by KL(dense || pruned).
 
     Each candidate is scored, planned and masked, never built. The KL is measured on held-out windows of
@@ -82,43 +30,44 @@ def select_calib(
     from nirvana_deploy.calibrate.windows import calibration_candidates
     from nirvana_deploy.model.checkpoint import Checkpoint
     from nirvana_deploy.model.sources import resolve_model
+    from nirvana_deploy.prune.choices import listed
     from nirvana_deploy.prune.select import gamma_grid, select_calibration
 
-    progress = TerminalProgress()
+    recipe, progress = taken(Selection, options), TerminalProgress()
     source = resolve_model(model, progress=progress)
     checkpoint = Checkpoint.open(source.path)
     tokenizer, shape = checkpoint.tokenizer, checkpoint.shape
-    names = _listed(corpora)
+    names = listed(recipe.corpora)
     sets = [
         calibration_candidates(
             name,
             tokenizer,
-            candidates=candidates,
-            num_sequences=num_sequences,
-            seq_len=seq_len,
-            seed=seed,
-            heldout_sequences=-(-heldout_sequences // len(names)),
-            heldout_len=heldout_len,
+            candidates=recipe.candidates,
+            num_sequences=recipe.num_sequences,
+            seq_len=recipe.seq_len,
+            seed=recipe.seed,
+            heldout_sequences=-(-recipe.heldout_sequences // len(names)),
+            heldout_len=recipe.heldout_len,
             checkpoint=checkpoint,
             progress=progress,
         )
         for name in names
     ]
-    tried_gammas = (
-        gamma_grid(shape, sparsity=sparsity, round_to=round_to)
-        if gammas == "auto"
-        else [_gamma(text) for text in _listed(gammas)]
+    gammas = (
+        gamma_grid(shape, sparsity=recipe.sparsity, round_to=recipe.round_to)
+        if recipe.gammas == "auto"
+        else [_gamma(text) for text in listed(recipe.gammas)]
     )
     selection = select_calibration(
         source.path,
         [calibration for one in sets for calibration in one.calibrations],
         [one.heldout for one in sets],
-        sparsity=sparsity,
-        saliencies=_listed(saliencies),
-        gammas=tried_gammas,
-        allocation=allocation,
-        round_to=round_to,
-        seed=seed,
+        sparsity=recipe.sparsity,
+        saliencies=listed(recipe.saliencies),
+        gammas=gammas,
+        allocation=recipe.allocation,
+        round_to=recipe.round_to,
+        seed=recipe.seed,
         model_name=source.name,
         progress=progress,
     )
@@ -136,14 +85,10 @@ def select_calib(
             )
             for one in sorted(selection.candidates, key=lambda one: one.kl)
         ],
-        title=f"KL(dense || pruned) on {selection.heldout_tokens:,} held-out tokens, sparsity {sparsity:g}",
+        title=f"KL(dense || pruned) on {selection.heldout_tokens:,} held-out tokens, "
+        f"sparsity {recipe.sparsity:g}",
     )
     click.echo(selection.verdict)
-
-
-def _listed(text: str) -> list[str]:
-    """The parts of a comma-separated option."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def _gamma(text: str) -> float | None:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import click
 
-from .common import TerminalProgress, echo_json, echo_table, json_option, runtime_option, threads_option
+from nirvana_deploy.runtime.recipe import Place
+
+from .common import TerminalProgress, echo_json, echo_table
+from .options import json_option, recipe_options
 
 
 @click.command("verify")
@@ -16,8 +19,7 @@ from .common import TerminalProgress, echo_json, echo_table, json_option, runtim
     "model",
     help="What OUT was exported from, when it is an ONNX folder alone: a folder, an alias or a hub id.",
 )
-@runtime_option
-@threads_option
+@recipe_options(Place)
 @json_option
 def verify(out: Path, model: str | None, runtime: str | None, threads: int | None, as_json: bool) -> None:
     """Check OUT: sha256 of its files, then logits and greedy tokens of its ONNX against its checkpoint.

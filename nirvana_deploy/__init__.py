@@ -22,14 +22,14 @@ _PUBLIC = {
     "VerificationError": "nirvana_deploy.base.errors",
     "PrunePlan": "nirvana_deploy.prune.plan",
     "load_checkpoint": "nirvana_deploy.model.checkpoint",
-    "prune_export": "nirvana_deploy.pipeline",
+    "prune_export": "nirvana_deploy.pipeline.prune_export",
 }
 __all__ = ["NirvanaError", "PrunePlan", "VerificationError", "load_checkpoint", "prune_export"]
 
 if TYPE_CHECKING:
     from nirvana_deploy.base.errors import NirvanaError, VerificationError
     from nirvana_deploy.model.checkpoint import load_checkpoint
-    from nirvana_deploy.pipeline import prune_export
+    from nirvana_deploy.pipeline.prune_export import prune_export
     from nirvana_deploy.prune.plan import PrunePlan
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Generator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# tiny models gain nothing from threads, and threads that wait for work take it from everybody else
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# isort: split
 import numpy as np
 import pytest
 from builders.gpu import why_no_gpu

@@ -39,7 +39,7 @@ ROOMS = [
     "cli",
 ]
 """Left to right: a room imports itself and the rooms to its left."""
-AT_THE_ROOT = {"__init__", "__main__", "pipeline"}
+AT_THE_ROOT = {"__init__", "__main__"}
 SCHEMES = {"int8", "w8", "w4", "fp8"}
 
 KNOWN: dict[str, set[str]] = {
@@ -48,21 +48,13 @@ KNOWN: dict[str, set[str]] = {
     "parameters": {
         "calibrate.windows:calibration_candidates",
         "calibrate.windows:calibration_data",
-        "cli.build_engine:build_engine",
-        "cli.evaluate:evaluate",
-        "cli.select_calib:select_calib",
         "engine.build:engine_from_onnx",
         "engine.from_checkpoint:engines_from_checkpoint",
         "engine.from_checkpoint:onnx_for_engine",
         "engine.trtexec:trtexec_command",
-        "pipeline:evaluate_folder",
-        "pipeline:quantize_folder",
         "prune.plan:make_plan",
         "prune.select:select_calibration",
-        "prune.stage:decide",
-        "prune.stage:select",
         "quantize.quantize:quantize_onnx",
-        "quantize.stage:quantize",
     },
     "families": {
         "package.gguf_layout",
@@ -71,8 +63,6 @@ KNOWN: dict[str, set[str]] = {
         "quantize.graph.names",
     },
     "runtimes": {
-        "cli.build_engine",
-        "cli.prune_export",
         "engine.from_checkpoint",
         "engine.targets",
         "engine.trtexec",
@@ -81,13 +71,11 @@ KNOWN: dict[str, set[str]] = {
         "quantize.weights.write",
     },
     "schemes": {
-        "cli.build_engine",
-        "cli.prune_export",
         "cli.quantize",
         "engine.from_checkpoint",
+        "engine.recipe",
         "engine.source",
         "engine.stage",
-        "output.variants",
         "report.deployed_page",
         "runtime.tensorrt.memory",
         "verify.compare",
@@ -222,7 +210,7 @@ def test_modules_stay_small() -> None:
 
 
 def test_functions_take_few_parameters() -> None:
-    """At most nine, ``prune_export`` excepted: it's the one call that takes every option."""
+    """At most nine: a recipe holds what a user can say."""
     many = set()
     for module in modules():
         for node in ast.walk(tree(module)):
@@ -230,7 +218,7 @@ def test_functions_take_few_parameters() -> None:
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 if sum(argument.arg not in {"self", "cls"} for argument in arguments) > 9:
                     many.add(f"{module}:{node.name}")
-    assert many - {"pipeline:prune_export"} == KNOWN["parameters"]
+    assert many == KNOWN["parameters"]
 
 
 def test_a_family_is_named_in_its_file_and_in_the_aliases() -> None:

@@ -7,74 +7,55 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.base.progress import Progress
+from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.calibrate.texts import read_text_file
-from nirvana_deploy.calibrate.windows import (
-    CalibrationData,
-    TokenWindows,
-    calibration_data,
-    windows_of_text,
-)
+from nirvana_deploy.calibrate.windows import CalibrationData, TokenWindows, calibration_data, windows_of_text
 from nirvana_deploy.calibrate.windows_file import write_windows
-from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer
-from nirvana_deploy.model.sources import ModelFolder
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import CALIBRATION_FILE
 from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.stage import Stage
 
-HELDOUT_SEQUENCES, HELDOUT_LEN = 16, 256
+_EVALUATION_WINDOWS = Calibration()
 
 
-def calibrate(
-    run: Run,
-    source: ModelFolder,
-    *,
-    calib: str,
-    num_sequences: int,
-    seq_len: int,
-    seed: int,
-    eval_text: Path | str | None,
-) -> None:
-    """Draw the calibration windows and set the evaluation windows aside."""
+def calibrate(run: Run, dense: Checkpoint, recipe: Calibration) -> Stage:
+    """Draw the calibration windows of one source and set evaluation windows aside."""
 
     def work() -> dict[str, Any]:
-        tokenizer = load_tokenizer(source.path)
         data = calibration_data(
-            calib,
-            tokenizer,
-            num_sequences=num_sequences,
-            seq_len=seq_len,
-            seed=seed,
-            heldout_sequences=HELDOUT_SEQUENCES if eval_text is None else 0,
-            heldout_len=HELDOUT_LEN,
-            checkpoint=Checkpoint.open(source.path),
+            recipe.calib,
+            dense.tokenizer,
+            num_sequences=recipe.num_sequences,
+            seq_len=recipe.seq_len,
+            seed=recipe.seed,
+            heldout_sequences=recipe.heldout_sequences if recipe.eval_text is None else 0,
+            heldout_len=recipe.heldout_len,
+            checkpoint=dense,
             progress=run.progress,
         )
-        if eval_text is not None:
-            windows = evaluation_windows(Path(eval_text), tokenizer, run.progress)
-            data = CalibrationData(calibration=data.calibration, heldout=windows)
-        write_windows(data, run.out / CALIBRATION_FILE)
-        return {
-            **calibration_record(data.calibration),
-            **_evaluation_record(data.heldout, held_out=eval_text is None),
-        }
+        heldout = evaluation_windows(recipe, dense.tokenizer, run.progress) or data.heldout
+        write_windows(CalibrationData(data.calibration, heldout), run.out / CALIBRATION_FILE)
+        return {**calibration_record(data.calibration), **evaluation_record(recipe, heldout)}
 
-    run.stage("calibrate", [CALIBRATION_FILE], work)
+    return Stage(stage.CALIBRATE, needs=(), makes=(CALIBRATION_FILE,), work=work)
 
 
-def _evaluation_record(windows: TokenWindows, *, held_out: bool) -> dict[str, Any]:
-    return {
-        "evaluation_source": windows.source + (" (held out of calibration)" if held_out else ""),
-        "evaluation_text_sha256": windows.text_sha256,
-    }
+def evaluation_windows(recipe: Calibration, tokenizer: Any, progress: Progress) -> TokenWindows | None:
+    """Windows of the text that the recipe names for quality; None when it names none."""
+    if recipe.eval_text is None:
+        return None
+    return text_windows(
+        recipe.eval_text,
+        tokenizer,
+        progress,
+        seq_len=recipe.heldout_len,
+        max_sequences=recipe.heldout_sequences,
+    )
 
 
-def drawn_record(run: Run) -> dict[str, Any]:
-    """What is recorded of the calibration text, whichever stage drew it."""
-    stages = run.manifest["stages"]
-    result: dict[str, Any] = stages.get("select", stages.get("calibrate"))["result"]
-    return result
-
-
-def evaluation_windows(
+def text_windows(
     path: Path,
     tokenizer: Any,
     progress: Progress,
@@ -82,12 +63,12 @@ def evaluation_windows(
     seq_len: int | None = None,
     max_sequences: int | None = None,
 ) -> TokenWindows:
-    """Consecutive windows of a text file; 16 of 256 tokens unless told otherwise."""
+    """Consecutive windows [M, T] of a text file; 16 of 256 tokens unless told otherwise."""
     return windows_of_text(
         read_text_file(path),
         tokenizer,
-        seq_len=seq_len or HELDOUT_LEN,
-        max_sequences=max_sequences or HELDOUT_SEQUENCES,
+        seq_len=seq_len or _EVALUATION_WINDOWS.heldout_len,
+        max_sequences=max_sequences or _EVALUATION_WINDOWS.heldout_sequences,
         progress=progress,
     )
 
@@ -97,6 +78,20 @@ def every_other(windows: TokenWindows, first: int) -> TokenWindows:
     return dataclasses.replace(
         windows, tokens=windows.tokens[first::2], positions=windows.positions[first::2]
     )
+
+
+def evaluation_record(recipe: Calibration, windows: TokenWindows) -> dict[str, Any]:
+    """What is recorded of the text that quality is measured on."""
+    held_out = " (held out of calibration)" if recipe.eval_text is None else ""
+    return {
+        "evaluation_source": windows.source + held_out,
+        "evaluation_text_sha256": windows.text_sha256,
+    }
+
+
+def drawn_record(run: Run) -> dict[str, Any]:
+    """What is recorded of the calibration text, by whichever stage drew it."""
+    return run.result(stage.SELECT if run.has(stage.SELECT) else stage.CALIBRATE)
 
 
 def calibration_record(calibration: TokenWindows) -> dict[str, Any]:

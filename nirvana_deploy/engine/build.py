@@ -45,7 +45,8 @@ from nirvana_deploy.engine.precision import (
     attention_without_kernel,
     notes_on_attention,
 )
-from nirvana_deploy.engine.profile import Lengths, Profile, notes_on_rows, profiles_for, shapes_of
+from nirvana_deploy.engine.profile import Profile, notes_on_rows, profiles_for, shapes_of
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.source import OnnxSource, OnnxTensor, read_source, require_parsable
 from nirvana_deploy.engine.targets import RTX, BuilderOptions, configure
 from nirvana_deploy.engine.trtexec import trtexec_command

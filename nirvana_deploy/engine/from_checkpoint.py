@@ -20,7 +20,8 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.engine.build import BuiltEngine, engine_from_onnx
 from nirvana_deploy.engine.drop_branch import drop_cache_branch
-from nirvana_deploy.engine.profile import Lengths, require_lengths
+from nirvana_deploy.engine.profile import require_lengths
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.source import OnnxSource
 from nirvana_deploy.runtime.tensorrt.record import ProfileRecord
 
@@ -35,20 +36,6 @@ class Range:
     minimum: int
     optimum: int
     maximum: int
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """What a user can say about sizes; None takes a default that the graph and the model can bear."""
-
-    max_batch: int = 4
-    opt_batch: int = 1
-    max_length: int | None = None
-    """S: prompt and answer together. [the cache's length, or 2048, or the model's context when shorter]"""
-    opt_prompt: int | None = None
-    """T that prefill is tuned for. [128]"""
-    opt_length: int | None = None
-    """S that decode is tuned for. [512]"""
 
 
 @dataclass(frozen=True)

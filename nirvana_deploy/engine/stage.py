@@ -17,8 +17,9 @@ from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.engine.build import BuiltEngine, engine_from_onnx
 from nirvana_deploy.engine.drop_branch import drop_cache_branch
 from nirvana_deploy.engine.from_checkpoint import engines_from_checkpoint
-from nirvana_deploy.engine.profile import Lengths
+from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
+from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import (
     CALIBRATION_FILE,
     CHECKPOINT,
@@ -29,6 +30,7 @@ from nirvana_deploy.output.layout import (
     is_seq2seq,
 )
 from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import DENSE, PRUNED
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE
 from nirvana_deploy.quantize.int8.spec import Int8Spec, read_record, read_spec
@@ -45,79 +47,61 @@ class _Decisions:
     calibration: NDArray[np.int64] | None = None
 
 
-def engine_name(variant: str, *, dtype: str, kv: str, quantize: str | None, runtime: str) -> str:
+def engine_name(form: EngineForm, runtime: str) -> str:
     """The variant's own name for the usual engine (RTX, fp16, concat); what differs is added to it."""
-    name = f"{variant}-{quantize}" if quantize else variant
-    for usual, chosen in (("fp16", dtype), ("concat", kv), (RTX, runtime)):
+    name = f"{form.variant}-{form.quantize}" if form.quantize else form.variant
+    for usual, chosen in (("fp16", form.dtype), ("concat", form.kv), (RTX, runtime)):
         name += "" if chosen == usual else f"-{chosen}"
     return name
 
 
-def engine_from_output(
-    out: Path,
-    *,
-    variant: str = PRUNED,
-    dtype: str = "fp16",
-    kv: str = "concat",
-    quantize: str | None = None,
-    lengths: Lengths | None = None,
-    options: BuilderOptions | None = None,
-    name: str | None = None,
-    progress: Progress = SILENT,
-) -> tuple[Path, ...]:
-    """Build the engine of a variant of the output folder ``out``; as :func:`build_engine`, always anew."""
-    return build_engine(
-        Run.open(out, progress=progress),
-        variant=variant,
-        dtype=dtype,
-        kv=kv,
-        quantize=quantize,
-        lengths=lengths,
-        options=options,
-        name=name,
-        redo=True,
+def builder_options(recipe: EngineBuild) -> BuilderOptions:
+    """What the builder is told; raises NirvanaError for an option that the runtime does not have."""
+    targets = tuple(filter(None, (part.strip() for part in (recipe.target or "").split(","))))
+    return BuilderOptions(
+        runtime=recipe.runtime,
+        targets=targets if recipe.target else None,
+        workspace_bytes=recipe.workspace_bytes,
+        weight_streaming=recipe.weight_streaming,
+        strip_weights=recipe.strip_weights,
+        hardware_compatible=recipe.hardware_compatible,
+        version_compatible=recipe.version_compatible,
+        timing_cache=recipe.timing_cache,
     )
 
 
 def build_engine(
     run: Run,
+    form: EngineForm,
     *,
-    variant: str = PRUNED,
-    dtype: str = "fp16",
-    kv: str = "concat",
-    quantize: str | None = None,
+    options: BuilderOptions,
     lengths: Lengths | None = None,
-    options: BuilderOptions | None = None,
     name: str | None = None,
-    redo: bool = False,
-) -> tuple[Path, ...]:
-    """Build the engine of a variant of a run, into its folder ``engine``: a stage called engine-<name>.
+) -> Stage:
+    """Build the engine of a model of the run into its folder ``engine``; two files for an encoder-decoder.
 
-    ``variant`` is "pruned" or "dense". An int8 engine takes the decisions of ``onnx-int8``, a w4 or w8 engine
-    those of ``onnx-w4`` or ``onnx-w8`` where it is there (block size, rounding), and the run's own
-    calibration windows where the rounding needs them. Returns the engine files: two of an encoder-decoder.
+    An int8 engine takes the decisions of ``onnx-int8``, a w4 or w8 engine those of ``onnx-w4`` or ``onnx-w8``
+    where it is there (block size, rounding), and the run's own calibration windows where the rounding needs
+    them. :func:`engine_files` names what was built.
     """
-    if variant not in (PRUNED, DENSE):
-        raise NirvanaError(f"Unknown variant {variant!r}; engines are made of {PRUNED} and {DENSE}.")
-    checkpoint = run.out / CHECKPOINT if variant == PRUNED else Path(run.manifest["model"]["path"])
+    dense = form.variant == DENSE
+    checkpoint = Path(run.manifest["model"]["path"]) if dense else run.out / CHECKPOINT
     if not checkpoint.is_dir():
         raise NirvanaError(
-            f"The checkpoint of {variant} is not at {checkpoint}.",
+            f"The checkpoint of {form.variant} is not at {checkpoint}.",
             hint="Make it again: repeat the prune-export command with --resume.",
         )
-    options = options or BuilderOptions(RTX)
-    name = name or engine_name(variant, dtype=dtype, kv=kv, quantize=quantize, runtime=options.runtime)
-    folder = run.out / ENGINES
+    name = name or engine_name(form, options.runtime)
 
     def work() -> dict[str, Any]:
-        decided = _decisions(run, variant, quantize)
+        decided = _decisions(run, form.variant, form.quantize)
         engines = engines_from_checkpoint(
             checkpoint,
-            folder,
+            run.out / ENGINES,
             name=name,
-            dtype=dtype,
-            kv=kv,
-            quantize=quantize,
+            dtype=form.dtype,
+            kv=form.kv,
+            quantize=form.quantize,
             int8_spec=decided.int8_spec,
             block_size=decided.block_size,
             rounding=decided.rounding,
@@ -129,9 +113,16 @@ def build_engine(
         return {"engines": [_summary(engine) for engine in engines]}
 
     names = [name, f"{name}-encoder", f"{name}-decoder"]
-    outputs = [f"{ENGINES}/{one}{end}" for one in names for end in (ENGINE_SUFFIX, ".json", ".log")]
-    result = run.stage(f"engine-{name}", [*outputs, f"{ENGINES}/{name}-onnx"], work, redo=redo)
-    return tuple(folder / f"{engine['name']}{ENGINE_SUFFIX}" for engine in result["engines"])
+    files = [f"{ENGINES}/{one}{end}" for one in names for end in (ENGINE_SUFFIX, ".json", ".log")]
+    quantized = (stage.quantized(form.quantize),) if form.quantize and not dense else ()
+    needs = (stage.SELECT, stage.CALIBRATE, *quantized) if dense else (stage.CHECKPOINT, *quantized)
+    return Stage(stage.engine(name), needs=needs, makes=(*files, f"{ENGINES}/{name}-onnx"), work=work)
+
+
+def engine_files(run: Run, name: str) -> tuple[Path, ...]:
+    """The engine files that the stage of ``name`` built: two of an encoder-decoder."""
+    engines = run.result(stage.engine(name))["engines"]
+    return tuple(run.out / ENGINES / f"{engine['name']}{ENGINE_SUFFIX}" for engine in engines)
 
 
 def engines_from_onnx_folder(

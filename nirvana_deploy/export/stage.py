@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.export.recipe import Export
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.model.sources import ModelFolder
+from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import CHECKPOINT, DENSE_ONNX, ONNX
 from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.stage import Stage
 
 
-def export(run: Run, source: ModelFolder, *, baseline: bool, dtype: str, flavor: str) -> None:
-    """Export the smaller model and, by the same code, the dense one."""
+def export(run: Run, dense: Checkpoint, recipe: Export) -> Iterator[Stage]:
+    """Export the smaller model and, for a baseline, the dense one by the same code."""
 
-    def work(checkpoint: Path, folder: str) -> dict[str, Any]:
+    def work(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
         exported = onnx_from_checkpoint(
-            Checkpoint.open(checkpoint), run.out / folder, dtype=dtype, flavor=flavor, progress=run.progress
+            checkpoint, run.out / folder, dtype=recipe.dtype, flavor=recipe.flavor, progress=run.progress
         )
         return {
             "nodes": exported.nodes,
             "weights_bytes": exported.weights_bytes,
             "opset": exported.options.opset,
-            "dtype": dtype,
-            "flavor": flavor,
+            "dtype": recipe.dtype,
+            "flavor": recipe.flavor,
         }
 
-    run.stage("onnx", [ONNX], lambda: work(run.out / CHECKPOINT, ONNX))
-    if baseline:
-        run.stage("dense-onnx", [DENSE_ONNX], lambda: work(source.path, DENSE_ONNX))
+    yield Stage(
+        stage.ONNX, (stage.CHECKPOINT,), (ONNX,), lambda: work(Checkpoint.open(run.out / CHECKPOINT), ONNX)
+    )
+    if recipe.baseline:
+        yield Stage(stage.DENSE_ONNX, (), (DENSE_ONNX,), lambda: work(dense, DENSE_ONNX))

@@ -21,6 +21,7 @@ from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.measure.bounds import Work, work_of
+from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.runtime.tensorrt.record import engine_files
@@ -47,34 +48,11 @@ class Variant:
     """A name of ``runners.RUNNERS``; None for the one that the path is for."""
 
 
-@dataclass(frozen=True)
-class Workload:
-    """The request that is measured, and how often."""
-
-    prompt_tokens: int = 128
-    new_tokens: int = 64
-    batch_size: int = 1
-    repeats: int = 11
-    """Rounds that count."""
-    warmup: int = 1
-    """Rounds before them that do not."""
-    threads: int | None = None
-    """None: the physical cores that this process may use."""
-    seed: int = 0
-    """Of the prompts, which are uniform random token ids, the same for every variant."""
-
-    def __post_init__(self) -> None:
-        least = {"prompt_tokens": 1, "new_tokens": 2, "batch_size": 1, "repeats": 1, "warmup": 0, "seed": 0}
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise NirvanaError(f"{name} must be at least {minimum}, got {getattr(self, name)}.")
-        if self.threads is not None and self.threads < 1:
-            raise NirvanaError(f"threads must be at least 1, got {self.threads}.")
-
-    def prompt(self, round_index: int, *, vocab_size: int) -> NDArray[np.int64]:
-        """The prompts [N, T] of one round."""
-        random = np.random.default_rng((self.seed, round_index))
-        return random.integers(0, vocab_size, size=(self.batch_size, self.prompt_tokens), dtype=np.int64)
+def prompt_of(workload: Workload, round_index: int, *, vocab_size: int) -> NDArray[np.int64]:
+    """The prompts [N, T] of one round."""
+    random = np.random.default_rng((workload.seed, round_index))
+    size = (workload.batch_size, workload.prompt_tokens)
+    return random.integers(0, vocab_size, size=size, dtype=np.int64)
 
 
 class Runner(Protocol):
@@ -177,7 +155,7 @@ def alternate(
     rounds = workload.warmup + workload.repeats
     with progress.task("Benchmark", rounds * len(runners)) as advance:
         for index in range(rounds):
-            tokens = workload.prompt(index, vocab_size=vocab_size)
+            tokens = prompt_of(workload, index, vocab_size=vocab_size)
             for name in list(runners) if index % 2 == 0 else reversed(list(runners)):
                 sample = runners[name].measure(tokens, new_tokens=workload.new_tokens)
                 if index >= workload.warmup:

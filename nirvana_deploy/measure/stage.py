@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,12 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.stage import drawn_record
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.calibrate.windows_file import read_windows
-from nirvana_deploy.measure.benchmark import Workload, benchmark, variant_from_folder
+from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
 from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
+from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.tasks import evaluate_tasks
+from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import (
     BENCHMARK_FILE,
     CALIBRATION_FILE,
@@ -33,29 +35,23 @@ from nirvana_deploy.output.layout import (
     TASKS_FILE,
 )
 from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import DENSE, PRUNED, variants_of
 from nirvana_deploy.prune.plan import read_plan, shape_of
 from nirvana_deploy.runtime.models import models_for
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import teacher_forced
+from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.runtime.registry import Runner, is_engine, open_runner
-from nirvana_deploy.verify.stage import _in_float32
+from nirvana_deploy.verify.stage import in_float32
 
-TasksOn = Literal["onnx", "checkpoint", "both"]
 _NOTHING_DENSE = {"kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
 """What a measurement without the dense baseline cannot say."""
 
 
-def quality(
-    run: Run,
-    *,
-    threads: int | None,
-    windows: TokenWindows | None = None,
-    runtime: str | None = None,
-    redo: bool = False,
-) -> dict[str, Any]:
+def quality(run: Run, place: Place, *, windows: TokenWindows | None = None) -> Stage:
     """Perplexity of the models, and KL against dense: on ``windows``, else on the held-out ones.
 
-    ``runtime`` runs them (``runners.RUNNERS``), ONNX Runtime on the CPU when it is None.
+    They run in ``place.runtime``, ONNX Runtime on the CPU when it is None.
     """
 
     def work() -> dict[str, Any]:
@@ -63,12 +59,10 @@ def quality(
             tokens, source = heldout_windows(run)
         else:
             tokens, source = windows.tokens, windows.source
-        models = models_for(run, runtime)
+        models = models_for(run, place.runtime)
         with ExitStack() as stack:
             opened = {
-                v.name: teacher_forced(
-                    stack.enter_context(_opened(run, path, runtime=runtime, threads=threads))
-                )
+                v.name: teacher_forced(stack.enter_context(_opened(run, path, place)))
                 for v, path in models.items()
             }
             baseline = next(iter(opened))
@@ -86,7 +80,18 @@ def quality(
         write_json(run.out / QUALITY_FILE, result)
         return result
 
-    return run.stage("quality", [QUALITY_FILE], work, redo=redo or _outdated(run, "quality", runtime))
+    return Stage(
+        stage.QUALITY,
+        needs=(stage.SELECT, stage.CALIBRATE, *_measured(run)),
+        makes=(QUALITY_FILE,),
+        work=work,
+        always=_outdated(run, stage.QUALITY, place),
+    )
+
+
+def _measured(run: Run) -> tuple[str, ...]:
+    """The stages that make what is measured."""
+    return tuple(variant.stage for variant in variants_of(run))
 
 
 def heldout_windows(run: Run) -> tuple[NDArray[np.int64], str]:
@@ -94,7 +99,7 @@ def heldout_windows(run: Run) -> tuple[NDArray[np.int64], str]:
     return read_windows(run.out / CALIBRATION_FILE)["heldout"], drawn_record(run)["evaluation_source"]
 
 
-def speed(run: Run, *, workload: Workload, runtime: str | None = None, redo: bool = False) -> dict[str, Any]:
+def speed(run: Run, workload: Workload, *, runtime: str | None = None) -> Stage:
     """Measure the models against each other in ``runtime`` and write benchmark.json, quality included."""
 
     def work() -> dict[str, Any]:
@@ -119,23 +124,28 @@ def speed(run: Run, *, workload: Workload, runtime: str | None = None, redo: boo
             "comparisons": result["comparisons"],
         }
 
-    return run.stage("benchmark", [BENCHMARK_FILE], work, redo=redo or _outdated(run, "benchmark", runtime))
+    return Stage(
+        stage.BENCHMARK,
+        needs=(stage.QUALITY, *_measured(run)),
+        makes=(BENCHMARK_FILE,),
+        work=work,
+        always=_outdated(run, stage.BENCHMARK, Place(runtime=runtime)),
+    )
 
 
-def _outdated(run: Run, stage: str, runtime: str | None) -> bool:
+def _outdated(run: Run, name: str, place: Place) -> bool:
     """Whether a stage measured other variants than the folder holds now."""
-    recorded = run.manifest["stages"].get(stage)
-    if recorded is None:
+    if not run.has(name):
         return False
-    return set(recorded["result"]["variants"]) != {variant.name for variant in models_for(run, runtime)}
+    return set(run.result(name)["variants"]) != {v.name for v in models_for(run, place.runtime)}
 
 
 def refresh_quality(run: Run) -> None:
     """Put the quality measured last into benchmark.json, where there is one."""
     path = run.out / BENCHMARK_FILE
-    if path.is_file() and "benchmark" in run.manifest["stages"]:
+    if path.is_file() and run.has(stage.BENCHMARK):
         write_json(path, _with_quality(run, read_json(path)))
-        run.rehash("benchmark")
+        run.rehash(stage.BENCHMARK)
 
 
 def _with_quality(run: Run, result: dict[str, Any]) -> dict[str, Any]:
@@ -146,10 +156,11 @@ def _with_quality(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "evaluation": {key: found.get(key) for key in ("source", "window_tokens")}}
 
 
-def tangent_kernel(run: Run, *, windows: int) -> dict[str, Any]:
+def tangent_kernel(run: Run, *, windows: int) -> Stage:
     """Compare the tangent kernels of dense, pruned and randomly cut model on the first held-out windows.
 
-    Returns ntk.json. Raises NirvanaError when the folder has no held-out windows or the dense model is gone.
+    Its result is ntk.json. Raises NirvanaError when the folder has no held-out windows, or the dense model
+    is gone.
     """
     if not (run.out / CALIBRATION_FILE).is_file():
         raise NirvanaError(
@@ -165,7 +176,7 @@ def tangent_kernel(run: Run, *, windows: int) -> dict[str, Any]:
         write_json(run.out / NTK_FILE, result)
         return result
 
-    return run.stage("ntk", [NTK_FILE], work, redo=True)
+    return Stage(stage.TANGENT_KERNEL, needs=(stage.PLAN,), makes=(NTK_FILE,), work=work)
 
 
 def tasks(
@@ -174,9 +185,9 @@ def tasks(
     *,
     limit: int | None,
     include_path: Path | None = None,
-    on: TasksOn | None = None,
-) -> dict[str, Any]:
-    """Run tasks of lm-evaluation-harness on the models of the folder; returns tasks.json.
+    on: str | None = None,
+) -> Stage:
+    """Run tasks of lm-evaluation-harness on the models of the folder; its result is tasks.json.
 
     ``on`` "onnx" means every variant that is deployed, "checkpoint" what they were made from, "both" both;
     None is "onnx" where the folder has ONNX models. A checkpoint's results stand under "dense checkpoint" and
@@ -200,7 +211,7 @@ def tasks(
         write_json(run.out / TASKS_FILE, result)
         return result
 
-    return run.stage("tasks", [TASKS_FILE], work, redo=True)
+    return Stage(stage.TASKS, needs=(stage.CHECKPOINT, *_measured(run)), makes=(TASKS_FILE,), work=work)
 
 
 def dense_checkpoint(run: Run) -> Path:
@@ -214,8 +225,8 @@ def dense_checkpoint(run: Run) -> Path:
     return path
 
 
-def _opened(run: Run, path: Path, *, runtime: str | None, threads: int | None) -> Runner:
+def _opened(run: Run, path: Path, place: Place) -> Runner:
     """A runner; a bfloat16 model that no other runtime was named for is computed in float32 on the CPU."""
-    if runtime is None and not is_engine(path) and run.manifest["options"].get("dtype") == "bf16":
-        return _in_float32(path, threads=threads)
-    return open_runner(path, runtime=runtime, threads=threads)
+    if place.runtime is None and not is_engine(path) and run.manifest["options"].get("dtype") == "bf16":
+        return in_float32(path, threads=place.threads)
+    return open_runner(path, runtime=place.runtime, threads=place.threads)

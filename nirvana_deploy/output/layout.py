@@ -1,4 +1,4 @@
-"""From a checkpoint to an ONNX folder that runtimes load, verified against the checkpoint."""
+"""Names of files and folders: of an output folder, and inside an ONNX folder."""
 
 from pathlib import Path
 
@@ -25,6 +25,8 @@ DENSE_ONNX = "dense/onnx"
 ENGINES = "engine"
 NTK_FILE = "ntk.json"
 TASKS_FILE = "tasks.json"
+REPORT_MARKDOWN, REPORT_HTML = "report.md", "report.html"
+RECIPE_FILE = "recipe.toml"
 
 
 def is_seq2seq(folder: Path) -> bool:

@@ -1,13 +1,13 @@
 """One output folder being made: which stages are finished, what they cost, and the proof of both.
 
 The manifest is written after each stage, last of its files. A stage counts as finished when the manifest
-lists it, every file it lists is there with its sha256, and every stage before it is finished too.
+lists it, and every file it lists is there with its sha256.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,20 @@ from nirvana_deploy.base.artifact import files_under, read_json, remove_partials
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import cpu_seconds, environment, peak_rss_bytes, reset_peak_rss
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.output.stage import Stage
 
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
 
-_MAY_CHANGE = ("baseline", "benchmark", "engines", "quantize", "threads")
-"""Options that a resumed run may change: they add stages and change none that is finished."""
-
 
 class Run:
-    """The lifecycle of one output folder; stages are run through :meth:`stage` in order."""
+    """The lifecycle of one output folder; :meth:`run` runs its stages in order."""
 
     def __init__(self, out: Path, manifest: dict[str, Any], *, progress: Progress = SILENT) -> None:
         self.out = out
         self.manifest = manifest
         self.progress = progress
-        self._all_finished = True  # every stage asked for so far was taken from disk
+        self._made: set[str] = set()  # stages that this run made anew
         self._passed: list[str] = []  # stages asked for so far, in order
 
     @classmethod
@@ -42,6 +40,7 @@ class Run:
         options: Mapping[str, Any],
         model: Mapping[str, Any],
         command: str,
+        may_change: Collection[str] = (),
         resume: bool = False,
         force: bool = False,
         progress: Progress = SILENT,
@@ -49,13 +48,14 @@ class Run:
         """Start a new output folder, or continue one.
 
         An existing folder is refused unless ``resume`` (same options and same model: continue) or ``force``
-        (start again; files that are not this tool's stay). Raises NirvanaError otherwise.
+        (start again; files that are not this tool's stay). Options in ``may_change`` may differ in a resumed
+        run. Raises NirvanaError otherwise.
         """
         manifest_path = out / MANIFEST
         remove_partials(out)
         if resume and manifest_path.is_file():
             run = cls.open(out, progress=progress)
-            run._require_same(options, model)
+            run._require_same(options, model, may_change)
             run.manifest["options"].update(options)
             run.manifest["environment"] = environment()
             return run
@@ -95,42 +95,50 @@ class Run:
             )
         return cls(out, manifest, progress=progress)
 
-    def stage(
-        self,
-        name: str,
-        outputs: Sequence[str],
-        work: Callable[[], Mapping[str, Any] | None],
-        *,
-        redo: bool = False,
-    ) -> dict[str, Any]:
-        """Run ``work`` unless the stage is finished; returns its result, from now or from the manifest.
+    def run(self, stage: Stage, *, redo: bool = False) -> dict[str, Any]:
+        """Run a stage unless it is finished; returns its result, from now or from the manifest.
 
-        ``outputs`` are the files and folders, relative to the output folder, that ``work`` writes. ``redo``
-        runs it although it is finished.
+        ``redo`` runs it although it is finished, and leaves what was made from it as it is.
         """
-        if not redo and self._all_finished and self.finished(name):
-            self._passed.append(name)
-            self.progress.note(f"{name}: finished before, sha256 checked")
-            result: dict[str, Any] = self.manifest["stages"][name]["result"]
-            return result
+        redo = redo or stage.always
+        if not redo and self._made.isdisjoint(stage.needs) and self.finished(stage.name):
+            self._passed.append(stage.name)
+            self.progress.note(f"{stage.name}: finished before, sha256 checked")
+            return self.result(stage.name)
         if not redo:
-            self._forget_from(name)
-        self._all_finished = False
+            self._forget(stage.name)
+        self._made.add(stage.name)
         started, cpu_started = time.perf_counter(), cpu_seconds()
         reset_peak_rss()
-        result = dict(work() or {})
-        self.manifest["stages"][name] = {
+        result = dict(stage.work() or {})
+        self.manifest["stages"][stage.name] = {
             "seconds": round(time.perf_counter() - started, 3),
             "cpu_seconds": round(cpu_seconds() - cpu_started, 3),
             "peak_rss_bytes": peak_rss_bytes(),
-            "files": self._hashes(outputs),
+            "needs": [name for name in stage.needs if self.has(name)],
+            "files": self._hashes(stage.makes),
             "result": result,
         }
         if not redo:
-            self._passed.append(name)
+            self._passed.append(stage.name)
             self._in_order()
         write_json(self.out / MANIFEST, self.manifest)
         return result
+
+    @property
+    def model_name(self) -> str:
+        """The name of the dense model."""
+        name: str = self.manifest["model"]["name"]
+        return name
+
+    def has(self, name: str) -> bool:
+        """Whether the manifest knows a stage."""
+        return name in self.manifest["stages"]
+
+    def result(self, name: str) -> dict[str, Any]:
+        """What a stage recorded; raises KeyError when the run has none of that name."""
+        found: dict[str, Any] = self.manifest["stages"][name]["result"]
+        return found
 
     def finished(self, name: str) -> bool:
         """Whether the stage is in the manifest, did not fail, and its files are what it says."""
@@ -157,24 +165,33 @@ class Run:
         names = [*self._passed, *(name for name in stages if name not in self._passed)]
         self.manifest["stages"] = {name: stages[name] for name in names}
 
-    def _forget_from(self, name: str) -> None:
-        """Drop ``name`` and whatever was recorded after it: it is about to be made anew."""
+    def _forget(self, name: str) -> None:
+        """Drop ``name`` and all that was made from it, directly or not: it is about to be made anew.
+
+        A manifest that does not say what its stages needed is taken to have needed all that came before.
+        """
         stages = self.manifest["stages"]
-        if name in stages:
-            names = list(stages)
-            for later in names[names.index(name) :]:
-                del stages[later]
-            write_json(self.out / MANIFEST, self.manifest)
+        if name not in stages:
+            return
+        names, gone = list(stages), {name}
+        for position, later in enumerate(names[names.index(name) + 1 :], start=names.index(name) + 1):
+            if not gone.isdisjoint(stages[later].get("needs", names[:position])):
+                gone.add(later)
+        for one in gone:
+            del stages[one]
+        write_json(self.out / MANIFEST, self.manifest)
 
     def _hashes(self, outputs: Sequence[str]) -> dict[str, str]:
         files = [file for output in outputs for file in files_under(self.out / output)]
         return {file.relative_to(self.out).as_posix(): sha256_of(file) for file in files}
 
-    def _require_same(self, options: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    def _require_same(
+        self, options: Mapping[str, Any], model: Mapping[str, Any], may_change: Collection[str]
+    ) -> None:
         before = {**self.manifest["options"], "model files": self.manifest["model"]["files"]}
         now = {**options, "model files": model["files"]}
         differing = [
-            key for key in now if key in before and before[key] != now[key] and key not in _MAY_CHANGE
+            key for key in now if key in before and before[key] != now[key] and key not in may_change
         ]
         if differing:
             key = differing[0]

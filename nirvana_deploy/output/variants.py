@@ -1,19 +1,16 @@
-"""The models that an output folder holds: their names, where they lie, and what they were made from.
-
-``dense`` is the baseline, ``pruned`` the smaller model, ``pruned-int8`` and its like the smaller model
-quantized. Which of them are there is read from the manifest, so whatever measures them need not be told.
+"""The models of an output folder: ``dense`` the baseline, ``pruned`` the smaller one, ``pruned-<scheme>`` the
+smaller one quantized. Which of them exist is read from the stages of the run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import DENSE_ONNX, ONNX
 from nirvana_deploy.output.run import Run
 
 DENSE, PRUNED = "dense", "pruned"
-SCHEMES = ("int8", "w8", "w4")
-"""Ways to quantize; each has a folder and a stage called ``onnx-<scheme>``."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +31,29 @@ class ModelVariant:
         return PRUNED if self.scheme else None
 
 
-KNOWN = (
-    ModelVariant(DENSE, "dense-onnx", DENSE_ONNX),
-    ModelVariant(PRUNED, "onnx", ONNX),
-    *(
-        ModelVariant(f"{PRUNED}-{scheme}", quantize_stage, quantize_stage, scheme)
-        for scheme in SCHEMES
-        for quantize_stage in (f"onnx-{scheme}",)
-    ),
-)
+_FLOAT = (ModelVariant(DENSE, stage.DENSE_ONNX, DENSE_ONNX), ModelVariant(PRUNED, stage.ONNX, ONNX))
+
+
+def quantized_variant(scheme: str) -> ModelVariant:
+    """The pruned model quantized by ``scheme``."""
+    made_by = stage.quantized(scheme)
+    return ModelVariant(f"{PRUNED}-{scheme}", made_by, made_by, scheme)
 
 
 def variant_named(name: str) -> ModelVariant:
     """The variant called ``name``; raises KeyError for a name that is not one of a variant."""
-    return {variant.name: variant for variant in KNOWN}[name]
+    if name.startswith(f"{PRUNED}-"):
+        return quantized_variant(name.removeprefix(f"{PRUNED}-"))
+    return {variant.name: variant for variant in _FLOAT}[name]
 
 
 def variants_of(run: Run) -> tuple[ModelVariant, ...]:
-    """The variants that ``run`` has made, the baseline first."""
-    return tuple(variant for variant in KNOWN if variant.stage in run.manifest["stages"])
+    """The variants that ``run`` has made, the baseline first, then by falling bits."""
+    quantized = stage.quantized("")
+    schemes = [name.removeprefix(quantized) for name in run.manifest["stages"] if name.startswith(quantized)]
+    made = [variant for variant in _FLOAT if run.has(variant.stage)]
+    return (*made, *(quantized_variant(scheme) for scheme in sorted(schemes, key=_bits_first)))
+
+
+def _bits_first(scheme: str) -> tuple[int, str]:
+    return -int("".join(filter(str.isdigit, scheme)) or 0), scheme

@@ -14,8 +14,10 @@ from typing import Any
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE, ONNX, is_seq2seq
 from nirvana_deploy.output.run import MANIFEST, Run
+from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint
 from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
 from nirvana_deploy.package.triton_engine import triton_from_engines
@@ -53,7 +55,7 @@ def package_gguf(
         made.append(gguf_from_checkpoint(opened, target, weight_type=weight_type, progress=progress))
         return {key: value for key, value in gguf_record(made[0]).items() if key != "out"}
 
-    _record(source, f"gguf-{weight_type}", target, work, progress)
+    _record(source, stage.gguf(weight_type), target, work, progress, from_stage=stage.CHECKPOINT)
     return made[0]
 
 
@@ -93,7 +95,7 @@ def package_triton(
         made.append(triton_from_onnx(onnx, target, name=name or _name_of(source), progress=progress))
         return {"models": list(made[0].models)}
 
-    _record(source, "triton", target, work, progress)
+    _record(source, stage.TRITON, target, work, progress)
     return made[0]
 
 
@@ -134,7 +136,7 @@ def package_engines(
         made.append(triton_from_engines(by_target, target, name=called, progress=progress))
         return {"models": list(made[0].models)}
 
-    _record(source, "triton", target, work, progress)
+    _record(source, stage.TRITON, target, work, progress)
     return made[0]
 
 
@@ -155,7 +157,7 @@ def _package_seq2seq(
         made.append(triton_from_seq2seq_engines(decoder, folder, target, name=called, progress=progress))
         return {"models": list(made[0].models)}
 
-    _record(source, "triton", target, work, progress)
+    _record(source, stage.TRITON, target, work, progress)
     return made[0]
 
 
@@ -188,12 +190,19 @@ def _require_free(target: Path, force: bool) -> None:
 
 
 def _record(
-    source: Path, stage: str, target: Path, work: Callable[[], dict[str, Any]], progress: Progress
+    source: Path,
+    name: str,
+    target: Path,
+    work: Callable[[], dict[str, Any]],
+    progress: Progress,
+    *,
+    from_stage: str = stage.ONNX,
 ) -> None:
-    """Do ``work``; a package inside an output folder is written into its manifest."""
+    """Do ``work``; inside an output folder as the stage ``name``, whose files the manifest knows."""
     inside = target.resolve().is_relative_to(source.resolve())
     if inside and (source / MANIFEST).is_file():
-        run = Run.open(source, progress=progress)
-        run.stage(stage, [target.resolve().relative_to(source.resolve()).as_posix()], work, redo=True)
+        made = target.resolve().relative_to(source.resolve()).as_posix()
+        packaged = Stage(name, needs=(from_stage,), makes=(made,), work=work)
+        Run.open(source, progress=progress).run(packaged, redo=True)
     else:
         work()

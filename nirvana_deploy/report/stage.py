@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from nirvana_deploy.output import stage
+from nirvana_deploy.output.layout import REPORT_HTML, REPORT_MARKDOWN
 from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.report.report import write_report
 
 
-def write_pages(run: Run) -> Path:
-    """Write report.md and report.html from the records of the run; always anew, it is cheap."""
+def report(run: Run) -> Stage:
+    """Rewrite the reports from the run's records; cheap, so never skipped."""
 
     def work() -> None:
         write_report(run.out, progress=run.progress)
 
-    run.stage("report", ["report.md", "report.html"], work, redo=True)
-    return run.out / "report.html"
+    return Stage(stage.REPORT, needs=(), makes=(REPORT_MARKDOWN, REPORT_HTML), work=work, always=True)

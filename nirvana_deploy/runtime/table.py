@@ -94,6 +94,8 @@ RUNTIMES: dict[str, Runtime] = {
 
 DEFAULT = "onnxruntime-cpu"
 """Runs ONNX folders where no runtime is named."""
+DEFAULT_ENGINE = "tensorrt-rtx"
+"""Engines are built for it where no runtime is named: it builds without a GPU."""
 
 
 def runtime_named(name: str) -> Runtime:

@@ -12,13 +12,16 @@ from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import CHECKPOINT, PLAN_FILE, holds_model
 from nirvana_deploy.output.run import MANIFEST, Run
-from nirvana_deploy.output.variants import DENSE, KNOWN, PRUNED, variant_named, variants_of
+from nirvana_deploy.output.variants import DENSE, PRUNED, variant_named, variants_of
 from nirvana_deploy.prune.plan import check_plan_was_cut, read_plan
 from nirvana_deploy.quantize.coverage import Coverage, recorded_coverage
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE
 from nirvana_deploy.verify.against_torch import VerifyReport, verify_onnx
 from nirvana_deploy.verify.folder_check import check_folder
 from nirvana_deploy.verify.stage import compare_in
+
+ALONE = "model"
+"""What an ONNX folder outside any output folder is called."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,10 @@ class FolderCheck:
                 f"{', '.join(self.damaged[:3])}{more}.",
                 hint="Make them again: repeat the prune-export command with --resume.",
             )
-        folders = {variant.name: variant.folder for variant in KNOWN}
         for name, report in self.reports.items():
-            report.require_passed(self.out / folders.get(name, ""))
+            report.require_passed(_folder(self.out, name))
         for name, coverage in self.quantized.items():
-            coverage.require_whole(self.out / folders.get(name, ""))
+            coverage.require_whole(_folder(self.out, name))
         for name, report in self.compared.items():
             runtime = report.greedy[0].runtime
             report.require_passed(self.out / name, against=f"ONNX Runtime on the CPU ({runtime} differs)")
@@ -90,9 +92,14 @@ def verify_onnx_folder(
     source = resolve_model(model, progress=progress)
     if (folder / RECORD_FILE).is_file():
         coverage = _quantized_check(folder, source.path)
-        return FolderCheck(out=folder, damaged=[], reports={}, quantized={"model": coverage})
+        return FolderCheck(out=folder, damaged=[], reports={}, quantized={ALONE: coverage})
     report = verify_onnx(source.path, folder, threads=threads, progress=progress)
-    return FolderCheck(out=folder, damaged=[], reports={"model": report})
+    return FolderCheck(out=folder, damaged=[], reports={ALONE: report})
+
+
+def _folder(out: Path, name: str) -> Path:
+    """Where a variant lies; ``out`` itself for an ONNX folder that stands alone."""
+    return out if name == ALONE else out / variant_named(name).folder
 
 
 def _quantized_check(folder: Path, checkpoint: Path) -> Coverage:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json
 from nirvana_deploy.model.shape import shape_from_config
-from nirvana_deploy.model.sources import ModelFolder
+from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import (
     CHECKPOINT,
     DECODER_FILE,
@@ -16,7 +16,8 @@ from nirvana_deploy.output.layout import (
     is_seq2seq,
 )
 from nirvana_deploy.output.run import Run
-from nirvana_deploy.output.variants import ModelVariant, variant_named
+from nirvana_deploy.output.stage import Stage
+from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, variant_named
 from nirvana_deploy.runtime.models import engines_of, models_for
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
@@ -33,15 +34,13 @@ from nirvana_deploy.verify.compare import (
 )
 
 
-def verify(
-    run: Run, source: ModelFolder, *, baseline: bool, threads: int | None, redo: bool = False
-) -> dict[str, VerifyReport]:
+def verify(run: Run, dense: Checkpoint, *, baseline: bool, threads: int | None) -> Stage:
     """Prove both ONNX folders against their checkpoints; differences are a result, not an exception."""
 
     def work() -> dict[str, Any]:
-        checkpoints = {"pruned": run.out / CHECKPOINT}
+        checkpoints = {PRUNED: run.out / CHECKPOINT}
         if baseline:
-            checkpoints["dense"] = source.path
+            checkpoints[DENSE] = dense.path
         reports = {
             name: verify_onnx(
                 checkpoint, run.out / variant_named(name).folder, threads=threads, progress=run.progress
@@ -50,8 +49,12 @@ def verify(
         }
         return {name: report.to_json() for name, report in reports.items()}
 
-    result = run.stage("verify", [], work, redo=redo)
-    return {name: VerifyReport.from_json(report) for name, report in result.items()}
+    return Stage(stage.VERIFY, needs=(stage.CHECKPOINT, stage.ONNX, stage.DENSE_ONNX), makes=(), work=work)
+
+
+def verified(run: Run) -> dict[str, VerifyReport]:
+    """What the stage found, by variant."""
+    return {name: VerifyReport.from_json(report) for name, report in run.result(stage.VERIFY).items()}
 
 
 def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, VerifyReport]:
@@ -72,7 +75,7 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
         folder = beside if holds_model(beside) else run.out / variant.folder
         graph = DECODER_FILE if is_seq2seq(folder) else MODEL_FILE
         with (
-            _in_float32(folder, threads=threads) as reference,
+            in_float32(folder, threads=threads) as reference,
             open_runner(path, runtime=runtime, threads=threads) as runner,
         ):
             vocab_size = runner.vocab_size
@@ -102,7 +105,7 @@ def _attentions(reference: OrtDecoder | OrtSeq2Seq, folder: Path) -> int:
     return len(shape_from_config(config_json(folder)).layers)
 
 
-def _in_float32(folder: Path, *, threads: int | None) -> OrtDecoder | OrtSeq2Seq:
+def in_float32(folder: Path, *, threads: int | None) -> OrtDecoder | OrtSeq2Seq:
     """An ONNX folder on the CPU, computing in float32 whatever it stores."""
     kind = OrtSeq2Seq if is_seq2seq(folder) else OrtDecoder
     return kind(folder, threads=threads, in_float32=True)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3
 
 from builders.extras import needs
 from builders.tiny import VOCABULARY, write_tokenizer
-from nirvana_deploy.engine.profile import Lengths
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json

@@ -10,7 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.engine.profile import Lengths, Range, notes_on_rows, profiles_for, shapes_of
+from nirvana_deploy.engine.profile import Range, notes_on_rows, profiles_for, shapes_of
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.source import OnnxSource, read_source
 
 IDS, FLOAT = TensorProto.INT64, TensorProto.FLOAT16

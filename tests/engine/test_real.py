@@ -12,7 +12,7 @@ from builders.extras import needs
 
 from nirvana_deploy.engine.build import BuiltEngine
 from nirvana_deploy.engine.from_checkpoint import engines_from_checkpoint
-from nirvana_deploy.engine.profile import Lengths
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_tokenizer

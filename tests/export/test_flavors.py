@@ -12,6 +12,7 @@ import pytest
 import torch
 from builders.damaged import damaged_copy
 from builders.extras import needs
+from builders.jobs import SHORT
 from builders.plans import plan_for
 from builders.tiny import KINDS, write_tiny
 from numpy.typing import NDArray
@@ -19,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from nirvana_deploy import prune_export
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.calibrate import stage as calibrate_stage
 from nirvana_deploy.export import streaming
 from nirvana_deploy.export.decoder import FLAVORS
 from nirvana_deploy.export.dtypes import DTYPES
@@ -361,17 +361,22 @@ def test_options_that_do_not_fit_are_refused(tiny_llama: Path, tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
-def test_the_whole_job_in_another_dtype_and_flavor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate_stage, "HELDOUT_SEQUENCES", 2)
-    monkeypatch.setattr(calibrate_stage, "HELDOUT_LEN", 24)
+def test_the_whole_job_in_another_dtype_and_flavor(tmp_path: Path) -> None:
     model = str(write_tiny(tmp_path / "model", "llama-tied", head_dim=HEAD_DIM))
     calib = tmp_path / "text.txt"
     calib.write_text("The quick brown fox jumps over the lazy dog. " * 300, encoding="utf-8")
-    job = {"sparsity": 0.3, "out": tmp_path / "out", "calib": str(calib), "seq_len": 16, "num_sequences": 2}
-    done = prune_export(model, dtype="fp16", flavor="gqa", run_benchmark=False, **job)  # type: ignore[arg-type]
+    job = {
+        "sparsity": 0.3,
+        "out": tmp_path / "out",
+        "calib": str(calib),
+        "seq_len": 16,
+        "num_sequences": 2,
+        **SHORT,
+    }
+    done = prune_export(model, dtype="fp16", flavor="gqa", run_benchmark=False, **job)
     for stage in ("onnx", "dense-onnx"):
         result = done.manifest["stages"][stage]["result"]
         assert (result["dtype"], result["flavor"]) == ("fp16", "gqa")
     assert done.manifest["stages"]["verify"]["result"]["pruned"]["passed"]
     with pytest.raises(NirvanaError, match="cannot be resumed: it was made with dtype 'fp16', not 'bf16'"):
-        prune_export(model, dtype="bf16", flavor="gqa", run_benchmark=False, resume=True, **job)  # type: ignore[arg-type]
+        prune_export(model, dtype="bf16", flavor="gqa", run_benchmark=False, resume=True, **job)

@@ -22,7 +22,6 @@ from nirvana_deploy.export.footprint import Footprint
 from nirvana_deploy.measure import benchmark as benchmark_module
 from nirvana_deploy.measure.benchmark import (
     Variant,
-    Workload,
     alternate,
     benchmark,
     speedups,
@@ -30,6 +29,7 @@ from nirvana_deploy.measure.benchmark import (
     variant_from_folder,
 )
 from nirvana_deploy.measure.bounds import DecoderWork, mean_context_tokens
+from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess, timed_round
 from nirvana_deploy.model.shape import shape_from_config
 

@@ -12,21 +12,30 @@ import pytest
 import torch
 from builders import choices
 from builders.choices import TASK, harness_scores, harness_version, write_choices
+from builders.jobs import SHORT
 from builders.tiny import write_tiny
 from click.testing import CliRunner
 
-from nirvana_deploy import pipeline
+from nirvana_deploy import prune_export
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
-from nirvana_deploy.calibrate import stage as calibrate_stage
 from nirvana_deploy.cli.evaluate import evaluate
+from nirvana_deploy.measure.recipe import Evaluation
 from nirvana_deploy.measure.tasks import evaluate_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.pipeline import evaluate_folder
+from nirvana_deploy.pipeline.folder import evaluate_folder
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import read_plan
+from nirvana_deploy.runtime.recipe import Place
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
-OPTIONS: dict[str, Any] = {"sparsity": 0.3, "gamma": 1.0, "round_to": 4, "num_sequences": 4, "seq_len": 16}
+OPTIONS: dict[str, Any] = {
+    "sparsity": 0.3,
+    "gamma": 1.0,
+    "round_to": 4,
+    "num_sequences": 4,
+    "seq_len": 16,
+    **SHORT,
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +43,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder with ONNX models, not benchmarked; tests write their records into it."""
     folder = tmp_path_factory.mktemp("evaluate")
     model = str(write_tiny(folder / "model", "llama-tied"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate_stage, "HELDOUT_SEQUENCES", 3)
-        patch.setattr(calibrate_stage, "HELDOUT_LEN", 24)
-        pipeline.prune_export(model, out=folder / "out", run_benchmark=False, threads=1, **OPTIONS)
+    prune_export(model, out=folder / "out", run_benchmark=False, threads=1, **OPTIONS)
     return folder / "out"
 
 
@@ -46,10 +52,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint and no ONNX model."""
     folder = tmp_path_factory.mktemp("cut")
     model = str(write_tiny(folder / "model", "qwen2"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate_stage, "HELDOUT_SEQUENCES", 3)
-        patch.setattr(calibrate_stage, "HELDOUT_LEN", 24)
-        pipeline.prune_export(model, out=folder / "out", until="checkpoint", **OPTIONS)
+    prune_export(model, out=folder / "out", until="checkpoint", **OPTIONS)
     return folder / "out"
 
 
@@ -85,7 +88,7 @@ def test_ntk_is_measured_recorded_and_reported(out: Path) -> None:
 
 
 def test_a_folder_without_onnx_is_measured_by_its_kernel_alone(cut: Path) -> None:
-    result = evaluate_folder(cut, ntk_windows=1)
+    result = evaluate_folder(cut, Evaluation(ntk=True, ntk_windows=1))
     assert set(result) == {"ntk"} and "ntk" in (cut / "manifest.json").read_text()
 
 
@@ -94,7 +97,7 @@ def test_a_missing_dense_model_is_named(cut: Path) -> None:
     model.rename(cut.parent / "elsewhere")
     try:
         with pytest.raises(NirvanaError, match="no longer at"):
-            evaluate_folder(cut, ntk_windows=1)
+            evaluate_folder(cut, Evaluation(ntk=True, ntk_windows=1))
     finally:
         (cut.parent / "elsewhere").rename(model)
 
@@ -102,10 +105,12 @@ def test_a_missing_dense_model_is_named(cut: Path) -> None:
 def test_windows_of_a_text_have_the_wished_length(out: Path, tmp_path: Path) -> None:
     text = tmp_path / "other.txt"
     text.write_text("A text of its own, long enough for a few windows of evaluation. " * 20)
-    result = evaluate_folder(out, eval_text=text, window_tokens=50, max_windows=3, threads=1)
+    result = evaluate_folder(
+        out, Evaluation(eval_text=text, window_tokens=50, max_windows=3), Place(threads=1)
+    )
     assert result["window_tokens"] == 50 and result["variants"]["pruned"]["tokens"] == 3 * 49
     with pytest.raises(NirvanaError, match="longer than the model's 512 positions"):
-        evaluate_folder(out, eval_text=text, window_tokens=2048)
+        evaluate_folder(out, Evaluation(eval_text=text, window_tokens=2048))
     usage = CliRunner().invoke(evaluate, [str(out), "--window", "512"])
     assert usage.exit_code == 2 and "--eval-text" in usage.output
 
@@ -114,7 +119,7 @@ def test_tasks_without_the_harness_name_the_extra(out: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     before = (out / "quality.json").stat().st_mtime_ns
     with pytest.raises(MissingExtraError, match="'lm-eval', which is not installed") as caught:
-        evaluate_folder(out, task_names=("piqa",))
+        evaluate_folder(out, Evaluation(tasks="piqa"))
     assert caught.value.hint == "pip install 'nirvana-deploy[eval]'"
     assert (out / "quality.json").stat().st_mtime_ns == before  # said before any work
 
@@ -159,16 +164,16 @@ def test_tasks_run_on_what_is_asked(out: Path, cut: Path, monkeypatch: pytest.Mo
         ("checkpoint", ["dense", "pruned"]),
         ("both", ["dense", "pruned", "dense checkpoint", "pruned checkpoint"]),
     ):
-        found = evaluate_folder(out, task_names=("piqa",), tasks_on=on, threads=1)  # type: ignore[arg-type]
+        found = evaluate_folder(out, Evaluation(tasks="piqa", tasks_on=on), Place(threads=1))
         assert list(found["tasks"]["variants"]) == names
     assert [call["model"] for call in calls] == ["onnxruntime"] * 2 + ["hf"] * 2 + ["onnxruntime"] * 2 + [
         "hf"
     ] * 2
     assert calls[1]["model_args"] == {"pretrained": str(out / "onnx")}
     with pytest.raises(NirvanaError, match="no ONNX model to run tasks on"):
-        evaluate_folder(cut, task_names=("piqa",), tasks_on="onnx")
+        evaluate_folder(cut, Evaluation(tasks="piqa", tasks_on="onnx"))
     with pytest.raises(NirvanaError, match="nowhere is not a folder"):
-        evaluate_folder(cut, task_names=("piqa",), task_folder=cut / "nowhere")
+        evaluate_folder(cut, Evaluation(tasks="piqa", task_folder=cut / "nowhere"))
     usage = CliRunner().invoke(evaluate, [str(out), "--include-path", str(out)])
     assert usage.exit_code == 2 and "--tasks" in usage.output
 

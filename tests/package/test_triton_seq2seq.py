@@ -28,7 +28,8 @@ from nirvana_deploy.base.artifact import read_json, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.package import package
 from nirvana_deploy.engine.drop_branch import drop_cache_branch
-from nirvana_deploy.engine.profile import Lengths, profiles_for, shapes_of
+from nirvana_deploy.engine.profile import profiles_for, shapes_of
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.source import read_source
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint

@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 from builders.fake_cuda import FakeDriver
 from builders.fake_tensorrt import fake_module, write_fake_engine
+from builders.jobs import write_short_recipe
 from builders.tiny_t5 import shape_of, write_t5
 from click.testing import CliRunner
 
-from nirvana_deploy import NirvanaError, VerificationError, pipeline
-from nirvana_deploy.calibrate import stage as calibrate_stage
+from nirvana_deploy import NirvanaError, VerificationError, prune_export
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.engine.drop_branch import drop_cache_branch
-from nirvana_deploy.engine.profile import Lengths, profiles_for, shapes_of
+from nirvana_deploy.engine.profile import profiles_for, shapes_of
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.source import read_source
 from nirvana_deploy.measure import stage as measuring
-from nirvana_deploy.measure.benchmark import Workload, _weights_bytes
+from nirvana_deploy.measure.benchmark import _weights_bytes
 from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.runtime.models import models_for
@@ -28,7 +29,7 @@ from nirvana_deploy.runtime.tensorrt.record import encoder_beside
 from nirvana_deploy.verify.folder import verify_folder
 
 QUANTIZED = ["--quantize", "int8", "--quantize", "w4"]
-SMALL = ["--sparsity", "0.3", "--round-to", "4", "--num-sequences", "4", "--seq-len", "16", "--threads", "1"]
+SMALL: dict[str, Any] = {"sparsity": 0.3, "round_to": 4, "num_sequences": 4, "seq_len": 16, "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +41,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command makes; read-only."""
     out = tmp_path_factory.mktemp("out") / "done"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate_stage, "HELDOUT_SEQUENCES", 3)
-        patch.setattr(calibrate_stage, "HELDOUT_LEN", 24)
-        patch.setattr(
-            pipeline,
-            "Workload",
-            lambda threads: Workload(prompt_tokens=8, new_tokens=4, repeats=2, threads=threads),
-        )
-        result = CliRunner().invoke(
-            commands, ["prune-export", str(model), *SMALL, *QUANTIZED, "--out", str(out)]
-        )
+    recipe = write_short_recipe(model, out.with_suffix(".toml"), **SMALL)
+    result = CliRunner().invoke(
+        commands, ["prune-export", "--recipe", str(recipe), *QUANTIZED, "--out", str(out)]
+    )
     assert result.exit_code == 0, (result.output, result.exception)
     return out
 
@@ -152,7 +146,7 @@ def test_what_cannot_be_had_is_refused_before_any_work(
     model: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(NirvanaError, match=message):
-        pipeline.prune_export(str(model), sparsity=0.3, out=tmp_path / "out", **options)
+        prune_export(str(model), sparsity=0.3, out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 

@@ -15,22 +15,24 @@ import numpy as np
 import onnx
 import pytest
 from builders.extras import needs
+from builders.jobs import SHORT, SHORT_ROUNDS
 from builders.tiny import INTERRUPTIBLE, write_tiny
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from nirvana_deploy import NirvanaError, VerificationError, pipeline
+from nirvana_deploy import NirvanaError, VerificationError, prune_export
 from nirvana_deploy.base import artifact
-from nirvana_deploy.calibrate import stage as calibrate_stage
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export import stage as export_stage
-from nirvana_deploy.measure.benchmark import Workload
+from nirvana_deploy.measure.recipe import Evaluation, Workload
 from nirvana_deploy.output.run import Run
-from nirvana_deploy.pipeline import evaluate_folder
-from nirvana_deploy.prune import stage as prune_stage
+from nirvana_deploy.pipeline.folder import benchmark_folder, evaluate_folder, quantize_folder
+from nirvana_deploy.pipeline.prune_export import prune_by_plan
 from nirvana_deploy.quantize import quantize as quantize_module
 from nirvana_deploy.quantize.coverage import Coverage
 from nirvana_deploy.quantize.graph.linears import open_folder
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.verify import folder as verifying
 
 OPTIONS: dict[str, Any] = {
@@ -40,23 +42,13 @@ OPTIONS: dict[str, Any] = {
     "num_sequences": 4,
     "seq_len": 16,
     "threads": 1,
+    **SHORT,
+    **SHORT_ROUNDS,
 }
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the genai bindings while they load
 ]
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few and short evaluation windows and rounds."""
-    monkeypatch.setattr(calibrate_stage, "HELDOUT_SEQUENCES", 3)
-    monkeypatch.setattr(calibrate_stage, "HELDOUT_LEN", 24)
-    monkeypatch.setattr(
-        pipeline,
-        "Workload",
-        lambda threads: Workload(prompt_tokens=8, new_tokens=4, repeats=2, threads=threads),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def finished(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder of the whole job; tests that change it must copy it."""
     out = tmp_path_factory.mktemp("out") / "done"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate_stage, "HELDOUT_SEQUENCES", 3)
-        patch.setattr(calibrate_stage, "HELDOUT_LEN", 24)
-        patch.setattr(
-            pipeline,
-            "Workload",
-            lambda threads: Workload(prompt_tokens=8, new_tokens=4, repeats=2, threads=threads),
-        )
-        pipeline.prune_export(model, out=out, **OPTIONS)
+    prune_export(model, out=out, **OPTIONS)
     return out
 
 
@@ -134,7 +118,7 @@ def test_a_quantized_variant_stands_beside_its_float_model(
     finished: Path, model: str, tmp_path: Path
 ) -> None:
     out = copied(finished, tmp_path)
-    done = pipeline.prune_export(model, out=out, resume=True, quantize=["int8"], **OPTIONS)
+    done = prune_export(model, out=out, resume=True, quantize=["int8"], **OPTIONS)
     assert done.benchmark is not None
     variants = {variant["name"]: variant for variant in done.benchmark["variants"]}
     assert list(variants) == ["dense", "pruned", "pruned-int8"]
@@ -152,7 +136,7 @@ def test_a_quantized_variant_stands_beside_its_float_model(
 def test_engines_of_every_model_are_stages_of_the_run(finished: Path, model: str, tmp_path: Path) -> None:
     needs("tensorrt_rtx")
     out = copied(finished, tmp_path)
-    pipeline.prune_export(model, out=out, resume=True, engines=["tensorrt-rtx"], **OPTIONS)
+    prune_export(model, out=out, resume=True, engines=["tensorrt-rtx"], **OPTIONS)
     stages = stages_of(out)
     assert list(stages).index("engine-pruned") < list(stages).index("quality")
     for name in ("pruned", "dense"):
@@ -161,7 +145,7 @@ def test_engines_of_every_model_are_stages_of_the_run(finished: Path, model: str
         assert f"engine/{name}.engine" in stages[f"engine-{name}"]["files"]
         assert f"| {name} (fp16, cache concat) |" in (out / "report.md").read_text()
     before = (out / "engine/pruned.engine").stat().st_mtime_ns
-    pipeline.prune_export(model, out=out, resume=True, engines=["tensorrt-rtx"], **OPTIONS)
+    prune_export(model, out=out, resume=True, engines=["tensorrt-rtx"], **OPTIONS)
     assert (out / "engine/pruned.engine").stat().st_mtime_ns == before
 
 
@@ -172,7 +156,7 @@ def test_linears_that_do_not_run_in_integers_are_reported_and_exit_with_3(
     none = Coverage(promised=2, found=0, operators={}, missing=("a", "b"))
     monkeypatch.setattr(quantize_module, "coverage_of", lambda *args, **options: none)
     with pytest.raises(VerificationError, match=r"in float still run a, b"):
-        pipeline.quantize_folder(out, scheme="int8", smooth=0.5)
+        quantize_folder(out, Quantization(scheme="int8", smooth=0.5))
     assert (out / "onnx-int8/model.onnx").is_file()
     assert "Quantization did not hold its promise" in (out / "report.md").read_text()
 
@@ -182,7 +166,7 @@ def test_the_head_is_quantized_on_request_and_a_resumed_run_keeps_to_it(
 ) -> None:
     out = copied(finished, tmp_path)
     options = {**OPTIONS, "resume": True, "quantize": ["w8"], "baseline": False, "run_benchmark": False}
-    pipeline.prune_export(model, out=out, quantize_head=True, **options)
+    prune_export(model, out=out, quantize_head=True, **options)
     (graph,) = open_folder(out / "onnx")
     covered = stages_of(out)["onnx-w8"]["result"]["coverage"]
     large = [linear.name for linear in graph.linears if min(linear.K, linear.N) >= 16]
@@ -192,14 +176,14 @@ def test_the_head_is_quantized_on_request_and_a_resumed_run_keeps_to_it(
     [logits] = [node for node in written.node if "logits" in node.output]
     assert logits.op_type == "MatMulNBits"  # ONNX Runtime's integer kernel computes them
     with pytest.raises(NirvanaError, match=r"quantize_head True, not False"):
-        pipeline.prune_export(model, out=out, **options)
+        prune_export(model, out=out, **options)
 
 
 def test_a_variant_made_later_is_measured_by_the_next_run(finished: Path, model: str, tmp_path: Path) -> None:
     out = copied(finished, tmp_path)
-    record = pipeline.quantize_folder(out, scheme="int8", smooth=0.5)
+    record = quantize_folder(out, Quantization(scheme="int8", smooth=0.5))
     assert record["coverage"]["found"] == record["coverage"]["promised"] > 0
-    done = pipeline.prune_export(model, out=out, resume=True, quantize=["int8"], **OPTIONS)
+    done = prune_export(model, out=out, resume=True, quantize=["int8"], **OPTIONS)
     assert done.benchmark is not None
     assert [v["name"] for v in done.benchmark["variants"]] == ["dense", "pruned", "pruned-int8"]
     assert stages_of(out)["quality"]["result"]["variants"].keys() == {"dense", "pruned", "pruned-int8"}
@@ -207,16 +191,18 @@ def test_a_variant_made_later_is_measured_by_the_next_run(finished: Path, model:
 
 def test_a_folder_cut_by_a_plan_has_no_calibration_set(model: str, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "by-plan"
-    pipeline.prune_by_plan(model, plan=finished / "plan.json", out=out)
+    prune_by_plan(model, plan=finished / "plan.json", out=out)
     with pytest.raises(NirvanaError, match="no ONNX model yet"):
-        pipeline.quantize_folder(out, scheme="int8")
+        quantize_folder(out, Quantization(scheme="int8"))
 
 
 def test_an_unknown_scheme_is_refused_before_any_work(model: str, finished: Path, tmp_path: Path) -> None:
     with pytest.raises(NirvanaError, match=r"Unknown scheme 'int9'"):
-        pipeline.quantize_folder(finished, scheme="int9")
-    with pytest.raises(NirvanaError, match=r"Unknown scheme 'int9'\. Did you mean 'int8'"):
-        pipeline.prune_export(model, out=tmp_path / "out", quantize=["int9"], **OPTIONS)
+        quantize_folder(finished, Quantization(scheme="int9"))
+    with pytest.raises(
+        NirvanaError, match=r"quantize = \['int9'\] is not allowed; .*'int8'.*\. Did you mean 'int8'"
+    ):
+        prune_export(model, out=tmp_path / "out", quantize=["int9"], **OPTIONS)
     assert not (tmp_path / "out").exists()
 
 
@@ -226,19 +212,20 @@ def test_resume_takes_finished_stages_from_disk_and_redoes_the_rest(
     out = copied(finished, tmp_path)
     before = stages_of(out)
     (out / "onnx" / "model.onnx.data").write_bytes(b"damaged")
-    pipeline.prune_export(model, out=out, resume=True, **OPTIONS)
+    prune_export(model, out=out, resume=True, **OPTIONS)
     after = stages_of(out)
     assert list(after) == list(before)
-    for name in ("calibrate", "score", "plan", "checkpoint"):
-        assert after[name] == before[name]
+    for name in ("calibrate", "score", "plan", "checkpoint", "dense-onnx"):
+        assert after[name] == before[name]  # nothing that they need was made anew
     assert after["onnx"]["files"] == before["onnx"]["files"]  # made again, byte for byte
-    assert after["dense-onnx"]["seconds"] != before["dense-onnx"]["seconds"]
+    for name in ("verify", "quality", "benchmark"):
+        assert after[name]["seconds"] != before[name]["seconds"]
 
 
 def test_resume_with_other_options_or_weights_is_refused(finished: Path, model: str, tmp_path: Path) -> None:
     out = copied(finished, tmp_path)
     with pytest.raises(NirvanaError, match=r"made with sparsity 0\.3, not 0\.2"):
-        pipeline.prune_export(model, out=out, resume=True, **{**OPTIONS, "sparsity": 0.2})
+        prune_export(model, out=out, resume=True, **{**OPTIONS, "sparsity": 0.2})
     other = write_tiny(tmp_path / "other", "llama-tied")
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"] *= 2
@@ -247,43 +234,43 @@ def test_resume_with_other_options_or_weights_is_refused(finished: Path, model: 
     manifest["options"]["model"] = str(other)
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(NirvanaError, match="other weights"):
-        pipeline.prune_export(str(other), out=out, resume=True, **OPTIONS)
+        prune_export(str(other), out=out, resume=True, **OPTIONS)
 
 
 def test_an_existing_folder_is_refused_and_left_alone(finished: Path, model: str, tmp_path: Path) -> None:
     with pytest.raises(NirvanaError, match=r"exists already\. It holds a run[^\0]*--resume[^\0]*--force"):
-        pipeline.prune_export(model, out=finished, **OPTIONS)
+        prune_export(model, out=finished, **OPTIONS)
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("precious")
     with pytest.raises(NirvanaError, match="It is not empty"):
-        pipeline.prune_export(model, out=mine, until="checkpoint", **OPTIONS)
-    pipeline.prune_export(model, out=mine, force=True, until="checkpoint", **OPTIONS)
+        prune_export(model, out=mine, until="checkpoint", **OPTIONS)
+    prune_export(model, out=mine, force=True, until="checkpoint", **OPTIONS)
     assert (mine / "thesis.txt").read_text() == "precious"
 
 
 def test_prune_then_prune_export_continues(model: str, tmp_path: Path) -> None:
-    out = pipeline.prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS).out
+    out = prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS).out
     scored = stages_of(out)["score"]
-    pipeline.prune_export(model, out=out, resume=True, run_benchmark=False, **OPTIONS)
+    prune_export(model, out=out, resume=True, run_benchmark=False, **OPTIONS)
     assert stages_of(out)["score"] == scored and "verify" in stages_of(out)
     assert "benchmark" not in stages_of(out)
 
 
 def test_the_same_seed_gives_the_same_plan(finished: Path, model: str, tmp_path: Path) -> None:
-    out = pipeline.prune_export(model, out=tmp_path / "again", until="checkpoint", **OPTIONS).out
+    out = prune_export(model, out=tmp_path / "again", until="checkpoint", **OPTIONS).out
     assert (out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
-    other = pipeline.prune_export(model, out=tmp_path / "other", seed=1, until="checkpoint", **OPTIONS).out
+    other = prune_export(model, out=tmp_path / "other", seed=1, until="checkpoint", **OPTIONS).out
     assert (other / "plan.json").read_bytes() != (finished / "plan.json").read_bytes()
 
 
 def test_a_plan_alone_redoes_the_cut(finished: Path, model: str, tmp_path: Path) -> None:
-    pipeline.prune_by_plan(model, plan=finished / "plan.json", out=tmp_path / "again")
+    prune_by_plan(model, plan=finished / "plan.json", out=tmp_path / "again")
     for file in ("plan.json", "checkpoint/model.safetensors", "checkpoint/config.json"):
         assert (tmp_path / "again" / file).read_bytes() == (finished / file).read_bytes()
     other = write_tiny(tmp_path / "other", "mistral")
     with pytest.raises(NirvanaError, match="family is 'llama' in the plan and 'mistral' in the model"):
-        pipeline.prune_by_plan(str(other), plan=finished / "plan.json", out=tmp_path / "never")
+        prune_by_plan(str(other), plan=finished / "plan.json", out=tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 
@@ -302,7 +289,7 @@ def test_a_failed_verification_keeps_everything_and_says_where(
     monkeypatch.setattr(export_stage, "onnx_from_checkpoint", sabotaged)
     out = tmp_path / "out"
     with pytest.raises(VerificationError, match="does not compute what its checkpoint computes"):
-        pipeline.prune_export(model, out=out, **OPTIONS)
+        prune_export(model, out=out, **OPTIONS)
     recorded = stages_of(out)
     assert recorded["verify"]["result"]["pruned"]["passed"] is False
     assert (
@@ -312,8 +299,7 @@ def test_a_failed_verification_keeps_everything_and_says_where(
     )
     monkeypatch.undo()
     (out / "onnx" / "model.onnx.data").unlink()
-    monkeypatch.setattr(calibrate_stage, "HELDOUT_LEN", 24)
-    pipeline.prune_export(model, out=out, resume=True, run_benchmark=False, **OPTIONS)
+    prune_export(model, out=out, resume=True, run_benchmark=False, **OPTIONS)
     assert stages_of(out)["verify"]["result"]["pruned"]["passed"] is True
 
 
@@ -321,12 +307,12 @@ def test_folder_commands_measure_and_check_again(finished: Path, tmp_path: Path)
     out = copied(finished, tmp_path)
     text = tmp_path / "other.txt"
     text.write_text("A text of its own, long enough for a few windows of evaluation. " * 20)
-    result = evaluate_folder(out, eval_text=text, threads=1)
+    result = evaluate_folder(out, Evaluation(eval_text=text), Place(threads=1))
     assert result["source"] == "file other.txt"
     benchmark = json.loads((out / "benchmark.json").read_text())
     assert benchmark["variants"][1]["quality"] == result["variants"]["pruned"]
     workload = Workload(prompt_tokens=4, new_tokens=2, repeats=1, threads=1)
-    assert pipeline.benchmark_folder(out, workload=workload)["workload"]["prompt_tokens"] == 4
+    assert benchmark_folder(out, workload)["workload"]["prompt_tokens"] == 4
     check = verifying.verify_folder(out, threads=1)
     assert check.damaged == [] and set(check.reports) == {"pruned", "dense"}
     check.require_passed()
@@ -419,16 +405,16 @@ def test_bad_input_is_refused_before_anything_is_written(
     model: str, tmp_path: Path, change: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(NirvanaError, match=complaint):
-        pipeline.prune_export(model, out=tmp_path / "out", **{**OPTIONS, **change})
+        prune_export(model, out=tmp_path / "out", **{**OPTIONS, **change})
     written = [path.name for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
-    assert written in ([], ["manifest.json"])
+    assert sorted(written) in ([], ["manifest.json", "recipe.toml"])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_place_is_named(model: str, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(NirvanaError, match="permission is denied"):
-        pipeline.prune_export(model, out=tmp_path / "out", **OPTIONS)
+        prune_export(model, out=tmp_path / "out", **OPTIONS)
 
 
 def test_a_full_disk_is_named(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +423,7 @@ def test_a_full_disk_is_named(model: str, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("nirvana_deploy.prune.checkpoint.save_file", full)
     with pytest.raises(NirvanaError, match=r"Cannot write .*checkpoint: the disk is full"):
-        pipeline.prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS)
+        prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS)
     assert not (tmp_path / "out" / "checkpoint").exists()
     assert not [path for path in (tmp_path / "out").rglob("*") if artifact._PARTIAL in path.name]
     assert "plan" in stages_of(tmp_path / "out")
@@ -448,7 +434,7 @@ def test_too_little_space_is_said_before_the_work(
 ) -> None:
     monkeypatch.setattr(artifact.shutil, "disk_usage", lambda _path: _Usage())
     with pytest.raises(NirvanaError, match=r"has 0\.0 GB free"):
-        pipeline.prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS)
+        prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS)
 
 
 class _Usage:
@@ -461,18 +447,16 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def test_the_least_kl_is_taken_where_there_is_a_choice(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prune_stage, "SELECTION_SEQUENCES", 4)
-    monkeypatch.setattr(prune_stage, "SELECTION_LEN", 16)
+def test_the_least_kl_is_taken_where_there_is_a_choice(model: str, tmp_path: Path) -> None:
     options = {key: value for key, value in OPTIONS.items() if key != "gamma"}
-    done = pipeline.prune_export(
+    done = prune_export(
         model,
         out=tmp_path / "out",
         saliency="nirvana,random",
         gamma="auto",
         candidates=2,
+        selection_sequences=4,
+        selection_len=16,
         run_benchmark=False,
         **options,
     )
@@ -487,9 +471,7 @@ def test_the_least_kl_is_taken_where_there_is_a_choice(
 
 
 def test_uniform_layers_export_and_verify(model: str, tmp_path: Path) -> None:
-    done = pipeline.prune_export(
-        model, out=tmp_path / "out", allocation="uniform", run_benchmark=False, **OPTIONS
-    )
+    done = prune_export(model, out=tmp_path / "out", allocation="uniform", run_benchmark=False, **OPTIONS)
     assert len({(len(layer.kept_groups), len(layer.kept_neurons)) for layer in done.plan.layers}) == 1
     config = json.loads((done.out / "checkpoint" / "config.json").read_text())
     assert "auto_map" not in config and "per_layer_config" not in config

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from builders import tiny_t5
+from builders.jobs import SHORT
 from builders.plans import logits_of, plan_for
 from builders.tiny import write_tiny
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from nirvana_deploy import pipeline
+from nirvana_deploy import prune_export
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.calibrate import stage as calibrate_stage
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.shape import shape_from_config
@@ -321,23 +321,23 @@ def test_activations_that_overflow_are_named(tmp_path: Path, tokens: NDArray[np.
     assert list(tmp_path.iterdir()) == [folder]
 
 
-OPTIONS: dict[str, Any] = {"sparsity": 0.3, "gamma": 1.0, "round_to": 4, "num_sequences": 4, "seq_len": 16}
-
-
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate_stage, "HELDOUT_SEQUENCES", 3)
-    monkeypatch.setattr(calibrate_stage, "HELDOUT_LEN", 24)
+OPTIONS: dict[str, Any] = {
+    "sparsity": 0.3,
+    "gamma": 1.0,
+    "round_to": 4,
+    "num_sequences": 4,
+    "seq_len": 16,
+    **SHORT,
+}
 
 
 def pruned(model: Path, out: Path, **options: Any) -> dict[str, Any]:
     """Stage -> its record in the manifest, after ``prune``."""
-    done = pipeline.prune_export(str(model), out=out, until="checkpoint", **(OPTIONS | options))
+    done = prune_export(str(model), out=out, until="checkpoint", **(OPTIONS | options))
     recorded: dict[str, Any] = done.manifest["stages"]
     return recorded
 
 
-@pytest.mark.usefixtures("short")
 def test_a_run_reconstructs_resumes_and_says_so(tiny_llama: Path, tmp_path: Path) -> None:
     first = pruned(tiny_llama, tmp_path / "out", reconstruct=True)
     assert list(first) == ["calibrate", "score", "plan", "reconstruct", "checkpoint"]
@@ -366,7 +366,6 @@ def test_a_run_reconstructs_resumes_and_says_so(tiny_llama: Path, tmp_path: Path
     assert "reconstruct" not in json.loads((tmp_path / "plain/plan.json").read_text())
 
 
-@pytest.mark.usefixtures("short")
 def test_a_folder_of_a_version_that_knew_no_reconstruction_is_refused(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -378,7 +377,6 @@ def test_a_folder_of_a_version_that_knew_no_reconstruction_is_refused(
         pruned(tiny_llama, tmp_path / "out", reconstruct=True, resume=True)
 
 
-@pytest.mark.usefixtures("short")
 def test_a_plan_alone_gives_the_plain_cut(tiny_llama: Path, tmp_path: Path) -> None:
     pruned(tiny_llama, tmp_path / "out", reconstruct=True)
     plain = pruned(tiny_llama, tmp_path / "plain")

@@ -19,7 +19,8 @@ from builders.tiny_t5 import write_t5
 from nirvana_deploy.base.artifact import read_json, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.engine.drop_branch import drop_cache_branch
-from nirvana_deploy.engine.profile import Lengths, profiles_for, shapes_of
+from nirvana_deploy.engine.profile import profiles_for, shapes_of
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.source import read_source
 from nirvana_deploy.engine.stage import engines_from_onnx_folder
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint

@@ -16,7 +16,7 @@ from builders.tiny_t5 import write_t5
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.engine.build import engine_from_onnx
-from nirvana_deploy.engine.profile import Lengths
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.stage import engines_from_onnx_folder
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint

@@ -31,7 +31,7 @@ from onnx import TensorProto, helper, numpy_helper
 from nirvana_deploy.base.artifact import read_json, sha256_of, write_json
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.engine.build import engine_from_onnx
-from nirvana_deploy.engine.profile import Lengths
+from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.targets import BuilderOptions, configure
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint

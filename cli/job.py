@@ -1,0 +1,67 @@
+"""The options of a whole job, as ``prune-export``, ``prune`` and ``recipe`` take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from nirvana_deploy.calibrate.recipe import Calibration
+from nirvana_deploy.engine.recipe import Engines
+from nirvana_deploy.export.recipe import Export
+from nirvana_deploy.measure.recipe import Measurement
+from nirvana_deploy.prune.recipe import Pruning
+from nirvana_deploy.quantize.recipe import Schemes
+
+from .options import recipe_options, typed
+
+if TYPE_CHECKING:
+    from nirvana_deploy.pipeline.job import Job
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+model_argument = click.argument("model", required=False)
+recipe_option = click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Do what this recipe.toml says; options given here win.",
+)
+pruning_options = recipe_options(Pruning, Calibration, required=False)
+deployment_options = recipe_options(Export, Schemes, Engines, Measurement)
+
+
+def folder_options(command: Command) -> Command:
+    """Where a job writes, and over what."""
+    options = [
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path),
+            default=None,
+            help="Output folder. [./<model>-s<sparsity>]",
+        ),
+        click.option("--resume", is_flag=True, help="Continue after the last finished stage in --out."),
+        click.option("--force", is_flag=True, help="Replace what an earlier run left in --out."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def job_from(model: str | None, recipe_file: Path | None, options: dict[str, Any]) -> Job:
+    """The job that the user asked for: the recipe file, if any, under the options that were typed."""
+    if recipe_file is None:
+        if model is None:
+            raise click.UsageError("Missing argument 'MODEL', or --recipe FILE.")
+        if options["sparsity"] is None:
+            raise click.UsageError("Missing option '--sparsity', for example --sparsity 0.4.")
+    from nirvana_deploy.pipeline.job import job_of
+    from nirvana_deploy.pipeline.recipe_file import read_recipe
+
+    if recipe_file is None:
+        return job_of(model or "", options)
+    base = read_recipe(recipe_file)
+    return job_of(model or base.model, typed(options), base=base)

@@ -1,0 +1,129 @@
+"""Command-line options, made from the fields of recipes, where defaults, help texts and checks live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import click
+
+from nirvana_deploy.base.recipe import Field, fields_of
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Kind = TypeVar("Kind")
+_SIZES = {"k": 10, "m": 20, "g": 30}
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+
+
+class NumberOrWord(click.ParamType[Any]):
+    """A number, or one of some words."""
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self.words = words
+        self.name = "|".join(("float", *words))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse what the user typed."""
+        if value in self.words:
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            words = " or ".join(repr(word) for word in self.words)
+            self.fail(f"{value!r} is neither a number nor {words}.", param, ctx)
+
+
+class Bytes(click.ParamType[Any]):
+    """A number of bytes, with an optional K, M or G (binary)."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse what the user typed."""
+        text = str(value).lower().removesuffix("ib").removesuffix("b")
+        shift = _SIZES.get(text[-1:], 0)
+        try:
+            return int(float(text[:-1] if shift else text) * (1 << shift))
+        except ValueError:
+            self.fail(f"{value!r} is no size; 2G, 512M and 1048576 are.", param, ctx)
+
+
+def recipe_options(
+    *kinds: type[Any], required: bool = True, without: Sequence[str] = ()
+) -> Callable[[Command], Command]:
+    """Give a command the options of some recipes, in order.
+
+    ``required`` False leaves it to the recipe whether an option without default is missing.
+    """
+    fields = [
+        field
+        for kind in kinds
+        for field in fields_of(kind)
+        if field.option.command_line and field.name not in without
+    ]
+
+    def decorate(command: Command) -> Command:
+        for field in reversed(fields):
+            command = _option(field, required=required)(command)
+        return command
+
+    return decorate
+
+
+def taken(kind: type[Kind], values: dict[str, Any]) -> Kind:
+    """The recipe of ``kind`` from what a command was called with; its options leave ``values``."""
+    names = [field.name for field in fields_of(kind) if field.name in values]
+    return kind(**{name: values.pop(name) for name in names})
+
+
+def typed(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a command's ``values``, those that the user typed."""
+    source = click.get_current_context().get_parameter_source
+    return {
+        name: value
+        for name, value in values.items()
+        if source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+
+
+def _option(field: Field, *, required: bool) -> Callable[[Command], Command]:
+    option = field.option
+    flag = option.flag or f"--{field.name.replace('_', '-')}"
+    shown: dict[str, Any] = {"help": option.help}
+    if field.type is bool:
+        if "/" in flag:
+            return click.option(flag, field.name, default=field.default, show_default=True, **shown)
+        return click.option(flag, field.name, is_flag=True, **shown)
+    if option.metavar is not None:
+        shown["metavar"] = option.metavar
+    if get_origin(field.type) is tuple:
+        return click.option(flag, field.name, multiple=True, type=_type(field), **shown)
+    if field.required:
+        return click.option(flag, field.name, type=_type(field), required=required, default=None, **shown)
+    return click.option(
+        flag,
+        field.name,
+        type=_type(field),
+        default=field.default,
+        show_default=field.default is not None,
+        **shown,
+    )
+
+
+def _type(field: Field) -> click.ParamType[Any]:
+    option, types = field.option, field.types
+    if field.choices is not None:
+        return click.Choice(field.choices)
+    if option.size:
+        return Bytes()
+    words = tuple(word for part in types if get_origin(part) is Literal for word in get_args(part))
+    if words:
+        return NumberOrWord(words)
+    if Path in types:
+        return click.Path(path_type=Path)
+    if int in types:
+        return click.INT if option.minimum is None else click.IntRange(min=int(option.minimum))
+    return click.FLOAT if float in types else click.STRING

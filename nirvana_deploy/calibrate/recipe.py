@@ -1,0 +1,43 @@
+"""What a user can say about calibration text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from nirvana_deploy.base.recipe import Option, recipe
+
+NumSequences = Annotated[int, Option("Number of calibration windows.", minimum=1)]
+Seed = Annotated[int, Option("Random seed for sampling calibration windows.", minimum=0)]
+
+
+@recipe
+class Calibration:
+    """Which text the model is scored on, and which text its quality is measured on."""
+
+    calib: Annotated[
+        str,
+        Option(
+            "Calibration text: a .txt or .jsonl file, pydoc, self, c4, bookcorpus, wikitext, lambada; "
+            "several, separated by commas, or 'auto' (pydoc and self) are chosen among by KL."
+        ),
+    ] = "pydoc"
+    candidates: Annotated[
+        int | None,
+        Option("Calibration sets drawn from each source to choose among. [4 for auto, else 1]", minimum=1),
+    ] = None
+    num_sequences: NumSequences = 32
+    seq_len: Annotated[int, Option("Tokens per window.", minimum=2)] = 128
+    seed: Seed = 0
+    eval_text: Annotated[
+        Path | None, Option("Measure quality on this text. [held-out windows of the calibration text]")
+    ] = None
+    heldout_sequences: Annotated[
+        int, Option("Held-out windows that quality is measured on.", minimum=1, command_line=False)
+    ] = 16
+    heldout_len: Annotated[int, Option("Tokens per held-out window.", minimum=2, command_line=False)] = 256
+    selection_sequences: Annotated[
+        int,
+        Option("Held-out windows that candidates are compared on.", minimum=2, command_line=False),
+    ] = 64
+    selection_len: Annotated[int, Option("Tokens per such window.", minimum=2, command_line=False)] = 128

@@ -1,0 +1,78 @@
+"""What a user can say about measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from nirvana_deploy.base.recipe import Option, recipe
+from nirvana_deploy.runtime.recipe import Threads
+
+
+@recipe
+class Measurement:
+    """What is measured when an output folder is made."""
+
+    run_benchmark: Annotated[
+        bool, Option("Measure latency.", flag="--benchmark/--no-benchmark", resumable=True)
+    ] = True
+    threads: Threads = None
+    prompt_tokens: Annotated[int, Option("Prompt length.", minimum=1, command_line=False, resumable=True)] = (
+        128
+    )
+    new_tokens: Annotated[int, Option("Tokens decoded.", minimum=2, command_line=False, resumable=True)] = 64
+    repeats: Annotated[int, Option("Rounds that count.", minimum=1, command_line=False, resumable=True)] = 11
+
+
+@recipe
+class Workload:
+    """The request that is measured, and how often."""
+
+    prompt_tokens: Annotated[int, Option("Prompt length.", minimum=1)] = 128
+    new_tokens: Annotated[int, Option("Tokens decoded.", minimum=2)] = 64
+    batch_size: Annotated[int, Option("Prompts at a time.", minimum=1)] = 1
+    repeats: Annotated[int, Option("Rounds that count.", minimum=1)] = 11
+    warmup: Annotated[int, Option("Rounds before them that do not count.", minimum=0, command_line=False)] = 1
+    threads: Threads = None
+    seed: Annotated[
+        int,
+        Option(
+            "Random seed of the prompts: uniform token ids, the same for every variant.",
+            minimum=0,
+            command_line=False,
+        ),
+    ] = 0
+
+
+@recipe
+class Evaluation:
+    """Quality to measure again."""
+
+    eval_text: Annotated[
+        Path | None, Option("Text to measure on. [the windows that calibration held out]")
+    ] = None
+    window_tokens: Annotated[
+        int | None,
+        Option(
+            "Tokens per window of --eval-text, for example 512 or 2048. [256]", minimum=2, flag="--window"
+        ),
+    ] = None
+    max_windows: Annotated[
+        int | None, Option("Windows of --eval-text, from its beginning. [16]", minimum=1)
+    ] = None
+    ntk: Annotated[bool, Option("Also measure how far the cut changed the tangent kernel.")] = False
+    ntk_windows: Annotated[int, Option("Held-out windows that --ntk reads.", minimum=1)] = 4
+    tasks: Annotated[
+        str | None, Option("Tasks of lm-evaluation-harness, separated by commas: piqa,arc_easy.")
+    ] = None
+    tasks_on: Annotated[
+        str | None,
+        Option(
+            "Which models --tasks runs on. [onnx, what is deployed, if any]",
+            choices=("onnx", "checkpoint", "both"),
+        ),
+    ] = None
+    task_folder: Annotated[
+        Path | None, Option("Folder with the yaml files of further tasks.", flag="--include-path")
+    ] = None
+    limit: Annotated[int | None, Option("Examples per task. [all]", minimum=1)] = None

@@ -1,0 +1,29 @@
+"""What a user can say about packages."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from nirvana_deploy.base.recipe import Option, recipe
+
+
+@recipe
+class Package:
+    """What other programs load."""
+
+    gguf: Annotated[bool, Option("One GGUF file for llama.cpp, from the checkpoint.")] = False
+    triton: Annotated[bool, Option("A Triton model repository, from the ONNX folder.")] = False
+    engines: Annotated[
+        tuple[str, ...],
+        Option(
+            "With --triton: serve this TensorRT engine instead, for example sm89=l4.engine; may be repeated. "
+            "For an encoder-decoder, its decoder's engine alone: text in, text out.",
+            flag="--engine",
+            metavar="[TARGET=]FILE",
+        ),
+    ] = ()
+    weight_type: Annotated[
+        str,
+        Option("Weights of the GGUF file.", flag="--type", choices=("f32", "f16", "bf16", "q8_0")),
+    ] = "f16"
+    name: Annotated[str | None, Option("Name of the model in the repository. [the folder's name]")] = None

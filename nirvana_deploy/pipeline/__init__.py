@@ -1,0 +1,1 @@
+"""The whole arrow: options -> recipes -> stages in order; and single stages again, on a finished folder."""

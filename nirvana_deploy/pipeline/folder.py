@@ -1,0 +1,156 @@
+"""Single stages again, on a finished output folder; each rewrites the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.base.artifact import read_json
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.calibrate.stage import text_windows
+from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
+from nirvana_deploy.engine.stage import (
+    build_engine,
+    builder_options,
+    engine_files,
+    engine_name,
+    engines_from_onnx_folder,
+)
+from nirvana_deploy.measure.recipe import Evaluation, Workload
+from nirvana_deploy.measure.stage import quality, refresh_quality, speed, tangent_kernel, tasks
+from nirvana_deploy.measure.tasks import require_tasks
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.output import stage
+from nirvana_deploy.output.layout import BENCHMARK_FILE, CHECKPOINT, ENGINES
+from nirvana_deploy.output.run import MANIFEST, Run
+from nirvana_deploy.output.variants import quantized_variant
+from nirvana_deploy.prune.choices import listed
+from nirvana_deploy.quantize.int8.spec import read_record
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.stage import quantize, require_quantized
+from nirvana_deploy.report.sensitivity import write_sensitivity
+from nirvana_deploy.report.stage import report
+from nirvana_deploy.runtime.recipe import Place
+from nirvana_deploy.runtime.tensorrt.record import ENGINE_SUFFIX
+
+
+def quantize_folder(out: Path, recipe: Quantization, *, progress: Progress = SILENT) -> dict[str, Any]:
+    """Quantize the pruned model of an output folder into ``onnx-<scheme>``, in place of an earlier one.
+
+    Calibrates on the windows that the folder was pruned with. Returns the content of quantization.json;
+    ``benchmark`` and ``evaluate`` measure the new variant. Raises NirvanaError for a folder without ONNX
+    model, VerificationError as ``quantize_onnx`` does.
+    """
+    run = Run.open(out, progress=progress)
+    if not run.has(stage.ONNX):
+        raise NirvanaError(
+            f"{out} has a checkpoint and no ONNX model yet.",
+            hint="Export it first: repeat its prune command as prune-export, with --resume.",
+        )
+    run.run(quantize(run, recipe, draw=write_sensitivity), redo=True)
+    run.run(report(run))
+    require_quantized(run, recipe.scheme)
+    return read_record(out / quantized_variant(recipe.scheme).folder)
+
+
+def benchmark_folder(
+    out: Path, workload: Workload, *, runtime: str | None = None, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """Measure an output folder again in ``runtime`` [onnxruntime-cpu]; returns benchmark.json."""
+    run = Run.open(out, progress=progress)
+    run.run(speed(run, workload, runtime=runtime), redo=True)
+    run.run(report(run))
+    result: dict[str, Any] = read_json(out / BENCHMARK_FILE)
+    return result
+
+
+def evaluate_folder(
+    out: Path,
+    recipe: Evaluation | None = None,
+    place: Place | None = None,
+    *,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Measure quality of an output folder again; rewrites quality.json, benchmark.json and the report.
+
+    On the text of the recipe, else on the held-out windows. The tangent kernel and the tasks are measured
+    when the recipe asks for them; a folder without ONNX model is measured by these two alone. Returns
+    quality.json with ``ntk`` and ``tasks`` added.
+    """
+    recipe, place = recipe or Evaluation(), place or Place()
+    run = Run.open(out, progress=progress)
+    result: dict[str, Any] = {}
+    names = listed(recipe.tasks or "")
+    if names:
+        require_tasks(names)
+    if run.has(stage.ONNX) or not (recipe.ntk or names):
+        result = _quality(run, recipe, place)
+    if recipe.ntk:
+        kernel = run.run(tangent_kernel(run, windows=recipe.ntk_windows), redo=True)
+        result = {**result, "ntk": kernel}
+    if names:
+        asked = tasks(run, names, limit=recipe.limit, include_path=recipe.task_folder, on=recipe.tasks_on)
+        result = {**result, "tasks": run.run(asked, redo=True)}
+    run.run(report(run))
+    return result
+
+
+def _quality(run: Run, recipe: Evaluation, place: Place) -> dict[str, Any]:
+    windows = None
+    if recipe.eval_text is not None:
+        checkpoint = Checkpoint.open(run.out / CHECKPOINT)
+        checkpoint.require_length(recipe.window_tokens or 1)
+        windows = text_windows(
+            recipe.eval_text,
+            checkpoint.tokenizer,
+            run.progress,
+            seq_len=recipe.window_tokens,
+            max_sequences=recipe.max_windows,
+        )
+    result = run.run(quality(run, place, windows=windows), redo=True)
+    refresh_quality(run)
+    return result
+
+
+def build_engines(
+    folder: Path,
+    form: EngineForm,
+    lengths: Lengths,
+    build: EngineBuild,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> tuple[Path, ...]:
+    """Build the engine of a model of an output folder, or of an ONNX folder into ``out`` [its ``engine``].
+
+    Returns the engine files: two of an encoder-decoder. Raises NirvanaError when one of that name is there
+    and ``force`` is not given.
+    """
+    options = builder_options(build)
+    is_output = (folder / MANIFEST).is_file()
+    if is_output and out is not None:
+        raise NirvanaError(
+            "The engine of an output folder lies in it.", hint="Leave out --out; --name names it."
+        )
+    where = out or folder / ENGINES
+    own = engine_name(form, build.runtime) if is_output else folder.resolve().name
+    name = build.name or own
+    if not force:
+        _require_no_engine(where, name)
+    if not is_output:
+        return engines_from_onnx_folder(
+            folder, where, name=name, lengths=lengths, options=options, progress=progress
+        )
+    run = Run.open(folder, progress=progress)
+    run.run(build_engine(run, form, options=options, lengths=lengths, name=name), redo=True)
+    return engine_files(run, name)
+
+
+def _require_no_engine(folder: Path, name: str) -> None:
+    for pattern in (f"{name}{ENGINE_SUFFIX}", f"{name}-*coder{ENGINE_SUFFIX}"):
+        for existing in sorted(folder.glob(pattern)):
+            raise NirvanaError(
+                f"{existing} exists already.", hint="Pass --force to replace it, or --name NAME."
+            )

@@ -1,0 +1,103 @@
+"""Everything that decides what ``prune_export`` makes of a model: one section per room.
+
+Field names are unique over all sections, so that a job is also a flat set of keywords.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.recipe import Field, fields_of, make
+from nirvana_deploy.base.registry import nearest_names
+from nirvana_deploy.calibrate.recipe import Calibration
+from nirvana_deploy.engine.recipe import Engines
+from nirvana_deploy.export.recipe import Export
+from nirvana_deploy.measure.recipe import Measurement
+from nirvana_deploy.prune.recipe import Pruning
+from nirvana_deploy.quantize.recipe import Schemes
+
+
+@dataclass(frozen=True)
+class Job:
+    """The model and the recipe of every room."""
+
+    model: str
+    """An alias, a hub id, a folder or a .gguf file."""
+    calibration: Calibration
+    pruning: Pruning
+    export: Export
+    quantization: Schemes
+    engine: Engines
+    measurement: Measurement
+
+    def options(self, sections: Iterable[str] | None = None) -> dict[str, Any]:
+        """The options of some sections [all], flat, by name."""
+        return {
+            field.name: getattr(getattr(self, section), field.name)
+            for section in sections or SECTIONS
+            for field in fields_of(SECTIONS[section])
+        }
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "calibration": Calibration,
+    "pruning": Pruning,
+    "export": Export,
+    "quantization": Schemes,
+    "engine": Engines,
+    "measurement": Measurement,
+}
+"""Section of recipe.toml, and attribute of :class:`Job` -> its recipe."""
+
+
+def all_fields() -> Iterator[Field]:
+    """Every option of a job."""
+    for kind in SECTIONS.values():
+        yield from fields_of(kind)
+
+
+def job_of(model: str, options: Mapping[str, Any], *, base: Job | None = None) -> Job:
+    """The job of flat ``options``; what they leave out is as in ``base``, or the default.
+
+    Raises NirvanaError for an option that is unknown, missing, of a wrong type or not allowed.
+    """
+    names = {field.name for field in all_fields()}
+    for key in options:
+        if key not in names:
+            close = nearest_names(key, sorted(names))
+            guess = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+            raise NirvanaError(f"Unknown option {key!r}.{guess} Known: {', '.join(sorted(names))}.")
+    given = {**(base.options() if base else {}), **options}
+    sections = {
+        section: make(
+            kind,
+            {field.name: given[field.name] for field in fields_of(kind) if field.name in given},
+            where="Options",
+        )
+        for section, kind in SECTIONS.items()
+    }
+    return Job(model=model, **sections)
+
+
+def resumable_options() -> frozenset[str]:
+    """What a resumed run may change."""
+    return frozenset(field.name for field in all_fields() if field.option.resumable)
+
+
+def as_json(job: Job) -> dict[str, Any]:
+    """The job as JSON: the model, and a section per room."""
+    sections = {name: job.options([name]) for name in SECTIONS}
+    return {"model": job.model} | {
+        name: {key: plain(value) for key, value in options.items()} for name, options in sections.items()
+    }
+
+
+def plain(value: Any) -> Any:
+    """The value of an option as JSON has it."""
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

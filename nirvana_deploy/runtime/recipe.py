@@ -1,0 +1,37 @@
+"""What a user can say about running a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from nirvana_deploy.base.recipe import Option, recipe
+from nirvana_deploy.runtime.table import RUNTIMES
+
+Threads = Annotated[
+    int | None, Option("Threads of ONNX Runtime. [all physical cores]", minimum=1, resumable=True)
+]
+
+
+@recipe
+class Place:
+    """What runs a model."""
+
+    runtime: Annotated[
+        str | None,
+        Option("What runs the model. [an engine's own, else onnxruntime-cpu]", choices=RUNTIMES),
+    ] = None
+    threads: Threads = None
+
+
+@recipe
+class Generation:
+    """One answer."""
+
+    prompt: Annotated[str, Option("Text to continue.")]
+    max_new_tokens: Annotated[int, Option("Longest answer, in tokens.", minimum=1)] = 128
+    chat: Annotated[bool, Option("Put the prompt into the model's chat template.")] = False
+    tokenizer: Annotated[
+        Path | None,
+        Option("Folder with the tokenizer. [the model's own, or the one of its output folder]"),
+    ] = None
