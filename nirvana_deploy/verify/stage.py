@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import (
     CHECKPOINT,
