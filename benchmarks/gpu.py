@@ -34,15 +34,16 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.registry import open_runner
 from nirvana_deploy.runtime.table import engine_runtimes
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
 from nirvana_deploy.runtime.tensorrt.memory import plan_memory
 from nirvana_deploy.runtime.tensorrt.record import EngineRecord
-from nirvana_deploy.verify.against_torch import prompts_for
-from nirvana_deploy.verify.compare import answers_of, cases_of, compare_runners, device_tolerance
+from nirvana_deploy.verify.cases import answers_of, engine_cases, prompts_for
+from nirvana_deploy.verify.compare import compare_runners
+from nirvana_deploy.verify.tolerance import device_tolerance
 
 FORMS = {"concat": "portable", "in-place": "static-cache"}
 DTYPE = "fp16"
@@ -128,7 +129,7 @@ def verified(model: Model, runtime: str) -> dict[str, Any]:
         report = compare_runners(
             reference,
             runner,
-            cases=cases_of(model.record, vocab_size=runner.vocab_size),
+            cases=engine_cases(model.record, vocab_size=runner.vocab_size),
             tolerance=device_tolerance(DTYPE, layers=len(reference.kv_heads)),
             prompts=prompts,
             new_tokens=new_tokens,

@@ -45,7 +45,7 @@ class Variant:
     float_arithmetic: bool = True
     """Products are float multiplications, so that operations of two such variants compare."""
     runtime: str | None = None
-    """A name of ``runners.RUNNERS``; None for the one that the path is for."""
+    """A name of ``runtime/table.py``; None for the one that the path is for."""
 
 
 def prompt_of(workload: Workload, round_index: int, *, vocab_size: int) -> NDArray[np.int64]:
@@ -55,8 +55,8 @@ def prompt_of(workload: Workload, round_index: int, *, vocab_size: int) -> NDArr
     return random.integers(0, vocab_size, size=size, dtype=np.int64)
 
 
-class Runner(Protocol):
-    """What can be asked for a timed round."""
+class Timed(Protocol):
+    """What can be asked for a timed round: a worker, or its stand-in."""
 
     def measure(self, tokens: NDArray[np.int64], *, new_tokens: int) -> RoundSample:
         """Time one request."""
@@ -144,7 +144,7 @@ def benchmark(
 
 
 def alternate(
-    runners: Mapping[str, Runner],
+    runners: Mapping[str, Timed],
     *,
     workload: Workload,
     vocab_size: int,

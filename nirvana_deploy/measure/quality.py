@@ -10,26 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.runtime.divergence import kl_terms, log_softmax
+from nirvana_deploy.runtime.runner import Runner, window_logits
 
 _BLOCK_TOKENS = 32
-
-
-class Prefiller(Protocol):
-    """What can be judged: an OrtDecoder, or a torch model behind the same method."""
-
-    def prefill(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], Any]:
-        """[1, T] tokens to logits [1, R, V] and a state, which is dropped.
-
-        Logits at all positions but the last predict the last R - 1 tokens; a decoder has R = T.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -45,8 +36,8 @@ class PositionScores:
 
 
 def quality_of(
-    baseline: Prefiller,
-    variants: Mapping[str, Prefiller],
+    baseline: Runner,
+    variants: Mapping[str, Runner],
     windows: NDArray[np.int64],
     *,
     baseline_name: str = "dense",
@@ -108,24 +99,17 @@ def position_scores(
     kl, likelihood = np.empty(count), np.empty(count)
     for start in range(0, count, _BLOCK_TOKENS):
         block = slice(start, start + _BLOCK_TOKENS)
-        log_q = _log_softmax(logits[block])
-        log_p = log_q if logits is baseline_logits else _log_softmax(baseline_logits[block])
+        log_q = log_softmax(logits[block].astype(np.float64))
+        log_p = log_q if logits is baseline_logits else log_softmax(baseline_logits[block].astype(np.float64))
         likelihood[block] = np.take_along_axis(log_q, next_tokens[block, None], axis=1)[:, 0]
-        kl[block] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+        kl[block] = kl_terms(log_p, log_q).sum(axis=1)
     agrees = baseline_logits.argmax(axis=1) == logits.argmax(axis=1)
     return PositionScores(negative_log_likelihood=-likelihood, kl=kl, top1_agrees=agrees)
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
-
-
-def _logits(model: Prefiller, window: NDArray[np.int64], *, of: str) -> NDArray[np.float32]:
-    """Logits [R - 1, V] at the positions of ``window`` [T] that have a next token."""
-    logits: NDArray[np.float32] = model.prefill(window[None])[0][0]
+def _logits(runner: Runner, window: NDArray[np.int64], *, of: str) -> NDArray[np.float32]:
+    """Logits [P, V] that predict the last P tokens of ``window`` [T]."""
+    logits: NDArray[np.float32] = window_logits(runner, window[None])[0]
     if len(logits) == 1:
         raise NirvanaError(
             f"Quality is measured at every position, and {of} gives the logits of the last one alone.",

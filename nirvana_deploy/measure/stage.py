@@ -39,10 +39,10 @@ from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import DENSE, PRUNED, variants_of
 from nirvana_deploy.prune.plan import read_plan, shape_of
 from nirvana_deploy.runtime.models import models_for
-from nirvana_deploy.runtime.onnxruntime.encoder_decoder import teacher_forced
+from nirvana_deploy.runtime.onnxruntime.providers import open_on_cpu
 from nirvana_deploy.runtime.recipe import Place
-from nirvana_deploy.runtime.registry import Runner, is_engine, open_runner
-from nirvana_deploy.verify.stage import in_float32
+from nirvana_deploy.runtime.registry import is_engine, open_runner
+from nirvana_deploy.runtime.runner import Runner
 
 _NOTHING_DENSE = {"kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
 """What a measurement without the dense baseline cannot say."""
@@ -61,10 +61,7 @@ def quality(run: Run, place: Place, *, windows: TokenWindows | None = None) -> S
             tokens, source = windows.tokens, windows.source
         models = models_for(run, place.runtime)
         with ExitStack() as stack:
-            opened = {
-                v.name: teacher_forced(stack.enter_context(_opened(run, path, place)))
-                for v, path in models.items()
-            }
+            opened = {v.name: stack.enter_context(_opened(run, path, place)) for v, path in models.items()}
             baseline = next(iter(opened))
             found = quality_of(
                 opened.pop(baseline),
@@ -228,5 +225,5 @@ def dense_checkpoint(run: Run) -> Path:
 def _opened(run: Run, path: Path, place: Place) -> Runner:
     """A runner; a bfloat16 model that no other runtime was named for is computed in float32 on the CPU."""
     if place.runtime is None and not is_engine(path) and run.manifest["options"].get("dtype") == "bf16":
-        return in_float32(path, threads=place.threads)
+        return open_on_cpu(path, threads=place.threads, in_float32=True)
     return open_runner(path, runtime=place.runtime, threads=place.threads)

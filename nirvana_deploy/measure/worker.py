@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 import nirvana_deploy
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.runtime.greedy import Decoder
+from nirvana_deploy.base.machine import peak_rss_bytes
+from nirvana_deploy.runtime.runner import OnDevice, Runner
 
 _STDERR_TAIL_BYTES = 2000
 
@@ -54,7 +55,7 @@ class RoundSample:
 
 
 def timed_round(
-    decoder: Decoder,
+    runner: Runner,
     tokens: NDArray[np.int64],
     *,
     new_tokens: int,
@@ -62,12 +63,12 @@ def timed_round(
 ) -> RoundSample:
     """Time one greedy request: ``tokens`` [N, T] in, ``new_tokens`` (at least 2) out per sequence."""
     start = clock()
-    logits, state = decoder.prefill(tokens)
+    logits, state = runner.prefill(tokens)
     prefilled = clock()
     token = logits[:, -1].argmax(axis=-1)
     stamps = [clock()]
     for _ in range(new_tokens - 1):
-        logits, state = decoder.decode(token[:, None], state)
+        logits, state = runner.decode(token[:, None], state)
         token = logits[:, -1].argmax(axis=-1)
         stamps.append(clock())
     return RoundSample(
@@ -75,18 +76,6 @@ def timed_round(
         ttft_ms=1e3 * (stamps[0] - start),
         itl_ms=tuple(1e3 * float(gap) for gap in np.diff(stamps)),
     )
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has had resident."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        import resource  # not on Windows, where this project does not measure
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass(frozen=True)
@@ -210,7 +199,7 @@ def serve(
 
     try:
         # imported here: the parent needs no runtime, and a missing one is an answer like any other
-        from nirvana_deploy.runtime.registry import OnDevice, open_runner
+        from nirvana_deploy.runtime.registry import open_runner
 
         process = psutil.Process()
         interpreter_rss_bytes = process.memory_info().rss

@@ -60,12 +60,14 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
+from nirvana_deploy.runtime.runner import greedy_tokens
 
 folder = Path("onnx")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = OrtSeq2Seq(folder)
 prompt = tokenizer("The capital of France is", return_tensors="np")
-tokens = model.generate(
+tokens = greedy_tokens(
+    model,
     prompt["input_ids"],
     max_new_tokens=32,
     eos_token_ids=frozenset([tokenizer.eos_token_id]),

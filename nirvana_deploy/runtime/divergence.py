@@ -1,17 +1,19 @@
-"""KL divergence of a quantized folder from its float one, on a few windows: what choices are made by.
+"""KL divergence in numpy, and that of a quantized folder from its float one on a few windows.
 
-The figures of a report come from ``measure/quality.py``, on text that had no part in any choice.
+Choices are made by the latter; a report's figures come from ``measure/quality.py``, on other text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 
+Float = TypeVar("Float", np.float32, np.float64)
 _MAX_WINDOWS, _MAX_TOKENS = 8, 128
 _BLOCK_TOKENS = 64
 Logits = Callable[[NDArray[np.int64]], Iterable[NDArray[np.float32]]]
@@ -38,15 +40,22 @@ class Yardstick:
         for found, reference in zip(logits(self.windows), self._float, strict=True):
             for start in range(0, len(reference), _BLOCK_TOKENS):
                 block = slice(start, start + _BLOCK_TOKENS)
-                log_p, log_q = _log_softmax(reference[block]), _log_softmax(found[block])
-                total += float((np.exp(log_p) * (log_p - log_q)).sum(dtype=np.float64))
+                terms = kl_terms(log_softmax(reference[block]), log_softmax(found[block]))
+                total += float(terms.sum(dtype=np.float64))
             count += len(reference)
         if not np.isfinite(total):
             raise NirvanaError("The logits of the float or the quantized model are NaN or infinite.")
         return total / count
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    shifted: NDArray[np.float32] = logits - logits.max(axis=1, keepdims=True)
+def log_softmax(logits: NDArray[Float]) -> NDArray[Float]:
+    """Log-probabilities of logits [T, V], in their own precision."""
+    shifted: NDArray[Float] = logits - logits.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return shifted
+
+
+def kl_terms(log_p: NDArray[Float], log_q: NDArray[Float]) -> NDArray[Float]:
+    """p (log p - log q) of log-probabilities [T, V]: their sum over V is KL(p || q), in nats."""
+    terms: NDArray[Float] = np.exp(log_p) * (log_p - log_q)
+    return terms

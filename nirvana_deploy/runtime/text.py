@@ -13,7 +13,7 @@ import numpy as np
 from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError, TokenizerError
 from nirvana_deploy.output.layout import MODEL_FILE, holds_model
-from nirvana_deploy.runtime.registry import Runner
+from nirvana_deploy.runtime.runner import Runner, greedy_tokens
 
 _UNFINISHED = "�"  # what a tokenizer puts where the bytes of a character are not all there yet
 
@@ -59,8 +59,12 @@ def stream_text(
         pieces.add(token)
 
     start = time.perf_counter()
-    new_ids = runner.generate(
-        np.array([ids], dtype=np.int64), max_new_tokens=max_new_tokens, eos_token_ids=stops, on_token=heard
+    new_ids = greedy_tokens(
+        runner,
+        np.array([ids], dtype=np.int64),
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=stops,
+        on_token=heard,
     )
     text = pieces.finish()
     gaps = np.diff(stamps)

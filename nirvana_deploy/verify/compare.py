@@ -1,86 +1,44 @@
-"""Prove one runner against another that is trusted: the same logits, the same greedy tokens.
+"""Two runners agree: the same logits within a tolerance, the same greedy tokens but at ties.
 
-An engine is compared with ONNX Runtime on the file that it was built from, at the corners of its profiles:
-what a profile promises is tried at its smallest, its optimal and its largest sizes. A provider of ONNX
-Runtime is compared with the CPU's in the same way, at sizes that no export knew of.
+An exported graph is compared with its checkpoint in torch, an engine or another provider with ONNX Runtime
+on the file that it was made from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.export.dtypes import DTYPES
-from nirvana_deploy.runtime.registry import Runner
-from nirvana_deploy.runtime.tensorrt.memory import plan_seq2seq_memory
-from nirvana_deploy.runtime.tensorrt.record import EngineRecord, is_part_of_seq2seq
-from nirvana_deploy.verify.against_torch import GreedyCheck, VerifyReport
-from nirvana_deploy.verify.tolerance import LogitsCheck, relative_tolerance
+from nirvana_deploy.runtime.runner import ReadsPrompts, Runner, greedy_tokens
+from nirvana_deploy.verify.cases import Case
+from nirvana_deploy.verify.report import GreedyCheck, LogitsCheck, VerifyReport
+from nirvana_deploy.verify.tolerance import compare_outputs, judge_exactly
 
-_LOGITS_LIMIT_BYTES = 2 << 30
-
-
-@dataclass(frozen=True)
-class Case:
-    """One pass over N prompts of T tokens, then decode steps."""
-
-    batch_size: int
-    prompt_tokens: int
-    steps: int = 0
-    padded: bool = False
-    """Every second prompt is shorter, padded on the left."""
-
-    def __str__(self) -> str:
-        padded = ", left-padded" if self.padded else ""
-        steps = f", then {self.steps} decode steps" if self.steps else ""
-        return f"prefill {self.batch_size} x {self.prompt_tokens}{padded}{steps}"
+Generate = Callable[[NDArray[np.int64]], list[int]]
+"""A prompt [1, T] to new ids, up to a stop token, which is left out."""
 
 
-DEFAULT_CASES = (Case(1, 1), Case(1, 7, steps=4), Case(2, 45, steps=6, padded=True))
+@runtime_checkable
+class Exact(Protocol):
+    """A reference that can compute in float64."""
 
-
-def cases_of(record: EngineRecord, *, vocab_size: int) -> tuple[Case, ...]:
-    """The corners of a decoder engine's profiles; largest ones are cut where logits would exceed 2 GB.
-
-    Prompts of an encoder-decoder are its encoder's, whose states the decoder's profiles have the sizes of.
-    """
-    prompts = "encoder_attention_mask" if is_part_of_seq2seq(record) else "input_ids"
-    profiles = {profile.name: profile.shapes[prompts] for profile in record.profiles}
-    prefill = profiles.get("prefill", next(iter(profiles.values())))
-    total = _total_tokens(record)
-    last_only = next(t for t in record.outputs if t.name == "logits").shape[1] == 1
-    may_pad = not (last_only and record.kv == "in-place")  # rows end at different places there
-    cases = []
-    for N, T in dict.fromkeys(tuple(shape) for shape in prefill):
-        cases.append(Case(N, max(1, min(T, _LOGITS_LIMIT_BYTES // (4 * N * vocab_size)))))
-    decode = profiles.get("decode", prefill)
-    for N in dict.fromkeys(shape[0] for shape in decode):
-        cases.append(Case(N, max(1, min(9, total - 6)), steps=min(6, total - 1), padded=may_pad and N > 1))
-    longest = min(total - 2, prefill[2][1], _LOGITS_LIMIT_BYTES // (4 * vocab_size))
-    if longest > 0:
-        cases.append(Case(1, longest, steps=2))
-    return tuple(dict.fromkeys(cases))
-
-
-def answers_of(
-    record: EngineRecord, prompts: Sequence[NDArray[np.int64]], *, at_most: int = 32
-) -> tuple[list[NDArray[np.int64]], int]:
-    """Prompts and a number of new tokens that an engine has room for: both halved where it is short."""
-    total = _total_tokens(record)
-    fitting = [prompt[:, : max(1, total // 2)] for prompt in prompts]
-    return fitting, min(at_most, total - max(prompt.shape[1] for prompt in fitting))
+    def in_float64(self) -> AbstractContextManager[None]:
+        """Compute in float64 inside the block."""
+        ...
 
 
 def compare_runners(
     reference: Runner,
     runner: Runner,
     *,
-    cases: Sequence[Case] = DEFAULT_CASES,
+    cases: Iterable[Case],
     tolerance: float,
     prompts: Sequence[NDArray[np.int64]],
     new_tokens: int = 32,
@@ -92,120 +50,142 @@ def compare_runners(
     ``tolerance`` is a share of the reference's largest logit. A difference is a result, not an exception.
     Raises NirvanaError for vocabularies that differ.
     """
+    require_one_vocabulary(reference, runner)
+    cases = list(cases)
+    with progress.task(f"Verifying {runner.runtime}", len(cases) + 1) as advance:
+        checks = []
+        for case in cases:
+            checks.append(logits_check(case, reference, runner, tolerance))
+            advance(1)
+        wanted = Continuations.by(reference, prompts, new_tokens=new_tokens, stops=stops)
+        greedy = wanted.compare(runner.runtime, generator(runner, new_tokens, stops), tolerance)
+        advance(1)
+    return VerifyReport(checks=tuple(checks), greedy=(greedy,), first_departure=None)
+
+
+def require_one_vocabulary(reference: Runner, runner: Runner) -> None:
+    """Raise NirvanaError for vocabularies that differ."""
     if reference.vocab_size != runner.vocab_size:
         raise NirvanaError(
             f"{runner.runtime} has a vocabulary of {runner.vocab_size}, "
             f"{reference.runtime} of {reference.vocab_size}: these are two models."
         )
-    with progress.task(f"Verifying {runner.runtime}", len(cases) + 1) as advance:
-        checks = []
-        for case in cases:
-            checks.append(_compared(case, reference, runner, tolerance))
-            advance(1)
-        greedy = _greedy(reference, runner, prompts, new_tokens, stops, tolerance)
-        advance(1)
-    return VerifyReport(checks=tuple(checks), greedy=(greedy,), first_departure=None)
 
 
-def device_tolerance(dtype: str, *, layers: int, quantization: str | None = None) -> float:
-    """Largest difference of logits that a GPU's arithmetic explains, as a share of the largest logit.
+def logits_check(
+    case: Case, reference: Runner, runner: Runner, tolerance: float, *, narrowly: float | None = None
+) -> LogitsCheck:
+    """Compare one case; positions at which either gives no logits are left out.
 
-    As :func:`relative_tolerance`, with two differences: float32 products run in TF32 there, whose unit
-    roundoff is that of float16; and where activations are quantized to 8 bits, a rounding that falls to the
-    other side moves a value by a step of 2^-8, as bfloat16 does. Not yet measured on a GPU.
+    A difference of at most ``narrowly`` times what is allowed is judged once more, in float64.
     """
-    coarse = dtype == "bf16" or quantization == "int8"
-    return relative_tolerance(DTYPES["bf16" if coarse else "fp16"], layers=layers)
+    found, expected = _outputs(case, runner), _expected(case, reference)
+    if found.shape[1] > expected.shape[1]:  # the reference gives the last logits of a pass alone
+        expected = _outputs(case, reference)
+    count = found.shape[1]
+    mask = case.mask
+    if not case.encoder:  # the last position of a prompt, or the start token, is never padding
+        mask = np.concatenate(
+            [mask[:, :-1], np.ones((len(mask), 1 + case.answer.shape[1]), np.int64)], axis=1
+        )
+    mask, expected = mask[:, -count:], expected[:, -count:]
+    check = compare_outputs(case.name, found, expected, mask, tolerance)
+    if check.passed or narrowly is None or not check.max_abs_diff <= narrowly * check.tolerance:
+        return check
+    assert isinstance(reference, Exact)
+    with reference.in_float64():
+        exact = _expected(case, reference)[:, -count:]
+    return judge_exactly(case.name, found, expected, exact, mask, tolerance)
 
 
-def random_prompts(vocab_size: int, *, count: int = 5, tokens: int = 6) -> list[NDArray[np.int64]]:
-    """Prompts [1, T] of random ids, for a model without a tokenizer."""
-    generator = np.random.default_rng(5)
-    return [generator.integers(0, vocab_size, size=(1, tokens)) for _ in range(count)]
+def _expected(case: Case, reference: Runner) -> NDArray[np.float32]:
+    """Everything in one pass, at all positions [N, R, V]."""
+    if case.encoder:
+        return _encoder_states(case, reference)
+    return reference.prefill(case.tokens, case.mask, case.answer)[0]
 
 
-def _compared(case: Case, reference: Runner, runner: Runner, tolerance: float) -> LogitsCheck:
-    """Both run the case on the same random tokens."""
-    generator = np.random.default_rng((case.batch_size, case.prompt_tokens))
-    length = case.prompt_tokens + case.steps
-    tokens = generator.integers(0, reference.vocab_size, size=(case.batch_size, length))
-    mask = np.ones_like(tokens)
-    if case.padded:
-        mask[1::2, : case.prompt_tokens // 2] = 0
-    expected = _logits(reference, tokens, mask, case)
-    found = _logits(runner, tokens, mask, case)
-    if found.shape[1] < expected.shape[1]:  # the graph keeps the logits of the last position alone
-        expected = expected[:, -found.shape[1] :]
-    real = mask[:, -found.shape[1] :].astype(bool)
-    difference = float(np.abs(found - expected)[real].max())
-    allowed = tolerance * float(np.abs(expected[real]).max())
-    return LogitsCheck(str(case), difference, allowed, passed=bool(difference <= allowed))
-
-
-def _logits(
-    runner: Runner, tokens: NDArray[np.int64], mask: NDArray[np.int64], case: Case
-) -> NDArray[np.float32]:
-    """Logits at every position that the runner gives: of the prompt and of each step."""
-    logits, state = runner.prefill(tokens[:, : case.prompt_tokens], mask[:, : case.prompt_tokens])
+def _outputs(case: Case, runner: Runner) -> NDArray[np.float32]:
+    """The same with a past: the prompts with what is read at once, then token by token."""
+    if case.encoder:
+        return _encoder_states(case, runner)
+    logits, state = runner.prefill(case.tokens, case.mask, case.answer[:, : case.at_once])
     parts = [logits]
-    for position in range(case.prompt_tokens, tokens.shape[1]):
-        logits, state = runner.decode(tokens[:, position : position + 1], state)
+    for position in range(case.at_once, case.answer.shape[1]):
+        logits, state = runner.decode(case.answer[:, position : position + 1], state)
         parts.append(logits)
     return np.concatenate(parts, axis=1)
 
 
-def _greedy(
-    reference: Runner,
-    runner: Runner,
-    prompts: Sequence[NDArray[np.int64]],
-    new_tokens: int,
-    stops: frozenset[int],
-    tolerance: float,
-) -> GreedyCheck:
-    """Continuations token by token; parting where the reference sees two tokens as equal is a tie."""
-    equal = ties = 0
-    for prompt in prompts:
-        wanted, found = (
-            one.generate(prompt, max_new_tokens=new_tokens, eos_token_ids=stops)
-            for one in (reference, runner)
+def _encoder_states(case: Case, runner: Runner) -> NDArray[np.float32]:
+    assert isinstance(runner, ReadsPrompts)
+    return runner.encoder_states(case.tokens, case.mask)
+
+
+def generator(runner: Runner, new_tokens: int, stops: frozenset[int]) -> Generate:
+    """Greedy continuations by a runner."""
+
+    def generate(prompt: NDArray[np.int64]) -> list[int]:
+        new_ids = greedy_tokens(runner, prompt, max_new_tokens=new_tokens, eos_token_ids=stops)
+        return new_ids[:-1] if new_ids and new_ids[-1] in stops else new_ids
+
+    return generate
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Greedy continuations of prompts by a runner that is trusted."""
+
+    reference: Runner
+    prompts: Sequence[NDArray[np.int64]]
+    ids: Sequence[Sequence[int]]
+    new_tokens: int
+
+    @classmethod
+    def by(
+        cls,
+        reference: Runner,
+        prompts: Sequence[NDArray[np.int64]],
+        *,
+        new_tokens: int,
+        stops: frozenset[int],
+    ) -> Continuations:
+        """Continue every prompt [1, T] with ``reference``."""
+        ids = [generator(reference, new_tokens, stops)(prompt) for prompt in prompts]
+        return cls(reference=reference, prompts=prompts, ids=ids, new_tokens=new_tokens)
+
+    def compare(self, runtime: str, generate: Generate, tolerance: float) -> GreedyCheck:
+        """Compare with another runtime's, token by token; parting at a tie counts as equal."""
+        equal = ties = 0
+        for prompt, wanted in zip(self.prompts, self.ids, strict=True):
+            found = generate(prompt)
+            equal += found == wanted
+            ties += found != wanted and parted_at_a_tie(self.reference, prompt, wanted, found, tolerance)
+        return GreedyCheck(
+            runtime=runtime,
+            prompts=len(self.prompts),
+            new_tokens=self.new_tokens,
+            equal_prompts=equal,
+            ties=ties,
+            passed=equal + ties == len(self.prompts),
         )
-        equal += wanted == found
-        ties += wanted != found and _tied(reference, prompt, wanted, found, tolerance)
-    return GreedyCheck(
-        runtime=runner.runtime,
-        prompts=len(prompts),
-        new_tokens=new_tokens,
-        equal_prompts=equal,
-        ties=ties,
-        passed=equal + ties == len(prompts),
-    )
 
 
-def _tied(
+def parted_at_a_tie(
     reference: Runner,
     prompt: NDArray[np.int64],
     wanted: Sequence[int],
     found: Sequence[int],
     tolerance: float,
 ) -> bool:
-    at = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), None)
+    """Whether two continuations part where the reference itself sees both tokens as equally likely.
+
+    Their logits may differ by ``tolerance`` of the largest one. No tie explains why one is shorter.
+    """
+    pairs = enumerate(zip(wanted, found, strict=False))
+    at = next((index for index, (a, b) in pairs if a != b), None)
     if at is None:
-        return False  # one is shorter: no tie explains that
-    logits, state = reference.prefill(prompt)
-    for token in wanted[:at]:
-        logits, state = reference.decode(np.array([[token]], dtype=np.int64), state)
+        return False
+    logits, _ = reference.prefill(prompt, answer=np.array([wanted[:at]], dtype=np.int64).reshape(1, at))
     last = logits[0, -1]
     return bool(abs(last[wanted[at]] - last[found[at]]) <= tolerance * np.abs(last).max())
-
-
-def _total_tokens(record: EngineRecord) -> int:
-    """Longest sequence that the engine takes; of an encoder-decoder, the longest answer."""
-    if is_part_of_seq2seq(record):
-        return plan_seq2seq_memory(record).limits.total_tokens
-    lengths: Iterator[int] = (
-        profile.shapes["attention_mask"][2][1]
-        for profile in record.profiles
-        if "attention_mask" in profile.shapes
-    )
-    slots = (t.shape[2] for t in record.inputs if t.name.startswith("past_key_values."))
-    return max(lengths, default=0) or next(slots) or 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import CHECKPOINT, PLAN_FILE, holds_model
 from nirvana_deploy.output.run import MANIFEST, Run
@@ -16,8 +16,9 @@ from nirvana_deploy.output.variants import DENSE, PRUNED, variant_named, variant
 from nirvana_deploy.prune.plan import check_plan_was_cut, read_plan
 from nirvana_deploy.quantize.coverage import Coverage, recorded_coverage
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE
-from nirvana_deploy.verify.against_torch import VerifyReport, verify_onnx
+from nirvana_deploy.verify.against_torch import verify_onnx
 from nirvana_deploy.verify.folder_check import check_folder
+from nirvana_deploy.verify.report import VerifyReport
 from nirvana_deploy.verify.stage import compare_in
 
 ALONE = "model"

@@ -5,33 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.model.checkpoint import Checkpoint, config_json
-from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.layout import (
-    CHECKPOINT,
-    DECODER_FILE,
-    MODEL_FILE,
-    holds_model,
-    is_seq2seq,
-)
+from nirvana_deploy.output.layout import CHECKPOINT, holds_model
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, variant_named
 from nirvana_deploy.runtime.models import engines_of, models_for
-from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
-from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
+from nirvana_deploy.runtime.onnxruntime.providers import open_on_cpu
 from nirvana_deploy.runtime.registry import is_engine, open_runner
 from nirvana_deploy.runtime.table import runtime_named
 from nirvana_deploy.runtime.tensorrt.record import DECODER, read_engine_record
-from nirvana_deploy.verify.against_torch import VerifyReport, dtype_of_graph, prompts_for, verify_onnx
-from nirvana_deploy.verify.compare import (
-    DEFAULT_CASES,
-    answers_of,
-    cases_of,
-    compare_runners,
-    device_tolerance,
-)
+from nirvana_deploy.verify.against_torch import attentions_of, dtype_of_graph, verify_onnx
+from nirvana_deploy.verify.cases import answers_of, engine_cases, prompts_for, runtime_cases
+from nirvana_deploy.verify.compare import compare_runners
+from nirvana_deploy.verify.report import VerifyReport
+from nirvana_deploy.verify.tolerance import device_tolerance
 
 
 def verify(run: Run, dense: Checkpoint, *, baseline: bool, threads: int | None) -> Stage:
@@ -73,22 +62,23 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
         record = read_engine_record(path, check_bytes=False) if is_engine(path) else None
         beside = path.parent / f"{path.stem.removesuffix(f'-{DECODER}')}-onnx"
         folder = beside if holds_model(beside) else run.out / variant.folder
-        graph = DECODER_FILE if is_seq2seq(folder) else MODEL_FILE
         with (
-            in_float32(folder, threads=threads) as reference,
+            open_on_cpu(folder, threads=threads, in_float32=True) as reference,
             open_runner(path, runtime=runtime, threads=threads) as runner,
         ):
             vocab_size = runner.vocab_size
             prompts, new_tokens = prompts_for(run.out / CHECKPOINT, vocab_size), 32
+            cases = runtime_cases(vocab_size)
             if record is not None:
                 prompts, new_tokens = answers_of(record, prompts)
+                cases = engine_cases(record, vocab_size=vocab_size)
             reports[path.relative_to(run.out).as_posix()] = compare_runners(
                 reference,
                 runner,
-                cases=DEFAULT_CASES if record is None else cases_of(record, vocab_size=vocab_size),
+                cases=cases,
                 tolerance=device_tolerance(
-                    record.dtype if record else dtype_of_graph(folder / graph).name,
-                    layers=_attentions(reference, folder),
+                    record.dtype if record else dtype_of_graph(folder).name,
+                    layers=attentions_of(folder),
                     quantization=variant.scheme,
                 ),
                 prompts=prompts,
@@ -96,16 +86,3 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
                 progress=run.progress,
             )
     return reports
-
-
-def _attentions(reference: OrtDecoder | OrtSeq2Seq, folder: Path) -> int:
-    """Attentions of a model, each with what lies around it: how deep roundings pile up."""
-    if isinstance(reference, OrtDecoder):
-        return len(reference.kv_heads)
-    return len(shape_from_config(config_json(folder)).layers)
-
-
-def in_float32(folder: Path, *, threads: int | None) -> OrtDecoder | OrtSeq2Seq:
-    """An ONNX folder on the CPU, computing in float32 whatever it stores."""
-    kind = OrtSeq2Seq if is_seq2seq(folder) else OrtDecoder
-    return kind(folder, threads=threads, in_float32=True)

@@ -27,8 +27,8 @@ from nirvana_deploy.runtime.models import engines_of, models_for
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record, record_path
 from nirvana_deploy.verify import stage as measuring
-from nirvana_deploy.verify.against_torch import VerifyReport
 from nirvana_deploy.verify.folder import FolderCheck
+from nirvana_deploy.verify.report import VerifyReport
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from nirvana_deploy.engine.from_checkpoint import onnx_for_engine
 from nirvana_deploy.export.dtypes import DTYPES
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint, load_tokenizer
-from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import MODEL_FILE
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
@@ -35,7 +35,9 @@ from nirvana_deploy.prune.streaming.model import score_units
 from nirvana_deploy.quantize.int8.spec import Int8Spec, read_spec
 from nirvana_deploy.quantize.quantize import quantize_onnx
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
-from nirvana_deploy.verify.tolerance import RELATIVE_TOLERANCE, logits_checks, relative_tolerance
+from nirvana_deploy.runtime.torch import TorchDecoder
+from nirvana_deploy.verify.against_torch import logits_checks
+from nirvana_deploy.verify.tolerance import NARROWLY, RELATIVE_TOLERANCE, relative_tolerance
 
 CACHE_TOKENS = 64
 FORMS = [("fp16", "concat"), ("fp16", "in-place"), ("w8", "in-place"), ("w4", "concat"), ("int8", "concat")]
@@ -125,12 +127,12 @@ def assert_file_computes_model(
     )
     model: Any = reference_of(folder, checkpoint)
     twin = OrtDecoder(folder, threads=1, in_float32=True)
-    exact = list(logits_checks(model, twin, RELATIVE_TOLERANCE))
+    exact = logits_checks(TorchDecoder(model), twin, RELATIVE_TOLERANCE, narrowly=NARROWLY)
     assert len(exact) == 5 and exact[0].name == "prefill 1 x 1"
     assert all(check.passed for check in (exact[:1] if precision == "int8" else exact)), exact
     if precision == "fp16":
         rounded = relative_tolerance(DTYPES["fp16"], layers=layers)
-        checks = list(logits_checks(model, OrtDecoder(folder, threads=1), rounded))
+        checks = logits_checks(TorchDecoder(model), OrtDecoder(folder, threads=1), rounded)
         assert len(checks) == 5 and all(check.passed for check in checks), checks
     if precision == "int8" and layers == 2:  # so small a model has few such values
         assert sum(check.passed for check in exact) >= 3, exact
@@ -157,9 +159,15 @@ def test_another_weight_is_noticed(tiny: Path, tmp_path: Path) -> None:
     folder = onnx_for_engine(tiny, tmp_path / "onnx", quantize="w8", rounding="plain")
     model: Any = reference_of(folder, tiny)
     decoder = OrtDecoder(folder, threads=1, in_float32=True)
-    assert all(check.passed for check in logits_checks(model, decoder, RELATIVE_TOLERANCE))
+    assert all(
+        check.passed
+        for check in logits_checks(TorchDecoder(model), decoder, RELATIVE_TOLERANCE, narrowly=NARROWLY)
+    )
     model.model.layers[1].self_attn.v_proj.weight.data[0] *= 1.5
-    assert not all(check.passed for check in logits_checks(model, decoder, RELATIVE_TOLERANCE))
+    assert not all(
+        check.passed
+        for check in logits_checks(TorchDecoder(model), decoder, RELATIVE_TOLERANCE, narrowly=NARROWLY)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,8 @@ from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkp
 from nirvana_deploy.model.weights import expected_shapes
 from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq, TeacherForced
-from nirvana_deploy.verify import against_torch_seq2seq as verify_seq2seq
-from nirvana_deploy.verify import tolerance as logits_module
+from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
+from nirvana_deploy.runtime.runner import greedy_tokens
 from nirvana_deploy.verify.against_torch import verify_onnx
 
 FORMS = [f"{kind} {form}" for kind in ("t5", "flan-t5") for form in ("dense", "global", "uniform")]
@@ -138,11 +137,11 @@ def test_generation_equals_transformers(pair: tuple[Path, Path]) -> None:
         prompt = drawn(1, 6 + 5 * seed, seed=seed)
         plain = GenerationConfig(max_new_tokens=12, do_sample=False, decoder_start_token_id=0, pad_token_id=0)
         wanted = model.generate(torch.from_numpy(prompt), generation_config=plain)[0, 1:].tolist()
-        answers.append(runner.generate(prompt, max_new_tokens=12, eos_token_ids=frozenset([1])))
+        answers.append(greedy_tokens(runner, prompt, max_new_tokens=12, eos_token_ids=frozenset([1])))
         assert answers[-1] == wanted
     stop, streamed = answers[0][2], []
     options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_ids": frozenset([stop])}
-    cut = runner.generate(drawn(1, 6, seed=0), **options, on_token=streamed.append)
+    cut = greedy_tokens(runner, drawn(1, 6, seed=0), **options, on_token=streamed.append)
     assert cut == streamed == answers[0][: answers[0].index(stop) + 1]
 
 
@@ -248,14 +247,10 @@ def test_a_past_that_is_not_declared_is_refused_not_attended(pair: tuple[Path, P
         session.run(None, feeds)
 
 
-def test_a_narrow_failure_is_judged_in_float64(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_narrow_failure_is_judged_in_float64(pair: tuple[Path, Path], tmp_path: Path) -> None:
     checkpoint, folder = pair
-    for module in (logits_module, verify_seq2seq):
-        monkeypatch.setattr(module, "RELATIVE_TOLERANCE", 1e-8)
-    monkeypatch.setattr(logits_module, "_NARROWLY", 1e4)
-    report = verify_onnx(checkpoint, folder, new_tokens=2, threads=1)
+    strictly: dict[str, Any] = {"new_tokens": 2, "threads": 1, "relative_tolerance": 1e-8, "narrowly": 1e4}
+    report = verify_onnx(checkpoint, folder, **strictly)
     assert all(check.passed and check.name.startswith("in float64: ") for check in report.checks), report
     assert all(check.tolerance < 1e-3 for check in report.checks)  # a multiple of float32's own distance
 
@@ -264,7 +259,7 @@ def test_a_narrow_failure_is_judged_in_float64(
     for name in ("encoder.final_layer_norm.weight", "decoder.final_layer_norm.weight"):
         tensors[name] *= 1.00008
     save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
-    report = verify_onnx(tmp_path / "other", folder, new_tokens=2, threads=1)
+    report = verify_onnx(tmp_path / "other", folder, **strictly)
     assert not any(check.passed for check in report.checks), report
 
 
@@ -378,7 +373,7 @@ def test_a_folder_with_a_file_missing_says_which(copied: Path, missing: str) -> 
 
 def test_quality_is_that_of_teacher_forcing(flan: Path, copied: Path) -> None:
     windows, model = drawn(2, 15), load_checkpoint(flan)
-    found = quality_of(TeacherForced(OrtSeq2Seq(copied, threads=1)), {}, windows)["dense"]
+    found = quality_of(OrtSeq2Seq(copied, threads=1), {}, windows)["dense"]
     start = np.zeros((2, 1), dtype=np.int64)
     answer = np.concatenate([start, windows[:, 7:]], axis=1)
     logits = torch_logits(model, windows[:, :7], np.ones((2, 7), dtype=np.int64), answer)[:, :-1]

@@ -27,11 +27,11 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.packed import unpacked_names
 from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.runtime.onnxruntime import decoder as ort
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
-from nirvana_deploy.verify import tolerance
-from nirvana_deploy.verify.against_torch import verify_onnx
-from nirvana_deploy.verify.tolerance import RELATIVE_TOLERANCE, logits_checks, relative_tolerance
+from nirvana_deploy.runtime.runner import greedy_tokens
+from nirvana_deploy.runtime.torch import TorchDecoder
+from nirvana_deploy.verify.against_torch import logits_checks, verify_onnx
+from nirvana_deploy.verify.tolerance import RELATIVE_TOLERANCE, relative_tolerance
 
 HEAD_DIM = 16  # GroupQueryAttention takes multiples of it
 CACHE_TOKENS = 64
@@ -76,7 +76,7 @@ def test_every_flavor_equals_torch(dense: Path, tmp_path: Path, allocation: str)
     model = load_checkpoint(checkpoint)
     for flavor in FLAVORS:
         decoder = OrtDecoder(exported(checkpoint, tmp_path / flavor, flavor), threads=1)
-        checks = list(logits_checks(model, decoder, RELATIVE_TOLERANCE))
+        checks = logits_checks(TorchDecoder(model), decoder, RELATIVE_TOLERANCE)
         assert len(checks) == 5 and all(check.passed for check in checks), (flavor, checks)
 
 
@@ -114,15 +114,11 @@ def test_the_tolerance_follows_the_dtype() -> None:
     assert relative_tolerance(DTYPES["fp32"], layers=30) == RELATIVE_TOLERANCE
 
 
-def test_a_narrow_failure_is_judged_in_float64(
-    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tolerance, "RELATIVE_TOLERANCE", 1e-8)
-    monkeypatch.setattr(tolerance, "_NARROWLY", 1e4)
+def test_a_narrow_failure_is_judged_in_float64(qwen3: Path, tmp_path: Path) -> None:
     model = load_checkpoint(qwen3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     right = exported(qwen3, tmp_path / "right", "portable")
-    checks = list(logits_checks(model, OrtDecoder(right, threads=1), 1e-8))
+    checks = logits_checks(TorchDecoder(model), OrtDecoder(right, threads=1), 1e-8, narrowly=1e4)
     assert all(check.passed and check.name.startswith("in float64: ") for check in checks), checks
     assert all(check.tolerance < 1e-4 for check in checks)  # a multiple of float32's own distance
     for name, tensor in model.state_dict().items():
@@ -131,10 +127,10 @@ def test_a_narrow_failure_is_judged_in_float64(
     largest = load_file(qwen3 / "model.safetensors")["lm_head.weight"].abs().max()
     other = scaled_copy(qwen3, tmp_path / "other", "lm_head.weight", 1.00002 * float(largest))
     wrong = OrtDecoder(exported(other, tmp_path / "wrong", "portable"), threads=1)
-    checks = list(logits_checks(model, wrong, 1e-8))
+    checks = logits_checks(TorchDecoder(model), wrong, 1e-8, narrowly=1e4)
     assert not any(check.passed for check in checks), checks
-    monkeypatch.setattr(tolerance, "_NARROWLY", 10)
-    assert not any(check.name.startswith("in float64") for check in logits_checks(model, wrong, 1e-8))
+    checks = logits_checks(TorchDecoder(model), wrong, 1e-8, narrowly=10)
+    assert not any(check.name.startswith("in float64") for check in checks)
 
 
 def scaled_copy(checkpoint: Path, out: Path, name: str, largest: float) -> Path:
@@ -304,7 +300,9 @@ def test_a_batch_in_genai_is_each_prompt_alone(qwen3: Path, tmp_path: Path, flav
         generator.generate_next_token()
     decoder = OrtDecoder(folder, threads=1)
     for row, text in enumerate(texts):
-        alone = decoder.generate(np.array([tokenizer.encode(text)]), max_new_tokens=6, eos_token_ids=STOP)
+        alone = greedy_tokens(
+            decoder, np.array([tokenizer.encode(text)]), max_new_tokens=6, eos_token_ids=STOP
+        )
         assert list(generator.get_sequence(row)[8 : 8 + len(alone)]) == alone
 
 
@@ -324,20 +322,19 @@ def test_the_cache_stays_where_it_is(qwen3: Path, tmp_path: Path, flavor: str) -
         decoder.decode(PROMPTS[:, :1], second)  # and voids those after it
 
 
-def test_a_shared_buffer_grows(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort, "_HEADROOM_TOKENS", 2)
-    grown = OrtDecoder(exported(qwen3, tmp_path / "gqa", "gqa"), threads=1)
+def test_a_shared_buffer_grows(qwen3: Path, tmp_path: Path) -> None:
+    grown = OrtDecoder(exported(qwen3, tmp_path / "gqa", "gqa"), threads=1, headroom_tokens=2)
     plain = OrtDecoder(exported(qwen3, tmp_path / "portable", "portable"), threads=1)
-    answers = [one.generate(PROMPTS[:1], max_new_tokens=20) for one in (grown, plain)]
+    answers = [greedy_tokens(one, PROMPTS[:1], max_new_tokens=20) for one in (grown, plain)]
     assert answers[0] == answers[1]
 
 
 def test_a_full_cache_says_so(qwen3: Path, tmp_path: Path) -> None:
     decoder = OrtDecoder(exported(qwen3, tmp_path / "onnx", "static-cache", cache_tokens=12), threads=1)
     assert decoder.max_tokens == 12
-    assert len(decoder.generate(PROMPTS[:1], max_new_tokens=4)) == 4
+    assert len(greedy_tokens(decoder, PROMPTS[:1], max_new_tokens=4)) == 4
     with pytest.raises(NirvanaError, match=r"holds 12 tokens, and 13 are needed.\n.*--cache-length"):
-        decoder.generate(PROMPTS[:1], max_new_tokens=5)
+        greedy_tokens(decoder, PROMPTS[:1], max_new_tokens=5)
     with pytest.raises(NirvanaError, match=r"cache of 12 tokens; verifying needs 64"):
         verify_onnx(qwen3, tmp_path / "onnx")
 

@@ -17,13 +17,14 @@ from builders.plans import plan_for
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint, load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_tokenizer
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.runtime.genai import genai_tokens
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
+from nirvana_deploy.runtime.torch import open_checkpoint
 from nirvana_deploy.verify.against_torch import verify_onnx
-from nirvana_deploy.verify.tolerance import OWN_ROUNDINGS, torch_logits
+from nirvana_deploy.verify.tolerance import OWN_ROUNDINGS
 
 og = needs("onnxruntime_genai")
 pytestmark = [
@@ -66,10 +67,11 @@ def assert_rounding_of_torch(checkpoint: Path, folder: Path) -> None:
     layer 10, and layer 11's massive activation magnifies each one's rounding (torch's too: to 7e-5 or to 1e-4
     with another attention; noise of one unit roundoff in float64: 2e-5 to 1.2e-4).
     """
-    decoder, model = OrtDecoder(folder), load_checkpoint(checkpoint)
+    decoder, reference = OrtDecoder(folder), open_checkpoint(checkpoint)
     tokens = np.random.default_rng(11).integers(0, decoder.vocab_size, size=(2, 50))[:, 5:]
-    found, own = decoder.prefill(tokens)[0], torch_logits(model, tokens)
-    exact = torch_logits(model.double(), tokens)
+    found, own = decoder.prefill(tokens)[0], reference.prefill(tokens)[0]
+    with reference.in_float64():
+        exact = reference.prefill(tokens)[0]
     assert np.abs(found - exact).max() <= OWN_ROUNDINGS * np.abs(own - exact).max()
 
 

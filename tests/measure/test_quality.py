@@ -9,18 +9,23 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.measure.quality import position_scores, quality_of
+from nirvana_deploy.runtime.runner import checked_prompts
 
 
 class TableModel:
     """Logits that depend on the current token only: row ``token`` of a table [V, V]."""
 
+    start_token = None
+
     def __init__(self, table: NDArray[np.float32]) -> None:
         self.table = table
         self.windows_read = 0
 
-    def prefill(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], Any]:
+    def prefill(
+        self, tokens: NDArray[np.int64], attention_mask: Any = None, answer: Any = None
+    ) -> tuple[NDArray[np.float32], Any]:
         self.windows_read += 1
-        return self.table[tokens], None
+        return self.table[checked_prompts(tokens, attention_mask, answer)[0]], None
 
 
 def random_model(seed: int, vocab: int = 13, scale: float = 3.0) -> TableModel:

@@ -33,6 +33,7 @@ from nirvana_deploy.package.stage import package_triton
 from nirvana_deploy.package.triton import TritonModel, TritonTensor, triton_from_onnx, write_repository
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
+from nirvana_deploy.runtime.runner import greedy_tokens
 
 TEXT = "Whatever it says, it says it"
 
@@ -97,8 +98,8 @@ def model(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_the_decode_model_says_what_the_onnx_folder_says(model: Any, onnx_folder: Path) -> None:
     tokenizer = load_tokenizer(onnx_folder.parent / "checkpoint")
     prompt = np.array([tokenizer(TEXT)["input_ids"]])
-    want = OrtDecoder(onnx_folder, threads=1).generate(
-        prompt, max_new_tokens=12, eos_token_ids=frozenset({2})
+    want = greedy_tokens(
+        OrtDecoder(onnx_folder, threads=1), prompt, max_new_tokens=12, eos_token_ids=frozenset({2})
     )
     want = [token for token in want if token != 2]
     assert len(want) > 3

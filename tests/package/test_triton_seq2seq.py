@@ -36,6 +36,7 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.package.triton_seq2seq import triton_from_seq2seq_engines
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
+from nirvana_deploy.runtime.runner import greedy_tokens
 from nirvana_deploy.runtime.tensorrt.encoder_decoder import TensorRTSeq2Seq
 from nirvana_deploy.runtime.tensorrt.record import record_path
 from nirvana_deploy.runtime.text import load_text_side
@@ -106,7 +107,7 @@ def test_the_repository_holds_all_that_the_model_opens(repository: Path) -> None
 def test_the_model_says_what_the_onnx_folder_says(model: Any, exported: Path) -> None:
     tokenizer, stops = load_text_side(exported)
     prompt = np.array([tokenizer(TEXT)["input_ids"]])
-    found = OrtSeq2Seq(exported, threads=1).generate(prompt, max_new_tokens=12, eos_token_ids=stops)
+    found = greedy_tokens(OrtSeq2Seq(exported, threads=1), prompt, max_new_tokens=12, eos_token_ids=stops)
     want = [token for token in found if token not in stops]
     assert len(want) > 3
     [whole] = ask(model, text_input=TEXT, max_tokens=12).sent

@@ -25,6 +25,7 @@ from nirvana_deploy.package.stage import package_gguf
 from nirvana_deploy.quantize.quantize import quantize_onnx
 from nirvana_deploy.runtime.genai import genai_tokens
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
+from nirvana_deploy.runtime.runner import greedy_tokens
 
 pytestmark = pytest.mark.integration
 
@@ -121,7 +122,7 @@ def require_sense_in_both_runtimes(folder: Path) -> None:
     with genai_tokens(folder) as generate:
         for prompt in ("The capital of France is", "To make a good cup of coffee, you"):
             ids = np.array([tokenizer(prompt)["input_ids"]], dtype=np.int64)
-            wanted = decoder.generate(ids, max_new_tokens=24, eos_token_ids=frozenset({stop}))
+            wanted = greedy_tokens(decoder, ids, max_new_tokens=24, eos_token_ids=frozenset({stop}))
             assert generate(ids, 24) == [token for token in wanted if token != stop]
             text = tokenizer.decode(wanted)
             assert len(set(text.split())) > 4, text  # words, and not one over and over

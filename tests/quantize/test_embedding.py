@@ -22,6 +22,7 @@ from nirvana_deploy.quantize.weights import write as weight_only
 from nirvana_deploy.quantize.weights.rounding import round_weight
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder, session_outputs
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq, encoder_values
+from nirvana_deploy.runtime.runner import greedy_tokens
 
 TABLE = "model.embed_tokens"
 BLOCK = 16
@@ -120,7 +121,7 @@ def test_both_graphs_of_an_encoder_decoder_read_the_same_codes(tmp_path: Path, k
     prompt = np.arange(3, 12)[None]
     rows = encoder_values(done.path, prompt, ["shared.rows"])["shared.rows"]
     np.testing.assert_allclose(rows[0], rounded[prompt[0]], rtol=0, atol=1e-6)
-    answer = OrtSeq2Seq(done.path).generate(prompt, max_new_tokens=4, eos_token_ids=frozenset())
+    answer = greedy_tokens(OrtSeq2Seq(done.path), prompt, max_new_tokens=4, eos_token_ids=frozenset())
     assert len(answer) == 4
 
 

@@ -6,8 +6,8 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
+import click
 import numpy as np
 import onnxruntime
 import pytest
@@ -15,11 +15,10 @@ from builders.extras import needs
 from builders.fake_cuda import FakeDriver
 from builders.fake_tensorrt import PASS_MS, decoder_profiles, fake_module, write_fake_engine
 from builders.gpu import why_no_gpu
-from builders.tiny import write_tiny
 from click.testing import CliRunner
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.cli.common import runtime_option
+from nirvana_deploy.cli.generate import generate
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.benchmark import _device_times
@@ -28,18 +27,11 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.providers import available, tensorrt_options
 from nirvana_deploy.runtime.registry import open_runner, runtime_for
+from nirvana_deploy.runtime.runner import greedy_tokens
 from nirvana_deploy.runtime.table import RUNTIMES, Runtime
 from nirvana_deploy.runtime.tensorrt.decoder import TensorRTRunner
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record
 from nirvana_deploy.runtime.text import TextPieces, load_text_side, model_in, stream_text, tokenizer_folder
-from nirvana_deploy.verify.compare import (
-    DEFAULT_CASES,
-    Case,
-    cases_of,
-    compare_runners,
-    device_tolerance,
-    random_prompts,
-)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +57,8 @@ def fake_runner(engine: Path) -> TensorRTRunner:
 
 
 def test_every_runtime_has_a_function_and_the_command_line_knows_it() -> None:
-    assert runtime_option(lambda: None).__click_params__[0].type.choices == tuple(RUNTIMES)
+    [option] = [parameter for parameter in generate.params if parameter.name == "runtime"]
+    assert isinstance(option.type, click.Choice) and tuple(option.type.choices) == tuple(RUNTIMES)
     for row in RUNTIMES.values():
         module, function = row.opens.split(":")
         assert callable(getattr(importlib.import_module(module), function))
@@ -117,7 +110,7 @@ def test_outputs_that_stay_on_the_device_give_the_same_logits(folder: Path) -> N
     plain, bound = OrtDecoder(folder, threads=1), OrtDecoder(folder, threads=1)
     bound._binds_outputs = True
     prompt = np.array([[5, 9, 30, 7]])
-    assert bound.generate(prompt, max_new_tokens=8) == plain.generate(prompt, max_new_tokens=8)
+    assert greedy_tokens(bound, prompt, max_new_tokens=8) == greedy_tokens(plain, prompt, max_new_tokens=8)
     np.testing.assert_array_equal(bound.prefill(prompt)[0], plain.prefill(prompt)[0])
 
 
@@ -196,76 +189,6 @@ def test_device_times_are_split_into_prefill_and_decode() -> None:
     assert found["decode_device_ms"]["samples"] == pytest.approx([0.5, 0.7, 0.5, 0.7])
     untold = _device_times([*samples, RoundSample(9.0, 9.5, (1.0, 1.0))])
     assert untold == {"prefill_device_ms": None, "decode_device_ms": None}
-
-
-# comparing runners
-
-
-def test_the_cases_are_the_corners_of_the_profiles(engine: Path) -> None:
-    cases = cases_of(read_engine_record(engine), vocab_size=272)
-    assert {(case.batch_size, case.prompt_tokens) for case in cases} >= {(1, 1), (2, 12), (1, 12)}
-    assert any(case.steps and case.padded and case.batch_size == 2 for case in cases)
-
-
-def test_an_engine_that_computes_the_same_passes(folder: Path, engine: Path) -> None:
-    reference = OrtDecoder(folder, threads=1)
-    cases = cases_of(read_engine_record(engine), vocab_size=272)
-    with fake_runner(engine) as runner:
-        report = compare_runners(
-            reference, runner, cases=cases, tolerance=1e-4, prompts=random_prompts(272), new_tokens=8
-        )
-    assert report.passed
-    assert len(report.checks) == len(cases)
-    assert (report.greedy[0].runtime, report.greedy[0].equal_prompts) == ("tensorrt-rtx", 5)
-
-
-def test_other_weights_do_not_pass(folder: Path, tmp_path: Path) -> None:
-    write_tiny(tmp_path / "other", "llama-biased")
-    onnx_from_checkpoint(Checkpoint.open(tmp_path / "other"), tmp_path / "onnx")
-    report = compare_runners(
-        OrtDecoder(folder, threads=1),
-        OrtDecoder(tmp_path / "onnx", threads=1),
-        cases=DEFAULT_CASES,
-        tolerance=0.02,
-        prompts=random_prompts(272),
-        new_tokens=8,
-    )
-    assert not any(check.passed for check in report.checks)
-    assert not report.greedy[0].passed
-
-
-def test_parting_at_a_tie_counts_as_equal(folder: Path) -> None:
-    reference = OrtDecoder(folder, threads=1)
-    wanted = reference.generate(np.array([[5, 6]]), max_new_tokens=4)
-    other = SimpleNamespace(
-        runtime="other",
-        vocab_size=272,
-        generate=lambda *_, **__: [*wanted[:3], (wanted[3] + 1) % 272],
-    )
-    for tolerance, ties in ((1e-6, 0), (2.0, 1)):
-        report = compare_runners(
-            reference,
-            other,  # type: ignore[arg-type]
-            cases=(),
-            tolerance=tolerance,
-            prompts=[np.array([[5, 6]])],
-            new_tokens=4,
-        )
-        assert (report.greedy[0].equal_prompts, report.greedy[0].ties) == (0, ties)
-
-
-def test_two_vocabularies_are_two_models(folder: Path) -> None:
-    reference = OrtDecoder(folder, threads=1)
-    other: Any = SimpleNamespace(runtime="other", vocab_size=10)
-    with pytest.raises(NirvanaError, match="other has a vocabulary of 10, onnxruntime-cpu of 272"):
-        compare_runners(reference, other, cases=(Case(1, 1),), tolerance=1.0, prompts=[])
-
-
-def test_what_a_gpu_rounds_is_allowed_and_no_more() -> None:
-    half, coarse = device_tolerance("fp16", layers=30), device_tolerance("bf16", layers=30)
-    assert device_tolerance("fp32", layers=30) == half == pytest.approx(4 * 2**-11 * np.sqrt(14 * 30))
-    assert device_tolerance("fp16", layers=30, quantization="int8") == coarse == pytest.approx(8 * half)
-    assert device_tolerance("fp16", layers=30, quantization="w8") == half
 
 
 # streaming text

@@ -17,7 +17,7 @@ neither.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.output.layout import FLAVOR_KEY, MODEL_FILE
-from nirvana_deploy.runtime.greedy import greedy_tokens
 from nirvana_deploy.runtime.onnxruntime.session import (
     CACHE_DTYPES,
     as_numpy,
@@ -48,11 +47,10 @@ from nirvana_deploy.runtime.onnxruntime.slots import (
     ones_then_zeros,
     require_left_padding,
 )
+from nirvana_deploy.runtime.runner import checked_prompts
 from nirvana_deploy.runtime.table import runtime_of_provider
 
 _PAST_KEY = re.compile(r"past_key_values\.(\d+)\.key")
-_HEADROOM_TOKENS = 256
-"""Slots beyond the prompt in a buffer that can grow."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,10 @@ class OrtDecoder:
     ``threads`` is the size of the intra-op pool, the calling thread included; None means
     ``default_threads()``. ``in_float32`` computes a half-precision model in float32 on the CPU, from the
     same stored weights (``float32_twin.py``). Raises NirvanaError when the folder is incomplete, corrupt, or
-    not a decoder.
+    not a decoder. ``headroom_tokens`` are slots beyond the prompt in a buffer that can grow.
     """
 
+    start_token = None
     runtime: str
     """For example ``onnxruntime-cpu``."""
     threads: int
@@ -108,8 +107,10 @@ class OrtDecoder:
         provider: str = "CPUExecutionProvider",
         provider_options: Mapping[str, str] | None = None,
         in_float32: bool = False,
+        headroom_tokens: int = 256,
     ) -> None:
         self.threads = checked_threads(threads)
+        self._headroom_tokens = headroom_tokens
         model = folder / MODEL_FILE
         self._session = open_session(
             model,
@@ -164,21 +165,21 @@ class OrtDecoder:
         del self._session
 
     def prefill(
-        self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
+        self,
+        tokens: NDArray[np.int64],
+        attention_mask: NDArray[np.int64] | None = None,
+        answer: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], DecodeState]:
-        """Read whole prompts; returns logits [N, T, V], read-only, and the state after them.
+        """Read prompts [N, T] and answers [N, A] behind them; returns logits [N, T + A, V] and the state.
 
-        ``tokens`` and ``attention_mask`` are [N, T] int64; the mask is 0 where a prompt is padded on the
-        left, and None when none is. A graph made with last logits only returns [N, 1, V].
+        Logits are read-only. The mask is 0 where a prompt is padded on the left, and None when none is.
+        A graph made with last logits only returns [N, 1, V].
         """
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise NirvanaError(f"Prompts must be an array [N, T] of at least one token, got {tokens.shape}.")
-        if attention_mask is None:
-            attention_mask = np.ones(tokens.shape, dtype=np.int64)
+        tokens, mask = checked_prompts(tokens, attention_mask, answer)
         if self.in_place:
-            return self._prefill_in_place(tokens, attention_mask)
+            return self._prefill_in_place(tokens, mask)
         empty = self._layout.arrays(len(tokens), 0)
-        return self._step(tokens, attention_mask, tuple(as_ort(array, self._device) for array in empty))
+        return self._step(tokens, mask, tuple(as_ort(array, self._device) for array in empty))
 
     def decode(
         self, tokens: NDArray[np.int64], state: DecodeState
@@ -189,19 +190,6 @@ class OrtDecoder:
         if state.slots is not None:
             return self._step_in_place(tokens, grown, state.slots, state.mark)
         return self._step(tokens, grown, state.cache)
-
-    def generate(
-        self,
-        tokens: NDArray[np.int64],
-        *,
-        max_new_tokens: int,
-        eos_token_ids: frozenset[int] = frozenset(),
-        on_token: Callable[[int], None] | None = None,
-    ) -> list[int]:
-        """Continue one prompt [1, T] greedily; returns the new ids, a stop token included when one came."""
-        return greedy_tokens(
-            self, tokens, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, on_token=on_token
-        )
 
     def _step(
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64], cache: Sequence[Any]
@@ -237,7 +225,7 @@ class OrtDecoder:
                 "have their padding.",
                 hint="Prefill prompts of one length, or export without --last-logits.",
             )
-        slots = self.max_tokens or tokens.shape[1] + _HEADROOM_TOKENS
+        slots = self.max_tokens or tokens.shape[1] + self._headroom_tokens
         buffers = SlotCache(self._layout.arrays(len(tokens), slots))
         rows = moved_right(mask, tokens) if padded else tokens
         logits, state = self._step_in_place(rows, mask, buffers, 0)

@@ -8,18 +8,18 @@ by their distance alone. The decoder's side is never padded, every sequence begi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.start_token import first_decoder_token
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE
-from nirvana_deploy.runtime.greedy import greedy_tokens
 from nirvana_deploy.runtime.onnxruntime.session import (
     CACHE_DTYPES,
     as_numpy,
@@ -31,9 +31,8 @@ from nirvana_deploy.runtime.onnxruntime.session import (
     open_session,
     static_dimension,
 )
+from nirvana_deploy.runtime.runner import checked_prompts, started
 from nirvana_deploy.runtime.table import runtime_of_provider
-
-AnyRunner = TypeVar("AnyRunner")
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,9 @@ class OrtSeq2Seq:
     """V."""
     start_token: int
     """What the decoder reads first."""
+    max_tokens: int | None = None
+    last_logits = False
+    in_place = False
 
     def __init__(
         self,
@@ -118,9 +120,8 @@ class OrtSeq2Seq:
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
     ) -> Seq2SeqState:
         """Read prompts [N, E]; returns the state ahead of the decoder's first token."""
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise NirvanaError(f"Prompts must be an array [N, E] of at least one token, got {tokens.shape}.")
-        mask = as_ort(_int64(np.ones_like(tokens) if attention_mask is None else attention_mask))
+        tokens, prompt_mask = checked_prompts(tokens, attention_mask)
+        mask = as_ort(_int64(prompt_mask))
         feeds = {"input_ids": as_ort(_int64(tokens)), "attention_mask": mask}
         (states,) = self._encoder.run_with_ort_values(["last_hidden_state"], feeds)
         empty = tuple(
@@ -129,12 +130,21 @@ class OrtSeq2Seq:
         )
         return Seq2SeqState(cache=empty, encoder_states=states, encoder_mask=mask, tokens=0)
 
-    def prefill(
+    def encoder_states(
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Prompts [N, E] to the encoder's states [N, E, D]."""
+        return as_numpy(self.encode(tokens, attention_mask).encoder_states)
+
+    def prefill(
+        self,
+        tokens: NDArray[np.int64],
+        attention_mask: NDArray[np.int64] | None = None,
+        answer: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], Seq2SeqState]:
-        """Read prompts [N, E], take the decoder's first step; returns logits [N, 1, V] of the first token."""
-        start = np.full((len(tokens), 1), self.start_token, dtype=np.int64)
-        return self.decode(start, self.encode(tokens, attention_mask))
+        """Read prompts [N, E], then an answer [N, A] behind the start token; returns logits [N, A + 1, V]."""
+        state = self.encode(tokens, attention_mask)
+        return self.decode(started(self.start_token, len(tokens), answer), state)
 
     def decode(
         self, tokens: NDArray[np.int64], state: Seq2SeqState
@@ -164,63 +174,6 @@ class OrtSeq2Seq:
             tokens=state.tokens + tokens.shape[1],
         )
         return as_numpy(logits), after
-
-    def generate(
-        self,
-        tokens: NDArray[np.int64],
-        *,
-        max_new_tokens: int,
-        eos_token_ids: frozenset[int] = frozenset(),
-        on_token: Callable[[int], None] | None = None,
-    ) -> list[int]:
-        """Answer one prompt [1, E] greedily; returns the new ids, a stop token included when one came."""
-        return greedy_tokens(
-            self,
-            tokens,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-            on_token=on_token,
-        )
-
-
-@runtime_checkable
-class EncoderDecoder(Protocol):
-    """An encoder-decoder in any runtime; N sequences, E prompt tokens, T decoder tokens, V vocabulary."""
-
-    vocab_size: int
-    start_token: int
-
-    def encode(self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> Any:
-        """[N, E] prompts to the state ahead of the decoder's first token."""
-        ...
-
-    def decode(self, tokens: NDArray[np.int64], state: Any) -> tuple[NDArray[np.float32], Any]:
-        """[N, T] decoder tokens to logits [N, T, V] and the next state."""
-        ...
-
-
-@dataclass(frozen=True)
-class TeacherForced:
-    """An encoder-decoder asked for the second half of a window, as it is scored (``score_seq2seq.py``).
-
-    The encoder reads the first half, the decoder the start token and the second half.
-    """
-
-    model: EncoderDecoder
-
-    def prefill(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], None]:
-        """Windows [N, T] to logits [N, T - T // 2 + 1, V]: each position but the last predicts a token."""
-        half = tokens.shape[1] // 2
-        start = np.full((len(tokens), 1), self.model.start_token, dtype=np.int64)
-        logits, _ = self.model.decode(
-            np.concatenate([start, tokens[:, half:]], axis=1), self.model.encode(tokens[:, :half])
-        )
-        return logits, None
-
-
-def teacher_forced(runner: AnyRunner) -> AnyRunner | TeacherForced:
-    """``runner``, or what judges it on windows of text where it is an encoder-decoder."""
-    return TeacherForced(runner) if isinstance(runner, EncoderDecoder) else runner
 
 
 def encoder_values(
@@ -262,13 +215,5 @@ def _int64(array: NDArray[Any]) -> NDArray[np.int64]:
 
 def start_token(folder: Path) -> int:
     """What a decoder reads first, by the config of its ``folder``; raises NirvanaError where it says none."""
-    config = read_json(folder / "config.json")
-    start = config.get("decoder_start_token_id")
-    token = config.get("pad_token_id") if start is None else start
-    if not isinstance(token, int):
-        raise NirvanaError(
-            f"{folder / 'config.json'} names no decoder_start_token_id and no pad_token_id: "
-            "nothing says what the decoder reads first.",
-            hint=export_hint(folder),
-        )
-    return token
+    path = folder / "config.json"
+    return first_decoder_token(read_json(path), of=str(path))

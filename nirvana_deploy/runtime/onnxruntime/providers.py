@@ -53,6 +53,14 @@ def open_decoder(path: Path, *, runtime: str, threads: int | None = None) -> Ort
     return OrtDecoder(path, threads=threads, provider=provider, provider_options=options_for(path, provider))
 
 
+def open_on_cpu(
+    folder: Path, *, threads: int | None = None, in_float32: bool = False
+) -> OrtDecoder | OrtSeq2Seq:
+    """Open an ONNX folder on the CPU; ``in_float32`` computes in float32 whatever it stores."""
+    kind = OrtSeq2Seq if is_seq2seq(folder) else OrtDecoder
+    return kind(folder, threads=threads, in_float32=in_float32)
+
+
 def available(provider: str) -> bool:
     """Whether the installed onnxruntime was built with ``provider``; whether it runs shows on loading."""
     import onnxruntime

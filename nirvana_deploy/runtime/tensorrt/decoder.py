@@ -6,7 +6,7 @@ of an in-place engine always has the same shapes and addresses, so it is capture
 first run and repeated from then on.
 
     with TensorRTRunner(Path("out/engine/model.engine")) as runner:
-        runner.generate(prompt, max_new_tokens=64, on_token=print)
+        greedy_tokens(runner, prompt, max_new_tokens=64, on_token=print)
 
 The logic here is tested against ONNX Runtime with a driver and a TensorRT that are fakes; **it has not run
 on a GPU yet**.
@@ -14,7 +14,6 @@ on a GPU yet**.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.gguf_convert import cache_folder
-from nirvana_deploy.runtime.greedy import greedy_tokens
 from nirvana_deploy.runtime.onnxruntime.slots import moved_left, moved_right, require_left_padding
+from nirvana_deploy.runtime.runner import checked_prompts
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice, Driver
 from nirvana_deploy.runtime.tensorrt.encoder_decoder import TensorRTSeq2Seq
 from nirvana_deploy.runtime.tensorrt.kv_cache import ConcatenatedCache, InPlaceCache, KvCache, cache_heads
@@ -64,6 +63,7 @@ class TensorRTRunner:
     the GPU is missing or the wrong one, and when the device has no room.
     """
 
+    start_token = None
     runtime: str
     """``tensorrt`` or ``tensorrt-rtx``."""
     threads: int
@@ -150,17 +150,18 @@ class TensorRTRunner:
         return () if self._session is None else self._session.taken_ms()
 
     def prefill(
-        self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
+        self,
+        tokens: NDArray[np.int64],
+        attention_mask: NDArray[np.int64] | None = None,
+        answer: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], EngineState]:
-        """Read whole prompts; returns logits [N, T, V] and the state after them.
+        """Read prompts [N, T] and answers [N, A] behind them; returns logits [N, T + A, V] and the state.
 
-        ``tokens`` and ``attention_mask`` are [N, T] int64; the mask is 0 where a prompt is padded on the
-        left, and None when none is. A prompt longer than a pass is read in several. Logits of padding are
-        undefined. An engine with logits of the last position alone gives [N, 1, V].
+        The mask is 0 where a prompt is padded on the left, and None when none is. A prompt longer than a pass
+        is read in several. Logits of padding are undefined. An engine with logits of the last position alone
+        gives [N, 1, V].
         """
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise NirvanaError(f"Prompts must be an array [N, T] of at least one token, got {tokens.shape}.")
-        mask = np.ones(tokens.shape, dtype=np.int64) if attention_mask is None else attention_mask
+        tokens, mask = checked_prompts(tokens, attention_mask, answer)
         require_left_padding(mask)
         N, T = tokens.shape
         moved = self._cache.in_place and not mask.all()
@@ -192,19 +193,6 @@ class TensorRTRunner:
         mask = np.concatenate([before, np.ones((len(tokens), 1), dtype=np.int64)], axis=1)
         logits = self._pass(tokens, mask, before.sum(axis=1))
         return logits, EngineState(attention_mask=mask, step=self._step)
-
-    def generate(
-        self,
-        tokens: NDArray[np.int64],
-        *,
-        max_new_tokens: int,
-        eos_token_ids: frozenset[int] = frozenset(),
-        on_token: Callable[[int], None] | None = None,
-    ) -> list[int]:
-        """Continue one prompt [1, T] greedily; returns the new ids, a stop token included when one came."""
-        return greedy_tokens(
-            self, tokens, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, on_token=on_token
-        )
 
     def _pass(
         self, tokens: NDArray[np.int64], mask: NDArray[np.int64], lengths: NDArray[np.int64]

@@ -6,14 +6,13 @@ empty caches and fills those of the cross-attention; later ones give those back 
 exist twice and take turns.
 
     with TensorRTSeq2Seq(Path("out/engine/t5-decoder.engine")) as runner:
-        runner.generate(prompt, max_new_tokens=64, on_token=print)
+        greedy_tokens(runner, prompt, max_new_tokens=64, on_token=print)
 
 Tested like ``runner.py`` with a driver and a TensorRT that are fakes; **it has not run on a GPU yet**.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.runtime.greedy import greedy_tokens
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import start_token
+from nirvana_deploy.runtime.runner import checked_prompts, started
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice, Driver
 from nirvana_deploy.runtime.tensorrt.kv_cache import ConcatenatedCache, Shape
 from nirvana_deploy.runtime.tensorrt.loading import (
@@ -170,9 +169,7 @@ class TensorRTSeq2Seq:
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
     ) -> EngineSeq2SeqState:
         """Read prompts [N, E], padded where the mask is 0; returns the state ahead of the first token."""
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise NirvanaError(f"Prompts must be an array [N, E] of at least one token, got {tokens.shape}.")
-        mask = np.ones(tokens.shape, dtype=np.int64) if attention_mask is None else attention_mask
+        tokens, mask = checked_prompts(tokens, attention_mask)
         session = self._sessions[ENCODER]
         session.queue({"input_ids": tokens, _MASK: mask}, {}, {_STATES: self._states.address})
         session.wait()
@@ -182,11 +179,14 @@ class TensorRTSeq2Seq:
         return EngineSeq2SeqState(sequences=N, prompt_tokens=E, tokens=0, step=self._step)
 
     def prefill(
-        self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
+        self,
+        tokens: NDArray[np.int64],
+        attention_mask: NDArray[np.int64] | None = None,
+        answer: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], EngineSeq2SeqState]:
-        """Read prompts [N, E], take the decoder's first step; returns logits [N, 1, V] of the first token."""
-        start = np.full((len(tokens), 1), self.start_token, dtype=np.int64)
-        return self.decode(start, self.encode(tokens, attention_mask))
+        """Read prompts [N, E], then an answer [N, A] behind the start token; returns logits [N, A + 1, V]."""
+        state = self.encode(tokens, attention_mask)
+        return self.decode(started(self.start_token, len(tokens), answer), state)
 
     def decode(
         self, tokens: NDArray[np.int64], state: EngineSeq2SeqState
@@ -209,19 +209,6 @@ class TensorRTSeq2Seq:
             logits, state = self._pass(tokens[:, position : position + 1], state)
             parts.append(logits)
         return np.concatenate(parts, axis=1), state
-
-    def generate(
-        self,
-        tokens: NDArray[np.int64],
-        *,
-        max_new_tokens: int,
-        eos_token_ids: frozenset[int] = frozenset(),
-        on_token: Callable[[int], None] | None = None,
-    ) -> list[int]:
-        """Answer one prompt [1, E] greedily; returns the new ids, a stop token included when one came."""
-        return greedy_tokens(
-            self, tokens, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, on_token=on_token
-        )
 
     def _pass(
         self, tokens: NDArray[np.int64], state: EngineSeq2SeqState

@@ -12,6 +12,7 @@ from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.runtime.onnxruntime import session as ort_session
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.session import default_threads
+from nirvana_deploy.runtime.runner import greedy_tokens
 
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2], dtype=np.int64)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -77,17 +78,17 @@ def test_generate_is_greedy(decoder: OrtDecoder) -> None:
     for _ in range(5):
         expected.append(int(numpy_logits(tiny_weights(), np.array(expected))[-1].argmax()))
     heard: list[int] = []
-    new_ids = decoder.generate(PROMPT[None], max_new_tokens=5, on_token=heard.append)
+    new_ids = greedy_tokens(decoder, PROMPT[None], max_new_tokens=5, on_token=heard.append)
     assert new_ids == heard == expected[len(PROMPT) :]
 
 
 def test_generate_stops_after_a_stop_token(decoder: OrtDecoder) -> None:
-    new_ids = decoder.generate(PROMPT[None], max_new_tokens=5)
+    new_ids = greedy_tokens(decoder, PROMPT[None], max_new_tokens=5)
     stop = new_ids[2]
     until = new_ids.index(stop) + 1
-    stopped = decoder.generate(PROMPT[None], max_new_tokens=5, eos_token_ids=frozenset({stop}))
+    stopped = greedy_tokens(decoder, PROMPT[None], max_new_tokens=5, eos_token_ids=frozenset({stop}))
     assert stopped == new_ids[:until]
-    assert decoder.generate(PROMPT[None], max_new_tokens=0) == []
+    assert greedy_tokens(decoder, PROMPT[None], max_new_tokens=0) == []
 
 
 def test_threads_default_to_usable_physical_cores(folder: Path) -> None:

@@ -25,6 +25,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
+from nirvana_deploy.runtime.runner import greedy_tokens
 from nirvana_deploy.runtime.tensorrt.decoder import TensorRTRunner
 from nirvana_deploy.runtime.tensorrt.memory import plan_memory
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record, record_path
@@ -147,17 +148,17 @@ def test_left_padded_rows_equal_each_prompt_alone(
 
 def test_greedy_tokens_equal_onnxruntime(runner: TensorRTRunner, oracle: OrtDecoder) -> None:
     prompt, heard = random_tokens(1, 6), list[int]()
-    found = runner.generate(prompt, max_new_tokens=20, on_token=heard.append)
-    assert found == heard == oracle.generate(prompt, max_new_tokens=20)
+    found = greedy_tokens(runner, prompt, max_new_tokens=20, on_token=heard.append)
+    assert found == heard == greedy_tokens(oracle, prompt, max_new_tokens=20)
     stop = found[7]
-    stopped = runner.generate(prompt, max_new_tokens=20, eos_token_ids=frozenset({stop}))
+    stopped = greedy_tokens(runner, prompt, max_new_tokens=20, eos_token_ids=frozenset({stop}))
     assert stopped == found[: found.index(stop) + 1]
 
 
 def test_a_second_prompt_sees_nothing_of_the_first(runner: TensorRTRunner, oracle: OrtDecoder) -> None:
-    runner.generate(random_tokens(1, 15), max_new_tokens=20)
+    greedy_tokens(runner, random_tokens(1, 15), max_new_tokens=20)
     short = random_tokens(1, 3, seed=9)
-    assert runner.generate(short, max_new_tokens=8) == oracle.generate(short, max_new_tokens=8)
+    assert greedy_tokens(runner, short, max_new_tokens=8) == greedy_tokens(oracle, short, max_new_tokens=8)
     equal(runner.prefill(random_tokens(2, 5))[0], oracle.prefill(random_tokens(2, 5))[0])
 
 
@@ -210,7 +211,7 @@ def test_buffers_have_the_sizes_of_the_largest_profile(
 
 def test_nothing_is_allocated_after_the_start(runner: TensorRTRunner, driver: FakeDriver) -> None:
     before, count = driver.used_bytes, driver.calls.count("cuMemAlloc")
-    runner.generate(random_tokens(1, 12), max_new_tokens=20)
+    greedy_tokens(runner, random_tokens(1, 12), max_new_tokens=20)
     runner.prefill(random_tokens(3, 16))
     assert (driver.used_bytes, driver.calls.count("cuMemAlloc")) == (before, count)
 
@@ -242,7 +243,7 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
 
 
 def test_past_and_present_take_turns_or_are_one(runner: TensorRTRunner, bound: list[Pass], form: str) -> None:
-    runner.generate(random_tokens(1, 5), max_new_tokens=4)
+    greedy_tokens(runner, random_tokens(1, 5), max_new_tokens=4)
     found = list(bound)
     if form == "concat":
         a, b = found[0].past, found[0].present
@@ -276,14 +277,16 @@ def test_decode_is_captured_after_its_first_run_and_repeated(
     with TensorRTRunner(engine, driver=driver, module=module) as runner:
         driver.calls.clear()
         prompt = random_tokens(1, 5)
-        assert runner.generate(prompt, max_new_tokens=5) == oracle.generate(prompt, max_new_tokens=5)
+        assert greedy_tokens(runner, prompt, max_new_tokens=5) == greedy_tokens(
+            oracle, prompt, max_new_tokens=5
+        )
         if form == "concat":
             assert graph_calls(driver) == ["wait"] * 5
             return
         capture = ["begin", "end", "instantiate"]
         launch = ["launch", "wait"]
         assert graph_calls(driver) == ["wait", "wait", *capture, *launch, *launch, *launch]
-        runner.generate(prompt, max_new_tokens=4)  # a new prompt repeats the same graph
+        greedy_tokens(runner, prompt, max_new_tokens=4)  # a new prompt repeats the same graph
         assert graph_calls(driver)[-8:] == [*launch, "wait", *launch, *launch, *launch][-8:]
         assert runner.graph_refused is None
     assert module.passes == [["run", "run"], ["run", "captured"]]
@@ -314,7 +317,9 @@ def test_an_engine_that_cannot_be_captured_runs_without_a_graph(
     engine = write_fake_engine(tmp_path / "m.engine", folder, profiles=profiles, capturable=False)
     with TensorRTRunner(engine, driver=driver, module=fake_module(driver)) as runner:
         prompt = random_tokens(1, 5)
-        assert runner.generate(prompt, max_new_tokens=6) == oracle.generate(prompt, max_new_tokens=6)
+        assert greedy_tokens(runner, prompt, max_new_tokens=6) == greedy_tokens(
+            oracle, prompt, max_new_tokens=6
+        )
         assert runner.graph_refused is not None
         assert "cannot capture this engine" in runner.graph_refused
     assert "cuGraphLaunch" not in driver.calls
@@ -329,7 +334,9 @@ def test_one_profile_serves_both_passes(
     with TensorRTRunner(engine, driver=driver, module=fake_module(driver)) as runner:
         for seed in (1, 2):
             prompt = random_tokens(1, 7, seed=seed)
-            assert runner.generate(prompt, max_new_tokens=6) == oracle.generate(prompt, max_new_tokens=6)
+            assert greedy_tokens(runner, prompt, max_new_tokens=6) == greedy_tokens(
+                oracle, prompt, max_new_tokens=6
+            )
 
 
 def test_plain_tensorrt_needs_no_runtime_config(
@@ -343,7 +350,9 @@ def test_plain_tensorrt_needs_no_runtime_config(
     with TensorRTRunner(engine, driver=driver, module=module) as runner:
         assert runner.runtime == "tensorrt"
         prompt = random_tokens(1, 5)
-        assert runner.generate(prompt, max_new_tokens=6) == oracle.generate(prompt, max_new_tokens=6)
+        assert greedy_tokens(runner, prompt, max_new_tokens=6) == greedy_tokens(
+            oracle, prompt, max_new_tokens=6
+        )
 
 
 def test_kernels_are_compiled_once_ever(engine: Path, driver: FakeDriver, tmp_path: Path) -> None:
@@ -351,7 +360,7 @@ def test_kernels_are_compiled_once_ever(engine: Path, driver: FakeDriver, tmp_pa
     for kept in (tmp_path / "kernels", tmp_path / "kernels", None):
         module = fake_module(driver)
         with TensorRTRunner(engine, driver=driver, module=module, kernel_cache=kept) as runner:
-            runner.generate(random_tokens(1, 5), max_new_tokens=4)
+            greedy_tokens(runner, random_tokens(1, 5), max_new_tokens=4)
         compilations.append(module.compilations)
     assert compilations == [2, 0, 2]
     (file,) = (tmp_path / "kernels").iterdir()
@@ -364,11 +373,11 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (tmp_path / "file").write_text("")
     module, kept = fake_module(driver), tmp_path / "file" / "kernels"
     with TensorRTRunner(engine, driver=driver, module=module, kernel_cache=kept) as runner:
-        runner.generate(random_tokens(1, 5), max_new_tokens=2)
+        greedy_tokens(runner, random_tokens(1, 5), max_new_tokens=2)
 
 
 def test_gpu_time_is_that_of_the_passes_alone(runner: TensorRTRunner) -> None:
-    runner.generate(random_tokens(1, 5), max_new_tokens=4)
+    greedy_tokens(runner, random_tokens(1, 5), max_new_tokens=4)
     assert runner.device_ms() == pytest.approx([PASS_MS] * 4)
     assert runner.device_ms() == ()
 

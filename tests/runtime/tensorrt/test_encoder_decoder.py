@@ -28,12 +28,14 @@ from nirvana_deploy.measure.benchmark import _device_times
 from nirvana_deploy.measure.worker import RoundSample, serve
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE
-from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq, TeacherForced, teacher_forced
+from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
+from nirvana_deploy.runtime.runner import greedy_tokens, window_logits
 from nirvana_deploy.runtime.tensorrt.decoder import TensorRTRunner, open_engine
 from nirvana_deploy.runtime.tensorrt.encoder_decoder import TensorRTSeq2Seq
 from nirvana_deploy.runtime.tensorrt.memory import plan_seq2seq_memory
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record, record_path
-from nirvana_deploy.verify.compare import Case, cases_of, compare_runners, random_prompts
+from nirvana_deploy.verify.cases import engine_cases, random_prompts
+from nirvana_deploy.verify.compare import compare_runners
 
 LENGTHS = Lengths(max_batch=3, max_length=24, opt_prompt=8, opt_length=12)
 FILES = {"encoder": ENCODER_FILE, "decoder": DECODER_FILE}
@@ -113,27 +115,29 @@ def test_greedy_answers_equal_onnxruntime_prompt_after_prompt(
 ) -> None:
     for tokens in (24, 1, 7):
         prompt, heard = random_tokens(1, tokens, seed=tokens), list[int]()
-        found = runner.generate(prompt, max_new_tokens=12, on_token=heard.append)
-        assert found == heard == oracle.generate(prompt, max_new_tokens=12)
+        found = greedy_tokens(runner, prompt, max_new_tokens=12, on_token=heard.append)
+        assert found == heard == greedy_tokens(oracle, prompt, max_new_tokens=12)
     stop = found[5]
-    stopped = runner.generate(prompt, max_new_tokens=12, eos_token_ids=frozenset({stop}))
+    stopped = greedy_tokens(runner, prompt, max_new_tokens=12, eos_token_ids=frozenset({stop}))
     assert stopped == found[: found.index(stop) + 1]
 
 
 def test_text_is_judged_with_the_answer_given(runner: TensorRTSeq2Seq, oracle: OrtSeq2Seq) -> None:
     """Several decoder tokens at once are as many passes here."""
     windows = random_tokens(2, 20)
-    judged = teacher_forced(runner)
-    assert isinstance(judged, TeacherForced)
-    equal(judged.prefill(windows)[0], TeacherForced(oracle).prefill(windows)[0])
+    found = window_logits(runner, windows)
+    assert found.shape[:2] == (2, 11)  # ten predicted tokens, and what follows the last one
+    equal(found, window_logits(oracle, windows))
 
 
 def test_the_corners_of_both_engines_are_compared(
     runner: TensorRTSeq2Seq, oracle: OrtSeq2Seq, decoder: Path
 ) -> None:
-    cases = cases_of(read_engine_record(decoder), vocab_size=runner.vocab_size)
-    assert {(case.batch_size, case.prompt_tokens) for case in cases} >= {(1, 1), (1, 8), (3, 24)}
-    assert any(case.padded for case in cases) and Case(1, 22, steps=2) in cases
+    cases = list(engine_cases(read_engine_record(decoder), vocab_size=runner.vocab_size))
+    names = [case.name for case in cases]
+    assert {"prefill 1 x 1", "prefill 1 x 8", "prefill 3 x 24"} <= set(names)
+    assert any("left-padded" in name for name in names)
+    assert "prefill 1 x 22, then 2 decode steps" in names
     prompts = random_prompts(runner.vocab_size)
 
     def report() -> Any:
@@ -146,11 +150,11 @@ def test_the_corners_of_both_engines_are_compared(
 
 def test_onnxruntime_runs_the_file_that_an_engine_is_built_from(decoder: Path, oracle: OrtSeq2Seq) -> None:
     given, prompt = OrtSeq2Seq(decoder.parent / "t5-onnx", threads=1), random_tokens(1, 7)
-    assert given.generate(prompt, max_new_tokens=12) == oracle.generate(prompt, max_new_tokens=12)
+    assert greedy_tokens(given, prompt, max_new_tokens=12) == greedy_tokens(oracle, prompt, max_new_tokens=12)
 
 
 def test_gpu_time_is_that_of_every_pass(runner: TensorRTSeq2Seq) -> None:
-    runner.generate(random_tokens(1, 5), max_new_tokens=4)
+    greedy_tokens(runner, random_tokens(1, 5), max_new_tokens=4)
     assert runner.device_ms() == pytest.approx([PASS_MS] * 5)  # the encoder's, and four of the decoder
     assert runner.device_ms() == ()
 
@@ -205,7 +209,7 @@ def test_an_onnx_folder_is_built_from_a_copy_without_the_branch(tmp_path: Path) 
     assert "encoder_hidden_states" in read and "use_cache_branch" not in read
     given, exported = (OrtSeq2Seq(one, threads=1) for one in (folder / "engine" / "t5-onnx", folder))
     prompt = random_tokens(1, 6)
-    assert given.generate(prompt, max_new_tokens=6) == exported.generate(prompt, max_new_tokens=6)
+    assert greedy_tokens(given, prompt, max_new_tokens=6) == greedy_tokens(exported, prompt, max_new_tokens=6)
 
 
 def test_a_worker_measures_both_engines(
@@ -303,5 +307,5 @@ def test_opening_finds_the_kind(
     )
     with open_engine(decoder, runtime="tensorrt-rtx") as opened:
         assert isinstance(opened, TensorRTSeq2Seq)
-        opened.generate(random_tokens(1, 4), max_new_tokens=2)
+        greedy_tokens(opened, random_tokens(1, 4), max_new_tokens=2)
     assert len(list((tmp_path / "kernels").iterdir())) == 2

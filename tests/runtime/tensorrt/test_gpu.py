@@ -26,13 +26,16 @@ from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
 from nirvana_deploy.runtime.onnxruntime.providers import available
 from nirvana_deploy.runtime.registry import open_runner
+from nirvana_deploy.runtime.runner import greedy_tokens
 from nirvana_deploy.runtime.table import RUNTIMES
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
 from nirvana_deploy.runtime.tensorrt.decoder import TensorRTRunner
 from nirvana_deploy.runtime.tensorrt.encoder_decoder import TensorRTSeq2Seq
 from nirvana_deploy.runtime.tensorrt.memory import plan_memory
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record
-from nirvana_deploy.verify.compare import cases_of, compare_runners, device_tolerance, random_prompts
+from nirvana_deploy.verify.cases import engine_cases, random_prompts
+from nirvana_deploy.verify.compare import compare_runners
+from nirvana_deploy.verify.tolerance import device_tolerance
 
 pytestmark = pytest.mark.gpu
 LENGTHS = Lengths(max_batch=3, max_length=96, opt_prompt=16, opt_length=48)
@@ -100,7 +103,7 @@ def test_an_engine_computes_what_onnxruntime_does_at_the_corners_of_its_profiles
     report = compare_runners(
         reference,
         runner,
-        cases=cases_of(read_engine_record(engine), vocab_size=runner.vocab_size),
+        cases=engine_cases(read_engine_record(engine), vocab_size=runner.vocab_size),
         tolerance=device_tolerance("fp16", layers=len(reference.kv_heads)),
         prompts=random_prompts(runner.vocab_size),
     )
@@ -108,7 +111,7 @@ def test_an_engine_computes_what_onnxruntime_does_at_the_corners_of_its_profiles
 
 
 def test_decode_runs_as_a_graph_where_its_addresses_stay(runner: TensorRTRunner, form: str) -> None:
-    runner.generate(np.array([[5, 6, 7]]), max_new_tokens=8)
+    greedy_tokens(runner, np.array([[5, 6, 7]]), max_new_tokens=8)
     assert runner.graph_refused is None
     assert runner._session is not None
     contexts = runner._session._contexts.values()
@@ -121,7 +124,7 @@ def test_device_memory_is_what_was_planned_and_all_of_it_comes_back(engine: Path
         before, _ = device.memory_bytes()
         with TensorRTRunner(engine) as runner:
             started = runner.peak_device_bytes()
-            runner.generate(np.array([[5, 6, 7]]), max_new_tokens=40)
+            greedy_tokens(runner, np.array([[5, 6, 7]]), max_new_tokens=40)
             planned = plan_memory(record).device_bytes
             assert (
                 planned <= started <= planned + record.engine_bytes + runner._scratch.size_bytes + SLACK_BYTES
@@ -163,7 +166,7 @@ def test_the_engines_of_an_encoder_decoder_compute_what_onnxruntime_does(
         report = compare_runners(
             reference,
             runner,
-            cases=cases_of(read_engine_record(decoder), vocab_size=runner.vocab_size),
+            cases=engine_cases(read_engine_record(decoder), vocab_size=runner.vocab_size),
             tolerance=device_tolerance("fp16", layers=7),  # 3 in the encoder, 2 and 2 in the decoder
             prompts=random_prompts(runner.vocab_size),
         )

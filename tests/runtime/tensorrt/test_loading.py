@@ -36,6 +36,7 @@ from nirvana_deploy.engine.targets import BuilderOptions, configure
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
+from nirvana_deploy.runtime.runner import greedy_tokens
 from nirvana_deploy.runtime.tensorrt.decoder import TensorRTRunner, open_engine
 from nirvana_deploy.runtime.tensorrt.loading import load_engine, tensorrt_module
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record, record_path
@@ -209,7 +210,9 @@ def test_the_record_of_a_real_build_drives_the_runner(tmp_path: Path, in_place: 
     with TensorRTRunner(built.path, driver=driver, module=fake_module(driver)) as runner:
         assert (runner.kv_heads, runner.vocab_size) == (oracle.kv_heads, oracle.vocab_size)
         prompt = np.random.default_rng(2).integers(3, 250, size=(1, 9))
-        assert runner.generate(prompt, max_new_tokens=12) == oracle.generate(prompt, max_new_tokens=12)
+        assert greedy_tokens(runner, prompt, max_new_tokens=12) == greedy_tokens(
+            oracle, prompt, max_new_tokens=12
+        )
         assert driver.calls.count("cuStreamBeginCapture") == int(in_place)
         both = np.random.default_rng(3).integers(3, 250, size=(2, 48))
         np.testing.assert_array_equal(runner.prefill(both)[0], oracle.prefill(both)[0])
