@@ -22,10 +22,11 @@ def report(out: Path, as_json: bool) -> None:
       nirvana-deploy report smollm2-s0.4
     """
     from nirvana_deploy.output.run import MANIFEST, Run
+    from nirvana_deploy.output.stage import REPORT
     from nirvana_deploy.report.report import write_report
 
     markdown, page = write_report(out)
-    if (out / MANIFEST).is_file() and "report" in (run := Run.open(out)).manifest["stages"]:
+    if (out / MANIFEST).is_file() and (run := Run.open(out)).has(REPORT):
         run.rehash("report")
     if as_json:
         click.echo(json.dumps({"schema": 1, "markdown": str(markdown), "html": str(page)}))

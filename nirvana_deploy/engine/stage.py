@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +28,7 @@ from nirvana_deploy.output.layout import (
     MODEL_FILE,
     is_seq2seq,
 )
+from nirvana_deploy.output.results import EngineResult, EnginesBuilt
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import DENSE, PRUNED
@@ -93,7 +93,7 @@ def build_engine(
         )
     name = name or engine_name(form, options.runtime)
 
-    def work() -> dict[str, Any]:
+    def work() -> EnginesBuilt:
         decided = _decisions(run, form.variant, form.quantize)
         engines = engines_from_checkpoint(
             checkpoint,
@@ -110,7 +110,7 @@ def build_engine(
             options=options,
             progress=run.progress,
         )
-        return {"engines": [_summary(engine) for engine in engines]}
+        return EnginesBuilt(tuple(_result(engine) for engine in engines))
 
     names = [name, f"{name}-encoder", f"{name}-decoder"]
     files = [f"{ENGINES}/{one}{end}" for one in names for end in (ENGINE_SUFFIX, ".json", ".log")]
@@ -194,19 +194,18 @@ def _decisions(run: Run, variant: str, quantize: str | None) -> _Decisions:
     )
 
 
-def _summary(engine: BuiltEngine) -> dict[str, Any]:
-    """What the manifest says of an engine."""
+def _result(engine: BuiltEngine) -> EngineResult:
     record = engine.record
-    return {
-        "name": record.name,
-        "dtype": record.dtype,
-        "quantization": record.quantization,
-        "kv": record.kv,
-        "runtime": f"{record.runtime} {record.runtime_version}",
-        "targets": list(record.targets),
-        "engine_bytes": record.engine_bytes,
-        "weights_bytes": record.weights_bytes,
-        "fused_attentions": record.layers.get("ATTENTION", 0),
-        "build_seconds": record.build.seconds,
-        "compared_constants": len(engine.check.compared_values),
-    }
+    return EngineResult(
+        name=record.name,
+        dtype=record.dtype,
+        quantization=record.quantization,
+        kv=record.kv,
+        runtime=f"{record.runtime} {record.runtime_version}",
+        targets=tuple(record.targets),
+        engine_bytes=record.engine_bytes,
+        weights_bytes=record.weights_bytes,
+        fused_attentions=record.layers.get("ATTENTION", 0),
+        build_seconds=record.build.seconds,
+        compared_constants=len(engine.check.compared_values),
+    )

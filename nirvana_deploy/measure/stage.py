@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from nirvana_deploy.output.layout import (
     QUALITY_FILE,
     TASKS_FILE,
 )
+from nirvana_deploy.output.results import QualityMeasured, Timed
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import DENSE, PRUNED, variants_of
@@ -54,7 +56,7 @@ def quality(run: Run, place: Place, *, windows: TokenWindows | None = None) -> S
     They run in ``place.runtime``, ONNX Runtime on the CPU when it is None.
     """
 
-    def work() -> dict[str, Any]:
+    def work() -> QualityMeasured:
         if windows is None:
             tokens, source = heldout_windows(run)
         else:
@@ -73,8 +75,8 @@ def quality(run: Run, place: Place, *, windows: TokenWindows | None = None) -> S
             )
         if baseline != DENSE:
             found = {name: found[name] | _NOTHING_DENSE for name in found}
-        result = {"source": source, "window_tokens": tokens.shape[1], "variants": found}
-        write_json(run.out / QUALITY_FILE, result)
+        result = QualityMeasured(source=source, window_tokens=tokens.shape[1], variants=found)
+        write_json(run.out / QUALITY_FILE, asdict(result))
         return result
 
     return Stage(
@@ -99,7 +101,7 @@ def heldout_windows(run: Run) -> tuple[NDArray[np.int64], str]:
 def speed(run: Run, workload: Workload, *, runtime: str | None = None) -> Stage:
     """Measure the models against each other in ``runtime`` and write benchmark.json, quality included."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Timed:
         models = models_for(run, runtime)
         variants = [
             variant_from_folder(
@@ -116,10 +118,10 @@ def speed(run: Run, workload: Workload, *, runtime: str | None = None) -> Stage:
         for variant, path in zip(result["variants"], models.values(), strict=True):
             variant["path"] = path.relative_to(run.out).as_posix()
         write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
-        return {
-            "variants": [variant["name"] for variant in result["variants"]],
-            "comparisons": result["comparisons"],
-        }
+        return Timed(
+            variants=tuple(variant["name"] for variant in result["variants"]),
+            comparisons=tuple(result["comparisons"]),
+        )
 
     return Stage(
         stage.BENCHMARK,

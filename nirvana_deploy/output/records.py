@@ -10,12 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from nirvana_deploy.base.artifact import files_under, read_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.output import stage
 
 _SCHEMA = 1
+Kind = TypeVar("Kind")
 
 
 @contextmanager
@@ -23,7 +27,7 @@ def complete(record: str) -> Iterator[None]:
     """Turn a missing or misshapen field of ``record`` into a NirvanaError that names both."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, msgspec.ValidationError) as error:
         raise NirvanaError(
             f"{record} is not complete: {type(error).__name__} {error}.",
             hint="Was it edited by hand? nirvana-deploy prune-export ... --resume writes it again.",
@@ -54,6 +58,18 @@ class Records:
     def stage(self, name: str) -> Mapping[str, Any]:
         """The manifest's entry of a stage; empty when it did not run."""
         return ((self.manifest or {}).get("stages") or {}).get(name) or {}
+
+    def stages(self, prefix: str = "") -> tuple[str, ...]:
+        """The stages that ran whose names begin with ``prefix``, in order."""
+        return tuple(name for name in (self.manifest or {}).get("stages") or {} if name.startswith(prefix))
+
+    def result(self, name: str, kind: type[Kind]) -> Kind | None:
+        """What a stage recorded; None when it did not run. Raises NirvanaError for a broken record."""
+        found = self.stage(name).get("result")
+        if not found:
+            return None
+        with complete(f"manifest.json: the result of stage {name!r}"):
+            return msgspec.convert(found, kind)
 
 
 def read_records(out: Path) -> Records:
@@ -158,7 +174,7 @@ def verifications(records: Records) -> tuple[Verification, ...]:
     """What the verify stage found for each model, in its order; empty when it did not run."""
     found = []
     with complete("manifest.json: the result of stage 'verify'"):
-        for model, result in (records.stage("verify").get("result") or {}).items():
+        for model, result in (records.stage(stage.VERIFY).get("result") or {}).items():
             if not isinstance(result, dict) or "passed" not in result:
                 continue
             checks = result.get("checks") or []

@@ -6,10 +6,12 @@ lists it, and every file it lists is there with its sha256.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nirvana_deploy import __version__
 from nirvana_deploy.base.artifact import files_under, read_json, remove_partials, sha256_of, write_json
@@ -17,6 +19,9 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import cpu_seconds, environment, peak_rss_bytes, reset_peak_rss
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.output.stage import Stage
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
@@ -110,7 +115,7 @@ class Run:
         self._made.add(stage.name)
         started, cpu_started = time.perf_counter(), cpu_seconds()
         reset_peak_rss()
-        result = dict(stage.work() or {})
+        result = _plain(stage.work())
         self.manifest["stages"][stage.name] = {
             "seconds": round(time.perf_counter() - started, 3),
             "cpu_seconds": round(cpu_seconds() - cpu_started, 3),
@@ -200,6 +205,16 @@ class Run:
                 f"{self.out} cannot be resumed: it was made with {what}.",
                 hint="Repeat the command with the same options, or pass --force to start again.",
             )
+
+
+def _plain(result: Mapping[str, Any] | DataclassInstance | None) -> dict[str, Any]:
+    """A result as JSON has it; what a dataclass leaves None by default is left out."""
+    if not is_dataclass(result):
+        return dict(result or {})
+    optional = {field.name for field in fields(result) if field.default is None}
+    said = {key: value for key, value in asdict(result).items() if value is not None or key not in optional}
+    plain: dict[str, Any] = json.loads(json.dumps(said))
+    return plain
 
 
 def _failed(result: Mapping[str, Any]) -> bool:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SELECT = "select"
 CALIBRATE = "calibrate"
@@ -51,7 +54,7 @@ class Stage:
     """Stages whose files or results it reads, where the run has them."""
     makes: tuple[str, ...]
     """Files and folders that ``work`` writes, relative to the output folder."""
-    work: Callable[[], Mapping[str, Any] | None]
-    """Does it, and returns what the manifest remembers."""
+    work: Callable[[], Mapping[str, Any] | DataclassInstance | None]
+    """Does it, and returns what the manifest remembers: a dataclass of ``results.py``, or a mapping."""
     always: bool = False
     """Never skipped: it is cheap, or what it read has changed."""

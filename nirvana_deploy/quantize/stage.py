@@ -11,6 +11,7 @@ from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import CALIBRATION_FILE, ONNX
+from nirvana_deploy.output.results import Quantized
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import quantized_variant
@@ -32,7 +33,7 @@ def quantize(run: Run, recipe: Quantization, *, draw: Draw) -> Stage:
     name = stage.quantized(recipe.scheme)
     folder = run.out / name
 
-    def work() -> dict[str, Any]:
+    def work() -> Quantized:
         problem = None
         try:
             quantize_onnx(
@@ -46,15 +47,14 @@ def quantize(run: Run, recipe: Quantization, *, draw: Draw) -> Stage:
             problem = error.message
         record = read_record(folder)
         draw(folder, record)
-        layers = (record.get("sensitivity") or {}).get("layers")
-        return {
-            "scheme": recipe.scheme,
-            "coverage": record["coverage"],
-            "passed": problem is None,
-            "problem": problem,
-            "weights_bytes": sum(file.stat().st_size for file in folder.glob("*.data")),
-            **({"layer_kl": layers} if layers else {}),
-        }
+        return Quantized(
+            scheme=recipe.scheme,
+            coverage=record["coverage"],
+            passed=problem is None,
+            problem=problem,
+            weights_bytes=sum(file.stat().st_size for file in folder.glob("*.data")),
+            layer_kl=(record.get("sensitivity") or {}).get("layers"),
+        )
 
     return Stage(name, needs=(stage.SELECT, stage.CALIBRATE, stage.ONNX), makes=(name,), work=work)
 

@@ -6,60 +6,60 @@ Reads the manifest's stages and benchmark.json alone; opens no model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from nirvana_deploy.output.records import Records, complete
+from nirvana_deploy.output import stage
+from nirvana_deploy.output.records import Records
+from nirvana_deploy.output.results import EnginesBuilt, QualityMeasured, Quantized
 from nirvana_deploy.report.table import ABSENT, format_bytes, format_number, format_seconds
 
 QUANTIZED_HEADERS = ("Scheme", "Linears in integer kernels", "Weight file", "KL to its float model")
 ENGINE_HEADERS = ("Engine", "For", "Size", "Weights", "Fused attentions", "Built in", "GPUs")
 _LOW_BIT_FILE = re.compile(r"[^\s/()]*\bI?Q[1-6]_\w*\.gguf", re.IGNORECASE)
-_STAGE = "onnx-"
-_ENGINE_STAGE = "engine-"
 
 
 def quantized_rows(records: Records) -> tuple[tuple[str, ...], ...]:
     """One row for each quantized model of the folder; see QUANTIZED_HEADERS."""
     return tuple(
         (
-            scheme,
-            f"{coverage['found']:,} of {coverage['promised']:,}",
-            format_bytes(result["weights_bytes"]),
-            ABSENT if (kl := _kl_vs_parent(records, scheme)) is None else format_number(kl),
+            result.scheme,
+            f"{result.coverage['found']:,} of {result.coverage['promised']:,}",
+            format_bytes(result.weights_bytes),
+            ABSENT if (kl := _kl_vs_parent(records, result.scheme)) is None else format_number(kl),
         )
-        for scheme, result in _quantized(records)
-        for coverage in (result["coverage"],)
+        for result in _quantized(records)
     )
 
 
 def engine_rows(records: Records) -> tuple[tuple[str, ...], ...]:
     """One row for each engine of the folder; see ENGINE_HEADERS."""
-    rows = []
-    for name, stage in ((records.manifest or {}).get("stages") or {}).items():
-        if not name.startswith(_ENGINE_STAGE):
-            continue
-        with complete(f"manifest.json: the result of stage {name!r}"):
-            rows += [
-                (
-                    f"{engine['name']} ({engine['dtype']}, cache {engine['kv']})",
-                    engine["runtime"],
-                    format_bytes(engine["engine_bytes"]),
-                    format_bytes(engine["weights_bytes"]),
-                    f"{engine['fused_attentions']:,}",
-                    format_seconds(engine["build_seconds"]),
-                    ", ".join(engine["targets"]),
-                )
-                for engine in stage["result"]["engines"]
-            ]
-    return tuple(rows)
+    built = (records.result(name, EnginesBuilt) for name in records.stages(stage.engine("")))
+    return tuple(
+        (
+            f"{engine.name} ({engine.dtype}, cache {engine.kv})",
+            engine.runtime,
+            format_bytes(engine.engine_bytes),
+            format_bytes(engine.weights_bytes),
+            f"{engine.fused_attentions:,}",
+            format_seconds(engine.build_seconds),
+            ", ".join(engine.targets),
+        )
+        for result in built
+        if result is not None
+        for engine in result.engines
+    )
+
+
+def measured_layers(records: Records) -> Iterator[dict[str, float]]:
+    """The KL of each layer alone, for every scheme whose layers were measured."""
+    for result in _quantized(records):
+        if result.layer_kl:
+            yield result.layer_kl
 
 
 def quantization_caution(records: Records) -> str | None:
     """Which quantized models do not run as promised; None when all do."""
-    broken = [
-        f"{scheme}: {result['problem']}" for scheme, result in _quantized(records) if not result["passed"]
-    ]
+    broken = [f"{result.scheme}: {result.problem}" for result in _quantized(records) if not result.passed]
     return f"Quantization did not hold its promise. {' '.join(broken)}" if broken else None
 
 
@@ -67,7 +67,7 @@ def low_bit_source_caution(records: Records) -> str | None:
     """That w4 was measured on weights which were low-bit before; None where they were not."""
     origin = str(((records.manifest or {}).get("model") or {}).get("origin") or "")
     file = _LOW_BIT_FILE.search(origin)
-    if file is None or "w4" not in (scheme for scheme, _ in _quantized(records)):
+    if file is None or "w4" not in (result.scheme for result in _quantized(records)):
         return None
     return (
         f"The loss of w4 says little about other models: these weights came from {file[0]}, so they lay on "
@@ -75,17 +75,16 @@ def low_bit_source_caution(records: Records) -> str | None:
     )
 
 
-def _quantized(records: Records) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for name, stage in ((records.manifest or {}).get("stages") or {}).items():
-        result = stage.get("result") or {}
-        if name.startswith(_STAGE) and "scheme" in result:
-            with complete(f"manifest.json: the result of stage {name!r}"):
-                yield str(result["scheme"]), result
+def _quantized(records: Records) -> Iterator[Quantized]:
+    for name in records.stages(stage.quantized("")):
+        if (result := records.result(name, Quantized)) is not None:
+            yield result
 
 
 def _kl_vs_parent(records: Records, scheme: str) -> float | None:
     """As the quality stage measured it, or as benchmark.json has it."""
-    measured = (records.stage("quality").get("result") or {}).get("variants") or {}
+    quality_stage = records.result(stage.QUALITY, QualityMeasured)
+    measured = quality_stage.variants if quality_stage else {}
     of_benchmark = {v["name"]: v.get("quality") for v in (records.benchmark or {}).get("variants") or ()}
     for name, quality in {**of_benchmark, **measured}.items():
         if str(name).endswith(f"-{scheme}"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records
+from nirvana_deploy.output.results import Reconstructed
 from nirvana_deploy.report.table import format_bytes, format_share, format_times
 
 TEACHER_FORCING = "the encoder reads the first half of a window, the decoder predicts the second"
@@ -19,7 +21,7 @@ Facts = tuple[tuple[str, str], ...]
 def evaluation_source(records: Records) -> str | None:
     """The text that perplexity and KL were measured on, where it is recorded."""
     benchmark = records.benchmark or {}
-    places = (benchmark.get("evaluation"), records.stage("quality").get("result"))
+    places = (benchmark.get("evaluation"), records.stage(stage.QUALITY).get("result"))
     return next((str(place["source"]) for place in places if place and place.get("source")), None)
 
 
@@ -81,15 +83,11 @@ def _pruning_facts(plan: Mapping[str, Any]) -> Facts:
 
 def _reconstruction_facts(records: Records) -> Facts:
     """How what is left of the output projections was refitted, where it was."""
-    result = records.stage("reconstruct").get("result")
-    if not result:
+    result = records.result(stage.RECONSTRUCT, Reconstructed)
+    if result is None:
         return ()
-    fitted = (
-        f"{len(result['explained_share'])} output projections refitted on {result['tokens']:,} calibration"
-    )
-    return (
-        ("Reconstruction", f"{fitted} tokens, ridge {result['ridge']:g}; it gains most on text like them"),
-    )
+    fitted = f"{len(result.explained_share)} output projections refitted on {result.tokens:,} calibration"
+    return (("Reconstruction", f"{fitted} tokens, ridge {result.ridge:g}; it gains most on text like them"),)
 
 
 def _quality_facts(records: Records) -> Facts:

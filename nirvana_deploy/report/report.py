@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import (
     LayerWidth,
     Records,
@@ -188,8 +189,7 @@ def _figures_of(records: Records) -> list[PlacedFigure]:
         svg = figures.selection_figure(selection)
         caption = "Each candidate was scored, planned and masked; the least KL on held-out text was taken."
         placed.append(PlacedFigure(Markup(svg), caption, wide=True))
-    layers = (records.stage("onnx-int8").get("result") or {}).get("layer_kl")
-    if layers:
+    for layers in deployed_page.measured_layers(records):
         caption = "Measured on 128 tokens with every other layer in float: where int8 loses, not how much."
         placed.append(PlacedFigure(Markup(figures.sensitivity_figure(layers)), caption, wide=True))
     return placed + _benchmark_figures(records)
@@ -197,17 +197,16 @@ def _figures_of(records: Records) -> list[PlacedFigure]:
 
 def _selection(records: Records) -> Mapping[str, Any] | None:
     """What the selector tried, where there was a choice."""
-    stages = (records.manifest or {}).get("stages") or {}
-    found: Mapping[str, Any] | None = ((stages.get("select") or {}).get("result") or {}).get("selection")
+    found: Mapping[str, Any] | None = (records.stage(stage.SELECT).get("result") or {}).get("selection")
     return found
 
 
 def _kernel(records: Records) -> dict[str, Any] | None:
     """What the section on the tangent kernel says, where it was measured."""
-    record = records.stage("ntk").get("result")
+    record = records.stage(stage.TANGENT_KERNEL).get("result")
     if not record:
         return None
-    with complete("manifest.json: the result of stage 'ntk'"):
+    with complete(f"manifest.json: the result of stage {stage.TANGENT_KERNEL!r}"):
         return {
             "says": ntk_page.explain(record),
             "headers": ntk_page.headers(record),
@@ -216,7 +215,7 @@ def _kernel(records: Records) -> dict[str, Any] | None:
 
 
 def _kernel_figure(records: Records) -> PlacedFigure | None:
-    record = records.stage("ntk").get("result")
+    record = records.stage(stage.TANGENT_KERNEL).get("result")
     if not record:
         return None
     caption = "Line: what the removed weights alone take, an identity. Dotted: the most that they can take."
@@ -225,7 +224,7 @@ def _kernel_figure(records: Records) -> PlacedFigure | None:
 
 def _task_rows(records: Records) -> tuple[tuple[str, ...], ...]:
     """Rows of the table of tasks: task, metric, then one cell a variant; the first row is the header."""
-    variants = (records.stage("tasks").get("result") or {}).get("variants") or {}
+    variants = (records.stage(stage.TASKS).get("result") or {}).get("variants") or {}
     if not variants:
         return ()
     keys = dict.fromkeys(
@@ -261,19 +260,19 @@ def _snippets(records: Records) -> tuple[Snippet, ...]:
         run_onnx = Snippet("Generate with onnxruntime-genai", "python", _RUN_GENAI)
     return tuple(
         snippet
-        for stage, snippet in (
-            ("onnx", run_onnx),
-            ("checkpoint", Snippet("Generate with transformers", "python", transformers)),
-            ("onnx", verify),
+        for needed, snippet in (
+            (stage.ONNX, run_onnx),
+            (stage.CHECKPOINT, Snippet("Generate with transformers", "python", transformers)),
+            (stage.ONNX, verify),
         )
-        if records.stage(stage)
+        if records.stage(needed)
     )
 
 
 def _checks(records: Records) -> tuple[tuple[str, ...], ...]:
     """Rows of the verification table: model, check, what was found, what is allowed, result."""
     rows = []
-    for model, result in (records.stage("verify").get("result") or {}).items():
+    for model, result in (records.stage(stage.VERIFY).get("result") or {}).items():
         for check in result.get("checks") or ():
             difference = format_number(check["max_abs_diff"], digits=2)
             tolerance = format_number(check["tolerance"], digits=2)

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import tempfile
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.output.records import Records
+from nirvana_deploy.output.results import Quantized
 from nirvana_deploy.report import findings
 from nirvana_deploy.report.figures import latency_figure
 from nirvana_deploy.report.report import markdown_text, write_report
@@ -324,7 +326,9 @@ def test_what_each_layer_costs_in_int8_is_drawn(tmp_path: Path) -> None:
     assert records.manifest is not None
     assert "in int8. Worst" not in report_of(tmp_path, records)[1]
     layers = {"1": 0.25, "head": 0.125, "0": 0.5, "10": 0.0625, "cross 1": 0.03}
-    records.manifest["stages"]["onnx-int8"] = {"seconds": 1.0, "files": {}, "result": {"layer_kl": layers}}
+    coverage = {"found": 2, "promised": 2}
+    result = Quantized("int8", coverage, passed=True, problem=None, weights_bytes=1, layer_kl=layers)
+    records.manifest["stages"]["onnx-int8"] = {"seconds": 1.0, "files": {}, "result": asdict(result)}
     html = report_of(tmp_path, records)[1]
     assert "KL of each layer alone in int8. Worst: 0 0.50, 1 0.25, head 0.12." in html
     places = [html.index(f">{name}</text>") for name in ("cross 1", "10", "head")]

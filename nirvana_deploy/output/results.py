@@ -1,0 +1,98 @@
+"""What stages record in the manifest: written by the stage of the same name, read by the report.
+
+Stages that record what a dataclass of their own room holds (budgets, verifications, tangent kernels) do so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The text that was drawn, and the text that quality is measured on."""
+
+    source: str
+    num_sequences: int
+    seq_len: int
+    text_sha256: str | None
+    seed: int | None
+    draw: int | None
+    evaluation_source: str
+    evaluation_text_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """The refit of what a cut leaves of o and down."""
+
+    ridge: float
+    tokens: int
+    explained_share: dict[str, float] = field(default_factory=dict)
+    """By linear."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One ONNX folder."""
+
+    nodes: int
+    weights_bytes: int
+    opset: int
+    dtype: str
+    flavor: str
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One quantized ONNX folder."""
+
+    scheme: str
+    coverage: dict[str, Any]
+    passed: bool
+    problem: str | None
+    weights_bytes: int
+    layer_kl: dict[str, float] | None = None
+    """KL in nats when a layer alone is quantized, by layer; None where it was not measured."""
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """One engine file."""
+
+    name: str
+    dtype: str
+    quantization: str | None
+    kv: str
+    runtime: str
+    targets: tuple[str, ...]
+    engine_bytes: int
+    weights_bytes: int
+    fused_attentions: int
+    build_seconds: float
+    compared_constants: int = 0
+
+
+@dataclass(frozen=True)
+class EnginesBuilt:
+    """What one stage built: two engines of an encoder-decoder, else one."""
+
+    engines: tuple[EngineResult, ...]
+
+
+@dataclass(frozen=True)
+class QualityMeasured:
+    """Perplexity and KL of the models of a folder."""
+
+    source: str
+    window_tokens: int | None = None
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Which models were timed, and how they compare; the numbers are in benchmark.json."""
+
+    variants: tuple[str, ...]
+    comparisons: tuple[dict[str, Any], ...]
