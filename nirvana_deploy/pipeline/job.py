@@ -5,7 +5,8 @@ Field names are unique over all sections, so that a job is also a flat set of ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,6 @@ def job_of(model: str, options: Mapping[str, Any], *, base: Job | None = None) -
     return Job(model=model, **sections)
 
 
-def resumable_options() -> frozenset[str]:
-    """What a resumed run may change."""
-    return frozenset(field.name for field in all_fields() if field.option.resumable)
-
-
 def as_json(job: Job) -> dict[str, Any]:
     """The job as JSON: the model, and a section per room."""
     sections = {name: job.options([name]) for name in SECTIONS}
@@ -101,3 +97,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return str(value) if isinstance(value, Path) else value
+
+
+def spelled_out(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function of ``**options`` with every option spelled out, for help() and editors."""
+    own = inspect.signature(function)
+    fixed = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.required else field.default,
+            annotation=field.type,
+        )
+        for field in all_fields()
+    ]
+    return own.replace(parameters=[fixed[0], *options, *fixed[1:]])

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from nirvana_deploy.base.artifact import read_json, require_free_bytes
+from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.calibrate.stage import calibrate
 from nirvana_deploy.engine.recipe import EngineForm
 from nirvana_deploy.engine.stage import build_engine
 from nirvana_deploy.engine.targets import BuilderOptions
-from nirvana_deploy.export.decoder import GraphOptions
-from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.export.stage import export
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.stage import quality, speed
 from nirvana_deploy.model.checkpoint import Checkpoint, model_record
-from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import BENCHMARK_FILE, RECIPE_FILE, REPORT_HTML
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import DENSE, variant_named
-from nirvana_deploy.pipeline.job import SECTIONS, Job, all_fields, job_of, plain, resumable_options
+from nirvana_deploy.pipeline.before import (
+    Until,
+    checked,
+    may_change,
+    recorded_options,
+    require_space,
+    untimed,
+)
+from nirvana_deploy.pipeline.job import Job, all_fields, job_of, spelled_out
 from nirvana_deploy.pipeline.recipe_file import write_recipe
 from nirvana_deploy.prune import stage as prune
-from nirvana_deploy.prune.choices import Choices, choices_of
+from nirvana_deploy.prune.choices import Choices
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits, read_plan
-from nirvana_deploy.prune.reconstruct import require_tokens
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import report
 from nirvana_deploy.runtime.recipe import Place
-from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
 from nirvana_deploy.verify.stage import verified, verify
-
-Until = Literal["checkpoint", "report"]
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,15 @@ def run_job(
     """Do what a job says; as :func:`prune_export`."""
     source = resolve_model(job.model, progress=progress)
     dense = Checkpoint.open(source.path)
-    choices = _checked(job, dense, until, progress)
+    choices = checked(job, dense, until, progress)
     out = Path(out) if out is not None else Path(f"{source.name}-s{job.pruning.sparsity:g}")
-    _require_space(job, out, dense.shape, until)
+    require_space(job, out, dense.shape, until)
     run = Run.begin(
         out,
-        options=_recorded(job, choices, until),
+        options=recorded_options(job, choices, until),
         model=model_record(source),
         command=command or "called from Python",
-        may_change={_RECORDED_AS.get(name, name) for name in resumable_options()},
+        may_change=may_change(),
         resume=resume,
         force=force,
         progress=progress,
@@ -118,7 +118,7 @@ def run_job(
     run.run(verify(run, dense, baseline=job.export.baseline, threads=threads))
     reports = verified(run)
     whole = all(found.passed for found in reports.values())
-    timed = job.measurement.run_benchmark and not _untimed(job)
+    timed = job.measurement.run_benchmark and not untimed(job)
     if whole:
         _deploy(run, job, timed=timed)
     run.run(report(run))
@@ -169,33 +169,6 @@ def prune_by_plan(
     return decided
 
 
-def _checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Choices:
-    """Refuse, before any work, what cannot be done."""
-    for engine in job.engine.engines:
-        tensorrt_module(engine)
-    dense.require_length(job.calibration.seq_len)
-    if until != "checkpoint":
-        graph = GraphOptions(dtype=dtype_named(job.export.dtype), flavor=job.export.flavor)
-        graph.require_fits(dense.shape)
-    if job.pruning.reconstruct:
-        require_tokens(dense.shape, job.calibration.num_sequences, job.calibration.seq_len)
-    if job.measurement.run_benchmark and _untimed(job):
-        progress.note("bf16 cannot be timed on the CPU: it has no bfloat16 arithmetic in ONNX Runtime")
-    return choices_of(job.calibration, job.pruning, dense.shape)
-
-
-def _untimed(job: Job) -> bool:
-    """Whether ONNX Runtime's CPU computes the graphs in another type than theirs."""
-    return job.export.dtype == "bf16"
-
-
-def _require_space(job: Job, out: Path, shape: ModelShape, until: Until) -> None:
-    later = 2 + job.export.baseline + len(job.quantization.quantize)
-    copies = job.pruning.reconstruct + (1 if until == "checkpoint" else later)
-    parameters = shape.linear_parameters + shape.embedding_parameters
-    require_free_bytes(out, 4 * copies * parameters, what="The output")
-
-
 def _prune(run: Run, job: Job, dense: Checkpoint, choices: Choices) -> PrunePlan:
     """From the model to plan.json and checkpoint/."""
     if choices.single:
@@ -238,38 +211,7 @@ def _deploy(run: Run, job: Job, *, timed: bool) -> None:
         run.run(speed(run, workload))
 
 
-_RECORDED_AS = {"run_benchmark": "benchmark"}
-"""Options whose name in the manifest is another."""
-
-
-def _recorded(job: Job, choices: Choices, until: Until) -> dict[str, Any]:
-    """The options as the manifest knows them: those that concern what is made, M/A as a number."""
-    sections = ("pruning", "calibration") if until == "checkpoint" else SECTIONS
-    options = job.options(sections) | {"candidates": choices.candidates}
-    if job.pruning.gamma is None:
-        options["gamma"] = choices.gammas[0]
-    if not job.quantization.quantize:  # asked for at the first quantization, and the same from then on
-        options.pop("quantize_head", None)
-    return {"model": job.model} | {_RECORDED_AS.get(key, key): plain(value) for key, value in options.items()}
-
-
-def _signature() -> inspect.Signature:
-    """The keywords of :func:`prune_export` with every option spelled out, for help() and editors."""
-    own = inspect.signature(prune_export)
-    fixed = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.required else field.default,
-            annotation=field.type,
-        )
-        for field in all_fields()
-    ]
-    return own.replace(parameters=[fixed[0], *options, *fixed[1:]])
-
-
-prune_export.__signature__ = _signature()  # type: ignore[attr-defined]
+prune_export.__signature__ = spelled_out(prune_export)  # type: ignore[attr-defined]
 prune_export.__doc__ = f"{prune_export.__doc__}\n" + "\n".join(
     f"    {field.name}: {field.option.help}" for field in all_fields()
 )

@@ -1,0 +1,66 @@
+"""Before any work of a job: refuse what cannot be done, and say what is going to be done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from nirvana_deploy.base.artifact import require_free_bytes
+from nirvana_deploy.base.progress import Progress
+from nirvana_deploy.export.decoder import GraphOptions
+from nirvana_deploy.export.dtypes import dtype_named
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.pipeline.job import SECTIONS, Job, all_fields, plain
+from nirvana_deploy.prune.choices import Choices, choices_of
+from nirvana_deploy.prune.reconstruct import require_tokens
+from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
+
+Until = Literal["checkpoint", "report"]
+_RECORDED_AS = {"run_benchmark": "benchmark"}
+"""Options whose name in the manifest is another."""
+
+
+def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Choices:
+    """Refuse, before any work, what cannot be done."""
+    for engine in job.engine.engines:
+        tensorrt_module(engine)
+    dense.require_length(job.calibration.seq_len)
+    if until != "checkpoint":
+        graph = GraphOptions(dtype=dtype_named(job.export.dtype), flavor=job.export.flavor)
+        graph.require_fits(dense.shape)
+    if job.pruning.reconstruct:
+        require_tokens(dense.shape, job.calibration.num_sequences, job.calibration.seq_len)
+    if job.measurement.run_benchmark and untimed(job):
+        progress.note("bf16 cannot be timed on the CPU: it has no bfloat16 arithmetic in ONNX Runtime")
+    return choices_of(job.calibration, job.pruning, dense.shape)
+
+
+def untimed(job: Job) -> bool:
+    """Whether ONNX Runtime's CPU computes the graphs in another type than theirs."""
+    return job.export.dtype == "bf16"
+
+
+def require_space(job: Job, out: Path, shape: ModelShape, until: Until) -> None:
+    """Raise NirvanaError when the disk has no room for what the job writes."""
+    later = 2 + job.export.baseline + len(job.quantization.quantize)
+    copies = job.pruning.reconstruct + (1 if until == "checkpoint" else later)
+    parameters = shape.linear_parameters + shape.embedding_parameters
+    require_free_bytes(out, 4 * copies * parameters, what="The output")
+
+
+def recorded_options(job: Job, choices: Choices, until: Until) -> dict[str, Any]:
+    """The options as the manifest knows them: those that concern what is made, M/A as a number."""
+    sections = ("pruning", "calibration") if until == "checkpoint" else SECTIONS
+    options = job.options(sections) | {"candidates": choices.candidates}
+    if job.pruning.gamma is None:
+        options["gamma"] = choices.gammas[0]
+    if not job.quantization.quantize:  # asked for at the first quantization, and the same from then on
+        options.pop("quantize_head", None)
+    return {"model": job.model} | {_RECORDED_AS.get(key, key): plain(value) for key, value in options.items()}
+
+
+def may_change() -> frozenset[str]:
+    """The recorded options that a resumed run may change."""
+    names = (field.name for field in all_fields() if field.option.resumable)
+    return frozenset(_RECORDED_AS.get(name, name) for name in names)
