@@ -57,7 +57,7 @@ from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.engine.from_checkpoint import onnx_for_engine
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.output.layout import CALIBRATION_FILE, SCORES_FILE
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan

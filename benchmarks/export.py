@@ -39,7 +39,7 @@ from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.measure.benchmark import alternate, speedups, summary
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 
 OURS, OURS_GQA = "nirvana-deploy", "nirvana-deploy gqa"

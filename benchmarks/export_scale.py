@@ -25,7 +25,7 @@ from nirvana_deploy.export.dtypes import DTYPES
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.worker import peak_rss_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 
 PEAK_PROMISE_BYTES = 4_000_000_000
 GROWTH_PROMISE = 1.1

@@ -41,7 +41,7 @@ from nirvana_deploy.calibrate.windows import (
     windows_of_text,
 )
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_tokenizer
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import PrunePlan, default_gamma, make_plan

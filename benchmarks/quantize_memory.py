@@ -27,7 +27,7 @@ from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.worker import peak_rss_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.quantize.quantize import SCHEMES, quantize_onnx
 from nirvana_deploy.quantize.weights.low_bit import ROUNDINGS
 

@@ -39,7 +39,8 @@ from nirvana_deploy.base.artifact import read_json, require_free_bytes, write_js
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.measure.worker import peak_rss_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import INDEX_FILE, SafetensorsWeights, check_weights, expected_shapes
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan, pruned_shape, read_plan, write_plan

@@ -31,7 +31,8 @@ from nirvana_deploy.measure.benchmark import alternate, benchmark, speedups, var
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.worker import WorkerProcess
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import default_gamma, make_plan
 from nirvana_deploy.prune.streaming.model import score_units

@@ -17,7 +17,7 @@ from typing import Any
 from nirvana_deploy.base.artifact import read_json, write_json
 from nirvana_deploy.measure.benchmark import Variant, benchmark, variant_from_folder
 from nirvana_deploy.measure.recipe import Workload
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.plan import dense_shape, read_plan
 
 SHARE_OF_BOUND_PROMISES = {"tpot": 0.9, "prefill": 0.8}

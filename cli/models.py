@@ -28,7 +28,7 @@ def models(as_json: bool) -> None:
                 "alias": name,
                 **dataclasses.asdict(alias),
                 "supported": alias.supported,
-                "exported": alias.exported,
+                "exported": alias.supported,
             }
             for name, alias in ALIASES.items()
         ]
@@ -46,7 +46,6 @@ def models(as_json: bool) -> None:
     for column in ("alias", "hub id", "parameters", "family", "licence", "supported"):
         table.add_column(column, overflow="fold")
     for name, alias in ALIASES.items():
-        supported = "[green]yes[/]" if alias.exported else "[yellow]up to the checkpoint[/]"
-        supported = supported if alias.supported else "[yellow]not yet[/]"
+        supported = "[green]yes[/]" if alias.supported else "[yellow]not yet[/]"
         table.add_row(name, alias.hub_id, alias.parameters, alias.family, alias.licence, supported)
     console.print(table)

@@ -33,7 +33,7 @@ def written_by_model(
     Raises NirvanaError for an encoder-decoder.
     """
     family = checkpoint.shape.family
-    if family.encoder_decoder:
+    if not family.writes_text:
         raise NirvanaError(
             f"--calib self: only a decoder-only model writes its own calibration text, not {family.name}.",
             hint="Pass --calib pydoc or a text file.",

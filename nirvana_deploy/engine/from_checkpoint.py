@@ -25,7 +25,8 @@ from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE, MODEL_FILE
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE, open_folder, write_folder

@@ -32,7 +32,7 @@ from nirvana_deploy.export.decoder import hidden_state_name
 from nirvana_deploy.export.dtypes import Dtype
 from nirvana_deploy.export.parts import GraphParts
 from nirvana_deploy.export.streaming import Parameter, as_array
-from nirvana_deploy.model.families import DECODER
+from nirvana_deploy.model.family import DECODER
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.output.layout import DTYPE_KEY, GRAPH_SCHEMA, SCHEMA_KEY
 
@@ -117,8 +117,7 @@ def build_encoder(shape: ModelShape, recipe: T5Recipe, weights: Weights) -> ir.M
         hidden = op.Add(hidden, attended)
         hidden = stack.feed_forward(position, layer, hidden)
         hidden.name = hidden_state_name(shape.number(position))
-    assert shape.family.encoder_norm is not None
-    states = stack.norm(hidden, shape.family.encoder_norm)
+    states = stack.norm(hidden, shape.family.stack("encoder").final_norm)
     stack.parts.add_output(states, "last_hidden_state", [*sizes, shape.hidden_size])
     return stack.finish()
 

@@ -26,7 +26,7 @@ def genai_config(
     positions = {} if flavor == "gqa" else {"position_ids": "position_ids"}  # gqa counts by itself
     return {
         "model": {
-            "type": shape.family.name,
+            "type": shape.family.genai_type,
             "bos_token_id": config.bos_token_id if config.bos_token_id is not None else first_eos,
             "eos_token_id": eos,
             "pad_token_id": config.pad_token_id if config.pad_token_id is not None else first_eos,

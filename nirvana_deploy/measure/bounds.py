@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nirvana_deploy.export.footprint import Footprint
-from nirvana_deploy.model.families import DECODER
+from nirvana_deploy.model.family import DECODER
 from nirvana_deploy.model.shape import ModelShape
 
 

@@ -29,8 +29,9 @@ from transformers.utils import logging as hf_logging
 
 from nirvana_deploy.base.artifact import read_json, sha256_of
 from nirvana_deploy.base.errors import NirvanaError, TokenizerError
-from nirvana_deploy.model.families import FAMILIES, Family
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.families import FAMILIES, shape_from_config
+from nirvana_deploy.model.family import Family
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import ModelFolder
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
 
@@ -137,7 +138,7 @@ def _pretrained_config(config: dict[str, Any], family: Family) -> PreTrainedConf
     config = copy.deepcopy(config)  # transformers completes nested dictionaries in place
     if "per_layer_config" not in config and "pruned_layers" not in config:
         return AutoConfig.for_model(**config)
-    config_class = getattr(_modeling(), f"Nirvana{family.config_class}")
+    config_class = getattr(_modeling(), family.own_config_class)
     return config_class.from_dict(config)
 
 
@@ -161,7 +162,7 @@ def stop_token_ids(config: PreTrainedConfig) -> frozenset[int]:
 def model_class(config: PreTrainedConfig, family: Family) -> type[PreTrainedModel]:
     """The class that computes a checkpoint: transformers' own, or ours when its layers differ."""
     if config.is_heterogeneous or hasattr(config, "pruned_layers"):
-        return getattr(_modeling(), f"Nirvana{family.architecture}")  # type: ignore[no-any-return]
+        return getattr(_modeling(), family.own_architecture)  # type: ignore[no-any-return]
     return getattr(transformers, family.architecture)  # type: ignore[no-any-return]
 
 

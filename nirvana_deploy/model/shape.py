@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.model.families import DECODER, Family, Site, family_of
+from nirvana_deploy.model.family import DECODER, Family, Site
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class ModelShape:
         return sum(layer.site == self.layers[position].site for layer in self.layers[:position])
 
     def label(self, position: int) -> str:
-        """``layers[position]`` for people: "Layer 3", or "Layer 3 (encoder)" in an encoder-decoder."""
-        kind = f" ({self.layers[position].site})" if self.family.encoder_decoder else ""
+        """``layers[position]`` for people: "Layer 3", or "Layer 3 (encoder)" with several sites."""
+        kind = f" ({self.layers[position].site})" if len(self.family.sites) > 1 else ""
         return f"Layer {self.number(position)}{kind}"
 
     @property
@@ -108,86 +108,8 @@ class ModelShape:
         return 2 * heads * self.head_dim * element_bytes
 
 
-def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
-    """Read the shape from a parsed ``config.json``, dense or with ``per_layer_config``.
-
-    Raises NirvanaError for an unsupported architecture or a field that is missing or inconsistent.
-    """
-    family = family_of(config)
-    if family.encoder_decoder:
-        return _encoder_decoder_shape(config, family)
-
-    def required(key: str) -> int:
-        return _positive(config, key)
-
-    hidden, heads = required("hidden_size"), required("num_attention_heads")
-    kv_heads = config.get("num_key_value_heads") or heads
-    overrides = {int(k): v for k, v in (config.get("per_layer_config") or {}).items()}
-    layers = []
-    for index in range(required("num_hidden_layers")):
-        layer = {
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "intermediate_size": required("intermediate_size"),
-            **overrides.get(index, {}),
-        }
-        if layer["num_attention_heads"] % layer["num_key_value_heads"]:
-            raise NirvanaError(
-                f"config.json: layer {index} has {layer['num_attention_heads']} query heads, "
-                f"which is not a multiple of its {layer['num_key_value_heads']} KV heads."
-            )
-        layers.append(
-            LayerShape(
-                query_heads=layer["num_attention_heads"],
-                kv_heads=layer["num_key_value_heads"],
-                ffn_width=layer["intermediate_size"],
-            )
-        )
-    attention_bias = family.attention_bias
-    return ModelShape(
-        family=family,
-        hidden_size=hidden,
-        vocab_size=required("vocab_size"),
-        head_dim=config.get("head_dim") or hidden // heads,
-        layers=tuple(layers),
-        tied_embeddings=bool(config.get("tie_word_embeddings", family.tied_by_default)),
-        attention_bias=bool(config.get("attention_bias", False))
-        if attention_bias == "config"
-        else attention_bias == "qkv",
-        output_bias=bool(config.get("attention_bias", False)) if attention_bias == "config" else False,
-        ffn_bias=bool(config.get("mlp_bias", False)),
-    )
-
-
-def _encoder_decoder_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
-    """The same for T5, whose config has its own words; dense, or with ``pruned_layers``."""
-    heads, width, depth = (_positive(config, key) for key in ("num_heads", "d_ff", "num_layers"))
-    decoder_depth = config.get("num_decoder_layers") or depth
-    pruned = config.get("pruned_layers")
-    layers = []
-    for site in family.sites:
-        dense: dict[str, Any] = {"kept_heads": range(heads), "d_ff": width if site.ffn_rows else 0}
-        for index in range(depth if site.name == "encoder" else decoder_depth):
-            layer = pruned[site.name][index] if pruned else dense
-            kept = len(layer["kept_heads"])
-            layers.append(LayerShape(kept, kept, ffn_width=layer["d_ff"], site=site.name))
-    # transformers 5 writes tie_word_embeddings true for every T5; the scale tells which kind it was
-    tied = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", family.tied_by_default))
-    return ModelShape(
-        family=family,
-        hidden_size=_positive(config, "d_model"),
-        vocab_size=_positive(config, "vocab_size"),
-        head_dim=_positive(config, "d_kv"),
-        layers=tuple(layers),
-        tied_embeddings=bool(tied),
-        attention_bias=False,
-        output_bias=False,
-        ffn_bias=False,
-        position_bias=(config.get("relative_attention_num_buckets", 32), heads),
-    )
-
-
-def _positive(config: Mapping[str, Any], key: str) -> int:
+def positive(config: Mapping[str, Any], key: str) -> int:
+    """``config[key]``; raises NirvanaError unless it is a positive integer."""
     value = config.get(key)
     if not isinstance(value, int) or value <= 0:
         raise NirvanaError(f"config.json: {key!r} must be a positive integer, got {value!r}.")

@@ -45,11 +45,6 @@ class Alias:
         """Whether this project handles the model's family today."""
         return self.family in FAMILIES
 
-    @property
-    def exported(self) -> bool:
-        """Whether it goes the whole way; encoder-decoders end at the checkpoint today."""
-        return self.supported and not FAMILIES[self.family].encoder_decoder
-
 
 ALIASES: dict[str, Alias] = {
     "smollm2": Alias("HuggingFaceTB/SmolLM2-135M-Instruct", "135M", "llama", "Apache-2.0"),

@@ -178,8 +178,8 @@ def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a model of this shape consists of."""
     family, D, d = shape.family, shape.hidden_size, shape.head_dim
     tensors: dict[str, tuple[int, ...]] = {f"{family.embedding}.weight": (shape.vocab_size, D)}
-    for norm in filter(None, (family.encoder_norm, family.final_norm)):
-        tensors[f"{norm}.weight"] = (D,)
+    for stack in family.stacks:
+        tensors[f"{stack.final_norm}.weight"] = (D,)
     if not shape.tied_embeddings:
         tensors[f"{family.head}.weight"] = (shape.vocab_size, D)
     for index, layer in enumerate(shape.layers):

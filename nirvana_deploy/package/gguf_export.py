@@ -23,9 +23,9 @@ from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.family import GgufArchitecture
 from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.package.gguf_layout import (
-    Architecture,
     GgufTensor,
     architecture_for,
     gguf_tensors,
@@ -114,7 +114,7 @@ def _kind(tensor: GgufTensor, weight_type: str) -> str:
     return "f16" if weight_type == "q8_0" and tensor.shape[1] % _Q8_BLOCK else weight_type
 
 
-def _add_metadata(gguf: Any, writer: Any, architecture: Architecture, values: dict[str, Any]) -> None:
+def _add_metadata(gguf: Any, writer: Any, architecture: GgufArchitecture, values: dict[str, Any]) -> None:
     for key, value in values.items():
         name = f"{architecture.name}.{key}"
         if isinstance(value, list):

@@ -19,47 +19,29 @@ from typing import Any
 import torch
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.families import FAMILIES
+from nirvana_deploy.model.family import GgufArchitecture
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.model.weights import WeightSource
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """One of llama.cpp's graphs."""
-
-    name: str
-    per_layer: bool
-    """Reads head counts and FFN width of every layer."""
-    pairs_adjacent: bool
-    """Rotates elements 2j and 2j + 1 of a head, not j and j + d/2."""
-    fused_qkv: bool = False
-    rope_factors: bool = False
-    """Reads ``rope_freqs.weight``: divisors of the rotary frequencies, one a pair."""
-
-
-_DECI = Architecture("deci", per_layer=True, pairs_adjacent=True, rope_factors=True)
-_OPENELM = Architecture("openelm", per_layer=True, pairs_adjacent=False, fused_qkv=True)
-_LLAMA = Architecture("llama", per_layer=False, pairs_adjacent=True, rope_factors=True)
-_QWEN2 = Architecture("qwen2", per_layer=False, pairs_adjacent=False)
-_QWEN3 = Architecture("qwen3", per_layer=False, pairs_adjacent=False)
-_UNIFORM = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _QWEN2, "qwen3": _QWEN3}
+_DECI = GgufArchitecture("deci", per_layer=True, pairs_adjacent=True, rope_factors=True)
+_OPENELM = GgufArchitecture("openelm", per_layer=True, fused_qkv=True)
 _UNIFORM_HINT = "Prune with --allocation uniform: layers of one shape have an architecture of their own."
 
 
-def architecture_for(shape: ModelShape) -> Architecture:
+def architecture_for(shape: ModelShape) -> GgufArchitecture:
     """The architecture that computes a decoder of ``shape``; raises NirvanaError where llama.cpp has none."""
-    family = shape.family
-    if family.encoder_decoder:
+    family, uniform = shape.family, shape.family.gguf
+    if uniform is None:
+        decoders = ", ".join(f.architecture.removesuffix("ForCausalLM") for f in FAMILIES.values() if f.gguf)
         raise NirvanaError(
             f"An encoder-decoder ({family.name}) cannot be written as GGUF: the decoders of llama.cpp that "
             "read the shape of every layer have no encoder.",
-            hint="nirvana-deploy package takes decoders: Llama, Mistral, Qwen2, Qwen3.",
+            hint=f"nirvana-deploy package takes decoders: {decoders}.",
         )
-    uniform = len(set(shape.layers)) == 1
-    if family.name == "qwen2" and shape.layers[0].query_heads * shape.head_dim != shape.hidden_size:
-        uniform = False  # its graph wants as many query rows as the model is wide
-    if uniform:
-        return _UNIFORM[family.name]
+    square = shape.layers[0].query_heads * shape.head_dim == shape.hidden_size
+    if len(set(shape.layers)) == 1 and (square or not uniform.square_queries):
+        return uniform
     if family.decoder.q_norm is None:
         return _DECI
     if not shape.tied_embeddings or shape.attention_bias:
@@ -88,7 +70,11 @@ class GgufTensor:
 
 
 def gguf_tensors(
-    architecture: Architecture, shape: ModelShape, weights: WeightSource, *, rope_factors: torch.Tensor | None
+    architecture: GgufArchitecture,
+    shape: ModelShape,
+    weights: WeightSource,
+    *,
+    rope_factors: torch.Tensor | None,
 ) -> list[GgufTensor]:
     """All tensors in the order of the file, not yet read; ``rope_factors`` [d/2] are those of ``rope_of``."""
     family, d = shape.family, shape.head_dim
@@ -152,7 +138,7 @@ def pairs_adjacent(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def metadata(architecture: Architecture, shape: ModelShape, config: dict[str, Any]) -> dict[str, Any]:
+def metadata(architecture: GgufArchitecture, shape: ModelShape, config: dict[str, Any]) -> dict[str, Any]:
     """Hyperparameters under llama.cpp's keys, without the architecture's name before them."""
     per_layer: dict[str, Callable[[LayerShape], int]] = {
         "attention.head_count": lambda layer: layer.query_heads,
@@ -185,7 +171,7 @@ class Rope:
 
 
 def rope_of(
-    architecture: Architecture, parameters: dict[str, Any], frequencies: torch.Tensor, scaling: float
+    architecture: GgufArchitecture, parameters: dict[str, Any], frequencies: torch.Tensor, scaling: float
 ) -> Rope:
     """The rotary embedding of a config's ``rope_parameters``, whose frequencies [d/2] transformers computed.
 

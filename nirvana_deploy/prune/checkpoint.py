@@ -5,11 +5,8 @@ Where layers differ (allocation ``global``), ``config.json`` carries transformer
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` works wherever transformers is
 installed. The global numbers stay the dense model's.
 
-Where all layers have one shape (allocation ``uniform``), the config is a stock one: plain head counts and
-width, an explicit ``head_dim``, no code beside it. LlamaConfig refuses head counts that do not divide the
-hidden size, even with an explicit ``head_dim``; such a Llama is labelled Mistral (full attention, no sliding
-window), which computes the same function and has no such rule. A Llama with biases cannot be: Mistral has
-none; it is written like layers that differ.
+Where all layers have one shape (allocation ``uniform``) and a class of transformers takes it, the config is a
+stock one without code beside it; the family says how (``families/llama.py``: some become Mistral).
 """
 
 from __future__ import annotations
@@ -28,7 +25,8 @@ from nirvana_deploy.base.artifact import disk_errors, require_free_bytes, whole_
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model import modeling_nirvana
 from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, Checkpoint
-from nirvana_deploy.model.families import FAMILIES, Family, family_of
+from nirvana_deploy.model.families import family_of
+from nirvana_deploy.model.family import Family
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import (
     INDEX_FILE,
@@ -95,65 +93,32 @@ def slice_checkpoint(
 
 
 def pruned_config(config: dict[str, Any], plan: PrunePlan, shape: ModelShape) -> dict[str, Any]:
-    """``config.json`` of the pruned model, from that of the dense one; stock where the plan is uniform.
-
-    Not for an encoder-decoder: its layers keep different heads, which read their own parts of a shared bias.
-    """
-    smaller = pruned_shape(shape, plan)
+    """``config.json`` of the pruned model, from that of the dense one; stock where the plan is uniform."""
+    smaller, family = pruned_shape(shape, plan), shape.family
     kept = {key: value for key, value in config.items() if key not in _NOT_INHERITED}
-    if plan.allocation == "uniform" and not shape.family.encoder_decoder:
-        fits_llama = shape.hidden_size % smaller.layers[0].query_heads == 0
-        if shape.family.name != "llama" or fits_llama:
-            return kept | _stock_widths(smaller)
-        if not (shape.attention_bias or shape.output_bias or shape.ffn_bias):
-            return _as_mistral(kept) | _stock_widths(smaller)
-    family = shape.family
-    widths = _pruned_layers(config, plan) if family.encoder_decoder else _per_layer_widths(smaller)
+    if plan.allocation == "uniform" and (stock := family.stock_config(kept, smaller)) is not None:
+        return stock
+    widths = _pruned_layers(config, plan) if family.shares_position_bias else _per_layer_widths(smaller)
     return kept | _own_classes(family) | widths
-
-
-def _stock_widths(smaller: ModelShape) -> dict[str, Any]:
-    """The widths of a model whose layers are all alike."""
-    [layer] = set(smaller.layers)
-    return {
-        "head_dim": smaller.head_dim,
-        "num_attention_heads": layer.query_heads,
-        "num_key_value_heads": layer.kv_heads,
-        "intermediate_size": layer.ffn_width,
-        "tie_word_embeddings": smaller.tied_embeddings,
-    }
-
-
-def _as_mistral(config: dict[str, Any]) -> dict[str, Any]:
-    """A bias-free Llama's config under the name of the family that computes the same."""
-    only_llama = ("attention_bias", "mlp_bias", "pretraining_tp")
-    mistral = FAMILIES["mistral"]
-    return {key: value for key, value in config.items() if key not in only_llama} | {
-        "architectures": [mistral.architecture],
-        "model_type": mistral.name,
-        "sliding_window": None,
-    }
 
 
 def _own_classes(family: Family) -> dict[str, Any]:
     """Where the code for layers that differ lies."""
     return {
-        "architectures": [f"Nirvana{family.architecture}"],
+        "architectures": [family.own_architecture],
         "auto_map": {
-            "AutoConfig": f"modeling_nirvana.Nirvana{family.config_class}",
-            family.auto_class: f"modeling_nirvana.Nirvana{family.architecture}",
+            "AutoConfig": f"modeling_nirvana.{family.own_config_class}",
+            family.auto_class: f"modeling_nirvana.{family.own_architecture}",
         },
     }
 
 
 def _per_layer_widths(smaller: ModelShape) -> dict[str, Any]:
-    """Widths of a decoder-only model whose layers differ, in transformers' own words."""
+    """Widths of a model whose layers differ, in transformers' own words."""
     digits = len(str(len(smaller.layers) - 1))
-    family = smaller.family
     return {
         "head_dim": smaller.head_dim,
-        # LlamaConfig compares head numbers while it loads; without this the stock class cannot open the file
-        **({"allow_global_per_layer_attribute_access": True} if family.name == "llama" else {}),
+        **dict(smaller.family.own_settings),
         "per_layer_config": {
             str(index).zfill(digits): {
                 "num_attention_heads": layer.query_heads,
@@ -166,7 +131,7 @@ def _per_layer_widths(smaller: ModelShape) -> dict[str, Any]:
 
 
 def _pruned_layers(config: dict[str, Any], plan: PrunePlan) -> dict[str, Any]:
-    """What every layer of an encoder-decoder kept: site -> layer -> heads (of the dense model) and FFN width.
+    """What every layer kept: site -> layer -> heads (of the dense model) and FFN width.
 
     The indices of the heads matter after the cut too: all layers read their own columns of one shared
     position bias. Cutting a pruned model again composes the two.

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Advance, Progress
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource
 from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.prune.slicing import MaskedWeights, ReplacedWeights, SlicedWeights

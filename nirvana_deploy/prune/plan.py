@@ -19,8 +19,9 @@ from nirvana_deploy.base.artifact import read_json, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.families import DECODER
-from nirvana_deploy.model.shape import LayerShape, ModelShape, shape_from_config
+from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.family import DECODER
+from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.output.layout import CHECKPOINT, PLAN_FILE
 from nirvana_deploy.output.variants import DENSE, ModelVariant
 from nirvana_deploy.prune.allocation import ALLOCATIONS, Wish, whole

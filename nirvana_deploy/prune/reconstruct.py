@@ -47,7 +47,8 @@ from nirvana_deploy.base.artifact import disk_errors, whole_folder
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
 from nirvana_deploy.prune.least_squares import NormalEquations, Refit
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits

@@ -32,7 +32,8 @@ from nirvana_deploy.calibrate.overlap import refuse_overlap
 from nirvana_deploy.calibrate.stage import calibration_record
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.divergence import masked_divergences
 from nirvana_deploy.prune.plan import PrunePlan, default_gamma, largest_sparsity, make_plan, removed_counts
 from nirvana_deploy.prune.saliency.gradient import saliency_named

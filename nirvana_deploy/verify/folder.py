@@ -8,7 +8,7 @@ from pathlib import Path
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import CHECKPOINT, PLAN_FILE, holds_model
 from nirvana_deploy.output.run import MANIFEST, Run

@@ -14,8 +14,9 @@ import onnx
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.families import DECODER
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.family import DECODER
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE, MODEL_FILE, SCHEMA_KEY, require_schema
 
 CHECKED = "ONNX checker, external data, KV shapes, tokenizer"

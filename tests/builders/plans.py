@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.streaming.model import score_units
 

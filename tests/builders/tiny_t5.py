@@ -12,7 +12,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from builders.tiny import VOCABULARY, write_tokenizer
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.streaming.model import score_units
 

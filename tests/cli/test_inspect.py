@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.inspect import inspect
 from nirvana_deploy.cli.report import report
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.output.records import inspect_path
 from nirvana_deploy.prune.plan import make_plan, write_plan
 from nirvana_deploy.prune.saliency.units import UnitScores

@@ -26,7 +26,7 @@ from nirvana_deploy.engine.from_checkpoint import onnx_for_engine
 from nirvana_deploy.export.dtypes import DTYPES
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint, load_tokenizer
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import MODEL_FILE
 from nirvana_deploy.prune.checkpoint import slice_checkpoint

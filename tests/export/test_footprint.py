@@ -10,7 +10,7 @@ import pytest
 from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.weights import expected_shapes
 
 

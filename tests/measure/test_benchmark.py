@@ -31,7 +31,7 @@ from nirvana_deploy.measure.benchmark import (
 from nirvana_deploy.measure.bounds import DecoderWork, mean_context_tokens
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess, timed_round
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 
 PROMPT = np.array([[3, 1, 4]], dtype=np.int64)
 SMOLLM2 = {

@@ -39,7 +39,7 @@ from transformers import (
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.package import package
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint, load_tokenizer
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.package.gguf_export import gguf_from_checkpoint

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.model.families import FAMILIES
-from nirvana_deploy.model.shape import LayerShape, ModelShape, shape_from_config
+from nirvana_deploy.model.families import FAMILIES, shape_from_config
+from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.prune.allocation import kept_units
 from nirvana_deploy.prune.plan import (
     check_plan_fits,

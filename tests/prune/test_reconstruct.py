@@ -23,7 +23,7 @@ from nirvana_deploy import prune_export
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.output.records import read_records
 from nirvana_deploy.prune.checkpoint import slice_checkpoint

@@ -17,7 +17,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.windows import TokenWindows, calibration_candidates, calibration_data
 from nirvana_deploy.measure.quality import position_scores
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint, load_tokenizer
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_divergences, masked_quality
 from nirvana_deploy.prune.plan import PrunePlan, default_gamma, make_plan

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SilentProgress
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import pruned_shape

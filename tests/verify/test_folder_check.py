@@ -18,7 +18,7 @@ from nirvana_deploy.base.errors import VerificationError
 from nirvana_deploy.cli.verify import verify
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_tokenizer
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.package.triton import triton_from_onnx
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import check_plan_was_cut

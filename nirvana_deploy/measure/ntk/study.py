@@ -29,7 +29,8 @@ from nirvana_deploy.measure.ntk.kernels import (
     removed_part,
 )
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.saliency.gradient import Saliency, saliency_named

@@ -318,7 +318,8 @@ class StreamedEncoderDecoder:
             scores[position] = groups, neurons
 
     def _encoder_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        norm, hidden = self._float32(f"{self._shape.family.encoder_norm}.weight"), self._away(hidden)
+        encoder = self._shape.family.stack("encoder")
+        norm, hidden = self._float32(f"{encoder.final_norm}.weight"), self._away(hidden)
         return nn.functional.rms_norm(hidden, norm.shape, norm, self._config.layer_norm_epsilon)
 
     def _through_encoder_norm(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

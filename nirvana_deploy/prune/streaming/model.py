@@ -28,7 +28,8 @@ from torch import nn
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Advance, Progress
 from nirvana_deploy.model.checkpoint import config_json, meta_model, read_config
-from nirvana_deploy.model.shape import ModelShape, shape_from_config
+from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import RememberedWeights, SafetensorsWeights, WeightSource, check_weights
 from nirvana_deploy.prune.saliency.feature import FeatureScore, FeatureStatistics, merged, statistics_of
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES, OutputGradient, saliency_named

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from nirvana_deploy.model.families import FAMILIES, Family, family_of
+from nirvana_deploy.model.families import LAYOUTS
 
 HEAD = "head"
 _PROBE_LAYER = 987654321  # a layer number that occurs in no name
@@ -13,7 +13,7 @@ _PROBE_LAYER = 987654321  # a layer number that occurs in no name
 
 def described(name: str, transposed: bool) -> tuple[str, str, str, int | None]:
     """(name, role, site, layer) of the linear whose weight is ``<name>.weight``."""
-    for family in _families():
+    for family in LAYOUTS:
         if name == family.head or (transposed and name == family.embedding):
             return family.head, HEAD, "", None
     for pattern, role, site in _patterns():
@@ -24,20 +24,14 @@ def described(name: str, transposed: bool) -> tuple[str, str, str, int | None]:
 
 def is_embedding(name: str) -> bool:
     """Whether ``<name>.weight`` is the table of a family's tokens."""
-    return any(name == family.embedding for family in _families())
-
-
-@cache
-def _families() -> tuple[Family, ...]:
-    gated = family_of({"model_type": "t5", "feed_forward_proj": "gated-gelu"})
-    return (*FAMILIES.values(), gated)
+    return any(name == family.embedding for family in LAYOUTS)
 
 
 @cache
 def _patterns() -> tuple[tuple[re.Pattern[str], str, str], ...]:
     """(module name with its layer number as group 1, role, site), for every linear of every family."""
     found: dict[str, tuple[re.Pattern[str], str, str]] = {}
-    for family in _families():
+    for family in LAYOUTS:
         for site in family.sites:
             roles = {site.q: "q", site.k: "k", site.v: "v", site.o: "o"}
             if site.ffn_rows:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.model.families import DECODER
+from nirvana_deploy.model.family import DECODER
 from nirvana_deploy.quantize.graph.layer_parts import Feeds
 from nirvana_deploy.quantize.graph.layer_runner import Runner
 from nirvana_deploy.quantize.graph.linears import Linear, OnnxGraph, open_folder, write_folder

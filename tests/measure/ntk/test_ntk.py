@@ -18,7 +18,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.measure.ntk.kernels import kernels_of, removed_part
 from nirvana_deploy.measure.ntk.study import NtkStudy, measure_ntk
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.saliency.feature import flap, merged, statistics_of, wanda_sp
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES, strongest_tokens
 from nirvana_deploy.prune.streaming.model import score_units

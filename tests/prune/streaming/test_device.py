@@ -12,7 +12,7 @@ from builders.tiny_t5 import write_t5
 from numpy.typing import NDArray
 
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune import divergence, least_squares, reconstruct
 from nirvana_deploy.prune.divergence import masked_divergences
 from nirvana_deploy.prune.plan import make_plan

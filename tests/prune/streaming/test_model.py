@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
-from nirvana_deploy.model.shape import shape_from_config
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.prune.plan import make_plan, write_plan
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES, next_token_loss, strongest_logits

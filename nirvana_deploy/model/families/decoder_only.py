@@ -1,0 +1,93 @@
+"""What decoder-only families share: how their config.json gives a shape, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.family import Family
+from nirvana_deploy.model.shape import LayerShape, ModelShape, positive
+
+_MAX_WINDOW_LAYERS = 28
+"""Layers before the first one with a sliding window, when the config is silent."""
+
+
+def refuse_sliding_window(config: Mapping[str, Any], *, sliding: bool) -> None:
+    """Raise NirvanaError when attention is ``sliding``: a window hides earlier tokens."""
+    if sliding:
+        raise NirvanaError(
+            "Unsupported: config.json asks for sliding-window attention "
+            f"(sliding_window = {config.get('sliding_window')!r})."
+        )
+
+
+def some_layers_slide(config: Mapping[str, Any]) -> bool:
+    """Whether a config with ``use_sliding_window`` and ``layer_types`` gives any layer a sliding window."""
+    if layer_types := config.get("layer_types"):
+        return any(kind != "full_attention" for kind in layer_types)
+    first = config.get("max_window_layers", _MAX_WINDOW_LAYERS)
+    return bool(config.get("use_sliding_window")) and first < config.get("num_hidden_layers", first + 1)
+
+
+def refuse_activation(config: Mapping[str, Any]) -> None:
+    """Raise NirvanaError for an FFN activation other than SiLU."""
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise NirvanaError(f"Unsupported: hidden_act {config['hidden_act']!r}; supported: 'silu'.")
+
+
+def shape_with_bias_setting(config: Mapping[str, Any], family: Family) -> ModelShape:
+    """The shape where ``attention_bias`` gives biases to q, k, v and o alike."""
+    biased = bool(config.get("attention_bias", False))
+    return decoder_shape(config, family, attention_bias=biased, output_bias=biased)
+
+
+def decoder_shape(
+    config: Mapping[str, Any], family: Family, *, attention_bias: bool, output_bias: bool = False
+) -> ModelShape:
+    """The shape of a model with one stack, dense or with ``per_layer_config``."""
+    hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
+    overrides = {int(k): v for k, v in (config.get("per_layer_config") or {}).items()}
+    dense = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "intermediate_size": positive(config, "intermediate_size"),
+    }
+    layers = []
+    for index in range(positive(config, "num_hidden_layers")):
+        layer = {**dense, **overrides.get(index, {})}
+        if layer["num_attention_heads"] % layer["num_key_value_heads"]:
+            raise NirvanaError(
+                f"config.json: layer {index} has {layer['num_attention_heads']} query heads, "
+                f"which is not a multiple of its {layer['num_key_value_heads']} KV heads."
+            )
+        layers.append(
+            LayerShape(
+                query_heads=layer["num_attention_heads"],
+                kv_heads=layer["num_key_value_heads"],
+                ffn_width=layer["intermediate_size"],
+            )
+        )
+    return ModelShape(
+        family=family,
+        hidden_size=hidden,
+        vocab_size=positive(config, "vocab_size"),
+        head_dim=config.get("head_dim") or hidden // heads,
+        layers=tuple(layers),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        attention_bias=attention_bias,
+        output_bias=output_bias,
+        ffn_bias=bool(config.get("mlp_bias", False)),
+    )
+
+
+def with_widths(config: dict[str, Any], smaller: ModelShape) -> dict[str, Any]:
+    """``config`` with the widths of ``smaller``, whose layers are all alike."""
+    [layer] = set(smaller.layers)
+    return config | {
+        "head_dim": smaller.head_dim,
+        "num_attention_heads": layer.query_heads,
+        "num_key_value_heads": layer.kv_heads,
+        "intermediate_size": layer.ffn_width,
+        "tie_word_embeddings": smaller.tied_embeddings,
+    }

@@ -1,0 +1,169 @@
+"""What a model family is, as data and a few functions; one file a family lies in ``families/``.
+
+A model is a list of stacks: a stack has blocks, a mask rule and perhaps a context, the stack before it; a
+block has sites. A decoder-only model is one stack of blocks with one site each.
+
+A site says which tensors shrink together. A KV group is its K and V rows, the Q rows of its query heads and
+those heads' O columns; an FFN neuron is its gate and up rows and its down column. Biases of rows go with the
+rows; biases of columns (o, down) belong to the hidden width and stay, like all norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nirvana_deploy.model.shape import ModelShape
+
+DECODER = "decoder"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention of a block and the FFN behind it: module names relative to ``prefix``."""
+
+    name: str = DECODER
+    prefix: str = "model.layers.{layer}"
+    input_norm: str = "input_layernorm"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    q_norm: str | None = None
+    """RMS norm over head_dim of every query head, ahead of the rotary embedding."""
+    k_norm: str | None = None
+    ffn_norm: str | None = "post_attention_layernorm"
+    ffn_rows: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """Linears whose rows are the neurons; empty for a site without FFN."""
+    ffn_down: str = "mlp.down_proj"
+    position_bias: str | None = None
+    """Table [buckets, H] in the first layer that all layers of the site share; it stays whole."""
+
+    def layer(self, index: int) -> str:
+        """Prefix of layer ``index``, for example ``model.layers.3``."""
+        return self.prefix.format(layer=index)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that one stream of tokens goes through."""
+
+    name: str = DECODER
+    sites: tuple[Site, ...] = (Site(),)
+    """Sites of each block, in the order of computation; they share a prefix."""
+    final_norm: str = "model.norm"
+    causal: bool = True
+    """A position sees no later one; otherwise it sees all."""
+    context: str | None = None
+    """Name of the stack whose states the last site of each block attends to, if any."""
+
+    def block(self, index: int) -> str:
+        """Module name of block ``index``."""
+        return self.sites[0].layer(index)
+
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """One of llama.cpp's graphs."""
+
+    name: str
+    per_layer: bool = False
+    """Reads head counts and FFN width of every layer."""
+    pairs_adjacent: bool = False
+    """Rotates elements 2j and 2j + 1 of a head, not j and j + d/2."""
+    fused_qkv: bool = False
+    rope_factors: bool = False
+    """Reads ``rope_freqs.weight``: divisors of the rotary frequencies, one a pair."""
+    square_queries: bool = False
+    """Wants as many query rows, H d, as the model is wide."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the models of a family have in common."""
+
+    name: str
+    """Family name, which is also ``model_type`` in config.json."""
+    architecture: str
+    """Class of transformers that computes it."""
+    resolve: Callable[[Mapping[str, Any]], Family]
+    """config.json -> this family, or the variant of it that the config asks for.
+
+    Raises NirvanaError for a feature that this project does not handle.
+    """
+    read_shape: Callable[[Mapping[str, Any], Family], ModelShape]
+    """config.json, dense or pruned, and the resolved family -> shape."""
+    stock_config: Callable[[dict[str, Any], ModelShape], dict[str, Any] | None]
+    """config.json of the dense model and the shape of a smaller one whose layers are all alike -> the
+    config.json with which a class of transformers loads it; None when no such class computes it."""
+    auto_class: str = "AutoModelForCausalLM"
+    """Class of transformers that finds it."""
+    stacks: tuple[Stack, ...] = (Stack(),)
+    """In the order in which they run; the last one gives logits."""
+    embedding: str = "model.embed_tokens"
+    head: str = "lm_head"
+    own_settings: tuple[tuple[str, Any], ...] = ()
+    """What config.json must also say when layers differ."""
+    genai_type: str | None = None
+    """``type`` in genai_config.json; None when onnxruntime-genai does not run the family."""
+    gguf: GgufArchitecture | None = None
+    """llama.cpp's graph for layers that are all alike; None when llama.cpp has no decoder for it."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All kinds of sites, in the order in which plans list them."""
+        return tuple(site for stack in self.stacks for site in stack.sites)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether an encoder reads the input before the decoder writes."""
+        return len(self.stacks) > 1
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether it continues a text from nothing, and so can write its own calibration text."""
+        return not self.encoder_decoder
+
+    @property
+    def shares_position_bias(self) -> bool:
+        """Whether layers read the rows of their own heads from a bias of all heads of the dense model."""
+        return any(site.position_bias for site in self.sites)
+
+    @property
+    def decoder(self) -> Site:
+        """The names of a decoder layer."""
+        return self.site(DECODER)
+
+    @property
+    def final_norm(self) -> str:
+        """The norm ahead of the head."""
+        return self.stacks[-1].final_norm
+
+    @property
+    def config_class(self) -> str:
+        """Class of transformers that holds its config."""
+        return self.architecture.partition("For")[0] + "Config"
+
+    @property
+    def own_architecture(self) -> str:
+        """Class of modeling_nirvana.py that computes it when its layers differ."""
+        return f"Nirvana{self.architecture}"
+
+    @property
+    def own_config_class(self) -> str:
+        """Class of modeling_nirvana.py that holds its config when its layers differ."""
+        return f"Nirvana{self.config_class}"
+
+    def site(self, name: str) -> Site:
+        """The site called ``name``; raises KeyError when the family has none."""
+        return {site.name: site for site in self.sites}[name]
+
+    def stack(self, name: str) -> Stack:
+        """The stack called ``name``; raises KeyError when the family has none."""
+        return {stack.name: stack for stack in self.stacks}[name]
+
+    def layer(self, index: int) -> str:
+        """Prefix of decoder layer ``index``, for example ``model.layers.3``."""
+        return self.decoder.layer(index)
