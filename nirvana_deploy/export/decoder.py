@@ -75,7 +75,7 @@ class GraphOptions:
 
     def require_fits(self, shape: ModelShape) -> None:
         """Raise NirvanaError for a model that these options are not for."""
-        if shape.family.encoder_decoder and (self.flavor != "portable" or self.last_logits):
+        if len(shape.family.stacks) > 1 and (self.flavor != "portable" or self.last_logits):
             asked = f"the flavor {self.flavor}" if self.flavor != "portable" else "last logits only"
             raise NirvanaError(
                 f"An encoder-decoder ({shape.family.name}) cannot be exported with {asked}: "

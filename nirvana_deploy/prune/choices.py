@@ -55,9 +55,9 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def _corpora(calib: str, shape: ModelShape) -> tuple[str, ...]:
-    """The sources to draw from; a file may have a comma in its name. An encoder-decoder writes no text."""
+    """The sources to draw from; a file may have a comma in its name."""
     if calib == "auto":
-        return ("pydoc",) if shape.family.encoder_decoder else ("pydoc", "self")
+        return ("pydoc", "self") if shape.family.writes_text else ("pydoc",)
     return (calib,) if Path(calib).exists() else listed(calib)
 
 
