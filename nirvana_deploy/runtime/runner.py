@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.reading import teacher_forced
 
 
 class Runner(Protocol):
@@ -105,7 +106,9 @@ def window_logits(runner: Runner, windows: NDArray[np.int64]) -> NDArray[np.floa
     A decoder predicts all tokens but the first; an encoder-decoder reads the first half of a window with its
     encoder and predicts the second. A graph that gives the last logits alone returns [N, 1, V].
     """
-    known = 1 if runner.start_token is None else windows.shape[1] // 2
+    known = 1
+    if runner.start_token is not None:
+        known = teacher_forced(windows, start_token=runner.start_token)[0].shape[1]
     logits, _ = runner.prefill(windows[:, :known], answer=windows[:, known:])
     return logits
 

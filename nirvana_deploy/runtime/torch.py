@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from nirvana_deploy.export.dtypes import Dtype
 from nirvana_deploy.model.checkpoint import load_checkpoint
-from nirvana_deploy.model.start_token import first_decoder_token
+from nirvana_deploy.model.reading import first_decoder_token
 from nirvana_deploy.runtime.runner import checked_prompts, started
 
 
@@ -99,7 +99,7 @@ class TorchSeq2Seq:
         self.model = model
         self.vocab_size: int = model.config.vocab_size
         self.threads = torch.get_num_threads()
-        self.start_token = first_decoder_token(model.config.to_dict(), of=type(model).__name__)
+        self.start_token = first_decoder_token(model.config.to_dict())
 
     def __enter__(self) -> TorchSeq2Seq:
         return self

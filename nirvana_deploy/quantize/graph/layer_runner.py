@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.model.reading import first_decoder_token, teacher_forced
 from nirvana_deploy.quantize.graph.layer_parts import Cut, Feeds
 
 LOGITS = "logits"
@@ -52,8 +53,9 @@ class Runner:
         encoders = [cut for cut in self._cuts if LOGITS not in cut.outputs]
         prompts = [{"input_ids": window[None]} for window in windows]
         if encoders:
-            half = windows.shape[1] // 2
-            prompts = [{"input_ids": window[None, :half]} for window in windows]
+            start = decoder_start(self._folder)
+            read, _ = teacher_forced(windows, start_token=start)
+            prompts = [{"input_ids": window[None]} for window in read]
         with progress.task(label, sum(len(cut.ends) for cut in self._cuts)) as advance:
             for cut in self._cuts:
                 file, states = cut.path.name, []
@@ -65,7 +67,7 @@ class Runner:
                         states.append(values[LAST_HIDDEN_STATE])
                     yield file, index, {name: values[name] for name in wanted if name in values}
                 if cut in encoders:
-                    prompts = decoder_prompts(windows, states, start=decoder_start(self._folder))
+                    prompts = decoder_prompts(windows, states, start=start)
 
     def logits(
         self,
@@ -89,22 +91,20 @@ def decoder_prompts(
     windows: NDArray[np.int64], states: Sequence[NDArray[Any]], *, start: int
 ) -> list[dict[str, NDArray[Any]]]:
     """What the decoder of an encoder-decoder reads of ``windows`` [N, T]; ``states`` are the encoder's."""
-    half = windows.shape[1] // 2
-    first = np.full((1, 1), start, dtype=np.int64)
+    read, written = teacher_forced(windows, start_token=start)
     return [
         {
-            "input_ids": np.concatenate([first, window[None, half:]], axis=1),
+            "input_ids": tokens[None],
             ENCODER_STATES: state,
-            "encoder_attention_mask": np.ones_like(window[None, :half]),
+            "encoder_attention_mask": np.ones_like(prompt[None]),
         }
-        for window, state in zip(windows, states, strict=True)
+        for prompt, tokens, state in zip(read, written, states, strict=True)
     ]
 
 
 def decoder_start(folder: Path) -> int:
-    """The token that a decoder starts from; T5's is its padding token, 0."""
-    config = folder / "config.json"
-    return int((read_json(config).get("decoder_start_token_id") if config.is_file() else None) or 0)
+    """The token that the decoder of an ONNX ``folder`` starts from."""
+    return first_decoder_token(read_json(folder / "config.json"))
 
 
 def _of(file: str, given: Sequence[Mapping[str, Feeds]] | None, window: int) -> Feeds:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.model.start_token import first_decoder_token
+from nirvana_deploy.model.reading import first_decoder_token
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.runtime.onnxruntime.session import (
     CACHE_DTYPES,
@@ -215,5 +215,4 @@ def _int64(array: NDArray[Any]) -> NDArray[np.int64]:
 
 def start_token(folder: Path) -> int:
     """What a decoder reads first, by the config of its ``folder``; raises NirvanaError where it says none."""
-    path = folder / "config.json"
-    return first_decoder_token(read_json(path), of=str(path))
+    return first_decoder_token(read_json(folder / "config.json"))
