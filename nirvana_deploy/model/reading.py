@@ -12,18 +12,18 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.family import Family
 
 
-def first_decoder_token(config: Mapping[str, Any]) -> int:
+def first_decoder_token(config: Mapping[str, Any], *, of: str = "config.json") -> int:
     """The token that the decoder of an encoder-decoder starts from, by its parsed config.json.
 
-    ``decoder_start_token_id``, else ``pad_token_id``; raises NirvanaError when neither is there.
+    ``decoder_start_token_id``, else ``pad_token_id``; raises NirvanaError, naming ``of``, without either.
     """
     for key in ("decoder_start_token_id", "pad_token_id"):
         if isinstance(token := config.get(key), int):
             return token
     raise NirvanaError(
-        "config.json names no decoder_start_token_id and no pad_token_id: nothing says what the decoder "
-        "reads first.",
-        hint="Add decoder_start_token_id to config.json; for T5 it is the id of the padding token.",
+        f"{of} names no decoder_start_token_id and no pad_token_id: "
+        "nothing says what the decoder reads first.",
+        hint="Add decoder_start_token_id to its config.json, or export the checkpoint again.",
     )
 
 

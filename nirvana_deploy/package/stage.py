@@ -20,8 +20,7 @@ from nirvana_deploy.output.run import MANIFEST, Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint
 from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
-from nirvana_deploy.package.triton_engine import triton_from_engines
-from nirvana_deploy.package.triton_seq2seq import triton_from_seq2seq_engines
+from nirvana_deploy.package.triton_engine import triton_from_engines, triton_from_seq2seq_engines
 from nirvana_deploy.runtime.tensorrt.record import is_part_of_seq2seq, read_engine_record
 from nirvana_deploy.runtime.text import tokenizer_folder
 

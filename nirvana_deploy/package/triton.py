@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,19 @@ class TritonTensor:
     dims: tuple[int, ...]
     """-1 where it varies; the batch dimension is among them, since ``max_batch_size`` is 0."""
     optional: bool = False
+
+
+TEXT_INPUTS = (
+    TritonTensor("text_input", "TYPE_STRING", (1,)),
+    TritonTensor("max_tokens", "TYPE_INT32", (1,), optional=True),
+    TritonTensor("stream", "TYPE_BOOL", (1,), optional=True),
+)
+TEXT_OUTPUTS = (
+    TritonTensor("text_output", "TYPE_STRING", (1,)),
+    TritonTensor("token_ids", "TYPE_INT32", (-1,)),
+)
+"""What every model of text takes and gives, as ``serve`` of triton_decode.py reads it; the names are those of
+Triton's LLM backends."""
 
 
 @dataclass(frozen=True)
@@ -145,18 +158,22 @@ def write_repository(out: Path, models: Sequence[TritonModel]) -> TritonReposito
     return TritonRepository(path=out, models=tuple(model.name for model in models))
 
 
+def copy_files(files: Mapping[Path, Path], version: Path, *, label: str, progress: Progress) -> None:
+    """Copy ``files``, by their places below the folder ``version``."""
+    with progress.task(label, len(files)) as advance:
+        for place, file in files.items():
+            (version / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, version / place)
+            advance(1)
+
+
 def graph_model(onnx_folder: Path, *, name: str, progress: Progress = SILENT) -> TritonModel:
     """One step of the decoder, as it stands in ``onnx_folder``, in the ONNX Runtime backend."""
     graph = onnx.load(onnx_folder / MODEL_FILE, load_external_data=False).graph
 
     def place(version: Path) -> None:
-        files = files_under(onnx_folder)
-        with progress.task("Copying the ONNX folder", len(files)) as advance:
-            for file in files:
-                target = version / MODEL_FILE / file.relative_to(onnx_folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
-                advance(1)
+        copies = {MODEL_FILE / file.relative_to(onnx_folder): file for file in files_under(onnx_folder)}
+        copy_files(copies, version, label="Copying the ONNX folder", progress=progress)
 
     return TritonModel(
         name=name,
@@ -168,7 +185,7 @@ def graph_model(onnx_folder: Path, *, name: str, progress: Progress = SILENT) ->
 
 
 def decode_model(*, name: str, graph: str) -> TritonModel:
-    """The decode loop on the files of the model ``graph``; inputs are named as in Triton's LLM backends."""
+    """The decode loop on the files of the model ``graph``."""
 
     def place(version: Path) -> None:
         shutil.copyfile(triton_decode.__file__, version / "model.py")
@@ -177,19 +194,14 @@ def decode_model(*, name: str, graph: str) -> TritonModel:
         name=name,
         backend="python",
         inputs=[
-            TritonTensor("text_input", "TYPE_STRING", (1,)),
-            TritonTensor("max_tokens", "TYPE_INT32", (1,), optional=True),
-            TritonTensor("stream", "TYPE_BOOL", (1,), optional=True),
+            *TEXT_INPUTS,
             TritonTensor("chat", "TYPE_BOOL", (1,), optional=True),
             TritonTensor("temperature", "TYPE_FP32", (1,), optional=True),
             TritonTensor("top_k", "TYPE_INT32", (1,), optional=True),
             TritonTensor("top_p", "TYPE_FP32", (1,), optional=True),
             TritonTensor("random_seed", "TYPE_INT32", (1,), optional=True),
         ],
-        outputs=[
-            TritonTensor("text_output", "TYPE_STRING", (1,)),
-            TritonTensor("token_ids", "TYPE_INT32", (-1,)),
-        ],
+        outputs=TEXT_OUTPUTS,
         place=place,
         decoupled=True,
         parameters=(("model_folder", f"../{graph}/{VERSION}/{MODEL_FILE}"),),

@@ -64,6 +64,12 @@ def test_the_command_takes_targets_or_reads_them(engine: Path, tmp_path: Path) -
     assert sorted(p.name for p in (out / "tiny" / "1").iterdir()) == ["model.sm86.plan", "model.sm89.plan"]
 
 
+def test_an_engine_for_two_gpus_is_the_plan_of_both(engine: Path, tmp_path: Path) -> None:
+    out = triton_from_engines({"sm86": engine, "sm89": engine}, tmp_path / "repository", name="tiny").path
+    plans = [out / "tiny" / "1" / f"model.{target}.plan" for target in ("sm86", "sm89")]
+    assert {plan.read_bytes() for plan in plans} == {engine.read_bytes()}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

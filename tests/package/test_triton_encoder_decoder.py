@@ -34,7 +34,7 @@ from nirvana_deploy.engine.source import read_source
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE
-from nirvana_deploy.package.triton_seq2seq import triton_from_seq2seq_engines
+from nirvana_deploy.package.triton_engine import triton_from_seq2seq_engines
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
 from nirvana_deploy.runtime.runner import greedy_tokens
 from nirvana_deploy.runtime.tensorrt.encoder_decoder import TensorRTSeq2Seq
