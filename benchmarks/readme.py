@@ -1,4 +1,4 @@
-"""Refresh what the README shows: its tables and its picture.
+"""Refresh the tables of README.md and benchmarks/README.md, and the picture.
 
     nirvana-deploy prune-export smollm2 --sparsity 0.4 --reconstruct --quantize int8 --quantize w4 \\
         --quantize-head --out demo
@@ -7,9 +7,9 @@
         --quality benchmarks/results/quality.jsonl --out benchmarks/results/selection.jsonl
     python benchmarks/readme.py demo
 
-Copies the records of the main job to benchmarks/results/, rewrites the tables between the README's markers
-from there, and, where Chromium is installed, takes the picture of the report. Without a folder it rewrites
-the tables of quality alone. A test checks that the README shows what the records say.
+With a folder, copies the records of the main job to benchmarks/results/ and, if Chromium is installed, takes
+the picture of its report. Then rewrites the tables between the pages' markers from the records. A test checks
+that the pages show what the records say.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,11 +45,34 @@ DECODE_SPEED = RESULTS / "decode-speed.json"
 ENGINES = RESULTS / "engines.json"
 
 
-def measured_section(benchmark: dict[str, Any]) -> str:
-    """The README's table of a benchmark.json, with the bound and the machine under it."""
+HEADLINES = (
+    "Weight file",
+    "Decode, per token",
+    "Prefill, prompt of 128",
+    "Peak memory (RSS)",
+    "Perplexity",
+    "KL to dense, nats per token",
+)
+HEADLINE_VARIANTS = ("dense", "pruned", "pruned-w4")
+
+
+def headline_section(benchmark: dict[str, Any]) -> str:
+    """The front page's table of a benchmark.json: six measures of three models, and the machine under it."""
     table = summary_table(benchmark)
-    rows = [table.headers, ["---", *["---:"] * (len(table.headers) - 1)], *table.rows]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    rows = {row[0]: dict(zip(table.headers, row, strict=True)) for row in table.rows}
+    chosen = [(name, *(rows[name][variant] for variant in HEADLINE_VARIANTS)) for name in HEADLINES]
+    load, where = benchmark["workload"], benchmark["environment"]
+    note = (
+        f"SmolLM2-135M, batch {load['batch_size']}, {where['threads']} threads of {where['cpu']}, "
+        f"onnxruntime {where['onnxruntime']}; quality on {benchmark['evaluation']['source']}."
+    )
+    return "\n".join([*_markdown(("", *HEADLINE_VARIANTS), chosen), "", note])
+
+
+def measured_section(benchmark: dict[str, Any]) -> str:
+    """The whole table of a benchmark.json, with the bound and the machine under it."""
+    table = summary_table(benchmark)
+    lines = _markdown(table.headers, table.rows)
     gain, where, load = benchmark["comparisons"][0], benchmark["environment"], benchmark["workload"]
     decode, prefill = f"{gain['bound_tpot_speedup']:.2f}", f"{gain['bound_prefill_speedup']:.2f}"
     notes = [
@@ -63,26 +87,32 @@ def measured_section(benchmark: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *notes])
 
 
+def _markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table, all columns but the first aligned right."""
+    rule = ["---", *["---:"] * (len(headers) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (headers, rule, *rows)]
+
+
 def quality_section() -> str:
-    """The README's tables of quality.jsonl and selection.jsonl."""
+    """The tables of quality.jsonl and selection.jsonl."""
     rows = read_rows(QUALITY)
     parts = (table(rows), reconstruction_table(rows), selection_table([*rows, *read_rows(SELECTION)]))
     return "\n\n".join(part for part in parts if part)
 
 
 def consumers_section() -> str:
-    """The README's table of consumers.json."""
+    """The table of consumers.json."""
     return where_it_runs(json.loads(CONSUMERS.read_text()))
 
 
 def quantization_section() -> str:
-    """The README's tables of quantization.json and decode-speed.json."""
+    """The tables of quantization.json and decode-speed.json."""
     parts = ((QUANTIZATION, quantization_table), (DECODE_SPEED, decode_section))
     return "\n\n".join(write(json.loads(file.read_text())) for file, write in parts if file.is_file())
 
 
 def export_section() -> str:
-    """The README's table of export.json: what an export costs, and what its graph is worth."""
+    """The table of export.json: what an export costs, and what its graph is worth."""
     lines = [
         "| exporter | CPU seconds | peak MB | nodes | prefill ms | decode ms a token |",
         "|---|--:|--:|--:|--:|--:|",
@@ -107,7 +137,7 @@ def export_section() -> str:
 
 
 def engines_section() -> str:
-    """The README's table of engines.json: what engines take and what building them costs, beside dense."""
+    """The table of engines.json: what engines take and what building them costs, beside dense."""
     runs = json.loads(ENGINES.read_text())["runs"]
     lines = [
         "| model, engine | weights MB | kernel texts | engine MB | weights | engine | CPU | memory |",
@@ -234,10 +264,26 @@ def decode_section(record: dict[str, Any]) -> str:
     )
 
 
-def with_section(readme: str, name: str, section: str) -> str:
-    """The README with the text between the markers of ``name`` replaced."""
+def sections_by_page() -> dict[Path, dict[str, str]]:
+    """Page -> marker -> what stands between its marks."""
+    benchmark = json.loads(RECORD.read_text())
+    return {
+        ROOT / "README.md": {"headline": headline_section(benchmark)},
+        ROOT / "benchmarks" / "README.md": {
+            "measured": measured_section(benchmark),
+            "consumers": consumers_section(),
+            "quality": quality_section(),
+            "quantization": quantization_section(),
+            "export": export_section(),
+            "engines": engines_section(),
+        },
+    }
+
+
+def with_section(page: str, name: str, section: str) -> str:
+    """The page with the text between the markers of ``name`` replaced."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, _, rest = readme.partition(begin)
+    before, _, rest = page.partition(begin)
     _, _, after = rest.partition(end)
     return f"{before}{begin}\n{section}\n{end}{after}"
 
@@ -275,20 +321,15 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, nargs="?", help="output folder of the main job")
     out = parser.parse_args().out
-    readme = ROOT / "README.md"
-    text = with_section(readme.read_text(), "quality", quality_section())
-    if CONSUMERS.is_file():
-        text = with_section(text, "consumers", consumers_section())
-    text = with_section(text, "quantization", quantization_section())
-    text = with_section(text, "export", export_section())
-    text = with_section(text, "engines", engines_section())
     if out is not None:
-        benchmark = json.loads((out / "benchmark.json").read_text())
         RESULTS.mkdir(exist_ok=True)
-        RECORD.write_text(json.dumps(benchmark, indent=1) + "\n")
-        text = with_section(text, "measured", measured_section(benchmark))
+        RECORD.write_text(json.dumps(json.loads((out / "benchmark.json").read_text()), indent=1) + "\n")
         take_picture(out / "report.html")
-    readme.write_text(text)
+    for page, sections in sections_by_page().items():
+        text = page.read_text(encoding="utf-8")
+        for name, section in sections.items():
+            text = with_section(text, name, section)
+        page.write_text(text, encoding="utf-8")
     print(measured_section(json.loads(RECORD.read_text())))
 
 

@@ -1,61 +1,161 @@
-"""The README says what the records say, and its commands and Python run."""
+"""Pages say what records and code say; their commands, files and links exist, their Python runs."""
 
 from __future__ import annotations
 
 import ast
-import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from builders.scripts import ROOT, script
+from builders.tiny import write_tiny
+from click import Context
+from click.testing import CliRunner
 
-from nirvana_deploy.cli.main import _COMMANDS
+from nirvana_deploy.cli.main import _COMMANDS, commands
+from nirvana_deploy.output import layout, stage
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "benchmarks/NOTES.md",
+    "nirvana_deploy/README.md",
+)
+FRONT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, kind: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text_of(page), flags=re.DOTALL | re.MULTILINE)
+    return [block for language, block in found if language == kind]
+
+
+def commands_of(page: str) -> Iterator[list[str]]:
+    """The words of each ``nirvana-deploy`` command in the code blocks."""
+    for block in blocks(page, ""):
+        for line in block.splitlines():
+            if line.startswith("nirvana-deploy "):
+                yield shlex.split(line, comments=True)[1:]
 
 
 def test_the_tables_are_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    readme = script("readme")
-    assert readme.measured_section(json.loads(readme.RECORD.read_text())) in README
-    assert readme.quality_section() in README
-    assert readme.quantization_section() in README
-    assert readme.export_section() in README
-    assert readme.engines_section() in README
-    assert readme.consumers_section() in README
+    for page, sections in script("readme").sections_by_page().items():
+        text = page.read_text(encoding="utf-8")
+        for name, section in sections.items():
+            assert f"<!-- {name}: begin -->\n{section}\n<!-- {name}: end -->" in text
 
 
-def test_the_picture_is_there() -> None:
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).is_file()
+def test_the_front_page_is_read_at_one_sitting() -> None:
+    assert len(FRONT.splitlines()) <= 145
 
 
-def test_commands_exist_and_take_their_options() -> None:
-    lines = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
-    commands = [shlex.split(line) for line in lines if line.startswith("nirvana-deploy ")]
-    assert commands
-    for _, name, *arguments in commands:
-        help_page = subprocess.run(
-            [sys.executable, "-m", "nirvana_deploy", name, "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        assert all(argument in help_page for argument in arguments if argument.startswith("--"))
-    for name in re.findall(r"^\| `([a-z-]+)", README, flags=re.MULTILINE):
-        assert name in _COMMANDS
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", text_of(page)):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]*)\)", text_of(page)):
+        place = (ROOT / page).parent / target if target else ROOT / page
+        headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
-def test_make_targets_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
-        assert f"\n{target}:" in makefile
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_on_a_page_exist(page: str) -> None:
+    """``like/this.py``, from the root of the repository or beside the page."""
+    for name in re.findall(r"`((?:\.\./)?[\w.]+/[\w./]*|[\w/]+\.py)`", text_of(page)):
+        if not name.startswith("onnx") and name not in vars(layout).values():
+            assert (ROOT / name).exists() or (ROOT / page).parent.joinpath(name).exists(), name
 
 
-@pytest.mark.parametrize("source", [block for kind, block in BLOCKS if kind == "python"])
-def test_python_compiles(source: str) -> None:
-    ast.parse(source)
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist_and_take_their_options(page: str) -> None:
+    for name, *arguments in commands_of(page):
+        command = commands.get_command(Context(commands), name)
+        assert command is not None, name
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {argument for argument in arguments if argument.startswith("--")} <= options
+
+
+def test_the_front_page_names_every_command() -> None:
+    in_tables = " ".join(re.findall(r"^\| (`.*?) \|", FRONT, flags=re.MULTILINE))
+    named = {*re.findall(r"`([a-z-]+)`", in_tables), *(name for name, *_ in commands_of("README.md"))}
+    assert named == set(_COMMANDS)
+
+
+def test_the_table_of_stages_is_what_the_code_says() -> None:
+    row = r"^\| `([^`]*)` \| (\w+) \| (.*?) ?\| (.*?) ?\|$"
+    rows = re.findall(row, text_of("nirvana_deploy/README.md"), re.MULTILINE)
+    told = {
+        name: (room, *(set(re.findall(r"`([^`]*)`", cell)) for cell in cells)) for name, room, *cells in rows
+    }
+    fixed = {value for name, value in vars(stage).items() if name.isupper()}
+    assert set(told) == fixed | {stage.quantized("SCHEME"), stage.engine("NAME"), stage.gguf("TYPE")}
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for path in ROOT.glob("nirvana_deploy/*/stage.py"):
+        source = ast.parse(path.read_text(encoding="utf-8"))
+        for call in (node for node in ast.walk(source) if isinstance(node, ast.Call)):
+            name = _constants(call.args[0]) if ast.unparse(call.func) == "Stage" else set()
+            if name and (name := name.pop()) in fixed:
+                parts = {"needs": call.args[1:2], "makes": call.args[2:3]}
+                parts |= {keyword.arg: [keyword.value] for keyword in call.keywords if keyword.arg in parts}
+                needs, makes = ({c for node in parts[key] for c in _constants(node)} for key in parts)
+                before = found.get(name, (set(), set()))
+                found[name] = (before[0] | needs, before[1] | makes)
+                assert told[name][0] == path.parent.name
+    assert fixed - found.keys() == {stage.TRITON}
+    for name, (needs, makes) in found.items():
+        assert makes == told[name][2], name
+        assert needs == told[name][1] or name == stage.RECONSTRUCT, name  # which names them in a variable
+
+
+def _constants(node: ast.AST) -> set[str]:
+    """Names of stages and files in an expression; what is spread into a tuple is known at run time only."""
+    if isinstance(node, ast.Tuple):
+        fixed = [element for element in node.elts if not isinstance(element, ast.Starred)]
+        return {value for element in fixed for value in _constants(element)}
+    home, _, name = ast.unparse(node).rpartition(".")
+    value = vars(stage if home else layout).get(name)
+    return {value} if isinstance(value, str) else set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)|`make (\w+)`", text_of(page), flags=re.MULTILINE):
+        assert f"\n{''.join(target)}:" in makefile
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_compiles(page: str) -> None:
+    for source in blocks(page, "python"):
+        ast.parse(source)
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load
+def test_the_front_page_runs(tmp_path: Path) -> None:
+    """Its Python in order, then its cheap commands, on a tiny model in SmolLM2's place."""
+    write_tiny(tmp_path / "tiny", "llama-tied")
+    small = 'prune_export("./tiny", run_benchmark=False, num_sequences=4, seq_len=16, round_to=4, '
+    for source in blocks("README.md", "python"):
+        script = source.replace('prune_export("smollm2", ', small)
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    cheap = [words for words in commands_of("README.md") if words[0] in {"inspect", "generate"}]
+    assert len(cheap) == 2
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path)
+        for words in [*cheap, ["report", "smollm2-s0.4"], ["models"]]:
+            result = CliRunner().invoke(commands, words)
+            assert result.exit_code == 0, result.output

@@ -26,6 +26,7 @@ def record_of(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.integration
 def test_a_tiny_model_is_measured(tmp_path: Path) -> None:
     options = ("--sequences", "2", "--seq-len", "16", "--in-memory", "--reconstruct", "32")
     record = record_of(tmp_path, "tiny", *options)
@@ -46,6 +47,7 @@ def test_a_billion_parameters_need_no_more_than_a_layer_and_a_shard(tmp_path: Pa
     assert record["streamed"]["stages"]["score"]["peak_rss_bytes_so_far"] < 2.5e9
 
 
+@pytest.mark.integration
 def test_the_peak_of_an_export_is_measured(tmp_path: Path) -> None:
     script = SCRIPT.with_name("export_scale.py")
     command = [sys.executable, str(script), "tiny", "--layers", "1", "3", "--folder", str(tmp_path)]

@@ -9,13 +9,12 @@ import numpy as np
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
 from builders.extras import needs
+from builders.plans import shape_of
 from builders.tiny import VOCABULARY, write_tokenizer
 from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import Checkpoint, config_json
-from nirvana_deploy.model.families import shape_from_config
-from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.saliency.units import UnitScores
@@ -63,7 +62,7 @@ def write_model(folder: Path, kind: str) -> Path:
 
 def plan_of(dense: Path) -> PrunePlan:
     """A cut of ``dense`` into layers of different widths: KV groups 2 and 3, fewer FFN neurons."""
-    shape = shape_from_config(config_json(dense))
+    shape = shape_of(dense)
     groups = (np.array([1.0, 9.0, 9.0]), np.array([9.0, 9.0, 9.0]))
     neurons = tuple(np.where(np.arange(64) < kept, 9.0, 0.1) for kept in (40, 56))
     scores = UnitScores(groups=groups, neurons=neurons)
@@ -80,10 +79,6 @@ def exported(checkpoint: Path, folder: Path, *, dtype: str = "fp16", in_place: b
     flavor, tokens = ("static-cache", CACHE_TOKENS) if in_place else ("portable", None)
     onnx_from_checkpoint(Checkpoint.open(checkpoint), folder, dtype=dtype, flavor=flavor, cache_tokens=tokens)
     return folder
-
-
-def shape_of(checkpoint: Path) -> ModelShape:
-    return shape_from_config(config_json(checkpoint))
 
 
 def network_of(path: Path) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Plans by random scores, and logits of a checkpoint."""
+"""The shape and the logits of a checkpoint, and a plan for it by random scores."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
 from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.streaming.model import score_units
 
 
+def shape_of(folder: Path) -> ModelShape:
+    return shape_from_config(config_json(folder))
+
+
 def plan_for(folder: Path, *, sparsity: float = 0.4, seed: int = 5, allocation: str = "global") -> PrunePlan:
     """A plan by random scores; a global one makes layers differ in every dimension."""
-    shape = shape_from_config(config_json(folder))
     scores = score_units(folder, None, saliency="random", seed=seed)
     return make_plan(
-        shape,
+        shape_of(folder),
         scores,
         sparsity=sparsity,
         gamma=1.0,

@@ -1,4 +1,4 @@
-"""Tiny random T5 and Flan-T5 checkpoints with stacks of unequal depth, and plans for them."""
+"""Tiny random T5 and Flan-T5 checkpoints with stacks of unequal depth."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from builders.tiny import VOCABULARY, write_tokenizer
 from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.families import shape_from_config
-from nirvana_deploy.model.shape import ModelShape
-from nirvana_deploy.prune.plan import PrunePlan, make_plan
-from nirvana_deploy.prune.streaming.model import score_units
 
 KINDS: dict[str, dict[str, Any]] = {
     "t5": {"feed_forward_proj": "relu"},
@@ -59,23 +55,3 @@ def write_t5(folder: Path, kind: str) -> Path:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def shape_of(folder: Path) -> ModelShape:
-    """The shape of a checkpoint folder."""
-    return shape_from_config(config_json(folder))
-
-
-def plan_for(folder: Path, *, seed: int = 0, sparsity: float = 0.4, allocation: str = "global") -> PrunePlan:
-    """A plan from random scores; layers keep different heads."""
-    scores = score_units(folder, None, saliency="random", seed=seed)
-    return make_plan(
-        shape_of(folder),
-        scores,
-        sparsity=sparsity,
-        gamma=1.0,
-        allocation=allocation,
-        round_to=4,
-        saliency="random",
-        seed=seed,
-    )

@@ -194,11 +194,11 @@ def test_a_runner_is_opened_by_the_command_line_too(finished: Path, gpu: FakeDri
     assert found["text"] == wanted["text"]
 
 
-def test_the_readme_streams_from_an_engine(
+def test_the_map_streams_from_an_engine(
     finished: Path, gpu: FakeDriver, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (source,) = re.findall(r"```python\n([^`]*TensorRTRunner.*?)```", readme, flags=re.DOTALL)
+    page = (ROOT / "nirvana_deploy" / "README.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n([^`]*TensorRTRunner.*?)```", page, flags=re.DOTALL)
     source = source.replace("smollm2-s0.4/engine/pruned", str(finished / "engine" / "smaller"))
     source = source.replace("smollm2-s0.4", str(finished)).replace("max_new_tokens=64", "max_new_tokens=5")
     exec(compile(source, "README.md", "exec"), {})  # the page's own lines

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from builders.engines import CACHE_TOKENS, LENGTHS, SMALL, exported, network_of, pruned_model, write_model
 from builders.extras import needs
+from builders.plans import shape_of
 from builders.tiny import VOCABULARY
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -25,7 +26,6 @@ from nirvana_deploy.engine.network import AttentionShape, check_network, expecte
 from nirvana_deploy.engine.source import read_source
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.model.weights import SafetensorsWeights
-from nirvana_deploy.prune.plan import shape_of
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record, record_path
 from nirvana_deploy.verify.against_torch import verify_onnx

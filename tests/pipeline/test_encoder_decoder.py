@@ -11,7 +11,8 @@ import pytest
 from builders.fake_cuda import FakeDriver
 from builders.fake_tensorrt import fake_module, write_fake_engine
 from builders.jobs import write_short_recipe
-from builders.tiny_t5 import shape_of, write_t5
+from builders.plans import shape_of
+from builders.tiny_t5 import write_t5
 from click.testing import CliRunner
 
 from nirvana_deploy import NirvanaError, VerificationError, prune_export

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders.plans import plan_for, shape_of
 from builders.tiny import VOCABULARY
-from builders.tiny_t5 import KINDS, plan_for, shape_of, write_t5
+from builders.tiny_t5 import KINDS, write_t5
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
@@ -160,7 +161,7 @@ def test_the_least_kl_is_chosen(t5: Path, tokens: NDArray[np.int64]) -> None:
 
 
 def test_the_shared_position_bias_stays_whole_and_is_read_by_head(t5: Path, tmp_path: Path) -> None:
-    plan = plan_for(t5)
+    plan = plan_for(t5, seed=0)
     for site in ("encoder", "decoder", "cross"):  # what other tests rely on: layers keep different heads
         assert len({layer.kept_groups for layer in plan.layers if layer.site == site}) > 1
     slice_checkpoint(Checkpoint.open(t5), plan, tmp_path / "pruned")
@@ -173,7 +174,7 @@ def test_the_shared_position_bias_stays_whole_and_is_read_by_head(t5: Path, tmp_
 
 
 def test_the_plan_survives_the_disk_and_names_its_sites(t5: Path, tmp_path: Path) -> None:
-    plan = plan_for(t5)
+    plan = plan_for(t5, seed=0)
     write_plan(plan, tmp_path / "plan.json")
     assert read_plan(tmp_path / "plan.json") == plan
     rows = json.loads((tmp_path / "plan.json").read_text())["layers"]
@@ -188,7 +189,7 @@ def test_the_plan_survives_the_disk_and_names_its_sites(t5: Path, tmp_path: Path
 
 
 def test_pruning_twice_keeps_track_of_the_heads(t5: Path, tmp_path: Path, halves: Tokens) -> None:
-    slice_checkpoint(Checkpoint.open(t5), plan_for(t5, sparsity=0.2), tmp_path / "once")
+    slice_checkpoint(Checkpoint.open(t5), plan_for(t5, sparsity=0.2, seed=0), tmp_path / "once")
     shape, plan = shape_of(tmp_path / "once"), plan_for(tmp_path / "once", sparsity=0.3, seed=6)
     slice_checkpoint(Checkpoint.open(tmp_path / "once"), plan, tmp_path / "twice")
     masked = MaskedWeights(SafetensorsWeights(tmp_path / "once"), shape, plan)
@@ -197,7 +198,7 @@ def test_pruning_twice_keeps_track_of_the_heads(t5: Path, tmp_path: Path, halves
 
 
 def test_save_and_load_give_identical_logits(t5: Path, tmp_path: Path, halves: Tokens) -> None:
-    slice_checkpoint(Checkpoint.open(t5), plan_for(t5), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(t5), plan_for(t5, seed=0), tmp_path / "pruned")
     load_checkpoint(tmp_path / "pruned").save_pretrained(tmp_path / "again")
     again, pruned = logits_of(tmp_path / "again", halves), logits_of(tmp_path / "pruned", halves)
     torch.testing.assert_close(again, pruned, rtol=0, atol=0)
@@ -205,7 +206,7 @@ def test_save_and_load_give_identical_logits(t5: Path, tmp_path: Path, halves: T
 
 
 def test_cached_generation_equals_the_whole_forward(t5: Path, tmp_path: Path, halves: Tokens) -> None:
-    slice_checkpoint(Checkpoint.open(t5), plan_for(t5), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(t5), plan_for(t5, seed=0), tmp_path / "pruned")
     model = load_checkpoint(tmp_path / "pruned")
     options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     cached = model.generate(halves[0], **options)
@@ -213,7 +214,7 @@ def test_cached_generation_equals_the_whole_forward(t5: Path, tmp_path: Path, ha
 
 
 def test_a_fresh_process_loads_it_with_transformers_alone(t5: Path, tmp_path: Path, halves: Tokens) -> None:
-    slice_checkpoint(Checkpoint.open(t5), plan_for(t5), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(t5), plan_for(t5, seed=0), tmp_path / "pruned")
     script = """
 import json, sys
 import torch
@@ -244,7 +245,7 @@ print(json.dumps({"logits": logits[0, -1].tolist(), "shape": list(generated.shap
 
 
 def test_padding_of_the_input_changes_nothing(t5: Path, tmp_path: Path, halves: Tokens) -> None:
-    slice_checkpoint(Checkpoint.open(t5), plan_for(t5), tmp_path / "pruned")
+    slice_checkpoint(Checkpoint.open(t5), plan_for(t5, seed=0), tmp_path / "pruned")
     model, (encoder, decoder) = load_checkpoint(tmp_path / "pruned"), halves
     padded = torch.nn.functional.pad(encoder, (0, 3), value=5)
     mask = torch.nn.functional.pad(torch.ones_like(encoder), (0, 3))

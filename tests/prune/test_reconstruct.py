@@ -230,7 +230,7 @@ def test_both_stacks_of_an_encoder_decoder_are_refitted(
     tmp_path: Path, tokens: NDArray[np.int64], kind: str
 ) -> None:
     folder = tiny_t5.write_t5(tmp_path / "dense", kind)
-    plan = tiny_t5.plan_for(folder)
+    plan = plan_for(folder, seed=0)
     reconstruct_layers(folder, plan, tokens, tmp_path / "r", ridge=0.1, micro_batch=4)
     encoder = ("encoder", 3, ["SelfAttention.o", "DenseReluDense.wo"])
     decoder = ("decoder", 2, ["SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders.plans import plan_for
 from builders.tiny import VOCABULARY, write_tiny
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkp
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_divergences, masked_quality
-from nirvana_deploy.prune.plan import PrunePlan, default_gamma, make_plan
+from nirvana_deploy.prune.plan import default_gamma, make_plan
 from nirvana_deploy.prune.select import gamma_grid, select_calibration
 from nirvana_deploy.prune.streaming.model import score_units
 
@@ -30,14 +31,6 @@ def windows(seed: int, *, count: int = 4, length: int = 12, source: str = "noise
     tokens = np.random.default_rng(seed).integers(3, VOCABULARY, size=(count, length))
     positions = tuple(range(0, count * length, length))
     return TokenWindows(tokens, source=source, text_sha256=f"sha-{seed}", seed=seed, positions=positions)
-
-
-def plan_for(folder: Path, *, seed: int, allocation: str = "global") -> PrunePlan:
-    shape = shape_from_config(config_json(folder))
-    scores = score_units(folder, None, saliency="random", seed=seed)
-    return make_plan(
-        shape, scores, sparsity=0.4, gamma=1.0, allocation=allocation, round_to=4, saliency="random"
-    )
 
 
 def logits_of(folder: Path, tokens: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -11,7 +11,6 @@ import pytest
 from builders.plans import plan_for
 from builders.tiny import VOCABULARY, write_tiny
 from builders.tiny_t5 import KINDS as T5_KINDS
-from builders.tiny_t5 import plan_for as t5_plan_for
 from builders.tiny_t5 import write_t5
 from numpy.typing import NDArray
 
@@ -41,7 +40,7 @@ def t5(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     """ONNX folder of a pruned T5 of each kind."""
     folder = tmp_path_factory.mktemp("t5-int8")
     dense = write_t5(folder / "dense", request.param)
-    slice_checkpoint(Checkpoint.open(dense), t5_plan_for(dense), folder / "pruned")
+    slice_checkpoint(Checkpoint.open(dense), plan_for(dense, seed=0), folder / "pruned")
     onnx_from_checkpoint(Checkpoint.open(folder / "pruned"), folder / "onnx")
     return folder / "onnx"
 
