@@ -97,7 +97,7 @@ def test_the_table_of_stages_is_what_the_code_says() -> None:
     told = {
         name: (room, *(set(re.findall(r"`([^`]*)`", cell)) for cell in cells)) for name, room, *cells in rows
     }
-    fixed = {value for name, value in vars(stage).items() if name.isupper()}
+    fixed = {value for name, value in vars(stage).items() if name.isupper() and isinstance(value, str)}
     assert set(told) == fixed | {stage.quantized("SCHEME"), stage.engine("NAME"), stage.gguf("TYPE")}
     found: dict[str, tuple[set[str], set[str]]] = {}
     for path in ROOT.glob("nirvana_deploy/*/stage.py"):

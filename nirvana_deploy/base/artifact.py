@@ -1,8 +1,8 @@
-"""Artifacts appear whole and describe themselves.
+"""Artifacts that appear whole or not at all.
 
-Everything is written under a temporary name in the folder where it will live, flushed to disk, and
-renamed into place. The manifest is written after the files it lists, so a file that the manifest does
-not know, or whose sha256 differs, was never finished.
+A file is written under a temporary name in its final folder, flushed to disk and renamed into place. The
+manifest is written after the files it lists, so a file that it doesn't list, or lists with another sha256,
+was never finished.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def disk_errors(path: Path, *, elsewhere: str = "choose another place with --out DIR") -> Iterator[None]:
-    """Turn the operating system's errors while ``path`` is written into sentences that name it."""
+    """Turn operating system errors while writing ``path`` into a NirvanaError that names it."""
     try:
         yield
     except OSError as error:
@@ -55,7 +55,7 @@ def disk_errors(path: Path, *, elsewhere: str = "choose another place with --out
 
 
 def require_free_bytes(path: Path, needed_bytes: int, *, what: str) -> None:
-    """Raise NirvanaError now, before any work, when ``path``'s disk has less than ``needed_bytes`` free."""
+    """Raise NirvanaError if the disk of ``path`` has less than ``needed_bytes`` free."""
     existing = path
     while not existing.exists():
         existing = existing.parent
@@ -94,7 +94,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def whole_file(target: Path, *, elsewhere: str = "choose another place with --out FILE") -> Iterator[Path]:
-    """Yield a name beside ``target``: it becomes ``target`` when the block succeeds, else it goes."""
+    """Yield a temporary name beside ``target``, renamed to it on success and removed on failure."""
     with disk_errors(target, elsewhere=elsewhere):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{_PARTIAL}{os.getpid()}-{target.name}")
@@ -124,7 +124,7 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def whole_folder(target: Path, *, elsewhere: str = "choose another place with --out DIR") -> Iterator[Path]:
-    """Yield an empty folder beside ``target``; when the block succeeds it becomes ``target``, else it goes.
+    """Yield a temporary folder beside ``target``, renamed to it on success and removed on failure.
 
     An existing ``target`` is replaced only at the very end.
     """
@@ -135,9 +135,7 @@ def whole_folder(target: Path, *, elsewhere: str = "choose another place with --
         partial.mkdir()
         try:
             yield partial
-            readable = (
-                partial.stat().st_mode & 0o666
-            )  # what the user's umask gives; some writers are stricter
+            readable = partial.stat().st_mode & 0o666  # by the user's umask; some writers are stricter
             for path in sorted(partial.rglob("*")):
                 if path.is_file():
                     path.chmod(readable)
@@ -156,7 +154,7 @@ def whole_folder(target: Path, *, elsewhere: str = "choose another place with --
 
 
 def remove_partials(folder: Path) -> None:
-    """Delete what a killed run left under temporary names in ``folder`` (and one level below)."""
+    """Delete temporary files of killed runs in ``folder`` and one level below."""
     for pattern in (f"{_PARTIAL}*", f"*/{_PARTIAL}*"):
         for path in folder.glob(pattern):
             if path.is_dir():
@@ -166,7 +164,7 @@ def remove_partials(folder: Path) -> None:
 
 
 def files_under(path: Path) -> list[Path]:
-    """The finished files of a folder, or ``path`` itself when it is a file; sorted, temporaries left out."""
+    """Return the finished files under a folder, sorted, or ``[path]`` for a file."""
     if path.is_file():
         return [path]
     return sorted(p for p in path.rglob("*") if p.is_file() and _PARTIAL not in str(p.relative_to(path)))

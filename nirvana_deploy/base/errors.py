@@ -1,7 +1,7 @@
-"""The two kinds of failure that a user sees without a trace.
+"""Failures that a user sees without a traceback.
 
-An error is an instruction: what was wrong, the value got, what is allowed, and in ``hint`` the next
-command to type. Anything else that escapes is our bug and keeps its trace.
+An error is an instruction: what is wrong, the value found, the values allowed and, in ``hint``, the next
+command to type. Any other exception is our bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class NirvanaError(Exception):
 
 
 class VerificationError(NirvanaError):
-    """A stage's result does not equal the stage before it: exit code 3, artifacts are kept."""
+    """A stage's result differs from the stage before it: exit code 3; artifacts are kept."""
 
     exit_code = 3
 
 
 class MissingExtraError(NirvanaError):
-    """An optional package is needed now and is not installed."""
+    """An optional package is needed but not installed."""
 
     def __init__(self, what_for: str, *, package: str, extra: str) -> None:
         super().__init__(
@@ -43,7 +43,7 @@ class MissingExtraError(NirvanaError):
 
 
 class TokenizerError(NirvanaError):
-    """The tokenizer in a folder cannot be loaded: one sentence instead of transformers' several."""
+    """The tokenizer in a folder cannot be loaded; says why in one sentence."""
 
     def __init__(self, folder: Path, error: Exception) -> None:
         missing = not (folder / "tokenizer.json").is_file()

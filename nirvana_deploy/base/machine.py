@@ -1,4 +1,4 @@
-"""The machine: what this process has used of it, and where a measurement was made."""
+"""Resource usage of this process, and the machine that a measurement was made on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PROBE_PASSES = 5
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process, since the last reset where the system can reset it."""
+    """Peak resident memory of this process, since the last reset if the system supports one."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
@@ -39,7 +39,7 @@ def peak_rss_bytes() -> int:
 
 
 def reset_peak_rss() -> None:
-    """Start a new peak, so that each stage shows its own; Linux only, elsewhere the peak is the run's."""
+    """Reset the peak, so that each stage shows its own. Linux only; elsewhere the peak covers the run."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -47,19 +47,19 @@ def reset_peak_rss() -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of its finished children."""
+    """CPU time of this process and its finished children."""
     usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(u.ru_utime + u.ru_stime for u in usage)
 
 
 def system_cpu_seconds() -> float:
-    """The part of :func:`cpu_seconds` that the system took: pages given and found again, files."""
+    """The share of :func:`cpu_seconds` spent in the kernel, on memory pages and files."""
     usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(u.ru_stime for u in usage)
 
 
 def environment() -> dict[str, Any]:
-    """Where a run happens: machine and versions."""
+    """Machine and package versions of a run."""
     import psutil
 
     return {
@@ -72,7 +72,7 @@ def environment() -> dict[str, Any]:
 
 
 def measured_environment(*, threads: int) -> dict[str, Any]:
-    """CPU, memory, versions, load and read bandwidth; call it before anything else loads the machine.
+    """CPU, memory, versions, load and read bandwidth; call it while the machine is idle.
 
     Packages are looked up, not imported; one that is not installed is None.
     """
@@ -98,7 +98,7 @@ def measured_environment(*, threads: int) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The CPU's model name, or the architecture where the system does not say."""
+    """The CPU's model name, or the architecture if the system doesn't tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -108,9 +108,9 @@ def cpu_name() -> str:
 
 
 def read_bandwidth_gb_per_s(*, threads: int) -> float:
-    """Memory that ``threads`` threads together read per second, in 1e9 bytes.
+    """Memory read per second by ``threads`` threads together, in 1e9 bytes.
 
-    numpy.max is vectorised, releases the interpreter lock and starts no threads of its own.
+    numpy.max is vectorised, releases the interpreter lock and starts no threads.
     """
     import numpy as np
 

@@ -1,7 +1,7 @@
-"""How the library reports progress: through a seam that the caller fills. The library prints nothing.
+"""Progress reporting. The library prints nothing; the caller passes a :class:`Progress`.
 
-Every function that can take more than two seconds accepts ``progress``; the command line passes one
-that draws bars with an ETA on stderr.
+Every function that may take more than two seconds accepts ``progress``; the command line draws bars with an
+ETA on stderr.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Advance = Callable[[int], None]
-"""Call with the number of steps just finished."""
+"""Called with the number of steps just finished."""
 
 
 class Progress(Protocol):
-    """What a caller may pass to see how far a stage has come."""
+    """Receiver of progress and log lines."""
 
     def task(self, label: str, total: int) -> AbstractContextManager[Advance]:
         """Open a task of ``total`` equal steps; the yielded function advances it."""
         ...
 
     def note(self, text: str) -> None:
-        """Say one line of log."""
+        """Log one line."""
         ...
 
 
 class SilentProgress:
-    """The default: reports to nobody."""
+    """The default: drops everything."""
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Advance]:
-        """Open a task that nobody sees."""
+        """Open a task without showing it."""
         yield lambda steps: None
 
     def note(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Look a name up in a small visible table, with "did you mean" when it is not there."""
+"""Name lookup in a small table, with "did you mean" for unknown names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Entry = TypeVar("Entry")
 
 
 def nearest_names(name: str, names: list[str], *, at_most: int = 3) -> list[str]:
-    """The names most like ``name``, best first; empty when none is close."""
+    """Return the names closest to ``name``, best first; none if nothing is close."""
     return difflib.get_close_matches(name.lower(), names, n=at_most, cutoff=0.5)
 
 
 def look_up(name: str, table: Mapping[str, Entry], *, what: str, hint: str | None = None) -> Entry:
-    """``table[name]``; raises NirvanaError naming the nearest and all entries of the table."""
+    """Return ``table[name]``; raise NirvanaError with the closest and all known names."""
     if name in table:
         return table[name]
     close = nearest_names(name, list(table))

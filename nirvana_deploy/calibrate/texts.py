@@ -1,4 +1,4 @@
-"""Where calibration text comes from: this Python, a named set on the hub, or a file of the user's."""
+"""Calibration text from this Python, a named set on the hub, or a user's file."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.model.hub import NETWORK_ERRORS
 
-# What `datasets` raises for a network, a data set or a split that is not there.
+# What `datasets` raises without a network, or for an unknown data set or split.
 _READ_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class SourceText:
-    """The text of a source, as documents."""
+    """The documents of one source."""
 
     name: str
     documents: tuple[str, ...]
 
     @property
     def sha256(self) -> str:
-        """Of the documents in UTF-8, joined by a zero byte."""
+        """Hash of the documents in UTF-8, joined by a zero byte."""
         return hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
 
 
@@ -47,7 +47,7 @@ def read_source(source: str, *, progress: Progress = SILENT) -> SourceText:
 
 
 def read_text_file(path: Path) -> SourceText:
-    """A UTF-8 text file as one document, or a .jsonl file as one document a line.
+    """Read a UTF-8 text file as one document, or a .jsonl file as one document per line.
 
     A line of JSON gives its field "text", else its only string field. Raises NirvanaError for a file that is
     missing, empty, not UTF-8 (with the byte offset) or not JSONL (with the line).
@@ -89,7 +89,7 @@ def _jsonl_documents(path: Path, text: str) -> Iterator[str]:
 
 
 def _pydoc_documents() -> tuple[str, ...]:
-    """The topics of the language reference that every CPython carries; they differ between versions."""
+    """Topics of the language reference inside every CPython; they differ between versions."""
     from pydoc_data.topics import topics
 
     return tuple(topics[name] for name in sorted(topics))

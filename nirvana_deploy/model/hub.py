@@ -1,7 +1,6 @@
 """Fetch a model from the Hugging Face hub: safetensors, config and tokenizer, never pickle.
 
-Each way this fails is a different sentence: the hub cannot be reached, the repository does not exist,
-its licence must be accepted first, it holds no safetensors.
+Each failure has its own message: hub unreachable, no such repository, licence not accepted, no safetensors.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ ALLOWED_FILES = (
     "merges.txt",
     "chat_template.*",
 )
-"""What is downloaded. A name can still match in a subfolder (``original/``): those are left out."""
+"""Patterns of downloaded files. They match in subfolders (``original/``) too, which are left out."""
 _IGNORED_FILES = ("*/*", "consolidated*.safetensors")
 
 _ANSWER_TIMEOUT_S = 5.0
-"""How long the hub may take for each step of its first answer; huggingface_hub itself waits for ever."""
+"""Limit for each step of the hub's first answer; huggingface_hub itself has none."""
 
 # Connection and time-out errors come from huggingface_hub's HTTP library, which changed from one major
 # version to the next. HfHubHTTPError derives from that library's root error and from OSError.
@@ -43,14 +42,14 @@ NETWORK_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
 
 
 class HubUnreachableError(NirvanaError):
-    """The hub gave no usable answer, and this machine holds no copy of the model."""
+    """No usable answer from the hub, and no copy of the model on this machine."""
 
 
 def hub_snapshot(hub_id: str, *, progress: Progress = SILENT) -> tuple[Path, str | None]:
-    """Download (or find in huggingface_hub's cache) a model; returns its folder and its licence.
+    """Download a model, or find it in huggingface_hub's cache; return its folder and licence.
 
-    The licence is None where the model's page names none, or where the hub cannot be asked. Raises
-    HubUnreachableError when there is neither an answer nor a complete copy, NirvanaError for the rest.
+    The licence is None if the model card names none or the hub is unreachable. Raises HubUnreachableError
+    without an answer and a complete copy, NirvanaError for other failures.
     """
     try:
         info = HfApi().model_info(hub_id, timeout=_ANSWER_TIMEOUT_S)
@@ -72,7 +71,7 @@ def hub_snapshot(hub_id: str, *, progress: Progress = SILENT) -> tuple[Path, str
 
 
 def _check_downloadable(hub_id: str, info: ModelInfo) -> None:
-    """Refuse what could not be used before downloading gigabytes of it."""
+    """Refuse an unusable model before gigabytes are downloaded."""
     if info.config and info.config.get("model_type"):
         family_of(info.config)
     names = [file.rfilename for file in info.siblings or []]
@@ -108,7 +107,7 @@ def _download(hub_id: str, info: ModelInfo, progress: Progress) -> Path:
 
 
 def _cached_snapshot(hub_id: str, error: Exception) -> Path:
-    """The copy that an earlier download left; raises HubUnreachableError, with the cause, when none did."""
+    """Return the copy of an earlier download; raise HubUnreachableError with the cause if none exists."""
     try:
         return Path(
             snapshot_download(
@@ -140,7 +139,7 @@ def _gated(hub_id: str) -> NirvanaError:
 
 
 def _licence_of(info: ModelInfo) -> str | None:
-    """``license`` of the model card; "other" gives way to ``license_name``."""
+    """``license`` of the model card, or ``license_name`` if that is "other"."""
     licence = getattr(info.card_data, "license", None)
     if licence == "other":
         licence = getattr(info.card_data, "license_name", None) or licence
@@ -149,7 +148,7 @@ def _licence_of(info: ModelInfo) -> str | None:
 
 @contextmanager
 def _hub_bars(*, shown: bool) -> Iterator[None]:
-    """Show or hide huggingface_hub's own byte bars, then leave that switch as it was."""
+    """Show or hide huggingface_hub's progress bars, then restore the setting."""
     hide = not shown and not are_progress_bars_disabled()
     if hide:
         disable_progress_bars()

@@ -1,7 +1,4 @@
-"""What the report says of quantized models and engines: what runs in integers, what was built for which GPUs.
-
-Reads the manifest's stages and benchmark.json alone; opens no model.
-"""
+"""Rows and cautions about quantized models and engines, from manifest.json and benchmark.json alone."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ _LOW_BIT_FILE = re.compile(r"[^\s/()]*\bI?Q[1-6]_\w*\.gguf", re.IGNORECASE)
 
 
 def quantized_rows(records: Records) -> tuple[tuple[str, ...], ...]:
-    """One row for each quantized model of the folder; see QUANTIZED_HEADERS."""
+    """One row per quantized model; see QUANTIZED_HEADERS."""
     return tuple(
         (
             result.scheme,
@@ -32,7 +29,7 @@ def quantized_rows(records: Records) -> tuple[tuple[str, ...], ...]:
 
 
 def engine_rows(records: Records) -> tuple[tuple[str, ...], ...]:
-    """One row for each engine of the folder; see ENGINE_HEADERS."""
+    """One row per engine; see ENGINE_HEADERS."""
     built = (records.result(name, EnginesBuilt) for name in records.stages(stage.engine("")))
     return tuple(
         (
@@ -58,13 +55,13 @@ def measured_layers(records: Records) -> Iterator[dict[str, float]]:
 
 
 def quantization_caution(records: Records) -> str | None:
-    """Which quantized models do not run as promised; None when all do."""
+    """Caution about quantized models that break their promise, if any."""
     broken = [f"{result.scheme}: {result.problem}" for result in _quantized(records) if not result.passed]
     return f"Quantization did not hold its promise. {' '.join(broken)}" if broken else None
 
 
 def low_bit_source_caution(records: Records) -> str | None:
-    """That w4 was measured on weights which were low-bit before; None where they were not."""
+    """Caution about w4 measured on weights from a low-bit file, if so."""
     origin = str(((records.manifest or {}).get("model") or {}).get("origin") or "")
     file = _LOW_BIT_FILE.search(origin)
     if file is None or "w4" not in (result.scheme for result in _quantized(records)):
@@ -82,7 +79,7 @@ def _quantized(records: Records) -> Iterator[Quantized]:
 
 
 def _kl_vs_parent(records: Records, scheme: str) -> float | None:
-    """As the quality stage measured it, or as benchmark.json has it."""
+    """KL to the float model, from the quality stage, else from benchmark.json."""
     quality_stage = records.result(stage.QUALITY, QualityMeasured)
     measured = quality_stage.variants if quality_stage else {}
     of_benchmark = {v["name"]: v.get("quality") for v in (records.benchmark or {}).get("variants") or ()}

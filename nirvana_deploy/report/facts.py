@@ -1,4 +1,4 @@
-"""The circumstances of a result as labels and values: budget, workload, environment, origin."""
+"""Labelled facts about a result: budget, workload, environment, origin."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from nirvana_deploy.report.table import format_bytes, format_share, format_times
 
 TEACHER_FORCING = "the encoder reads the first half of a window, the decoder predicts the second"
 PREFILL = "the encoder and the decoder's first step"
-"""What the words mean for an encoder-decoder."""
+"""What prefill and evaluation mean for an encoder-decoder."""
 
 Facts = tuple[tuple[str, str], ...]
 """Labels and values, in reading order."""
 
 
 def evaluation_source(records: Records) -> str | None:
-    """The text that perplexity and KL were measured on, where it is recorded."""
+    """Source of the evaluation text; None if not recorded."""
     benchmark = records.benchmark or {}
     places = (benchmark.get("evaluation"), records.stage(stage.QUALITY).get("result"))
     return next((str(place["source"]) for place in places if place and place.get("source")), None)
 
 
 def encoder_decoder(records: Records) -> bool:
-    """Whether the model is one: the layers of its plan say which stack they are of."""
+    """Whether the plan's layers name their stacks, as those of encoder-decoders do."""
     layers = (records.plan or {}).get("layers") or ()
     return any(layer.get("site") for layer in layers)
 
@@ -41,12 +41,12 @@ def _facts(record: Mapping[str, Any] | None, labels: Mapping[str, str]) -> Facts
 
 
 def _spelled(key: str) -> str:
-    """A field's name as a label; bytes are written with their unit already."""
+    """Turn a field's name into a label; values in bytes carry their unit."""
     return key.removesuffix("_bytes").replace("_gb_per_s", " GB/s").replace("_", " ")
 
 
 def _speed_facts(benchmark: Mapping[str, Any]) -> Facts:
-    """How much the speed-ups varied between rounds."""
+    """Spread of the speed-ups over rounds."""
     facts = []
     for comparison in benchmark.get("comparisons") or ():
         for metric, label in (("tpot", "Decode"), ("prefill", "Prefill")):
@@ -82,7 +82,7 @@ def _pruning_facts(plan: Mapping[str, Any]) -> Facts:
 
 
 def _reconstruction_facts(records: Records) -> Facts:
-    """How what is left of the output projections was refitted, where it was."""
+    """Facts about reconstruction, if any."""
     result = records.result(stage.RECONSTRUCT, Reconstructed)
     if result is None:
         return ()
@@ -109,7 +109,7 @@ def _in_windows(records: Records) -> str:
 
 
 def details(records: Records) -> tuple[tuple[str, Facts], ...]:
-    """Groups of facts under a heading: pruning, workload, environment, origin; empty groups are left out."""
+    """Return non-empty groups of facts, each under its heading."""
     manifest, benchmark = records.manifest or {}, records.benchmark or {}
     workload = {
         "prompt_tokens": "Prompt tokens",

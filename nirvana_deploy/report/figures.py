@@ -1,8 +1,7 @@
-"""The report's figures: numbers in, one inline SVG out, same numbers same bytes.
+"""Figures of the report: numbers in, inline SVG out; the same numbers give the same bytes.
 
-Each figure is one short question answered with direct labels. Colours are written as CSS custom
-properties with a fallback, so one SVG fits a light page, a dark page and paper. Text stays text: it can
-be selected, searched and read aloud.
+Colours are CSS custom properties with a fallback, so one SVG fits light pages, dark pages and paper. Text
+stays text: it can be selected, searched and read aloud.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ _SERIES = ("first", "second", "third", "fourth", "fifth")
 _NARROW_IN = 4.4
 _WIDE_IN = 10.2
 MAX_DOTS = 300
-"""Samples drawn per variant; more would make the page heavy without showing more."""
+"""Samples drawn per variant; more would only make the page heavy."""
 
 
 def _svg(figure: Figure, *, name: str, alt: str) -> str:
-    """``figure`` as an inline SVG element: no date, no foreign addresses, ids unique by ``name``."""
+    """Render as an inline SVG element without date or URLs; ``name`` makes its ids unique."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a "$" in a name is a dollar
     buffer = io.StringIO()
@@ -73,7 +72,7 @@ def _new_figure(width_in: float, height_in: float) -> Figure:
 
 
 def _bare(axes: Any, *, ticks: bool = False) -> None:
-    """Leave only what carries data: no frame, soft small ticks or none."""
+    """Remove the frame; keep small soft ticks, or none."""
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=9, labelcolor=COLOURS["soft"])
     if not ticks:
@@ -86,7 +85,7 @@ def _title(axes: Any, text: str) -> None:
 
 
 def _label(axes: Any, x: float, y: float, text: str, **options: Any) -> None:
-    """Text at data coordinates, clear of the mark by a few points."""
+    """Write text at data coordinates, a few points clear of the mark."""
     offset = options.pop("offset", (6, 0))
     options = {"va": "center", "fontsize": 9.5, "color": COLOURS["ink"], **options}
     axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", annotation_clip=False, **options)
@@ -99,13 +98,13 @@ def _colours(names: Sequence[str], baseline: str | None) -> dict[str, str]:
 
 
 def _rows(axes: Any, names: Sequence[str]) -> None:
-    """One row per variant, the first on top, named at the left."""
+    """Lay out one row per variant, the first on top, named on the left."""
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), names, fontsize=9.5, color=COLOURS["ink"])
 
 
 def kept_width_figure(layers: Sequence[LayerWidth]) -> str:
-    """Two aligned panels over the layers: which KV groups, and how many FFN neurons, were kept."""
+    """Draw KV groups and FFN neurons kept per layer, in two aligned panels."""
     of_groups = sum(layer.of_groups for layer in layers)
     kept_groups = sum(len(layer.kept_groups) for layer in layers)
     of_neurons = sum(layer.of_neurons for layer in layers)
@@ -151,9 +150,9 @@ def kept_width_figure(layers: Sequence[LayerWidth]) -> str:
 
 
 def _spread_rows(samples: Sequence[float]) -> list[tuple[float, float]]:
-    """Up to ``MAX_DOTS`` samples, evenly chosen, each with a vertical offset that separates neighbours.
+    """Choose up to ``MAX_DOTS`` samples evenly, each with a vertical offset that separates neighbours.
 
-    The offsets follow the golden ratio, so they are even and the same every time.
+    The offsets follow the golden ratio, so they are even and reproducible.
     """
     step = max(1.0, len(samples) / MAX_DOTS)
     chosen = [samples[int(i * step)] for i in range(min(len(samples), MAX_DOTS))]
@@ -168,7 +167,7 @@ def latency_figure(
     baseline: str | None,
     bound_ms: Mapping[str, float],
 ) -> str:
-    """Every sample of one latency as a dot, its median as a line, and the bound where one is known.
+    """Draw samples of one latency as dots, medians as lines, and bounds if known.
 
     ``variants`` are entries of benchmark.json that have ``metric``; ``bound_ms`` maps a variant's name to
     the latency it would have at its bound. The axis starts at zero; samples beyond 1.3 times the largest
@@ -218,7 +217,7 @@ def latency_figure(
 
 
 def memory_figure(variants: Sequence[Mapping[str, Any]], *, baseline: str | None) -> str:
-    """Bars of what has to fit: peak RSS, weight file, and KV cache per token, each from zero."""
+    """Draw bars of weight file, peak memory and KV cache per token, each from zero."""
     measures = [
         (key, title)
         for key, title in (
@@ -253,10 +252,10 @@ def memory_figure(variants: Sequence[Mapping[str, Any]], *, baseline: str | None
 def quality_figure(
     variants: Sequence[Mapping[str, Any]], *, baseline: str | None, speedups: Mapping[str, float]
 ) -> str:
-    """Speed and quality of each variant on the same row: decode speed-up, perplexity, KL to dense.
+    """Draw decode speed-up, perplexity and KL to dense of each variant in one row.
 
-    The KL carries a bar of one standard error either side where it was recorded. ``speedups`` maps names of
-    variants to their decode speed-up over the baseline, which itself stands at 1.
+    The KL has an error bar of one standard error if recorded. ``speedups`` maps variant names to decode
+    speed-ups over the baseline, which itself stands at 1.
     """
     names = [str(v["name"]) for v in variants]
     colours = _colours(names, baseline)
@@ -295,7 +294,7 @@ def quality_figure(
 
 
 def selection_figure(selection: Mapping[str, Any]) -> str:
-    """Every candidate's KL as a dot on one strip per saliency, the winner marked, the median as a line.
+    """Draw the KL of each candidate as a dot, one strip per saliency; mark the winner and the median.
 
     ``selection`` is what ``Selection.to_json`` of prune/select.py gives.
     """
@@ -343,7 +342,7 @@ def selection_figure(selection: Mapping[str, Any]) -> str:
 
 
 def sensitivity_figure(layers: Mapping[str, float]) -> str:
-    """What each layer alone in int8 costs, in the order of the model; the worst three with their numbers.
+    """Draw the KL of each layer alone in int8, in model order; label the worst three.
 
     ``layers``: KL in nats by the names of quantize/int8/sensitivity.py ("3", "encoder 3", "cross 3", "head").
     """
@@ -375,7 +374,7 @@ def _layer_order(name: str) -> tuple[int, int]:
 
 
 def kernel_figure(record: Mapping[str, Any]) -> str:
-    """How much each cut changed the Adam kernel: measured, by removal alone, and the linear bound.
+    """Draw the change of the Adam kernel by each cut: measured, by removal alone, and the linear bound.
 
     ``record`` comes from ``NtkStudy.to_json`` of measure/ntk/study.py. The axis is logarithmic: a cut may
     change the kernel by many times its size.
@@ -418,7 +417,7 @@ def kernel_figure(record: Mapping[str, Any]) -> str:
 
 
 def stage_time_figure(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """Bars of where the job's own time went, one per stage in the order they ran, with peak RSS."""
+    """Draw the time of each stage in order, with its peak RSS."""
     timed = {name: stage for name, stage in stages.items() if stage.get("seconds") is not None}
     seconds = [stage["seconds"] for stage in timed.values()]
     figure = _new_figure(_NARROW_IN * 1.5, 0.5 + 0.29 * len(timed))

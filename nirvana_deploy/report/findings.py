@@ -1,7 +1,7 @@
-"""What the records say, as a reader wants to hear it: headline numbers, cautions and gaps.
+"""Headline numbers, cautions and gaps of a report.
 
-Pure functions from parsed records to small values that both templates of the report render. A caution is
-part of the headline: a report that sells speed says on the same screen what it cost.
+Pure functions from parsed records to small values that both templates render. A caution is part of the
+headline: speed and its cost stand on the same screen.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from nirvana_deploy.report.table import (
 )
 
 PERPLEXITY_ALARM = 1.5
-"""A perplexity of more than this times dense is called a drop in quality."""
+"""Perplexity ratio to dense above which the report warns."""
 BOUND_SHARE_ALARM = 0.9
-"""A speed-up of less than this share of its bound is called unexpected."""
+"""Share of its bound below which a speed-up gets a caution."""
 
 
 @dataclass(frozen=True)
 class Gain:
-    """One latency of one variant against the baseline's, medians."""
+    """Median latency of a variant relative to the baseline."""
 
     before_ms: float
     after_ms: float
     speedup: float
     bound: float | None
-    """The speed-up that fewer bytes (decode) or fewer flops (prefill) allow; None if not recorded."""
+    """Speed-up allowed by fewer bytes (decode) or operations (prefill); None if not recorded."""
 
     @property
     def share_of_bound(self) -> float | None:
@@ -50,7 +50,7 @@ class Gain:
 def gain(
     benchmark: Mapping[str, Any], variant: Mapping[str, Any], metric: Literal["tpot", "prefill"]
 ) -> Gain | None:
-    """How much faster ``variant`` is than the baseline; None when either was not measured."""
+    """Speed-up of ``variant`` over the baseline; None if either wasn't measured."""
     baseline = baseline_of(benchmark)
     before, after = (median_of(v, f"{metric}_ms") if v else None for v in (baseline, variant))
     if not before or not after:
@@ -117,9 +117,9 @@ def _quality_tiles(baseline: Mapping[str, Any] | None, variant: Mapping[str, Any
 
 
 def headline_tiles(records: Records) -> tuple[Tile, ...]:
-    """The numbers of the first screen, for the first variant that is not the baseline.
+    """Numbers of the first screen, for the first variant besides the baseline.
 
-    Without a baseline the speeds are absolute; what was not measured has no tile.
+    Speeds are absolute without a baseline; unmeasured values have no tile.
     """
     tiles = []
     budget = (records.plan or {}).get("budget")
@@ -162,7 +162,7 @@ class Badge:
 
 
 def verification_badge(records: Records) -> Badge:
-    """The verification of all models in one line."""
+    """Verification of all models in one line."""
     found = verifications(records)
     if not found:
         return Badge("absent", "Not verified", "The exported files were not compared with the torch model.")
@@ -228,7 +228,7 @@ _SHORT_OF_BOUND = {
     False: "The bound counts bytes read. As weights shrink, what reads none of them (attention, norms, "
     "rounding activations, starting each operator) becomes most of the time.",
 }
-"""Why, by whether the variant computes in float."""
+"""The usual reason, by whether the variant computes in float."""
 
 
 def _speed_caution(what: str, name: str, speed: Gain | None, *, in_float: bool) -> str | None:
@@ -242,7 +242,7 @@ def _speed_caution(what: str, name: str, speed: Gain | None, *, in_float: bool) 
 
 
 def cautions(records: Records) -> tuple[str, ...]:
-    """What a reader must know before believing the headline; empty when nothing is wrong."""
+    """Return the caveats to the headline, if any."""
     benchmark = records.benchmark or {}
     found = [
         _verification_caution(records),
@@ -261,14 +261,14 @@ def cautions(records: Records) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Gap:
-    """A part of the report that is missing, why, and the command that makes it."""
+    """A missing part of the report: the reason, and the command that makes it."""
 
     what: str
     command: str
 
 
 def gaps(records: Records) -> tuple[Gap, ...]:
-    """Every part that could not be written; commands are typed inside the output folder."""
+    """Return the missing parts; their commands run inside the output folder."""
     options = (records.manifest or {}).get("options") or {}
     benchmark = records.benchmark
     found = []
@@ -302,14 +302,14 @@ def gaps(records: Records) -> tuple[Gap, ...]:
 
 
 def title(records: Records) -> str:
-    """The report's title: the model, and how much of it was removed."""
+    """Title of the report: the model and the share removed."""
     name = model_name(records) or "Unnamed model"
     share = ((records.plan or {}).get("budget") or {}).get("met_removed_share")
     return f"{name} pruned by {share:.0%}" if share is not None else name
 
 
 def compared(records: Records) -> str:
-    """Which variants the headline compares."""
+    """Return which variants the headline compares."""
     benchmark = records.benchmark or {}
     names = [str(variant["name"]) for variant in challengers_of(benchmark)]
     baseline = baseline_of(benchmark)

@@ -1,4 +1,4 @@
-"""The record ntk.json in words and rows: what a reader of a report is told. Opens no model."""
+"""Sentences and table rows of the report about ntk.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nirvana_deploy.report.table import format_number, format_share
 
 
 def explain(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """What was measured and found, in a few sentences; the first cut of ``record`` is the one in question."""
+    """Explain in a few sentences what was measured; the first cut of ``record`` is the pruned model."""
     pruned, *others = record["cuts"]
     lines = [
         "The tangent kernel tells how one Adam step on one text moves the output on another; a cut that "
@@ -69,7 +69,7 @@ def _outputs(record: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:
 
 
 def rows(record: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """The table below the sentences: a label, then one cell a cut."""
+    """Rows of the table: a label, then one cell per cut."""
     cuts = record["cuts"]
     size = _mean_size(record["dense"]["values"])
     measures = (
@@ -87,7 +87,7 @@ def rows(record: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
 
 
 def headers(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Of the table: one column a cut."""
+    """Headers of the table: one column per cut."""
     return ("", *(_label(cut) for cut in record["cuts"]))
 
 
@@ -97,7 +97,7 @@ def _label(cut: Mapping[str, Any]) -> str:
 
 
 def removed_diagonal(cut: Mapping[str, Any]) -> float:
-    """The share of the Adam kernel's diagonal that goes with the removed weights, mean over windows."""
+    """Share of the Adam kernel's diagonal held by removed weights, mean over windows."""
     return fmean(cut["adam"]["diagonal_removed"])
 
 

@@ -1,7 +1,7 @@
-"""Write report.md and report.html from an output folder's records.
+"""report.md and report.html from the records of an output folder.
 
-The HTML carries everything inside itself: style, figures, no script, and a content policy that lets a
-browser load nothing else. The Markdown has the same numbers as tables, for a terminal or a repository.
+The HTML is self-contained: style and figures inside, no script, and a content policy that lets a browser load
+nothing else. The Markdown has the same numbers as tables.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ print(tokenizer.decode(tokens[0]))"""
 
 @dataclass(frozen=True)
 class PlacedFigure:
-    """One figure as the page shows it."""
+    """A figure with its caption."""
 
     svg: Markup
     caption: str
@@ -99,7 +99,7 @@ class PlacedFigure:
 
 @dataclass(frozen=True)
 class Snippet:
-    """One way to run the result, typed inside the output folder."""
+    """Code that runs the result from inside the output folder."""
 
     title: str
     language: str
@@ -107,7 +107,7 @@ class Snippet:
 
 
 def _bounds_ms(benchmark: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """Per variant with a known bound, the median in ms that ``metric`` would have there."""
+    """Variant name -> median of ``metric`` in ms at its bound, if the bound is known."""
     before_ms = median_of(baseline_of(benchmark) or {}, metric)
     bounds = {}
     for variant in challengers_of(benchmark):
@@ -196,13 +196,13 @@ def _figures_of(records: Records) -> list[PlacedFigure]:
 
 
 def _selection(records: Records) -> Mapping[str, Any] | None:
-    """What the selector tried, where there was a choice."""
+    """The selector's record; None if there was no choice."""
     found: Mapping[str, Any] | None = (records.stage(stage.SELECT).get("result") or {}).get("selection")
     return found
 
 
 def _kernel(records: Records) -> dict[str, Any] | None:
-    """What the section on the tangent kernel says, where it was measured."""
+    """Context of the tangent kernel section; None if it wasn't measured."""
     record = records.stage(stage.TANGENT_KERNEL).get("result")
     if not record:
         return None
@@ -223,7 +223,7 @@ def _kernel_figure(records: Records) -> PlacedFigure | None:
 
 
 def _task_rows(records: Records) -> tuple[tuple[str, ...], ...]:
-    """Rows of the table of tasks: task, metric, then one cell a variant; the first row is the header."""
+    """Rows of the task table: task, metric, one cell per variant; the first row is the header."""
     variants = (records.stage(stage.TASKS).get("result") or {}).get("variants") or {}
     if not variants:
         return ()
@@ -270,7 +270,7 @@ def _snippets(records: Records) -> tuple[Snippet, ...]:
 
 
 def _checks(records: Records) -> tuple[tuple[str, ...], ...]:
-    """Rows of the verification table: model, check, what was found, what is allowed, result."""
+    """Rows of the verification table: model, check, value found, tolerance, result."""
     rows = []
     for model, result in (records.stage(stage.VERIFY).get("result") or {}).items():
         for check in result.get("checks") or ():
@@ -291,7 +291,7 @@ def _checks(records: Records) -> tuple[tuple[str, ...], ...]:
 
 
 def _layer_rows(records: Records) -> tuple[tuple[str, ...], ...]:
-    """Rows of the width table: layer, KV groups kept, FFN neurons kept, and that as a share and a bar."""
+    """Rows of the width table: layer, KV groups kept, FFN neurons kept, their share and a bar."""
     return tuple(
         (layer.label, f"{len(layer.kept_groups)} of {layer.of_groups}", *_neurons(layer))
         for layer in (layer_widths(records.plan) if records.plan else ())
@@ -318,7 +318,7 @@ def _stage_rows(records: Records) -> tuple[tuple[str, ...], ...]:
 
 
 def report_context(records: Records) -> dict[str, Any]:
-    """Everything both templates show, from the records alone: same records, same context."""
+    """Return the context of both templates, a function of the records alone."""
     return {
         "title": findings.title(records),
         "headline": findings.headline(records),
@@ -347,19 +347,19 @@ _MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#])")
 
 
 def markdown_text(value: Any) -> str:
-    """``value`` as Markdown that shows exactly these characters, on one line; Markup passes unchanged."""
+    """Escape ``value`` for Markdown, on one line; Markup passes unchanged."""
     if isinstance(value, Markup):
         return str(value)
     return _MARKDOWN_SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
 
 
 def markdown_code(value: Any) -> Markup:
-    """``value`` as inline code for a table cell: one line, without backticks and bars."""
+    """Format ``value`` as inline code for a table cell: one line, without backticks and bars."""
     return Markup("`" + " ".join(str(value).split()).replace("`", "'").replace("|", "/") + "`")
 
 
 def render_markdown(context: Mapping[str, Any]) -> str:
-    """report.md from ``report_context``; every value is escaped for Markdown."""
+    """Render report.md from ``report_context``; every value is escaped for Markdown."""
     environment = Environment(
         loader=PackageLoader("nirvana_deploy.report"),
         autoescape=False,  # HTML's rules; finalize applies Markdown's

@@ -1,4 +1,4 @@
-"""The figure of what each layer costs in int8."""
+"""Figure of the KL of each layer in int8."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from nirvana_deploy.base.artifact import write_bytes
 
 SENSITIVITY_FIGURE = "sensitivity.svg"
-"""Beside quantization.json."""
+"""File name, beside quantization.json."""
 
 
 _SVG = "http://www.w3.org/2000/svg"
 
 
 def write_sensitivity(folder: Path, record: Mapping[str, Any]) -> None:
-    """Draw what each layer costs, where that was measured, beside the quantization.json that has it."""
+    """Draw the KL per layer beside quantization.json, if it was measured."""
     layers = (record.get("sensitivity") or {}).get("layers")
     if layers:
         from nirvana_deploy.report.figures import sensitivity_figure  # imports matplotlib

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and the dense-against-pruned table.
+"""Numbers formatted for people, and the table of variants.
 
 Small pure functions, shared by the report, the figures and the command line's closing summary. Bytes use
 decimal units (1 MB = 10^6 bytes), as disks and downloads do.
@@ -13,11 +13,11 @@ from typing import Any
 TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"
 ABSENT = "\N{EM DASH}"
-"""Stands in a table where nothing was measured."""
+"""Table cell of an unmeasured value."""
 
 
 def format_number(value: float, *, digits: int = 3) -> str:
-    """``value`` with ``digits`` significant digits, never in exponent form: 0.0123, 12.3, 1,234.
+    """Format with ``digits`` significant digits, never in exponent form: 0.0123, 12.3, 1,234.
 
     Digits left of the point are always kept: 1234 is 1,234 with any ``digits``.
     """
@@ -64,12 +64,12 @@ def format_seconds(value_s: float) -> str:
 
 
 def format_share(share: float) -> str:
-    """A share of one as a percentage with one decimal: 40.0%."""
+    """A fraction as a percentage with one decimal: 40.0%."""
     return f"{share * 100:.1f}%".replace("-", MINUS)
 
 
 def format_times(factor: float) -> str:
-    """A factor: 1.43 times is written ``1.43×``."""
+    """A factor: ``1.43×``."""
     return f"{format_number(factor)}{TIMES}"
 
 
@@ -82,7 +82,7 @@ def format_change(before: float, after: float) -> str:
 
 
 def format_faster(before: float, after: float) -> str:
-    """The change of a latency in words: 1.43× faster, or 1.05× slower."""
+    """Change of a latency: 1.43× faster, 1.05× slower."""
     if before <= 0 or after <= 0:
         return ""
     return (
@@ -93,36 +93,33 @@ def format_faster(before: float, after: float) -> str:
 
 
 def text_bar(part: float, whole: float, *, width: int) -> str:
-    """``part`` of ``whole`` as a bar of ``width`` characters: full blocks, then light shade."""
+    """Bar of ``width`` characters: full blocks for ``part`` of ``whole``, light shade for the rest."""
     filled = round(width * part / whole) if whole else 0
     return "\N{FULL BLOCK}" * filled + "\N{LIGHT SHADE}" * (width - filled)
 
 
 def median_of(variant: Mapping[str, Any], metric: str) -> float | None:
-    """The median of a latency such as ``tpot_ms``, or None when the variant lacks it."""
+    """Median of a latency such as ``tpot_ms``; None if not measured."""
     summary = variant.get(metric)
     return summary.get("p50") if summary else None
 
 
 def baseline_of(benchmark: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The variant that others are compared with: the one comparisons name, else the one called "dense".
-
-    None when only other variants were measured.
-    """
+    """The variant that comparisons name as baseline, else the one called "dense"; None without either."""
     names = [comparison.get("baseline") for comparison in benchmark.get("comparisons") or ()]
     wanted = names[0] if names else "dense"
     return next((v for v in benchmark.get("variants") or () if v["name"] == wanted), None)
 
 
 def challengers_of(benchmark: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The variants that are not the baseline, in measured order."""
+    """Variants besides the baseline, in measured order."""
     baseline = baseline_of(benchmark)
     return [v for v in benchmark.get("variants") or () if baseline is None or v["name"] != baseline["name"]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headers and rows of strings; every row has as many cells as there are headers."""
+    """Headers and rows of strings, with one cell per header."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -130,14 +127,14 @@ class Table:
 
 @dataclass(frozen=True)
 class _Measure:
-    """One row of the summary: how to read it from a variant, write it, and say its change."""
+    """One row of the summary: how to read, format and compare its value."""
 
     label: str
     read: Callable[[Mapping[str, Any]], float | None]
     write: Callable[[float], str]
     change: Callable[[float, float], str]
     speedup: str | None = None
-    """Key of the comparison that says how much faster, from paired rounds."""
+    """Key of the comparison that holds the speed-up over paired rounds."""
 
 
 def _quality(key: str) -> Callable[[Mapping[str, Any]], float | None]:
@@ -184,12 +181,11 @@ def _measures(prompt_tokens: int | None) -> tuple[_Measure, ...]:
 
 
 def summary_table(benchmark: Mapping[str, Any]) -> Table:
-    """The measured variants side by side: the baseline, then each other variant with its change.
+    """Compare the measured variants: the baseline, then each other variant with its change.
 
-    ``benchmark`` is a parsed benchmark.json. Latencies are medians; how much faster is the median over rounds
-    in which both ran, so it need not be the ratio of the two cells beside it. One variant has its change in a
-    column of its own, several have it in brackets behind the number. A row that no variant has is left out;
-    without a baseline there is no change.
+    ``benchmark`` is a parsed benchmark.json. Latencies are medians; a speed-up is the median over paired
+    rounds, so it need not be the ratio of the cells beside it. With one variant the change has its own
+    column, with several it stands in brackets. Rows without values are left out.
     """
     baseline, challengers = baseline_of(benchmark), challengers_of(benchmark)
     apart = baseline is not None and len(challengers) == 1
@@ -223,7 +219,7 @@ def _change(
     before: float | None,
     after: float | None,
 ) -> str:
-    """What the column of change says of one measure; empty where one side is missing."""
+    """Change of one measure; empty if either side is missing."""
     if before is None or after is None:
         return ""
     comparisons = benchmark.get("comparisons") or ()
