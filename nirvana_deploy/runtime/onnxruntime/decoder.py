@@ -4,14 +4,7 @@ Everything about the model is read from the session's own inputs, so the layers 
 cache that the graph concatenates (``portable``) stays in OrtValues where the runtime put it; one that it
 updates in place (``gqa``, ``static-cache``) is allocated once (``slots.py``), and bound as input and output
 at the same time. Prompts of a batch are padded on the left whatever the flavor: where a graph wants its rows
-to start in slot 0, they are moved there and back. Logits are viewed, not copied. The three Python entry
-points of ONNX Runtime (``run``, ``run_with_ort_values``, ``io_binding``) cost the same per token within
-the noise; the one used here needs no rebinding and never shows the cache to numpy.
-
-The session's own defaults stay, as measured on SmolLM2 (538 MB in fp32): prepacking replaces the weights
-rather than doubling them (607 MB resident after loading, 720 MB at the peak, which the head's repacking
-sets), and without it decode slows by a quarter to save 50 MB of peak; arena and memory pattern change
-neither.
+to start in slot 0, they are moved there and back. The session's own defaults stay (``benchmarks/NOTES.md``).
 """
 
 from __future__ import annotations
