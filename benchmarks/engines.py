@@ -198,7 +198,7 @@ def _cut_again(out: Path, dense: Path, folder: Path, name: str) -> Path:
     said = read_json(out / "manifest.json")["options"]
     own = {"allocation": said["allocation"], "round_to": said["round_to"], **OTHER_CUTS[name]}
     gamma = said["gamma"] if own["allocation"] == "global" else None
-    shape, scores = shape_from_config(config_json(dense)), read_scores(out / SCORES_FILE)
+    shape, scores = Checkpoint.open(dense).shape, read_scores(out / SCORES_FILE)
     plan = make_plan(shape, scores, sparsity=said["sparsity"], gamma=gamma, saliency=said["saliency"], **own)
     slice_checkpoint(Checkpoint.open(dense), plan, folder)
     return folder

@@ -40,8 +40,7 @@ from nirvana_deploy.calibrate.windows import (
     calibration_data,
     windows_of_text,
 )
-from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_tokenizer
-from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import PrunePlan, default_gamma, make_plan
@@ -117,7 +116,7 @@ class Grid:
 
     def __init__(self, checkpoint: Path, tokenizer: Any, options: argparse.Namespace) -> None:
         self._checkpoint = checkpoint
-        self._shape = shape_from_config(config_json(checkpoint))
+        self._shape = Checkpoint.open(checkpoint).shape
         self._tokenizer = tokenizer
         self._options = options
         self.evaluated = windows_of_text(

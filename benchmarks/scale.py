@@ -38,10 +38,10 @@ from safetensors.torch import save_file
 from nirvana_deploy.base.artifact import read_json, require_free_bytes, write_json
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.measure.worker import peak_rss_bytes
-from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.shape import ModelShape
-from nirvana_deploy.model.weights import INDEX_FILE, SafetensorsWeights, check_weights, expected_shapes
+from nirvana_deploy.model.weights import INDEX_FILE, expected_shapes
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan, pruned_shape, read_plan, write_plan
 from nirvana_deploy.prune.reconstruct import reconstruct_layers
@@ -250,7 +250,7 @@ def in_memory(options: argparse.Namespace) -> None:
     batch = torch.from_numpy(_tokens(options))
     with stage(stages, "score"):
         model = load_checkpoint(options.work / "dense")
-        shape = shape_from_config(config_json(options.work / "dense"))
+        shape = Checkpoint.open(options.work / "dense").shape
         (functional(model(batch, use_cache=False).logits, batch) / len(batch)).backward()
         parameters = dict(model.named_parameters())
         layers = []
@@ -274,7 +274,7 @@ def _tokens(options: argparse.Namespace, sequences: int | None = None) -> Any:
 
 
 def _write_plan_of(scores: UnitScores, options: argparse.Namespace, name: str) -> PrunePlan:
-    shape = shape_from_config(config_json(options.work / "dense"))
+    shape = Checkpoint.open(options.work / "dense").shape
     plan = make_plan(shape, scores, sparsity=options.sparsity, saliency=options.saliency)
     write_plan(plan, options.work / f"{name}.json")
     np.savez(options.work / f"{name}.npz", np.concatenate(scores.groups), np.concatenate(scores.neurons))
@@ -305,9 +305,8 @@ def check_result(folder: Path, shape: ModelShape, plan: PrunePlan) -> dict[str, 
     """Open the pruned checkpoint without reading it, compare its shapes with the plan, read one tensor."""
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
-    found = shape_from_config(config_json(folder))
-    weights = SafetensorsWeights(folder)
-    check_weights(weights, found)
+    checkpoint = Checkpoint.open(folder)
+    found, weights = checkpoint.shape, checkpoint.weights
     opened_s = time.perf_counter() - start
     grown = psutil.Process().memory_info().rss - before
     if found.layers != pruned_shape(shape, plan).layers:

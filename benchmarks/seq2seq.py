@@ -30,8 +30,7 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.benchmark import alternate, benchmark, speedups, variant_from_folder
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.worker import WorkerProcess
-from nirvana_deploy.model.checkpoint import Checkpoint, config_json
-from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import default_gamma, make_plan
@@ -60,7 +59,7 @@ def write_checkpoints(name: str, out: Path, *, sparsity: float) -> dict[str, Pat
 
 def shape_of(checkpoint: Path) -> ModelShape:
     """The shape of a checkpoint."""
-    return shape_from_config(config_json(checkpoint))
+    return Checkpoint.open(checkpoint).shape
 
 
 def exported(checkpoint: Path, folder: Path) -> dict[str, float]:

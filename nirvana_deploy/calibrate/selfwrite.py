@@ -1,8 +1,8 @@
 """Calibration text that the model writes itself: no data at hand, none needed.
 
-Sampled at temperature 1 from the full distribution, so that the text is the model's own estimate of what
-it will see. Each window is its own document. The same seed gives the same tokens on the same machine;
-across machines rounding may tip a sample.
+Sampled at temperature 1 from the full distribution, so the text is the model's own estimate of what it will
+see. Each window is its own document. The same seed gives the same tokens on the same machine; across machines
+rounding may tip a sample.
 """
 
 from __future__ import annotations

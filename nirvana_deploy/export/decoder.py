@@ -1,26 +1,8 @@
 """The decoder as an ONNX graph, built layer by layer from parts.
 
-The graph is built rather than traced: it has about twenty nodes a layer with names that say where they
-come from, takes each layer's own dimensions, and refers to weights by name without holding them.
-
-Flavors, by how they keep the KV cache (``attention.py`` says what each takes and gives):
-
-========================  ======================================  =======================================
-``portable`` (opset 23)   past and new concatenated               ONNX Runtime, onnxruntime-genai, TensorRT
-``gqa`` (opset 23)        com.microsoft.GroupQueryAttention       ONNX Runtime, onnxruntime-genai
-``static-cache`` (24)     fixed length, updated in place          TensorRT, ONNX Runtime
-========================  ======================================  =======================================
-
-What other stages rely on (quantization replaces weights by these rules):
-
-* every linear is a ``MatMul`` whose second input is the initializer ``<module>.weight``, stored as
-  [inputs, outputs], with ``<module>`` as the checkpoint names it; its bias, where there is one, is the
-  initializer ``<module>.bias`` of the ``Add`` behind;
-* in ``gqa``, for ONNX Runtime alone, q, k and v are one such product, and gate and up another, named as
-  ``packed.py`` says: at one token a product takes microseconds, and its start is a good part of them;
-* the embedding is the initializer ``<embedding>.weight`` [V, D]; a tied head is the ``Transpose`` of it,
-  an untied one the linear ``<head>.weight`` [D, V];
-* the hidden state that leaves layer i is called ``hidden_states.i``.
+The graph is built, not traced: about twenty nodes a layer, named after the modules they come from, with each
+layer's own dimensions and weights referred to by name. Quantization relies on the names that
+:func:`build_decoder` gives.
 """
 
 from __future__ import annotations
@@ -47,6 +29,14 @@ from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.output.layout import DTYPE_KEY, FLAVOR_KEY, GRAPH_SCHEMA, SCHEMA_KEY
 
 FLAVORS = ("portable", "gqa", "static-cache")
+"""How the KV cache is kept (``attention.py`` says what each takes and gives):
+
+========================  ======================================  =======================================
+``portable`` (opset 23)   past and new concatenated               ONNX Runtime, onnxruntime-genai, TensorRT
+``gqa`` (opset 23)        com.microsoft.GroupQueryAttention       ONNX Runtime, onnxruntime-genai
+``static-cache`` (24)     fixed length, updated in place          TensorRT, ONNX Runtime
+========================  ======================================  =======================================
+"""
 _GQA_HEAD_DIM_MULTIPLE = 16
 
 
@@ -110,6 +100,14 @@ def build_decoder(
     ``write_indices`` [B] (all int64); per layer ``past_key_values.{i}.key|value``. Outputs ``logits``
     [B, T, V] (or [B, 1, V]) and ``present.{i}.key|value``. ``max_positions`` is the length of the rotary
     tables of ``gqa``.
+
+    * A linear is a ``MatMul`` with the initializer ``<module>.weight`` [inputs, outputs], ``<module>`` as in
+      the checkpoint; its bias, if any, is the initializer ``<module>.bias`` of the ``Add`` behind.
+    * In ``gqa``, q, k and v are one such product, and gate and up another, named as ``packed.py`` says: at
+      one token a product takes microseconds, and launching it is a good part of them.
+    * The embedding is the initializer ``<embedding>.weight`` [V, D]; a tied head is its ``Transpose``, an
+      untied one the linear ``<head>.weight`` [D, V].
+    * The hidden state that leaves layer i is called ``hidden_states.i``.
     """
     parts = GraphParts(
         "decoder", opset=options.opset, dtype=options.dtype, norm_epsilon=norm_epsilon, parameter=parameter

@@ -1,18 +1,8 @@
 """The floating-point types of an exported graph: weights, activations, KV cache and logits.
 
-What stays float32 inside a half-precision graph, whichever runtime reads it:
-
-* the mean of squares of every norm: ``RMSNormalization`` with ``stash_type`` float32 (the TensorRT parser
-  turns it into casts around float32 layers, ONNX Runtime accumulates in float32), because squares of
-  ordinary activations leave float16's range;
-* rotary angles, and their cosine and sine, which are rounded once.
-
-The softmax is inside one operator, so its precision is the runtime's: ONNX Runtime's CPU sums in float32
-(tested with more keys than float16 can count, for ``Attention`` and ``GroupQueryAttention``), and TensorRT
-has one fused kernel, whose parser refuses a ``softmax_precision``. ``Attention`` scales query and key by
-d^-1/4 each, so that their products stay in range.
-
-Logits have the graph's type, as the builder of onnxruntime-genai writes them: it and our runner widen them.
+In a half-precision graph, two things stay float32 in every runtime: the mean of squares of a norm
+(``stash_type``; squares of ordinary activations leave float16's range), and rotary angles with their cosine
+and sine, which are rounded once. The softmax is inside one operator, so its precision is the runtime's.
 """
 
 from __future__ import annotations

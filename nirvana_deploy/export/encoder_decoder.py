@@ -1,17 +1,8 @@
 """T5 and Flan-T5 as two ONNX graphs, encoder and decoder: standard operators of opset 23, no control flow.
 
-The decoder serves the first step and all later ones. Its keys and values of the cross-attention are
-``past ++ project(encoder_hidden_states[:, length of past:])``: all of them when the past is empty, none when
-it is complete, so they are computed once and no ``If`` is needed. ``Attention`` gets an additive float mask
-that holds the relative position bias, the causal order and the padding, and does not scale (T5 does not).
-
-A relative position bias is a table [buckets, H] in the first layer of a stack, shared by all of its layers.
-A layer that lost heads takes the rows of its own heads from the shared bias. The bucket of a distance is
-looked up in a list that the export computes with the arithmetic of transformers; distances beyond its
-end share the last bucket, so any length is legal.
-
-Below float32 the residual stream, the norms and (float16 only) the FFN's ``wo`` stay float32: sums of the
-residual stream leave float16's range in real T5 models, and transformers keeps the same weights.
+The decoder serves the first step and all later ones: its cross-attention keys and values are ``past ++
+project(encoder_hidden_states[:, length of past:])``, so they are computed once. The additive float mask of
+``Attention`` holds the relative position bias, the causal order and the padding; T5 does not scale.
 
 Dimension letters as in ``model/shape.py``; B sequences of a batch, E encoder tokens, S past plus new ones.
 """
@@ -50,7 +41,8 @@ class Weights:
     narrow: Parameter
     """Weights in ``dtype``."""
     wide: Parameter
-    """Weights in float32."""
+    """Weights in float32: the norms and, for float16, the FFN's ``wo``. The residual stream is float32 too:
+    its sums leave float16's range in real T5 models, and transformers keeps the same weights."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +248,11 @@ class _Stack:
         return self.widened(self.op.Gather(self.embedding, tokens, axis=0))
 
     def position_bias(self, site: str, queries: ir.Value, keys: ir.Value) -> ir.Value:
-        """Bias [1, H, T, S] of all heads, for positions of queries [T, 1] and keys [S]."""
+        """Bias [1, H, T, S] of all heads, for positions of queries [T, 1] and keys [S].
+
+        Buckets are looked up in a list; distances beyond its end share the last bucket, so any length is
+        legal.
+        """
         op, (buckets, heads), limit = self.op, self.shape.position_bias, self.recipe.max_distance
         module = f"{self.shape.family.site(site).layer(0)}.{self.shape.family.site(site).position_bias}"
         table = self.parts.weight(f"{module}.weight", (buckets, heads))

@@ -1,9 +1,7 @@
-"""From a checkpoint folder to one GGUF file for llama.cpp, written with gguf-py, one tensor at a time.
+"""Write a checkpoint as one GGUF file for llama.cpp, with gguf-py, one tensor at a time.
 
-The weight type decides about more than the weights: llama.cpp rounds the inputs of a product to the type of
-its weights. With f32 it chooses torch's tokens. With q8_0 the inputs get 8 bits too, in blocks of 32; torch
-with both roundings chooses llama.cpp's tokens but at near-ties, with that of the weights alone it does not
-(tests/test_gguf.py). A cut that is badly conditioned can lose much by it: compare its text with that of f16.
+The weight type decides about inputs too: llama.cpp rounds the inputs of a product to the type of its weights,
+with q8_0 to 8 bits in blocks of 32 (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations

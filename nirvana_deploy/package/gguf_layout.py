@@ -1,13 +1,10 @@
-"""How llama.cpp wants a decoder laid out: its architecture, its metadata, and its tensors, as data.
+"""How llama.cpp wants a decoder laid out: its architecture, its metadata and its tensors, as data.
 
-llama.cpp builds one graph per architecture name, and most of them read one head count for all layers. Two
-read the counts of every layer, and between them they compute every family here:
-
-``deci`` (Nemotron's pruned Llamas): q, k, v apart, rotary pairs beside one another, optional biases.
-``openelm``: q, k, v in one tensor, norms on the heads of q and k, tied embeddings: what Qwen3 computes.
-
-Where rotary pairs lie beside one another, element 2j and 2j + 1 of a head are rotated together; in a
-checkpoint they are j and j + d/2, so the rows of q and k are reordered [llama.cpp, conversion of Llama].
+Most of llama.cpp's graphs read one head count for all layers (``Family.gguf``). Two read the counts of every
+layer: ``deci`` (Nemotron's pruned Llamas: q, k, v apart, adjacent rotary pairs, optional biases) and
+``openelm`` (q, k, v in one tensor, head norms, tied embeddings: what Qwen3 computes). Adjacent rotary pairs
+rotate elements 2j and 2j + 1 of a head, where a checkpoint rotates j and j + d/2, so the rows of q and k are
+reordered [llama.cpp, conversion of Llama].
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A checkpoint's tokenizer in llama.cpp's words.
 
-Two kinds of ``tokenizer.json`` are known: byte-level BPE ("gpt2" there), whose way of cutting text into words
-llama.cpp knows by name, and BPE over SentencePiece pieces with byte fallback ("llama" there), whose merges
-it finds by the scores of the pieces. The name is found from what the file says its pre-tokenizer does, never
-from the model's name; an unknown one is refused, since it would silently cut other tokens.
+Two kinds of ``tokenizer.json`` are known: byte-level BPE ("gpt2" there), and BPE over SentencePiece pieces
+with byte fallback ("llama" there), whose merges llama.cpp finds by the scores of the pieces. How byte-level
+text is cut into words has a name in llama.cpp; it is found from the pre-tokenizer in the file, never from the
+model's name, and an unknown one is refused, since it would silently give other tokens.
 """
 
 from __future__ import annotations

@@ -1,15 +1,11 @@
-"""A Triton model repository from an ONNX folder: the graph itself, and a model that generates text with it.
+"""A Triton model repository from an ONNX folder: its graph, and a model that generates text with it.
 
 ```
-REPOSITORY/NAME/config.pbtxt             the decode loop: Python backend, decoupled, text in and out
-REPOSITORY/NAME/1/model.py               on onnxruntime-genai (triton_decode.py of this package)
-REPOSITORY/NAME-graph/config.pbtxt       one step of the decoder: ONNX Runtime backend, KV cache in and out
-REPOSITORY/NAME-graph/1/model.onnx/      a folder: model.onnx, its external data, genai_config.json, tokenizer
+REPOSITORY/NAME/1/model.py            decode loop on onnxruntime-genai (triton_decode.py): text in and out
+REPOSITORY/NAME-graph/1/model.onnx/   the ONNX folder, one step of the decoder: KV cache in and out
 ```
-
-The weights lie in the repository once: the decode loop reads them from its neighbour's folder. Triton finds
-an ONNX model with external data only where ``model.onnx`` is a folder [Triton, model_repository.md].
-Another form of the graph, an engine for example, is one more :class:`TritonModel`.
+The loop reads the weights from its neighbour, so they lie there once. Triton finds an ONNX model with
+external data only where ``model.onnx`` is a folder [Triton, model_repository.md].
 """
 
 from __future__ import annotations

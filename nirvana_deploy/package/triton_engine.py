@@ -4,9 +4,7 @@
 REPOSITORY/NAME/1/model.sm86.plan   model.sm89.plan   ...   one plan for each compute capability
 REPOSITORY/NAME/1/model.py   engine/                        the loop of triton_seq2seq_decode.py, its engines
 ```
-
-No Triton server has loaded one of these yet: configurations are checked against Triton's schema, the loop is
-run on a fake driver.
+**No Triton server has loaded one of these yet**: configurations are checked against Triton's schema.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Write a pruned checkpoint: an ordinary Hugging Face folder.
 
-Where layers differ (allocation ``global``), ``config.json`` carries transformers' ``per_layer_config`` and an
-``auto_map`` to the small module that is copied beside the weights, so
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` works wherever transformers is
-installed. The global numbers stay the dense model's.
-
-Where all layers have one shape (allocation ``uniform``) and a class of transformers takes it, the config is a
-stock one without code beside it; the family says how (``families/llama.py``: some become Mistral).
+When layers differ, config.json carries transformers' ``per_layer_config`` and an ``auto_map`` to the module
+copied beside the weights, so ``from_pretrained(folder, trust_remote_code=True)`` works with transformers
+alone; the global numbers stay the dense model's. When layers are alike (allocation ``uniform``) and a class
+of transformers takes them, the config is a stock one; the family says how (``families/llama.py``).
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.artifact import read_json, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.registry import look_up
-from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.family import DECODER
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.output.layout import CHECKPOINT, PLAN_FILE
@@ -376,5 +375,5 @@ def _budget(
 
 def shape_of(out: Path, variant: ModelVariant) -> ModelShape:
     """The shape of a variant of the output folder ``out``."""
-    pruned = shape_from_config(config_json(out / CHECKPOINT))
+    pruned = Checkpoint.open(out / CHECKPOINT).shape
     return dense_shape(pruned, read_plan(out / PLAN_FILE)) if variant.name == DENSE else pruned

@@ -8,15 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
-from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.streaming.model import score_units
 
 
 def shape_of(folder: Path) -> ModelShape:
-    return shape_from_config(config_json(folder))
+    return Checkpoint.open(folder).shape
 
 
 def plan_for(folder: Path, *, sparsity: float = 0.4, seed: int = 5, allocation: str = "global") -> PrunePlan:

@@ -9,14 +9,13 @@ import pytest
 
 from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import Checkpoint, config_json
-from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import expected_shapes
 
 
 def test_every_weight_once_and_the_embedding_only_where_the_head_reads_it(tiny: Path, tmp_path: Path) -> None:
     onnx_from_checkpoint(Checkpoint.open(tiny), tmp_path / "onnx")
-    shape = shape_from_config(config_json(tiny))
+    shape = Checkpoint.open(tiny).shape
     sizes = {name: _product(dimensions) for name, dimensions in expected_shapes(shape).items()}
     if not shape.tied_embeddings:
         del sizes["model.embed_tokens.weight"]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.model.checkpoint import config_json
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.model.weights import SafetensorsWeights
@@ -24,7 +24,7 @@ from nirvana_deploy.prune.streaming.model import score_units
 
 
 def plan_of(folder: Path, tokens: NDArray[np.int64] | None, *, saliency: str, round_to: int = 4) -> PrunePlan:
-    shape = shape_from_config(config_json(folder))
+    shape = Checkpoint.open(folder).shape
     scores = score_units(folder, tokens, saliency=saliency, seed=5)
     return make_plan(shape, scores, sparsity=0.4, gamma=1.0, round_to=round_to, saliency=saliency)
 
@@ -32,7 +32,7 @@ def plan_of(folder: Path, tokens: NDArray[np.int64] | None, *, saliency: str, ro
 def test_biases_are_cut_with_their_groups_and_head_norms_stay(tmp_path: Path) -> None:
     for kind in ("qwen2", "qwen3"):
         folder = write_tiny(tmp_path / kind, kind)
-        shape, plan = shape_from_config(config_json(folder)), plan_of(folder, None, saliency="random")
+        shape, plan = Checkpoint.open(folder).shape, plan_of(folder, None, saliency="random")
         weights, d = SlicedWeights(SafetensorsWeights(folder), shape, plan), shape.head_dim
         for index, layer in enumerate(plan.layers):
             prefix, groups = f"model.layers.{index}.self_attn", len(layer.kept_groups)

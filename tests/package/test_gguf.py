@@ -38,8 +38,7 @@ from transformers import (
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.package import package
-from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint, load_tokenizer
-from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint, load_tokenizer
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.package.gguf_export import gguf_from_checkpoint
@@ -381,7 +380,7 @@ def test_a_uniform_smollm2_generates_its_tokens(llama_cpp: Path, tmp_path: Path)
     dense = resolve_model("smollm2").path
     scores = score_units(dense, None, saliency="magnitude", seed=0)
     plan = make_plan(
-        shape_from_config(config_json(dense)),
+        Checkpoint.open(dense).shape,
         scores,
         sparsity=0.4,
         gamma=1.0,

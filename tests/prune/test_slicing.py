@@ -29,13 +29,13 @@ from nirvana_deploy.prune.streaming.model import StreamedModel, score_units
 
 
 def test_the_plan_makes_layers_differ(tiny_llama: Path) -> None:
-    layers = pruned_shape(shape_from_config(config_json(tiny_llama)), plan_for(tiny_llama)).layers
+    layers = pruned_shape(Checkpoint.open(tiny_llama).shape, plan_for(tiny_llama)).layers
     assert len({layer.kv_heads for layer in layers}) > 1 and len({layer.ffn_width for layer in layers}) > 1
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_sliced_equals_masked(tiny: Path, tmp_path: Path, tokens: NDArray[np.int64], seed: int) -> None:
-    shape = shape_from_config(config_json(tiny))
+    shape = Checkpoint.open(tiny).shape
     plan = plan_for(tiny, seed=seed)
     slice_checkpoint(Checkpoint.open(tiny), plan, tmp_path / "pruned")
     masked = MaskedWeights(SafetensorsWeights(tiny), shape, plan)
@@ -46,7 +46,7 @@ def test_sliced_equals_masked(tiny: Path, tmp_path: Path, tokens: NDArray[np.int
 
 
 def test_views_leave_the_source_alone(tiny_llama: Path) -> None:
-    shape, source = shape_from_config(config_json(tiny_llama)), SafetensorsWeights(tiny_llama)
+    shape, source = Checkpoint.open(tiny_llama).shape, SafetensorsWeights(tiny_llama)
     plan = plan_for(tiny_llama)
     name = "model.layers.0.mlp.down_proj.weight"
     before = source.load(name).clone()
@@ -174,10 +174,10 @@ def test_a_uniform_checkpoint_is_stock(
     )
     plan, shape = (
         plan_for(folder, sparsity=sparsity, allocation="uniform"),
-        shape_from_config(config_json(folder)),
+        Checkpoint.open(folder).shape,
     )
     written = slice_checkpoint(Checkpoint.open(folder), plan, tmp_path / "pruned")
-    assert written == shape_from_config(config_json(tmp_path / "pruned"))
+    assert written == Checkpoint.open(tmp_path / "pruned").shape
     assert (written.layers[0].query_heads, written.family.architecture) == (heads, architecture)
     assert not list((tmp_path / "pruned").glob("*.py"))
     result = subprocess.run(
@@ -214,7 +214,7 @@ def test_a_uniform_llama_with_biases_that_does_not_fit_travels_with_its_code(
     tmp_path: Path, tokens: NDArray[np.int64]
 ) -> None:
     folder = write_six_groups(tmp_path / "dense", attention_bias=True)
-    plan, shape = plan_for(folder, sparsity=0.2, allocation="uniform"), shape_from_config(config_json(folder))
+    plan, shape = plan_for(folder, sparsity=0.2, allocation="uniform"), Checkpoint.open(folder).shape
     slice_checkpoint(Checkpoint.open(folder), plan, tmp_path / "pruned")
     assert (tmp_path / "pruned" / "modeling_nirvana.py").is_file()
     masked = MaskedWeights(SafetensorsWeights(folder), shape, plan)
@@ -226,13 +226,13 @@ def test_a_pruned_checkpoint_can_be_scored_again(
     tiny_llama: Path, tmp_path: Path, tokens: NDArray[np.int64]
 ) -> None:
     slice_checkpoint(Checkpoint.open(tiny_llama), plan_for(tiny_llama, sparsity=0.2), tmp_path / "pruned")
-    shape = shape_from_config(config_json(tmp_path / "pruned"))
+    shape = Checkpoint.open(tmp_path / "pruned").shape
     scores = score_units(tmp_path / "pruned", tokens)
     assert [len(groups) for groups in scores.groups] == [layer.kv_heads for layer in shape.layers]
 
 
 def test_weights_that_do_not_fit_the_config_are_named(tiny_llama: Path) -> None:
-    shape = shape_from_config(config_json(tiny_llama))
+    shape = Checkpoint.open(tiny_llama).shape
     wider = replace(shape, layers=(replace(shape.layers[0], ffn_width=41), *shape.layers[1:]))
     with pytest.raises(NirvanaError, match=r"layers\.0\.mlp.* \[48, 40\].* \[48, 41\]"):
         check_weights(SafetensorsWeights(tiny_llama), wider)
