@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from numpy.typing import NDArray
 
 from builders.fake_cuda import FakeDriver
@@ -88,6 +89,18 @@ def fake_module(driver: FakeDriver, *, runtime: str = "tensorrt-rtx", version: s
     )
     module.Runtime = lambda logger: FakeRuntime(logger, driver=driver, module=module)
     return module
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, cache: Path) -> FakeDriver:
+    """Make runners open a fake driver and a fake ``tensorrt``, with their kernel cache in ``cache``."""
+    driver = FakeDriver()
+    module = fake_module(driver)
+    monkeypatch.setenv("NIRVANA_DEPLOY_CACHE", str(cache))
+    monkeypatch.setattr("nirvana_deploy.runtime.tensorrt.cuda.load_driver", lambda: driver)
+    for runner in ("decoder", "encoder_decoder"):
+        name = f"nirvana_deploy.runtime.tensorrt.{runner}.tensorrt_module"
+        monkeypatch.setattr(name, lambda runtime: module)
+    return driver
 
 
 class FakeRuntime:

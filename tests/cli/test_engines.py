@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from builders.fake_cuda import FakeDriver
-from builders.fake_tensorrt import decoder_profiles, fake_module, write_fake_engine
+from builders.fake_tensorrt import decoder_profiles, pretend_gpu, write_fake_engine
 from builders.scripts import ROOT
 from builders.tiny import write_tiny
 from click.testing import CliRunner
@@ -63,12 +63,7 @@ def make_engine(path: Path, folder: Path) -> Path:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDriver:
-    monkeypatch.setenv("NIRVANA_DEPLOY_CACHE", str(tmp_path / "cache"))
-    driver = FakeDriver()
-    module = fake_module(driver)
-    monkeypatch.setattr("nirvana_deploy.runtime.tensorrt.cuda.load_driver", lambda: driver)
-    monkeypatch.setattr("nirvana_deploy.runtime.tensorrt.decoder.tensorrt_module", lambda runtime: module)
-    return driver
+    return pretend_gpu(monkeypatch, tmp_path / "cache")
 
 
 def test_an_engine_belongs_to_the_onnx_that_it_was_built_from(finished: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.fake_cuda import FakeDriver
-from builders.fake_tensorrt import fake_module, write_fake_engine
+from builders.fake_tensorrt import pretend_gpu, write_fake_engine
 from builders.jobs import write_short_recipe
 from builders.plans import shape_of
 from builders.tiny_t5 import write_t5
@@ -166,13 +165,7 @@ def with_engines(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             profiles = [shapes_of(source, one) for one in profiles_for(source, Lengths(max_length=48))]
             engine = out / "engine" / f"{name}-{part}.engine"
             write_fake_engine(engine, onnx, profiles=profiles, file=file, part=part)
-    driver = FakeDriver()
-    module = fake_module(driver)
-    monkeypatch.setenv("NIRVANA_DEPLOY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("nirvana_deploy.runtime.tensorrt.cuda.load_driver", lambda: driver)
-    monkeypatch.setattr(
-        "nirvana_deploy.runtime.tensorrt.encoder_decoder.tensorrt_module", lambda runtime: module
-    )
+    pretend_gpu(monkeypatch, tmp_path / "cache")
     return out
 
 

@@ -20,11 +20,6 @@ from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice, CudaError, DeviceBu
 
 
 @pytest.fixture
-def driver() -> FakeDriver:
-    return FakeDriver()
-
-
-@pytest.fixture
 def device(driver: FakeDriver) -> Iterator[CudaDevice]:
     with CudaDevice(driver=driver) as opened:
         yield opened

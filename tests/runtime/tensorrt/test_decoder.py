@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.arrays import equal, random_tokens
 from builders.fake_cuda import FakeDriver
 from builders.fake_tensorrt import (
     PASS_MS,
@@ -62,11 +63,6 @@ def folder(folders: dict[str, Path], form: str) -> Path:
 
 
 @pytest.fixture
-def driver() -> FakeDriver:
-    return FakeDriver()
-
-
-@pytest.fixture
 def engine(folder: Path, tmp_path: Path) -> Path:
     profiles = decoder_profiles(folder, batch_size=BATCH, step_tokens=STEP_TOKENS, total_tokens=TOTAL_TOKENS)
     return write_fake_engine(tmp_path / "model.engine", folder, profiles=profiles)
@@ -78,14 +74,6 @@ def runner(engine: Path, driver: FakeDriver) -> Iterator[TensorRTRunner]:
         yield opened
     assert driver.leaks == {}
     assert driver.used_bytes == 0
-
-
-def random_tokens(*shape: int, seed: int = 5) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.random.default_rng(seed).integers(3, 250, size=shape)
-
-
-def equal(found: Any, expected: Any) -> None:
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_dimensions_come_from_the_record(runner: TensorRTRunner, oracle: OrtDecoder) -> None:

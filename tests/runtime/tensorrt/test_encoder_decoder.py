@@ -11,9 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.arrays import equal, random_tokens
 from builders.extras import needs
 from builders.fake_cuda import FakeDriver
-from builders.fake_tensorrt import PASS_MS, SCRATCH_BYTES, WEIGHTS_BYTES, fake_module, write_fake_engine
+from builders.fake_tensorrt import (
+    PASS_MS,
+    SCRATCH_BYTES,
+    WEIGHTS_BYTES,
+    fake_module,
+    pretend_gpu,
+    write_fake_engine,
+)
 from builders.tiny_t5 import write_t5
 
 from nirvana_deploy.base.artifact import read_json, write_json
@@ -69,24 +77,11 @@ def oracle(exported: Path) -> OrtSeq2Seq:
 
 
 @pytest.fixture
-def driver() -> FakeDriver:
-    return FakeDriver()
-
-
-@pytest.fixture
 def runner(decoder: Path, driver: FakeDriver) -> Iterator[TensorRTSeq2Seq]:
     with TensorRTSeq2Seq(decoder, driver=driver, module=fake_module(driver)) as opened:
         yield opened
     assert driver.leaks == {}
     assert driver.used_bytes == 0
-
-
-def random_tokens(*shape: int, seed: int = 5) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.random.default_rng(seed).integers(3, 250, size=shape)
-
-
-def equal(found: Any, expected: Any) -> None:
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def both_sides(sequences: int, tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -296,15 +291,8 @@ def test_a_device_too_small_frees_what_it_gave(copied: Path) -> None:
     assert driver.leaks == {} and driver.used_bytes == 0
 
 
-def test_opening_finds_the_kind(
-    decoder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, driver: FakeDriver
-) -> None:
-    monkeypatch.setenv("NIRVANA_DEPLOY_CACHE", str(tmp_path))
-    monkeypatch.setattr("nirvana_deploy.runtime.tensorrt.cuda.load_driver", lambda: driver)
-    module = fake_module(driver)
-    monkeypatch.setattr(
-        "nirvana_deploy.runtime.tensorrt.encoder_decoder.tensorrt_module", lambda runtime: module
-    )
+def test_opening_finds_the_kind(decoder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend_gpu(monkeypatch, tmp_path)
     with open_engine(decoder, runtime="tensorrt-rtx") as opened:
         assert isinstance(opened, TensorRTSeq2Seq)
         greedy_tokens(opened, random_tokens(1, 4), max_new_tokens=2)
