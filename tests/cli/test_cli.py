@@ -6,25 +6,35 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from builders.tiny import write_tiny
 from click.testing import CliRunner
 
-from nirvana_deploy.cli.main import _COMMANDS, commands
+from nirvana_deploy.cli.main import _COMMANDS, commands, main
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib", "numpy", "rich", "jinja2")
 
 
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "nirvana_deploy", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        check=False,
-    )
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line of this process: ``run(*arguments)``, in the current folder."""
+
+    def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["nirvana-deploy", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        code = int(ended.value.code or 0)
+        return subprocess.CompletedProcess(arguments, code, stdout=printed.out, stderr=printed.err)
+
+    return run_main
 
 
 def imported_by(statement: str) -> set[str]:
@@ -62,7 +72,9 @@ def test_every_command_has_help_with_an_example_and_json(command: str) -> None:
 def test_help_is_instant() -> None:
     def cpu_s() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert "prune-export" in run("--help").stdout
+        command = [sys.executable, "-m", "nirvana_deploy", "--help"]
+        page = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "prune-export" in page
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -78,7 +90,7 @@ def test_the_package_resolves_its_public_names_on_use() -> None:
         _ = nirvana_deploy.prune_exprot
 
 
-def test_a_wrong_command_is_a_usage_error_with_a_guess() -> None:
+def test_a_wrong_command_is_a_usage_error_with_a_guess(run: Run) -> None:
     result = run("prune-exprot", "smollm2")
     assert result.returncode == 2 and "Did you mean 'prune-export'" in result.stderr
 
@@ -94,14 +106,23 @@ def test_a_wrong_command_is_a_usage_error_with_a_guess() -> None:
     ],
 )
 def test_the_users_problems_end_with_one_message(
-    tmp_path: Path, arguments: list[str], code: int, complaint: str
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    complaint: str,
 ) -> None:
-    result = run(*arguments, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
     assert result.returncode == code and complaint in result.stderr and "Traceback" not in result.stderr
     assert result.stdout == ""
 
 
-def test_prune_inspect_and_export_on_a_folder(tmp_path: Path) -> None:
+def test_prune_inspect_and_export_on_a_folder(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     write_tiny(tmp_path / "tiny-model", "llama-tied")
     options = [
         "--sparsity",
@@ -115,34 +136,35 @@ def test_prune_inspect_and_export_on_a_folder(tmp_path: Path) -> None:
         "--seq-len",
         "16",
     ]
-    pruned = run("prune", "./tiny-model", *options, "--json", cwd=tmp_path)
+    pruned = run("prune", "./tiny-model", *options, "--json")
     assert pruned.returncode == 0, pruned.stderr
     result = json.loads(pruned.stdout)
     assert result["out"] == "tiny-model-s0.3" and 0.2 < result["met_removed_share"] <= 0.3
     assert "Scoring 4 x 16 tokens" in pruned.stderr
 
-    shown = run("inspect", "tiny-model-s0.3", cwd=tmp_path)
+    shown = run("inspect", "tiny-model-s0.3")
     assert shown.returncode == 0 and "of the linear weights removed" in shown.stdout
 
-    exported = run("export", "tiny-model-s0.3/checkpoint", "--out", "onnx", cwd=tmp_path)
+    exported = run("export", "tiny-model-s0.3/checkpoint", "--out", "onnx")
     assert exported.returncode == 0 and "nodes" in exported.stdout, exported.stderr
-    again = run("export", "tiny-model-s0.3/checkpoint", "--out", "onnx", cwd=tmp_path)
+    again = run("export", "tiny-model-s0.3/checkpoint", "--out", "onnx")
     assert again.returncode == 1 and "--force" in again.stderr
 
 
-def test_select_calib_ranks_candidates(tmp_path: Path) -> None:
+def test_select_calib_ranks_candidates(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     write_tiny(tmp_path / "model", "llama-tied")
     (tmp_path / "text.txt").write_text("".join(f"Line {i} says {i * i}.\n" for i in range(300)))
     options = ["--sparsity", "0.3", "--candidates", "2", "--corpora", "text.txt", "--gamma", "1,M/A"]
     sizes = ["--num-sequences", "2", "--seq-len", "16", "--heldout-sequences", "4", "--heldout-len", "8"]
     command = ["select-calib", "model", *options, *sizes]
-    result = run(*command, "--json", cwd=tmp_path)
+    result = run(*command, "--json")
     assert result.returncode == 0, result.stderr
     data = json.loads(result.stdout)
     assert data["schema"] == 1 and len(data["candidates"]) == 4
     kls = [candidate["kl"] for candidate in data["candidates"]]
     assert data["winner"] == kls.index(min(kls))
-    table = run(*command, "--round-to", "4", cwd=tmp_path)
+    table = run(*command, "--round-to", "4")
     assert table.returncode == 0 and "Winner: file text.txt" in table.stdout
-    crowded = run(*command[:4], "--candidates", "999", *command[6:], cwd=tmp_path)
+    crowded = run(*command[:4], "--candidates", "999", *command[6:])
     assert crowded.returncode == 1 and "room for" in crowded.stderr
