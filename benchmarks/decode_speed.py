@@ -33,7 +33,8 @@ from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.folder import quantize_onnx
+from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.runtime.onnxruntime.session import default_threads
 
 PROMISES = (("dense-int8", "dense", 2.5), ("dense-w4", "dense", 3.5), ("pruned-w4", "builder-int4", 1.3))
@@ -102,10 +103,13 @@ def variants(out: Path, work: Path) -> dict[str, Path]:
                 continue
             if scheme == "int8":
                 quantize_onnx(
-                    folders[name], target, scheme=scheme, head=True, calibration=calibration, smooth="none"
+                    folders[name],
+                    target,
+                    Quantization(scheme=scheme, head=True, smooth="none"),
+                    calibration=calibration,
                 )
             else:
-                quantize_onnx(folders[name], target, scheme=scheme, head=True, rounding="plain")
+                quantize_onnx(folders[name], target, Quantization(scheme=scheme, head=True, rounding="plain"))
     folders[BUILDER] = work / BUILDER
     if not folders[BUILDER].exists():
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(dense)]

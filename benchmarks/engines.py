@@ -63,8 +63,11 @@ from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan
 from nirvana_deploy.prune.saliency.units import UnitScores
 from nirvana_deploy.prune.scores_file import read_scores
-from nirvana_deploy.quantize.int8.spec import Int8Spec, read_spec
-from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.folder import quantize_onnx
+from nirvana_deploy.quantize.int8.spec import Int8Spec, read_spec, record_of
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.rewriting import QuantizeInputs
+from nirvana_deploy.quantize.schemes import SCHEMES
 
 LENGTH_TOKENS = 2048
 OTHER_CUTS: dict[str, dict[str, Any]] = {
@@ -74,7 +77,6 @@ OTHER_CUTS: dict[str, dict[str, Any]] = {
 """Variant -> what its plan has of its own."""
 _TWIN_WIDTH_STEP = 64
 _POLL_S = 0.02
-_LOW_BIT = ("w8", "w4")
 
 
 def main() -> None:
@@ -217,7 +219,10 @@ def _int8_specs(options: argparse.Namespace, checkpoints: dict[str, Path], work:
         else:
             onnx_from_checkpoint(Checkpoint.open(checkpoint), work / "float")
             quantize_onnx(
-                work / "float", work / "int8", scheme="int8", calibration=windows, smooth=own.alpha or "none"
+                work / "float",
+                work / "int8",
+                Quantization(scheme="int8", smooth=own.alpha or "none"),
+                calibration=windows,
             )
             specs[variant] = read_spec(work / "int8")
             shutil.rmtree(work / "float")
@@ -249,9 +254,7 @@ def _measured(
             work / f"onnx-{variant}",
             dtype=precision if precision in ("fp16", "bf16") else "fp16",
             kv=kv,
-            quantize=None if precision in ("fp16", "bf16") else precision,
-            int8_spec=specs.get(variant),
-            rounding="plain" if precision in _LOW_BIT else None,
+            quantize=_inputs(precision, specs.get(variant)),
             cache_tokens=LENGTH_TOKENS,
         )
     samples: dict[str, list[dict[str, Any]]] = {variant: [] for variant in checkpoints}
@@ -262,6 +265,16 @@ def _measured(
     for variant in checkpoints:
         shutil.rmtree(work / f"onnx-{variant}")
     return {variant: _middle(of_variant) for variant, of_variant in samples.items()}
+
+
+def _inputs(precision: str, spec: Int8Spec | None) -> QuantizeInputs | None:
+    """A float precision is not quantized; int8 has its decision, the others are rounded plainly."""
+    if precision in ("fp16", "bf16"):
+        return None
+    recipe = Quantization(scheme=precision, rounding="plain")
+    if SCHEMES[precision].engine_applies_decision and spec is not None:
+        return QuantizeInputs(recipe, decided=record_of(scheme=precision, int8=spec.to_json()))
+    return QuantizeInputs(recipe)
 
 
 def _middle(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -44,10 +44,11 @@ from nirvana_deploy.model.checkpoint import load_tokenizer
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import variant_named
 from nirvana_deploy.prune.plan import shape_of
+from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.graph.layer_parts import prompt_feeds
 from nirvana_deploy.quantize.graph.linears import open_folder
-from nirvana_deploy.quantize.int8.spec import read_spec
-from nirvana_deploy.quantize.quantize import apply_spec, quantize_onnx
+from nirvana_deploy.quantize.int8.spec import read_spec, record_of
+from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 
 EVAL_WINDOWS, EVAL_LEN = 8, 256
@@ -144,10 +145,12 @@ def rows(out: Path, sets: dict[str, Windows]) -> Iterator[tuple[str, str, Build,
     """(name, model, how it is built, whether a promise is about it), in the order of the table."""
     selected = sets["selected"]
 
-    def ours(model: str, calibration: Windows, **how: Any) -> Build:
+    def ours(model: str, calibration: Windows, *, scheme: str, **how: Any) -> Build:
         def build(folder: Path) -> dict[str, Any]:
-            done = quantize_onnx(out / MODELS[model], folder, calibration=calibration, **how)
-            about = {"scheme": done.scheme, "coverage": done.record["coverage"]}
+            done = quantize_onnx(
+                out / MODELS[model], folder, Quantization(scheme=scheme, **how), calibration=calibration
+            )
+            about = {"scheme": scheme, "coverage": done.record["coverage"]}
             for key in ("alpha", "ranges"):
                 if key in done.record.get("int8", {}):
                     about[key] = done.record["int8"][key]
@@ -186,10 +189,11 @@ def rows(out: Path, sets: dict[str, Windows]) -> Iterator[tuple[str, str, Build,
 
 def float_down(source: Path, folder: Path, calibration: Windows) -> dict[str, Any]:
     """int8 with every down_proj in float: the decision of int8 with those linears taken out."""
-    quantize_onnx(source, folder, scheme="int8", calibration=calibration)
+    quantize_onnx(source, folder, Quantization(scheme="int8"), calibration=calibration)
     spec = read_spec(folder)
     others = {name: linear for name, linear in spec.linears.items() if not name.endswith("down_proj")}
-    done = apply_spec(source, replace(spec, linears=others), folder)
+    decided = record_of(scheme="int8", int8=replace(spec, linears=others).to_json())
+    done = quantize_onnx(source, folder, Quantization(scheme="int8"), decided=decided)
     return {"scheme": "int8", "coverage": asdict(done.coverage), "alpha": spec.alpha}
 
 

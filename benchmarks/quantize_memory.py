@@ -28,7 +28,9 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.worker import peak_rss_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.families import shape_from_config
-from nirvana_deploy.quantize.quantize import SCHEMES, quantize_onnx
+from nirvana_deploy.quantize.folder import quantize_onnx
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.schemes import onnx_schemes
 from nirvana_deploy.quantize.weights.low_bit import ROUNDINGS
 
 GROWTH_PROMISE = 1.1
@@ -72,7 +74,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("--layers", type=int, nargs="+", help="depths to try [the shape's own]")
-    parser.add_argument("--scheme", choices=list(SCHEMES), default="w4")
+    parser.add_argument("--scheme", choices=onnx_schemes(), default="w4")
     parser.add_argument("--rounding", choices=list(ROUNDINGS), default="search")
     parser.add_argument("--smooth", default="auto", help="of int8 [auto: the alpha of least KL]")
     parser.add_argument("--sequences", type=int, default=4, help="of 128 random tokens, to calibrate on [4]")
@@ -112,10 +114,12 @@ def quantize(options: argparse.Namespace, work: Path) -> None:
     result = quantize_onnx(
         work / "onnx",
         work / "quantized",
-        scheme=options.scheme,
-        rounding=options.rounding,
-        smooth=options.smooth if options.smooth in words else float(options.smooth),
-        head=True,
+        Quantization(
+            scheme=options.scheme,
+            rounding=options.rounding,
+            smooth=options.smooth if options.smooth in words else float(options.smooth),
+            head=True,
+        ),
         calibration=tokens if options.scheme == "int8" or options.rounding == "gptq" else None,
     )
     write_json(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def quantize(
     from nirvana_deploy.output.run import MANIFEST
     from nirvana_deploy.pipeline.folder import quantize_folder
     from nirvana_deploy.quantize.coverage import Coverage
-    from nirvana_deploy.quantize.quantize import quantize_onnx
+    from nirvana_deploy.quantize.folder import quantize_onnx
     from nirvana_deploy.report.sensitivity import write_sensitivity
 
     progress = TerminalProgress()
@@ -64,7 +63,7 @@ def quantize(
         record = quantize_folder(folder, recipe, progress=progress)
     else:
         windows = {} if text.calib is None else _drawn(folder, text, progress)
-        record = quantize_onnx(folder, target, progress=progress, **windows, **asdict(recipe)).record
+        record = quantize_onnx(folder, target, recipe, progress=progress, **windows).record
         write_sensitivity(target, record)
     if as_json:
         echo_json({"out": str(target), **record})

@@ -20,6 +20,7 @@ from builders.scripts import ROOT
 
 from nirvana_deploy.cli.main import _COMMANDS, commands
 from nirvana_deploy.model.families import FAMILIES
+from nirvana_deploy.quantize.schemes import SCHEMES
 from nirvana_deploy.runtime.table import RUNTIMES
 
 ROOMS = [
@@ -43,7 +44,6 @@ ROOMS = [
 ]
 """Left to right: a room imports itself and the rooms to its left."""
 AT_THE_ROOT = {"__init__", "__main__"}
-SCHEMES = {"int8", "w8", "w4", "fp8"}
 
 KNOWN: dict[str, set[str]] = {
     "circles": set(),
@@ -52,12 +52,9 @@ KNOWN: dict[str, set[str]] = {
         "calibrate.windows:calibration_candidates",
         "calibrate.windows:calibration_data",
         "engine.build:engine_from_onnx",
-        "engine.from_checkpoint:engines_from_checkpoint",
-        "engine.from_checkpoint:onnx_for_engine",
         "engine.trtexec:trtexec_command",
         "prune.plan:make_plan",
         "prune.select:select_calibration",
-        "quantize.quantize:quantize_onnx",
     },
     "folders": set(),
     "runtimes": {
@@ -70,13 +67,8 @@ KNOWN: dict[str, set[str]] = {
     },
     "schemes": {
         "cli.quantize",
-        "engine.from_checkpoint",
-        "engine.recipe",
-        "engine.source",
-        "engine.stage",
         "report.deployed_page",
         "runtime.tensorrt.memory",
-        "verify.tolerance",
     },
     "lines": {"prune.streaming.model"},
 }
@@ -236,7 +228,7 @@ def test_a_runtime_is_named_in_its_row() -> None:
 
 
 def test_a_scheme_is_named_in_its_row_and_where_it_is_written() -> None:
-    assert namers(SCHEMES, home=("quantize.",)) == KNOWN["schemes"]
+    assert namers(set(SCHEMES), home=("quantize.",)) == KNOWN["schemes"]
 
 
 def test_what_a_report_reads_is_made_by_a_stage() -> None:

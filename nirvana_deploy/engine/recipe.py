@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from nirvana_deploy.base.recipe import Option, recipe
+from nirvana_deploy.quantize.schemes import SCHEMES
 from nirvana_deploy.runtime.table import DEFAULT_ENGINE, engine_runtimes
 
 
@@ -49,7 +50,7 @@ class EngineForm:
         Option(
             "int8: weights and activations, by what DIR/onnx-int8 decided; the others: weights alone, w8 and "
             "w4 as in DIR/onnx-w8 or onnx-w4 where that is, fp8 for sm89 and newer. [none]",
-            choices=("int8", "w8", "w4", "fp8"),
+            choices=SCHEMES,
         ),
     ] = None
 

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from nirvana_deploy.base.artifact import read_json, sha256_of
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.quantize.schemes import SCHEMES
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 _GRAPH_DTYPES: dict[int, str] = {
@@ -87,15 +88,14 @@ class OnnxSource:
 
     @property
     def quantization(self) -> str | None:
-        """How the weights are stored: ``int8`` (activations too), ``w8``, ``w4``, ``fp8``, or None."""
+        """Name of the scheme that its weights, and behind QuantizeLinear its activations, are stored in."""
         if "DequantizeLinear" not in self.operators:
             return None
-        stored = {tensor.data_type for tensor in self.initializers.values()}
-        if onnx.TensorProto.INT4 in stored:
-            return "w4"
-        if onnx.TensorProto.FLOAT8E4M3FN in stored:
-            return "fp8"
-        return "int8" if "QuantizeLinear" in self.operators else "w8"
+        stored = {onnx.TensorProto.DataType.Name(one.data_type) for one in self.initializers.values()}
+        rounds_activations = "QuantizeLinear" in self.operators
+        found = [scheme for scheme in SCHEMES.values() if stored.intersection(scheme.stored_as)]
+        found.sort(key=lambda scheme: (scheme.activation_bits is not None) != rounds_activations)
+        return min(found, key=lambda scheme: scheme.weight_bits).name if found else None
 
     @property
     def data_files(self) -> tuple[Path, ...]:

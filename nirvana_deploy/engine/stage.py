@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from nirvana_deploy.base.artifact import require_free_bytes, whole_folder
 from nirvana_deploy.base.errors import NirvanaError
@@ -31,20 +27,13 @@ from nirvana_deploy.output.layout import (
 from nirvana_deploy.output.results import EngineResult, EnginesBuilt
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
-from nirvana_deploy.output.variants import DENSE, PRUNED
+from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE
-from nirvana_deploy.quantize.int8.spec import Int8Spec, read_record, read_spec
+from nirvana_deploy.quantize.int8.spec import read_record
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.rewriting import QuantizeInputs
+from nirvana_deploy.quantize.schemes import scheme_named
 from nirvana_deploy.runtime.tensorrt.record import ENGINE_SUFFIX
-
-
-@dataclass(frozen=True)
-class _Decisions:
-    """What was decided when the ONNX of an output folder was quantized."""
-
-    int8_spec: Int8Spec | None = None
-    block_size: int = 32
-    rounding: str | None = None
-    calibration: NDArray[np.int64] | None = None
 
 
 def engine_name(form: EngineForm, runtime: str) -> str:
@@ -94,18 +83,13 @@ def build_engine(
     name = name or engine_name(form, options.runtime)
 
     def work() -> EnginesBuilt:
-        decided = _decisions(run, form.variant, form.quantize)
         engines = engines_from_checkpoint(
             checkpoint,
             run.out / ENGINES,
             name=name,
             dtype=form.dtype,
             kv=form.kv,
-            quantize=form.quantize,
-            int8_spec=decided.int8_spec,
-            block_size=decided.block_size,
-            rounding=decided.rounding,
-            calibration=decided.calibration,
+            quantize=_quantize_inputs(run, form),
             lengths=lengths,
             options=options,
             progress=run.progress,
@@ -170,26 +154,28 @@ def _for_engines(folder: Path, copy: Path) -> Path:
     return copy
 
 
-def _decisions(run: Run, variant: str, quantize: str | None) -> _Decisions:
-    """Read them from the quantized ONNX folder of the variant; the defaults where there is none."""
-    folder = run.out / ("" if variant == PRUNED else DENSE) / f"onnx-{quantize}"
-    if quantize == "int8" and not (folder / RECORD_FILE).is_file():
-        source, calib = (run.out, "") if variant == PRUNED else (folder.with_name("onnx"), " --calib TEXT")
+def _quantize_inputs(run: Run, form: EngineForm) -> QuantizeInputs | None:
+    """As the quantized ONNX folder of the variant was decided; by default where there is none."""
+    if form.quantize is None:
+        return None
+    scheme, dense = scheme_named(form.quantize), form.variant == DENSE
+    folder = run.out / (DENSE if dense else "") / stage.quantized(scheme.name)
+    record = read_record(folder) if (folder / RECORD_FILE).is_file() else None
+    if record is None and scheme.engine_applies_decision:
+        source, calib = (folder.with_name("onnx"), " --calib TEXT") if dense else (run.out, "")
         raise NirvanaError(
-            f"An int8 engine takes the ranges of its activations from {folder}, which is not there.",
-            hint=f"nirvana-deploy quantize {source} --scheme int8{calib}"
-            + (f" --out {folder}" if variant == DENSE else ""),
+            f"An {scheme.name} engine takes the ranges of its activations from {folder}, which is not there.",
+            hint=f"nirvana-deploy quantize {source} --scheme {scheme.name}{calib}"
+            + (f" --out {folder}" if dense else ""),
         )
-    if quantize is None or not (folder / RECORD_FILE).is_file():
-        return _Decisions()
-    if quantize == "int8":
-        return _Decisions(int8_spec=read_spec(folder))
-    weights = read_record(folder)["weights"]
-    windows = run.out / CALIBRATION_FILE
+    if record is None or "weights" not in record:
+        return QuantizeInputs(Quantization(scheme=scheme.name), decided=record)
+    weights, windows = record["weights"], run.out / CALIBRATION_FILE
     calibrated = weights["rounding"] == "gptq" and windows.is_file()
-    return _Decisions(
-        block_size=weights["block_size"] or 32,
-        rounding=weights["rounding"],
+    return QuantizeInputs(
+        Quantization(
+            scheme=scheme.name, block_size=weights["block_size"] or 32, rounding=weights["rounding"]
+        ),
         calibration=read_windows(windows)["calibration"] if calibrated else None,
     )
 

@@ -8,7 +8,6 @@ layer, and the sum over the layers is what the whole graph gives.
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -22,24 +21,14 @@ import onnx
 from nirvana_deploy.base.errors import VerificationError
 from nirvana_deploy.export.packed import unpacked_names
 from nirvana_deploy.quantize.graph.layer_parts import Cut, session_of
-from nirvana_deploy.quantize.int8.spec import read_record
+from nirvana_deploy.quantize.int8.spec import read_record, recorded_linears
+from nirvana_deploy.quantize.schemes import onnx_scheme
 
-INTEGER_OPERATORS = frozenset(
-    {
-        "DynamicQuantizeMatMul",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "MatMulNBits",
-        "QGemm",
-        "QLinearMatMul",
-    }
-)
 _DTYPES = {
     "tensor(float)": onnx.TensorProto.FLOAT,
     "tensor(float16)": onnx.TensorProto.FLOAT16,
     "tensor(bfloat16)": onnx.TensorProto.BFLOAT16,
 }
-_DOT_PRODUCT_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
 @dataclass(frozen=True)
@@ -74,12 +63,14 @@ class Coverage:
         )
 
 
-def coverage_of(folder: Path, promised: Collection[str], *, scratch: Path | None = None) -> Coverage:
+def coverage_of(
+    folder: Path, promised: Collection[str], *, kernels: Collection[str], scratch: Path | None = None
+) -> Coverage:
     """Optimize every graph of ``folder`` and look for the ``promised`` linears, by module name.
 
-    A linear counts when an integer operator reads an initializer named after it, or after it and its siblings
-    (``packing.py``). ``scratch`` is where an optimized layer is written for a moment, weights included; by
-    default beside ``folder``.
+    A linear counts when one of the operators ``kernels`` reads an initializer named after it, or after it and
+    its siblings (``packing.py``). ``scratch`` is where an optimized layer is written for a moment, weights
+    included; by default beside ``folder``.
     """
     operators: Counter[str] = Counter()
     found: set[str] = set()
@@ -87,7 +78,7 @@ def coverage_of(folder: Path, promised: Collection[str], *, scratch: Path | None
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=scratch or folder.parent) as temporary:
         for path in sorted(folder.glob("*.onnx")):
             for node in _optimized(Cut(path, threads=1), Path(temporary)):
-                if node.op_type in INTEGER_OPERATORS:
+                if node.op_type in kernels:
                     operators[node.op_type] += 1
                     found |= _linears_read(node, names)
     return Coverage(
@@ -105,22 +96,11 @@ def recorded_coverage(folder: Path) -> Coverage:
     none are promised. Raises NirvanaError without a record.
     """
     record = read_record(folder)
-    named = record["int8"]["linears"] if record["scheme"] == "int8" else record["linears"]
+    kernels = onnx_scheme(record["scheme"]).integer_kernels
     in_float = set(record["coverage"]["missing"])
     with tempfile.TemporaryDirectory(prefix="nirvana-verify-") as scratch:
-        return coverage_of(folder, [name for name in named if name not in in_float], scratch=Path(scratch))
-
-
-def slow_host_note() -> str | None:
-    """What to expect of int8 on a host without integer dot products; None where there are some."""
-    flags = _cpu_flags()
-    if flags is None or flags & _DOT_PRODUCT_FLAGS:
-        return None
-    return (
-        "This CPU has no integer dot product (VNNI, AMX or Arm's). int8 computes the same numbers here, "
-        "but signed-by-signed kernels are slow without it: expect a quarter of the bytes and no more speed "
-        "than float; measure before deploying (nirvana-deploy benchmark)."
-    )
+        promised = [name for name in recorded_linears(record) if name not in in_float]
+        return coverage_of(folder, promised, kernels=kernels, scratch=Path(scratch))
 
 
 def _optimized(cut: Cut, scratch: Path) -> Iterator[onnx.NodeProto]:
@@ -141,18 +121,3 @@ def _linears_read(node: onnx.NodeProto, promised: AbstractSet[str]) -> set[str]:
     for value in node.input:
         names |= promised & set(unpacked_names(value.partition(".weight")[0]))
     return names
-
-
-def _cpu_flags() -> set[str] | None:
-    """Of the first processor, on Linux; None where they cannot be read."""
-    if platform.system() != "Linux":
-        return None
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return set(value.split())
-    return None

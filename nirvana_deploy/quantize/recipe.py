@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from nirvana_deploy.base.recipe import Option, recipe
 from nirvana_deploy.calibrate.recipe import Seed
+from nirvana_deploy.quantize.schemes import onnx_schemes
 
 
 @recipe
@@ -17,7 +18,7 @@ class Schemes:
         Option(
             "Quantize the pruned model too, on the same calibration set; may be repeated. "
             "int8: weights and activations; w8, w4: weights alone.",
-            choices=("int8", "w8", "w4"),
+            choices=onnx_schemes,
             resumable=True,
         ),
     ] = ()

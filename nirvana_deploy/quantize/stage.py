@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from nirvana_deploy.output.results import Quantized
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import quantized_variant
+from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.int8.spec import read_record
-from nirvana_deploy.quantize.quantize import quantize_onnx
 from nirvana_deploy.quantize.recipe import Quantization
-from nirvana_deploy.quantize.weights.low_bit import BITS
+from nirvana_deploy.quantize.schemes import onnx_scheme
 
 Draw = Callable[[Path, Mapping[str, Any]], None]
 """(quantized folder, its quantization.json) -> nothing: adds a figure to the folder."""
@@ -30,7 +29,8 @@ def quantize(run: Run, recipe: Quantization, *, draw: Draw) -> Stage:
     Fewer linears in integer kernels than promised is a result (``passed`` False), as a failed verification
     is: what was written stays for inspection.
     """
-    name = stage.quantized(recipe.scheme)
+    scheme = onnx_scheme(recipe.scheme)
+    name = stage.quantized(scheme.name)
     folder = run.out / name
 
     def work() -> Quantized:
@@ -39,9 +39,9 @@ def quantize(run: Run, recipe: Quantization, *, draw: Draw) -> Stage:
             quantize_onnx(
                 run.out / ONNX,
                 folder,
-                calibration=_calibration(run, optional=recipe.scheme in BITS),
+                recipe,
+                calibration=_calibration(run, optional=not scheme.needs_calibration),
                 progress=run.progress,
-                **dataclasses.asdict(recipe),
             )
         except VerificationError as error:
             problem = error.message

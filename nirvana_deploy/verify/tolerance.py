@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.export.dtypes import DTYPES, Dtype
+from nirvana_deploy.quantize.schemes import scheme_named
 from nirvana_deploy.verify.report import LogitsCheck
 
 RELATIVE_TOLERANCE = 2e-4
@@ -49,7 +50,8 @@ def device_tolerance(dtype: str, *, layers: int, quantization: str | None = None
     roundoff is that of float16; and where activations are quantized to 8 bits, a rounding that falls to the
     other side moves a value by a step of 2^-8, as bfloat16 does. Not yet measured on a GPU.
     """
-    coarse = dtype == "bf16" or quantization == "int8"
+    rounds_activations = quantization is not None and scheme_named(quantization).activation_bits is not None
+    coarse = dtype == "bf16" or rounds_activations
     return relative_tolerance(DTYPES["bf16" if coarse else "fp16"], layers=layers)
 
 

@@ -32,8 +32,10 @@ from nirvana_deploy.output.layout import MODEL_FILE
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan
 from nirvana_deploy.prune.streaming.model import score_units
-from nirvana_deploy.quantize.int8.spec import Int8Spec, read_spec
-from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.folder import quantize_onnx
+from nirvana_deploy.quantize.int8.spec import read_record
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.rewriting import QuantizeInputs
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.torch import TorchDecoder
 from nirvana_deploy.verify.against_torch import logits_checks
@@ -100,11 +102,13 @@ def integer_forward(linear: Any, scale: float, outliers: tuple[Array, Array] | N
     return forward
 
 
-def int8_spec(checkpoint: Path, work: Path, tokens: Array) -> Int8Spec:
-    """The decision of int8, made on the float32 export."""
+def inputs(precision: str, checkpoint: Path, work: Path, tokens: Array) -> QuantizeInputs:
+    """Plain rounding; the decision of int8 is made on the float32 export."""
+    if precision != "int8":
+        return QuantizeInputs(Quantization(scheme=precision, rounding="plain"))
     onnx_from_checkpoint(Checkpoint.open(checkpoint), work / "float")
-    quantize_onnx(work / "float", work / "int8", scheme="int8", calibration=tokens, smooth=0.5)
-    return read_spec(work / "int8")
+    quantize_onnx(work / "float", work / "int8", Quantization(scheme="int8", smooth=0.5), calibration=tokens)
+    return QuantizeInputs(Quantization(scheme=precision), decided=read_record(work / "int8"))
 
 
 def assert_file_computes_model(
@@ -120,9 +124,7 @@ def assert_file_computes_model(
         checkpoint,
         work / "onnx",
         kv=kv,
-        quantize=None if precision == "fp16" else precision,
-        int8_spec=int8_spec(checkpoint, work, tokens) if precision == "int8" else None,
-        rounding=None if precision in ("fp16", "int8") else "plain",
+        quantize=None if precision == "fp16" else inputs(precision, checkpoint, work, tokens),
         cache_tokens=CACHE_TOKENS,
     )
     model: Any = reference_of(folder, checkpoint)
@@ -156,7 +158,9 @@ def test_the_file_of_an_engine_computes_a_tiny_model(
 
 
 def test_another_weight_is_noticed(tiny: Path, tmp_path: Path) -> None:
-    folder = onnx_for_engine(tiny, tmp_path / "onnx", quantize="w8", rounding="plain")
+    folder = onnx_for_engine(
+        tiny, tmp_path / "onnx", quantize=QuantizeInputs(Quantization(scheme="w8", rounding="plain"))
+    )
     model: Any = reference_of(folder, tiny)
     decoder = OrtDecoder(folder, threads=1, in_float32=True)
     assert all(

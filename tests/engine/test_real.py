@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan
 from nirvana_deploy.prune.saliency.units import UnitScores
-from nirvana_deploy.quantize.int8.spec import Int8Spec, read_spec
-from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.folder import quantize_onnx
+from nirvana_deploy.quantize.int8.spec import read_record
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.rewriting import QuantizeInputs
 
 needs("tensorrt_rtx")
 pytestmark = pytest.mark.integration
@@ -39,38 +42,37 @@ class Engines:
 
     folder: Path
     checkpoints: dict[str, Path]
-    specs: dict[str, Int8Spec] = field(default_factory=dict)
+    decided: dict[str, dict[str, Any]] = field(default_factory=dict)
     built: dict[tuple[str, str, str], BuiltEngine] = field(default_factory=dict)
 
     def of(self, variant: str, precision: str, kv: str) -> BuiltEngine:
         """For example ("pruned", "w4", "concat")."""
         key = (variant, precision, kv)
         if key not in self.built:
-            scheme = None if precision == "fp16" else precision
             (self.built[key],) = engines_from_checkpoint(
                 self.checkpoints[variant],
                 self.folder,
                 name="-".join(key),
                 kv=kv,
-                quantize=scheme,
-                int8_spec=self.spec(variant) if scheme == "int8" else None,
-                rounding="plain" if scheme == "w4" else None,
+                quantize=None if precision == "fp16" else self.inputs(variant, precision),
                 lengths=LENGTHS,
                 options=BuilderOptions("tensorrt-rtx", targets=("sm86", "sm89")),
             )
         return self.built[key]
 
-    def spec(self, variant: str) -> Int8Spec:
-        """The int8 decision of a variant, from a few windows of text."""
-        if variant not in self.specs:
+    def inputs(self, variant: str, precision: str) -> QuantizeInputs:
+        """Plain rounding; the int8 decision of a variant comes from a few windows of text."""
+        if precision != "int8":
+            return QuantizeInputs(Quantization(scheme=precision, rounding="plain"))
+        if variant not in self.decided:
             text = "The capital of France is Paris, and a list in Python is sorted by its method sort. " * 8
             ids = load_tokenizer(self.checkpoints["dense"])(text)["input_ids"]
             exported, out = self.folder / f"{variant}-fp32", self.folder / f"{variant}-int8"
             onnx_from_checkpoint(Checkpoint.open(self.checkpoints[variant]), exported)
             windows = np.array([ids[:32], ids[32:64]])
-            quantize_onnx(exported, out, scheme="int8", calibration=windows, smooth=0.8)
-            self.specs[variant] = read_spec(out)
-        return self.specs[variant]
+            quantize_onnx(exported, out, Quantization(scheme="int8", smooth=0.8), calibration=windows)
+            self.decided[variant] = read_record(out)
+        return QuantizeInputs(Quantization(scheme="int8"), decided=self.decided[variant])
 
     def shape(self, variant: str) -> ModelShape:
         """Dimensions of a variant."""

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from builders.engines import CACHE_TOKENS, LENGTHS, SMALL, exported, network_of, plan_of, write_model
 from builders.extras import needs
+from builders.quantized import inputs_of
 from builders.tiny_t5 import write_t5
 from click.testing import CliRunner
 
@@ -25,11 +26,14 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.layout import DECODER_FILE
 from nirvana_deploy.pipeline.prune_export import prune_by_plan
 from nirvana_deploy.prune.plan import write_plan
+from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.graph.linears import open_folder, write_folder
 from nirvana_deploy.quantize.int8.decide import apply_to
 from nirvana_deploy.quantize.int8.spec import Int8Spec, read_spec
-from nirvana_deploy.quantize.quantize import quantize_onnx
-from nirvana_deploy.quantize.weights.fp8 import FP8_TARGETS, round_to_fp8
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.rewriting import QuantizeInputs
+from nirvana_deploy.quantize.schemes import SCHEMES
+from nirvana_deploy.quantize.weights.fp8 import round_to_fp8
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record
 
@@ -57,7 +61,9 @@ def spec(output: Path, tmp_path_factory: pytest.TempPathFactory) -> Int8Spec:
     folder = tmp_path_factory.mktemp("int8")
     tokens = np.random.default_rng(0).integers(3, 272, size=(4, 24))
     onnx_from_checkpoint(Checkpoint.open(output / "checkpoint"), folder / "onnx")
-    quantize_onnx(folder / "onnx", output / "onnx-int8", scheme="int8", calibration=tokens, smooth=0.5)
+    quantize_onnx(
+        folder / "onnx", output / "onnx-int8", Quantization(scheme="int8", smooth=0.5), calibration=tokens
+    )
     return read_spec(output / "onnx-int8")
 
 
@@ -103,8 +109,7 @@ def test_quantized_engines_store_integers(
         tmp_path,
         name="q",
         kv=kv,
-        quantize=scheme,
-        int8_spec=spec,
+        quantize=inputs_of(spec) if scheme == "int8" else QuantizeInputs(Quantization(scheme=scheme)),
         lengths=LENGTHS,
         options=SMALL,
     )
@@ -118,11 +123,27 @@ def test_quantized_engines_store_integers(
 
 def test_int8_without_decisions_names_the_command(output: Path, tmp_path: Path) -> None:
     with pytest.raises(NirvanaError, match=r"(?s)ranges of its activations.*quantize OUT --scheme int8"):
-        engines_from_checkpoint(output / "checkpoint", tmp_path, name="q", quantize="int8")
+        engines_from_checkpoint(
+            output / "checkpoint", tmp_path, name="q", quantize=QuantizeInputs(Quantization(scheme="int8"))
+        )
     with pytest.raises(NirvanaError, match="not in fp32"):
-        engines_from_checkpoint(output / "checkpoint", tmp_path, name="q", quantize="w4", dtype="fp32")
-    with pytest.raises(NirvanaError, match=r"(?s)needs Ada or newer, and sm86 is older.*--quantize w8"):
-        engines_from_checkpoint(output / "checkpoint", tmp_path, name="q", quantize="fp8", options=SMALL)
+        engines_from_checkpoint(
+            output / "checkpoint",
+            tmp_path,
+            name="q",
+            quantize=QuantizeInputs(Quantization(scheme="w4")),
+            dtype="fp32",
+        )
+    with pytest.raises(
+        NirvanaError, match=r"(?s)needs one of sm89, .*, and sm86 has no kernels.*--target sm89,"
+    ):
+        engines_from_checkpoint(
+            output / "checkpoint",
+            tmp_path,
+            name="q",
+            quantize=QuantizeInputs(Quantization(scheme="fp8")),
+            options=SMALL,
+        )
     with pytest.raises(NirvanaError, match="Unknown KV form 'paged'"):
         engines_from_checkpoint(output / "checkpoint", tmp_path, name="q", kv="paged")
 
@@ -265,10 +286,14 @@ def test_both_runtimes_quantize_by_the_same_rules(output: Path, spec: Int8Spec, 
 
 def test_fp8_weights_build_for_ada_and_newer(output: Path, tmp_path: Path) -> None:
     (engine,) = engines_from_checkpoint(
-        output / "checkpoint", tmp_path, name="q", quantize="fp8", lengths=LENGTHS
+        output / "checkpoint",
+        tmp_path,
+        name="q",
+        quantize=QuantizeInputs(Quantization(scheme="fp8")),
+        lengths=LENGTHS,
     )
     record = engine.record
-    assert (record.quantization, record.targets) == ("fp8", FP8_TARGETS)
+    assert (record.quantization, record.targets) == ("fp8", SCHEMES["fp8"].engine_targets)
     assert record.layers["DEQUANTIZE"] == 14 and record.layers["ATTENTION_INPUT"] == 2
     # the file that was built computes the model, up to the rounding of its weights
     exported = onnx_from_checkpoint(

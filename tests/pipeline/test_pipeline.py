@@ -28,7 +28,7 @@ from nirvana_deploy.measure.recipe import Evaluation, Workload
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.pipeline.folder import benchmark_folder, evaluate_folder, quantize_folder
 from nirvana_deploy.pipeline.prune_export import prune_by_plan
-from nirvana_deploy.quantize import quantize as quantize_module
+from nirvana_deploy.quantize import folder as quantized_folder
 from nirvana_deploy.quantize.coverage import Coverage
 from nirvana_deploy.quantize.graph.linears import open_folder
 from nirvana_deploy.quantize.recipe import Quantization
@@ -154,7 +154,7 @@ def test_linears_that_do_not_run_in_integers_are_reported_and_exit_with_3(
 ) -> None:
     out = copied(finished, tmp_path)
     none = Coverage(promised=2, found=0, operators={}, missing=("a", "b"))
-    monkeypatch.setattr(quantize_module, "coverage_of", lambda *args, **options: none)
+    monkeypatch.setattr(quantized_folder, "coverage_of", lambda *args, **options: none)
     with pytest.raises(VerificationError, match=r"in float still run a, b"):
         quantize_folder(out, Quantization(scheme="int8", smooth=0.5))
     assert (out / "onnx-int8/model.onnx").is_file()

@@ -22,7 +22,8 @@ from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.model.checkpoint import load_tokenizer
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.package.stage import package_gguf
-from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.folder import quantize_onnx
+from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.runtime.genai import genai_tokens
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.runner import greedy_tokens
@@ -136,7 +137,7 @@ def test_low_bit_models_talk_sense_in_both_runtimes(
     job: tuple[Path, object], tmp_path: Path, scheme: str, most_kl: float
 ) -> None:
     dense = job[0] / "dense/onnx"
-    folder = quantize_onnx(dense, tmp_path / scheme, scheme=scheme, rounding="search").path
+    folder = quantize_onnx(dense, tmp_path / scheme, Quantization(scheme=scheme, rounding="search")).path
     windows = read_windows(job[0] / "calibration.safetensors")["heldout"][:2, :128]
     found = quality_of(OrtDecoder(dense), {"q": OrtDecoder(folder)}, windows)
     assert found["q"]["kl_vs_dense"] < most_kl
@@ -149,7 +150,10 @@ def test_calibrated_w4_halves_the_loss(job: tuple[Path, object], tmp_path: Path)
     windows = read_windows(job[0] / "calibration.safetensors")
     folders = {
         rounding: quantize_onnx(
-            dense, tmp_path / rounding, scheme="w4", rounding=rounding, calibration=windows["calibration"]
+            dense,
+            tmp_path / rounding,
+            Quantization(scheme="w4", rounding=rounding),
+            calibration=windows["calibration"],
         ).path
         for rounding in ("plain", "gptq")
     }
@@ -166,10 +170,12 @@ def test_int8_keeps_the_real_model(job: tuple[Path, object], tmp_path: Path) -> 
     more = windows["heldout"][3:11].reshape(-1, 128)  # ranges of 1,024 tokens clip what they did not see
     calibration = np.concatenate([windows["calibration"], more])
     for name, folder in folders.items():
-        done = quantize_onnx(folder, tmp_path / name, scheme="int8", calibration=calibration, smooth=0.7)
+        done = quantize_onnx(
+            folder, tmp_path / name, Quantization(scheme="int8", smooth=0.7), calibration=calibration
+        )
         assert done.coverage.found == done.coverage.promised == 210
         head_bytes = 4 * 49152 * 576  # tied to the embedding, which is looked up in float
-        assert done.weights_bytes - head_bytes < 0.27 * (done.float_bytes - head_bytes)
+        assert done.record["weights_bytes"] - head_bytes < 0.27 * (done.record["float_bytes"] - head_bytes)
     require_sense_in_both_runtimes(tmp_path / "dense")
     dense = OrtDecoder(folders["dense"])
     variants = {

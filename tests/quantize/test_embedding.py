@@ -17,7 +17,8 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE
-from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.folder import quantize_onnx
+from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.weights import write as weight_only
 from nirvana_deploy.quantize.weights.rounding import round_weight
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder, session_outputs
@@ -45,7 +46,7 @@ def nodes_of(path: Path, operator: str) -> list[onnx.NodeProto]:
 def test_rows_are_the_rounded_rows(tmp_path: Path, tokens: NDArray[np.int64], kind: str, scheme: str) -> None:
     checkpoint = write_tiny(tmp_path / "dense", kind)
     source = onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "onnx").path
-    done = quantize_onnx(source, tmp_path / scheme, scheme=scheme, block_size=BLOCK, head=True)
+    done = quantize_onnx(source, tmp_path / scheme, Quantization(scheme=scheme, block_size=BLOCK, head=True))
     holder = "lm_head" if kind in TIED else TABLE
     assert done.record["embeddings"] == {TABLE: f"codes of {holder}"}
     assert nodes_of(done.path / "model.onnx", "Gather") == []
@@ -66,7 +67,9 @@ def test_a_tied_embedding_is_not_stored_again(
     source = onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path / "onnx").path
     sizes, floats = {}, {}
     for head in (False, True):
-        folder = quantize_onnx(source, tmp_path / str(head), scheme="w4", block_size=BLOCK, head=head).path
+        folder = quantize_onnx(
+            source, tmp_path / str(head), Quantization(scheme="w4", block_size=BLOCK, head=head)
+        ).path
         graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
         floats[head] = [tensor.name for tensor in graph.initializer if tensor.name == f"{TABLE}.weight"]
         sizes[head] = footprint_of(folder).weight_bytes_per_step
@@ -86,7 +89,7 @@ def test_int8_for_onnx_runtime_alone(tmp_path: Path, tokens: NDArray[np.int64], 
     checkpoint = write_tiny(tmp_path / "dense", "llama-tied", head_dim=16)
     source = onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "onnx", flavor=flavor).path
     done = quantize_onnx(
-        source, tmp_path / "int8", scheme="int8", calibration=tokens, smooth="none", head=True
+        source, tmp_path / "int8", Quantization(scheme="int8", smooth="none", head=True), calibration=tokens
     )
     lookups = nodes_of(done.path / "model.onnx", "GatherBlockQuantized")
     if flavor == "portable":
@@ -104,7 +107,7 @@ def test_int8_for_onnx_runtime_alone(tmp_path: Path, tokens: NDArray[np.int64], 
 def test_both_graphs_of_an_encoder_decoder_read_the_same_codes(tmp_path: Path, kind: str) -> None:
     checkpoint = write_t5(tmp_path / "t5", kind)
     source = onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "onnx").path
-    done = quantize_onnx(source, tmp_path / "w4", scheme="w4", block_size=BLOCK, head=True)
+    done = quantize_onnx(source, tmp_path / "w4", Quantization(scheme="w4", block_size=BLOCK, head=True))
     holder = "lm_head" if kind == "t5" else "shared"
     assert done.record["embeddings"] == {"shared": f"codes of {holder}"}
     places = set()
@@ -133,7 +136,7 @@ def test_what_stays_float(tmp_path: Path, tiny_llama: Path) -> None:
         ("blocks", {"head": True}, {TABLE: "float: rows of 48 numbers are no whole blocks of 32"}),
         ("tensorrt", {"block_size": BLOCK, "head": True, "writing": "tensorrt"}, {}),
     ):
-        done = quantize_onnx(source, tmp_path / name, scheme="w4", **options)  # type: ignore[arg-type]
+        done = quantize_onnx(source, tmp_path / name, Quantization(scheme="w4", **options))  # type: ignore[arg-type]
         assert done.record["embeddings"] == said
         (gather,) = nodes_of(done.path / "model.onnx", "Gather")
         assert gather.input[0] == f"{TABLE}.weight"
@@ -141,7 +144,7 @@ def test_what_stays_float(tmp_path: Path, tiny_llama: Path) -> None:
 
 def test_half_precision_rows(tmp_path: Path, tiny_llama: Path, tokens: NDArray[np.int64]) -> None:
     source = onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path / "onnx", dtype="fp16").path
-    done = quantize_onnx(source, tmp_path / "w4", scheme="w4", block_size=BLOCK, head=True)
+    done = quantize_onnx(source, tmp_path / "w4", Quantization(scheme="w4", block_size=BLOCK, head=True))
     session = onnxruntime.InferenceSession(done.path / "model.onnx", providers=["CPUExecutionProvider"])
     assert session.get_outputs()[0].type == "tensor(float16)"
     logits, _ = OrtDecoder(done.path).prefill(tokens[:1])

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from builders.lint import lint
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.quantize.lint import Finding, lint
-from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.folder import quantize_onnx
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.refused import Finding
 
 LINEAR = "model.layers.1.mlp.gate_proj"
 Change = Callable[[onnx.GraphProto], None]
@@ -28,7 +29,9 @@ def int8(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lint")
     onnx_from_checkpoint(Checkpoint.open(tiny_llama), folder / "onnx")
     tokens = np.random.default_rng(3).integers(3, 200, size=(2, 16))
-    quantize_onnx(folder / "onnx", folder / "int8", scheme="int8", calibration=tokens, smooth="none")
+    quantize_onnx(
+        folder / "onnx", folder / "int8", Quantization(scheme="int8", smooth="none"), calibration=tokens
+    )
     return folder / "int8"
 
 
@@ -155,8 +158,3 @@ def test_each_damage_is_named(
 def test_our_own_graph_breaks_no_rule_of_quantization(int8: Path) -> None:
     assert _findings(int8) == []
     assert {finding.rule for finding in lint(int8)} == {"attention-precision"}  # it is float32
-
-
-def test_a_folder_without_graphs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NirvanaError, match=r"holds no \*.onnx"):
-        lint(tmp_path)

@@ -18,11 +18,13 @@ from nirvana_deploy.export.packed import packed_name, parent_of, unpacked_names
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.quantize.coverage import coverage_of
+from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.graph.files import read_initializer
 from nirvana_deploy.quantize.graph.layer_parts import Cut
 from nirvana_deploy.quantize.graph.linears import open_folder, write_folder
 from nirvana_deploy.quantize.int8 import decide as choose
-from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.schemes import SCHEMES
 from nirvana_deploy.quantize.weights import low_bit
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 
@@ -84,7 +86,10 @@ def test_packed_linears_compute_the_same(
 ) -> None:
     together = {
         scheme: quantize_onnx(
-            source, tmp_path / f"{scheme}-together", scheme=scheme, calibration=tokens, head=True
+            source,
+            tmp_path / f"{scheme}-together",
+            Quantization(scheme=scheme, head=True),
+            calibration=tokens,
         )
         for scheme in ("int8", "w8", "w4")
     }
@@ -92,7 +97,7 @@ def test_packed_linears_compute_the_same(
         monkeypatch.setattr(module, "siblings", lambda linears, **_: ((linear,) for linear in linears))
     for scheme, packed in together.items():
         apart = quantize_onnx(
-            source, tmp_path / f"{scheme}-apart", scheme=scheme, calibration=tokens, head=True
+            source, tmp_path / f"{scheme}-apart", Quantization(scheme=scheme, head=True), calibration=tokens
         )
         logits, states = zip(
             *(OrtDecoder(one.path).prefill(tokens[:2, :9]) for one in (packed, apart)), strict=True
@@ -101,11 +106,13 @@ def test_packed_linears_compute_the_same(
         for one, other in zip(*(state.cache for state in states), strict=True):
             np.testing.assert_array_equal(one.numpy(), other.numpy())
         assert packed.coverage.found == packed.coverage.promised == apart.coverage.promised
-        assert packed.weights_bytes < 1.1 * apart.weights_bytes  # what is small lies in the graph itself
+        assert (
+            packed.record["weights_bytes"] < 1.1 * apart.record["weights_bytes"]
+        )  # what is small lies in the graph itself
 
 
 def test_attention_takes_them_packed_unless_heads_are_normed(source: Path, tmp_path: Path) -> None:
-    folder = quantize_onnx(source, tmp_path / "w4", scheme="w4").path
+    folder = quantize_onnx(source, tmp_path / "w4", Quantization(scheme="w4")).path
     nodes = onnx.load(folder / "model.onnx", load_external_data=False).graph.node
     names = {value for node in nodes for value in node.input}
     assert sum(f".{Q_K_V}.weight_quantized" in name for name in names) == LAYERS
@@ -125,7 +132,10 @@ def test_a_graph_that_tensorrt_reads_stays_apart(
     source = onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path / "onnx").path
     for scheme, writing in (("int8", "ort"), ("w4", "tensorrt")):
         folder = quantize_onnx(
-            source, tmp_path / scheme, scheme=scheme, calibration=tokens, smooth="none", writing=writing
+            source,
+            tmp_path / scheme,
+            Quantization(scheme=scheme, smooth="none", writing=writing),
+            calibration=tokens,
         ).path
         model = onnx.load(folder / "model.onnx", load_external_data=False)
         assert not any("+" in tensor.name for tensor in model.graph.initializer)
@@ -139,7 +149,7 @@ def test_different_decisions_are_not_packed(
     checkpoint = write_tiny(tmp_path / "dense", "mistral", head_dim=HEAD_DIM)
     source = onnx_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "onnx", flavor="gqa").path
     done = quantize_onnx(
-        source, tmp_path / "int8", scheme="int8", calibration=tokens, smooth="none", keep_fp=5
+        source, tmp_path / "int8", Quantization(scheme="int8", smooth="none", keep_fp=5), calibration=tokens
     )
     model = onnx.load(done.path / "model.onnx", load_external_data=False)
     held = {
@@ -168,9 +178,9 @@ def test_a_packed_linear_that_runs_in_float_is_missed_with_all_it_holds(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     source = onnx_from_checkpoint(Checkpoint.open(tiny_llama), tmp_path / "onnx").path
-    folder = quantize_onnx(source, tmp_path / "w4", scheme="w4").path
+    folder = quantize_onnx(source, tmp_path / "w4", Quantization(scheme="w4")).path
     promised = [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
-    assert coverage_of(folder, promised).missing == ()
+    assert coverage_of(folder, promised, kernels=SCHEMES["w4"].integer_kernels).missing == ()
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     packed = f"model.layers.1.{GATE_UP}.weight_quantized"
     for tensor in model.graph.initializer:
@@ -184,7 +194,7 @@ def test_a_packed_linear_that_runs_in_float_is_missed_with_all_it_holds(
     for node in model.graph.node:
         node.output[:] = [name.replace(GATE_UP, "else") for name in node.output]
     onnx.save(model, folder / "model.onnx")
-    assert coverage_of(folder, promised).missing == tuple(promised[:2])
+    assert coverage_of(folder, promised, kernels=SCHEMES["w4"].integer_kernels).missing == tuple(promised[:2])
 
 
 def test_names_of_packed_linears() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -22,8 +23,9 @@ from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.package.triton import triton_from_onnx
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import check_plan_was_cut
-from nirvana_deploy.quantize import coverage
-from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.folder import quantize_onnx
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.schemes import SCHEMES
 from nirvana_deploy.runtime.genai import genai_tokens
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.text import load_text_side
@@ -119,7 +121,7 @@ def test_a_newer_graph_is_not_run_or_quantized(folder: Path, tmp_path: Path) -> 
     rewritten(folder, newer)
     for use in (
         lambda: OrtDecoder(folder, threads=1),
-        lambda: quantize_onnx(folder, tmp_path / "w8", scheme="w8"),
+        lambda: quantize_onnx(folder, tmp_path / "w8", Quantization(scheme="w8")),
         lambda: triton_from_onnx(folder, tmp_path / "triton", name="newer"),
     ):
         with pytest.raises(NirvanaError, match="was written with schema 2; this version reads schema 1"):
@@ -190,14 +192,14 @@ def test_a_quantized_folder_is_verified(
     exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, folder = exported
-    quantized = quantize_onnx(folder, tmp_path / "w8", scheme="w8").path
+    quantized = quantize_onnx(folder, tmp_path / "w8", Quantization(scheme="w8")).path
     order = [str(quantized), "--checkpoint", str(checkpoint)]
     result = CliRunner().invoke(verify, order, catch_exceptions=False)
     assert result.exit_code == 0 and "linears in integer kernels" in result.output, result.output
     told = json.loads(CliRunner().invoke(verify, [*order, "--json"]).stdout)["quantized"]["model"]
     assert told["promised"] == told["found"] == 21
 
-    monkeypatch.setattr(coverage, "INTEGER_OPERATORS", frozenset())
+    monkeypatch.setitem(SCHEMES, "w8", replace(SCHEMES["w8"], integer_kernels=frozenset()))
     worse = CliRunner().invoke(verify, order)
     assert "FAILED" in worse.output and isinstance(worse.exception, VerificationError)
     assert "0/21 linears run in integer kernels" in worse.exception.message

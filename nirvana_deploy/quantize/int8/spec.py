@@ -78,7 +78,7 @@ class Int8Spec:
 def read_spec(folder: Path) -> Int8Spec:
     """The int8 decision recorded in a quantized folder; raises NirvanaError when there is none."""
     record = read_record(folder)
-    if record["scheme"] != "int8":
+    if "int8" not in record:
         raise NirvanaError(f"{folder} is quantized as {record['scheme']!r}; only int8 can be applied again.")
     return Int8Spec.from_json(record["int8"])
 
@@ -98,6 +98,11 @@ def read_record(folder: Path) -> dict[str, Any]:
             hint="Quantize again with this version.",
         )
     return record
+
+
+def recorded_linears(record: Mapping[str, Any]) -> list[str]:
+    """Names of the linears that a ``quantization.json`` says are quantized."""
+    return list(record["linears"] if "linears" in record else record["int8"]["linears"])
 
 
 def record_of(*, scheme: str, **entries: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ sm89 and newer, and refuses a list of targets that has an older one in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -15,10 +16,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from nirvana_deploy.base.progress import Progress
 from nirvana_deploy.quantize.graph.linears import Linear, OnnxGraph
 from nirvana_deploy.quantize.graph.names import HEAD
+from nirvana_deploy.quantize.rewriting import QuantizeInputs, Rewritten
 
-FP8_TARGETS = ("sm89", "sm120", "sm121")
 LARGEST_CODE = 448.0
 _SMALLEST_DIMENSION = 16  # narrower linears gain nothing
 
@@ -33,15 +35,17 @@ def round_to_fp8(
     return codes.astype(ml_dtypes.float8_e4m3fn), scale
 
 
-def rewrite_fp8(graphs: Sequence[OnnxGraph]) -> list[str]:
-    """Rewrite the linears of float ``graphs``, the head left out; returns their names."""
+def rewrite_fp8(
+    graphs: Sequence[OnnxGraph], inputs: QuantizeInputs, *, scratch: Path, progress: Progress
+) -> Rewritten:
+    """Rewrite the linears of float ``graphs``, the head left out (a ``Rewrite``)."""
     rewritten = []
     for graph in graphs:
         for linear in graph.linears:
             if linear.role != HEAD and min(linear.K, linear.N) >= _SMALLEST_DIMENSION:
                 _rewrite(graph, linear)
                 rewritten.append(linear.name)
-    return rewritten
+    return Rewritten(rewritten, {"linears": rewritten})
 
 
 def _rewrite(graph: OnnxGraph, linear: Linear) -> None:

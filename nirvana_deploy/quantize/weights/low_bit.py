@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.progress import Progress
 from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.quantize.graph.layer_runner import (
     ENCODER_STATES,
@@ -29,6 +29,9 @@ from nirvana_deploy.quantize.graph.names import HEAD
 from nirvana_deploy.quantize.graph.packing import is_for_ort_alone, pack, pack_floats, siblings
 from nirvana_deploy.quantize.int8.observe import require_prefill
 from nirvana_deploy.quantize.int8.rewrite import SMALLEST_DIMENSION
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.rewriting import QuantizeInputs, Rewritten, windows_record
+from nirvana_deploy.quantize.schemes import scheme_named
 from nirvana_deploy.quantize.weights.embedding import embedding_of, look_up_codes
 from nirvana_deploy.quantize.weights.gptq import inputs_of, round_calibrated
 from nirvana_deploy.quantize.weights.layerwise import round_layerwise
@@ -41,7 +44,6 @@ from nirvana_deploy.quantize.weights.write import (
     write_rounded,
 )
 
-BITS = {"w8": 8, "w4": 4}
 ROUNDINGS = {
     "plain": "to the nearest code of a scale that reaches the block's largest weight",
     "search": "the same, each block's scale of least squared error",
@@ -72,71 +74,52 @@ class LowBit:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Rewritten:
-    """What was quantized."""
-
-    linears: list[str]
-    """Names of the linears."""
-    embeddings: dict[str, str]
-    """Name of an embedding -> whose codes it is looked up in, or why it stays float."""
-
-
-def low_bit(
-    scheme: str,
-    *,
-    block_size: int = 32,
-    rounding: str | None = None,
-    writing: str = "ort",
-    head: bool = False,
-    calibrated: bool,
-) -> LowBit:
-    """The decision of a ``scheme``; rounding is by default calibrated where there is calibration.
+def low_bit(recipe: Quantization, *, calibrated: bool) -> LowBit:
+    """The decision of the recipe's scheme; rounding is by default calibrated where there is calibration.
 
     Raises NirvanaError for an unknown word, a block size that runtimes do not read, and calibrated rounding
     without calibration.
     """
-    bits = look_up(scheme, BITS, what="scheme")
-    look_up(writing, WRITINGS, what="writing")
-    rounding = rounding or ("gptq" if calibrated else "search")
+    scheme = scheme_named(recipe.scheme)
+    look_up(recipe.writing, WRITINGS, what="writing")
+    rounding = recipe.rounding or ("gptq" if calibrated else "search")
     look_up(rounding, ROUNDINGS, what="rounding")
-    if bits == 4:
-        require_block_size(block_size)
+    in_blocks = "block_size" in scheme.options
+    if in_blocks:
+        require_block_size(recipe.block_size)
     if rounding == "gptq" and not calibrated:
         raise NirvanaError(
             "Rounding 'gptq' is fitted to calibration windows, and none were given.",
             hint="--calib FILE, or --rounding search, which reads the weights alone.",
         )
     return LowBit(
-        bits=bits,
-        block_size=block_size if bits == 4 else None,
+        bits=scheme.weight_bits,
+        block_size=recipe.block_size if in_blocks else None,
         rounding=rounding,
-        writing=writing,
-        head=head,
+        writing=recipe.writing,
+        head=recipe.head,
     )
 
 
 def rewrite_low_bit(
-    graphs: Sequence[OnnxGraph],
-    spec: LowBit,
-    *,
-    calibration: NDArray[np.int64] | None = None,
-    scratch: Path,
-    progress: Progress = SILENT,
+    graphs: Sequence[OnnxGraph], inputs: QuantizeInputs, *, scratch: Path, progress: Progress
 ) -> Rewritten:
-    """Rewrite the float ``graphs`` as ``spec`` says.
+    """Rewrite the linears of the float ``graphs``, their weights rounded (a ``Rewrite``).
 
-    ``calibration`` [N, T] is read by calibrated rounding only, whose codes are written to ``scratch``: keep
-    it until the graphs are written. Raises NirvanaError where the calibration does not fit, or no linear is
-    large enough.
+    Codes of calibrated rounding are written to ``scratch``. Raises NirvanaError where the calibration does
+    not fit, or no linear is large enough.
     """
+    calibration = inputs.calibration
+    spec = low_bit(inputs.recipe, calibrated=calibration is not None)
     chosen = [[linear for linear in graph.linears if _takes_part(linear, spec)] for graph in graphs]
     if not any(chosen):
         raise NirvanaError(
             f"No linear has at least {SMALLEST_DIMENSION} inputs and outputs: nothing to quantize."
         )
+    windows = None
     if spec.rounding == "gptq":
         assert calibration is not None
+        windows = windows_record(calibration)
         readers = _calibrated(graphs, chosen, spec, calibration, scratch, progress)
     else:
         readers = {linear.name: _uncalibrated(linear, spec) for linears in chosen for linear in linears}
@@ -171,7 +154,14 @@ def rewrite_low_bit(
                 block_size=spec.block_of(embedding),
             )
             embeddings.setdefault(embedding.name, where)
-    return Rewritten([linear.name for linears in chosen for linear in linears], embeddings)
+    names = [linear.name for linears in chosen for linear in linears]
+    record = {
+        "calibration": windows,
+        "weights": spec.to_json(),
+        "linears": names,
+        "embeddings": embeddings,
+    }
+    return Rewritten(names, record)
 
 
 def _takes_part(linear: Linear, spec: LowBit) -> bool:

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from builders.lint import lint
 from builders.plans import plan_for
+from builders.quantized import apply_spec
 from builders.tiny import VOCABULARY, write_tiny
 from builders.tiny_t5 import KINDS as T5_KINDS
 from builders.tiny_t5 import write_t5
@@ -17,12 +19,12 @@ from numpy.typing import NDArray
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.graph.layer_runner import Runner
 from nirvana_deploy.quantize.graph.linears import open_folder, write_folder
 from nirvana_deploy.quantize.int8.smooth import apply_folds, find_folds, weight_absmax
 from nirvana_deploy.quantize.int8.spec import read_spec
-from nirvana_deploy.quantize.lint import lint
-from nirvana_deploy.quantize.quantize import apply_spec, quantize_onnx
+from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.runtime.divergence import Yardstick
 
 
@@ -56,7 +58,9 @@ def test_other_flavors_are_quantized_alike(tmp_path: Path, tokens: NDArray[np.in
     specs, found = [], []
     for name in ("portable", flavor):
         folder = tmp_path / name
-        done = quantize_onnx(folder, tmp_path / f"{name}-8", scheme="int8", calibration=tokens, smooth=0.6)
+        done = quantize_onnx(
+            folder, tmp_path / f"{name}-8", Quantization(scheme="int8", smooth=0.6), calibration=tokens
+        )
         assert done.coverage.found == done.coverage.promised
         specs.append(read_spec(done.path))
         found.append(Yardstick(Runner(folder).logits, tokens).divergence(Runner(done.path).logits))
@@ -69,7 +73,9 @@ def test_other_flavors_are_quantized_alike(tmp_path: Path, tokens: NDArray[np.in
 def test_the_decision_fits_a_float16_export(pruned: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
     onnx_from_checkpoint(Checkpoint.open(pruned), tmp_path / "fp32")
     onnx_from_checkpoint(Checkpoint.open(pruned), tmp_path / "fp16", dtype="fp16")
-    done = quantize_onnx(tmp_path / "fp32", tmp_path / "int8", scheme="int8", calibration=tokens, smooth=0.6)
+    done = quantize_onnx(
+        tmp_path / "fp32", tmp_path / "int8", Quantization(scheme="int8", smooth=0.6), calibration=tokens
+    )
     half = apply_spec(tmp_path / "fp16", read_spec(done.path), tmp_path / "fp16-int8")
     model = onnx.load(half.path / "model.onnx")
     scales = [tensor for tensor in model.graph.initializer if tensor.name.endswith("_scale")]
@@ -104,7 +110,7 @@ def test_encoder_decoders_are_quantized_in_both_graphs(t5: Path, tmp_path: Path)
     write_folder(t5, tmp_path / "folded", graphs)
     np.testing.assert_array_equal(next(Runner(tmp_path / "folded").logits(windows[:1])), expected)
 
-    done = quantize_onnx(t5, tmp_path / "int8", scheme="int8", calibration=windows, keep_fp=1)
+    done = quantize_onnx(t5, tmp_path / "int8", Quantization(scheme="int8", keep_fp=1), calibration=windows)
     assert done.coverage.found == done.coverage.promised > 20
     assert {name.split(".")[0] for name in read_spec(done.path).linears} == {"encoder", "decoder"}
     assert any(layer.startswith("cross") for layer in done.record["sensitivity"]["layers"])
@@ -114,7 +120,10 @@ def test_encoder_decoders_are_quantized_in_both_graphs(t5: Path, tmp_path: Path)
     }
     # the embedding, which both graphs read, still lies on disk once
     embedding = 4 * VOCABULARY * 48
-    assert done.weights_bytes < embedding * (2 if "lm_head" in str(done.record) and gated else 1) + 120_000
+    assert (
+        done.record["weights_bytes"]
+        < embedding * (2 if "lm_head" in str(done.record) and gated else 1) + 120_000
+    )
 
 
 @pytest.mark.parametrize("scheme", ["w8", "w4"])
@@ -124,7 +133,7 @@ def test_encoder_decoders_are_rounded_in_both_graphs(t5: Path, tmp_path: Path, s
     kl = {}
     for rounding in ("plain", "gptq"):
         done = quantize_onnx(
-            t5, tmp_path / rounding, scheme=scheme, rounding=rounding, calibration=windows[:20]
+            t5, tmp_path / rounding, Quantization(scheme=scheme, rounding=rounding), calibration=windows[:20]
         )
         assert done.coverage.found == done.coverage.promised > 20
         kl[rounding] = yardstick.divergence(Runner(done.path).logits)

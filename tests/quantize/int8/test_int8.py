@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from builders.plans import plan_for
+from builders.quantized import apply_spec
 from builders.tiny import KINDS, write_tiny
 from builders.tiny_decoder import write_tiny_decoder
 from click.testing import CliRunner, Result
@@ -22,15 +23,18 @@ from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.quantize.coverage import coverage_of, slow_host_note
+from nirvana_deploy.quantize.coverage import coverage_of
+from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.graph.layer_runner import Runner
 from nirvana_deploy.quantize.graph.linears import open_folder, write_folder
 from nirvana_deploy.quantize.int8.decide import calibrated, decide
 from nirvana_deploy.quantize.int8.rewrite import quantize_weight
+from nirvana_deploy.quantize.int8.scheme import keep_worst, slow_host_note
 from nirvana_deploy.quantize.int8.sensitivity import sensitivity_of
 from nirvana_deploy.quantize.int8.smooth import apply_folds, find_folds, weight_absmax
 from nirvana_deploy.quantize.int8.spec import Int8Linear, Int8Spec, read_spec
-from nirvana_deploy.quantize.quantize import apply_spec, keep_worst, quantize_onnx
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.schemes import SCHEMES
 from nirvana_deploy.runtime.divergence import Yardstick
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 
@@ -82,7 +86,9 @@ def test_folding_alone_changes_no_bit(pruned: Path, tmp_path: Path, tokens: NDAr
 def test_int8_covers_what_it_promises_and_stays_near(
     pruned: Path, tmp_path: Path, tokens: NDArray[np.int64]
 ) -> None:
-    quantized = quantize_onnx(pruned, tmp_path / "int8", scheme="int8", calibration=tokens, smooth=0.5)
+    quantized = quantize_onnx(
+        pruned, tmp_path / "int8", Quantization(scheme="int8", smooth=0.5), calibration=tokens
+    )
     (graph,) = open_folder(pruned)
     wide = [linear.name for linear in graph.linears if min(linear.K, linear.N) >= 16]
     promised = [name for name in wide if name != "lm_head"]
@@ -117,7 +123,9 @@ def test_weights_are_rounded_to_the_nearest_code() -> None:
 
 
 def test_pairs_are_never_shared(llama: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
-    quantize_onnx(llama, tmp_path / "int8", scheme="int8", calibration=tokens, smooth="none", head=True)
+    quantize_onnx(
+        llama, tmp_path / "int8", Quantization(scheme="int8", smooth="none", head=True), calibration=tokens
+    )
     model = onnx.load(tmp_path / "int8/model.onnx", load_external_data=False)
     pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     assert len(pairs) == 7 * 3 + 1  # the head too
@@ -131,7 +139,9 @@ def test_pairs_are_never_shared(llama: Path, tmp_path: Path, tokens: NDArray[np.
 
 
 def test_shared_pairs_are_found_out(llama: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
-    quantized = quantize_onnx(llama, tmp_path / "int8", scheme="int8", calibration=tokens, smooth="none")
+    quantized = quantize_onnx(
+        llama, tmp_path / "int8", Quantization(scheme="int8", smooth="none"), calibration=tokens
+    )
     path = quantized.path / "model.onnx"
     model = onnx.load(path, load_external_data=False)
     of = {node.name: node for node in model.graph.node}
@@ -141,7 +151,9 @@ def test_shared_pairs_are_found_out(llama: Path, tmp_path: Path, tokens: NDArray
             if name == of[second].output[0]:
                 node.input[index] = of[first].output[0]
     path.write_bytes(model.SerializeToString())
-    coverage = coverage_of(quantized.path, tuple(read_spec(quantized.path).linears))
+    coverage = coverage_of(
+        quantized.path, quantized.record["int8"]["linears"], kernels=SCHEMES["int8"].integer_kernels
+    )
     assert coverage.found == 19 and coverage.promised == 21
     assert set(coverage.missing) == {f"model.layers.1.self_attn.{part}_proj" for part in "qk"}
     with pytest.raises(VerificationError, match=r"19/21 linears.*float still run model.layers.1.self_attn.q"):
@@ -175,7 +187,9 @@ def test_outlier_channels_run_in_float_beside_the_integers(
 
 
 def test_the_decision_can_be_applied_again(llama: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
-    first = quantize_onnx(llama, tmp_path / "first", scheme="int8", calibration=tokens, smooth=0.8)
+    first = quantize_onnx(
+        llama, tmp_path / "first", Quantization(scheme="int8", smooth=0.8), calibration=tokens
+    )
     second = apply_spec(llama, read_spec(first.path), tmp_path / "second")
     a, b = _initializers(first.path), _initializers(second.path)
     assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
@@ -188,7 +202,9 @@ def test_the_decision_can_be_applied_again(llama: Path, tmp_path: Path, tokens: 
 
 
 def test_alpha_is_chosen_by_divergence(llama: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
-    quantized = quantize_onnx(llama, tmp_path / "int8", scheme="int8", calibration=tokens[:4], heldout=tokens)
+    quantized = quantize_onnx(
+        llama, tmp_path / "int8", Quantization(scheme="int8"), calibration=tokens[:4], heldout=tokens
+    )
     tried = {entry["alpha"]: entry["kl"] for entry in quantized.record["alpha_by_kl"]}
     assert set(tried) == {0.5, 0.6, 0.7, 0.8, 0.9} and len(set(tried.values())) == 5
     assert quantized.record["int8"]["alpha"] == min(tried, key=lambda alpha: tried[alpha])
@@ -209,7 +225,9 @@ def test_other_ranges_reach_less_far(
 
 def test_useless_calibration_is_refused(llama: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
     def quantize(folder: Path, calibration: NDArray[np.int64] | None, **options: object) -> None:
-        quantize_onnx(folder, tmp_path / "out", scheme="int8", calibration=calibration, **options)  # type: ignore[arg-type]
+        quantize_onnx(
+            folder, tmp_path / "out", Quantization(scheme="int8", **options), calibration=calibration
+        )  # type: ignore[arg-type]
 
     with pytest.raises(NirvanaError, match="none were given"):
         quantize(llama, None)
@@ -222,7 +240,7 @@ def test_useless_calibration_is_refused(llama: Path, tmp_path: Path, tokens: NDA
     with pytest.raises(NirvanaError, match=r"Unknown range method 'minimax'\. Did you mean 'minmax'"):
         quantize(llama, tokens, ranges="minimax")
     with pytest.raises(NirvanaError, match=r"Unknown scheme 'int9'\. Did you mean 'int8'"):
-        quantize_onnx(llama, tmp_path / "out", scheme="int9", calibration=tokens)
+        quantize_onnx(llama, tmp_path / "out", Quantization(scheme="int9"), calibration=tokens)
     for value, message in (
         (0.0, "All calibration activations"),
         (np.nan, "NaN or infinite"),
@@ -240,16 +258,14 @@ def test_useless_calibration_is_refused(llama: Path, tmp_path: Path, tokens: NDA
 
 
 def test_quantizing_twice_is_refused(llama: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
-    quantize_onnx(llama, tmp_path / "int8", scheme="int8", calibration=tokens, smooth="none")
+    quantize_onnx(llama, tmp_path / "int8", Quantization(scheme="int8", smooth="none"), calibration=tokens)
     with pytest.raises(NirvanaError, match="quantized already"):
-        quantize_onnx(tmp_path / "int8", tmp_path / "again", scheme="int8", calibration=tokens)
+        quantize_onnx(tmp_path / "int8", tmp_path / "again", Quantization(scheme="int8"), calibration=tokens)
 
 
-def test_a_host_without_dot_products_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nirvana_deploy.quantize.coverage._cpu_flags", lambda: {"avx2", "fma"})
-    assert "no integer dot product" in str(slow_host_note())
-    monkeypatch.setattr("nirvana_deploy.quantize.coverage._cpu_flags", lambda: {"avx512_vnni"})
-    assert slow_host_note() is None
+def test_a_host_without_dot_products_is_told() -> None:
+    assert "no integer dot product" in str(slow_host_note({"avx2", "fma"}))
+    assert slow_host_note({"avx2", "avx512_vnni"}) is None and slow_host_note(None) is None
 
 
 def test_sensitivity_finds_the_linear_that_was_made_bad(
@@ -278,15 +294,15 @@ def test_sensitivity_finds_the_linear_that_was_made_bad(
 
 def test_the_worst_linears_stay_float(llama: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
     quantized = quantize_onnx(
-        llama, tmp_path / "int8", scheme="int8", calibration=tokens, smooth=0.5, keep_fp=2
+        llama, tmp_path / "int8", Quantization(scheme="int8", smooth=0.5, keep_fp=2), calibration=tokens
     )
     record = quantized.record
     worst = list(record["sensitivity"]["linears"])[:2]
     assert quantized.coverage.promised == quantized.coverage.found == 19
     assert set(record["int8"]["kept_float"]) == {"lm_head", *worst}
     assert {f"{name}.weight" for name in worst} <= set(_initializers(quantized.path))
-    with pytest.raises(NirvanaError, match="at least 0, got -1"):
-        quantize_onnx(llama, tmp_path / "x", scheme="int8", calibration=tokens, keep_fp=-1)
+    with pytest.raises(NirvanaError, match="of at least 0"):
+        quantize_onnx(llama, tmp_path / "x", Quantization(scheme="int8", keep_fp=-1), calibration=tokens)
 
 
 def test_the_command_quantizes_an_onnx_folder(llama: Path, tmp_path: Path) -> None:
@@ -323,7 +339,9 @@ def test_a_tied_head_is_smoothed_in_a_weight_of_its_own(
     expected, _ = OrtDecoder(llama).prefill(tokens)
     np.testing.assert_array_equal(OrtDecoder(tmp_path / "folded").prefill(tokens)[0], expected)
 
-    done = quantize_onnx(llama, tmp_path / "int8", scheme="int8", calibration=tokens, smooth=0.5, head=True)
+    done = quantize_onnx(
+        llama, tmp_path / "int8", Quantization(scheme="int8", smooth=0.5, head=True), calibration=tokens
+    )
     assert done.coverage.found == 22 and "lm_head" in done.record["int8"]["smoothing"]
     stored = _initializers(done.path)
     before = _initializers(llama)["model.embed_tokens.weight"]

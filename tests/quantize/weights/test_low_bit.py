@@ -28,11 +28,12 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.export.packed import unpacked_names
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.quantize.coverage import INTEGER_OPERATORS
+from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.graph.layer_parts import Cut, session_of
 from nirvana_deploy.quantize.graph.layer_runner import Runner
 from nirvana_deploy.quantize.graph.linears import Linear, open_folder, write_folder
-from nirvana_deploy.quantize.quantize import quantize_onnx
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.schemes import SCHEMES
 from nirvana_deploy.quantize.weights.layerwise import round_layerwise
 from nirvana_deploy.quantize.weights.rounding import RoundedWeight, round_weight
 from nirvana_deploy.runtime.divergence import Yardstick
@@ -103,12 +104,8 @@ def test_both_writings_hold_the_same_numbers(
         writing: quantize_onnx(
             pruned,
             tmp_path / writing,
-            scheme=scheme,
-            block_size=block_size,
-            rounding=rounding,
-            writing=writing,
+            Quantization(scheme=scheme, block_size=block_size, rounding=rounding, writing=writing, head=True),
             calibration=tokens,
-            head=True,
         )
         for writing in ("ort", "tensorrt")
     }
@@ -132,7 +129,7 @@ def test_both_writings_hold_the_same_numbers(
     for result in folders.values():
         assert json.loads((result.path / "quantization.json").read_text()) == result.record
         assert yardstick.divergence(Runner(result.path).logits) < KL_AT_MOST[scheme]
-    assert folders["ort"].weights_bytes < 0.75 * folders["ort"].float_bytes
+    assert folders["ort"].record["weights_bytes"] < 0.75 * folders["ort"].record["float_bytes"]
 
 
 @pytest.mark.parametrize("scheme", ["w8", "w4"])
@@ -140,7 +137,9 @@ def test_runtimes_compute_with_these_numbers(
     pruned: Path, tmp_path: Path, tokens: NDArray[np.int64], scheme: str
 ) -> None:
     """In float arithmetic the quantized graph equals the float graph with the rounded weights in it."""
-    folder = quantize_onnx(pruned, tmp_path / "q", scheme=scheme, rounding="search", head=True).path
+    folder = quantize_onnx(
+        pruned, tmp_path / "q", Quantization(scheme=scheme, rounding="search", head=True)
+    ).path
     (graph,) = open_folder(pruned)
     embedding = next(linear for linear in graph.linears if linear.role == "head").weight
     for linear in graph.linears:
@@ -198,15 +197,18 @@ def test_calibrated_rounding_is_nearer(llama: Path, tmp_path: Path) -> None:
     kl = {}
     for rounding in ("plain", "search", "gptq"):
         result = quantize_onnx(
-            llama, tmp_path / rounding, scheme="w4", rounding=rounding, calibration=calibration
+            llama, tmp_path / rounding, Quantization(scheme="w4", rounding=rounding), calibration=calibration
         )
         kl[rounding] = yardstick.divergence(Runner(result.path).logits)
         assert result.record["weights"]["rounding"] == rounding
         assert (result.record["calibration"] is not None) == (rounding == "gptq")
     assert kl["search"] < kl["plain"] and kl["gptq"] < 0.8 * kl["plain"]
-    default = quantize_onnx(llama, tmp_path / "default", scheme="w4", calibration=calibration)
+    default = quantize_onnx(llama, tmp_path / "default", Quantization(scheme="w4"), calibration=calibration)
     assert default.record["weights"]["rounding"] == "gptq"
-    assert quantize_onnx(llama, tmp_path / "bare", scheme="w4").record["weights"]["rounding"] == "search"
+    assert (
+        quantize_onnx(llama, tmp_path / "bare", Quantization(scheme="w4")).record["weights"]["rounding"]
+        == "search"
+    )
 
 
 @pytest.mark.parametrize("flavor", ["portable", "gqa"])
@@ -222,11 +224,8 @@ def test_genai_and_ort_generate_the_same(
     folder = quantize_onnx(
         source,
         tmp_path / "q",
-        scheme=scheme,
+        Quantization(scheme=scheme, smooth=0.5, head=True, block_size=16),
         calibration=calibration,
-        smooth=0.5,
-        head=True,
-        block_size=16,  # whole blocks: the embedding is looked up in codes too
     ).path
     decoder = OrtDecoder(folder)
     with genai_tokens(folder) as generate:
@@ -248,7 +247,9 @@ def test_every_flavor_and_dtype(
     source = onnx_from_checkpoint(
         Checkpoint.open(checkpoint), tmp_path / "onnx", flavor=flavor, dtype=dtype, cache_tokens=cache_tokens
     ).path
-    result = quantize_onnx(source, tmp_path / "q", scheme="w4", calibration=tokens, writing=writing)
+    result = quantize_onnx(
+        source, tmp_path / "q", Quantization(scheme="w4", writing=writing), calibration=tokens
+    )
     assert result.coverage.found == result.coverage.promised == 21
     expected, found = (OrtDecoder(folder).prefill(tokens[:2])[0] for folder in (source, result.path))
     assert np.abs(found - expected).max() < 0.5 * np.abs(expected).max()
@@ -270,7 +271,9 @@ def test_tensorrt_builds_the_tensorrt_writing(llama: Path, tmp_path: Path) -> No
     trt = needs("tensorrt_rtx")
     for scheme in ("w8", "w4"):
         folder = quantize_onnx(
-            llama, tmp_path / scheme, scheme=scheme, writing="tensorrt", head=True, rounding="plain"
+            llama,
+            tmp_path / scheme,
+            Quantization(scheme=scheme, writing="tensorrt", head=True, rounding="plain"),
         ).path
         logger = trt.Logger(trt.Logger.ERROR)
         builder = trt.Builder(logger)
@@ -283,7 +286,7 @@ def test_tensorrt_builds_the_tensorrt_writing(llama: Path, tmp_path: Path) -> No
 
 def test_a_head_stays_float_unless_it_is_asked_for(llama: Path, tmp_path: Path) -> None:
     for head in (False, True):
-        result = quantize_onnx(llama, tmp_path / str(head), scheme="w4", head=head)
+        result = quantize_onnx(llama, tmp_path / str(head), Quantization(scheme="w4", head=head))
         assert ("lm_head" in result.record["linears"]) is head
         assert result.coverage.promised == 21 + head
 
@@ -296,12 +299,17 @@ def test_a_head_stays_float_unless_it_is_asked_for(llama: Path, tmp_path: Path) 
         ({"scheme": "w4", "rounding": "gptq"}, r"none were given\.\n--calib FILE, or --rounding search"),
         ({"scheme": "w4", "rounding": "greedy"}, "Unknown rounding 'greedy'"),
         ({"scheme": "w8", "writing": "tensort"}, "Unknown writing 'tensort'. Did you mean 'tensorrt'"),
-        ({"scheme": "w4", "calibration": np.full((3, 1), 5)}, "windows of 1 token say nothing"),
     ],
 )
 def test_bad_options_are_refused(llama: Path, tmp_path: Path, options: dict[str, object], words: str) -> None:
     with pytest.raises(NirvanaError, match=words):
-        quantize_onnx(llama, tmp_path / "q", **options)  # type: ignore[arg-type]
+        quantize_onnx(llama, tmp_path / "q", Quantization(**options))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_windows_without_a_prompt_are_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match="windows of 1 token say nothing"):
+        quantize_onnx(llama, tmp_path / "q", Quantization(scheme="w4"), calibration=np.full((3, 1), 5))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -326,15 +334,15 @@ def test_the_command_rounds_weights(llama: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_quantized_already_is_refused(llama: Path, tmp_path: Path) -> None:
-    once = quantize_onnx(llama, tmp_path / "once", scheme="w4").path
+    once = quantize_onnx(llama, tmp_path / "once", Quantization(scheme="w4")).path
     with pytest.raises(NirvanaError, match=r"is quantized already: node .* is a MatMulNBits"):
-        quantize_onnx(once, tmp_path / "twice", scheme="w8")
+        quantize_onnx(once, tmp_path / "twice", Quantization(scheme="w8"))
 
 
 def test_a_graph_of_small_linears_is_refused(tmp_path: Path) -> None:
     source = write_tiny_decoder(tmp_path / "onnx")
     with pytest.raises(NirvanaError, match="No linear has at least 16 inputs and outputs"):
-        quantize_onnx(source, tmp_path / "q", scheme="w4")
+        quantize_onnx(source, tmp_path / "q", Quantization(scheme="w4"))
 
 
 @pytest.mark.parametrize(("value", "words"), [(0.0, "zero throughout"), (np.nan, "NaN or infinite")])
@@ -348,7 +356,7 @@ def test_useless_activations_are_refused(
     with pytest.raises(
         NirvanaError, match=rf"model\.layers\.1\.self_attn\.q_proj are {words}.*\n.*--rounding"
     ):
-        quantize_onnx(tmp_path / "odd", tmp_path / "q", scheme="w4", calibration=tokens)
+        quantize_onnx(tmp_path / "odd", tmp_path / "q", Quantization(scheme="w4"), calibration=tokens)
     assert not (tmp_path / "q").exists()
 
 
@@ -364,14 +372,17 @@ def test_layer_by_layer_counts_what_the_whole_graph_gives(
         Checkpoint.open(tmp_path / "pruned"), tmp_path / "onnx", flavor=flavor, cache_tokens=cache_tokens
     ).path
     result = quantize_onnx(
-        source, tmp_path / "q", scheme=scheme, writing=writing, calibration=tokens, smooth="none", head=True
+        source,
+        tmp_path / "q",
+        Quantization(scheme=scheme, writing=writing, smooth="none", head=True),
+        calibration=tokens,
     )
     path = result.path / "model.onnx"
     session_of(onnx.load(path, load_external_data=False), result.path, optimized=tmp_path / "whole.onnx")
     whole = Counter(
         node.op_type
         for node in onnx.load(tmp_path / "whole.onnx", load_external_data=False).graph.node
-        if node.op_type in INTEGER_OPERATORS
+        if node.op_type in SCHEMES[scheme].integer_kernels
     )
     packed = flavor == "gqa" if scheme == "int8" else writing == "ort"
     assert result.coverage.operators == whole and sum(whole.values()) == 1 + 3 * (4 if packed else 7)

@@ -1,23 +1,22 @@
-"""What TensorRT asks of a quantized ONNX graph, checked without TensorRT.
+"""What TensorRT asks of Q/DQ pairs, checked without TensorRT: the rules that graphs of this package keep.
 
 Its parser refuses some of this late and with few words, and accepts some that it then computes otherwise
 than ONNX says: per-channel scales of activations, scales along the inputs of a weight. Sources: NvInfer.h
-(IQuantizeLayer, IDequantizeLayer, IAttention) of TensorRT 10.12 to 11, and parses with TensorRT-RTX 1.7.
+(IQuantizeLayer, IDequantizeLayer) of TensorRT 10.12 to 11, and parses with TensorRT-RTX 1.7.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.quantize.graph.files import load_model, read_initializer
+from nirvana_deploy.quantize.refused import Finding, Severity, refused_by_tensorrt
 
 _Q, _DQ = "QuantizeLinear", "DequantizeLinear"
 _SIGNED = {ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1}
@@ -30,72 +29,26 @@ _REFUSED = {
     "QLinearConv",
     "QLinearMatMul",
 }
-Severity = Literal["refused", "wrong", "slow"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One rule that a graph breaks."""
-
-    rule: str
-    """For example ``activation-per-tensor``."""
-    severity: Severity
-    """"refused": TensorRT does not take the graph; "wrong": it takes it and computes something else;
-    "slow": it computes the right thing in float."""
-    file: str
-    node: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.node}: {self.message} [{self.rule}]"
-
-
-def lint(folder: Path) -> tuple[Finding, ...]:
-    """Everything in the ``*.onnx`` of ``folder`` that TensorRT refuses or would compute otherwise.
-
-    No finding does not promise that an engine builds; findings promise that it does not, or not rightly.
-    Raises NirvanaError when the folder has no graph or a graph cannot be read.
-    """
-    files = sorted(folder.glob("*.onnx"))
-    if not files:
-        raise NirvanaError(f"{folder} holds no *.onnx file.")
-    return tuple(
-        Finding(rule=rule, severity=severity, file=file.name, node=node.name or node.op_type, message=message)
-        for file in files
-        for node in load_model(file).graph
-        for rule, severity, message in _broken(node)
-    )
-
-
 _Broken = Iterator[tuple[str, Severity, str]]
 
 
+def lint(folder: Path) -> tuple[Finding, ...]:
+    """Everything in the ``*.onnx`` of ``folder`` that TensorRT refuses or would compute otherwise."""
+    of_pairs = (
+        Finding(rule=rule, severity=severity, file=file.name, node=node.name or node.op_type, message=message)
+        for file in sorted(folder.glob("*.onnx"))
+        for node in load_model(file).graph
+        if node.domain in ("", "ai.onnx")
+        for rule, severity, message in _broken(node)
+    )
+    return (*refused_by_tensorrt(folder), *of_pairs)
+
+
 def _broken(node: ir.Node) -> _Broken:
-    if node.domain not in ("", "ai.onnx"):
-        yield "standard-operators", "refused", f"{node.domain}.{node.op_type} has no parser in TensorRT"
-    elif node.op_type in _REFUSED:
+    if node.op_type in _REFUSED:
         yield "explicit-qdq", "refused", f"{node.op_type} is refused; int8 is said by Q/DQ pairs"
-    elif node.op_type == "Attention":
-        yield from _attention(node)
     elif node.op_type in (_Q, _DQ):
         yield from _quantizer(node)
-
-
-def _attention(node: ir.Node) -> _Broken:
-    used = [
-        output for output in node.outputs[1:] if output.name and (output.uses() or output.is_graph_output())
-    ]
-    if used:
-        yield (
-            "single-output-attention",
-            "refused",
-            f"{len(used) + 1} outputs; the cache must be concatenated outside",
-        )
-    if "softmax_precision" in node.attributes:
-        yield "attention-attributes", "refused", "softmax_precision is an attribute that the parser refuses"
-    query = node.inputs[0]
-    if query is not None and query.dtype == ir.DataType.FLOAT:
-        yield "attention-precision", "refused", "float32; the fused attention takes float16 or bfloat16"
 
 
 def _quantizer(node: ir.Node) -> _Broken:
