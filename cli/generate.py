@@ -19,7 +19,7 @@ from .options import json_option, recipe_options, taken
 @recipe_options(Generation, Place)
 @json_option
 def generate(path: Path, as_json: bool, **options: Any) -> None:
-    """Stream an answer from PATH: an output folder, an ONNX folder or an engine file. Greedy.
+    """Stream an answer from PATH: an output folder, an ONNX folder, a checkpoint or an engine file. Greedy.
 
     \b
     Example:
@@ -30,7 +30,7 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
     from nirvana_deploy.runtime.text import load_text_side, model_in, stream_text, tokenizer_folder
 
     asked, place = taken(Generation, options), taken(Place, options)
-    model = model_in(path)
+    model = model_in(path, runtime=place.runtime)
     text_side, stops = load_text_side(tokenizer_folder(model, given=asked.tokenizer))
     with open_runner(model, runtime=place.runtime, threads=place.threads) as runner:
         answer = stream_text(

@@ -24,6 +24,7 @@ from nirvana_deploy.measure.bounds import Work, work_of
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.output.layout import is_checkpoint
 from nirvana_deploy.runtime.tensorrt.record import engine_files
 
 SCHEMA = 1
@@ -271,8 +272,9 @@ def _device_times(samples: Sequence[RoundSample]) -> dict[str, Any]:
 
 
 def _weights_bytes(path: Path) -> int:
-    """Bytes of the model's own files: its engines, or graph and external data without the tokenizer."""
-    files = engine_files(path) if path.is_file() else path.glob("*.onnx*")
+    """Bytes of the model's own files, without the tokenizer: engines, graphs with their data, or tensors."""
+    of_folder = "*.safetensors" if is_checkpoint(path) else "*.onnx*"
+    files = engine_files(path) if path.is_file() else path.glob(of_folder)
     return sum(file.stat().st_size for file in files)
 
 

@@ -40,7 +40,7 @@ from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import DENSE, PRUNED, variants_of
 from nirvana_deploy.prune.plan import read_plan, shape_of
-from nirvana_deploy.runtime.models import models_for
+from nirvana_deploy.runtime.models import models_for, place_of
 from nirvana_deploy.runtime.onnxruntime.providers import open_on_cpu
 from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.runtime.registry import is_engine, open_runner
@@ -116,7 +116,7 @@ def speed(run: Run, workload: Workload, *, runtime: str | None = None) -> Stage:
         ]
         result = benchmark(variants, workload=workload, baseline=variants[0].name, progress=run.progress)
         for variant, path in zip(result["variants"], models.values(), strict=True):
-            variant["path"] = path.relative_to(run.out).as_posix()
+            variant["path"] = place_of(run, path)
         write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
         return Timed(
             variants=tuple(variant["name"] for variant in result["variants"]),

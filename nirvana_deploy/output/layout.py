@@ -39,6 +39,11 @@ def holds_model(folder: Path) -> bool:
     return (folder / MODEL_FILE).is_file() or is_seq2seq(folder)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint and no ONNX folder (which may have a config.json too)."""
+    return (folder / "config.json").is_file() and not holds_model(folder)
+
+
 def require_schema(model: Path, found: str | None) -> None:
     """Raise NirvanaError unless ``found``, what a graph says under SCHEMA_KEY, is known; None is no claim."""
     if found not in (None, str(GRAPH_SCHEMA)):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.output.layout import MODEL_FILE
+from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE
 from nirvana_deploy.output.run import Run
-from nirvana_deploy.output.variants import ModelVariant, variants_of
+from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, variants_of
 from nirvana_deploy.runtime.table import runtime_named
 from nirvana_deploy.runtime.tensorrt.record import DECODER, ENGINE_SUFFIX, EngineRecord, read_engine_record
 
@@ -17,12 +17,16 @@ _ADDED_TO_NAMES = ("bf16", "fp32", "in-place", "tensorrt")
 
 
 def models_for(run: Run, runtime: str | None) -> dict[ModelVariant, Path]:
-    """What to run of each variant, the baseline first: its ONNX folder, or its engine of ``runtime``.
+    """What to run of each variant, the baseline first: its ONNX folder, checkpoint, or engine of ``runtime``.
 
     Of several engines, the one with the plainest name (``pruned`` before ``pruned-in-place``). Raises
     NirvanaError where ``runtime`` runs engines and the folder has none of them.
     """
-    if runtime is None or runtime_named(runtime).takes != "engine":
+    takes = "onnx" if runtime is None else runtime_named(runtime).takes
+    if takes == "checkpoint":  # quantized models have none
+        checkpoints = {DENSE: Path(run.manifest["model"]["path"]), PRUNED: run.out / CHECKPOINT}
+        return {one: checkpoints[one.name] for one in variants_of(run) if one.name in checkpoints}
+    if runtime is None or takes == "onnx":
         return {variant: run.out / variant.folder for variant in variants_of(run)}
     engines = engines_of(run, runtime)
     found: dict[ModelVariant, Path] = {}
@@ -31,6 +35,11 @@ def models_for(run: Run, runtime: str | None) -> dict[ModelVariant, Path]:
             if made_from == variant:
                 found.setdefault(variant, path)
     return found
+
+
+def place_of(run: Run, path: Path) -> str:
+    """A path for records: relative to the output folder if it lies there."""
+    return path.relative_to(run.out).as_posix() if path.is_relative_to(run.out) else str(path)
 
 
 def engines_of(run: Run, runtime: str) -> dict[Path, ModelVariant]:

@@ -86,6 +86,14 @@ RUNTIMES: dict[str, Runtime] = {
             provider="NvTensorRTRTXExecutionProvider",
             fix="An onnxruntime with this provider: see its page on onnxruntime.ai",
         ),
+        Runtime(
+            "torch",
+            takes="checkpoint",
+            opens="nirvana_deploy.runtime.torch:open_checkpoint",
+            module="torch",
+            fix="pip install torch",
+            device="cpu",
+        ),
         Runtime("tensorrt", takes="engine", opens=_TENSORRT, module="tensorrt", extra="gpu"),
         Runtime("tensorrt-rtx", takes="engine", opens=_TENSORRT, module="tensorrt_rtx", extra="rtx"),
     )
@@ -96,6 +104,12 @@ DEFAULT = "onnxruntime-cpu"
 """Runs ONNX folders where no runtime is named."""
 DEFAULT_ENGINE = "tensorrt-rtx"
 """Engines are built for it where no runtime is named: it builds without a GPU."""
+DEFAULTS: dict[Takes, str] = {
+    "onnx": DEFAULT,
+    "checkpoint": "torch",
+    "engine": DEFAULT_ENGINE,
+}
+"""What runs a path of a kind where no runtime is named."""
 
 
 def runtime_named(name: str) -> Runtime:

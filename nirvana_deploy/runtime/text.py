@@ -12,8 +12,9 @@ import numpy as np
 
 from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError, TokenizerError
-from nirvana_deploy.output.layout import MODEL_FILE, holds_model
+from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE, ONNX, holds_model, is_checkpoint
 from nirvana_deploy.runtime.runner import Runner, greedy_tokens
+from nirvana_deploy.runtime.table import runtime_named
 
 _UNFINISHED = "�"  # what a tokenizer puts where the bytes of a character are not all there yet
 
@@ -131,12 +132,16 @@ def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool) -> Sequence[int]:
     return of_chat
 
 
-def model_in(path: Path) -> Path:
-    """What to run: an engine file or ONNX folder as it is, the pruned model of an output folder."""
-    if path.is_file() or holds_model(path):
+def model_in(path: Path, *, runtime: str | None = None) -> Path:
+    """What to run: an engine file, ONNX folder or checkpoint as it is, the pruned model of an output folder.
+
+    That is its checkpoint where ``runtime`` takes checkpoints, its ONNX folder otherwise.
+    """
+    if path.is_file() or holds_model(path) or is_checkpoint(path):
         return path
-    inside = path / "onnx"
-    if holds_model(inside):
+    checkpoints = runtime is not None and runtime_named(runtime).takes == "checkpoint"
+    inside = path / (CHECKPOINT if checkpoints else ONNX)
+    if is_checkpoint(inside) if checkpoints else holds_model(inside):
         return inside
     raise NirvanaError(
         f"{path} holds no model: neither {MODEL_FILE} nor onnx/{MODEL_FILE}.",

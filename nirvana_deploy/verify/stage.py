@@ -11,7 +11,7 @@ from nirvana_deploy.output.layout import CHECKPOINT, holds_model
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, variant_named
-from nirvana_deploy.runtime.models import engines_of, models_for
+from nirvana_deploy.runtime.models import engines_of, models_for, place_of
 from nirvana_deploy.runtime.onnxruntime.providers import open_on_cpu
 from nirvana_deploy.runtime.registry import is_engine, open_runner
 from nirvana_deploy.runtime.table import runtime_named
@@ -72,13 +72,13 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
             if record is not None:
                 prompts, new_tokens = answers_of(record, prompts)
                 cases = engine_cases(record, vocab_size=vocab_size)
-            reports[path.relative_to(run.out).as_posix()] = compare_runners(
+            reports[place_of(run, path)] = compare_runners(
                 reference,
                 runner,
                 cases=cases,
                 tolerance=device_tolerance(
                     record.dtype if record else dtype_of_graph(folder).name,
-                    layers=attentions_of(folder),
+                    layers=attentions_of(run.out / CHECKPOINT),
                     quantization=variant.scheme,
                 ),
                 prompts=prompts,

@@ -242,6 +242,10 @@ def test_the_model_and_its_tokenizer_are_found(folder: Path, tmp_path: Path) -> 
     (out / "engine" / "m.engine").write_bytes(b"")
     assert model_in(out) == out / "onnx"
     assert model_in(out / "onnx") == out / "onnx"
+    (out / "checkpoint").mkdir()
+    (out / "checkpoint" / "config.json").touch()
+    for path in (out, out / "checkpoint"):
+        assert model_in(path, runtime="torch") == out / "checkpoint"
     assert tokenizer_folder(out / "engine" / "m.engine") == out / "onnx"
     assert tokenizer_folder(out / "onnx") == out / "onnx"
     alone = tmp_path / "alone"
