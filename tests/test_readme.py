@@ -70,10 +70,11 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_named_on_a_page_exist(page: str) -> None:
-    """``like/this.py``, from the root of the repository or beside the page."""
+    """``like/this.py``, beside the page, in the package, or from the root of the repository."""
+    places = (ROOT, ROOT / "nirvana_deploy", (ROOT / page).parent)
     for name in re.findall(r"`((?:\.\./)?[\w.]+/[\w./]*|[\w/]+\.py)`", text_of(page)):
         if not name.startswith("onnx") and name not in vars(layout).values():
-            assert (ROOT / name).exists() or (ROOT / page).parent.joinpath(name).exists(), name
+            assert any((place / name).exists() for place in places), name
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,4 +1,4 @@
-"""Held-out text must not be calibration text: checked by position in one text, by content between texts."""
+"""Check that held-out and calibration text are disjoint: by position in one text, else by content."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ def _contents_meet(held: TokenWindows, calibration: TokenWindows) -> bool:
 
 
 def _runs(window: NDArray[np.int64]) -> NDArray[np.int64]:
-    """All runs of consecutive tokens; a shorter window is one run."""
+    """Return all runs of consecutive tokens; a shorter window is one run."""
     return np.lib.stride_tricks.sliding_window_view(window, min(_RUN_TOKENS, len(window)))

@@ -1,7 +1,7 @@
-"""Calibration text that the model writes itself: no data at hand, none needed.
+"""Calibration text written by the model itself, for use without data.
 
-Sampled at temperature 1 from the full distribution, so the text is the model's own estimate of what it will
-see. Each window is its own document. The same seed gives the same tokens on the same machine; across machines
+Sampled at temperature 1 from the full distribution: the model's own estimate of what it will see. Each window
+is its own document. The same seed gives the same tokens on the same machine; across machines
 rounding may tip a sample.
 """
 
@@ -18,7 +18,7 @@ from nirvana_deploy.base.progress import SILENT, Advance, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
 
 BATCH_SIZE = 16
-"""Windows written side by side; a constant, because the batch decides which random number goes where."""
+"""Windows per batch; constant, since the batch decides which random number goes where."""
 
 _NEUTRAL_STARTS = ("The", "In", "A", "I", "What", "To", "1", "\n")
 
@@ -26,7 +26,7 @@ _NEUTRAL_STARTS = ("The", "In", "A", "I", "What", "To", "1", "\n")
 def written_by_model(
     checkpoint: Checkpoint, *, shapes: dict[int, tuple[int, int]], progress: Progress = SILENT
 ) -> dict[int, NDArray[np.int64]]:
-    """Let the model write, for each random stream, windows of the shape asked.
+    """Write windows of the requested shape for each random stream.
 
     ``shapes`` maps a stream (any non-negative integer: the seed of its random numbers) to (N, T); the result
     maps it to int64 tokens [N, T]. Different streams are independent. The model is loaded once, in fp32.
@@ -62,7 +62,7 @@ def written_by_model(
 
 
 def _start_tokens(tokenizer: Any) -> torch.Tensor:
-    """First tokens that commit to little: BOS and common words that are one token; int64 [S]."""
+    """First tokens that commit to little: BOS and common one-token words, int64 [S]."""
     encoded = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in _NEUTRAL_STARTS]
     starts = [ids[0] for ids in encoded if len(ids) == 1]
     if tokenizer.bos_token_id is not None:
@@ -80,7 +80,7 @@ def _sample(
     generator: torch.Generator,
     advance: Advance,
 ) -> torch.Tensor:
-    """Sample int64 tokens [count, length]; where a text ends early, another begins after its EOS."""
+    """Sample int64 tokens [count, length]; after an early EOS another text begins."""
 
     def fresh() -> torch.Tensor:
         return starts[torch.randint(len(starts), (count,), generator=generator)]

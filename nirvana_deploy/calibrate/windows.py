@@ -1,8 +1,8 @@
 """Calibration windows, drawn by seed, and held-out windows that no seed can draw.
 
-A source is read as documents, tokenised into one stream (EOS between documents), and cut into blocks of
-five segments: four for calibration, the fifth held out. The cut depends on lengths alone, never on the
-seed, so held-out text is disjoint from the calibration windows of every seed by construction.
+The documents of a source become one token stream, EOS between them, cut into blocks of five segments: four
+for calibration, the fifth held out. The cut depends on lengths, not on the seed, so held-out text is
+disjoint from the calibration windows of every seed.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from nirvana_deploy.model.checkpoint import Checkpoint
 
 CALIBRATION_SEGMENTS = 4
-"""Of each block; one more segment is held out."""
+"""Segments per block; one more is held out."""
 _PIECE_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
 class TokenWindows:
-    """Windows of tokens and where they come from."""
+    """Windows of tokens and their origin."""
 
     tokens: NDArray[np.int64]
     """[N, T]."""
     source: str
-    """For people: "pydoc", "file notes.txt", ..."""
+    """Readable name: "pydoc", "file notes.txt", ..."""
     text_sha256: str
     """Of the whole source text, UTF-8, documents joined by a zero byte; of one file, that file's content."""
     seed: int | None
-    """None where no seed had a say: held-out windows and --eval-text."""
+    """None for held-out windows and --eval-text, which depend on no seed."""
     positions: tuple[int, ...]
     """Start of each window in the token stream."""
     draw: int = 0
-    """Which set of this seed: the windows of a seed's different draws are disjoint."""
+    """Index of the set; sets of the same seed are disjoint."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class CandidateSets:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """What a pruning run reads."""
+    """Text of a pruning run."""
 
     calibration: TokenWindows
     """[N, T], drawn by seed; windows do not overlap."""
@@ -198,7 +198,7 @@ def windows_of_text(
     max_sequences: int | None = None,
     progress: Progress = SILENT,
 ) -> TokenWindows:
-    """The consecutive windows [M, T] of a text from its beginning, at most ``max_sequences`` of them.
+    """Return the first consecutive windows [M, T] of a text, at most ``max_sequences``.
 
     Raises NirvanaError when the text is shorter than one window.
     """
@@ -214,7 +214,7 @@ def windows_of_text(
 
 
 def _token_stream(documents: Sequence[str], tokenizer: Any, progress: Progress) -> NDArray[np.int64]:
-    """All documents as one int64 stream, EOS between them; long ones are tokenised piece by piece."""
+    """Tokenise documents into one int64 stream, EOS between them; long ones piece by piece."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
     with progress.task("Tokenising", len(documents)) as advance:
@@ -228,7 +228,7 @@ def _token_stream(documents: Sequence[str], tokenizer: Any, progress: Progress) 
 
 
 def _pieces(document: str) -> Iterator[str]:
-    """``document`` in pieces of bounded size that end at a line's end where there is one."""
+    """Split ``document`` into pieces of bounded size, at line ends if possible."""
     start = 0
     for end in (match.end() for match in re.finditer(r"\n", document)):
         if end - start >= _PIECE_CHARACTERS:
@@ -240,7 +240,7 @@ def _pieces(document: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Cut:
-    """How a stream is cut; knows how many windows fit, and how many tokens a wish needs."""
+    """Layout of a stream: which windows fit, and how many tokens a request needs."""
 
     length: int
     seq_len: int
@@ -263,7 +263,7 @@ class _Cut:
         return self._starts(CALIBRATION_SEGMENTS * self.segment, self.block, self.heldout_len)
 
     def _starts(self, begin: int, end: int, window: int) -> list[int]:
-        """Starts of the windows, side by side, that fit into [begin, end) of each block."""
+        """Starts of adjacent windows that fit into [begin, end) of each block."""
         return [
             start
             for block in range(0, self.length, self.block)
@@ -271,7 +271,7 @@ class _Cut:
         ]
 
     def require(self, num_sequences: int, heldout_sequences: int, *, source: str) -> None:
-        """Raise NirvanaError unless so many windows fit."""
+        """Raise NirvanaError unless the requested windows fit."""
         fits, heldout_fits = len(self.calibration_starts), len(self.heldout_starts)
         if fits >= num_sequences and heldout_fits >= heldout_sequences:
             return

@@ -14,7 +14,7 @@ from nirvana_deploy.calibrate.windows import CalibrationData
 
 
 def write_windows(data: CalibrationData, path: Path) -> None:
-    """Write calibration [N, T] and held-out [M, T'] token ids, int64, with where they come from."""
+    """Write calibration [N, T] and held-out [M, T'] token ids, int64, with their origin."""
     tensors = {"calibration": data.calibration.tokens, "heldout": data.heldout.tokens}
     origin = {
         name: {
@@ -30,6 +30,6 @@ def write_windows(data: CalibrationData, path: Path) -> None:
 
 
 def read_windows(path: Path) -> dict[str, NDArray[np.int64]]:
-    """``calibration`` [N, T] and ``heldout`` [M, T'], int64."""
+    """Read ``calibration`` [N, T] and ``heldout`` [M, T'], int64."""
     windows: dict[str, NDArray[np.int64]] = load_file(path)
     return windows

@@ -1,28 +1,8 @@
-"""From an ONNX folder to an engine: parse, check, build into a stream, and describe.
+"""Build an engine from an ONNX folder: parse, check, build into a stream, describe.
 
-``tensorrt-rtx`` builds on a machine without a GPU. What was found by doing it (1.7.1):
-
-* the parser maps the external data, and building takes about twice the weights in memory beside it; the
-  engine is written in blocks of 64 MB, never whole in memory;
-* an engine has the weights once for both profiles, and beside them the source text of each kernel that was
-  generated for it, 0.16 MB apiece, nearly all of it a copy of the same definitions. The fused attention has
-  one for every layer and profile, even where they are identical; norms and the like one for all layers that
-  are alike; SiLU(gate) * up one for each FFN width and profile. SmolLM2 (30 layers, two profiles) has 136 of
-  them, 23 MB beside 269 MB of weights; cut to layers of different widths 203, 32 MB beside 185 MB; cut to
-  layers of one width 136 again. So the file of a small model shrinks less than its weights, and nine tenths
-  of the CPU time of its build do not depend on weights at all. No option of the builder changes that
-  (``benchmarks/engines.py``);
-* but where the batch is fixed to 1 (``--max-batch 1``), linears are stored a second time: decode then has one
-  row, and its products of matrix and vector read another layout than those of prefill (with either profile
-  alone they are stored once). Weights that the graph holds transposed are shared by o_proj and down_proj, not
-  by the joined q, k, v and gate, up. Dense SmolLM2 has 503 MB instead of 292, cut 350 instead of 217 (cut
-  and in w4 131: four-bit weights are stored once); the record of such an engine says so;
-* naming several targets costs nothing: four make the engine 32 bytes larger than one, at the same build time;
-* engines without weights (refit, strip) need a GPU to build, and version compatibility a library that the
-  package does not have; weight streaming is a flag that changes neither bytes nor cost of the build.
-
-``tensorrt`` is the same code through the same interface; it builds for the GPU of the machine it runs on and
-has not been run here.
+``tensorrt-rtx`` builds on a machine without a GPU. Building takes about twice the weights in memory; the
+engine is written in blocks of 64 MB. ``tensorrt`` shares the code and builds for the GPU of its machine; it
+has not been run. What decides size and cost of an engine: benchmarks/NOTES.md.
 """
 
 from __future__ import annotations

@@ -1,19 +1,8 @@
-"""The parsed network against the graph, the plan and the weights: what can be proved of it without a GPU.
+"""The parsed network against the graph, the plan and the weights: what can be proved without a GPU.
 
-An engine built on a machine without a GPU cannot be run there. What it will compute is settled by the
-network that the builder is given, and the network can be read: every layer, its order, its dimensions and
-its constants. So this compares
-
-* inputs and outputs with the graph: names, order, dtypes, dimensions, varying ones included;
-* the layers that count with the graph's operators (:data:`COUNTED`): nothing decomposed, lost or doubled;
-* attention, in order, with the shape of the model: query heads, KV heads and head_dim of *each* layer;
-* the linears, in order, with the model: module and dimensions of each weight;
-* values of sampled weights, byte by byte, with the ONNX file, and float ones with the checkpoint too.
-
-Together with the parity of that ONNX file in ONNX Runtime this is what "right by construction" means here.
-
-Two limits of the Python bindings: they hand out no bytes of bfloat16, INT4 and FP8 constants (those are
-compared in type and size; their scales, which are float16, in value), and report a wrong ``nbytes`` for INT4.
+The builder computes what the network says, and every layer, dimension and constant of a network can be
+read. Compared are inputs and outputs, the count of operators (:data:`COUNTED`), each attention with its
+query heads, KV heads and head_dim, each linear with its module, and sampled weight values byte by byte.
 """
 
 from __future__ import annotations

@@ -1,22 +1,9 @@
-"""Which attention a builder has a kernel for, and what happens where it has none.
+"""Attention layers that a builder has no fused kernel for, and how they are built.
 
-``Attention`` becomes one fused layer, and by default the builder fails where it has no kernel for one ("was
-not supported by a dedicated kernel"). Found by building on TensorRT-RTX 1.7.1, where the fused kernels are
-missing:
-
-* in float32, for more than one new token;
-* below a head_dim of 16;
-* for fewer than 4 query heads, when the profile fixes T to 1 (decode), whatever the number of KV heads: a
-  layer that pruning left with one KV group of three query heads is such a one;
-* for a single query head always.
-
-Those layers alone are marked as decomposable, so that the builder may compute them as MatMul, Softmax,
-MatMul; a mark costs nothing where a kernel exists (the engine has the same bytes). The others stay fused or
-fail. What may be decomposed is said in the engine's record.
-
-Everything else about precision is said by the graph: networks are strongly typed, here always, so each layer
-computes in the type of its inputs. The exporter keeps norms, rotary angles and accumulations in float32
-(``export/dtypes.py``), and the fused attention accumulates its softmax in float32 by itself.
+By default the builder fails on such a layer. TensorRT-RTX lacks fused kernels in float32 for T > 1, for
+head_dim < 16, for fewer than 4 query heads if the profile fixes T to 1, and for a single query head. These
+layers are marked as decomposable (MatMul, Softmax, MatMul); the engine's record names them. All other
+precisions stand in the graph: networks are strongly typed.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
-"""Optimization profiles of language models: which sizes an engine takes, and for which it is made.
+"""Optimization profiles: the sizes that an engine takes and is tuned for.
 
-A decoder gets two. ``prefill`` reads prompts: T tokens, nothing before them. ``decode`` adds one token to a
-past. Both are legal from a batch of one on. An engine whose cache is updated in place has the cache's length
-in its shapes, so there the two differ in T alone.
+A decoder has two: ``prefill`` reads T tokens without a past, ``decode`` adds one token to a past. With a
+cache updated in place they differ in T alone. A profile gives a range to each *name* of a varying
+dimension; shapes follow from the graph, dependent sizes (``total_sequence_length``) from the others.
 
-A profile gives a range to each *name* of a varying dimension; shapes of inputs follow from the graph. Sizes
-that depend on each other (``total_sequence_length`` is past and new) are derived here, so that no profile can
-contradict itself.
-
-Dimension letters: B sequences of a batch, T new tokens, S past and new ones, C slots of a fixed cache.
+Letters: B sequences of a batch, T new tokens, S past and new tokens, C slots of a fixed cache.
 """
 
 from __future__ import annotations

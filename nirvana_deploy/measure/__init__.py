@@ -1,1 +1,1 @@
-"""Speed, memory and quality of deployed artifacts, and the report that shows them."""
+"""Speed, memory and quality of deployed artifacts."""

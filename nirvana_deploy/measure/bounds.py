@@ -1,16 +1,9 @@
 """How fast a variant could be: the work that no implementation can leave out. Pure arithmetic.
 
-Decode of a small batch is bound by memory: each token reads every weight of the decoder linears and of
-the head once, and the KV cache of its context. Prefill is bound by arithmetic: the products with those
-weights, and attention over the causal half of all token pairs.
-
-An encoder-decoder reads its prompt with the encoder, over all pairs, and takes one decoder step; a decode
-step reads the decoder's weights without keys and values of the cross-attention, its own cache, and that of
-the prompt.
-
-Dense work over pruned work bounds the speed-up of a runtime that is equally efficient on both. Norms,
-activations, the embedding row and the runtime's own overhead, which do not shrink alike, are left out.
-A measured speed-up can pass the bound by a few percent where smaller matrices fit the caches better.
+Decode of a small batch is bound by memory: a token reads the weights of decoder linears and head once, and
+the KV cache of its context. Prefill is bound by arithmetic: the products with these weights, and attention
+over the causal half of all token pairs. An encoder-decoder reads its prompt with the encoder, over all pairs,
+and decodes with its own and the cross cache. Dense work over pruned work bounds the speed-up.
 """
 
 from __future__ import annotations
@@ -24,7 +17,7 @@ from nirvana_deploy.model.shape import ModelShape
 
 
 class Work(Protocol):
-    """What a model has to read and multiply for a request."""
+    """Work of one request: bytes read and operations."""
 
     @property
     def linear_parameters(self) -> int:
@@ -47,18 +40,18 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class DecoderWork:
-    """What one decoder has to read and multiply, from its shape."""
+    """Work of a decoder, from its shape."""
 
     linear_parameters: int
     """Weights of all decoder linears."""
     head_parameters: int
-    """V D: weights that the head reads per token, also where they are tied to the embedding."""
+    """V D: weights read by the head per token, tied or not."""
     attention_width: int
     """Sum of H d over the layers."""
     kv_cache_bytes_per_token: int
     """Bytes that one token of one sequence adds to the KV cache."""
     weight_bytes_per_step: float
-    """Bytes of linears and head in the precision that they are stored in, scales included."""
+    """Bytes of linears and head as stored, scales included."""
 
     def decode_bytes(self, *, context_tokens: float, batch_size: int = 1) -> float:
         """Bytes read by one decode step of ``batch_size`` sequences with ``context_tokens`` each."""
@@ -78,12 +71,12 @@ class DecoderWork:
 
 @dataclass(frozen=True)
 class EncoderDecoderWork:
-    """The same for an encoder-decoder."""
+    """Work of an encoder-decoder, from its shape."""
 
     encoder_parameters: int
-    """Weights of the encoder's linears, and of those that project its states to cross keys and values."""
+    """Weights of the encoder's linears and of the projections to cross keys and values."""
     decoder_parameters: int
-    """Weights of the linears that every decoder token passes through."""
+    """Weights of the linears on the path of a decoder token."""
     head_parameters: int
     """V D."""
     encoder_width: int
@@ -93,9 +86,9 @@ class EncoderDecoderWork:
     kv_cache_bytes_per_token: int
     """Bytes that one decoder token of one sequence adds to the KV cache."""
     cross_cache_bytes_per_token: int
-    """Bytes of cross keys and values that one prompt token of one sequence takes."""
+    """Bytes of cross keys and values per prompt token of one sequence."""
     weight_bytes_per_step: float
-    """Bytes of decoder linears and head in the precision that they are stored in."""
+    """Bytes of decoder linears and head as stored."""
 
     @property
     def linear_parameters(self) -> int:
@@ -119,7 +112,7 @@ class EncoderDecoderWork:
 
 
 def work_of(shape: ModelShape, footprint: Footprint) -> Work:
-    """The work of a model: operations from its shape, bytes from its ONNX file."""
+    """Return the work of a model: operations from its shape, bytes from its ONNX file."""
     head = shape.vocab_size * shape.hidden_size
     if not shape.family.encoder_decoder:
         return DecoderWork(
@@ -148,5 +141,5 @@ def _attention_width(shape: ModelShape, site: str) -> int:
 
 
 def mean_context_tokens(*, prompt_tokens: int, new_tokens: int) -> float:
-    """Mean context of the decode steps that make ``new_tokens``: the first new token comes from prefill."""
+    """Mean context of the decode steps for ``new_tokens``; prefill makes the first one."""
     return prompt_tokens + new_tokens / 2

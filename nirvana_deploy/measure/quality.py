@@ -1,9 +1,8 @@
-"""How far a variant departs from the baseline: perplexity, KL divergence, top-1 agreement.
+"""Quality of a variant against the baseline: perplexity, KL divergence, top-1 agreement.
 
-All three are means over the same positions, those whose next token is known: T - 1 of each window, or the
-second half of it for an encoder-decoder, which reads the first half with its encoder. Sums
-run in float64 over a block of positions at a time, so memory is the float32 logits [T, V] of the baseline,
-of one variant and of its parent, however many windows and variants there are.
+Means over the positions whose next token is known: T - 1 of each window, or its second half for an
+encoder-decoder, whose encoder reads the first. Sums run in float64 over blocks of positions, so memory is the
+float32 logits [T, V] of the baseline, one variant and its parent.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ _BLOCK_TOKENS = 32
 
 @dataclass(frozen=True)
 class PositionScores:
-    """One variant on one window: three numbers per position [T - 1]."""
+    """Scores of one variant on one window, per position [T - 1]."""
 
     negative_log_likelihood: NDArray[np.float64]
     """-log q(next token), nats."""
     kl: NDArray[np.float64]
     """KL(p || q) of the baseline's p against the variant's q, nats."""
     top1_agrees: NDArray[np.bool_]
-    """Both put the same token first."""
+    """Whether both rank the same token first."""
 
 
 def quality_of(
@@ -137,5 +136,5 @@ def _quality(of_windows: list[PositionScores]) -> dict[str, Any]:
 
 
 def _standard_error(values: NDArray[np.float64]) -> float | None:
-    """Of the mean of independent ``values``; None for a single one."""
+    """Standard error of the mean of independent ``values``; None for a single one."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None

@@ -1,12 +1,8 @@
-"""Tasks of lm-evaluation-harness on ONNX folders and checkpoints, through the harness' own Python API.
+"""Tasks of lm-evaluation-harness on ONNX folders and checkpoints, through the harness' Python API.
 
-An ONNX folder, float or quantized, is run by the harness' ``onnxruntime`` model: the session that a
-deployment has, so the score is the deployed one's. It scores given texts; tasks that generate run on
-checkpoints.
-
-A checkpoint is loaded by the harness with transformers. One whose layers differ brings the small module that
-computes it; the permission to run it is given only when that file is, byte for byte, the one this package
-ships. No other code of a folder is ever run.
+An ONNX folder runs in the harness' ``onnxruntime`` model, in the session that a deployment has; it scores
+given texts. Generating tasks run on checkpoints, with transformers. A checkpoint whose layers differ may run
+its remote module only if that file is, byte for byte, the one this package ships.
 """
 
 from __future__ import annotations
@@ -33,7 +29,7 @@ _OWN_MODULE = "modeling_nirvana.py"
 
 
 def require_tasks(names: Sequence[str]) -> None:
-    """Raise MissingExtraError unless the harness is installed, to be told so before any work."""
+    """Raise MissingExtraError unless the harness is installed."""
     _harness(names)
 
 
@@ -107,7 +103,7 @@ def _version() -> str | None:
 
 
 def _own_tasks(include_path: Path | None) -> dict[str, Any]:
-    """The argument that adds a folder of tasks; nothing where the harness' own are enough."""
+    """The argument that adds a folder of tasks, if any."""
     if include_path is None:
         return {}
     tasks = importlib.import_module("lm_eval.tasks")
@@ -115,7 +111,7 @@ def _own_tasks(include_path: Path | None) -> dict[str, Any]:
 
 
 def _model_arguments(folder: Path) -> dict[str, Any]:
-    """Which of the harness' models loads ``folder``, from what, and where."""
+    """Return the harness' model for ``folder`` and its arguments."""
     if (folder / MODEL_FILE).is_file():
         return {"model": "onnxruntime", "model_args": {"pretrained": str(folder)}}
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness' default is cuda
@@ -123,7 +119,7 @@ def _model_arguments(folder: Path) -> dict[str, Any]:
 
 
 def _checkpoint_arguments(folder: Path) -> dict[str, Any]:
-    """What the harness' "hf" model is made from."""
+    """Arguments of the harness' "hf" model."""
     arguments: dict[str, Any] = {"pretrained": str(folder), "dtype": "float32"}
     if "auto_map" not in config_json(folder):
         return arguments
@@ -137,7 +133,7 @@ def _checkpoint_arguments(folder: Path) -> dict[str, Any]:
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of one task, which are called "name,filter"; the harness puts other facts between them."""
+    """Return the metrics of one task, those called "name,filter"."""
     return {
         metric: float(value)
         for metric, value in result.items()

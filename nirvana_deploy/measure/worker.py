@@ -1,9 +1,9 @@
 """One variant in one process: both ends of the pipe, and the stop-watch.
 
-Each variant runs in a process of its own, so that its peak memory is its own, and lives as long as the
-benchmark, so that variants can take turns. The parent writes one JSON request per line; the child
-(``python -m nirvana_deploy.measure.worker PATH --threads N``) answers each with one JSON line and is
-blocked in ``read`` in between. End of input ends the child, also when the parent was killed.
+Each variant has its own process for the whole benchmark: its peak memory is its own, and variants can take
+turns. The parent writes one JSON request per line; the child
+(``python -m nirvana_deploy.measure.worker PATH --threads N``) answers each with one JSON line and is blocked
+in ``read`` in between. End of input ends the child, also when the parent was killed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _STDERR_TAIL_BYTES = 2000
 
 @dataclass(frozen=True)
 class RoundSample:
-    """One timed request: a prompt read, then ``new_tokens`` tokens made greedily."""
+    """One timed request: a prompt, then ``new_tokens`` greedy tokens."""
 
     prefill_ms: float
     """The forward pass over the prompt; of an encoder-decoder, the encoder and the decoder's first step."""
@@ -46,7 +46,7 @@ class RoundSample:
     itl_ms: tuple[float, ...]
     """Gaps between consecutive tokens: ``new_tokens - 1`` of them."""
     device_ms: tuple[float, ...] | None = None
-    """GPU compute time of every pass, the prefill's first, where the runtime tells: no copies, no host."""
+    """GPU compute time per pass, prefill first, without copies and host; None if the runtime doesn't tell."""
 
     @property
     def tpot_ms(self) -> float:
@@ -80,7 +80,7 @@ def timed_round(
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker says once its model is loaded."""
+    """A worker's first answer, once its model is loaded."""
 
     runtime: str
     threads: int
@@ -93,7 +93,7 @@ class Loaded:
 
 
 class WorkerProcess:
-    """The parent's end. A context manager: the process ends with the block, whatever happens in it.
+    """The parent's end: a context manager that ends the process with its block.
 
     Raises NirvanaError when the model cannot be loaded, or when the process dies; its last words are in
     the message.
@@ -103,7 +103,7 @@ class WorkerProcess:
     peak_rss_bytes: int
     """As of the last answer."""
     peak_device_bytes: int | None
-    """Likewise, of the device that the runtime runs on; None for the CPU, or where it does not tell."""
+    """The same for the runtime's device; None for the CPU, or if unknown."""
 
     def __init__(self, name: str, path: Path, *, threads: int | None, runtime: str | None = None) -> None:
         self._name = name
@@ -163,7 +163,7 @@ class WorkerProcess:
         return answer
 
     def _died(self) -> NirvanaError:
-        """The error for a process that stopped answering."""
+        """Return the error for a process that stopped answering."""
         self._process.kill()  # nothing to do when it has ended by itself
         code = self._process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
@@ -173,7 +173,7 @@ class WorkerProcess:
         return NirvanaError(f"The worker of {self._name!r} {how}. It last said: {words}", hint=hint)
 
     def _end(self) -> None:
-        """Kill the process, busy or idle: it holds nothing that would be lost."""
+        """Kill the process, busy or idle; it holds nothing to lose."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._stderr):
@@ -183,7 +183,7 @@ class WorkerProcess:
 
 
 def _python_path() -> str:
-    """PYTHONPATH with this package first, so that the child runs the same code from any directory."""
+    """Return PYTHONPATH with this package first, so that the child runs the same code from any directory."""
     ours = str(Path(nirvana_deploy.__file__).resolve().parent.parent)
     return os.pathsep.join(path for path in (ours, os.environ.get("PYTHONPATH")) if path)
 

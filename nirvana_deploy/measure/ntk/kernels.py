@@ -1,25 +1,9 @@
 """Tangent kernels of a few windows, and what a cut takes of them: pure maths on gradients.
 
-Adam steps by nearly the sign of a gradient, so one step on window x_j moves f(x_i) by about
-``-eta * l'(x_j) * K[i, j]`` with the Adam kernel ``K[i, j] = <g_i, sign g_j>``, ``g_i = df(x_i)/dw`` over the
-weights that can be pruned. K is not symmetric; its diagonal is ``|g_i|_1``. The plain kernel ``<g_i, g_j>``
-is that of gradient descent.
-
-A cut removes the weights P and keeps Q; w_P goes to zero. A prime marks the pruned model. All [ours]:
-
-- Identity. ``K - K' = K_P + (K_Q - K'_Q)``. The first part goes with the removed weights and is exact
-  from the dense gradients; the second is how much the gradients of the kept weights move.
-- Identity. On the diagonal the first part is ``sum_P |g_i|``, the trainability term.
-- Bound, at any size of the cut: ``|K_P[i, j]| <= sum_P |g_i|`` as signs are at most 1; so
-  ``|K_P|_F <= sqrt(n) * |(sum_P |g_i|)_i|_2``. With the triangle inequality, the drift of K is at most
-  that plus ``|K_Q - K'_Q|_F``. The last has no bound by first-order scores: it takes second derivatives.
-- To first order only: a unit is gone when its output columns C (of o and down) are, whatever becomes of
-  its rows, so ``f - f' = sum_C w * g`` up to second order in w_C, and ``|f - f'|`` is at most
-  ``sum_C |w * g| <= sum_P |w * g|``: the zero-shot term, which is the saliency removed. A large cut may
-  exceed it. (Summed over all of P the signed product says too much: a unit's output is a product of its
-  weights, and each factor counts it.)
-- Identity. A masked unit's gradients are all zero (each of its weights meets a zero factor), so the kernel
-  of the masked dense model over all weights equals that of the sliced model over its own.
+One Adam step on window x_j moves f(x_i) by about ``-eta * l'(x_j) * K[i, j]`` with the Adam kernel ``K[i,
+j] = <g_i, sign g_j>``, ``g_i = df(x_i)/dw`` over the prunable weights; its diagonal is ``|g_i|_1``. The
+plain kernel ``<g_i, g_j>`` is that of gradient descent. A cut removes the weights P and keeps Q: ``K - K' =
+K_P + (K_Q - K'_Q)``, where K_P follows from the dense gradients. Derivation: benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -55,12 +39,12 @@ class Kernels:
 
 
 def no_kernels(windows: int) -> Kernels:
-    """The kernels over no weights."""
+    """Return kernels over no weights."""
     return Kernels(adam=np.zeros((windows, windows)), plain=np.zeros((windows, windows)))
 
 
 def kernels_of(gradients: Sequence[torch.Tensor]) -> Kernels:
-    """The kernels over the weights of one tensor, of whose shape each of the n ``gradients`` is."""
+    """Return the kernels over the weights of one tensor; each of the n ``gradients`` has its shape."""
     total = no_kernels(len(gradients))
     for block in _blocks(gradients):
         total += _block_kernels(block)
@@ -68,7 +52,7 @@ def kernels_of(gradients: Sequence[torch.Tensor]) -> Kernels:
 
 
 def _blocks(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Tensors of one shape as the rows of float64 blocks [rows, at most ``_BLOCK_WEIGHTS``]."""
+    """Yield tensors of one shape as rows of float64 blocks [rows, at most ``_BLOCK_WEIGHTS``]."""
     rows = [tensor.reshape(-1) for tensor in tensors]
     for start in range(0, rows[0].numel(), _BLOCK_WEIGHTS):
         yield torch.stack([row[start : start + _BLOCK_WEIGHTS] for row in rows]).double()
@@ -80,7 +64,7 @@ def _block_kernels(block: torch.Tensor) -> Kernels:
 
 @dataclass(frozen=True)
 class Removed:
-    """What a cut takes with the removed weights P, from the dense model's gradients alone."""
+    """Share of the removed weights P in kernels and outputs, from the dense model's gradients alone."""
 
     kernels: Kernels
     """K_P; the diagonal of its ``adam`` is the trainability term sum_P |g_i|."""

@@ -1,9 +1,8 @@
-"""How much a cut changes the tangent kernels of a model: measured, beside what the cut predicts.
+"""How much a cut changes the tangent kernels of a model: predicted and measured.
 
-Everything is exact: an inner product over all weights is the sum of those over each layer, so one streamed
-backward for each of n windows suffices (4/3 of a plain one, as in scoring), and memory holds n gradients of
-one layer. For the handful of windows that a kernel matrix is read on, a random projection would save
-nothing that matters. The maths, and what is identity or bound, is in ``kernels.py``.
+All numbers are exact: an inner product over all weights is a sum over layers, so one streamed backward pass
+per window suffices, with the gradients of one layer for n windows in memory. The maths is in
+``kernels.py``.
 """
 
 from __future__ import annotations
@@ -44,16 +43,16 @@ _DEFAULT_FUNCTIONAL = "nirvana"
 
 @dataclass(frozen=True)
 class CutDrift:
-    """One cut: what it was predicted to take, and what it took."""
+    """One cut, predicted and measured."""
 
     name: str
     saliency: str
     seed: int
     removed_share: float
-    """Of the decoder's linear weights."""
+    """Share of the decoder's linear weights."""
     removed: Removed
     kernels: Kernels
-    """Of the pruned model."""
+    """Kernels of the pruned model."""
     values: Vector
     """[n]: f' of each window."""
 
@@ -179,7 +178,7 @@ def measure_ntk(
 
 
 def _random_plan(checkpoint: Path, shape: ModelShape, plan: PrunePlan, seed: int) -> PrunePlan:
-    """Units drawn by chance, with the budget of ``plan``."""
+    """Draw units at random, with the budget of ``plan``."""
     return make_plan(
         shape,
         score_units(checkpoint, None, saliency="random", seed=seed),
@@ -241,7 +240,7 @@ def _dense_pass(
     masks: Sequence[dict[str, Kept]],
     progress: Progress,
 ) -> tuple[Vector, Removed, list[Removed]]:
-    """f of the windows, what all weights hold, and what each cut takes of it."""
+    """Return f of the windows, the sums over all weights, and the part of each cut."""
     nothing = Removed(no_kernels(len(windows)), np.zeros(len(windows)), np.zeros(len(windows)))
     totals = [nothing] * (1 + len(masks))
 
@@ -257,7 +256,7 @@ def _dense_pass(
 def _kernel_pass(
     model: _Model, windows: torch.Tensor, method: Saliency, progress: Progress
 ) -> tuple[Vector, Kernels]:
-    """f of the windows and the kernels of a masked model."""
+    """Return f of the windows and the kernels of a masked model."""
     totals = [no_kernels(len(windows))]
 
     def use(name: str, gradients: list[torch.Tensor]) -> None:

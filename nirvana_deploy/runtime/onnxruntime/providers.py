@@ -1,12 +1,10 @@
-"""ONNX Runtime's execution providers as runtimes of their own, with the options that a decoder needs.
+"""ONNX Runtime's execution providers as runtimes, with the options that a decoder needs.
 
-The two TensorRT providers build an engine for a range of shapes. Left to themselves they rebuild it each
-time a decode step grows the cache, so every dynamic input gets its range here: past length 0 (prefill) up
-to :data:`TOTAL_TOKENS`, best at one new token with half of the cache filled. The ranges are written per
-input, from the graph's own dimensions, because layers of a pruned model differ in KV heads. Engines and
-compiled kernels are kept in the user's cache folder.
-
-The options are tested as text; **none of the GPU providers has been run yet**.
+The two TensorRT providers would rebuild their engine whenever decode grows the cache, so every dynamic
+input gets a range: past length 0 to :data:`TOTAL_TOKENS`, best at one new token with half of the cache
+filled. Ranges follow the graph's own dimensions, since layers differ in KV heads. Engines and kernels are
+cached in the user's cache folder. **None of the GPU providers has run yet**; their options are tested as
+text.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """One NVIDIA GPU through the CUDA driver API: buffers, copies, events, graphs, one stream.
 
-A thin typed layer over ``cuda.bindings.driver``, whose functions all answer ``(status, values...)``. It
-holds what the runner needs and no more: everything is ordered on one stream, everything that was allocated
-is freed by :meth:`CudaDevice.close`, and a status that is not success becomes a sentence.
-
-:class:`Driver` is the part of that module which is used, so that a fake can stand in for it. The calls and
-their arguments are tested against the real binding as far as it goes without a driver; **none of this has
-run on a GPU yet**.
+A thin typed layer over ``cuda.bindings.driver``, whose functions return ``(status, values...)``. Work is
+ordered on one stream, :meth:`CudaDevice.close` frees every allocation, and a failed status becomes a
+sentence. :class:`Driver` is the part of the module in use, so that a fake can replace it. Tested on the
+real binding as far as that goes without a driver; **it has not run on a GPU yet**.
 """
 
 from __future__ import annotations

@@ -1,15 +1,9 @@
-"""Run a decoder engine: the interface of ``OrtDecoder`` on TensorRT and the CUDA driver, without torch.
+"""Run a decoder engine on TensorRT and the CUDA driver, without torch.
 
-All device memory is allocated once, at the size of the largest profile. A pass copies its few token inputs
-in from page-locked memory, runs, and copies logits out; the cache never leaves the device. The decode pass
-of an in-place engine always has the same shapes and addresses, so it is captured as a CUDA graph after its
-first run and repeated from then on.
-
-    with TensorRTRunner(Path("out/engine/model.engine")) as runner:
-        greedy_tokens(runner, prompt, max_new_tokens=64, on_token=print)
-
-The logic here is tested against ONNX Runtime with a driver and a TensorRT that are fakes; **it has not run
-on a GPU yet**.
+Device memory is allocated once, for the largest profile. A pass copies its tokens in from page-locked
+memory and its logits out; the cache stays on the device. The decode pass of an in-place engine is captured
+as a CUDA graph after its first run. Tested against ONNX Runtime with a fake driver and a fake TensorRT;
+**it has not run on a GPU yet**.
 """
 
 from __future__ import annotations

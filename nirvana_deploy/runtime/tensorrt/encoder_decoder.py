@@ -1,14 +1,8 @@
-"""Run the two engines of an encoder-decoder: the interface of ``OrtSeq2Seq`` on TensorRT and the driver.
+"""Run the two engines of an encoder-decoder on one device and one stream.
 
-Both lie on one device and run on one stream. The encoder's states stay where it wrote them, and the decoder
-reads them there. A decoder pass reads one token of each sequence, as its profiles allow. The first one finds
-empty caches and fills those of the cross-attention; later ones give those back as they came, so all caches
-exist twice and take turns.
-
-    with TensorRTSeq2Seq(Path("out/engine/t5-decoder.engine")) as runner:
-        greedy_tokens(runner, prompt, max_new_tokens=64, on_token=print)
-
-Tested like ``runner.py`` with a driver and a TensorRT that are fakes; **it has not run on a GPU yet**.
+The decoder reads the encoder's states where they were written, one token of each sequence per pass. The first
+pass fills the caches of the cross-attention, later ones return them unchanged, so all caches exist twice and
+take turns. Tested like ``decoder.py`` with fakes; **it has not run on a GPU yet**.
 """
 
 from __future__ import annotations
