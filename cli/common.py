@@ -1,4 +1,4 @@
-"""What several commands share: progress on stderr, tables and JSON on stdout."""
+"""Shared by commands: progress on stderr, tables and JSON on stdout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nirvana_deploy.base.progress import Advance
 
 
 class TerminalProgress:
-    """Bars with an ETA on stderr where it is a terminal, one line a task where it is not."""
+    """Progress on stderr: bars with an ETA on a terminal, else one line per task."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -39,12 +39,12 @@ class TerminalProgress:
         self.note(f"{label}: {time.perf_counter() - started:.1f} s")
 
     def note(self, text: str) -> None:
-        """One line of log."""
+        """Print one line of log."""
         self._console.print(text, style="dim", markup=False, soft_wrap=True)
 
 
 def command_line() -> str:
-    """What the user typed, for the manifest."""
+    """Return the command line, for the manifest."""
     return shlex.join(["nirvana-deploy", *sys.argv[1:]])
 
 

@@ -1,4 +1,4 @@
-"""The options of a whole job, as ``prune-export``, ``prune`` and ``recipe`` take them."""
+"""Options of a whole job, shared by ``prune-export``, ``prune`` and ``recipe``."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ recipe_option = click.option(
     "recipe_file",
     type=click.Path(path_type=Path),
     default=None,
-    help="Do what this recipe.toml says; options given here win.",
+    help="Take options from this recipe.toml; options typed here win.",
 )
 pruning_options = recipe_options(Pruning, Calibration, required=False)
 deployment_options = recipe_options(Export, Schemes, Engines, Measurement)
 
 
 def folder_options(command: Command) -> Command:
-    """Where a job writes, and over what."""
+    """Add the options for a job's output folder."""
     options = [
         click.option(
             "--out",
@@ -44,7 +44,7 @@ def folder_options(command: Command) -> Command:
             help="Output folder. [./<model>-s<sparsity>]",
         ),
         click.option("--resume", is_flag=True, help="Continue after the last finished stage in --out."),
-        click.option("--force", is_flag=True, help="Replace what an earlier run left in --out."),
+        click.option("--force", is_flag=True, help="Overwrite an earlier run in --out."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -52,7 +52,7 @@ def folder_options(command: Command) -> Command:
 
 
 def job_from(model: str | None, recipe_file: Path | None, options: dict[str, Any]) -> Job:
-    """The job that the user asked for: the recipe file, if any, under the options that were typed."""
+    """Build the job from the recipe file, if any, and the typed options, which win."""
     if recipe_file is None:
         if model is None:
             raise click.UsageError("Missing argument 'MODEL', or --recipe FILE.")

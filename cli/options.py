@@ -15,11 +15,11 @@ Kind = TypeVar("Kind")
 _SIZES = {"k": 10, "m": 20, "g": 30}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
-force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+force_option = click.option("--force", is_flag=True, help="Overwrite an existing target.")
 
 
 class NumberOrWord(click.ParamType[Any]):
-    """A number, or one of some words."""
+    """A number, or one of a few words."""
 
     def __init__(self, words: tuple[str, ...]) -> None:
         self.words = words
@@ -74,13 +74,13 @@ def recipe_options(
 
 
 def taken(kind: type[Kind], values: dict[str, Any]) -> Kind:
-    """The recipe of ``kind`` from what a command was called with; its options leave ``values``."""
+    """Make the recipe of ``kind`` from a command's ``values``; its options leave them."""
     names = [field.name for field in fields_of(kind) if field.name in values]
     return kind(**{name: values.pop(name) for name in names})
 
 
 def typed(values: dict[str, Any]) -> dict[str, Any]:
-    """Of a command's ``values``, those that the user typed."""
+    """Return the ``values`` that the user typed."""
     source = click.get_current_context().get_parameter_source
     return {
         name: value

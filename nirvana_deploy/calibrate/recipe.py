@@ -1,4 +1,4 @@
-"""What a user can say about calibration text."""
+"""Options for calibration text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Seed = Annotated[int, Option("Random seed for sampling calibration windows.", mi
 
 @recipe
 class Calibration:
-    """Which text the model is scored on, and which text its quality is measured on."""
+    """Text for scoring, and text for measuring quality."""
 
     calib: Annotated[
         str,
@@ -33,11 +33,11 @@ class Calibration:
         Path | None, Option("Measure quality on this text. [held-out windows of the calibration text]")
     ] = None
     heldout_sequences: Annotated[
-        int, Option("Held-out windows that quality is measured on.", minimum=1, command_line=False)
+        int, Option("Number of held-out windows for quality.", minimum=1, command_line=False)
     ] = 16
     heldout_len: Annotated[int, Option("Tokens per held-out window.", minimum=2, command_line=False)] = 256
     selection_sequences: Annotated[
         int,
-        Option("Held-out windows that candidates are compared on.", minimum=2, command_line=False),
+        Option("Number of held-out windows for comparing candidates.", minimum=2, command_line=False),
     ] = 64
     selection_len: Annotated[int, Option("Tokens per such window.", minimum=2, command_line=False)] = 128

@@ -1,4 +1,4 @@
-"""What a user can say about TensorRT engines."""
+"""Options for TensorRT engines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nirvana_deploy.runtime.table import DEFAULT_ENGINE, engine_runtimes
 
 @recipe
 class Engines:
-    """The engines of an output folder, of every model in it."""
+    """Engines of every model in an output folder."""
 
     engines: Annotated[
         tuple[str, ...],
@@ -28,7 +28,7 @@ class Engines:
 
 @recipe
 class EngineForm:
-    """Which model of an output folder becomes an engine, and in which form."""
+    """Source and form of one engine."""
 
     variant: Annotated[str, Option("Model of an output folder.", choices=("pruned", "dense"))] = "pruned"
     dtype: Annotated[
@@ -57,20 +57,20 @@ class EngineForm:
 
 @recipe
 class Lengths:
-    """The sizes that an engine takes and is tuned for; None takes a default that graph and model can bear."""
+    """Sizes that an engine takes and is tuned for; None: a default within the limits of graph and model."""
 
-    max_batch: Annotated[int, Option("Largest batch. With 1 the engine stores fp16 linears twice.")] = 4
-    opt_batch: Annotated[int, Option("Batch that is tuned for.")] = 1
+    max_batch: Annotated[int, Option("Maximum batch size. With 1 the engine stores fp16 linears twice.")] = 4
+    opt_batch: Annotated[int, Option("Batch size to tune for.")] = 1
     max_length: Annotated[
-        int | None, Option("Longest sequence, prompt and answer. [2048, or the context]")
+        int | None, Option("Maximum tokens of prompt and answer. [2048, or the context]")
     ] = None
-    opt_prompt: Annotated[int | None, Option("Tokens of a prompt that prefill is tuned for. [128]")] = None
-    opt_length: Annotated[int | None, Option("Tokens of a sequence that decode is tuned for. [512]")] = None
+    opt_prompt: Annotated[int | None, Option("Prompt tokens to tune prefill for. [128]")] = None
+    opt_length: Annotated[int | None, Option("Sequence tokens to tune decode for. [512]")] = None
 
 
 @recipe
 class EngineBuild:
-    """What the builder is told."""
+    """Settings of the builder."""
 
     runtime: Annotated[
         str,

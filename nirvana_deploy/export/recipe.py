@@ -1,4 +1,4 @@
-"""What a user can say about ONNX graphs."""
+"""Options for ONNX graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPES = ("fp32", "fp16", "bf16")
 
 @recipe
 class Export:
-    """The ONNX graphs of an output folder."""
+    """ONNX graphs of an output folder."""
 
     dtype: Annotated[
         str, Option("Type of weights, activations and KV cache in the ONNX graphs.", choices=DTYPES)
@@ -31,7 +31,7 @@ class Export:
 
 @recipe
 class Graph:
-    """One ONNX folder, made for whoever loads it."""
+    """A single ONNX folder."""
 
     dtype: Annotated[
         str,
@@ -51,7 +51,7 @@ class Graph:
     cache_tokens: Annotated[
         int | None,
         Option(
-            "Tokens that the cache of static-cache holds, prompt and answer together.",
+            "Cache length of static-cache: tokens of prompt and answer together.",
             minimum=1,
             flag="--cache-length",
         ),

@@ -1,4 +1,4 @@
-"""What a user can say about measurements."""
+"""Options for measurements."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from nirvana_deploy.runtime.recipe import Threads
 
 @recipe
 class Measurement:
-    """What is measured when an output folder is made."""
+    """Measurements of a new output folder."""
 
     run_benchmark: Annotated[
         bool, Option("Measure latency.", flag="--benchmark/--no-benchmark", resumable=True)
     ] = True
     threads: Threads = None
-    prompt_tokens: Annotated[int, Option("Prompt length.", minimum=1, command_line=False, resumable=True)] = (
-        128
-    )
+    prompt_tokens: Annotated[
+        int, Option("Prompt length in tokens.", minimum=1, command_line=False, resumable=True)
+    ] = 128
     new_tokens: Annotated[int, Option("Tokens decoded.", minimum=2, command_line=False, resumable=True)] = 64
-    repeats: Annotated[int, Option("Rounds that count.", minimum=1, command_line=False, resumable=True)] = 11
+    repeats: Annotated[int, Option("Measured rounds.", minimum=1, command_line=False, resumable=True)] = 11
 
 
 @recipe
 class Workload:
-    """The request that is measured, and how often."""
+    """The measured request, and how often it is repeated."""
 
-    prompt_tokens: Annotated[int, Option("Prompt length.", minimum=1)] = 128
+    prompt_tokens: Annotated[int, Option("Prompt length in tokens.", minimum=1)] = 128
     new_tokens: Annotated[int, Option("Tokens decoded.", minimum=2)] = 64
-    batch_size: Annotated[int, Option("Prompts at a time.", minimum=1)] = 1
-    repeats: Annotated[int, Option("Rounds that count.", minimum=1)] = 11
-    warmup: Annotated[int, Option("Rounds before them that do not count.", minimum=0, command_line=False)] = 1
+    batch_size: Annotated[int, Option("Batch size.", minimum=1)] = 1
+    repeats: Annotated[int, Option("Number of measured rounds.", minimum=1)] = 11
+    warmup: Annotated[int, Option("Number of warm-up rounds.", minimum=0, command_line=False)] = 1
     threads: Threads = None
     seed: Annotated[
         int,
@@ -46,7 +46,7 @@ class Workload:
 
 @recipe
 class Evaluation:
-    """Quality to measure again."""
+    """Quality, measured again."""
 
     eval_text: Annotated[
         Path | None, Option("Text to measure on. [the windows that calibration held out]")
@@ -58,10 +58,10 @@ class Evaluation:
         ),
     ] = None
     max_windows: Annotated[
-        int | None, Option("Windows of --eval-text, from its beginning. [16]", minimum=1)
+        int | None, Option("Number of windows from the start of --eval-text. [16]", minimum=1)
     ] = None
     ntk: Annotated[bool, Option("Also measure how far the cut changed the tangent kernel.")] = False
-    ntk_windows: Annotated[int, Option("Held-out windows that --ntk reads.", minimum=1)] = 4
+    ntk_windows: Annotated[int, Option("Number of held-out windows for --ntk.", minimum=1)] = 4
     tasks: Annotated[
         str | None, Option("Tasks of lm-evaluation-harness, separated by commas: piqa,arc_easy.")
     ] = None

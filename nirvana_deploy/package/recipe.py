@@ -1,4 +1,4 @@
-"""What a user can say about packages."""
+"""Options for packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nirvana_deploy.base.recipe import Option, recipe
 
 @recipe
 class Package:
-    """What other programs load."""
+    """Artifacts for other programs."""
 
     gguf: Annotated[bool, Option("One GGUF file for llama.cpp, from the checkpoint.")] = False
     triton: Annotated[bool, Option("A Triton model repository, from the ONNX folder.")] = False

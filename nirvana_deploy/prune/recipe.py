@@ -1,4 +1,4 @@
-"""What a user can say about the cut."""
+"""Options for the cut."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Allocation = Annotated[
         choices=ALLOCATIONS,
     ),
 ]
-RoundTo = Annotated[int, Option("Kept FFN widths are multiples of this.", minimum=1)]
+RoundTo = Annotated[int, Option("Round kept FFN widths to multiples of this.", minimum=1)]
 
 
 @recipe
 class Pruning:
-    """How much is removed, and what decides."""
+    """How much to remove, and by which rule."""
 
     sparsity: Sparsity
     saliency: Annotated[
@@ -55,7 +55,7 @@ class Pruning:
 
 @recipe
 class Selection:
-    """Candidates to rank by KL, without building anything."""
+    """Candidates to rank by KL."""
 
     sparsity: Sparsity
     candidates: Annotated[int, Option("Disjoint calibration sets drawn from each corpus.", minimum=1)] = 8

@@ -1,4 +1,4 @@
-"""What a user can say about quantized models."""
+"""Options for quantized models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nirvana_deploy.quantize.schemes import onnx_schemes
 
 @recipe
 class Schemes:
-    """The quantized variants of an output folder."""
+    """Quantized variants of an output folder."""
 
     quantize: Annotated[
         tuple[str, ...],
@@ -30,7 +30,7 @@ class Schemes:
 
 @recipe
 class Quantization:
-    """One quantized ONNX folder."""
+    """A single quantized ONNX folder."""
 
     scheme: Annotated[str, Option("int8: weights and activations; w8, w4: weights alone.")]
     smooth: Annotated[
@@ -72,7 +72,7 @@ class Quantization:
 
 @recipe
 class CalibrationText:
-    """Calibration text of an ONNX folder that stands alone."""
+    """Calibration text for an ONNX folder without its output folder."""
 
     calib: Annotated[
         str | None,

@@ -1,4 +1,4 @@
-"""What a user can say about running a model."""
+"""Options for running a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Threads = Annotated[
 
 @recipe
 class Place:
-    """What runs a model."""
+    """Where a model runs."""
 
     runtime: Annotated[
         str | None,
@@ -26,10 +26,10 @@ class Place:
 
 @recipe
 class Generation:
-    """One answer."""
+    """A generated answer."""
 
     prompt: Annotated[str, Option("Text to continue.")]
-    max_new_tokens: Annotated[int, Option("Longest answer, in tokens.", minimum=1)] = 128
+    max_new_tokens: Annotated[int, Option("Maximum tokens of the answer.", minimum=1)] = 128
     chat: Annotated[bool, Option("Put the prompt into the model's chat template.")] = False
     tokenizer: Annotated[
         Path | None,
