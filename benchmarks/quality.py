@@ -48,7 +48,7 @@ from nirvana_deploy.prune.reconstruct import DEFAULT_RIDGE, reconstruct_layers
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES
 from nirvana_deploy.prune.saliency.units import UnitScores
 from nirvana_deploy.prune.select import gamma_grid
-from nirvana_deploy.prune.streaming.model import score_units
+from nirvana_deploy.prune.streaming.score import score_units
 
 EVAL_LEN = 512
 WHOLE_GRID = ("nirvana", "taylor")
@@ -114,13 +114,15 @@ def new_row(settings: Row, saliency: str, sparsity: float, gamma: float, seed: i
 class Grid:
     """The texts, and what was scored on them so far."""
 
-    def __init__(self, checkpoint: Path, tokenizer: Any, options: argparse.Namespace) -> None:
+    def __init__(self, checkpoint: Checkpoint, options: argparse.Namespace) -> None:
         self._checkpoint = checkpoint
-        self._shape = Checkpoint.open(checkpoint).shape
-        self._tokenizer = tokenizer
+        self._shape = checkpoint.shape
         self._options = options
         self.evaluated = windows_of_text(
-            read_text_file(options.eval_text), tokenizer, seq_len=EVAL_LEN, max_sequences=options.eval_windows
+            read_text_file(options.eval_text),
+            checkpoint.tokenizer,
+            seq_len=EVAL_LEN,
+            max_sequences=options.eval_windows,
         )
         self._heldout = self._data(0).heldout
         self._scores: dict[tuple[str, str | None, int], UnitScores] = {}
@@ -129,18 +131,18 @@ class Grid:
         """Of one seed; the held-out windows are the same for all."""
         return calibration_data(
             corpus or self._options.calib,
-            self._tokenizer,
+            self._checkpoint.tokenizer,
             num_sequences=self._options.num_sequences,
             seq_len=128,
             seed=seed,
             heldout_sequences=self._options.heldout_windows,
             heldout_len=64,
-            checkpoint=Checkpoint.open(self._checkpoint),
+            checkpoint=self._checkpoint,
         )
 
     def settings(self, model: str) -> Row:
         """What all rows have in common."""
-        options, files = self._options, sorted(self._checkpoint.glob("*.safetensors"))
+        options, files = self._options, sorted(self._checkpoint.path.glob("*.safetensors"))
         return {
             "model": model,
             "model_sha256": [sha256_of(file) for file in files],

@@ -47,7 +47,7 @@ from nirvana_deploy.prune.plan import PrunePlan, make_plan, pruned_shape, read_p
 from nirvana_deploy.prune.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES, saliency_named
 from nirvana_deploy.prune.saliency.units import UnitScores, scored_tensors, unit_sums
-from nirvana_deploy.prune.streaming.model import score_units
+from nirvana_deploy.prune.streaming.score import score_units
 
 PEAK_PROMISE_BYTES = 6_000_000_000
 IN_MEMORY_PROMISE = 1.3
@@ -223,10 +223,11 @@ def _disk_read_bytes(process: psutil.Process) -> int:
 
 def streamed(options: argparse.Namespace) -> None:
     """Worker: score, plan and slice as ``nirvana-deploy prune`` does."""
-    dense, tokens = options.work / "dense", _tokens(options)
+    tokens = _tokens(options)
     stages: dict[str, dict[str, float]] = {}
     profile = cProfile.Profile()
     with stage(stages, "score"), profile:
+        dense = Checkpoint.open(options.work / "dense")
         scores = score_units(dense, tokens, saliency=options.saliency, spill_folder=options.work)
     with stage(stages, "plan"):
         plan = _write_plan_of(scores, options, "streamed")
@@ -235,7 +236,7 @@ def streamed(options: argparse.Namespace) -> None:
         with stage(stages, "reconstruct"):
             reconstruct_layers(dense, plan, _tokens(options, options.reconstruct), reconstruction)
     with stage(stages, "slice"):
-        slice_checkpoint(Checkpoint.open(dense), plan, options.work / "pruned", reconstruction=reconstruction)
+        slice_checkpoint(dense, plan, options.work / "pruned", reconstruction=reconstruction)
     write_json(
         options.work / "report.json",
         {"stages": stages, "score_parts_s": score_parts(profile), "peak_rss_bytes": peak_rss_bytes()},
@@ -293,9 +294,9 @@ def score_parts(profile: cProfile.Profile) -> dict[str, float]:
     parts = {
         "read weights and check them": read,
         "convert to float32": seconds("<method 'to' of 'torch._C.TensorBase' objects>"),
-        "layers, forward and recomputed": seconds("_run", "score.py"),
+        "layers, forward and recomputed": seconds("run", "stacks.py"),
         "layers, backward": seconds("<method 'run_backward' of 'torch._C._EngineBase' objects>"),
-        "head": seconds("states_gradient", "output.py") - seconds("blocks", "output.py"),
+        "head": seconds("states_gradient", "head.py") - seconds("blocks", "head.py"),
         "sums over units": seconds("unit_sums", "units.py"),
     }
     return parts | {"other": seconds("score_units", "score.py") - sum(parts.values())}

@@ -34,7 +34,7 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import default_gamma, make_plan
-from nirvana_deploy.prune.streaming.model import score_units
+from nirvana_deploy.prune.streaming.score import score_units
 
 _FLAN = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -50,7 +50,10 @@ def write_checkpoints(name: str, out: Path, *, sparsity: float) -> dict[str, Pat
     torch.manual_seed(0)
     config = T5Config(vocab_size=32128, d_kv=64, decoder_start_token_id=0, **SHAPES[name])
     T5ForConditionalGeneration(config).save_pretrained(out / "dense")
-    shape, scores = shape_of(out / "dense"), score_units(out / "dense", None, saliency="random", seed=0)
+    shape, scores = (
+        shape_of(out / "dense"),
+        score_units(Checkpoint.open(out / "dense"), None, saliency="random", seed=0),
+    )
     gamma = default_gamma(shape)
     plan = make_plan(shape, scores, sparsity=sparsity, gamma=gamma, round_to=64, saliency="random", seed=0)
     slice_checkpoint(Checkpoint.open(out / "dense"), plan, out / "pruned")

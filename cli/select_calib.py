@@ -36,32 +36,27 @@ def select_calib(model: str, as_json: bool, **options: Any) -> None:
     recipe, progress = taken(Selection, options), TerminalProgress()
     source = resolve_model(model, progress=progress)
     checkpoint = Checkpoint.open(source.path)
-    tokenizer, shape = checkpoint.tokenizer, checkpoint.shape
     names = listed(recipe.corpora)
-    sets = [
-        calibration_candidates(
-            name,
-            tokenizer,
-            candidates=recipe.candidates,
-            num_sequences=recipe.num_sequences,
-            seq_len=recipe.seq_len,
-            seed=recipe.seed,
-            heldout_sequences=-(-recipe.heldout_sequences // len(names)),
-            heldout_len=recipe.heldout_len,
-            checkpoint=checkpoint,
-            progress=progress,
-        )
-        for name in names
-    ]
+    sets = calibration_candidates(
+        names,
+        checkpoint,
+        candidates=recipe.candidates,
+        num_sequences=recipe.num_sequences,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        heldout_sequences=-(-recipe.heldout_sequences // len(names)),
+        heldout_len=recipe.heldout_len,
+        progress=progress,
+    )
     gammas = (
-        gamma_grid(shape, sparsity=recipe.sparsity, round_to=recipe.round_to)
+        gamma_grid(checkpoint.shape, sparsity=recipe.sparsity, round_to=recipe.round_to)
         if recipe.gammas == "auto"
         else [_gamma(text) for text in listed(recipe.gammas)]
     )
     selection = select_calibration(
-        source.path,
-        [calibration for one in sets for calibration in one.calibrations],
-        [one.heldout for one in sets],
+        checkpoint,
+        sets.calibrations,
+        sets.heldout,
         sparsity=recipe.sparsity,
         saliencies=listed(recipe.saliencies),
         gammas=gammas,

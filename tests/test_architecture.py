@@ -49,7 +49,6 @@ KNOWN: dict[str, set[str]] = {
     "circles": set(),
     "knows Run": {"runtime.models", "verify.folder"},
     "parameters": {
-        "calibrate.windows:calibration_candidates",
         "calibrate.windows:calibration_data",
         "engine.build:engine_from_onnx",
         "engine.trtexec:trtexec_command",
@@ -58,13 +57,6 @@ KNOWN: dict[str, set[str]] = {
     },
     "folders": set(),
     "docstrings": {
-        "prune.least_squares",
-        "prune.reconstruct",
-        "prune.saliency.feature",
-        "prune.saliency.gradient",
-        "prune.select",
-        "prune.streaming.encoder_decoder",
-        "prune.streaming.model",
         "quantize.graph.linears",
         "quantize.graph.packing",
         "quantize.int8.ranges",
@@ -86,7 +78,7 @@ KNOWN: dict[str, set[str]] = {
         "report.deployed_page",
         "runtime.tensorrt.memory",
     },
-    "lines": {"prune.streaming.model"},
+    "lines": set(),
 }
 
 

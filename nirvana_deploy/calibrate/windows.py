@@ -47,12 +47,12 @@ class TokenWindows:
 
 @dataclass(frozen=True)
 class CandidateSets:
-    """Calibration sets of one source to choose from."""
+    """Calibration sets to choose from, and the windows that they are judged on."""
 
     calibrations: tuple[TokenWindows, ...]
-    """[N, T] each; no two of them share a window."""
-    heldout: TokenWindows
-    """[M, T_heldout], disjoint from all of them."""
+    """[N, T] each, corpus by corpus; no two of one corpus share a window."""
+    heldout: tuple[TokenWindows, ...]
+    """[M, T_heldout] of each corpus, disjoint from all its calibration sets."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ def calibration_data(
         checkpoint=checkpoint,
         progress=progress,
     )
-    return CalibrationData(calibration=sets.calibrations[0], heldout=sets.heldout)
+    return CalibrationData(calibration=sets.calibrations[0], heldout=sets.heldout[0])
 
 
 def calibration_candidates(
-    source: str,
-    tokenizer: Any,
+    corpora: Sequence[str],
+    checkpoint: Checkpoint,
     *,
     candidates: int,
     num_sequences: int,
@@ -111,26 +111,33 @@ def calibration_candidates(
     seed: int,
     heldout_sequences: int,
     heldout_len: int,
-    checkpoint: Checkpoint | None = None,
     progress: Progress = SILENT,
 ) -> CandidateSets:
-    """Draw ``candidates`` calibration sets that share no window, and hold M windows out of all of them.
+    """Draw ``candidates`` disjoint calibration sets of each corpus, and hold M windows of each out of them.
 
-    The sets are the draws 0, 1, ... of ``seed``, so :func:`calibration_data` gives each of them again. For
-    "self", which writes as much text as is asked, they are the seeds ``seed``, ``seed + 1``, ... instead.
-    Raises NirvanaError as :func:`calibration_data` does, and when the text has no room for so many.
+    ``corpora`` are sources of :func:`calibration_data`. The sets are the draws 0, 1, ... of ``seed``, so
+    :func:`calibration_data` gives each of them again; those of "self", which writes as much text as is asked,
+    are the seeds ``seed``, ``seed + 1``, ... instead. Raises NirvanaError as :func:`calibration_data` does,
+    and when a text has no room for so many.
     """
     if candidates < 1:
         raise NirvanaError(f"candidates must be at least 1, got {candidates}.")
-    return _candidate_sets(
-        source,
-        tokenizer,
-        draws=range(candidates),
-        calibration_shape=(num_sequences, seq_len),
-        heldout_shape=(heldout_sequences, heldout_len),
-        seed=seed,
-        checkpoint=checkpoint,
-        progress=progress,
+    sets = [
+        _candidate_sets(
+            corpus,
+            checkpoint.tokenizer,
+            draws=range(candidates),
+            calibration_shape=(num_sequences, seq_len),
+            heldout_shape=(heldout_sequences, heldout_len),
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        for corpus in corpora
+    ]
+    return CandidateSets(
+        calibrations=tuple(windows for one in sets for windows in one.calibrations),
+        heldout=tuple(windows for one in sets for windows in one.heldout),
     )
 
 
@@ -186,7 +193,7 @@ def _candidate_sets(
             )
             for draw in draws
         ),
-        heldout=_windows(stream, [cut.heldout_starts[i] for i in spread], heldout_len, text, None),
+        heldout=(_windows(stream, [cut.heldout_starts[i] for i in spread], heldout_len, text, None),),
     )
 
 
@@ -343,5 +350,5 @@ def _written_by_model(
         )
 
     return CandidateSets(
-        calibrations=tuple(windows(2 * seed, seed) for seed in seeds), heldout=windows(1, None)
+        calibrations=tuple(windows(2 * seed, seed) for seed in seeds), heldout=(windows(1, None),)
     )

@@ -24,6 +24,7 @@ from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.tasks import evaluate_tasks
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import (
     BENCHMARK_FILE,
@@ -170,7 +171,8 @@ def tangent_kernel(run: Run, *, windows: int) -> Stage:
 
     def work() -> dict[str, Any]:
         tokens, source = heldout_windows(run)
-        study = measure_ntk(dense, read_plan(run.out / PLAN_FILE), tokens[:windows], progress=run.progress)
+        plan, checkpoint = read_plan(run.out / PLAN_FILE), Checkpoint.open(dense)
+        study = measure_ntk(checkpoint, plan, tokens[:windows], progress=run.progress)
         result = {**study.to_json(), "source": source}
         write_json(run.out / NTK_FILE, result)
         return result

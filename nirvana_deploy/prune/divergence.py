@@ -1,10 +1,9 @@
-"""How far pruned models depart from the dense one: KL divergence, many plans on the same windows.
+"""KL divergence of pruned models from the dense one: many plans on the same windows.
 
-Nothing is built: each layer is read once, every plan's view of it is cut out in memory (fewer operations
-than a mask, the same function; the blocks of an encoder-decoder are masked) and run, and of every model only
-what comes out of its last layer is left, [M, T, D]. Final norm and head are the dense model's for all of
-them, so one walk over the positions computes the dense log-probabilities once, block by block, and compares
-all plans with them: exact float32, and no [M, T, V] is ever kept.
+No checkpoint is built. Each block is read once and cut in memory for every plan (those of an encoder-decoder
+are masked); of each model only the states that leave its last block stay, [M, T, D]. Norm and head are the
+dense model's for all, so the dense log-probabilities are computed once, block of positions by block, and
+compared with every plan's: exact float32, and no [M, T, V] is ever kept.
 """
 
 from __future__ import annotations
@@ -19,27 +18,22 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Advance, Progress
-from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource
 from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.prune.slicing import MaskedWeights, ReplacedWeights, SlicedWeights
-from nirvana_deploy.prune.streaming.encoder_decoder import View
-from nirvana_deploy.prune.streaming.loading import home, micro_batches
-from nirvana_deploy.prune.streaming.model import streamed_model
+from nirvana_deploy.prune.streaming.model import StreamedModel, View, micro_batches
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """States [..., D] to logits [..., V]."""
 _BATCH_TOKENS = 1024
 _BLOCK_POSITIONS = 128
-_STATES_BYTES = 2 << 30
-"""What the states of the plans compared in one walk may take; more plans are walked in turns."""
 
 
 @dataclass(frozen=True)
 class MaskedQuality:
-    """What P pruned models and the dense one make of M windows; all float64, nats."""
+    """P pruned models and the dense one on M windows; all float64, nats."""
 
     divergence: NDArray[np.float64]
     """[P, M]: mean over the T positions of KL(dense || pruned); an encoder-decoder's are the decoder's."""
@@ -50,7 +44,7 @@ class MaskedQuality:
 
 
 def masked_divergences(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     plans: Sequence[PrunePlan],
     tokens: NDArray[np.int64],
     *,
@@ -62,31 +56,34 @@ def masked_divergences(
 
 
 def masked_quality(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     plans: Sequence[PrunePlan],
     window_sets: Sequence[NDArray[np.int64]],
     *,
     reconstructions: Sequence[Path | None] | None = None,
+    states_bytes: int = 2 << 30,
+    device: torch.device | None = None,
     progress: Progress = SILENT,
 ) -> list[MaskedQuality]:
     """KL to the dense model and next-token loss of P pruned models, for each set of windows [M, T].
 
     All sets are read in one pass; they may differ in M and T. Each position is computed in float32, sums over
     positions in float64. ``reconstructions`` are the folders that ``reconstruct_layers`` wrote for the plans
-    of a decoder-only model (None: the plain cut). Raises NirvanaError for a plan that does not fit, or logits
-    that are not finite.
+    of a decoder-only model (None: the plain cut). Plans whose states take more than ``states_bytes`` are
+    compared in turns. Raises NirvanaError for a plan that does not fit, or logits that are not finite.
     """
-    shape = shape_from_config(config_json(checkpoint))
+    shape, model = checkpoint.shape, StreamedModel(checkpoint, device=device)
     folders = reconstructions or [None] * len(plans)
-    model = streamed_model(checkpoint, SafetensorsWeights(checkpoint), shape)
+    sets = [torch.from_numpy(windows) for windows in window_sets]
     batches = [
         batch
-        for windows in window_sets
-        for batch in micro_batches(torch.from_numpy(windows), max(1, _BATCH_TOKENS // windows.shape[1]))
+        for windows in sets
+        for batch in micro_batches(windows, max(1, _BATCH_TOKENS // windows.shape[1]))
     ]
-    targets = [model.next_tokens(torch.from_numpy(windows)) for windows in window_sets]
+    targets = [model.next_tokens(windows) for windows in sets]
     next_tokens = torch.cat([windows.flatten() for windows in targets])
-    at_once = max(1, _STATES_BYTES // (len(next_tokens) * shape.hidden_size * 4) - 1)
+    positions = sum(read.numel() for windows in sets for read in model.read(windows))
+    at_once = max(1, states_bytes // (positions * shape.hidden_size * 4) - 1)
     steps = (len(plans) + 1) * (len(shape.layers) + 1)
     results: list[_Positions] = []
     with progress.task("Comparing pruned models", steps) as advance:
@@ -145,8 +142,8 @@ def _by_position(
             for index, (result, states) in enumerate(zip(results, compared, strict=True)):
                 log_q = log_p if index == 0 else head(states[block]).log_softmax(dim=-1)
                 following = next_tokens[block, None].to(log_q.device)
-                result.divergence[block] = home((p * (log_p - log_q)).sum(dim=-1)).double()
-                result.loss[block] = -home(log_q.gather(1, following)[:, 0]).double()
+                result.divergence[block] = (p * (log_p - log_q)).sum(dim=-1).cpu().double()
+                result.loss[block] = -log_q.gather(1, following)[:, 0].cpu().double()
     advance(len(compared))
     return results
 

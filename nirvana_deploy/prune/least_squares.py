@@ -1,22 +1,9 @@
-"""Refit a linear to what it should give: ridge regression toward the weights it has.
+"""Ridge regression toward the weights that a linear has: pure maths on tensors.
 
-A linear with W [D, k] reads X [P, k] at P positions and should give Y [P, D]; E = Y - X W^T is what is
-missing. The change Delta [D, k] of its weights for which
-
-    J(Delta) = || E - X Delta^T ||^2 + ridge * tr(Delta S Delta^T),    S = diag(X^T X) + q mean(diag(X^T X)) I
-
-is least has a zero gradient there, which gives the normal equations
-
-    Delta (G + ridge * S) = E^T X,    G = X^T X,    W' = W + Delta.
-
-The penalty pulls W' toward W and not toward zero: where the text says little about a direction of the inputs,
-the weights stay as they were, and for a large ``ridge`` all do. The first part of S measures a change by what
-it does (a neuron twice as loud with half the weights is the same neuron), and keeps a few very loud inputs
-from deciding for all; the second, q = 0.1, keeps quiet ones from large weights, which four bits in blocks
-cannot hold beside small ones. Scaled by S the largest eigenvalue of G is at most k, the system's condition
-number at most (k + ridge) / ridge.
-
-Pure maths on tensors: no model, no hook.
+W [D, k] reads X [P, k] at P positions and should give Y [P, D]; E = Y - X W^T is missing. The change Delta
+that minimizes ``||E - X Delta^T||^2 + ridge * tr(Delta S Delta^T)``, S = diag(X^T X) + q mean(diag(X^T X)) I,
+solves ``Delta (X^T X + ridge * S) = E^T X``; W' = W + Delta. S measures a change by its effect; q keeps quiet
+inputs from large weights, which four bits in blocks cannot hold. Conditioning: benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -26,24 +13,22 @@ from dataclasses import dataclass
 
 import torch
 
-from nirvana_deploy.prune.streaming.loading import home
-
 _QUIET_SHARE = 0.1
-"""q: the part of the mean energy that S gives every input on top of its own."""
+"""q: share of the mean energy that S adds to each input's own."""
 
 
 @dataclass(frozen=True)
 class Refit:
-    """What least squares makes of a linear."""
+    """A refitted linear."""
 
     weight: torch.Tensor
     """W' [D, k], of the dtype that W had."""
     explained_share: float
-    """1 - ||E - X Delta^T||^2 / ||E||^2 over the positions seen: how much of what was missing is there."""
+    """1 - ||E - X Delta^T||^2 / ||E||^2 over the positions seen: how much of what was missing is restored."""
 
 
 class NormalEquations:
-    """Sums over positions for a linear with W [D, k]: they take k (k + D) numbers, however many positions.
+    """Sums over positions for a linear with W [D, k]: k (k + D) numbers, however many positions.
 
     Sums are in W's dtype; the equations are solved in float64.
     """
@@ -63,10 +48,11 @@ class NormalEquations:
         self._missing += missing.square().sum(dtype=torch.float64)
 
     def solve(self, ridge: float) -> Refit | None:
-        """W' on the CPU, or None where something that was observed is NaN or infinite; ``ridge`` must be
-        positive. The weights of an input that was always zero stay. Uses up the sums.
+        """W' on the CPU, or None if an observation was NaN or infinite; ``ridge`` must be positive.
+
+        The weights of an input that was always zero stay. Uses up the sums.
         """
-        gram, cross, missing = home(self._gram), home(self._cross), float(home(self._missing))
+        gram, cross, missing = self._gram.cpu(), self._cross.cpu(), float(self._missing.cpu())
         self._gram = self._gram.new_empty(0)  # k x k is the largest thing here: one copy at a time
         energy = gram.diagonal().double()
         if not (energy.isfinite().all() and cross.isfinite().all() and math.isfinite(missing)):
@@ -82,5 +68,5 @@ class NormalEquations:
         delta = torch.cholesky_solve(cross.T, system).T
         # ||E - Z d^T||^2 = ||E||^2 - 2 <d, E^T Z> + <d G, d>, and d G = E^T Z - ridge d
         gained = float((delta * cross).sum() + ridge * delta.square().sum())
-        weight = (home(self._weight).double() + delta / scale).to(self._weight.dtype)
+        weight = (self._weight.cpu().double() + delta / scale).to(self._weight.dtype)
         return Refit(weight=weight, explained_share=gained / missing if missing > 0 else 0.0)

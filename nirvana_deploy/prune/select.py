@@ -1,26 +1,15 @@
-"""Choose calibration set, gamma and saliency by the KL divergence of what they lead to.
+"""Choose calibration set, gamma and saliency by held-out KL.
 
-A candidate is a calibration set (a draw from a corpus), a saliency and a gamma. Each is scored, planned
-and *masked*, never built; the one whose masked model departs least from the dense one on held-out windows
-wins. All candidates meet the same windows, so they are compared by paired differences, whose
-standard error is far below that of each KL; the result says whether the winner is separable from
-the runner-up.
-
-Unit scores are shared where they can be: one scoring serves every gamma. ``scoring`` "set" (the default)
-scores ``|w * mean_n g_n|`` by one backward for a whole set, as NIRVANA's authors do; "windows" scores every
-distinct window once and a set by the mean of ``|w * g_n|``, so that overlapping sets cost nothing more.
-Measured on SmolLM2-135M (16 x 128 tokens of WikiText-2 valid, gamma M/A, sparsity 0.4), "windows" against
-"set": Spearman rank agreement over groups 0.81 (``nirvana``) and 0.85 (``taylor``), over neurons 0.91 and
-0.91; 93 and 96 % of the kept groups and 87 % of the kept neurons are the same. Two disjoint sets, both
-scored by "set", agree better than that (0.97 and 0.98, 0.93 and 0.93; 89 % of neurons): "windows" would
-change more than the choice it makes cheaper, and for disjoint sets it saves nothing. Hence the default.
+A candidate is a calibration set (a draw from a corpus), a saliency and a gamma. Each is scored, planned and
+*masked*, never built; the one whose masked model is closest to the dense one on held-out windows wins. All
+candidates meet the same windows and are compared by paired differences, whose standard error is far below
+that of each KL. One scoring serves every gamma.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,17 +20,16 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.calibrate.overlap import refuse_overlap
 from nirvana_deploy.calibrate.stage import calibration_record
 from nirvana_deploy.calibrate.windows import TokenWindows
-from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.divergence import masked_divergences
 from nirvana_deploy.prune.plan import PrunePlan, default_gamma, largest_sparsity, make_plan, removed_counts
 from nirvana_deploy.prune.saliency.gradient import saliency_named
 from nirvana_deploy.prune.saliency.units import UnitScores
-from nirvana_deploy.prune.streaming.model import DEFAULT_MICRO_BATCH, score_units, score_windows
+from nirvana_deploy.prune.streaming.score import DEFAULT_MICRO_BATCH, score_units
 
 SEPARABLE_STANDARD_ERRORS = 2.0
-"""A lead of at least so many paired standard errors is called separable."""
+"""A lead of more paired standard errors than these is called separable."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ class CandidateResult:
     behind: float
     """KL minus the winner's, nats."""
     behind_standard_error: float | None
-    """Of the paired difference over windows: what ``behind`` is to be held against."""
+    """Of the paired difference over windows; the yardstick of ``behind``."""
 
     @property
     def name(self) -> str:
@@ -90,7 +78,6 @@ class Selection:
     heldout_sources: tuple[str, ...]
     heldout_windows: int
     heldout_tokens: int
-    scoring: str
 
     @property
     def separable(self) -> bool:
@@ -122,7 +109,7 @@ class Selection:
                 "windows": self.heldout_windows,
                 "tokens": self.heldout_tokens,
             },
-            "scoring": self.scoring,
+            "scoring": "set",  # one backward per calibration set, as NIRVANA's authors do
             "kl": {"min": min(kls), "median": float(np.median(kls)), "max": max(kls)},
             "winner": self.winner,
             "runner_up": self.runner_up,
@@ -139,9 +126,9 @@ class _Tried:
 
 
 def gamma_grid(shape: ModelShape, *, sparsity: float, round_to: int = 8) -> tuple[float, ...]:
-    """What "gamma auto" tries: 1, 2, M/A and 1.5 M/A, as far as the model allows them at ``sparsity``.
+    """The grid of "gamma auto": 1, 2, M/A and 1.5 M/A, as far as the model allows them at ``sparsity``.
 
-    Where it allows none, M/A alone, so that what refuses it can say what is feasible.
+    If it allows none, M/A alone, so that the refusal can say what is feasible.
     """
     usual = default_gamma(shape)
     feasible = (
@@ -153,7 +140,7 @@ def gamma_grid(shape: ModelShape, *, sparsity: float, round_to: int = 8) -> tupl
 
 
 def select_calibration(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     calibrations: Sequence[TokenWindows],
     heldout: Sequence[TokenWindows],
     *,
@@ -163,7 +150,6 @@ def select_calibration(
     allocation: str = "global",
     round_to: int = 8,
     seed: int = 0,
-    scoring: str = "set",
     model_name: str = "",
     micro_batch: int = DEFAULT_MICRO_BATCH,
     progress: Progress = SILENT,
@@ -176,9 +162,7 @@ def select_calibration(
     any work, for no candidates, unknown names, a gamma that the model does not allow at this sparsity, or
     held-out text that overlaps calibration text.
     """
-    shape = shape_from_config(config_json(checkpoint))
-    if scoring not in ("set", "windows"):
-        raise NirvanaError(f"scoring must be 'set' or 'windows', got {scoring!r}.")
+    shape = checkpoint.shape
     if not (calibrations and saliencies and gammas):
         raise NirvanaError("Nothing to choose from: give at least one calibration set, saliency and gamma.")
     for gamma in gammas:
@@ -192,7 +176,7 @@ def select_calibration(
     refuse_overlap(calibrations, heldout)
     tried: list[_Tried] = []
     for calibration, saliency, scores in _scored(
-        checkpoint, calibrations, saliencies, scoring, seed, micro_batch, progress
+        checkpoint, calibrations, saliencies, seed, micro_batch, progress
     ):
         for gamma in gammas:
             plan = make_plan(
@@ -209,7 +193,7 @@ def select_calibration(
             )
             tried.append(_Tried(plan, calibration, scores))
     divergences = masked_divergences(checkpoint, [one.plan for one in tried], tokens, progress=progress)
-    return _selection(tried, divergences, heldout, scoring)
+    return _selection(tried, divergences, heldout)
 
 
 def _heldout_tokens(heldout: Sequence[TokenWindows]) -> NDArray[np.int64]:
@@ -223,10 +207,9 @@ def _heldout_tokens(heldout: Sequence[TokenWindows]) -> NDArray[np.int64]:
 
 
 def _scored(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     calibrations: Sequence[TokenWindows],
     saliencies: Sequence[str],
-    scoring: str,
     seed: int,
     micro_batch: int,
     progress: Progress,
@@ -236,11 +219,6 @@ def _scored(
     for name, method in zip(saliencies, methods, strict=True):
         if not method.needs_data:
             yield None, name, score_units(checkpoint, None, saliency=name, seed=seed, progress=progress)
-        elif scoring == "windows" and method.functional is not None:
-            distinct, rows = _distinct_windows(calibrations)
-            windows = score_windows(checkpoint, distinct, saliency=name, progress=progress)
-            for calibration, chosen in zip(calibrations, rows, strict=True):
-                yield calibration, name, windows.of(chosen)
         else:
             for calibration in calibrations:
                 scores = score_units(
@@ -249,27 +227,10 @@ def _scored(
                 yield calibration, name, scores
 
 
-def _distinct_windows(
-    calibrations: Sequence[TokenWindows],
-) -> tuple[NDArray[np.int64], list[list[int]]]:
-    """Every distinct window once [S, T], and for each set the rows of its windows."""
-    lengths = {calibration.tokens.shape[1] for calibration in calibrations}
-    if len(lengths) > 1:
-        raise NirvanaError(f"scoring 'windows' needs windows of one length, got {sorted(lengths)}.")
-    row_of: dict[bytes, int] = {}
-    rows = [
-        [row_of.setdefault(window.tobytes(), len(row_of)) for window in calibration.tokens]
-        for calibration in calibrations
-    ]
-    distinct = np.stack([np.frombuffer(window, dtype=np.int64) for window in row_of])
-    return distinct.copy(), rows
-
-
 def _selection(
     tried: Sequence[_Tried],
     divergences: NDArray[np.float64],
     heldout: Sequence[TokenWindows],
-    scoring: str,
 ) -> Selection:
     """Rank candidates by their KL per window [P, M]."""
     means = divergences.mean(axis=1)
@@ -302,7 +263,6 @@ def _selection(
         heldout_sources=tuple(dict.fromkeys(windows.source for windows in heldout)),
         heldout_windows=divergences.shape[1],
         heldout_tokens=sum(windows.tokens.size for windows in heldout),
-        scoring=scoring,
     )
 
 

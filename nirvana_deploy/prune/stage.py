@@ -28,7 +28,7 @@ from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.prune.reconstruct import DEFAULT_RIDGE, reconstruct_layers
 from nirvana_deploy.prune.scores_file import read_scores, write_scores
 from nirvana_deploy.prune.select import select_calibration
-from nirvana_deploy.prune.streaming.model import score_units
+from nirvana_deploy.prune.streaming.score import score_units
 
 _CALIBRATION_KEYS = ("source", "num_sequences", "seq_len", "text_sha256", "seed", "draw")
 
@@ -43,26 +43,21 @@ def select(
     """
 
     def work() -> dict[str, Any]:
-        tokenizer = dense.tokenizer
-        sets = [
-            calibration_candidates(
-                corpus,
-                tokenizer,
-                candidates=choices.candidates,
-                num_sequences=calibration.num_sequences,
-                seq_len=calibration.seq_len,
-                seed=calibration.seed,
-                heldout_sequences=2 * calibration.selection_sequences // len(choices.corpora),
-                heldout_len=calibration.selection_len,
-                checkpoint=dense,
-                progress=run.progress,
-            )
-            for corpus in choices.corpora
-        ]
+        sets = calibration_candidates(
+            choices.corpora,
+            dense,
+            candidates=choices.candidates,
+            num_sequences=calibration.num_sequences,
+            seq_len=calibration.seq_len,
+            seed=calibration.seed,
+            heldout_sequences=2 * calibration.selection_sequences // len(choices.corpora),
+            heldout_len=calibration.selection_len,
+            progress=run.progress,
+        )
         selection = select_calibration(
-            dense.path,
-            [windows for one in sets for windows in one.calibrations],
-            [every_other(one.heldout, 0) for one in sets],
+            dense,
+            sets.calibrations,
+            [every_other(windows, 0) for windows in sets.heldout],
             sparsity=pruning.sparsity,
             saliencies=choices.saliencies,
             gammas=choices.gammas,
@@ -74,8 +69,9 @@ def select(
             progress=run.progress,
         )
         run.progress.note(selection.verdict)
-        chosen = selection.calibration or sets[0].calibrations[0]  # magnitude and random read no text
-        heldout = evaluation_windows(calibration, tokenizer, run.progress) or every_other(sets[0].heldout, 1)
+        chosen = selection.calibration or sets.calibrations[0]  # magnitude and random read no text
+        evaluated = evaluation_windows(calibration, dense.tokenizer, run.progress)
+        heldout = evaluated or every_other(sets.heldout[0], 1)
         write_windows(CalibrationData(calibration=chosen, heldout=heldout), run.out / CALIBRATION_FILE)
         write_scores(selection.scores, run.out / SCORES_FILE)
         return {
@@ -95,7 +91,7 @@ def score(run: Run, dense: Checkpoint, recipe: Pruning, *, saliency: str, seed: 
     def work() -> dict[str, Any]:
         tokens = read_windows(run.out / CALIBRATION_FILE)["calibration"]
         scores = score_units(
-            dense.path,
+            dense,
             tokens,
             saliency=saliency,
             seed=seed,
@@ -167,7 +163,7 @@ def reconstruct(run: Run, dense: Checkpoint, plan: PrunePlan) -> Stage | None:
         tokens = read_windows(run.out / CALIBRATION_FILE)["calibration"]
         folder = run.out / RECONSTRUCTION
         return dataclasses.asdict(
-            reconstruct_layers(dense.path, plan, tokens, folder, ridge=ridge, progress=run.progress)
+            reconstruct_layers(dense, plan, tokens, folder, ridge=ridge, progress=run.progress)
         )
 
     needs = (stage.PLAN, stage.SELECT, stage.CALIBRATE)

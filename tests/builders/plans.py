@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
-from nirvana_deploy.prune.streaming.model import score_units
+from nirvana_deploy.prune.streaming.score import score_units
 
 
 def shape_of(folder: Path) -> ModelShape:
@@ -20,7 +20,7 @@ def shape_of(folder: Path) -> ModelShape:
 
 def plan_for(folder: Path, *, sparsity: float = 0.4, seed: int = 5, allocation: str = "global") -> PrunePlan:
     """A plan by random scores; a global one makes layers differ in every dimension."""
-    scores = score_units(folder, None, saliency="random", seed=seed)
+    scores = score_units(Checkpoint.open(folder), None, saliency="random", seed=seed)
     return make_plan(
         shape_of(folder),
         scores,

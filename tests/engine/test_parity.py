@@ -31,7 +31,7 @@ from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import MODEL_FILE
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan
-from nirvana_deploy.prune.streaming.model import score_units
+from nirvana_deploy.prune.streaming.score import score_units
 from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.int8.spec import read_record
 from nirvana_deploy.quantize.recipe import Quantization
@@ -178,7 +178,7 @@ def test_another_weight_is_noticed(tiny: Path, tmp_path: Path) -> None:
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Dense, and pruned by real scores: a model cut at random magnifies every rounding."""
     dense, pruned = resolve_model("smollm2").path, tmp_path_factory.mktemp("real") / "pruned"
-    scores = score_units(dense, real_tokens(dense), saliency="nirvana")
+    scores = score_units(Checkpoint.open(dense), real_tokens(dense), saliency="nirvana")
     plan = make_plan(shape_from_config(config_json(dense)), scores, sparsity=0.4, saliency="nirvana")
     slice_checkpoint(Checkpoint.open(dense), plan, pruned)
     return {"dense": dense, "pruned": pruned}

@@ -20,12 +20,12 @@ from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.slicing import SlicedWeights
-from nirvana_deploy.prune.streaming.model import score_units
+from nirvana_deploy.prune.streaming.score import score_units
 
 
 def plan_of(folder: Path, tokens: NDArray[np.int64] | None, *, saliency: str, round_to: int = 4) -> PrunePlan:
     shape = Checkpoint.open(folder).shape
-    scores = score_units(folder, tokens, saliency=saliency, seed=5)
+    scores = score_units(Checkpoint.open(folder), tokens, saliency=saliency, seed=5)
     return make_plan(shape, scores, sparsity=0.4, gamma=1.0, round_to=round_to, saliency=saliency)
 
 

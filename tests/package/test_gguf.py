@@ -47,7 +47,7 @@ from nirvana_deploy.package.gguf_tokenizer import _BY_PATTERN
 from nirvana_deploy.package.stage import package_gguf
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan
-from nirvana_deploy.prune.streaming.model import score_units
+from nirvana_deploy.prune.streaming.score import score_units
 
 gguf = needs("gguf")
 TEXTS = [
@@ -378,7 +378,7 @@ def test_the_command_packages_a_checkpoint(checkpoint: Path, tmp_path: Path) -> 
 )
 def test_a_uniform_smollm2_generates_its_tokens(llama_cpp: Path, tmp_path: Path) -> None:
     dense = resolve_model("smollm2").path
-    scores = score_units(dense, None, saliency="magnitude", seed=0)
+    scores = score_units(Checkpoint.open(dense), None, saliency="magnitude", seed=0)
     plan = make_plan(
         Checkpoint.open(dense).shape,
         scores,

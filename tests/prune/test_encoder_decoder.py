@@ -21,6 +21,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.selfwrite import written_by_model
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
+from nirvana_deploy.model.reading import teacher_forced
 from nirvana_deploy.model.weights import SafetensorsWeights, expected_shapes
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_quality
@@ -28,8 +29,8 @@ from nirvana_deploy.prune.plan import pruned_shape, read_plan, write_plan
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES
 from nirvana_deploy.prune.select import select_calibration
 from nirvana_deploy.prune.slicing import MaskedWeights
-from nirvana_deploy.prune.streaming.encoder_decoder import StreamedEncoderDecoder, teacher_forced
-from nirvana_deploy.prune.streaming.model import StreamedModel, score_units
+from nirvana_deploy.prune.streaming.model import StreamedModel
+from nirvana_deploy.prune.streaming.score import score_units
 
 Tokens = tuple[torch.Tensor, torch.Tensor]
 
@@ -41,7 +42,8 @@ def t5(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def halves(tokens: NDArray[np.int64]) -> Tokens:
-    return teacher_forced(torch.from_numpy(tokens), start_token=0)
+    read, written = teacher_forced(tokens, start_token=0)
+    return torch.from_numpy(read), torch.from_numpy(written)
 
 
 def logits_of(folder: Path, halves: Tokens) -> torch.Tensor:
@@ -50,14 +52,6 @@ def logits_of(folder: Path, halves: Tokens) -> torch.Tensor:
             input_ids=halves[0], decoder_input_ids=halves[1]
         ).logits
     return logits
-
-
-def test_windows_are_read_by_teacher_forcing() -> None:
-    encoder, decoder = teacher_forced(torch.arange(1, 15).reshape(2, 7), start_token=0)
-    assert encoder.tolist() == [[1, 2, 3], [8, 9, 10]]
-    assert decoder.tolist() == [[0, 4, 5, 6, 7], [0, 11, 12, 13, 14]]
-    with pytest.raises(NirvanaError, match="at least 2 tokens, got 1"):
-        teacher_forced(torch.zeros(3, 1, dtype=torch.int64), start_token=0)
 
 
 def test_the_shape_speaks_of_both_stacks(t5: Path) -> None:
@@ -102,23 +96,25 @@ def test_streamed_scores_equal_full_backward(
     groups = [heads(block.layer[0].SelfAttention) for block in blocks]
     groups += [heads(block.layer[1].EncDecAttention) for block in model.decoder.block]
     widths = [neurons(block.layer[-1].DenseReluDense) for block in blocks] + [np.zeros(0)] * 2
-    found = score_units(t5, tokens, saliency=saliency, micro_batch=4)
+    found = score_units(Checkpoint.open(t5), tokens, saliency=saliency, micro_batch=4)
     for ours, expected in zip(found.groups + found.neurons, groups + widths, strict=True):
         assert ours.shape == expected.shape
         np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
-def test_streamed_logits_equal_transformers(t5: Path, halves: Tokens) -> None:
-    streamed = StreamedEncoderDecoder(t5, SafetensorsWeights(t5), shape_of(t5)).logits(*halves)
+def test_streamed_logits_equal_transformers(t5: Path, tokens: NDArray[np.int64], halves: Tokens) -> None:
+    streamed = StreamedModel(Checkpoint.open(t5)).logits(torch.from_numpy(tokens))
     torch.testing.assert_close(streamed, logits_of(t5, halves), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_sliced_equals_masked(t5: Path, tmp_path: Path, halves: Tokens, seed: int) -> None:
+def test_sliced_equals_masked(
+    t5: Path, tmp_path: Path, tokens: NDArray[np.int64], halves: Tokens, seed: int
+) -> None:
     shape, plan = shape_of(t5), plan_for(t5, seed=seed)
     slice_checkpoint(Checkpoint.open(t5), plan, tmp_path / "pruned")
     masked = MaskedWeights(SafetensorsWeights(t5), shape, plan)
-    expected = StreamedEncoderDecoder(t5, masked, shape).logits(*halves)
+    expected = StreamedModel(Checkpoint.open(t5), masked).logits(torch.from_numpy(tokens))
     torch.testing.assert_close(logits_of(tmp_path / "pruned", halves), expected, rtol=1e-4, atol=1e-4)
     assert (expected - logits_of(t5, halves)).abs().max() > 0.1  # the cut does something
     assert shape_of(tmp_path / "pruned") == pruned_shape(shape, plan)
@@ -129,17 +125,17 @@ def test_kl_of_many_plans_equals_that_of_each_pruned_checkpoint(
 ) -> None:
     plans = [plan_for(t5, seed=seed) for seed in range(2)]
     short = tokens[:2, :9]
-    found = masked_quality(t5, plans, [tokens, short])
+    found = masked_quality(Checkpoint.open(t5), plans, [tokens, short])
     for windows, quality in zip((tokens, short), found, strict=True):
-        halves = teacher_forced(torch.from_numpy(windows), start_token=0)
-        dense = logits_of(t5, halves).log_softmax(-1)
+        read, written = map(torch.from_numpy, teacher_forced(windows, start_token=0))
+        dense = logits_of(t5, (read, written)).log_softmax(-1)
         for index, plan in enumerate(plans):
             out = tmp_path / f"{index}-{windows.shape[1]}"
             slice_checkpoint(Checkpoint.open(t5), plan, out)
-            pruned = logits_of(out, halves).log_softmax(-1)
+            pruned = logits_of(out, (read, written)).log_softmax(-1)
             kl = (dense.exp() * (dense - pruned)).sum(-1).mean(1)
             np.testing.assert_allclose(quality.divergence[index], kl, rtol=1e-3)
-            loss = -pruned[:, :-1].gather(2, halves[1][:, 1:, None]).mean((1, 2))
+            loss = -pruned[:, :-1].gather(2, written[:, 1:, None]).mean((1, 2))
             np.testing.assert_allclose(quality.loss[index], loss, rtol=1e-4)
 
 
@@ -148,7 +144,7 @@ def test_the_least_kl_is_chosen(t5: Path, tokens: NDArray[np.int64]) -> None:
     other = np.random.default_rng(8).integers(3, VOCABULARY, size=(4, 16))
     heldout = TokenWindows(other, "other", "sha-b", seed=None, positions=tuple(range(0, 64, 16)))
     selection = select_calibration(
-        t5,
+        Checkpoint.open(t5),
         [calibration],
         [heldout],
         sparsity=0.3,
@@ -188,12 +184,15 @@ def test_the_plan_survives_the_disk_and_names_its_sites(t5: Path, tmp_path: Path
     assert [row["of_neurons"] for row in rows] == [40] * 5 + [0] * 2
 
 
-def test_pruning_twice_keeps_track_of_the_heads(t5: Path, tmp_path: Path, halves: Tokens) -> None:
+def test_pruning_twice_keeps_track_of_the_heads(
+    t5: Path, tmp_path: Path, tokens: NDArray[np.int64], halves: Tokens
+) -> None:
     slice_checkpoint(Checkpoint.open(t5), plan_for(t5, sparsity=0.2, seed=0), tmp_path / "once")
     shape, plan = shape_of(tmp_path / "once"), plan_for(tmp_path / "once", sparsity=0.3, seed=6)
-    slice_checkpoint(Checkpoint.open(tmp_path / "once"), plan, tmp_path / "twice")
-    masked = MaskedWeights(SafetensorsWeights(tmp_path / "once"), shape, plan)
-    expected = StreamedEncoderDecoder(tmp_path / "once", masked, shape).logits(*halves)
+    once = Checkpoint.open(tmp_path / "once")
+    slice_checkpoint(once, plan, tmp_path / "twice")
+    masked = MaskedWeights(once.weights, shape, plan)
+    expected = StreamedModel(once, masked).logits(torch.from_numpy(tokens))
     torch.testing.assert_close(logits_of(tmp_path / "twice", halves), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -259,15 +258,10 @@ def test_a_t5_does_not_write_its_own_calibration_text(t5: Path) -> None:
         written_by_model(Checkpoint.open(t5), shapes={0: (1, 4)})
 
 
-def test_the_scorer_of_decoders_refuses_it(t5: Path) -> None:
-    with pytest.raises(NirvanaError, match="needs a decoder-only model; t5"):
-        StreamedModel(t5, SafetensorsWeights(t5), shape_of(t5))
-
-
 def test_infinite_gradients_name_the_layer(tmp_path: Path, tokens: NDArray[np.int64]) -> None:
     folder = write_t5(tmp_path, "t5")
     tensors = load_file(folder / "model.safetensors")
     tensors["decoder.block.1.layer.2.DenseReluDense.wo.weight"] *= 1e38
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NirvanaError, match=r"Layer 1 \(decoder\)"):
-        score_units(folder, tokens)
+        score_units(Checkpoint.open(folder), tokens)

@@ -24,6 +24,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.reading import teacher_forced
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.output.records import read_records
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
@@ -33,7 +34,6 @@ from nirvana_deploy.prune.plan import PrunePlan, read_plan
 from nirvana_deploy.prune.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.saliency.units import kept_positions
 from nirvana_deploy.prune.slicing import ReplacedWeights, SlicedWeights
-from nirvana_deploy.prune.streaming.encoder_decoder import teacher_forced
 from nirvana_deploy.report.facts import details
 
 
@@ -135,7 +135,7 @@ def copied(folder: Path, plan: PrunePlan) -> None:
 
 def cut(folder: Path, plan: PrunePlan, tokens: NDArray[np.int64], out: Path, **options: Any) -> Path:
     """The reconstructed checkpoint."""
-    reconstruct_layers(folder, plan, tokens, out / "reconstruction", **options)
+    reconstruct_layers(Checkpoint.open(folder), plan, tokens, out / "reconstruction", **options)
     slice_checkpoint(Checkpoint.open(folder), plan, out / "pruned", reconstruction=out / "reconstruction")
     return out / "pruned"
 
@@ -208,7 +208,9 @@ def test_streaming_equals_the_whole_model_in_memory(
     tiny: Path, tmp_path: Path, tokens: NDArray[np.int64], micro_batch: int
 ) -> None:
     plan = plan_for(tiny)
-    record = reconstruct_layers(tiny, plan, tokens, tmp_path / "r", ridge=0.1, micro_batch=micro_batch)
+    record = reconstruct_layers(
+        Checkpoint.open(tiny), plan, tokens, tmp_path / "r", ridge=0.1, micro_batch=micro_batch
+    )
     streamed = SafetensorsWeights(tmp_path / "r")
     readers = [
         (f"model.layers.{layer}.{norm}", f"model.layers.{layer}.{linear}")
@@ -231,7 +233,7 @@ def test_both_stacks_of_an_encoder_decoder_are_refitted(
 ) -> None:
     folder = tiny_t5.write_t5(tmp_path / "dense", kind)
     plan = plan_for(folder, seed=0)
-    reconstruct_layers(folder, plan, tokens, tmp_path / "r", ridge=0.1, micro_batch=4)
+    reconstruct_layers(Checkpoint.open(folder), plan, tokens, tmp_path / "r", ridge=0.1, micro_batch=4)
     encoder = ("encoder", 3, ["SelfAttention.o", "DenseReluDense.wo"])
     decoder = ("decoder", 2, ["SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"])
     readers = [
@@ -240,7 +242,7 @@ def test_both_stacks_of_an_encoder_decoder_are_refitted(
         for block in range(blocks)
         for place, linear in enumerate(linears)
     ]
-    read, written = teacher_forced(torch.from_numpy(tokens), start_token=0)
+    read, written = map(torch.from_numpy, teacher_forced(tokens, start_token=0))
     expected = in_memory(folder, plan, {"input_ids": read, "decoder_input_ids": written}, readers, 0.1)
     streamed = SafetensorsWeights(tmp_path / "r")
     assert sorted(expected) == streamed.names()
@@ -260,7 +262,7 @@ def test_the_refitted_model_is_closer_to_the_dense_one(
     far, near = ((logits_of(one, tokens) - dense).norm() for one in (tmp_path / "plain", refitted))
     assert near < 0.9 * far
     [quality] = masked_quality(
-        tiny, [plan, plan], [tokens], reconstructions=[None, tmp_path / "reconstruction"]
+        Checkpoint.open(tiny), [plan, plan], [tokens], reconstructions=[None, tmp_path / "reconstruction"]
     )
     assert quality.divergence[1].mean() < quality.divergence[0].mean()
     expected = (
@@ -280,7 +282,7 @@ def test_half_precision_is_rounded_once(
     plan = plan_for(half)
     pruned = cut(half, plan, tokens, tmp_path)
     assert {tensor.dtype for tensor in load_file(pruned / "model.safetensors").values()} == {dtype}
-    reconstruct_layers(single, plan, tokens, tmp_path / "float32")
+    reconstruct_layers(Checkpoint.open(single), plan, tokens, tmp_path / "float32")
     first = "model.layers.0.self_attn.o_proj.weight"  # nothing rounded stands before it
     expected = SafetensorsWeights(tmp_path / "float32").load(first)
     assert torch.equal(SafetensorsWeights(pruned).load(first), expected.to(dtype))
@@ -288,7 +290,7 @@ def test_half_precision_is_rounded_once(
 
 def test_weights_of_another_plan_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(3, 200, size=(6, 20))
-    reconstruct_layers(tiny_llama, plan_for(tiny_llama), tokens, tmp_path / "r")
+    reconstruct_layers(Checkpoint.open(tiny_llama), plan_for(tiny_llama), tokens, tmp_path / "r")
     shape, other = shape_from_config(config_json(tiny_llama)), plan_for(tiny_llama, sparsity=0.2)
     sliced = SlicedWeights(SafetensorsWeights(tiny_llama), shape, other)
     with pytest.raises(NirvanaError, match=r"reconstructed with shape \[48, .* another plan's"):
@@ -298,13 +300,13 @@ def test_weights_of_another_plan_are_refused(tiny_llama: Path, tmp_path: Path) -
 def test_bad_requests_are_sentences(tiny_llama: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
     plan = plan_for(tiny_llama)
     with pytest.raises(NirvanaError, match=r"up to 48 inputs .* 2 windows of 20 are 40") as refused:
-        reconstruct_layers(tiny_llama, plan, tokens[:2], tmp_path / "r")
+        reconstruct_layers(Checkpoint.open(tiny_llama), plan, tokens[:2], tmp_path / "r")
     assert refused.value.hint == "Pass --num-sequences 3 or more, or --no-reconstruct."
     with pytest.raises(NirvanaError, match="ridge must be a positive number, got 0"):
-        reconstruct_layers(tiny_llama, plan, tokens, tmp_path / "r", ridge=0)
+        reconstruct_layers(Checkpoint.open(tiny_llama), plan, tokens, tmp_path / "r", ridge=0)
     other = replace(plan, model=plan.model | {"hidden_size": 96})
     with pytest.raises(NirvanaError, match="does not fit the model"):
-        reconstruct_layers(tiny_llama, other, tokens, tmp_path / "r")
+        reconstruct_layers(Checkpoint.open(tiny_llama), other, tokens, tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
 
@@ -317,7 +319,7 @@ def test_activations_that_overflow_are_named(tmp_path: Path, tokens: NDArray[np.
     with pytest.raises(
         NirvanaError, match=r"layers\.1\.mlp\.down_proj\.weight: its inputs are NaN or infinite"
     ):
-        reconstruct_layers(folder, plan, tokens, tmp_path / "r")
+        reconstruct_layers(Checkpoint.open(folder), plan, tokens, tmp_path / "r")
     assert list(tmp_path.iterdir()) == [folder]
 
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.windows import TokenWindows, calibration_candidates, calibration_data
 from nirvana_deploy.measure.quality import position_scores
-from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint, load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_divergences, masked_quality
 from nirvana_deploy.prune.plan import default_gamma, make_plan
 from nirvana_deploy.prune.select import gamma_grid, select_calibration
-from nirvana_deploy.prune.streaming.model import score_units
+from nirvana_deploy.prune.streaming.score import score_units
 
 
 def windows(seed: int, *, count: int = 4, length: int = 12, source: str = "noise") -> TokenWindows:
@@ -43,7 +43,7 @@ def test_masked_kl_equals_that_of_the_sliced_checkpoint(
     tiny: Path, tmp_path: Path, tokens: NDArray[np.int64]
 ) -> None:
     plans = [plan_for(tiny, seed=1), plan_for(tiny, seed=2, allocation="uniform")]
-    [found, _] = masked_quality(tiny, plans, [tokens, tokens[:2, :7]])
+    [found, _] = masked_quality(Checkpoint.open(tiny), plans, [tokens, tokens[:2, :7]])
     assert found.divergence.shape == found.loss.shape == (2, len(tokens))
     dense = logits_of(tiny, tokens)
     for index, plan in enumerate(plans):
@@ -57,13 +57,11 @@ def test_masked_kl_equals_that_of_the_sliced_checkpoint(
                 assert loss == pytest.approx(scores.negative_log_likelihood.mean(), rel=1e-4)
 
 
-def test_more_plans_than_fit_at_once_are_walked_in_turns(
-    tiny_llama: Path, tokens: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_plans_than_fit_at_once_are_walked_in_turns(tiny_llama: Path, tokens: NDArray[np.int64]) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
     plans = [plan_for(tiny_llama, seed=seed) for seed in range(3)]
-    at_once = masked_divergences(tiny_llama, plans, tokens)
-    monkeypatch.setattr("nirvana_deploy.prune.divergence._STATES_BYTES", 1)
-    np.testing.assert_array_equal(masked_divergences(tiny_llama, plans, tokens), at_once)
+    [in_turns] = masked_quality(checkpoint, plans, [tokens], states_bytes=1)
+    np.testing.assert_array_equal(in_turns.divergence, masked_divergences(checkpoint, plans, tokens))
 
 
 def write_with_idle_units(folder: Path) -> Path:
@@ -82,7 +80,7 @@ def write_with_idle_units(folder: Path) -> Path:
 def test_the_planted_better_candidate_wins(tmp_path: Path) -> None:
     folder = write_with_idle_units(tmp_path)
     selection = select_calibration(
-        folder,
+        Checkpoint.open(folder),
         [windows(1), windows(2)],
         [windows(9, count=6)],
         sparsity=0.3,
@@ -102,7 +100,7 @@ def test_the_planted_better_candidate_wins(tmp_path: Path) -> None:
 def test_result_is_complete_and_the_same_every_time(tiny_llama: Path) -> None:
     def select() -> str:
         selection = select_calibration(
-            tiny_llama,
+            Checkpoint.open(tiny_llama),
             [windows(1), windows(2)],
             [windows(9, count=5), windows(8, count=3)],
             sparsity=0.3,
@@ -123,12 +121,17 @@ def test_result_is_complete_and_the_same_every_time(tiny_llama: Path) -> None:
 
 def test_paired_standard_errors_are_those_of_the_differences(tiny_llama: Path) -> None:
     selection = select_calibration(
-        tiny_llama, [windows(1), windows(2)], [windows(9)], sparsity=0.3, gammas=(1.0,), round_to=4
+        Checkpoint.open(tiny_llama),
+        [windows(1), windows(2)],
+        [windows(9)],
+        sparsity=0.3,
+        gammas=(1.0,),
+        round_to=4,
     )
     plans = [
         make_plan(
             shape_from_config(config_json(tiny_llama)),
-            score_units(tiny_llama, windows(seed).tokens),
+            score_units(Checkpoint.open(tiny_llama), windows(seed).tokens),
             sparsity=0.3,
             gamma=1.0,
             round_to=4,
@@ -136,7 +139,7 @@ def test_paired_standard_errors_are_those_of_the_differences(tiny_llama: Path) -
         )
         for seed in (1, 2)
     ]
-    kl = masked_divergences(tiny_llama, plans, windows(9).tokens)
+    kl = masked_divergences(Checkpoint.open(tiny_llama), plans, windows(9).tokens)
     other = 1 - selection.winner
     difference = kl[other] - kl[selection.winner]
     candidate = selection.candidates[other]
@@ -148,26 +151,16 @@ def test_paired_standard_errors_are_those_of_the_differences(tiny_llama: Path) -
 
 def test_one_window_and_one_candidate_know_no_error(tiny_llama: Path) -> None:
     selection = select_calibration(
-        tiny_llama, [windows(1)], [windows(9, count=1)], sparsity=0.3, gammas=(1.0,), round_to=4
+        Checkpoint.open(tiny_llama),
+        [windows(1)],
+        [windows(9, count=1)],
+        sparsity=0.3,
+        gammas=(1.0,),
+        round_to=4,
     )
     assert selection.candidates[0].kl_standard_error is None
     assert selection.runner_up is None and not selection.separable
     assert selection.verdict.startswith("Only candidate")
-
-
-def test_scoring_by_windows_shares_them(tiny_llama: Path) -> None:
-    first, second = windows(1), windows(2)
-    mixed = replace(first, tokens=np.concatenate([first.tokens[:2], second.tokens[:2]]), seed=3)
-    selection = select_calibration(
-        tiny_llama,
-        [first, second, mixed],
-        [windows(9)],
-        sparsity=0.3,
-        gammas=(1.0,),
-        round_to=4,
-        scoring="windows",
-    )
-    assert len(selection.candidates) == 3 and selection.to_json()["scoring"] == "windows"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +169,6 @@ def test_scoring_by_windows_shares_them(tiny_llama: Path) -> None:
         ({"gammas": (30.0,), "sparsity": 0.8}, "largest feasible for gamma 30"),
         ({"saliencies": ("nirvanna",)}, "Did you mean 'nirvana'"),
         ({"saliencies": ()}, "Nothing to choose from"),
-        ({"scoring": "sets"}, "'set' or 'windows'"),
         ({"heldout": [windows(9), windows(8, length=13)]}, r"one length, got lengths \[12, 13\]"),
         ({"heldout": []}, "one length"),
         ({"heldout": [windows(1, count=2)]}, "also calibration text"),
@@ -193,7 +185,7 @@ def test_bad_input_is_refused_before_any_work(
     arguments = {"heldout": [windows(9)], "sparsity": 0.3, "round_to": 4} | change
     heldout = arguments.pop("heldout")
     with pytest.raises(NirvanaError, match=complaint):
-        select_calibration(tiny_llama, [windows(1)], heldout, **arguments)  # type: ignore[arg-type]
+        select_calibration(Checkpoint.open(tiny_llama), [windows(1)], heldout, **arguments)  # type: ignore[arg-type]
 
 
 def test_gamma_auto_leaves_out_what_the_model_does_not_allow(tiny_llama: Path) -> None:
@@ -207,26 +199,42 @@ def test_gamma_auto_leaves_out_what_the_model_does_not_allow(tiny_llama: Path) -
 def test_candidates_of_a_text_are_disjoint_and_can_be_drawn_again(tiny_llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"Line {i} says {i * i}.\n" for i in range(300)))
-    tokenizer = load_tokenizer(tiny_llama)
+    checkpoint = Checkpoint.open(tiny_llama)
     sizes = {"num_sequences": 3, "seq_len": 32, "seed": 5, "heldout_sequences": 4, "heldout_len": 16}
-    sets = calibration_candidates(str(text), tokenizer, candidates=4, **sizes)
+    sets = calibration_candidates([str(text)], checkpoint, candidates=4, **sizes)
     starts = [start for one in sets.calibrations for start in one.positions]
     assert len(starts) == len(set(starts)) == 12
     for draw, one in enumerate(sets.calibrations):
-        again = calibration_data(str(text), tokenizer, draw=draw, **sizes)
+        again = calibration_data(str(text), checkpoint.tokenizer, draw=draw, **sizes)
         np.testing.assert_array_equal(again.calibration.tokens, one.tokens)
-        np.testing.assert_array_equal(again.heldout.tokens, sets.heldout.tokens)
+        np.testing.assert_array_equal(again.heldout.tokens, sets.heldout[0].tokens)
         assert (one.seed, one.draw) == (5, draw)
     with pytest.raises(NirvanaError, match=r"room for \d+ disjoint calibration sets") as error:
-        calibration_candidates(str(text), tokenizer, candidates=1000, **sizes)
+        calibration_candidates([str(text)], checkpoint, candidates=1000, **sizes)
     assert "--candidates" in str(error.value)
+
+
+def test_every_corpus_gives_its_sets_and_its_heldout_windows(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for text in texts:
+        text.write_text("".join(f"{text.stem} {i} says {i * i}.\n" for i in range(300)))
+    sizes = {"num_sequences": 3, "seq_len": 32, "seed": 5, "heldout_sequences": 4, "heldout_len": 16}
+    both = calibration_candidates([str(text) for text in texts], checkpoint, candidates=2, **sizes)
+    alone = [calibration_candidates([str(text)], checkpoint, candidates=2, **sizes) for text in texts]
+    for found, wanted in (
+        (both.calibrations, alone[0].calibrations + alone[1].calibrations),
+        (both.heldout, alone[0].heldout + alone[1].heldout),
+    ):
+        assert [windows.source for windows in found] == [windows.source for windows in wanted]
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
 def test_candidates_that_the_model_writes_are_its_seeds(tiny_llama: Path) -> None:
     checkpoint = Checkpoint.open(tiny_llama)
-    tokenizer = checkpoint.tokenizer
     sizes = {"num_sequences": 2, "seq_len": 8, "heldout_sequences": 2, "heldout_len": 8}
-    sets = calibration_candidates("self", tokenizer, candidates=2, seed=3, checkpoint=checkpoint, **sizes)
+    sets = calibration_candidates(["self"], checkpoint, candidates=2, seed=3, **sizes)
     assert [one.seed for one in sets.calibrations] == [3, 4]
-    again = calibration_data("self", tokenizer, seed=4, checkpoint=checkpoint, **sizes)
+    again = calibration_data("self", checkpoint.tokenizer, seed=4, checkpoint=checkpoint, **sizes)
     np.testing.assert_array_equal(again.calibration.tokens, sets.calibrations[1].tokens)

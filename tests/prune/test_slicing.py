@@ -25,7 +25,8 @@ from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import pruned_shape
 from nirvana_deploy.prune.slicing import MaskedWeights, SlicedWeights
-from nirvana_deploy.prune.streaming.model import StreamedModel, score_units
+from nirvana_deploy.prune.streaming.model import StreamedModel
+from nirvana_deploy.prune.streaming.score import score_units
 
 
 def test_the_plan_makes_layers_differ(tiny_llama: Path) -> None:
@@ -39,7 +40,7 @@ def test_sliced_equals_masked(tiny: Path, tmp_path: Path, tokens: NDArray[np.int
     plan = plan_for(tiny, seed=seed)
     slice_checkpoint(Checkpoint.open(tiny), plan, tmp_path / "pruned")
     masked = MaskedWeights(SafetensorsWeights(tiny), shape, plan)
-    expected = StreamedModel(tiny, masked, shape).logits(torch.from_numpy(tokens))
+    expected = StreamedModel(Checkpoint.open(tiny), masked).logits(torch.from_numpy(tokens))
     dense = logits_of(tiny, tokens)
     torch.testing.assert_close(logits_of(tmp_path / "pruned", tokens), expected, rtol=1e-4, atol=1e-4)
     assert (expected - dense).abs().max() > 0.1  # the cut does something
@@ -192,7 +193,7 @@ def test_a_uniform_checkpoint_is_stock(
     loaded = json.loads(result.stdout.splitlines()[-1])
     assert loaded["architecture"] == architecture
     masked = MaskedWeights(SafetensorsWeights(folder), shape, plan)
-    expected = StreamedModel(folder, masked, shape).logits(torch.from_numpy(tokens[:2]))
+    expected = StreamedModel(Checkpoint.open(folder), masked).logits(torch.from_numpy(tokens[:2]))
     np.testing.assert_allclose(loaded["logits"], expected.numpy(), rtol=1e-4, atol=1e-4)
     assert (logits_of(folder, tokens[:2]) - expected).abs().max() > 0.1
 
@@ -218,7 +219,7 @@ def test_a_uniform_llama_with_biases_that_does_not_fit_travels_with_its_code(
     slice_checkpoint(Checkpoint.open(folder), plan, tmp_path / "pruned")
     assert (tmp_path / "pruned" / "modeling_nirvana.py").is_file()
     masked = MaskedWeights(SafetensorsWeights(folder), shape, plan)
-    expected = StreamedModel(folder, masked, shape).logits(torch.from_numpy(tokens))
+    expected = StreamedModel(Checkpoint.open(folder), masked).logits(torch.from_numpy(tokens))
     torch.testing.assert_close(logits_of(tmp_path / "pruned", tokens), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -227,7 +228,7 @@ def test_a_pruned_checkpoint_can_be_scored_again(
 ) -> None:
     slice_checkpoint(Checkpoint.open(tiny_llama), plan_for(tiny_llama, sparsity=0.2), tmp_path / "pruned")
     shape = Checkpoint.open(tmp_path / "pruned").shape
-    scores = score_units(tmp_path / "pruned", tokens)
+    scores = score_units(Checkpoint.open(tmp_path / "pruned"), tokens)
     assert [len(groups) for groups in scores.groups] == [layer.kv_heads for layer in shape.layers]
 
 

@@ -1,20 +1,19 @@
 """How much a cut changes the tangent kernels of a model: predicted and measured.
 
-All numbers are exact: an inner product over all weights is a sum over layers, so one streamed backward pass
-per window suffices, with the gradients of one layer for n windows in memory. The maths is in
-``kernels.py``.
+All numbers are exact: an inner product over all weights is a sum over blocks, so one streamed backward pass
+per window suffices, with the gradients of one block for n windows in memory. The maths is in ``kernels.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
@@ -27,16 +26,15 @@ from nirvana_deploy.measure.ntk.kernels import (
     no_kernels,
     removed_part,
 )
-from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.families import shape_from_config
-from nirvana_deploy.model.shape import ModelShape
-from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, check_weights
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.weights import WeightSource
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.saliency.gradient import Saliency, saliency_named
 from nirvana_deploy.prune.saliency.units import Kept, kept_positions
 from nirvana_deploy.prune.slicing import MaskedWeights
-from nirvana_deploy.prune.streaming.loading import micro_batches
-from nirvana_deploy.prune.streaming.model import StreamedModel, score_units
+from nirvana_deploy.prune.streaming.loading import CPU
+from nirvana_deploy.prune.streaming.model import StreamedModel, micro_batches
+from nirvana_deploy.prune.streaming.score import gradients_of, score_units
 
 _DEFAULT_FUNCTIONAL = "nirvana"
 
@@ -67,11 +65,11 @@ class NtkStudy:
     values: Vector
     """[n]: f of each window."""
     whole: Removed
-    """What removing all prunable weights would take: the kernels and sums that shares refer to."""
+    """Removing all prunable weights: the kernels and sums that shares refer to."""
     cuts: tuple[CutDrift, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The record ntk.json: matrices and the numbers that are read off them."""
+        """The record ntk.json: matrices and the numbers read off them."""
         dense = self.whole.kernels
         return {
             "schema": 1,
@@ -126,7 +124,7 @@ def _drift_json(dense: Matrix, pruned: Matrix, removed: Matrix) -> dict[str, Any
 
 
 def measure_ntk(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     plan: PrunePlan,
     tokens: NDArray[np.int64],
     *,
@@ -136,10 +134,10 @@ def measure_ntk(
 ) -> NtkStudy:
     """Measure the kernels of a dense checkpoint and of its cut by ``plan``, on windows [n, T].
 
-    f is that of ``functional``, a gradient saliency [the plan's own, else "nirvana"]. Beside the plan stands
-    one random cut of the same budget for each of ``random_seeds``. Changes nothing on disk. Raises
-    NirvanaError for an encoder-decoder, a plan that does not fit, a saliency without gradient, windows that
-    are none, and gradients that are not finite.
+    f is that of ``functional``, a gradient saliency [the plan's own, else "nirvana"]. The plan is compared
+    with one random cut of the same budget for each of ``random_seeds``. Changes nothing on disk. Raises
+    NirvanaError for an encoder-decoder, a plan that does not fit, a saliency without gradient, empty windows,
+    and gradients that are not finite.
     """
     if tokens.ndim != 2 or tokens.size == 0:
         raise NirvanaError(f"A kernel needs windows [n, T] with n and T at least 1, got {tokens.shape}.")
@@ -147,20 +145,24 @@ def measure_ntk(
     method = saliency_named(name)
     if method.functional is None:
         raise NirvanaError(f"The saliency {name!r} takes no gradient, so it has no tangent kernel.")
-    shape = shape_from_config(config_json(checkpoint))
-    weights = SafetensorsWeights(checkpoint)
-    check_weights(weights, shape)
+    shape = checkpoint.shape
+    if shape.family.encoder_decoder:
+        raise NirvanaError(f"This needs a decoder-only model; {shape.family.name} is an encoder-decoder.")
     plans = {"pruned": plan}
     for seed in random_seeds:
         label = "random" if len(random_seeds) == 1 else f"random {seed}"
-        plans[label] = _random_plan(checkpoint, shape, plan, seed)
+        plans[label] = _random_plan(checkpoint, plan, seed)
     windows = torch.from_numpy(tokens)
     masks = [kept_positions(shape, one.kept_groups, one.kept_neurons) for one in plans.values()]
-    masked = [MaskedWeights(weights, shape, one) for one in plans.values()]  # refuses one that does not fit
-    values, whole, parts = _dense_pass(_Model(checkpoint, weights, shape), windows, method, masks, progress)
+    masked = [
+        MaskedWeights(checkpoint.weights, shape, one) for one in plans.values()
+    ]  # refuses one that does not fit
+    values, whole, parts = _dense_pass(
+        _Model(checkpoint, checkpoint.weights), windows, method, masks, progress
+    )
     cuts = []
     for (label, one), source, part in zip(plans.items(), masked, parts, strict=True):
-        pruned_values, kernels = _kernel_pass(_Model(checkpoint, source, shape), windows, method, progress)
+        pruned_values, kernels = _kernel_pass(_Model(checkpoint, source), windows, method, progress)
         cuts.append(
             CutDrift(
                 name=label,
@@ -177,10 +179,10 @@ def measure_ntk(
     )
 
 
-def _random_plan(checkpoint: Path, shape: ModelShape, plan: PrunePlan, seed: int) -> PrunePlan:
+def _random_plan(checkpoint: Checkpoint, plan: PrunePlan, seed: int) -> PrunePlan:
     """Draw units at random, with the budget of ``plan``."""
     return make_plan(
-        shape,
+        checkpoint.shape,
         score_units(checkpoint, None, saliency="random", seed=seed),
         sparsity=plan.sparsity,
         gamma=plan.gamma,
@@ -192,12 +194,11 @@ def _random_plan(checkpoint: Path, shape: ModelShape, plan: PrunePlan, seed: int
 
 
 class _Model:
-    """A checkpoint's weights, dense or masked, streamed layer by layer."""
+    """A checkpoint's weights, dense or masked, streamed block by block."""
 
-    def __init__(self, checkpoint: Path, weights: WeightSource, shape: ModelShape) -> None:
+    def __init__(self, checkpoint: Checkpoint, weights: WeightSource) -> None:
         self.weights = weights
-        self.shape = shape
-        self._streamed = StreamedModel(checkpoint, weights, shape)
+        self._streamed = StreamedModel(checkpoint, weights, device=CPU)
 
     def values(self, windows: torch.Tensor, method: Saliency) -> Vector:
         """f of each window of [n, T], [n]."""
@@ -216,21 +217,24 @@ class _Model:
         progress: Progress,
     ) -> None:
         """Call ``use`` once for every prunable tensor: its name and its gradient for each window."""
-        gathered: list[dict[str, torch.Tensor]] = []
+        shape, gathered = self._streamed.shape, dict[str, list[torch.Tensor]]()
 
-        def visit(layer: int, gradients: dict[str, torch.Tensor]) -> None:
-            if not all(torch.isfinite(gradient).all() for gradient in gradients.values()):
-                raise NirvanaError(
-                    f"Layer {layer}: the gradients are NaN or infinite; its kernel cannot be measured."
-                )
-            gathered.append(gradients)
-            if len(gathered) == len(windows):
-                for name in gradients:
-                    use(name, [window[name] for window in gathered])
-                gathered.clear()
+        def visit(layers: Sequence[int], parameters: Mapping[str, nn.Parameter]) -> None:
+            for layer in layers:
+                for name, gradient in gradients_of(shape, layer, parameters).items():
+                    if not torch.isfinite(gradient).all():
+                        raise NirvanaError(
+                            f"{shape.label(layer)}: the gradients are NaN or infinite; its kernel cannot be "
+                            "measured."
+                        )
+                    gathered.setdefault(name, []).append(gradient)
+                    if len(gathered[name]) == len(windows):
+                        use(name, gathered.pop(name))
 
         assert method.output_gradient is not None
-        self._streamed.visit_window_gradients(windows, method.output_gradient, visit, progress=progress)
+        self._streamed.backward(
+            windows, method.output_gradient, visit, micro_batch=1, together=False, progress=progress
+        )
 
 
 def _dense_pass(

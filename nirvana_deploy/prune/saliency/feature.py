@@ -1,33 +1,10 @@
-"""Forward-only saliencies: what the inputs of the output projections say about the units that make them.
+"""Forward-only saliencies, from the inputs of o and down: pure maths on tensors.
 
-Both come from FLAP (An et al., Fluctuation-based Adaptive Structured Pruning, arXiv 2312.11983; its
-authors' code, CASIA-IVA-Lab/FLAP) and look at two linears of a layer only, o and down: the inputs of o are
-what the heads of a KV group compute, those of down what an FFN neuron computes. With X_c the input c of
-one of them over all N x T calibration positions, and W_c the column of the weight that reads it:
-
-``wanda-sp``: the sum over the unit's columns of ``||W_c||_1 ||X_c||_2``, FLAP's structured Wanda baseline
-(there the mean over rows, which orders alike). Its authors prune layer by layer to one count (our
-allocation ``uniform``) and feed the pruned layer's output onward; here all layers see dense inputs. The
-score is not comparable between layers: ``global`` follows the growth of the activations and empties the
-first layers.
-
-``flap``: ``m_c = var(X_c) ||W_c||_2^2`` ("WIFV"), standardised within the layer and kind (minus its mean,
-over its sample standard deviation) so that layers compare, then averaged over the unit's columns; for o
-it is squared before it is standardised, as in the authors' code. A KV group averages over the columns of
-all its query heads. The budget of attention and FFN is ours (gamma; the authors' "AL-AM" puts both kinds into
-one ranking), the variance is the unbiased one over all positions (theirs is updated by sequence), and
-the bias that FLAP adds to make up for the mean of what it removed is left out, as for every saliency here.
-
-Two reasons why both are far worse under ``global`` here than in their papers (SmolLM2-135M, sparsity 0.4;
-dense perplexity 20.5 on 2 x 512 tokens of WikiText-2 test). Standardising does not survive outliers: where a
-few neurons vary far more than all others, the deviation is theirs, the others lie just below zero, and
-``global`` spares the whole layer (1, 2, 9 to 11, 27 and 28 keep all 1536 neurons) at the cost of the rest:
-``flap`` 6010 with gamma 1 and 6432 with M/A, but 62 under ``uniform``; ``wanda-sp`` 79052 and 303087, but 57
-under ``uniform`` (``taylor``: 52 ``global``, 72 ``uniform``). And the bias belongs to the method, which cuts
-what varies little, not what is small: with it ``flap`` gives 69 and 109 under ``global``, 50 under
-``uniform``. So use these two with ``--allocation uniform``.
-
-Pure maths on tensors: no model, no hook.
+With X_c the input c of one of the two linears over all N x T calibration positions and W_c its column:
+``wanda-sp`` sums ``||W_c||_1 ||X_c||_2`` over a unit's columns; ``flap`` averages ``var(X_c) ||W_c||_2^2``
+over them, standardised within layer and kind, for o squared first. FLAP: An et al., arXiv 2312.11983, and the
+authors' code (CASIA-IVA-Lab/FLAP); where this departs from it and why both want ``--allocation uniform``:
+benchmarks/NOTES.md.
 """
 
 from __future__ import annotations

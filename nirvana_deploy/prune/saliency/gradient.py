@@ -1,22 +1,9 @@
-"""Output functionals and weight scores: which number a unit's importance is derived from.
+"""Saliencies by name, and the output functionals of those that take a gradient: pure maths on tensors.
 
 A gradient saliency scores a weight by ``|w * df/dw|``, the first-order change of f when the weight goes to
-zero. ``nirvana`` takes a label-free f [the authors' code: logits, maximum over positions, mean over the
-vocabulary]; ``nirvana-vocab`` takes its other reading, the maximum over the vocabulary, mean over positions,
-which follows the token that the model would say at each position; ``taylor`` takes the language-model loss.
-``wanda-sp`` and ``flap`` need no gradient (``features.py``). Pure maths on tensors: no model, no device,
-no log.
-
-What a first-order score cannot see: it judges each unit alone, on the whole model. In SmolLM2-135M, group 2
-of layer 0 ranks 28th to 41st of 90 by ``taylor``, depending on the windows. Gamma 1 at sparsity 0.4 cuts 36
-of them, and perplexity is about 100 to 150 where this one group stays and 630 to 720 where it goes; swapping
-it alone takes one plan from 71 to 538 and another from 544 to 74 (2 x 512 tokens). Neither more windows nor
-the mean of ``|w * g_n|`` helps. Cutting fewer groups does (gamma M/A cuts 14), and the held-out KL sees it at
-once: 2.8 against 1.6.
-
-Each functional is written twice: as it is defined, on logits, and as its gradient by the states that the head
-turns into logits, with the head in blocks of the vocabulary. The second is what scoring uses: neither the
-head nor the logits of a large vocabulary are ever in memory as a whole.
+zero. Each f is written twice: as defined, on logits, and as its gradient by the states that the head turns
+into logits, with the head in blocks of the vocabulary. Scoring uses the second: neither head nor logits are
+ever in memory as a whole. What a first-order score cannot see: benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -104,7 +91,7 @@ class Saliency:
     functional: Functional | None
     """f, for saliencies that need its gradient and calibration data."""
     output_gradient: OutputGradient | None = None
-    """The gradient of ``functional`` at the output, where there is one."""
+    """The gradient of ``functional`` at the output, if any."""
     features: FeatureScore | None = None
     """For saliencies that need calibration data but no gradient: the inputs of o and down."""
     reads_weights: bool = True

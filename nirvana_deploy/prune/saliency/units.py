@@ -14,10 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from nirvana_deploy.model.shape import ModelShape
-from nirvana_deploy.prune.streaming.loading import home
-
-_SUMMED_ELEMENTS = 1 << 18
-"""So many that their float64 copy stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -28,24 +24,6 @@ class UnitScores:
     """Per layer, [K]."""
     neurons: tuple[NDArray[np.float64], ...]
     """Per layer, [F]."""
-
-
-@dataclass(frozen=True)
-class WindowScores:
-    """The saliency of every unit by each of N calibration windows alone."""
-
-    groups: tuple[NDArray[np.float64], ...]
-    """Per layer, [N, K]."""
-    neurons: tuple[NDArray[np.float64], ...]
-    """Per layer, [N, F]."""
-
-    def of(self, windows: Sequence[int]) -> UnitScores:
-        """The scores by a set of windows: the mean over them."""
-        rows = list(windows)
-        return UnitScores(
-            groups=tuple(layer[rows].mean(axis=0) for layer in self.groups),
-            neurons=tuple(layer[rows].mean(axis=0) for layer in self.neurons),
-        )
 
 
 def scored_tensors(shape: ModelShape, layer: int) -> tuple[str, ...]:
@@ -63,12 +41,17 @@ def scored_tensors(shape: ModelShape, layer: int) -> tuple[str, ...]:
 
 
 def unit_sums(
-    shape: ModelShape, layer: int, scores: Mapping[str, torch.Tensor]
+    shape: ModelShape,
+    layer: int,
+    scores: Mapping[str, torch.Tensor],
+    *,
+    block_elements: int = 1 << 18,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sum per-weight scores of one layer into (groups [K], neurons [F]), in float64.
 
     ``scores`` maps each of :func:`scored_tensors` to a tensor of the weight's shape [NIRVANA: the unit's
-    score is the plain sum over its weights; a bias belongs to its row's unit].
+    score is the plain sum over its weights; a bias belongs to its row's unit]. Matrices are summed in blocks
+    whose float64 copy stays in the cache.
     """
     site, prefix = shape.place(layer)
     groups = torch.zeros(shape.layers[layer].kv_heads, dtype=torch.float64)
@@ -78,14 +61,14 @@ def unit_sums(
     for name, score in scores.items():
         units = neurons if name.rpartition(".")[0] in in_ffn else groups
         if score.ndim == 2:
-            score = _exact_sum(score, dimension=0 if name in columns else 1)
-        units += home(score).double().reshape(len(units), -1).sum(dim=1)
+            score = _exact_sum(score, 0 if name in columns else 1, block_elements)
+        units += score.cpu().double().reshape(len(units), -1).sum(dim=1)
     return groups.numpy(), neurons.numpy()
 
 
-def _exact_sum(score: torch.Tensor, *, dimension: int) -> torch.Tensor:
-    """Sum a matrix in float64, block by block: torch converts what it sums to a copy first."""
-    blocks = torch.split(score, max(1, _SUMMED_ELEMENTS // score.shape[1]))
+def _exact_sum(score: torch.Tensor, dimension: int, block_elements: int) -> torch.Tensor:
+    """Sum a matrix in float64, block by block: torch copies what it converts."""
+    blocks = torch.split(score, max(1, block_elements // score.shape[1]))
     sums = [block.sum(dim=dimension, dtype=torch.float64) for block in blocks]
     return torch.stack(sums).sum(dim=0) if dimension == 0 else torch.cat(sums)
 

@@ -1,7 +1,7 @@
 """The two ends of a streamed model: token rows of the embedding, and the head in blocks of the vocabulary.
 
-For V = 128256 and D = 4096 either matrix takes 2.1 GB in float32. Of the embedding only the rows that the
-tokens name are read; the head is walked in blocks of rows, of which one is in memory.
+For V = 128256 and D = 4096 either matrix takes 2.1 GB in float32. Only the rows of the tokens at hand are
+read of the embedding; of the head, one block of rows is in memory at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nirvana_deploy.prune.saliency.gradient import Head, OutputGradient
 from nirvana_deploy.prune.streaming.loading import CPU
 
 BLOCK_ROWS = 8192
-"""Vocabulary entries at a time: 134 MB of a head with D = 4096."""
+"""Vocabulary entries per block: 134 MB of a head with D = 4096."""
 
 
 def embedded(weights: WeightSource, shape: ModelShape, tokens: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,7 @@ def embedded(weights: WeightSource, shape: ModelShape, tokens: torch.Tensor) -> 
 
 
 def head_name(shape: ModelShape) -> str:
-    """The tensor [V, D] that turns states into logits."""
+    """Name of the tensor [V, D] that turns states into logits."""
     return f"{shape.family.embedding if shape.tied_embeddings else shape.family.head}.weight"
 
 
@@ -53,9 +53,9 @@ def states_gradient(
     head: Head,
     output_gradient: OutputGradient,
 ) -> torch.Tensor:
-    """Gradient [n, T, D] of a functional by the states [n, T, D] that left the last layer.
+    """Gradient [n, T, D] of a functional by the states [n, T, D] that left the last block.
 
-    ``final`` is what lies between them and the head: the final norm, and T5's scale.
+    ``final`` is the norm between them and the head.
     """
     leaf = states.detach().requires_grad_()
     normed = final(leaf)

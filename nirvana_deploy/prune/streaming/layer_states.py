@@ -1,9 +1,9 @@
-"""Hidden states at layer borders: in memory while they fit a budget, else in a temporary file.
+"""Hidden states between layers, in memory or, beyond a budget, in a temporary file.
 
-The backward pass needs what entered every layer: (L+1) N T D floats, 9 GB for the default calibration of a
-Llama-3-8B. They are written and read once each, one micro-batch at a time, so a file serves as well
-as memory. It is a plain file and not a memory map, whose pages would count as this process's memory, and it
-has no name where the system allows that: it disappears with the process, however that ends.
+The backward pass needs the input of every layer: (L+1) N T D floats, 9 GB for the default calibration of a
+Llama-3-8B. Each is written and read once, one micro-batch at a time, so a file serves as well as memory. The
+file is not memory-mapped (mapped pages count as the process's memory) and nameless where the system allows:
+it disappears with the process, however that ends.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.artifact import disk_errors, require_free_bytes
 from nirvana_deploy.base.progress import SILENT, Progress
 
-LARGEST_IN_MEMORY_BYTES = 2_000_000_000
 _ELEMENT_BYTES = 4
 
 
-class Borders:
-    """float32 tensors by level (0 is what enters the first layer) and micro-batch; a context.
+class LayerStates:
+    """float32 tensors by level (0 enters the first layer) and micro-batch; a context manager.
 
-    ``shapes`` are those of the micro-batches, [n, T, D] each and the same in all ``levels``. ``spill`` says
-    whether they go to a file in ``folder`` [the system's temporary folder]; None decides by size: more than
-    2 GB, or than a quarter of the memory that is available. Raises NirvanaError, before any work, when the
-    disk has too little space.
+    ``shapes`` are those of the micro-batches, [n, T, D] each and the same at all ``levels``. ``spill`` sends
+    them to a file in ``folder`` [the system's temporary folder]; None spills more than
+    ``largest_in_memory_bytes`` or a quarter of the available memory. Raises NirvanaError, before any work,
+    when the disk has too little space.
     """
 
     def __init__(
@@ -45,12 +44,14 @@ class Borders:
         spill: bool | None = None,
         folder: Path | None = None,
         progress: Progress = SILENT,
+        largest_in_memory_bytes: int = 2_000_000_000,
     ) -> None:
         self._shapes = list(shapes)
         *starts, self._level_bytes = accumulate((_ELEMENT_BYTES * prod(s) for s in shapes), initial=0)
         self._starts = starts
         self.total_bytes = levels * self._level_bytes
-        self.spilled = self.total_bytes > _budget_bytes() if spill is None else spill
+        budget_bytes = min(largest_in_memory_bytes, psutil.virtual_memory().available // 4)
+        self.spilled = self.total_bytes > budget_bytes if spill is None else spill
         self._folder = folder or Path(tempfile.gettempdir())
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
         self._file: IO[bytes] | None = None
@@ -62,7 +63,7 @@ class Borders:
     def __enter__(self) -> Self:
         if self.spilled:
             with disk_errors(self._folder):
-                file = tempfile.TemporaryFile(dir=self._folder, prefix=".partial-borders-")
+                file = tempfile.TemporaryFile(dir=self._folder, prefix=".partial-layer-states-")
             self._file = self._open.enter_context(file)
         return self
 
@@ -93,13 +94,9 @@ class Borders:
         return states
 
     def forget(self, level: int) -> None:
-        """Free the memory of a level that nobody asks for any more; a file keeps its size."""
+        """Free the memory of a level; a file keeps its size."""
         for batch in range(len(self._shapes)):
             self._kept.pop((level, batch), None)
-
-
-def _budget_bytes() -> int:
-    return int(min(LARGEST_IN_MEMORY_BYTES, psutil.virtual_memory().available // 4))
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

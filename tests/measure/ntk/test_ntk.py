@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from builders.tiny import write_tiny
+from builders.tiny_t5 import write_t5
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +24,7 @@ from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES
 from nirvana_deploy.prune.saliency.units import Kept, kept_positions, scored_tensors
-from nirvana_deploy.prune.streaming.model import score_units, score_windows
+from nirvana_deploy.prune.streaming.score import score_units
 from nirvana_deploy.report.figures import kernel_figure
 from nirvana_deploy.report.ntk_page import explain, headers, rows
 
@@ -31,7 +32,7 @@ from nirvana_deploy.report.ntk_page import explain, headers, rows
 def plan_of(checkpoint: Path, tokens: NDArray[np.int64], saliency: str = "nirvana") -> PrunePlan:
     return make_plan(
         shape_from_config(config_json(checkpoint)),
-        score_units(checkpoint, tokens, saliency=saliency),
+        score_units(Checkpoint.open(checkpoint), tokens, saliency=saliency),
         sparsity=0.4,
         gamma=1.5,
         round_to=4,
@@ -68,14 +69,16 @@ def windows() -> NDArray[np.int64]:
 
 @pytest.fixture(scope="module")
 def study(tiny_llama: Path, windows: NDArray[np.int64]) -> NtkStudy:
-    return measure_ntk(tiny_llama, plan_of(tiny_llama, windows), windows, random_seeds=(0, 1))
+    return measure_ntk(
+        Checkpoint.open(tiny_llama), plan_of(tiny_llama, windows), windows, random_seeds=(0, 1)
+    )
 
 
 def test_streamed_kernels_equal_autograd_and_masked_equals_sliced(
     tiny: Path, windows: NDArray[np.int64], tmp_path: Path
 ) -> None:
     plan = plan_of(tiny, windows)
-    found = measure_ntk(tiny, plan, windows, random_seeds=())
+    found = measure_ntk(Checkpoint.open(tiny), plan, windows, random_seeds=())
     values, gradients = by_hand(tiny, windows)
     assert_near(found.whole.kernels.adam, gradients @ gradients.sign().T)
     assert_near(found.whole.kernels.plain, gradients @ gradients.T)
@@ -91,23 +94,30 @@ def test_streamed_kernels_equal_autograd_and_masked_equals_sliced(
 
 
 def test_the_functional_is_the_plans_own(tiny_llama: Path, windows: NDArray[np.int64]) -> None:
-    taylor = measure_ntk(tiny_llama, plan_of(tiny_llama, windows, "taylor"), windows, random_seeds=())
+    taylor = measure_ntk(
+        Checkpoint.open(tiny_llama), plan_of(tiny_llama, windows, "taylor"), windows, random_seeds=()
+    )
     _, gradients = by_hand(tiny_llama, windows, "taylor")
     assert taylor.functional == "taylor"
     assert_near(taylor.whole.kernels.adam, gradients @ gradients.sign().T)
     magnitude = plan_of(tiny_llama, windows, "magnitude")
-    assert measure_ntk(tiny_llama, magnitude, windows[:1], random_seeds=()).functional == "nirvana"
+    assert (
+        measure_ntk(Checkpoint.open(tiny_llama), magnitude, windows[:1], random_seeds=()).functional
+        == "nirvana"
+    )
 
 
 def test_what_is_removed_is_the_saliency_of_the_removed_units(
     study: NtkStudy, tiny_llama: Path, windows: NDArray[np.int64]
 ) -> None:
-    plan, scores = plan_of(tiny_llama, windows), score_windows(tiny_llama, windows)
+    plan, checkpoint = plan_of(tiny_llama, windows), Checkpoint.open(tiny_llama)
+    alone = [score_units(checkpoint, windows[n : n + 1]) for n in range(len(windows))]
     expected, whole = np.zeros(len(windows)), np.zeros(len(windows))
     for layer, kept in enumerate(plan.layers):
-        for units, stays in ((scores.groups, kept.kept_groups), (scores.neurons, kept.kept_neurons)):
-            expected += np.delete(units[layer], stays, axis=1).sum(axis=1)
-            whole += units[layer].sum(axis=1)
+        for window, scores in enumerate(alone):
+            for units, stays in ((scores.groups, kept.kept_groups), (scores.neurons, kept.kept_neurons)):
+                expected[window] += np.delete(units[layer], stays).sum()
+                whole[window] += units[layer].sum()
     np.testing.assert_allclose(study.cuts[0].removed.saliency, expected, rtol=1e-5)
     np.testing.assert_allclose(study.whole.saliency, whole, rtol=1e-5)
     assert (np.abs(study.cuts[0].removed.change) <= study.cuts[0].removed.saliency).all()
@@ -146,7 +156,7 @@ def test_the_first_order_meets_the_truth_where_units_contribute_little(
             tensors[name] *= scale
     small = write_tiny(tmp_path / "small", "llama-tied")
     save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
-    found = measure_ntk(small, plan, windows, random_seeds=())
+    found = measure_ntk(Checkpoint.open(small), plan, windows, random_seeds=())
     [cut] = found.cuts
     change = found.values - cut.values
     np.testing.assert_allclose(cut.removed.change, change, atol=0.1 * np.abs(change).max())
@@ -173,25 +183,30 @@ def test_the_record_is_json_and_the_same_twice(study: NtkStudy, tiny_llama: Path
     record = study.to_json()
     assert json.loads(json.dumps(record)) == record and record["windows"] == 3
     windows = np.random.default_rng(5).integers(3, 272, size=(3, 12))
-    again = measure_ntk(tiny_llama, plan_of(tiny_llama, windows), windows, random_seeds=(0, 1))
+    again = measure_ntk(
+        Checkpoint.open(tiny_llama), plan_of(tiny_llama, windows), windows, random_seeds=(0, 1)
+    )
     assert again.to_json() == record
 
 
 def test_bad_input_is_named(tiny_llama: Path, windows: NDArray[np.int64], tmp_path: Path) -> None:
     plan = plan_of(tiny_llama, windows)
     with pytest.raises(NirvanaError, match="at least 1, got"):
-        measure_ntk(tiny_llama, plan, windows[:0])
+        measure_ntk(Checkpoint.open(tiny_llama), plan, windows[:0])
     with pytest.raises(NirvanaError, match="'flap' takes no gradient"):
-        measure_ntk(tiny_llama, plan, windows, functional="flap")
+        measure_ntk(Checkpoint.open(tiny_llama), plan, windows, functional="flap")
     other = write_tiny(tmp_path / "other", "qwen3")
     with pytest.raises(NirvanaError, match="does not fit"):
-        measure_ntk(other, plan, windows)
+        measure_ntk(Checkpoint.open(other), plan, windows)
+    t5 = write_t5(tmp_path / "t5", "t5")
+    with pytest.raises(NirvanaError, match="needs a decoder-only model; t5"):
+        measure_ntk(Checkpoint.open(t5), plan, windows)
     tensors = load_file(tiny_llama / "model.safetensors")
     tensors["model.layers.2.mlp.down_proj.weight"] *= 1e38
     broken = write_tiny(tmp_path / "broken", "llama-tied")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NirvanaError, match="Layer 2"):
-        measure_ntk(broken, plan, windows)
+        measure_ntk(Checkpoint.open(broken), plan, windows)
 
 
 def page_record(study: NtkStudy) -> dict[str, Any]:

@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import tiny_t5
 from builders.tiny import write_tiny
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.reading import teacher_forced
 from nirvana_deploy.prune.saliency.feature import flap, merged, statistics_of, wanda_sp
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES, strongest_tokens
-from nirvana_deploy.prune.streaming.model import score_units
+from nirvana_deploy.prune.streaming.score import score_units
 
 INPUTS = torch.tensor([[1.0, 0.0, 2.0, 3.0], [3.0, 4.0, 2.0, -3.0]])  # two positions of four inputs
 WEIGHT = torch.tensor([[1.0, -2.0, 0.5, 1.0], [-1.0, 0.0, 0.5, 2.0]])  # [D=2, C=4]
@@ -70,7 +72,7 @@ def test_streamed_statistics_equal_hooks_on_the_whole_model(
             module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
     with torch.no_grad():
         model(torch.from_numpy(tokens))
-    scores = score_units(tiny, tokens, saliency=saliency, micro_batch=micro_batch)
+    scores = score_units(Checkpoint.open(tiny), tokens, saliency=saliency, micro_batch=micro_batch)
     method = SALIENCIES[saliency].features
     assert method is not None
     for index, layer in enumerate(model.model.layers):
@@ -84,9 +86,40 @@ def test_streamed_statistics_equal_hooks_on_the_whole_model(
 
 
 @pytest.mark.parametrize("saliency", ["wanda-sp", "flap"])
+@pytest.mark.parametrize("kind", list(tiny_t5.KINDS))
+def test_both_stacks_of_an_encoder_decoder_are_scored_by_their_inputs(
+    tmp_path: Path, tokens: NDArray[np.int64], saliency: str, kind: str
+) -> None:
+    folder = tiny_t5.write_t5(tmp_path, kind)
+    checkpoint, inputs = Checkpoint.open(folder), dict[str, torch.Tensor]()
+    model, shape, method = checkpoint.load(), checkpoint.shape, SALIENCIES[saliency].features
+    assert method is not None
+    for name, module in model.named_modules():
+        if name.endswith((".o", ".wo")):
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+    read, written = map(torch.from_numpy, teacher_forced(tokens, start_token=0))
+    with torch.no_grad():
+        model(input_ids=read, decoder_input_ids=written)
+    scores = score_units(checkpoint, tokens, saliency=saliency, micro_batch=4)
+    for layer, units in enumerate(shape.layers):
+        site, prefix = shape.place(layer)
+
+        def expected(name: str, count: int, attention: bool, prefix: str = prefix) -> NDArray[np.float64]:
+            weight = checkpoint.weights.load(f"{prefix}.{name}.weight")
+            return method(weight, statistics_of(inputs[f"{prefix}.{name}"]), count, attention).numpy()  # type: ignore[no-any-return]
+
+        np.testing.assert_allclose(scores.groups[layer], expected(site.o, units.kv_heads, True), rtol=1e-4)
+        if units.site == "cross":
+            assert len(scores.neurons[layer]) == 0
+            continue
+        neurons = expected(site.ffn_down, units.ffn_width, False)
+        np.testing.assert_allclose(scores.neurons[layer], neurons, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("saliency", ["wanda-sp", "flap"])
 def test_without_data_they_are_refused(tiny_llama: Path, saliency: str) -> None:
     with pytest.raises(NirvanaError, match="needs calibration text"):
-        score_units(tiny_llama, None, saliency=saliency)
+        score_units(Checkpoint.open(tiny_llama), None, saliency=saliency)
 
 
 def test_infinite_activations_name_the_layer(tmp_path: Path, tokens: NDArray[np.int64]) -> None:
@@ -96,4 +129,4 @@ def test_infinite_activations_name_the_layer(tmp_path: Path, tokens: NDArray[np.
     tensors["model.layers.1.mlp.up_proj.weight"].clamp_(-3e38, 3e38)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NirvanaError, match="Layer 1"):
-        score_units(folder, tokens, saliency="flap")
+        score_units(Checkpoint.open(folder), tokens, saliency="flap")

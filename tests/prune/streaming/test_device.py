@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,52 +11,46 @@ import torch
 from builders.tiny import write_tiny
 from builders.tiny_t5 import write_t5
 from numpy.typing import NDArray
+from torch.overrides import TorchFunctionMode
 
-from nirvana_deploy.model.checkpoint import config_json
-from nirvana_deploy.model.families import shape_from_config
-from nirvana_deploy.prune import divergence, least_squares, reconstruct
-from nirvana_deploy.prune.divergence import masked_divergences
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import make_plan
-from nirvana_deploy.prune.saliency import units
-from nirvana_deploy.prune.streaming import encoder_decoder as score_seq2seq
-from nirvana_deploy.prune.streaming import model as score
+from nirvana_deploy.prune.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.streaming.loading import compute_device
-from nirvana_deploy.prune.streaming.model import score_units, score_windows
+from nirvana_deploy.prune.streaming.score import score_units
 
 META = torch.device("meta")
 
 
-@pytest.fixture
-def came_home(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Layers run on the meta device; the shapes that were brought back from it, as zeros."""
-    shapes: list[torch.Size] = []
+class ZerosFromMeta(TorchFunctionMode):
+    """What comes to the CPU from the meta device is zeros; nothing comes from anywhere else."""
 
-    def zeros(tensor: torch.Tensor) -> torch.Tensor:
-        assert tensor.device == META
-        shapes.append(tensor.shape)
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    came = 0
 
-    monkeypatch.setattr(score, "compute_device", lambda: META)
-    for module in (score, score_seq2seq, units, divergence, reconstruct, least_squares):
-        monkeypatch.setattr(module, "home", zeros)
-    return shapes
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not torch.Tensor.cpu:
+            return function(*args, **(kwargs or {}))
+        assert args[0].device == META
+        self.came += 1
+        return torch.zeros(args[0].shape, dtype=args[0].dtype)
 
 
 @pytest.mark.parametrize("kind", ["llama-biased", "qwen3", "t5"])
 def test_scoring_and_comparing_never_mix_devices(
-    tmp_path: Path, tokens: NDArray[np.int64], kind: str, came_home: list[torch.Size]
+    tmp_path: Path, tokens: NDArray[np.int64], kind: str
 ) -> None:
-    folder = (write_t5 if kind == "t5" else write_tiny)(tmp_path, kind)
-    shape = shape_from_config(config_json(folder))
-    scores = score_units(folder, tokens, micro_batch=4)
-    assert [len(groups) for groups in scores.groups] == [layer.kv_heads for layer in shape.layers]
-    assert len(came_home) > 4 * len(shape.layers)
-    plan = make_plan(shape, scores, sparsity=0.3, gamma=1.0, round_to=4, saliency="nirvana")
-    assert masked_divergences(folder, [plan], tokens).tolist() == [[0.0] * len(tokens)]
-    reconstruct.reconstruct_layers(folder, plan, tokens, tmp_path / "r")
-    if kind != "t5":
-        score_windows(folder, tokens)
-        score_units(folder, tokens, saliency="wanda-sp")
+    checkpoint = Checkpoint.open((write_t5 if kind == "t5" else write_tiny)(tmp_path, kind))
+    shape = checkpoint.shape
+    with ZerosFromMeta() as brought:
+        scores = score_units(checkpoint, tokens, micro_batch=4, device=META)
+        assert [len(groups) for groups in scores.groups] == [layer.kv_heads for layer in shape.layers]
+        assert brought.came > 4 * len(shape.layers)
+        plan = make_plan(shape, scores, sparsity=0.3, gamma=1.0, round_to=4, saliency="nirvana")
+        [quality] = masked_quality(checkpoint, [plan], [tokens], device=META)
+        assert quality.divergence.tolist() == [[0.0] * len(tokens)]
+        reconstruct_layers(checkpoint, plan, tokens, tmp_path / "r", device=META)
+        score_units(checkpoint, tokens, saliency="wanda-sp", device=META)
 
 
 def test_without_a_gpu_it_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,11 +60,9 @@ def test_without_a_gpu_it_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_scores_on_the_gpu_are_those_on_the_cpu(
-    tiny: Path, tokens: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = score_units(tiny, tokens)
-    monkeypatch.setattr(score, "compute_device", lambda: torch.device("cpu"))
-    expected = score_units(tiny, tokens)
+def test_scores_on_the_gpu_are_those_on_the_cpu(tiny: Path, tokens: NDArray[np.int64]) -> None:
+    checkpoint = Checkpoint.open(tiny)
+    found = score_units(checkpoint, tokens, device=torch.device("cuda"))
+    expected = score_units(checkpoint, tokens, device=torch.device("cpu"))
     for a, b in zip(found.groups + found.neurons, expected.groups + expected.neurons, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3)

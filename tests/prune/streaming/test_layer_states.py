@@ -1,10 +1,11 @@
-"""Hidden states at layer borders: the same in memory and on disk, and nothing stays behind."""
+"""Hidden states between layers: the same in memory and on disk, and nothing stays behind."""
 
 from __future__ import annotations
 
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.prune.saliency.units import UnitScores, WindowScores
-from nirvana_deploy.prune.streaming import layer_states as borders_module
-from nirvana_deploy.prune.streaming.layer_states import Borders
-from nirvana_deploy.prune.streaming.model import score_units, score_windows
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.prune.saliency.units import UnitScores
+from nirvana_deploy.prune.streaming.layer_states import LayerStates
+from nirvana_deploy.prune.streaming.score import score_units
 
 SHAPES = [(2, 5, 4), (2, 5, 4), (1, 5, 4)]
 Usage = namedtuple("Usage", "total used free")
@@ -27,41 +28,39 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.mark.parametrize("spill", [False, True])
 def test_what_was_put_comes_back(tmp_path: Path, spill: bool) -> None:
     torch.manual_seed(0)
-    with Borders(SHAPES, levels=3, spill=spill, folder=tmp_path) as borders:
-        assert borders.total_bytes == 3 * 25 * 4 * 4 and borders.spilled is spill
+    with LayerStates(SHAPES, levels=3, spill=spill, folder=tmp_path) as states:
+        assert states.total_bytes == 3 * 25 * 4 * 4 and states.spilled is spill
         put = {(level, n): torch.randn(shape) for level in range(3) for n, shape in enumerate(SHAPES)}
-        for place, states in put.items():
-            borders[place] = states
+        for place, tensor in put.items():
+            states[place] = tensor
         put[1, 1] = put[0, 1] + 1
-        borders[1, 1] = put[1, 1]
-        assert all(torch.equal(borders[place], states) for place, states in put.items())
+        states[1, 1] = put[1, 1]
+        assert all(torch.equal(states[place], tensor) for place, tensor in put.items())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_forgotten_takes_no_memory() -> None:
-    with Borders(SHAPES, levels=2, spill=False) as borders:
-        borders[0, 0] = borders[1, 0] = torch.zeros(SHAPES[0])
-        borders.forget(1)
+    with LayerStates(SHAPES, levels=2, spill=False) as states:
+        states[0, 0] = states[1, 0] = torch.zeros(SHAPES[0])
+        states.forget(1)
         with pytest.raises(KeyError):
-            borders[1, 0]
-        assert borders[0, 0].shape == SHAPES[0]
+            states[1, 0]
+        assert states[0, 0].shape == SHAPES[0]
 
 
-def test_size_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_size_decides(tmp_path: Path) -> None:
     notes: list[str] = []
 
     class Notes:
         def note(self, text: str) -> None:
             notes.append(text)
 
-    def spilled() -> bool:
-        return Borders(SHAPES, levels=3, folder=tmp_path, progress=Notes()).spilled  # type: ignore[arg-type]
+    def spilled(**budget: int) -> bool:
+        progress: Any = Notes()
+        return LayerStates(SHAPES, levels=3, folder=tmp_path, progress=progress, **budget).spilled
 
-    assert not spilled() and not notes
-    monkeypatch.setattr(borders_module, "LARGEST_IN_MEMORY_BYTES", 1199)
-    assert spilled() and str(tmp_path) in notes[0]
-    monkeypatch.setattr(borders_module, "LARGEST_IN_MEMORY_BYTES", 1200)
-    assert not spilled()
+    assert not spilled() and not spilled(largest_in_memory_bytes=1200) and not notes
+    assert spilled(largest_in_memory_bytes=1199) and str(tmp_path) in notes[0]
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "t5"])
@@ -69,16 +68,9 @@ def test_spilled_scores_are_the_same_bits(tmp_path: Path, tokens: NDArray[np.int
     folder = (write_t5 if kind == "t5" else write_tiny)(tmp_path / "model", kind)
     spilled = tmp_path / "spilled"
     spilled.mkdir()
-    found = score_units(folder, tokens, micro_batch=4, spill=True, spill_folder=spilled)
-    assert_same_bits(found, score_units(folder, tokens, micro_batch=4, spill=False))
+    found = score_units(Checkpoint.open(folder), tokens, micro_batch=4, spill=True, spill_folder=spilled)
+    assert_same_bits(found, score_units(Checkpoint.open(folder), tokens, micro_batch=4, spill=False))
     assert list(spilled.iterdir()) == []
-
-
-def test_spilled_scores_of_windows_are_the_same_bits(
-    tiny_llama: Path, tokens: NDArray[np.int64], tmp_path: Path
-) -> None:
-    found = score_windows(tiny_llama, tokens, spill=True, spill_folder=tmp_path)
-    assert_same_bits(found, score_windows(tiny_llama, tokens, spill=False))
 
 
 def test_an_error_leaves_no_file(tmp_path: Path, tokens: NDArray[np.int64]) -> None:
@@ -88,7 +80,7 @@ def test_an_error_leaves_no_file(tmp_path: Path, tokens: NDArray[np.int64]) -> N
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NirvanaError, match="1 NaN"):
-        score_units(folder, tokens, spill=True, spill_folder=spilled)
+        score_units(Checkpoint.open(folder), tokens, spill=True, spill_folder=spilled)
     assert list(spilled.iterdir()) == []
 
 
@@ -101,17 +93,17 @@ def test_a_small_disk_is_refused_before_any_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10, 10, 1000))
     monkeypatch.setattr("nirvana_deploy.model.weights.SafetensorsWeights.rows", no_work)
     with pytest.raises(NirvanaError, match=r"Spilling hidden states needs about .* GB on the disk of"):
-        score_units(tiny_llama, tokens, spill=True, spill_folder=tmp_path)
+        score_units(Checkpoint.open(tiny_llama), tokens, spill=True, spill_folder=tmp_path)
 
 
 def test_a_missing_folder_is_a_sentence(tmp_path: Path) -> None:
     with (
         pytest.raises(NirvanaError, match="part of the path does not exist"),
-        Borders(SHAPES, levels=1, spill=True, folder=tmp_path / "missing"),
+        LayerStates(SHAPES, levels=1, spill=True, folder=tmp_path / "missing"),
     ):
         pass
 
 
-def assert_same_bits(found: UnitScores | WindowScores, expected: UnitScores | WindowScores) -> None:
+def assert_same_bits(found: UnitScores, expected: UnitScores) -> None:
     pairs = zip(found.groups + found.neurons, expected.groups + expected.neurons, strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)

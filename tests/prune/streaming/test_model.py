@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.model.checkpoint import config_json, load_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.prune.plan import make_plan, write_plan
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES, next_token_loss, strongest_logits
-from nirvana_deploy.prune.saliency.units import UnitScores, scored_tensors
-from nirvana_deploy.prune.streaming.head import embedded, head_blocks
-from nirvana_deploy.prune.streaming.model import StreamedModel, score_units, score_windows
+from nirvana_deploy.prune.saliency.units import UnitScores, scored_tensors, unit_sums
+from nirvana_deploy.prune.streaming.head import embedded, head_blocks, states_gradient
+from nirvana_deploy.prune.streaming.model import StreamedModel
+from nirvana_deploy.prune.streaming.score import score_units
 
 GRADIENT_SALIENCIES = [name for name, method in SALIENCIES.items() if method.functional]
 
@@ -67,7 +68,7 @@ def assert_equal(found: UnitScores, expected: UnitScores, rtol: float = 1e-5) ->
 @pytest.mark.parametrize("saliency", GRADIENT_SALIENCIES)
 def test_streamed_scores_equal_full_backward(tiny: Path, tokens: NDArray[np.int64], saliency: str) -> None:
     assert_equal(
-        score_units(tiny, tokens, saliency=saliency, micro_batch=2),
+        score_units(Checkpoint.open(tiny), tokens, saliency=saliency, micro_batch=2),
         full_backward_scores(tiny, tokens, saliency),
     )
 
@@ -77,14 +78,13 @@ def test_micro_batches_do_not_change_scores(
     tiny_llama: Path, tokens: NDArray[np.int64], micro_batch: int
 ) -> None:
     assert_equal(
-        score_units(tiny_llama, tokens, micro_batch=micro_batch),
-        score_units(tiny_llama, tokens, micro_batch=3),
+        score_units(Checkpoint.open(tiny_llama), tokens, micro_batch=micro_batch),
+        score_units(Checkpoint.open(tiny_llama), tokens, micro_batch=3),
     )
 
 
 def test_streamed_logits_equal_transformers(tiny: Path, tokens: NDArray[np.int64]) -> None:
-    shape = shape_from_config(config_json(tiny))
-    streamed = StreamedModel(tiny, SafetensorsWeights(tiny), shape).logits(torch.from_numpy(tokens))
+    streamed = StreamedModel(Checkpoint.open(tiny)).logits(torch.from_numpy(tokens))
     with torch.no_grad():
         expected = load_checkpoint(tiny)(torch.from_numpy(tokens)).logits
     torch.testing.assert_close(streamed, expected, rtol=1e-5, atol=1e-5)
@@ -97,7 +97,9 @@ def test_sharded_checkpoints_of_half_precision_score_in_float32(
     folder = write_tiny(tmp_path, "mistral", dtype=dtype, max_shard_size="50KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert SafetensorsWeights(folder).dtype("model.norm.weight") == dtype
-    assert_equal(score_units(folder, tokens), full_backward_scores(folder, tokens, "nirvana"))
+    assert_equal(
+        score_units(Checkpoint.open(folder), tokens), full_backward_scores(folder, tokens, "nirvana")
+    )
 
 
 @pytest.mark.parametrize("saliency", ["nirvana", "taylor", "wanda-sp", "flap"])
@@ -121,7 +123,7 @@ def test_another_number_of_threads_gives_the_same_plan(tmp_path: Path, saliency:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            scores = score_units(tmp_path, tokens, saliency=saliency)
+            scores = score_units(Checkpoint.open(tmp_path), tokens, saliency=saliency)
             write_plan(
                 make_plan(shape, scores, sparsity=0.4, saliency=saliency), tmp_path / f"{threads}.json"
             )
@@ -129,23 +131,6 @@ def test_another_number_of_threads_gives_the_same_plan(tmp_path: Path, saliency:
         torch.set_num_threads(before)
     plans = {(tmp_path / f"{threads}.json").read_bytes() for threads in (1, 2, 5)}
     assert len(plans) == 1
-
-
-@pytest.mark.parametrize("saliency", GRADIENT_SALIENCIES)
-def test_scores_of_windows_are_those_of_each_window_alone(
-    tiny_llama: Path, tokens: NDArray[np.int64], saliency: str
-) -> None:
-    windows = score_windows(tiny_llama, tokens, saliency=saliency)
-    for index in range(len(tokens)):
-        alone = score_units(tiny_llama, tokens[index : index + 1], saliency=saliency)
-        assert_equal(windows.of([index]), alone)
-    both = windows.of([1, 4])
-    np.testing.assert_allclose(both.neurons[0], windows.neurons[0][[1, 4]].mean(0), rtol=1e-12)
-
-
-def test_windows_need_a_gradient_saliency(tiny_llama: Path, tokens: NDArray[np.int64]) -> None:
-    with pytest.raises(NirvanaError, match="nirvana, nirvana-vocab, taylor; got 'flap'"):
-        score_windows(tiny_llama, tokens, saliency="flap")
 
 
 @pytest.mark.parametrize("saliency", GRADIENT_SALIENCIES)
@@ -166,13 +151,24 @@ def test_gradients_by_blocks_of_the_vocabulary_are_those_of_the_functional(
 
 @pytest.mark.parametrize("saliency", GRADIENT_SALIENCIES)
 @pytest.mark.parametrize("kind", ["llama-tied", "mistral"])
-def test_scores_do_not_depend_on_the_blocks(
-    tmp_path: Path, tokens: NDArray[np.int64], saliency: str, kind: str, monkeypatch: pytest.MonkeyPatch
+def test_gradients_do_not_depend_on_the_blocks_of_the_head(
+    tmp_path: Path, tokens: NDArray[np.int64], saliency: str, kind: str
 ) -> None:
-    folder = write_tiny(tmp_path, kind)
-    whole = score_units(folder, tokens, saliency=saliency)
-    monkeypatch.setattr(head_blocks, "__kwdefaults__", {"block_rows": 50})
-    assert_equal(score_units(folder, tokens, saliency=saliency), whole, rtol=1e-6)
+    checkpoint, windows = Checkpoint.open(write_tiny(tmp_path, kind)), torch.from_numpy(tokens)
+    [states] = StreamedModel(checkpoint).last_states([windows])
+    method = SALIENCIES[saliency].output_gradient
+    assert method is not None
+    found, whole = (
+        states_gradient(
+            states,
+            windows,
+            final=torch.nn.functional.normalize,
+            head=head_blocks(checkpoint.weights, checkpoint.shape, block_rows=rows),
+            output_gradient=method,
+        )
+        for rows in (50, 8192)
+    )
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6 * float(whole.abs().max()))
 
 
 def test_embedding_rows_are_those_of_the_whole_matrix(tiny_llama: Path, tokens: NDArray[np.int64]) -> None:
@@ -207,10 +203,12 @@ def test_one_bad_weight_is_found_in_every_dtype(tmp_path: Path, dtype: torch.dty
         SafetensorsWeights(tmp_path).load("weight")
 
 
-def test_sums_over_blocks_are_the_sums(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = score_units(tiny_llama, None, saliency="magnitude")
-    monkeypatch.setattr("nirvana_deploy.prune.saliency.units._SUMMED_ELEMENTS", 100)
-    assert_equal(score_units(tiny_llama, None, saliency="magnitude"), whole, rtol=1e-12)
+def test_sums_over_blocks_are_the_sums(tiny_llama: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    weights = {name: checkpoint.weights.load(name) for name in scored_tensors(checkpoint.shape, 1)}
+    found = unit_sums(checkpoint.shape, 1, weights, block_elements=100)
+    for part, whole in zip(found, unit_sums(checkpoint.shape, 1, weights), strict=True):
+        np.testing.assert_allclose(part, whole, rtol=1e-12)
 
 
 def test_strongest_logits_by_hand() -> None:
@@ -235,21 +233,23 @@ def test_next_token_loss_of_a_uniform_model_is_log_vocabulary() -> None:
 
 def test_magnitude_is_the_sum_of_absolute_weights(tiny: Path) -> None:
     shape, weights = shape_from_config(config_json(tiny)), SafetensorsWeights(tiny)
-    scores = score_units(tiny, None, saliency="magnitude")
+    scores = score_units(Checkpoint.open(tiny), None, saliency="magnitude")
     for layer in range(len(shape.layers)):
         total = sum(weights.load(name).double().abs().sum().item() for name in scored_tensors(shape, layer))
         assert scores.groups[layer].sum() + scores.neurons[layer].sum() == pytest.approx(total, rel=1e-9)
 
 
 def test_random_scores_follow_the_seed(tiny_llama: Path) -> None:
-    first, again, other = (score_units(tiny_llama, None, saliency="random", seed=s) for s in (1, 1, 2))
+    first, again, other = (
+        score_units(Checkpoint.open(tiny_llama), None, saliency="random", seed=s) for s in (1, 1, 2)
+    )
     assert_equal(first, again, rtol=0)
     assert not np.allclose(first.neurons[0], other.neurons[0])
 
 
 def test_a_data_saliency_without_data_is_refused(tiny_llama: Path) -> None:
     with pytest.raises(NirvanaError, match="needs calibration text"):
-        score_units(tiny_llama, None, saliency="taylor")
+        score_units(Checkpoint.open(tiny_llama), None, saliency="taylor")
 
 
 def test_nan_weights_are_named(tmp_path: Path, tokens: NDArray[np.int64]) -> None:
@@ -259,7 +259,7 @@ def test_nan_weights_are_named(tmp_path: Path, tokens: NDArray[np.int64]) -> Non
     tensors[name][3, 4] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NirvanaError, match=r"layers\.1\.mlp\.up_proj\.weight.* 1 NaN"):
-        score_units(folder, tokens)
+        score_units(Checkpoint.open(folder), tokens)
 
 
 def test_infinite_gradients_name_the_layer(tmp_path: Path, tokens: NDArray[np.int64]) -> None:
@@ -268,4 +268,4 @@ def test_infinite_gradients_name_the_layer(tmp_path: Path, tokens: NDArray[np.in
     tensors["model.layers.2.mlp.down_proj.weight"] *= 1e38
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NirvanaError, match="Layer 2"):
-        score_units(folder, tokens)
+        score_units(Checkpoint.open(folder), tokens)
