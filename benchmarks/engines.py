@@ -250,7 +250,7 @@ def _measured(
     precision, _, kv = form.partition("-")
     for variant, checkpoint in checkpoints.items():
         onnx_for_engine(
-            checkpoint,
+            Checkpoint.open(checkpoint),
             work / f"onnx-{variant}",
             dtype=precision if precision in ("fp16", "bf16") else "fp16",
             kv=kv,

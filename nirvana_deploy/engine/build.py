@@ -40,7 +40,7 @@ from nirvana_deploy.engine.vendor import (
 )
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import WeightSource
-from nirvana_deploy.output.layout import MODEL_FILE
+from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE, MODEL_FILE, is_seq2seq
 from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
 from nirvana_deploy.runtime.tensorrt.record import (
     ENGINE_SUFFIX,
@@ -70,7 +70,6 @@ def engine_from_onnx(
     *,
     name: str = "model",
     file: str = MODEL_FILE,
-    part: str = "decoder",
     lengths: Lengths | None = None,
     shape: ModelShape | None = None,
     checkpoint: WeightSource | None = None,
@@ -104,9 +103,43 @@ def engine_from_onnx(
         write_bytes(out / f"{name}.failed.log", log.text().encode())
         raise
     (out / f"{name}.failed.log").unlink(missing_ok=True)
-    record = job.record(name, part, facts, notes, cost)
+    record = job.record(name, "encoder" if file == ENCODER_FILE else "decoder", facts, notes, cost)
     write_json(record_path(job.engine), record.to_json())
     return BuiltEngine(job.engine, record, check)
+
+
+def engines_from_folder(
+    folder: Path,
+    out: Path,
+    *,
+    name: str,
+    lengths: Lengths | None = None,
+    shape: ModelShape | None = None,
+    checkpoint: WeightSource | None = None,
+    options: BuilderOptions | None = None,
+    progress: Progress = SILENT,
+) -> tuple[BuiltEngine, ...]:
+    """Build every graph of ``folder``: ``name``, or ``name``-encoder and ``name``-decoder.
+
+    Arguments as in :func:`engine_from_onnx`; ``shape`` is that of a decoder-only model.
+    """
+    files = {MODEL_FILE: name}
+    if is_seq2seq(folder):
+        files = {ENCODER_FILE: f"{name}-encoder", DECODER_FILE: f"{name}-decoder"}
+    return tuple(
+        engine_from_onnx(
+            folder,
+            out,
+            name=of_file,
+            file=file,
+            lengths=lengths,
+            shape=shape,
+            checkpoint=checkpoint,
+            options=options,
+            progress=progress,
+        )
+        for file, of_file in files.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -235,18 +268,7 @@ class _Job:
                 "onnx": version("onnx"),
                 "nirvana-deploy": __version__,
             },
-            trtexec=trtexec_command(
-                self.source.path,
-                self.engine.name,
-                runtime=options.runtime,
-                profiles=profiles,
-                targets=options.resolved_targets(),
-                workspace_bytes=options.workspace_bytes,
-                weight_streaming=options.weight_streaming,
-                strip_weights=options.strip_weights,
-                hardware_compatible=options.hardware_compatible,
-                version_compatible=options.version_compatible,
-            ),
+            trtexec=trtexec_command(self.source.path, self.engine.name, options, profiles=profiles),
             notes=tuple(notes),
         )
 

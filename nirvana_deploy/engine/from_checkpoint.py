@@ -16,16 +16,14 @@ from pathlib import Path
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import look_up
-from nirvana_deploy.engine.build import BuiltEngine, engine_from_onnx
+from nirvana_deploy.engine.build import BuiltEngine, engines_from_folder
 from nirvana_deploy.engine.drop_branch import drop_cache_branch
 from nirvana_deploy.engine.profile import require_lengths
 from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import Checkpoint, config_json
-from nirvana_deploy.model.families import shape_from_config
-from nirvana_deploy.model.weights import SafetensorsWeights
-from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE, MODEL_FILE
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.output.layout import DECODER_FILE
 from nirvana_deploy.quantize.folder import quantize_onnx, write_quantized
 from nirvana_deploy.quantize.rewriting import QuantizeInputs
 from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
@@ -36,7 +34,7 @@ DEFAULT_CACHE_TOKENS = 2048
 
 
 def engines_from_checkpoint(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     out: Path,
     *,
     name: str,
@@ -58,9 +56,8 @@ def engines_from_checkpoint(
     look_up(kv, KV_FORMS, what="KV form")
     options, lengths = options or BuilderOptions(RTX), lengths or Lengths()
     tensorrt_module(options.runtime)  # before the work of the export
-    config = config_json(checkpoint)
-    require_lengths(lengths, context_tokens=config.get("max_position_embeddings"))
-    shape = shape_from_config(config)
+    require_lengths(lengths, context_tokens=checkpoint.config.get("max_position_embeddings"))
+    shape = checkpoint.shape
     if kv == "in-place" and shape.family.encoder_decoder:
         raise NirvanaError(
             f"The cache of an encoder-decoder ({shape.family.name}) is not updated in place.",
@@ -79,28 +76,20 @@ def engines_from_checkpoint(
         cache_tokens=lengths.max_length,
         progress=progress,
     )
-    parts = {MODEL_FILE: ("decoder", name)}
-    if shape.family.encoder_decoder:
-        parts = {ENCODER_FILE: ("encoder", f"{name}-encoder"), DECODER_FILE: ("decoder", f"{name}-decoder")}
-    return tuple(
-        engine_from_onnx(
-            onnx,
-            out,
-            name=part_name,
-            file=file,
-            part=part,
-            lengths=lengths,
-            shape=None if shape.family.encoder_decoder else shape,
-            checkpoint=None if quantize else SafetensorsWeights(checkpoint),
-            options=options,
-            progress=progress,
-        )
-        for file, (part, part_name) in parts.items()
+    return engines_from_folder(
+        onnx,
+        out,
+        name=name,
+        lengths=lengths,
+        shape=None if shape.family.encoder_decoder else shape,
+        checkpoint=None if quantize else checkpoint.weights,
+        options=options,
+        progress=progress,
     )
 
 
 def onnx_for_engine(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     out: Path,
     *,
     dtype: str = "fp16",
@@ -116,7 +105,7 @@ def onnx_for_engine(
     exported = out if quantize is None else out.with_name(f".{out.name}-float")
     try:
         onnx_from_checkpoint(
-            Checkpoint.open(checkpoint),
+            checkpoint,
             exported,
             dtype=dtype,
             flavor=look_up(kv, KV_FORMS, what="KV form"),
@@ -167,7 +156,7 @@ def _quantized(source: Path, out: Path, quantize: QuantizeInputs, progress: Prog
     quantize_onnx(source, out, recipe, calibration=quantize.calibration, progress=progress)
 
 
-def _cache_tokens(checkpoint: Path) -> int:
+def _cache_tokens(checkpoint: Checkpoint) -> int:
     """C where none was asked for: 2048, or the model's context when that is shorter."""
-    context = config_json(checkpoint).get("max_position_embeddings")
+    context = checkpoint.config.get("max_position_embeddings")
     return min(DEFAULT_CACHE_TOKENS, context or DEFAULT_CACHE_TOKENS)

@@ -9,19 +9,18 @@ from nirvana_deploy.base.artifact import require_free_bytes, whole_folder
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.calibrate.windows_file import read_windows
-from nirvana_deploy.engine.build import BuiltEngine, engine_from_onnx
+from nirvana_deploy.engine.build import BuiltEngine, engines_from_folder
 from nirvana_deploy.engine.drop_branch import drop_cache_branch
 from nirvana_deploy.engine.from_checkpoint import engines_from_checkpoint
 from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
 from nirvana_deploy.engine.targets import RTX, BuilderOptions
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import (
     CALIBRATION_FILE,
     CHECKPOINT,
     DECODER_FILE,
-    ENCODER_FILE,
     ENGINES,
-    MODEL_FILE,
     is_seq2seq,
 )
 from nirvana_deploy.output.results import EngineResult, EnginesBuilt
@@ -84,7 +83,7 @@ def build_engine(
 
     def work() -> EnginesBuilt:
         engines = engines_from_checkpoint(
-            checkpoint,
+            Checkpoint.open(checkpoint),
             run.out / ENGINES,
             name=name,
             dtype=form.dtype,
@@ -124,23 +123,10 @@ def engines_from_onnx_folder(
     no engine can have (``engine/drop_branch.py``).
     """
     name = name or folder.name
-    parts = {MODEL_FILE: ("decoder", name)}
     if is_seq2seq(folder):
         folder = _for_engines(folder, out / f"{name}-onnx")
-        parts = {ENCODER_FILE: ("encoder", f"{name}-encoder"), DECODER_FILE: ("decoder", f"{name}-decoder")}
-    return tuple(
-        engine_from_onnx(
-            folder,
-            out,
-            name=part_name,
-            file=file,
-            part=part,
-            lengths=lengths,
-            options=options,
-            progress=progress,
-        ).path
-        for file, (part, part_name) in parts.items()
-    )
+    built = engines_from_folder(folder, out, name=name, lengths=lengths, options=options, progress=progress)
+    return tuple(engine.path for engine in built)
 
 
 def _for_engines(folder: Path, copy: Path) -> Path:

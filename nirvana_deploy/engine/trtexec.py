@@ -11,24 +11,15 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from nirvana_deploy.engine.targets import RTX, BuilderOptions
 from nirvana_deploy.runtime.tensorrt.record import ProfileRecord
 
 
 def trtexec_command(
-    onnx: Path,
-    engine: str,
-    *,
-    runtime: str,
-    profiles: Sequence[ProfileRecord],
-    targets: Sequence[str],
-    workspace_bytes: int | None = None,
-    weight_streaming: bool = False,
-    strip_weights: bool = False,
-    hardware_compatible: bool = False,
-    version_compatible: bool = False,
+    onnx: Path, engine: str, options: BuilderOptions, *, profiles: Sequence[ProfileRecord]
 ) -> str:
     """One shell command; marks that only the API can set (a decomposable attention) are not in it."""
-    rtx = runtime == "tensorrt-rtx"
+    rtx = options.runtime == RTX
     words = [
         "tensorrt_rtx" if rtx else "trtexec",
         f"--onnx={onnx}",
@@ -36,16 +27,17 @@ def trtexec_command(
         "--skipInference",
     ]
     if rtx:
-        words.append("--computeCapabilities=" + ",".join(target.removeprefix("sm") for target in targets))
+        targets = (target.removeprefix("sm") for target in options.resolved_targets())
+        words.append("--computeCapabilities=" + ",".join(targets))
     else:
         words.append("--stronglyTyped")
-    if workspace_bytes is not None:
-        words.append(f"--memPoolSize=workspace:{max(1, workspace_bytes >> 20)}M")
+    if options.workspace_bytes is not None:
+        words.append(f"--memPoolSize=workspace:{max(1, options.workspace_bytes >> 20)}M")
     flags = {
-        "--allowWeightStreaming": weight_streaming,
-        "--stripWeights": strip_weights,
-        "--hardwareCompatibilityLevel=ampere+": hardware_compatible,
-        "--versionCompatible": version_compatible,
+        "--allowWeightStreaming": options.weight_streaming,
+        "--stripWeights": options.strip_weights,
+        "--hardwareCompatibilityLevel=ampere+": options.hardware_compatible,
+        "--versionCompatible": options.version_compatible,
     }
     words += [flag for flag, wanted in flags.items() if wanted]
     for index, profile in enumerate(profiles):

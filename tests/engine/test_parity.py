@@ -121,7 +121,7 @@ def assert_file_computes_model(
     of w8 and w4 are not run as they are: ONNX Runtime would round their inputs to 8 bits, and no engine does.
     """
     folder = onnx_for_engine(
-        checkpoint,
+        Checkpoint.open(checkpoint),
         work / "onnx",
         kv=kv,
         quantize=None if precision == "fp16" else inputs(precision, checkpoint, work, tokens),
@@ -159,7 +159,9 @@ def test_the_file_of_an_engine_computes_a_tiny_model(
 
 def test_another_weight_is_noticed(tiny: Path, tmp_path: Path) -> None:
     folder = onnx_for_engine(
-        tiny, tmp_path / "onnx", quantize=QuantizeInputs(Quantization(scheme="w8", rounding="plain"))
+        Checkpoint.open(tiny),
+        tmp_path / "onnx",
+        quantize=QuantizeInputs(Quantization(scheme="w8", rounding="plain")),
     )
     model: Any = reference_of(folder, tiny)
     decoder = OrtDecoder(folder, threads=1, in_float32=True)

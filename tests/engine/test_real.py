@@ -50,7 +50,7 @@ class Engines:
         key = (variant, precision, kv)
         if key not in self.built:
             (self.built[key],) = engines_from_checkpoint(
-                self.checkpoints[variant],
+                Checkpoint.open(self.checkpoints[variant]),
                 self.folder,
                 name="-".join(key),
                 kv=kv,

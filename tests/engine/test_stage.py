@@ -105,7 +105,7 @@ def test_quantized_engines_store_integers(
     output: Path, spec: Int8Spec, tmp_path: Path, scheme: str, kv: str, dequantize: int, quantize: int
 ) -> None:
     (engine,) = engines_from_checkpoint(
-        output / "checkpoint",
+        Checkpoint.open(output / "checkpoint"),
         tmp_path,
         name="q",
         kv=kv,
@@ -124,11 +124,14 @@ def test_quantized_engines_store_integers(
 def test_int8_without_decisions_names_the_command(output: Path, tmp_path: Path) -> None:
     with pytest.raises(NirvanaError, match=r"(?s)ranges of its activations.*quantize OUT --scheme int8"):
         engines_from_checkpoint(
-            output / "checkpoint", tmp_path, name="q", quantize=QuantizeInputs(Quantization(scheme="int8"))
+            Checkpoint.open(output / "checkpoint"),
+            tmp_path,
+            name="q",
+            quantize=QuantizeInputs(Quantization(scheme="int8")),
         )
     with pytest.raises(NirvanaError, match="not in fp32"):
         engines_from_checkpoint(
-            output / "checkpoint",
+            Checkpoint.open(output / "checkpoint"),
             tmp_path,
             name="q",
             quantize=QuantizeInputs(Quantization(scheme="w4")),
@@ -138,14 +141,14 @@ def test_int8_without_decisions_names_the_command(output: Path, tmp_path: Path) 
         NirvanaError, match=r"(?s)needs one of sm89, .*, and sm86 has no kernels.*--target sm89,"
     ):
         engines_from_checkpoint(
-            output / "checkpoint",
+            Checkpoint.open(output / "checkpoint"),
             tmp_path,
             name="q",
             quantize=QuantizeInputs(Quantization(scheme="fp8")),
             options=SMALL,
         )
     with pytest.raises(NirvanaError, match="Unknown KV form 'paged'"):
-        engines_from_checkpoint(output / "checkpoint", tmp_path, name="q", kv="paged")
+        engines_from_checkpoint(Checkpoint.open(output / "checkpoint"), tmp_path, name="q", kv="paged")
 
 
 def test_an_onnx_folder_is_built_as_it_is(dense: Path, tmp_path: Path) -> None:
@@ -161,7 +164,6 @@ def test_an_onnx_folder_is_built_as_it_is(dense: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--calib-cache", "x"], r"(?s)TensorRT 11 removed calibration.*quantize DIR --scheme int8"),
         (["--target", "sm70"], "Unknown target sm70"),
         (["--max-length", "100000"], "longer than the model's context of 512 tokens"),
         (["--opt-batch", "9"], "minimum <= optimum <= maximum"),
@@ -185,7 +187,7 @@ def test_sizes_are_bytes() -> None:
 def test_an_encoder_decoder_gives_two_engines(tmp_path: Path, kind: str) -> None:
     checkpoint = write_t5(tmp_path / "model", kind)
     encoder, decoder = engines_from_checkpoint(
-        checkpoint, tmp_path / "out", name="t5", lengths=LENGTHS, options=SMALL
+        Checkpoint.open(checkpoint), tmp_path / "out", name="t5", lengths=LENGTHS, options=SMALL
     )
     assert (encoder.record.part, decoder.record.part) == ("encoder", "decoder")
     assert encoder.record.layers["ATTENTION_INPUT"] == 3 and decoder.record.layers["ATTENTION_INPUT"] == 4
@@ -196,7 +198,7 @@ def test_an_encoder_decoder_gives_two_engines(tmp_path: Path, kind: str) -> None
     assert later.shapes[name] == ((1, 5, 1, 8), (1, 5, 16, 8), (2, 5, CACHE_TOKENS, 8))
     assert "use_cache_branch" not in {one.name for one in decoder.record.inputs}
     with pytest.raises(NirvanaError, match="not updated in place"):
-        engines_from_checkpoint(checkpoint, tmp_path / "out", name="t5", kv="in-place")
+        engines_from_checkpoint(Checkpoint.open(checkpoint), tmp_path / "out", name="t5", kv="in-place")
 
 
 def test_the_rewritten_decoder_computes_what_the_exported_one_does(tmp_path: Path) -> None:
@@ -286,7 +288,7 @@ def test_both_runtimes_quantize_by_the_same_rules(output: Path, spec: Int8Spec, 
 
 def test_fp8_weights_build_for_ada_and_newer(output: Path, tmp_path: Path) -> None:
     (engine,) = engines_from_checkpoint(
-        output / "checkpoint",
+        Checkpoint.open(output / "checkpoint"),
         tmp_path,
         name="q",
         quantize=QuantizeInputs(Quantization(scheme="fp8")),

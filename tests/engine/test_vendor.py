@@ -206,9 +206,8 @@ def test_the_vendors_command_says_the_same() -> None:
     rtx = trtexec_command(
         Path("a b/model.onnx"),
         "m.engine",
-        runtime="tensorrt-rtx",
+        BuilderOptions("tensorrt-rtx", targets=("sm86", "sm120")),
         profiles=PROFILES,
-        targets=("sm86", "sm120"),
     )
     assert rtx == (
         "tensorrt_rtx '--onnx=a b/model.onnx' --saveEngine=m.engine --skipInference "
@@ -221,14 +220,15 @@ def test_the_vendors_command_says_the_same() -> None:
     full = trtexec_command(
         Path("m.onnx"),
         "m.engine",
-        runtime="tensorrt",
+        BuilderOptions(
+            "tensorrt",
+            workspace_bytes=1 << 30,
+            weight_streaming=True,
+            strip_weights=True,
+            hardware_compatible=True,
+            version_compatible=True,
+        ),
         profiles=(),
-        targets=("native",),
-        workspace_bytes=1 << 30,
-        weight_streaming=True,
-        strip_weights=True,
-        hardware_compatible=True,
-        version_compatible=True,
     )
     assert full.startswith("trtexec --onnx=m.onnx --saveEngine=m.engine --skipInference --stronglyTyped")
     assert full.endswith(

@@ -1,25 +1,9 @@
 """An ONNX folder opened for rewriting: find its linears, replace what computes them, write it streamed.
 
-What a quantizer does with it::
-
-    graphs = open_folder(folder)                     # reads no weights
-    for graph in graphs:
-        for linear in graph.linears:                 # name, role, K, N, node, x, weight
-            w = graph.initializer(f"{linear.name}.weight_quantized", ir.DataType.INT8,
-                                  (linear.K, linear.N), lambda: ...linear.read_weight()...)
-            y = graph.node("MatMulNBits", [linear.x, w, ...], before=linear.node,
-                           name=f"{linear.name}.matmul", domain="com.microsoft", attributes={"K": ...})
-            graph.replace(linear, y)                 # everything that read the MatMul now reads y
-    write_folder(folder, out, graphs, records={"quantization.json": {...}}, progress=progress)
-
-Weights stream: a graph holds names and places in files. :meth:`Linear.read_weight` copies one weight and
-unmaps it; the bytes of a new initializer are computed when it is written and dropped after. So peak
-memory is a few tensors, whatever the depth. Rewrites stack: :meth:`OnnxGraph.rewrite` changes an
-initializer in place (lazily), and a linear read afterwards reads the changed one.
-
-A linear is a MatMul whose second input is an initializer ``<module>.weight`` [K, N], or the transpose of
-one: a tied head, which reads the embedding. Biases are Adds of their own and stay. A product that stands for
-several linears (``gqa``) is taken apart when the graph is opened.
+A linear is a MatMul whose second input is an initializer ``<module>.weight`` [K, N], or the transpose of one
+(a tied head). Weights stream: a graph holds names and places in files, new initializers are computed when
+they are written, so peak memory is a few tensors. Rewrites stack: a linear read after
+:meth:`OnnxGraph.rewrite` reads the changed weight.
 """
 
 from __future__ import annotations

@@ -1,14 +1,9 @@
-"""One product for linears that read the same value: q, k and v of an attention, gate and up of an FFN.
+"""One product for linears that read one value: q, k and v of an attention, gate and up of an FFN.
 
-At batch 1 a quantized linear takes microseconds, and a good part of them is spent before the first product:
-the activation is quantized again and a parallel loop is started, for each linear. Weights side by side along
-N are one linear that does so once. Nothing else changes: scales belong to output channels, so every linear
-keeps its codes and its scales, and the results are bit for bit those of the linears apart.
-
-``GroupQueryAttention`` takes the packed q, k and v as they are. Elsewhere a ``Split`` hands out the parts.
-Packing is for graphs that ONNX Runtime alone runs, where quantization is the last thing done to them; what
-others read (TensorRT's network check, quantization itself, which ``unpacking.py`` is for) has one linear a
-module.
+At batch 1, quantizing the activation and starting a parallel loop cost as much as a small product; side by
+side along N they are paid once. Scales belong to output channels, so every result keeps its bits.
+``GroupQueryAttention`` takes packed q, k and v as they are, elsewhere a ``Split`` hands out the parts. For
+graphs that ONNX Runtime alone runs, as the last step of quantization; ``unpacking.py`` is the inverse.
 """
 
 from __future__ import annotations

@@ -1,17 +1,9 @@
-"""How far a static quantizer should reach: pure functions on histograms of absolute values.
+"""Bounds of a static quantizer from histograms of absolute values; a bound b is the grid b/127 {-127..127}.
 
-A bound b stands for the symmetric grid b/127 * {-127, ..., 127}; what lies beyond is clipped. The methods
-differ in what they give up of the far values for finer steps among the near ones:
-
-* ``minmax``: nothing is clipped;
-* ``percentile``: a share of 1e-4 of the values is;
-* ``entropy``: the bound whose quantized histogram has the least KL divergence from the histogram
-  [TensorRT's calibrator, S. Migacz, GTC 2017];
-* ``mse``: the bound of the least expected squared error (rounding inside, clipping beyond).
-
-All but ``minmax`` ask how many values are far, and none how much depends on them: an LLM's first token
-makes a few activations hundreds of times larger than the rest, on which every later token relies, and
-clipping those costs more than any rounding.
+``minmax`` clips nothing, ``percentile`` a share of 1e-4, ``entropy`` minimizes the KL divergence of the
+quantized histogram [TensorRT's calibrator, S. Migacz, GTC 2017], ``mse`` the expected squared error. The last
+three clip the few huge activations of an LLM's first token, on which all later tokens depend: ``minmax`` is
+the default.
 """
 
 from __future__ import annotations

@@ -1,17 +1,10 @@
-"""W8A8 as explicit Q/DQ: one graph that is right for ONNX Runtime and for TensorRT.
+"""W8A8 as explicit Q/DQ, right for ONNX Runtime and TensorRT: activations per tensor, weights per channel.
 
-Per linear: the activation goes through QuantizeLinear and DequantizeLinear (per-tensor, static), the weight
-is stored as int8 with a scale per output channel (axis 1 of [K, N]) behind a DequantizeLinear. All signed,
-all zero points zero, values in [-127, 127].
-
-Each linear has a Q/DQ pair of its own, with scale and zero point of its own even where q, k and v read the
-same value: ONNX Runtime fuses a MatMul into an integer kernel only when both DequantizeLinear outputs have
-one reader, and merges pairs whose inputs are the same.
-
-A few input channels may be hundreds of times larger than the rest: those that the first token lights up. A
-linear can have them apart [ours; after LLM.int8(), arXiv 2208.07339, with channels fixed by calibration]:
-x W = x_rest W_rest + x_out W_out, the first in int8 with the rows of ``outliers`` zero, so that their
-clipped activations count for nothing, the second in float on a handful of gathered channels.
+Signed, zero points zero, values in [-127, 127]. Every linear has its own Q/DQ pair with its own scale: ONNX
+Runtime fuses a MatMul into an integer kernel only where both DequantizeLinear outputs have one reader, and
+merges pairs of equal inputs. Outlier channels [ours; after LLM.int8(), arXiv 2208.07339, fixed by
+calibration] are computed in float beside it: x W = x_rest W_rest + x_out W_out, with the outliers' int8 rows
+zero.
 """
 
 from __future__ import annotations

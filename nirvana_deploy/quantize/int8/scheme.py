@@ -30,7 +30,7 @@ from nirvana_deploy.quantize.rewriting import QuantizeInputs, Rewritten, windows
 from nirvana_deploy.runtime.divergence import Yardstick
 
 ENOUGH_TOKENS = 4096
-"""Of calibration: on SmolLM2, 512 tokens gave a KL of 0.12 where 4,096 gave 0.03."""
+"""Calibration tokens below which a note warns."""
 _DOT_PRODUCT_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 

@@ -1,18 +1,9 @@
-"""SmoothQuant, folded: activations divided channel by channel, weights multiplied, no operator at run time.
+"""SmoothQuant, folded: x W = (x / s)(s W), activations divided by what makes them, no operator at run time.
 
-A linear computes x W = (x / s) (s W) for any s [K] > 0, and what makes x can divide it for free:
-
-* q, k, v and gate, up read an RMS norm: its weight is divided (they share it, so they share s);
-* o reads mixed values, which are linear in v: columns and bias of v are divided. The query heads of a
-  KV group share v's channels, so they share s;
-* the head reads the final norm, where it has a weight of its own (``OnnxGraph.untie`` gives it one);
-* down reads act(gate) * up: columns and bias of up are divided. In an FFN without gate this needs
-  act(c u) = c act(u) for c > 0, which holds for ReLU alone.
-
-s_j = max|x_j|^alpha / max|W_j|^(1 - alpha) [SmoothQuant, arXiv 2211.10438], taken over everything that
-shares s_j, and **rounded to a power of two** [ours]: division and multiplication are then exact in
-floating point, so that the folded graph computes the very bits of the original (as long as nothing leaves
-the range of normal numbers). Keys and values of the cache are those of the folded graph.
+Division goes into the weight of an RMS norm (q, k, v; gate, up; an untied head), columns of v (o), or columns
+of up (down, where the activation is linear in it: act(gate) * up, or ReLU). Readers of one value, and query
+heads of a KV group, share s. s_j = max|x_j|^alpha / max|W_j|^(1 - alpha) [arXiv 2211.10438], rounded to a
+power of two [ours], so that the folded graph computes the bits of the original.
 """
 
 from __future__ import annotations

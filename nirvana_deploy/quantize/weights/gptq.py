@@ -1,19 +1,9 @@
-"""Calibrated rounding: codes that keep the output of a linear, not its weights.
+"""Calibrated rounding of W [K, N] to V of least tr((W - V)^T H (W - V)), H = X^T X of the inputs.
 
-Rounding W [K, N] to V changes the output on calibration inputs X [tokens, K] by the squared error
-tr((W - V)^T H (W - V)) with H = X^T X, all that need be known of X. Three steps lower it, each a pure
-function of W and H:
-
-1. scales of least error, inputs weighed by diag(H) (``rounding.block_scales``);
-2. error feedback: inputs are rounded one after another, those with most energy first, and what each
-   loses is made up for by those not rounded yet [GPTQ, arXiv 2210.17323, its "act order" with scales
-   fixed beforehand, so that blocks stay consecutive inputs];
-3. coordinate descent: each code in turn is set to the best one given all others, so the error never
-   grows [QuantEase, arXiv 2309.01885]. After step 2 two sweeps take off another 3 to 12 %.
-
-Damping is relative to each input's own energy. The usual share of the mean energy is too much where one
-input is a thousand times stronger than the rest, as in the ``down_proj`` that makes attention sinks: it
-would hide what is known of the others.
+Three steps, pure functions of W and H: (1) block scales of least error weighed by diag(H); (2) error
+feedback, inputs of most energy first [GPTQ, arXiv 2210.17323, scales fixed beforehand]; (3) coordinate
+descent, each code the best given all others [QuantEase, arXiv 2309.01885]. Damping is relative to each
+input's own energy: a share of the mean would hide the weak inputs of a down_proj that makes attention sinks.
 """
 
 from __future__ import annotations
@@ -140,14 +130,6 @@ def descended_codes(
                 here.addr_(within[i], change)
             gradient.addmm_(H[:, chunk], left[chunk] - before)
     return codes
-
-
-def output_error(
-    weight: NDArray[np.float32], rounded: NDArray[np.float32], hessian: NDArray[np.float32]
-) -> float:
-    """Squared change of the output relative to the output: tr(E^T H E) / tr(W^T H W) with E = W - V."""
-    difference = weight - rounded
-    return float(np.sum(difference * (hessian @ difference)) / np.sum(weight * (hessian @ weight)))
 
 
 def _energy(hessian: NDArray[np.float32]) -> NDArray[np.float32]:

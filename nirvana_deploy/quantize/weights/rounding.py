@@ -24,9 +24,6 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 _SEARCHED_SHARES = np.linspace(0.45, 1.0, 23)
 """Candidate scales of the search, as shares of the one that reaches the block's largest weight."""
 
-_CHANNELS_AT_ONCE = 2048
-"""Output channels rounded together: a head has a hundred thousand, and what is in between is float32."""
-
 
 @dataclass(frozen=True)
 class RoundedWeight:
@@ -47,11 +44,6 @@ class RoundedWeight:
         values = self.codes.astype(np.float32)
         values *= per_row(self.scales.astype(np.float32), self.block_size, K)
         return values
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of codes and scales, packed."""
-        return self.codes.size * self.bits // 8 + self.scales.nbytes
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -87,6 +79,7 @@ def round_weight(
     search: bool = False,
     importance: NDArray[np.float32] | None = None,
     scale_dtype: np.dtype[np.generic] | None = None,
+    channels_at_once: int = 2048,
 ) -> RoundedWeight:
     """Round ``weight`` [K, N] to the nearest codes of symmetric scales; it is not changed.
 
@@ -98,8 +91,8 @@ def round_weight(
     dtype = np.dtype(np.float32) if scale_dtype is None else scale_dtype
     codes = np.empty((K, N), dtype=np.int8)
     scales: NDArray[Any] = np.empty((-(-K // block_size), N), dtype=dtype)
-    for start in range(0, N, _CHANNELS_AT_ONCE):
-        some = slice(start, start + _CHANNELS_AT_ONCE)
+    for start in range(0, N, channels_at_once):
+        some = slice(start, start + channels_at_once)
         values = checked(weight[:, some])
         scales[:, some] = block_scales(
             values, bits=bits, block_size=block_size, search=search, importance=importance, dtype=dtype

@@ -1,11 +1,7 @@
-"""What is known of an engine, in the JSON beside it: the only way to read an engine where no GPU is.
+"""The JSON sidecar of an engine: everything readable without a GPU.
 
-A serialized engine opens on a GPU alone. Everything a runner, ``inspect`` or a server needs before that
-(names, dtypes and dimensions, profiles, precision, targets, versions, what the build cost) is written to
-``<name>.json`` after the engine itself, so an engine without its JSON was never finished, and one whose
-bytes differ from the JSON is refused.
-
-Dimensions that vary are ``None`` in :class:`TensorRecord`; their ranges are in the profiles.
+Names, dtypes and dimensions, profiles, precision, targets, versions and the cost of the build. It is written
+after the engine, so an engine without its JSON was never finished, and one whose bytes differ is refused.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from nirvana_deploy.quantize.weights.gptq import (
     feedback_codes,
     inputs_of,
     inverse_factor,
-    output_error,
     round_calibrated,
 )
 from nirvana_deploy.quantize.weights.rounding import code_range, require_block_size, round_weight
@@ -61,10 +60,17 @@ def test_codes_are_the_nearest_of_their_scale(
             assert np.abs(wanted).max() <= high * (1 + 1e-6)  # the largest weight is reached, not clipped
 
 
-def test_channels_are_rounded_apart(weight: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch) -> None:
+def output_error(
+    weight: NDArray[np.float32], rounded: NDArray[np.float32], hessian: NDArray[np.float32]
+) -> float:
+    """Squared change of the output relative to the output: tr(E^T H E) / tr(W^T H W) with E = W - V."""
+    difference = weight - rounded
+    return float(np.sum(difference * (hessian @ difference)) / np.sum(weight * (hessian @ weight)))
+
+
+def test_channels_are_rounded_apart(weight: NDArray[np.float32]) -> None:
     whole = round_weight(weight, bits=4, block_size=32, search=True)
-    monkeypatch.setattr("nirvana_deploy.quantize.weights.rounding._CHANNELS_AT_ONCE", 7)
-    parts = round_weight(weight, bits=4, block_size=32, search=True)
+    parts = round_weight(weight, bits=4, block_size=32, search=True, channels_at_once=7)
     np.testing.assert_array_equal(parts.codes, whole.codes)
     np.testing.assert_array_equal(parts.scales, whole.scales)
 
