@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.calibrate.segments import Segments
 from nirvana_deploy.calibrate.texts import SourceText, read_source
 
 if TYPE_CHECKING:
     from nirvana_deploy.model.checkpoint import Checkpoint
 
-CALIBRATION_SEGMENTS = 4
-"""Segments per block; one more is held out."""
 _PIECE_CHARACTERS = 1 << 18
 
 
@@ -169,9 +168,9 @@ def _candidate_sets(
 
     text = read_source(source, progress=progress)
     stream = _token_stream(text.documents, tokenizer, progress)
-    cut = _Cut(length=len(stream), seq_len=seq_len, heldout_len=heldout_len)
-    cut.require(num_sequences, heldout_sequences, source=text.name)
-    starts = cut.calibration_starts
+    segments = Segments(length=len(stream), seq_len=seq_len, heldout_len=heldout_len)
+    segments.require(num_sequences, heldout_sequences, source=text.name)
+    starts = segments.calibration_starts
     if draws.stop * num_sequences > len(starts):
         fits = len(starts) // num_sequences
         raise NirvanaError(
@@ -180,7 +179,7 @@ def _candidate_sets(
             hint=f"Pass --candidates {fits}, smaller sets (--num-sequences), or a longer text.",
         )
     drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(starts))
-    spread = np.arange(heldout_sequences) * len(cut.heldout_starts) // max(heldout_sequences, 1)
+    spread = np.arange(heldout_sequences) * len(segments.heldout_starts) // max(heldout_sequences, 1)
     return CandidateSets(
         calibrations=tuple(
             _windows(
@@ -193,7 +192,7 @@ def _candidate_sets(
             )
             for draw in draws
         ),
-        heldout=(_windows(stream, [cut.heldout_starts[i] for i in spread], heldout_len, text, None),),
+        heldout=(_windows(stream, [segments.heldout_starts[i] for i in spread], heldout_len, text, None),),
     )
 
 
@@ -243,65 +242,6 @@ def _pieces(document: str) -> Iterator[str]:
             start = end
     if start < len(document):
         yield document[start:]
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """Layout of a stream: which windows fit, and how many tokens a request needs."""
-
-    length: int
-    seq_len: int
-    heldout_len: int
-
-    @property
-    def segment(self) -> int:
-        return max(self.seq_len, self.heldout_len)
-
-    @property
-    def block(self) -> int:
-        return (CALIBRATION_SEGMENTS + 1) * self.segment
-
-    @property
-    def calibration_starts(self) -> list[int]:
-        return self._starts(0, CALIBRATION_SEGMENTS * self.segment, self.seq_len)
-
-    @property
-    def heldout_starts(self) -> list[int]:
-        return self._starts(CALIBRATION_SEGMENTS * self.segment, self.block, self.heldout_len)
-
-    def _starts(self, begin: int, end: int, window: int) -> list[int]:
-        """Starts of adjacent windows that fit into [begin, end) of each block."""
-        return [
-            start
-            for block in range(0, self.length, self.block)
-            for start in range(block + begin, min(block + end, self.length) - window + 1, window)
-        ]
-
-    def require(self, num_sequences: int, heldout_sequences: int, *, source: str) -> None:
-        """Raise NirvanaError unless the requested windows fit."""
-        fits, heldout_fits = len(self.calibration_starts), len(self.heldout_starts)
-        if fits >= num_sequences and heldout_fits >= heldout_sequences:
-            return
-        calibration_end = CALIBRATION_SEGMENTS * self.segment
-        needed = max(
-            self._needed(num_sequences, 0, calibration_end, self.seq_len),
-            self._needed(heldout_sequences, calibration_end, self.block, self.heldout_len),
-        )
-        fitting = f"--num-sequences {fits}" if 0 < fits < num_sequences else "a longer text"
-        raise NirvanaError(
-            f"{source} is too short: it has {self.length:,} tokens with this model's tokenizer. "
-            f"{num_sequences} x {self.seq_len} tokens of calibration and {heldout_sequences} x "
-            f"{self.heldout_len} held out (one token in {CALIBRATION_SEGMENTS + 1} is reserved for these) "
-            f"need {needed:,}.",
-            hint=f"What fits: {fits} calibration and {heldout_fits} held-out windows. Give {fitting}.",
-        )
-
-    def _needed(self, count: int, begin: int, end: int, window: int) -> int:
-        """Fewest tokens in which ``count`` windows fit."""
-        if not count:
-            return 0
-        full_blocks, last = divmod(count - 1, (end - begin) // window)
-        return full_blocks * self.block + begin + (last + 1) * window
 
 
 def _windows(

@@ -1,7 +1,6 @@
-"""What can be removed, as sums and indices: pure maths between weights and units.
+"""Units as sums and indices: per-weight scores add up to unit scores, kept units expand to rows and columns.
 
-The units are KV groups and FFN neurons (``model/families.py``). Two directions live here: per-weight
-scores are summed into unit scores, and kept units are expanded into tensor rows and columns.
+A unit is a KV group or an FFN neuron (``model/family.py``). Pure maths on tensors.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def _exact_sum(score: torch.Tensor, dimension: int, block_elements: int) -> torc
 
 @dataclass(frozen=True)
 class Kept:
-    """Which positions of one dimension of a tensor stay."""
+    """Positions that stay in one dimension of a tensor."""
 
     dimension: int
     positions: torch.Tensor
@@ -85,7 +84,7 @@ class Kept:
 def kept_positions(
     shape: ModelShape, kept_groups: Sequence[Sequence[int]], kept_neurons: Sequence[Sequence[int]]
 ) -> dict[str, Kept]:
-    """Tensor name -> what stays of it, for every tensor that loses something; [layers][kept units] in."""
+    """Tensor name -> kept positions, for every tensor that loses some; units are [layers][kept]."""
     d, g = shape.head_dim, shape.query_heads_per_group
     kept: dict[str, Kept] = {}
     for layer, (groups, neurons) in enumerate(zip(kept_groups, kept_neurons, strict=True)):

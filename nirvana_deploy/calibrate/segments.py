@@ -1,0 +1,71 @@
+"""Where the windows of a token stream begin: of every five segments, four calibrate and one is held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nirvana_deploy.base.errors import NirvanaError
+
+_CALIBRATION_SEGMENTS = 4
+"""Segments per block; one more is held out."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Layout of a stream: which windows fit, and how many tokens a request needs."""
+
+    length: int
+    seq_len: int
+    heldout_len: int
+
+    @property
+    def _segment(self) -> int:
+        return max(self.seq_len, self.heldout_len)
+
+    @property
+    def _block(self) -> int:
+        return (_CALIBRATION_SEGMENTS + 1) * self._segment
+
+    @property
+    def calibration_starts(self) -> list[int]:
+        """Starts of the windows that a seed can draw."""
+        return self._starts(0, _CALIBRATION_SEGMENTS * self._segment, self.seq_len)
+
+    @property
+    def heldout_starts(self) -> list[int]:
+        """Starts of the windows that no seed can draw."""
+        return self._starts(_CALIBRATION_SEGMENTS * self._segment, self._block, self.heldout_len)
+
+    def _starts(self, begin: int, end: int, window: int) -> list[int]:
+        """Starts of adjacent windows that fit into [begin, end) of each block."""
+        return [
+            start
+            for block in range(0, self.length, self._block)
+            for start in range(block + begin, min(block + end, self.length) - window + 1, window)
+        ]
+
+    def require(self, num_sequences: int, heldout_sequences: int, *, source: str) -> None:
+        """Raise NirvanaError unless the requested windows fit."""
+        fits, heldout_fits = len(self.calibration_starts), len(self.heldout_starts)
+        if fits >= num_sequences and heldout_fits >= heldout_sequences:
+            return
+        calibration_end = _CALIBRATION_SEGMENTS * self._segment
+        needed = max(
+            self._needed(num_sequences, 0, calibration_end, self.seq_len),
+            self._needed(heldout_sequences, calibration_end, self._block, self.heldout_len),
+        )
+        fitting = f"--num-sequences {fits}" if 0 < fits < num_sequences else "a longer text"
+        raise NirvanaError(
+            f"{source} is too short: it has {self.length:,} tokens with this model's tokenizer. "
+            f"{num_sequences} x {self.seq_len} tokens of calibration and {heldout_sequences} x "
+            f"{self.heldout_len} held out (one token in {_CALIBRATION_SEGMENTS + 1} is reserved for these) "
+            f"need {needed:,}.",
+            hint=f"What fits: {fits} calibration and {heldout_fits} held-out windows. Give {fitting}.",
+        )
+
+    def _needed(self, count: int, begin: int, end: int, window: int) -> int:
+        """Fewest tokens in which ``count`` windows fit."""
+        if not count:
+            return 0
+        full_blocks, last = divmod(count - 1, (end - begin) // window)
+        return full_blocks * self._block + begin + (last + 1) * window
