@@ -31,6 +31,7 @@ from nirvana_deploy.runtime.tensorrt.record import read_engine_record, record_pa
 from nirvana_deploy.verify.against_torch import verify_onnx
 
 trt = needs("tensorrt_rtx")
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")

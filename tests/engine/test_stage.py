@@ -38,6 +38,7 @@ from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record
 
 trt = needs("tensorrt_rtx")
+pytestmark = pytest.mark.integration
 SIZES = ["--max-batch", "2", "--max-length", str(CACHE_TOKENS), "--opt-prompt", "16", "--target", "sm86"]
 
 

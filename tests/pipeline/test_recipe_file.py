@@ -75,6 +75,7 @@ def test_a_missing_file_names_the_command(tmp_path: Path) -> None:
         read_recipe(tmp_path / "none.toml")
 
 
+@pytest.mark.integration
 def test_the_command_shows_it_and_its_file_does_the_same_job(tmp_path: Path) -> None:
     shown = CliRunner().invoke(commands, ["recipe", "smollm2", "--sparsity", "0.4", "--quantize", "w4"])
     assert shown.exit_code == 0, shown.output

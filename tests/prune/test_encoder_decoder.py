@@ -212,6 +212,7 @@ def test_cached_generation_equals_the_whole_forward(t5: Path, tmp_path: Path, ha
     torch.testing.assert_close(cached, model.generate(halves[0], use_cache=False, **options), rtol=0, atol=0)
 
 
+@pytest.mark.integration
 def test_a_fresh_process_loads_it_with_transformers_alone(t5: Path, tmp_path: Path, halves: Tokens) -> None:
     slice_checkpoint(Checkpoint.open(t5), plan_for(t5, seed=0), tmp_path / "pruned")
     script = """

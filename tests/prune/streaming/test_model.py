@@ -102,6 +102,7 @@ def test_sharded_checkpoints_of_half_precision_score_in_float32(
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("saliency", ["nirvana", "taylor", "wanda-sp", "flap"])
 def test_another_number_of_threads_gives_the_same_plan(tmp_path: Path, saliency: str) -> None:
     config = LlamaConfig(

@@ -85,6 +85,7 @@ def test_the_decision_fits_a_float16_export(pruned: Path, tmp_path: Path, tokens
     assert yardstick.divergence(Runner(half.path).logits) < 0.02
 
 
+@pytest.mark.integration
 def test_encoder_decoders_are_quantized_in_both_graphs(t5: Path, tmp_path: Path) -> None:
     windows = np.random.default_rng(0).integers(3, VOCABULARY, size=(4, 24))
     graphs = open_folder(t5)
@@ -126,6 +127,7 @@ def test_encoder_decoders_are_quantized_in_both_graphs(t5: Path, tmp_path: Path)
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("scheme", ["w8", "w4"])
 def test_encoder_decoders_are_rounded_in_both_graphs(t5: Path, tmp_path: Path, scheme: str) -> None:
     windows = np.random.default_rng(0).integers(3, VOCABULARY, size=(24, 24))

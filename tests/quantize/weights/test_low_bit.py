@@ -423,6 +423,7 @@ def _memory_record(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.integration
 def test_memory_of_a_deep_tiny_model_is_that_of_a_shallow_one(tmp_path: Path) -> None:
     options = ["--scheme", "int8", "--smooth", "0.7", "--dtype", "fp32"]
     record = _memory_record(tmp_path, "tiny", "--layers", "2", "64", *options)
@@ -434,6 +435,7 @@ def test_memory_of_a_deep_tiny_model_is_that_of_a_shallow_one(tmp_path: Path) ->
     assert record["promise"]["kept"] == {"peak": True, "depth": True}
 
 
+@pytest.mark.integration
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [["--scheme", "w4"], ["--scheme", "int8", "--smooth", "0.7", "--dtype", "fp32"]]

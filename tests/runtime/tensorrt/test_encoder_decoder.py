@@ -191,6 +191,7 @@ def test_a_prompt_beyond_the_profiles_is_refused(runner: TensorRTSeq2Seq) -> Non
         runner.prefill(np.zeros((1, 0), dtype=np.int64))
 
 
+@pytest.mark.integration
 def test_an_onnx_folder_is_built_from_a_copy_without_the_branch(tmp_path: Path) -> None:
     """With the real builder: it refuses the decoder as it is exported."""
     needs("tensorrt_rtx")

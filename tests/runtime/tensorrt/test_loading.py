@@ -182,6 +182,7 @@ def test_what_the_runner_reads_of_the_real_module_is_there() -> None:
 # planning from the record of a real build
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("in_place", [False, True], ids=["concat", "in-place"])
 def test_the_record_of_a_real_build_drives_the_runner(tmp_path: Path, in_place: bool) -> None:
     """Real names, dtypes, aliases and profiles (prefill of an empty past), and a fake that computes."""
