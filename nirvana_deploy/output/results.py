@@ -10,20 +10,6 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """The text that was drawn, and the text that quality is measured on."""
-
-    source: str
-    num_sequences: int
-    seq_len: int
-    text_sha256: str | None
-    seed: int | None
-    draw: int | None
-    evaluation_source: str
-    evaluation_text_sha256: str | None
-
-
-@dataclass(frozen=True)
 class Reconstructed:
     """The refit of what a cut leaves of o and down."""
 
