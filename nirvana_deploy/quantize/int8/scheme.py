@@ -68,9 +68,9 @@ def slow_host_note(cpu_flags: Collection[str] | None) -> str | None:
     if cpu_flags is None or _DOT_PRODUCT_FLAGS.intersection(cpu_flags):
         return None
     return (
-        "This CPU has no integer dot product (VNNI, AMX or Arm's). int8 computes the same numbers here, "
-        "but signed-by-signed kernels are slow without it: expect a quarter of the bytes and no more speed "
-        "than float; measure before deploying (nirvana-deploy benchmark)."
+        "This CPU has no integer dot product (VNNI, AMX or Arm's). Without it ONNX Runtime's int8 kernels "
+        "are slow, and their 16-bit sums saturate: expect no more speed than float and other numbers than on a "
+        "CPU that has one. Measure where you deploy (nirvana-deploy benchmark, evaluate)."
     )
 
 
