@@ -69,7 +69,7 @@ def slow_host_note(cpu_flags: Collection[str] | None) -> str | None:
         return None
     return (
         "This CPU has no integer dot product (VNNI, AMX or Arm's). Without it ONNX Runtime's int8 kernels "
-        "are slow, and their 16-bit sums saturate: expect no more speed than float and other numbers than on a "
+        "are slow and saturate 16-bit sums: expect no more speed than float, and other numbers than on a "
         "CPU that has one. Measure where you deploy (nirvana-deploy benchmark, evaluate)."
     )
 
