@@ -122,6 +122,8 @@ def _type(field: Field) -> click.ParamType[Any]:
     words = tuple(word for part in types if get_origin(part) is Literal for word in get_args(part))
     if words:
         return NumberOrWord(words)
+    if option.existing_folder:
+        return click.Path(exists=True, file_okay=False, path_type=Path)
     if Path in types:
         return click.Path(path_type=Path)
     if int in types:

@@ -46,6 +46,8 @@ class Option:
     resumable: bool = False
     """Whether a resumed run may change it: it adds stages and changes none that is finished."""
     metavar: str | None = None
+    existing_folder: bool = False
+    """A path that must be a folder."""
     size: bool = False
     """A number of bytes, on the command line also as 512M or 2G."""
 

@@ -28,8 +28,8 @@ class Job:
 
     model: str
     """An alias, a hub id, a folder or a .gguf file."""
-    calibration: Calibration
     pruning: Pruning
+    calibration: Calibration
     export: Export
     quantization: Schemes
     engine: Engines
@@ -45,8 +45,8 @@ class Job:
 
 
 SECTIONS: dict[str, type[Any]] = {
-    "calibration": Calibration,
     "pruning": Pruning,
+    "calibration": Calibration,
     "export": Export,
     "quantization": Schemes,
     "engine": Engines,

@@ -33,5 +33,8 @@ class Generation:
     chat: Annotated[bool, Option("Put the prompt into the model's chat template.")] = False
     tokenizer: Annotated[
         Path | None,
-        Option("Folder with the tokenizer. [the model's own, or the one of its output folder]"),
+        Option(
+            "Folder with the tokenizer. [the model's own, or the one of its output folder]",
+            existing_folder=True,
+        ),
     ] = None

@@ -118,8 +118,9 @@ def runtime_named(name: str) -> Runtime:
 
 
 def engine_runtimes() -> dict[str, Runtime]:
-    """The runtimes that take engine files."""
-    return {name: row for name, row in RUNTIMES.items() if row.takes == "engine"}
+    """The runtimes that take engine files, the default first."""
+    engines = {name: row for name, row in RUNTIMES.items() if row.takes == "engine"}
+    return {DEFAULT_ENGINE: engines.pop(DEFAULT_ENGINE), **engines}
 
 
 def runtime_of_provider(provider: str) -> str:
