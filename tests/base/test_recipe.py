@@ -23,6 +23,7 @@ class Tea:
     extras: Annotated[tuple[str, ...], Option("Beside it.", choices=lambda: ("milk", "lemon"))] = ()
     hot: Annotated[bool, Option("Whether it is hot.")] = True
     pot: Annotated[Path | None, Option("Where it is made.")] = None
+    strength: Annotated[float, Option("How strong.", minimum=0)] = 0.5
 
 
 def test_values_become_the_types_of_their_fields() -> None:
@@ -49,10 +50,18 @@ def test_values_become_the_types_of_their_fields() -> None:
             "tea.toml: extras = ['milk', 'mlik'] is not allowed; it takes a list of 'milk' or 'lemon'."
             " Did you mean 'milk'?",
         ),
+        *(
+            (
+                {"strength": bad},
+                f"tea.toml: strength = {bad} is not allowed; it takes a number of at least 0.",
+            )
+            for bad in (-0.1, float("nan"))
+        ),
         ({"hot": 1}, "tea.toml: hot = 1 is not allowed; it takes true or false."),
         (
             {"cup": 2},
-            "tea.toml: unknown key 'cup'. Did you mean 'cups'? Known: cups, sugar, kind, extras, hot, pot.",
+            "tea.toml: unknown key 'cup'. Did you mean 'cups'? Known: cups, sugar, kind, extras, hot, pot, "
+            "strength.",
         ),
     ],
 )

@@ -98,3 +98,11 @@ def test_a_qwen_with_sliding_layers_is_refused(tmp_path: Path, kind: str, change
     config = config_json(write_tiny(tmp_path, kind)) | change
     with pytest.raises(NirvanaError, match="sliding-window attention"):
         shape_from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "mistral"])
+def test_a_window_is_refused_where_every_layer_would_slide(tmp_path: Path, kind: str) -> None:
+    config = config_json(write_tiny(tmp_path, kind))
+    assert shape_from_config(config | {"sliding_window": None})
+    with pytest.raises(NirvanaError, match=r"sliding-window attention \(sliding_window = 64\)"):
+        shape_from_config(config | {"sliding_window": 64})

@@ -59,6 +59,16 @@ def test_what_needs_a_stage_is_made_anew_with_it(tmp_path: Path, damaged: str, a
     assert list(json.loads((tmp_path / "manifest.json").read_text())["stages"]) == ["a", "b", "d", "c"]
 
 
+def test_a_stage_that_is_new_makes_anew_what_did_without_it(tmp_path: Path) -> None:
+    run_all(tmp_path, resume=False)
+    log: list[str] = []
+    run = begun(tmp_path, resume=True)
+    run.run(Stage("never-run", (), (), lambda: None))
+    for stage in stages(run, log):
+        run.run(stage)
+    assert log == ["b", "c"]
+
+
 def test_what_needs_it_is_forgotten_before_the_work(tmp_path: Path) -> None:
     run_all(tmp_path, resume=False)
     (tmp_path / "a").unlink()
