@@ -66,6 +66,14 @@ def test_a_growing_cache_has_a_prefill_and_a_decode_profile(tmp_path: Path) -> N
     }
 
 
+def test_the_lengths_that_are_tuned_for_are_not_the_longest(tmp_path: Path) -> None:
+    source = source_of(tmp_path, CONCAT)
+    prefill, decode = profiles_for(source, Lengths(max_length=100, opt_prompt=7, opt_length=30))
+    assert prefill.sizes["sequence_length"] == Range(1, 7, 100)
+    assert decode.sizes["past_sequence_length"] == Range(1, 29, 99)
+    assert decode.sizes["total_sequence_length"] == Range(2, 30, 100)
+
+
 def test_a_cache_in_place_gives_the_longest_sequence(tmp_path: Path) -> None:
     source = source_of(tmp_path, IN_PLACE)
     prefill, decode = (shapes_of(source, p) for p in profiles_for(source, Lengths()))

@@ -284,8 +284,13 @@ def test_weights_are_those_of_the_checkpoint(checkpoint: Path, weight_type: str,
         ("token_embd.weight", "model.embed_tokens"),
         ("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj"),
         ("blk.2.attn_norm.weight", "model.layers.2.input_layernorm"),
+        ("blk.1.attn_q.weight", "model.layers.1.self_attn.q_proj"),
+        ("blk.1.attn_k.weight", "model.layers.1.self_attn.k_proj"),
+        ("blk.1.attn_v.weight", "model.layers.1.self_attn.v_proj"),
     ):
-        want = weights.load(f"{source}.weight").numpy()
+        loaded = weights.load(f"{source}.weight")
+        rotates = "attn_q." in name or "attn_k." in name
+        want = (pairs_adjacent(loaded, 8) if rotates else loaded).numpy()
         got = gguf.quants.dequantize(found[name].data, found[name].tensor_type)
         exact = tolerance == 0 or want.ndim == 1
         assert np.abs(got - want).max() <= (0 if exact else tolerance * np.abs(want).max())

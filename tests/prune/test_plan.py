@@ -12,7 +12,7 @@ import pytest
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.families import FAMILIES, shape_from_config
 from nirvana_deploy.model.shape import LayerShape, ModelShape
-from nirvana_deploy.prune.allocation import kept_units
+from nirvana_deploy.prune.allocation import kept_units, whole
 from nirvana_deploy.prune.plan import (
     check_plan_fits,
     default_gamma,
@@ -129,6 +129,11 @@ def test_the_lowest_scores_go_and_every_layer_keeps_its_best() -> None:
     scores = [np.array([0.1, 0.2, 0.3]), np.array([1.0, 2.0, 3.0])]
     kept = kept_units(scores, 3, at_least=1)
     assert [list(mask) for mask in kept] == [[False, False, True], [False, True, True]]
+
+
+def test_a_count_that_is_whole_on_paper_is_not_one_less() -> None:
+    assert 0.29 * 100 < 29 and whole(0.29 * 100) == 29
+    assert whole(28.999) == 28
 
 
 def test_ties_are_cut_by_position_and_never_change_the_count() -> None:

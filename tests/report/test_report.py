@@ -307,13 +307,17 @@ def test_the_perplexity_caution_starts_above_half_as_much_again() -> None:
     assert findings.cautions(records) == ()
 
 
+@pytest.mark.parametrize(("metric", "word"), [("tpot", "Decode"), ("prefill", "Prefill")])
 @pytest.mark.parametrize(("share", "cautioned"), [(0.89, True), (0.91, False)])
-def test_a_speed_up_far_from_its_bound_is_a_caution(share: float, cautioned: bool) -> None:
+def test_a_speed_up_far_from_its_bound_is_a_caution(
+    share: float, cautioned: bool, metric: str, word: str
+) -> None:
     records = frozen_records()
     assert records.benchmark is not None
     comparison = records.benchmark["comparisons"][0]
-    comparison["tpot_speedup"] = share * comparison["bound_tpot_speedup"]
-    said = [caution for caution in findings.cautions(records) if caution.startswith("Decode of pruned")]
+    for one in ("tpot", "prefill"):  # the other one is at its bound
+        comparison[f"{one}_speedup"] = (share if one == metric else 1) * comparison[f"bound_{one}_speedup"]
+    said = [caution for caution in findings.cautions(records) if caution.startswith(f"{word} of pruned")]
     assert bool(said) == cautioned
     if said:
         assert "89.0% of its bound" in said[0] and "a busy machine" in said[0]

@@ -75,6 +75,15 @@ def test_channels_are_rounded_apart(weight: NDArray[np.float32]) -> None:
     np.testing.assert_array_equal(parts.scales, whole.scales)
 
 
+def test_importance_moves_the_error_to_inputs_that_matter_less(weight: NDArray[np.float32]) -> None:
+    energy = np.logspace(-2, 2, K).astype(np.float32)
+    plain, weighed = (
+        (energy @ (round_weight(weight, bits=4, block_size=24, **how).dequantized() - weight) ** 2).sum()
+        for how in ({"search": True}, {"search": True, "importance": energy})
+    )
+    assert weighed < 0.99 * plain
+
+
 def test_a_searched_scale_is_never_worse(weight: NDArray[np.float32]) -> None:
     energy = np.linspace(0.1, 5, K).astype(np.float32)
     for importance in (None, energy):
