@@ -128,7 +128,7 @@ def quantize(options: argparse.Namespace, work: Path) -> None:
             "seconds": time.perf_counter() - start,
             "imported_rss_bytes": imported,
             "peak_rss_bytes": peak_rss_bytes(),
-            "weights_bytes": result.weights_bytes,
+            "weights_bytes": result.record["weights_bytes"],
             "coverage": result.coverage.line,
         },
     )

@@ -25,6 +25,7 @@ from nirvana_deploy.measure.benchmark import _weights_bytes
 from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.runtime.models import models_for
+from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.runtime.tensorrt.record import encoder_beside
 from nirvana_deploy.verify.folder import verify_folder
 
@@ -140,7 +141,7 @@ def test_verify_finds_a_damaged_weight(finished: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"flavor": "gqa"}, "cannot be exported with the flavor gqa"),
-        ({"quantize": ("int9",)}, "Unknown scheme 'int9'"),
+        ({"quantize": ("int9",)}, r"quantize = \('int9',\) is not allowed; .* Did you mean 'int8'"),
     ],
 )
 def test_what_cannot_be_had_is_refused_before_any_work(
@@ -180,7 +181,8 @@ def test_engines_are_verified_judged_and_run_like_the_onnx(with_engines: Path) -
     assert set(checked.compared) == {"engine/dense-decoder.engine", "engine/pruned-decoder.engine"}
     checked.require_passed()
     run, on_cpu = Run.open(out), record(out, "quality.json")["variants"]
-    judged = measuring.quality(run, threads=1, runtime="tensorrt-rtx", redo=True)["variants"]
+    stage = measuring.quality(run, Place(runtime="tensorrt-rtx", threads=1))
+    judged = run.run(stage, redo=True)["variants"]
     for name in ("dense", "pruned"):
         assert judged[name]["perplexity"] == pytest.approx(on_cpu[name]["perplexity"], rel=1e-5)
     options = ["--prompt", "Hello", "--max-new-tokens", "6", "--json"]

@@ -59,7 +59,10 @@ def test_options_win_over_the_base(job: Job) -> None:
             "schema = 1\nmodel = 'm'\n[pruning]\nsparsty = 0.4",
             "unknown key 'sparsty'. Did you mean 'sparsity'?",
         ),
-        ("schema = 1\nmodel = 'm'\n[calibration]\nseq_len = 1", "[calibration]: seq_len = 1 is not allowed"),
+        (
+            "schema = 1\nmodel = 'm'\n[pruning]\nsparsity = 0.4\n[calibration]\nseq_len = 1",
+            "[calibration]: seq_len = 1 is not allowed",
+        ),
         ("schema = [", "is not a recipe in TOML"),
     ],
 )
