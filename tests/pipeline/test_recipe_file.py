@@ -90,6 +90,15 @@ def test_the_command_shows_it_and_its_file_does_the_same_job(tmp_path: Path) -> 
     assert json.loads(changed.stdout)["quantization"]["quantize"] == ["w4"]
 
 
+def test_a_model_that_is_typed_wins_over_the_recipe(job: Job, tmp_path: Path) -> None:
+    write_recipe(job, tmp_path / "r.toml")
+    for typed, model in ((["other"], "other"), ([], job.model)):
+        shown = CliRunner().invoke(
+            commands, ["recipe", *typed, "--recipe", str(tmp_path / "r.toml"), "--json"]
+        )
+        assert json.loads(shown.stdout)["model"] == model
+
+
 def test_neither_model_nor_recipe_is_a_usage_error() -> None:
     for arguments in (["prune-export", "--sparsity", "0.4"], ["recipe", "smollm2"]):
         assert CliRunner().invoke(commands, arguments).exit_code == 2
