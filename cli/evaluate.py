@@ -21,10 +21,15 @@ from .options import json_option, recipe_options, taken
 def evaluate(out: Path, as_json: bool, **options: Any) -> None:
     """Measure perplexity, and KL against dense, of the ONNX models in OUT; rewrites the report.
 
+    With --tasks also zero-shot accuracy, by lm-evaluation-harness. A .jsonl file is one task, named after the
+    file, and needs no network. Its rows have the keys query, choices, gold (an index); or context_options,
+    continuation, gold; or context, continuation (every token of it must be the likeliest).
+
     \b
     Example:
       nirvana-deploy evaluate smollm2-s0.4 --eval-text handbook.txt --window 512
       nirvana-deploy evaluate smollm2-s0.4 --ntk
+      nirvana-deploy evaluate smollm2-s0.4 --tasks piqa.jsonl,winogrande.jsonl --limit 100
       nirvana-deploy evaluate smollm2-s0.4 --tasks piqa,arc_easy --limit 100
       nirvana-deploy evaluate smollm2-s0.4 --tasks mine --include-path my-tasks
     """
@@ -44,7 +49,7 @@ def evaluate(out: Path, as_json: bool, **options: Any) -> None:
     if "ntk" in result:
         _show_kernel(result["ntk"])
     if "tasks" in result:
-        _show_tasks(result["tasks"]["variants"])
+        _show_tasks(result["tasks"])
 
 
 def _show_quality(result: dict[str, Any]) -> None:
@@ -68,13 +73,7 @@ def _show_kernel(record: dict[str, Any]) -> None:
     click.echo("\n" + "\n\n".join(explain(record)))
 
 
-def _show_tasks(variants: dict[str, Any]) -> None:
-    from nirvana_deploy.report.table import format_number
+def _show_tasks(record: dict[str, Any]) -> None:
+    from nirvana_deploy.report.tasks_page import headers, rows
 
-    rows = [
-        [f"{task} {metric}", name, format_number(value)]
-        for name, found in variants.items()
-        for task, metrics in found.items()
-        for metric, value in metrics.items()
-    ]
-    echo_table(["Task", "Variant", "Value"], sorted(rows), title="lm-evaluation-harness")
+    echo_table(headers(record), rows(record), title="lm-evaluation-harness")

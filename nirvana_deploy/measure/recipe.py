@@ -63,7 +63,11 @@ class Evaluation:
     ntk: Annotated[bool, Option("Also measure how far the cut changed the tangent kernel.")] = False
     ntk_windows: Annotated[int, Option("Number of held-out windows for --ntk.", minimum=1)] = 4
     tasks: Annotated[
-        str | None, Option("Tasks of lm-evaluation-harness, separated by commas: piqa,arc_easy.")
+        str | None,
+        Option(
+            "Tasks, separated by commas: .jsonl files, folders of them, "
+            "or names that lm-evaluation-harness fetches."
+        ),
     ] = None
     tasks_on: Annotated[
         str | None,
@@ -75,4 +79,7 @@ class Evaluation:
     task_folder: Annotated[
         Path | None, Option("Folder with the yaml files of further tasks.", flag="--include-path")
     ] = None
-    limit: Annotated[int | None, Option("Examples per task. [all]", minimum=1)] = None
+    limit: Annotated[int | None, Option("Examples per task, from its start. [all]", minimum=1)] = None
+    batch_size: Annotated[
+        int, Option("Sequences per step of --tasks on a checkpoint; ONNX models take one.", minimum=1)
+    ] = 8

@@ -22,7 +22,7 @@ from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
 from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
-from nirvana_deploy.measure.recipe import Workload
+from nirvana_deploy.measure.recipe import Evaluation, Workload
 from nirvana_deploy.measure.tasks import evaluate_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
@@ -187,6 +187,7 @@ def tasks(
     limit: int | None,
     include_path: Path | None = None,
     on: str | None = None,
+    batch_size: int = Evaluation.batch_size,
 ) -> Stage:
     """Run tasks of lm-evaluation-harness on the models of the folder; its result is tasks.json.
 
@@ -208,7 +209,14 @@ def tasks(
         models |= {f"{DENSE}{suffix}": dense_checkpoint(run), f"{PRUNED}{suffix}": run.out / CHECKPOINT}
 
     def work() -> dict[str, Any]:
-        result = evaluate_tasks(models, names, limit=limit, include_path=include_path, progress=run.progress)
+        result = evaluate_tasks(
+            models,
+            names,
+            limit=limit,
+            include_path=include_path,
+            batch_size=batch_size,
+            progress=run.progress,
+        )
         write_json(run.out / TASKS_FILE, result)
         return result
 

@@ -90,7 +90,14 @@ def evaluate_folder(
         kernel = run.run(tangent_kernel(run, windows=recipe.ntk_windows), redo=True)
         result = {**result, "ntk": kernel}
     if names:
-        asked = tasks(run, names, limit=recipe.limit, include_path=recipe.task_folder, on=recipe.tasks_on)
+        asked = tasks(
+            run,
+            names,
+            limit=recipe.limit,
+            include_path=recipe.task_folder,
+            on=recipe.tasks_on,
+            batch_size=recipe.batch_size,
+        )
         result = {**result, "tasks": run.run(asked, redo=True)}
     run.run(report(run))
     return result

@@ -26,7 +26,7 @@ from nirvana_deploy.output.records import (
     listed_files,
     read_records,
 )
-from nirvana_deploy.report import deployed_page, figures, findings, ntk_page
+from nirvana_deploy.report import deployed_page, figures, findings, ntk_page, tasks_page
 from nirvana_deploy.report.facts import details, encoder_decoder, evaluation_source
 from nirvana_deploy.report.table import (
     ABSENT,
@@ -222,23 +222,17 @@ def _kernel_figure(records: Records) -> PlacedFigure | None:
     return PlacedFigure(Markup(figures.kernel_figure(record)), caption)
 
 
-def _task_rows(records: Records) -> tuple[tuple[str, ...], ...]:
-    """Rows of the task table: task, metric, one cell per variant; the first row is the header."""
-    variants = (records.stage(stage.TASKS).get("result") or {}).get("variants") or {}
-    if not variants:
-        return ()
-    keys = dict.fromkeys(
-        (task, metric) for found in variants.values() for task in found for metric in found[task]
-    )
-    rows = [
-        (task, metric, *(_cell(found.get(task, {}).get(metric)) for found in variants.values()))
-        for task, metric in keys
-    ]
-    return (("task", "metric", *variants), *rows)
-
-
-def _cell(value: float | None) -> str:
-    return ABSENT if value is None else format_number(value)
+def _tasks(records: Records) -> dict[str, Any] | None:
+    """Context of the section on tasks; None if none was run."""
+    record = records.stage(stage.TASKS).get("result")
+    if not record or not record.get("variants"):
+        return None
+    with complete(f"manifest.json: the result of stage {stage.TASKS!r}"):
+        return {
+            "says": tasks_page.explain(record),
+            "headers": tasks_page.headers(record),
+            "rows": tasks_page.rows(record),
+        }
 
 
 def _stage_figure(records: Records) -> PlacedFigure | None:
@@ -334,7 +328,7 @@ def report_context(records: Records) -> dict[str, Any]:
         "engines": deployed_page.engine_rows(records),
         "details": details(records),
         "kernel": _kernel(records),
-        "tasks": _task_rows(records),
+        "tasks": _tasks(records),
         "checks": _checks(records),
         "layers": _layer_rows(records),
         "files": listed_files(records),

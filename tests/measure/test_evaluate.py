@@ -133,11 +133,12 @@ def test_tasks_are_run_on_both_models_and_reported(cut: Path, monkeypatch: pytes
     assert variants["pruned"] == {"piqa": {"acc,none": 0.6}, "arc_easy": {"acc,none": 0.6}}
     dense, pruned = calls  # a folder without ONNX: its checkpoints
     assert dense["tasks"] == ["piqa", "arc_easy"] and dense["limit"] == 5 and dense["model"] == "hf"
+    assert dense["batch_size"] == 8 and not dense["log_samples"] and "task_manager" not in dense
     assert dense["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert "trust_remote_code" not in dense["model_args"]
     assert pruned["model_args"]["trust_remote_code"] is True
     assert pruned["model_args"]["pretrained"].endswith("checkpoint")
-    assert "arc\\_easy | acc,none | 0.600 | 0.600" in (cut / "report.md").read_text()
+    assert "arc\\_easy | acc | 0.600 | 0.600" in (cut / "report.md").read_text()
 
 
 def test_foreign_code_and_unknown_tasks_are_refused(
@@ -169,13 +170,29 @@ def test_tasks_run_on_what_is_asked(out: Path, cut: Path, monkeypatch: pytest.Mo
     assert [call["model"] for call in calls] == ["onnxruntime"] * 2 + ["hf"] * 2 + ["onnxruntime"] * 2 + [
         "hf"
     ] * 2
-    assert calls[1]["model_args"] == {"pretrained": str(out / "onnx")}
+    assert calls[1]["model_args"] == {"pretrained": str(out / "onnx")} and "batch_size" not in calls[1]
     with pytest.raises(NirvanaError, match="no ONNX model to run tasks on"):
         evaluate_folder(cut, Evaluation(tasks="piqa", tasks_on="onnx"))
     with pytest.raises(NirvanaError, match="nowhere is not a folder"):
         evaluate_folder(cut, Evaluation(tasks="piqa", task_folder=cut / "nowhere"))
     usage = CliRunner().invoke(evaluate, [str(out), "--include-path", str(out)])
     assert usage.exit_code == 2 and "--tasks" in usage.output
+
+
+def test_a_bad_tasks_file_is_refused_before_any_work(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    harness(monkeypatch, calls)
+    before = (out / "quality.json").stat().st_mtime_ns
+    bad = tmp_path / "piqa.jsonl"
+    bad.write_text('{"query": "Question: why?", "choices": ["so", "no"], "gold": 2}\n')
+    result = CliRunner().invoke(evaluate, [str(out), "--tasks", str(bad)])
+    assert isinstance(result.exception, NirvanaError) and "line 1, key 'gold' is 2" in str(result.exception)
+    bad.write_text('{"query": "Question: why?", "choices": ["so", "no"], "gold": 1}\n')
+    with pytest.raises(NirvanaError, match="piqa is asked for both as a file and as a task of the harness"):
+        evaluate_folder(out, Evaluation(tasks=f"{bad},piqa"))
+    assert not calls and (out / "quality.json").stat().st_mtime_ns == before
 
 
 def test_a_task_that_generates_names_the_way_out(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
