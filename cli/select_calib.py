@@ -27,6 +27,7 @@ def select_calib(model: str, as_json: bool, **options: Any) -> None:
       nirvana-deploy select-calib smollm2 --sparsity 0.4 --candidates 4 --corpora pydoc,self
       nirvana-deploy select-calib smollm2 --sparsity 0.4 --candidates 1 --gamma auto --saliency nirvana,taylor
     """
+    from nirvana_deploy.calibrate.mixture import sources_of
     from nirvana_deploy.calibrate.windows import calibration_candidates
     from nirvana_deploy.model.checkpoint import Checkpoint
     from nirvana_deploy.model.sources import resolve_model
@@ -36,7 +37,7 @@ def select_calib(model: str, as_json: bool, **options: Any) -> None:
     recipe, progress = taken(Selection, options), TerminalProgress()
     source = resolve_model(model, progress=progress)
     checkpoint = Checkpoint.open(source.path)
-    names = listed(recipe.corpora)
+    names = sources_of(recipe.corpora)
     sets = calibration_candidates(
         names,
         checkpoint,

@@ -19,11 +19,13 @@ was copied from there; boilerplate and common phrases stay far below."""
 def refuse_overlap(calibrations: Sequence[TokenWindows], heldout: Sequence[TokenWindows]) -> None:
     """Raise NirvanaError when a held-out window overlaps a calibration window, naming both sources.
 
-    Within one text (same sha256) positions decide. Between texts, for instance a file and a copy of it with
-    another name or ending, it is shared runs of 16 tokens.
+    Mixtures are compared part by part. Within one text (same sha256) positions decide. Between texts, for
+    instance a file and a copy of it with another name or ending, it is shared runs of 16 tokens.
     """
-    for held in heldout:
-        for calibration in calibrations:
+    held_out = [part for windows in heldout for part in windows.by_part()]
+    calibrated = [part for windows in calibrations for part in windows.by_part()]
+    for held in held_out:
+        for calibration in calibrated:
             same_text = held.text_sha256 == calibration.text_sha256
             if (_positions_meet if same_text else _contents_meet)(held, calibration):
                 raise NirvanaError(

@@ -18,8 +18,9 @@ class Calibration:
     calib: Annotated[
         str,
         Option(
-            "Calibration text: a .txt or .jsonl file, pydoc, self, c4, bookcorpus, wikitext, lambada; "
-            "several, separated by commas, or 'auto' (pydoc and self) are chosen among by KL."
+            "Calibration text: a .txt or .jsonl file, pydoc, code (Python's own), self (the model writes), "
+            "c4, bookcorpus, wikitext, lambada; with shares, a mixture (pydoc:0.7,code:0.3), or 'mix' of "
+            "self, pydoc and code; several without shares, or 'auto' (pydoc, self), are chosen among by KL."
         ),
     ] = "pydoc"
     candidates: Annotated[

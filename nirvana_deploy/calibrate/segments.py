@@ -44,8 +44,8 @@ class Segments:
             for start in range(block + begin, min(block + end, self.length) - window + 1, window)
         ]
 
-    def require(self, num_sequences: int, heldout_sequences: int, *, source: str) -> None:
-        """Raise NirvanaError unless the requested windows fit."""
+    def require(self, num_sequences: int, heldout_sequences: int, *, source: str, share: float = 1.0) -> None:
+        """Raise NirvanaError unless the requested windows fit; they are this ``share`` of a mixture's."""
         fits, heldout_fits = len(self.calibration_starts), len(self.heldout_starts)
         if fits >= num_sequences and heldout_fits >= heldout_sequences:
             return
@@ -54,13 +54,17 @@ class Segments:
             self._needed(num_sequences, 0, calibration_end, self.seq_len),
             self._needed(heldout_sequences, calibration_end, self._block, self.heldout_len),
         )
-        fitting = f"--num-sequences {fits}" if 0 < fits < num_sequences else "a longer text"
+        fitting = f"--num-sequences {int(fits / share)}" if 0 < fits < num_sequences else "a longer text"
+        mixed, smaller = (
+            (f" for a share of {share:.3g}", f", or {source} a smaller share") if share < 1 else ("", "")
+        )
         raise NirvanaError(
-            f"{source} is too short: it has {self.length:,} tokens with this model's tokenizer. "
+            f"{source} is too short{mixed}: it has {self.length:,} tokens with this model's tokenizer. "
             f"{num_sequences} x {self.seq_len} tokens of calibration and {heldout_sequences} x "
             f"{self.heldout_len} held out (one token in {_CALIBRATION_SEGMENTS + 1} is reserved for these) "
             f"need {needed:,}.",
-            hint=f"What fits: {fits} calibration and {heldout_fits} held-out windows. Give {fitting}.",
+            hint=f"What fits: {fits} calibration and {heldout_fits} held-out windows. "
+            f"Give {fitting}{smaller}.",
         )
 
     def _needed(self, count: int, begin: int, end: int, window: int) -> int:

@@ -74,10 +74,10 @@ def text_windows(
 
 
 def every_other(windows: TokenWindows, first: int) -> TokenWindows:
-    """Every second window of [M, T], from window ``first`` on."""
-    return dataclasses.replace(
-        windows, tokens=windows.tokens[first::2], positions=windows.positions[first::2]
-    )
+    """Every second window of each part, from window ``first`` on, in the order of ``windows`` [M, T]."""
+    parts = windows.part_of_window or (0,) * len(windows.tokens)
+    part_by_part = sorted(range(len(parts)), key=parts.__getitem__)
+    return windows.taken(sorted(part_by_part[first::2]))
 
 
 def evaluation_record(recipe: Calibration, windows: TokenWindows) -> dict[str, Any]:
@@ -86,6 +86,7 @@ def evaluation_record(recipe: Calibration, windows: TokenWindows) -> dict[str, A
     return {
         "evaluation_source": windows.source + held_out,
         "evaluation_text_sha256": windows.text_sha256,
+        **_parts_record("heldout_parts", windows),
     }
 
 
@@ -104,4 +105,14 @@ def calibration_record(calibration: TokenWindows) -> dict[str, Any]:
         "text_sha256": calibration.text_sha256,
         "seed": calibration.seed,
         "draw": calibration.draw,
+        **_parts_record("parts", calibration),
     }
+
+
+def _parts_record(key: str, windows: TokenWindows) -> dict[str, Any]:
+    """The parts of a mixture, as the windows' file counts them; nothing for a single source."""
+    parts = [
+        {**dataclasses.asdict(part), "windows": windows.part_of_window.count(index)}
+        for index, part in enumerate(windows.parts)
+    ]
+    return {key: parts} if parts else {}

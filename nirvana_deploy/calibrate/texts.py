@@ -14,6 +14,7 @@ import nirvana_deploy.calib_sets as calib_sets
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import look_up
+from nirvana_deploy.calibrate.standard_library import standard_library_documents
 from nirvana_deploy.model.hub import NETWORK_ERRORS
 
 # What `datasets` raises without a network, or for an unknown data set or split.
@@ -34,15 +35,19 @@ class SourceText:
 
 
 def read_source(source: str, *, progress: Progress = SILENT) -> SourceText:
-    """Read "pydoc", a name in calib_sets/, or a text or .jsonl file."""
+    """Read "pydoc", "code", a name in calib_sets/, or a text or .jsonl file."""
     readers: dict[str, Callable[[], tuple[str, ...]]] = {
         "pydoc": _pydoc_documents,
+        "code": standard_library_documents,
         **{name: functools.partial(_hub_documents, name, progress) for name in calib_sets.names()},
     }
     path = Path(source).expanduser()
     if source not in readers and (path.exists() or path.suffix or path.name != source):
         return read_text_file(path)
-    read = look_up(source, readers, what="calibration source", hint="Or 'self', or a text or .jsonl file.")
+    hint = (
+        "Or 'self', 'mix', or a text or .jsonl file. A share is a number after the name: pydoc:0.7,code:0.3."
+    )
+    read = look_up(source, readers, what="calibration source", hint=hint)
     return SourceText(source, read())
 
 

@@ -2,14 +2,14 @@
 
 The documents of a source become one token stream, EOS between them, cut into blocks of five segments: four
 for calibration, the fifth held out. The cut depends on lengths, not on the seed, so held-out text is
-disjoint from the calibration windows of every seed.
+disjoint from the calibration windows of every seed. A mixture is drawn part by part and interleaved.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +17,23 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.calibrate.mixture import Part, interleaved, parts_of, split_by_share
 from nirvana_deploy.calibrate.segments import Segments
 from nirvana_deploy.calibrate.texts import SourceText, read_source
+from nirvana_deploy.calibrate.tokenise import token_stream
 
 if TYPE_CHECKING:
     from nirvana_deploy.model.checkpoint import Checkpoint
 
-_PIECE_CHARACTERS = 1 << 18
+
+@dataclass(frozen=True)
+class MixedPart:
+    """One part of mixed windows."""
+
+    source: str
+    share: float
+    """The share asked for; that of the windows is as near to it as their number allows."""
+    text_sha256: str
 
 
 @dataclass(frozen=True)
@@ -33,15 +43,44 @@ class TokenWindows:
     tokens: NDArray[np.int64]
     """[N, T]."""
     source: str
-    """Readable name: "pydoc", "file notes.txt", ..."""
+    """Readable name: "pydoc", "file notes.txt", "mix of self 0.5, pydoc 0.25, code 0.25", ..."""
     text_sha256: str
-    """Of the whole source text, UTF-8, documents joined by a zero byte; of one file, that file's content."""
+    """Of the whole source text, UTF-8, documents joined by a zero byte; of one file, that file's content;
+    of a mixture, the parts' hashes."""
     seed: int | None
     """None for held-out windows and --eval-text, which depend on no seed."""
     positions: tuple[int, ...]
-    """Start of each window in the token stream."""
+    """Start of each window in the token stream of its source."""
     draw: int = 0
     """Index of the set; sets of the same seed are disjoint."""
+    parts: tuple[MixedPart, ...] = ()
+    """Of a mixture; empty for a single source."""
+    part_of_window: tuple[int, ...] = ()
+    """Index into ``parts`` for each window; empty for a single source."""
+
+    def taken(self, indices: Sequence[int]) -> TokenWindows:
+        """The windows of these indices."""
+        return replace(
+            self,
+            tokens=self.tokens[list(indices)],
+            positions=tuple(self.positions[i] for i in indices),
+            part_of_window=tuple(self.part_of_window[i] for i in indices if self.parts),
+        )
+
+    def by_part(self) -> tuple[TokenWindows, ...]:
+        """The windows of each part of a mixture under the part's own name; of a single source, all."""
+        if not self.parts:
+            return (self,)
+        return tuple(
+            replace(
+                self.taken([i for i, part in enumerate(self.part_of_window) if part == index]),
+                source=part.source,
+                text_sha256=part.text_sha256,
+                parts=(),
+                part_of_window=(),
+            )
+            for index, part in enumerate(self.parts)
+        )
 
 
 @dataclass(frozen=True)
@@ -79,11 +118,13 @@ def calibration_data(
 ) -> CalibrationData:
     """Draw N = ``num_sequences`` windows of T = ``seq_len`` tokens, and hold M others out.
 
-    ``source`` is "pydoc" (the language reference inside this Python), "self" (the model of ``checkpoint``
-    writes), a name in calib_sets/, or a UTF-8 text or .jsonl file; ``tokenizer`` is the model's, from
-    transformers. ``draw`` chooses among a seed's disjoint sets (:func:`calibration_candidates`).
-    ``heldout_sequences`` may be 0. Raises NirvanaError for a source that is unknown, unreadable or too short
-    (it says how much fits), MissingExtraError for a named set without ``datasets``.
+    ``source`` is "pydoc" (the language reference inside this Python), "code" (its standard library), "self"
+    (the model of ``checkpoint`` writes), a name in calib_sets/, a UTF-8 text or .jsonl file, or a mixture of
+    them, "a:0.7,b:0.3" or "mix" (:mod:`~nirvana_deploy.calibrate.mixture`), whose windows are interleaved;
+    ``tokenizer`` is the model's, from transformers. ``draw`` chooses among a seed's disjoint sets
+    (:func:`calibration_candidates`). ``heldout_sequences`` may be 0. Raises NirvanaError for a source that is
+    unknown, unreadable or too short (it says how much fits) and for shares that do not add up,
+    MissingExtraError for a named set without ``datasets``.
     """
     if draw < 0:
         raise NirvanaError(f"draw must be at least 0, got {draw}.")
@@ -162,14 +203,72 @@ def _candidate_sets(
     ):
         if value < least:
             raise NirvanaError(f"{name} must be at least {least}, got {value}.")
-    if source == "self":
-        seeds = [seed + draw for draw in draws]
-        return _written_by_model(checkpoint, tokenizer, calibration_shape, heldout_shape, seeds, progress)
+    parts = parts_of(source, writes_text=checkpoint is not None and checkpoint.shape.family.writes_text)
+    if num_sequences < len(parts):
+        raise NirvanaError(
+            f"--calib {source} has {len(parts)} parts, which need a window each; num_sequences is "
+            f"{num_sequences}.",
+            hint=f"Pass --num-sequences {len(parts)} or more.",
+        )
+    shares = [part.share for part in parts]
+    counts, heldout_counts = (split_by_share(n, shares) for n in (num_sequences, heldout_sequences))
 
-    text = read_source(source, progress=progress)
-    stream = _token_stream(text.documents, tokenizer, progress)
+    def of_part(index: int) -> CandidateSets:
+        shapes = (counts[index], seq_len), (heldout_counts[index], heldout_len)
+        if parts[index].source == "self":
+            seeds = [seed + draw for draw in draws]
+            return _written_by_model(checkpoint, tokenizer, *shapes, seeds, progress)
+        return _drawn_from_text(parts[index], tokenizer, draws, *shapes, seed, progress)
+
+    # what the model writes takes longest, and the other parts may turn out too short
+    order = sorted(range(len(parts)), key=lambda index: parts[index].source == "self")
+    drawn = {index: of_part(index) for index in order}
+    sets = [drawn[index] for index in range(len(parts))]
+    if len(parts) == 1:
+        return sets[0]
+    return CandidateSets(
+        calibrations=tuple(
+            _mixed(parts, [one.calibrations[i] for one in sets], seed, draw) for i, draw in enumerate(draws)
+        ),
+        heldout=(_mixed(parts, [one.heldout[0] for one in sets], None, 0),),
+    )
+
+
+def _mixed(
+    parts: Sequence[Part], windows: Sequence[TokenWindows], seed: int | None, draw: int
+) -> TokenWindows:
+    """Interleave the windows of the parts."""
+    order = interleaved([len(one.tokens) for one in windows])
+    mixed = tuple(
+        MixedPart(one.source, part.share, one.text_sha256) for part, one in zip(parts, windows, strict=True)
+    )
+    empty = np.empty((0, windows[0].tokens.shape[1]), np.int64)
+    return TokenWindows(
+        np.stack([windows[part].tokens[i] for part, i in order]) if order else empty,
+        source=f"mix of {', '.join(f'{part.source} {part.share:.3g}' for part in mixed)}",
+        text_sha256=hashlib.sha256("\0".join(part.text_sha256 for part in mixed).encode()).hexdigest(),
+        seed=seed,
+        positions=tuple(windows[part].positions[i] for part, i in order),
+        draw=draw,
+        parts=mixed,
+        part_of_window=tuple(part for part, _ in order),
+    )
+
+
+def _drawn_from_text(
+    part: Part,
+    tokenizer: Any,
+    draws: range,
+    calibration_shape: tuple[int, int],
+    heldout_shape: tuple[int, int],
+    seed: int,
+    progress: Progress,
+) -> CandidateSets:
+    (num_sequences, seq_len), (heldout_sequences, heldout_len) = calibration_shape, heldout_shape
+    text = read_source(part.source, progress=progress)
+    stream = token_stream(text.documents, tokenizer, progress)
     segments = Segments(length=len(stream), seq_len=seq_len, heldout_len=heldout_len)
-    segments.require(num_sequences, heldout_sequences, source=text.name)
+    segments.require(num_sequences, heldout_sequences, source=text.name, share=part.share)
     starts = segments.calibration_starts
     if draws.stop * num_sequences > len(starts):
         fits = len(starts) // num_sequences
@@ -208,7 +307,7 @@ def windows_of_text(
 
     Raises NirvanaError when the text is shorter than one window.
     """
-    stream = _token_stream(text.documents, tokenizer, progress)
+    stream = token_stream(text.documents, tokenizer, progress)
     starts = range(0, len(stream) - seq_len + 1, seq_len)[:max_sequences]
     if not starts:
         raise NirvanaError(
@@ -217,31 +316,6 @@ def windows_of_text(
             hint="Give a longer text, or shorter windows.",
         )
     return _windows(stream, starts, seq_len, text, None)
-
-
-def _token_stream(documents: Sequence[str], tokenizer: Any, progress: Progress) -> NDArray[np.int64]:
-    """Tokenise documents into one int64 stream, EOS between them; long ones piece by piece."""
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream: list[int] = []
-    with progress.task("Tokenising", len(documents)) as advance:
-        for index, document in enumerate(documents):
-            if index:
-                stream += separator
-            for piece in _pieces(document):
-                stream += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-            advance(1)
-    return np.array(stream, dtype=np.int64)
-
-
-def _pieces(document: str) -> Iterator[str]:
-    """Split ``document`` into pieces of bounded size, at line ends if possible."""
-    start = 0
-    for end in (match.end() for match in re.finditer(r"\n", document)):
-        if end - start >= _PIECE_CHARACTERS:
-            yield document[start:end]
-            start = end
-    if start < len(document):
-        yield document[start:]
 
 
 def _windows(

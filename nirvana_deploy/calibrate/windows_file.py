@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +15,31 @@ from nirvana_deploy.calibrate.windows import CalibrationData
 
 
 def write_windows(data: CalibrationData, path: Path) -> None:
-    """Write calibration [N, T] and held-out [M, T'] token ids, int64, with their origin."""
-    tensors = {"calibration": data.calibration.tokens, "heldout": data.heldout.tokens}
+    """Write calibration [N, T] and held-out [M, T'] token ids, int64, with their origin.
+
+    Of a mixture, ``calibration_part`` [N] and ``heldout_part`` [M], int64, say which part a window is of.
+    """
+    both = {"calibration": data.calibration, "heldout": data.heldout}
+    tensors = {name: windows.tokens for name, windows in both.items()} | {
+        f"{name}_part": np.array(windows.part_of_window, np.int64)
+        for name, windows in both.items()
+        if windows.parts
+    }
     origin = {
         name: {
-            "source": part.source,
-            "text_sha256": part.text_sha256,
-            "seed": part.seed,
-            "positions": part.positions,
+            "source": windows.source,
+            "text_sha256": windows.text_sha256,
+            "seed": windows.seed,
+            "positions": windows.positions,
+            **({"parts": [asdict(part) for part in windows.parts]} if windows.parts else {}),
         }
-        for name, part in (("calibration", data.calibration), ("heldout", data.heldout))
+        for name, windows in both.items()
     }
     contiguous = {name: np.ascontiguousarray(tokens) for name, tokens in tensors.items()}
     write_bytes(path, save(contiguous, metadata={"origin": json.dumps(origin)}))
 
 
 def read_windows(path: Path) -> dict[str, NDArray[np.int64]]:
-    """Read ``calibration`` [N, T] and ``heldout`` [M, T'], int64."""
+    """Read ``calibration`` [N, T] and ``heldout`` [M, T'], int64; of a mixture the parts too."""
     windows: dict[str, NDArray[np.int64]] = load_file(path)
     return windows

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from nirvana_deploy.calibrate.mixture import parts_of, sources_of
 from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.plan import default_gamma, removed_counts
@@ -55,10 +55,13 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def _corpora(calib: str, shape: ModelShape) -> tuple[str, ...]:
-    """The sources to draw from; a file may have a comma in its name."""
+    """The sources to draw from, a mixture being one of them; its shares are checked before any work."""
     if calib == "auto":
         return ("pydoc", "self") if shape.family.writes_text else ("pydoc",)
-    return (calib,) if Path(calib).exists() else listed(calib)
+    corpora = sources_of(calib)
+    for corpus in corpora:
+        parts_of(corpus, writes_text=shape.family.writes_text)
+    return corpora
 
 
 def _gammas(recipe: Pruning, shape: ModelShape) -> tuple[float, ...]:
