@@ -14,10 +14,12 @@ from pathlib import Path
 
 from nirvana_deploy.base.errors import NirvanaError
 
-_MOST_BYTES = 3_000_000
+_MOST_BYTES = 2_000_000
 _LONGEST_LINE = 160
 _MOST_OTHER_BYTES = 0.002
 """Largest share of bytes beyond ASCII: more of them is a table, not a program."""
+
+_ASCII = bytes(range(128))
 
 _SKIPPED_FOLDERS = frozenset(
     {
@@ -40,7 +42,7 @@ _SKIPPED_STEMS = ("_sysconfigdata", "sitecustomize", "usercustomize", "turtle")
 
 
 def standard_library_documents() -> tuple[str, ...]:
-    """Return source files of the standard library, one document each, 3 MB at most.
+    """Return source files of the standard library, one document each, 2 MB at most.
 
     Raises NirvanaError where this Python has none: in a zip archive, or compiled.
     """
@@ -90,7 +92,7 @@ def _is_program(content: bytes) -> bool:
         text = content.decode()
     except UnicodeDecodeError:
         return False
-    other = sum(len(character.encode()) for character in text if not character.isascii())
+    other = len(content.translate(None, delete=_ASCII))
     lines = text.splitlines()
     return (
         bool(text.strip())

@@ -29,7 +29,9 @@ def test_one_share_makes_the_list_a_mixture_and_none_leaves_candidates() -> None
 def test_parts_without_a_share_split_what_is_left() -> None:
     assert shares("a.txt,b.txt:0.3") == pytest.approx({"a.txt": 0.7, "b.txt": 0.3})
     assert shares("a,b,c:0.4") == pytest.approx({"a": 0.3, "b": 0.3, "c": 0.4})
-    assert shares("a:0.333333,b:0.333333,c:0.333334") == pytest.approx({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 1e-5)
+    assert shares("a:0.333333,b:0.333333,c:0.333334") == pytest.approx(
+        {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 1e-5
+    )
 
 
 @pytest.mark.parametrize("writes_text", [True, False])

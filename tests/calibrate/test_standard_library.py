@@ -29,7 +29,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
 def test_code_is_there_bounded_and_the_same_each_time() -> None:
     text = read_source("code")
     assert text.name == "code" and text.documents == standard_library_documents()
-    assert 1_000_000 < sum(len(one.encode()) for one in text.documents) <= 3_000_000
+    assert 1_500_000 < sum(len(one.encode()) for one in text.documents) <= 2_000_000
     assert any("class " in one and "def " in one for one in text.documents)
     assert all(one.strip() for one in text.documents)
     assert text.sha256 == read_source("code").sha256
@@ -46,7 +46,7 @@ def test_the_build_of_this_machine_and_tables_are_left_out(library: Library) -> 
     }
     odd = {
         "latin.py": "# ä".encode("latin-1"),
-        "greek.py": ("# " + "α" * 90).encode(),
+        "greek.py": ("# " + "\u03b1" * 90).encode(),
         "long.py": b"x = " + b"1" * 400,
         "empty.py": b"\n\n",
         "compiled.pyc": program,
@@ -56,8 +56,8 @@ def test_the_build_of_this_machine_and_tables_are_left_out(library: Library) -> 
 
 
 def test_size_is_bounded(library: Library) -> None:
-    library({f"m{number}.py": b"x = 1\n" * 50_000 for number in range(12)})
-    assert len(standard_library_documents()) == 10
+    library({f"m{number}.py": b"x = 1\n" * 50_000 for number in range(9)})
+    assert len(standard_library_documents()) == 6
 
 
 def test_a_python_without_sources_says_what_to_type(library: Library) -> None:

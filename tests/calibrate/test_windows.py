@@ -15,8 +15,14 @@ from transformers import AutoTokenizer
 
 from nirvana_deploy import calib_sets
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.calibrate import standard_library
+from nirvana_deploy.calibrate.overlap import refuse_overlap
+from nirvana_deploy.calibrate.recipe import Calibration
+from nirvana_deploy.calibrate.stage import calibration_record, evaluation_record, every_other
 from nirvana_deploy.calibrate.texts import SourceText, read_source, read_text_file
 from nirvana_deploy.calibrate.windows import CalibrationData, calibration_data, windows_of_text
+from nirvana_deploy.calibrate.windows_file import read_windows, write_windows
+from nirvana_deploy.model.checkpoint import Checkpoint
 
 WORDS = " ".join(str(number * number) for number in range(4000))  # every stretch of it is different
 
@@ -31,6 +37,12 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+@pytest.fixture(autouse=True)
+def little_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte tokenizer takes its time with megabytes."""
+    monkeypatch.setattr(standard_library, "_MOST_BYTES", 100_000)
 
 
 def drawn(source: Path | str, tokenizer: Any, **changed: Any) -> CalibrationData:
@@ -277,8 +289,6 @@ def test_network_failure_of_a_named_set_is_a_sentence(monkeypatch: pytest.Monkey
 
 def test_model_writes_the_same_for_the_same_seed(tokenizer: Any, tiny_llama: Path) -> None:
     options = {"num_sequences": 18, "seq_len": 6, "heldout_sequences": 2, "heldout_len": 9}
-    from nirvana_deploy.model.checkpoint import Checkpoint
-
     checkpoint = Checkpoint.open(tiny_llama)
     first, again, other = (
         drawn("self", tokenizer, checkpoint=checkpoint, seed=seed, **options) for seed in (0, 0, 1)
@@ -295,7 +305,7 @@ def test_model_samples_from_its_own_distribution(tiny_llama: Path, tokenizer: An
     import torch
 
     from nirvana_deploy.calibrate.selfwrite import written_by_model
-    from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint
+    from nirvana_deploy.model.checkpoint import load_checkpoint
 
     count = 512
     tokens = torch.from_numpy(written_by_model(Checkpoint.open(tiny_llama), shapes={7: (count, 2)})[7])
@@ -312,3 +322,142 @@ def test_model_samples_from_its_own_distribution(tiny_llama: Path, tokenizer: An
 def test_self_without_a_model(tokenizer: Any) -> None:
     with pytest.raises(NirvanaError, match="needs the model's checkpoint"):
         drawn("self", tokenizer)
+
+
+# --- mixtures -------------------------------------------------------------------------------------------
+
+
+def test_a_seed_means_the_windows_that_it_always_meant(tokenizer: Any, tmp_path: Path) -> None:
+    data = drawn(write(tmp_path, "notes.txt", WORDS), tokenizer, seed=3, num_sequences=20)
+    assert data.calibration.positions[:6] == (5312, 26016, 9120, 160, 17200, 11200)
+    assert data.calibration.parts == () == data.heldout.part_of_window
+
+
+@pytest.fixture
+def mixed(tokenizer: Any, tmp_path: Path) -> CalibrationData:
+    """Three quarters of one file, a quarter of another."""
+    write(tmp_path, "lower.txt", WORDS)
+    write(tmp_path, "upper.txt", WORDS[::-1])
+    calib = f"{tmp_path / 'lower.txt'},{tmp_path / 'upper.txt'}:0.25"
+    return drawn(calib, tokenizer, num_sequences=20, heldout_sequences=8, seed=3)
+
+
+def test_mixed_windows_are_those_of_their_parts(
+    mixed: CalibrationData, tokenizer: Any, tmp_path: Path
+) -> None:
+    assert mixed.calibration.source == "mix of file lower.txt 0.75, file upper.txt 0.25"
+    assert (mixed.calibration.seed, mixed.heldout.seed) == (3, None)
+    parts = {
+        "lower.txt": drawn(tmp_path / "lower.txt", tokenizer, num_sequences=15, heldout_sequences=6, seed=3),
+        "upper.txt": drawn(tmp_path / "upper.txt", tokenizer, num_sequences=5, heldout_sequences=2, seed=3),
+    }
+    for index, one in enumerate(parts.values()):
+        for whole, alone in ((mixed.calibration, one.calibration), (mixed.heldout, one.heldout)):
+            assert np.array_equal(whole.by_part()[index].tokens, alone.tokens)
+            assert (whole.parts[index].source, whole.parts[index].text_sha256) == (
+                alone.source,
+                alone.text_sha256,
+            )
+    hashes = "\0".join(one.calibration.text_sha256 for one in parts.values())
+    assert mixed.calibration.text_sha256 == hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def test_the_first_windows_of_a_mixture_have_its_shares(mixed: CalibrationData) -> None:
+    for count in (4, 8, 12, 20):
+        assert mixed.calibration.part_of_window[:count].count(1) == count // 4
+
+
+def test_draws_of_a_mixture_are_disjoint(tokenizer: Any) -> None:
+    draws = [drawn("pydoc:0.6,code:0.4", tokenizer, draw=draw) for draw in (0, 1)]
+    first, second = ({tuple(w) for w in one.calibration.tokens} for one in draws)
+    assert not first & second
+    assert np.array_equal(draws[0].heldout.tokens, draws[1].heldout.tokens)
+    assert [one.calibration.draw for one in draws] == [0, 1]
+
+
+def test_halves_of_held_out_windows_hold_every_part(tokenizer: Any, tmp_path: Path) -> None:
+    text = write(tmp_path, "notes.txt", WORDS)
+    data = drawn(f"pydoc:0.5,code:0.25,{text}:0.25", tokenizer, heldout_sequences=8).heldout
+    halves = [every_other(data, first) for first in (0, 1)]
+    for half in halves:
+        assert [half.part_of_window.count(part) for part in range(3)] == [2, 1, 1]
+    together = np.concatenate([half.tokens for half in halves])
+    assert {w.tobytes() for w in together} == {w.tobytes() for w in data.tokens}
+
+
+def test_every_other_window_of_one_source_alternates(tokenizer: Any) -> None:
+    data = drawn("pydoc", tokenizer, heldout_sequences=5).heldout
+    assert every_other(data, 1).positions == data.positions[1::2]
+    assert np.array_equal(every_other(data, 0).tokens, data.tokens[0::2])
+
+
+def test_a_mixture_without_held_out_windows(tokenizer: Any) -> None:
+    data = drawn("pydoc:0.5,code:0.5", tokenizer, heldout_sequences=0)
+    assert data.heldout.tokens.shape == (0, 48) and len(data.heldout.parts) == 2
+
+
+def test_a_part_too_short_for_its_share_is_named_with_what_fits(tokenizer: Any, tmp_path: Path) -> None:
+    calib = f"pydoc,{write(tmp_path, 'short.txt', WORDS[:600])}:0.3"
+    with pytest.raises(
+        NirvanaError, match=r"short\.txt is too short for a share of 0\.3: it has 600"
+    ) as caught:
+        drawn(calib, tokenizer, num_sequences=100)
+    hint = caught.value.hint or ""
+    assert "or file short.txt a smaller share" in hint
+    offered = int(hint.split("--num-sequences ")[1].partition(",")[0])
+    assert drawn(calib, tokenizer, num_sequences=offered).calibration.tokens.shape[0] == offered
+
+
+def test_fewer_windows_than_parts(tokenizer: Any) -> None:
+    with pytest.raises(NirvanaError, match="2 parts, which need a window each; num_sequences is 1") as caught:
+        drawn("pydoc:0.5,code", tokenizer, num_sequences=1)
+    assert "--num-sequences 2" in (caught.value.hint or "")
+
+
+def test_other_parts_are_read_before_the_model_writes(tokenizer: Any) -> None:
+    with pytest.raises(NirvanaError, match="Unknown calibration source 'pydocs'"):
+        drawn("self:0.5,pydocs:0.5", tokenizer)  # without a checkpoint "self" would be refused
+
+
+def test_the_named_mixture_of_a_model_that_writes(tokenizer: Any, tiny_llama: Path) -> None:
+    options = {"num_sequences": 8, "heldout_sequences": 4, "seq_len": 8, "heldout_len": 8}
+    first, again = (
+        drawn("mix", tokenizer, checkpoint=Checkpoint.open(tiny_llama), **options) for _ in range(2)
+    )
+    assert np.array_equal(first.calibration.tokens, again.calibration.tokens)
+    assert [part.source for part in first.calibration.parts] == ["self", "pydoc", "code"]
+    assert drawn("mix", tokenizer, **options).calibration.source == "mix of pydoc 0.5, code 0.5"
+
+
+def test_overlap_is_judged_part_by_part(mixed: CalibrationData, tokenizer: Any, tmp_path: Path) -> None:
+    refuse_overlap([mixed.calibration], [mixed.heldout])
+    stolen = mixed.calibration.by_part()[1]
+    with pytest.raises(NirvanaError, match=r"upper\.txt"):
+        refuse_overlap([mixed.calibration], [stolen])
+
+
+# --- records --------------------------------------------------------------------------------------------
+
+
+def test_file_and_record_say_which_window_is_of_which_part(mixed: CalibrationData, tmp_path: Path) -> None:
+    write_windows(mixed, tmp_path / "windows.safetensors")
+    read = read_windows(tmp_path / "windows.safetensors")
+    assert tuple(read["heldout_part"]) == mixed.heldout.part_of_window
+    assert tuple(read["calibration_part"]) == mixed.calibration.part_of_window
+    assert np.array_equal(read["heldout"], mixed.heldout.tokens)
+    parts = calibration_record(mixed.calibration)["parts"]
+    assert [(part["source"], part["share"], part["windows"]) for part in parts] == [
+        ("file lower.txt", 0.75, 15),
+        ("file upper.txt", 0.25, 5),
+    ]
+    assert parts[0]["text_sha256"] == hashlib.sha256(WORDS.encode()).hexdigest()
+    heldout = evaluation_record(Calibration(), mixed.heldout)["heldout_parts"]
+    assert [part["windows"] for part in heldout] == [6, 2]
+
+
+def test_one_source_is_recorded_without_parts(tokenizer: Any, tmp_path: Path) -> None:
+    data = drawn("pydoc", tokenizer)
+    write_windows(data, tmp_path / "windows.safetensors")
+    assert set(read_windows(tmp_path / "windows.safetensors")) == {"calibration", "heldout"}
+    assert "parts" not in calibration_record(data.calibration)
+    assert "heldout_parts" not in evaluation_record(Calibration(), data.heldout)
