@@ -69,7 +69,7 @@ def parts_of(calib: str, *, writes_text: bool) -> tuple[Part, ...]:
         missing = [part.source for part in written if part.share is None]
         rest = f", which leaves nothing for {' and '.join(missing)}" if missing else ", not to 1"
         raise NirvanaError(
-            f"--calib {calib}: the shares {_listed(written)} add up to {given:g}{rest}.",
+            f"--calib {calib}: the shares {_listed(written)} add up to {given:.7g}{rest}.",
             hint=_instead(written),
         )
     return tuple(

@@ -18,8 +18,8 @@ from nirvana_deploy.base.progress import SILENT, Advance, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
 
 BATCH_SIZE = 64
-"""Windows per batch; constant, since the batch decides which random number goes where. A token of SmolLM2 costs
-about half the CPU time that it costs in batches of 16."""
+"""Windows per batch; constant, since the batch decides which random number goes where. A token of SmolLM2
+costs about half the CPU time that it costs in batches of 16."""
 
 _NEUTRAL_STARTS = ("The", "In", "A", "I", "What", "To", "1", "\n")
 
