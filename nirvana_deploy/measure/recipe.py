@@ -81,5 +81,8 @@ class Evaluation:
     ] = None
     limit: Annotated[int | None, Option("Examples per task, from its start. [all]", minimum=1)] = None
     batch_size: Annotated[
-        int, Option("Sequences per step of --tasks on a checkpoint; ONNX models take one.", minimum=1)
+        int,
+        Option(
+            "Sequences per step of --tasks on a checkpoint (of 64 tokens where packed). ONNX: 1.", minimum=1
+        ),
     ] = 8

@@ -22,6 +22,7 @@ from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.measure.local_tasks import LocalTask, harness_task, is_local, read_tasks
+from nirvana_deploy.measure.packed import log_likelihoods
 from nirvana_deploy.measure.recipe import Evaluation
 from nirvana_deploy.measure.task_means import task_means
 from nirvana_deploy.model import modeling_nirvana
@@ -29,6 +30,10 @@ from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.output.layout import MODEL_FILE
 
 _OWN_MODULE = "modeling_nirvana.py"
+_HF = "hf"
+"""The harness' name for transformers."""
+_TOKENS_PER_SEQUENCE = 64
+"""What one sequence of a batch stands for where sequences are packed."""
 
 
 def require_tasks(names: Sequence[str]) -> None:
@@ -49,9 +54,9 @@ def evaluate_tasks(
     """Run the tasks ``names`` on every one of ``models``, on the first ``limit`` examples of each [all].
 
     A model is an ONNX folder or a checkpoint folder, which is computed in float32, ``batch_size`` sequences
-    of about equal length at a time. A name is a task of the harness, a .jsonl file (``local_tasks``) or a
-    folder of such files; local files need no network. ``include_path`` is a folder with the yaml files of
-    tasks that the harness does not bring.
+    of about equal length at a time; with local files a decoder computes common beginnings once (``packed``).
+    A name is a task of the harness, a .jsonl file (``local_tasks``) or a folder of such files; local files
+    need no network. ``include_path`` is a folder with the yaml files of tasks that the harness lacks.
 
     Returns ``variants``: name -> task -> metric -> value, as the harness reports them ("acc,none",
     "acc_stderr,none"); with local files, ``files``: task -> sha256, number of rows and the metric that stands
@@ -77,6 +82,8 @@ def evaluate_tasks(
     found = {}
     with progress.task(f"Tasks {', '.join(labels)}", len(models)) as advance:
         for name, model_arguments in arguments.items():
+            if local and model_arguments["model"] == _HF:
+                model_arguments = {"model": _packing_model(**model_arguments)}
             found[name] = _run(harness, {**model_arguments, **work}, labels, name)
             advance(1)
     variants = {
@@ -166,11 +173,34 @@ def _model_arguments(folder: Path, batch_size: int) -> dict[str, Any]:
         return {"model": "onnxruntime", "model_args": {"pretrained": str(folder)}}
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness' default is cuda
     return {
-        "model": "hf",
+        "model": _HF,
         "model_args": _checkpoint_arguments(folder),
         "device": device,
         "batch_size": batch_size,
     }
+
+
+def _packing_model(model: str, model_args: Mapping[str, Any], device: str, batch_size: int) -> Any:
+    """Return the harness' model, whose log-likelihoods are computed in packs if it is a decoder."""
+    kind = importlib.import_module("lm_eval.api.registry").get_model(model)
+    lm = kind.create_from_arg_obj(model_args, {"device": device, "batch_size": batch_size})
+
+    def in_packs(
+        requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        bar = importlib.import_module("tqdm").tqdm
+        with bar(total=len(requests), disable=disable_tqdm, desc="Log-likelihoods in packs") as shown:
+            return log_likelihoods(
+                lm.model,
+                [(context, continuation) for _, context, continuation in requests],
+                max_length=lm.max_length,
+                max_tokens=_TOKENS_PER_SEQUENCE * batch_size,
+                advance=shown.update,
+            )
+
+    if lm.backend == "causal":
+        lm._loglikelihood_tokens = in_packs
+    return lm
 
 
 def _checkpoint_arguments(folder: Path) -> dict[str, Any]:
