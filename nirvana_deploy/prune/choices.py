@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.mixture import parts_of, sources_of
 from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.prune.curves.budget import require_feasible
+from nirvana_deploy.prune.cutting import reads_curves
 from nirvana_deploy.prune.plan import default_gamma, removed_counts
-from nirvana_deploy.prune.recipe import Pruning
+from nirvana_deploy.prune.recipe import REFIT, Pruning
 from nirvana_deploy.prune.saliency.gradient import saliency_named
 from nirvana_deploy.prune.select import gamma_grid
 
@@ -24,7 +28,8 @@ class Choices:
     candidates: int
     """Disjoint calibration sets drawn from each corpus."""
     saliencies: tuple[str, ...]
-    gammas: tuple[float, ...]
+    gammas: tuple[float | None, ...]
+    """None alone: curves decide instead."""
 
     @property
     def single(self) -> bool:
@@ -40,12 +45,16 @@ def choices_of(calibration: Calibration, pruning: Pruning, shape: ModelShape) ->
     auto = calibration.calib == "auto"
     saliencies = _AUTO_SALIENCIES if pruning.saliency == "auto" else listed(pruning.saliency)
     for name in saliencies:
-        saliency_named(name)
+        if name != REFIT:
+            saliency_named(name)
+    _require_sense(pruning, saliencies)
+    if pruning.cost == "weights" and any(reads_curves(pruning, name) for name in saliencies):
+        _require_budget(pruning, shape)
     return Choices(
         corpora=_corpora(calibration.calib, shape),
         candidates=calibration.candidates or (_AUTO_CANDIDATES if auto else 1),
         saliencies=saliencies,
-        gammas=_gammas(pruning, shape),
+        gammas=_gammas(pruning, saliencies, shape),
     )
 
 
@@ -64,9 +73,47 @@ def _corpora(calib: str, shape: ModelShape) -> tuple[str, ...]:
     return corpora
 
 
-def _gammas(recipe: Pruning, shape: ModelShape) -> tuple[float, ...]:
+def _require_sense(recipe: Pruning, saliencies: Sequence[str]) -> None:
+    """Raise NirvanaError for options that contradict each other."""
+    if REFIT in saliencies and not recipe.reconstruct:
+        raise NirvanaError(
+            f"saliency {REFIT!r} chooses units inside the refit, and --no-reconstruct leaves that out.",
+            hint="Name a saliency, for example --saliency taylor, or refit.",
+        )
+    if REFIT in saliencies and recipe.allocation == "global":
+        raise NirvanaError(
+            f"allocation 'global' ranks units over all layers, and saliency {REFIT!r} compares those of one.",
+            hint="Pass --allocation curves, or --saliency nirvana; --preset paper is both of NIRVANA's.",
+        )
+    if recipe.gamma is not None and all(reads_curves(recipe, name) for name in saliencies):
+        raise NirvanaError(
+            f"gamma {recipe.gamma} divides the budget between MLP and attention, and so do the curves.",
+            hint="Leave --gamma out, or pass --allocation global (with --saliency nirvana or another).",
+        )
+    if recipe.cost != "weights" and recipe.allocation != "curves" and set(saliencies) != {REFIT}:
+        raise NirvanaError(
+            f"cost {recipe.cost!r} is minded by curves alone, not by allocation {recipe.allocation!r}.",
+            hint="Pass --allocation curves, or leave --cost out.",
+        )
+
+
+def _require_budget(recipe: Pruning, shape: ModelShape) -> None:
+    """Raise NirvanaError for a sparsity that curves cannot meet; other costs are not known yet."""
+    require_feasible(
+        shape,
+        sparsity=recipe.sparsity,
+        uniform=recipe.allocation == "uniform",
+        round_to=recipe.round_to,
+        min_groups=recipe.min_groups,
+        min_neurons=recipe.min_neurons,
+    )
+
+
+def _gammas(recipe: Pruning, saliencies: Sequence[str], shape: ModelShape) -> tuple[float | None, ...]:
+    if all(reads_curves(recipe, name) for name in saliencies):
+        return (None,)
     if recipe.gamma == "auto":
-        gammas = gamma_grid(shape, sparsity=recipe.sparsity, round_to=recipe.round_to)
+        gammas: tuple[float, ...] = gamma_grid(shape, sparsity=recipe.sparsity, round_to=recipe.round_to)
     else:
         gammas = (default_gamma(shape) if recipe.gamma is None else recipe.gamma,)
     for gamma in gammas:

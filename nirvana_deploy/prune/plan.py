@@ -8,6 +8,7 @@ a budget that cannot be met is refused with the largest one that can.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,12 @@ class PrunePlan:
     model: dict[str, Any]
     """name, family and the dimensions that pruning leaves alone."""
     sparsity: float
-    gamma: float
-    """MLP sparsity / attention sparsity."""
+    gamma: float | None
+    """MLP sparsity / attention sparsity; None where curves decide both under one budget."""
     saliency: str
+    """What ordered the units; "refit": they were chosen inside the refit."""
     allocation: str
-    """"global": layers differ; "uniform": all layers have one shape."""
+    """"curves" or "global": layers differ; "uniform": all layers have one shape."""
     round_to: int
     seed: int
     calibration: dict[str, Any] | None
@@ -85,7 +87,9 @@ class PrunePlan:
     selection: dict[str, Any] | None = None
     """Held-out KL of every candidate that was tried, where there was a choice."""
     reconstruct: dict[str, Any] | None = None
-    """How what is kept is refitted after the cut (``prune/reconstruct.py``); None for a plain cut."""
+    """How what is kept is refitted (``refit/``); None for a plain cut."""
+    curves: dict[str, Any] | None = None
+    """What the curves (``curves/``) predicted, and what the budget counts; None where they had no say."""
 
     @property
     def kept_groups(self) -> list[tuple[int, ...]]:
@@ -163,20 +167,64 @@ def make_plan(
     removed_counts(shape, sparsity=sparsity, gamma=gamma, round_to=round_to)  # refuses what cannot be met
     groups, neurons = _wished_counts(shape, sparsity, gamma)
     cut = allocate(shape, scores, Wish(sparsity=sparsity, groups=groups, neurons=neurons, round_to=round_to))
+    return plan_of(
+        shape,
+        [_indices(mask) for mask in cut.groups],
+        [_indices(mask) for mask in cut.neurons],
+        origin=Origin(model_name=model_name, sparsity=sparsity, seed=seed, calibration=calibration),
+        gamma=gamma,
+        saliency=saliency,
+        allocation=allocation,
+        round_to=round_to,
+        removed=(cut.removed_groups, cut.removed_neurons),
+    )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a plan was asked of."""
+
+    model_name: str
+    sparsity: float
+    seed: int
+    calibration: dict[str, Any] | None
+
+
+def plan_of(
+    shape: ModelShape,
+    kept_groups: Sequence[tuple[int, ...]],
+    kept_neurons: Sequence[tuple[int, ...]],
+    *,
+    origin: Origin,
+    gamma: float | None = None,
+    saliency: str,
+    allocation: str,
+    round_to: int,
+    removed: tuple[int, int] | None = None,
+) -> PrunePlan:
+    """The plan that keeps the given units of each layer, sorted.
+
+    ``removed`` counts (KV groups, neurons) before rounding [as the units say].
+    """
     layers = tuple(
         LayerPlan(
             layer=shape.number(index),
             of_groups=layer.kv_heads,
-            kept_groups=_indices(cut.groups[index]),
+            kept_groups=tuple(kept_groups[index]),
             of_neurons=layer.ffn_width,
-            kept_neurons=_indices(cut.neurons[index]),
+            kept_neurons=tuple(kept_neurons[index]),
             site=layer.site,
         )
         for index, layer in enumerate(shape.layers)
     )
+    if removed is None:
+        removed = (
+            sum(layer.of_groups - len(layer.kept_groups) for layer in layers),
+            sum(layer.of_neurons - len(layer.kept_neurons) for layer in layers),
+        )
     return PrunePlan(
         model={
-            "name": model_name,
+            "name": origin.model_name,
             "family": shape.family.name,
             "hidden_size": shape.hidden_size,
             "head_dim": shape.head_dim,
@@ -184,14 +232,14 @@ def make_plan(
             "query_heads_per_group": shape.query_heads_per_group,
             "tied_embeddings": shape.tied_embeddings,
         },
-        sparsity=sparsity,
+        sparsity=origin.sparsity,
         gamma=gamma,
         saliency=saliency,
         allocation=allocation,
         round_to=round_to,
-        seed=seed,
-        calibration=calibration,
-        budget=_budget(shape, layers, sparsity, cut.removed_groups, cut.removed_neurons),
+        seed=origin.seed,
+        calibration=origin.calibration,
+        budget=_budget(shape, layers, origin.sparsity, *removed),
         layers=layers,
     )
 
@@ -274,8 +322,9 @@ def check_plan_fits(plan: PrunePlan, shape: ModelShape) -> None:
 def write_plan(plan: PrunePlan, path: Path) -> None:
     """Write ``plan.json``; the same plan gives the same bytes."""
     data = {"schema": PLAN_SCHEMA, **asdict(plan)}
-    if plan.reconstruct is None:
-        del data["reconstruct"]
+    for optional in ("reconstruct", "curves"):
+        if data[optional] is None:
+            del data[optional]
     if all(layer.site == DECODER for layer in plan.layers):
         for layer in data["layers"]:
             del layer["site"]  # a decoder-only model has one kind of layer, which needs no name

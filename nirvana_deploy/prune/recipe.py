@@ -7,12 +7,17 @@ from typing import Annotated, Literal
 from nirvana_deploy.base.recipe import Option, recipe
 from nirvana_deploy.calibrate.recipe import NumSequences, Seed
 
-ALLOCATIONS = ("global", "uniform")
+ALLOCATIONS = ("curves", "global", "uniform")
+COSTS = ("weights", "bytes", "ms")
+PRESETS = ("best", "paper", "fast")
+REFIT = "refit"
+"""The saliency that is none: units are chosen inside the refit."""
 Sparsity = Annotated[float, Option("Share of the decoder's linear weights to remove, for example 0.4.")]
 Allocation = Annotated[
     str,
     Option(
-        "Layers differ, or all get one shape (loads in stock transformers and other consumers).",
+        "curves: measure what each layer loses and cut where it hurts least; global: rank all units of a "
+        "kind; uniform: one shape for all layers (loads in stock transformers and other consumers).",
         choices=ALLOCATIONS,
     ),
 ]
@@ -24,22 +29,43 @@ class Pruning:
     """How much to remove, and by which rule."""
 
     sparsity: Sparsity
+    preset: Annotated[
+        str,
+        Option(
+            "best: the recipe that measured best; paper: NIRVANA as published; fast: one forward pass and a "
+            "quick refit. Options typed beside it win.",
+            choices=PRESETS,
+        ),
+    ] = "best"
     saliency: Annotated[
         str,
         Option(
-            "nirvana, nirvana-vocab, taylor, wanda-sp, flap, magnitude, random; several, separated by "
-            "commas, or 'auto' (nirvana and taylor) are chosen among by KL."
+            "refit: units are chosen inside the refit; or nirvana, nirvana-vocab, taylor, wanda-sp, flap, "
+            "magnitude, random; several, separated by commas, or 'auto' (nirvana and taylor) are chosen "
+            "among by KL."
         ),
-    ] = "nirvana"
+    ] = REFIT
     gamma: Annotated[
         float | Literal["auto"] | None,
         Option(
             "MLP sparsity / attention sparsity, or 'auto' to choose by KL. "
-            "[M/A, the ratio of MLP to attention weights]"
+            "Not with curves, which decide both. [M/A, the ratio of MLP to attention weights]"
         ),
     ] = None
-    allocation: Allocation = "global"
+    allocation: Allocation = "curves"
     round_to: RoundTo = 8
+    min_groups: Annotated[int, Option("KV groups that every layer keeps.", minimum=1)] = 1
+    min_neurons: Annotated[
+        int | None, Option("FFN neurons that every layer keeps, with curves. [a 24th of them]", minimum=1)
+    ] = None
+    cost: Annotated[
+        str,
+        Option(
+            "What the sparsity is a share of, with curves: linear weights, bytes read for a decoded token, "
+            "or its milliseconds, measured in ONNX Runtime here.",
+            choices=COSTS,
+        ),
+    ] = "weights"
     micro_batch: Annotated[
         int, Option("Windows scored at a time; changes memory, not the result.", minimum=1)
     ] = 8
@@ -47,10 +73,14 @@ class Pruning:
         bool,
         Option(
             "Refit what the cut leaves of the output projections (o, down) by least squares on the "
-            "calibration windows; shapes and speed stay. Needs as many tokens as the widest FFN has neurons.",
+            "calibration windows; shapes and speed stay. Wants 20 tokens for each neuron of an FFN.",
             flag="--reconstruct/--no-reconstruct",
         ),
-    ] = False
+    ] = True
+    ridge: Annotated[
+        float | Literal["auto"],
+        Option("How the refit holds to the old weights; auto: the best of several on held-out windows."),
+    ] = "auto"
 
 
 @recipe

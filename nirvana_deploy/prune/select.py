@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,11 @@ from nirvana_deploy.calibrate.stage import calibration_record
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
-from nirvana_deploy.prune.divergence import masked_divergences
+from nirvana_deploy.prune.curves.curve import Curves
+from nirvana_deploy.prune.cutting import Cutter, reads_curves
+from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import PrunePlan, default_gamma, largest_sparsity, make_plan, removed_counts
+from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.prune.saliency.gradient import saliency_named
 from nirvana_deploy.prune.saliency.units import UnitScores
 from nirvana_deploy.prune.streaming.score import DEFAULT_MICRO_BATCH, score_units
@@ -42,7 +46,8 @@ class CandidateResult:
     draw: int | None
     text_sha256: str | None
     saliency: str
-    gamma: float
+    gamma: float | None
+    """None where curves decide."""
     kl: float
     """Mean over held-out positions of KL(dense || masked), nats."""
     kl_standard_error: float | None
@@ -56,7 +61,7 @@ class CandidateResult:
     def name(self) -> str:
         """For people: "pydoc 0.3 nirvana gamma 3" (seed.draw)."""
         text = "no text" if self.source is None else f"{self.source} {self.seed}.{self.draw}"
-        return f"{text} {self.saliency} gamma {self.gamma:g}"
+        return f"{text} {self.saliency}" + ("" if self.gamma is None else f" gamma {self.gamma:g}")
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,8 @@ class Selection:
     """The winner's plan."""
     calibration: TokenWindows | None
     """The winner's windows; None when its saliency reads none."""
-    scores: UnitScores
-    """The winner's unit scores."""
+    scores: UnitScores | None
+    """The winner's unit scores; None when its units were chosen inside the refit."""
     heldout_sources: tuple[str, ...]
     heldout_windows: int
     heldout_tokens: int
@@ -122,7 +127,8 @@ class Selection:
 class _Tried:
     plan: PrunePlan
     calibration: TokenWindows | None
-    scores: UnitScores
+    scores: UnitScores | None
+    reconstruction: Path | None = None
 
 
 def gamma_grid(shape: ModelShape, *, sparsity: float, round_to: int = 8) -> tuple[float, ...]:
@@ -192,8 +198,70 @@ def select_calibration(
                 calibration=None if calibration is None else calibration_record(calibration),
             )
             tried.append(_Tried(plan, calibration, scores))
-    divergences = masked_divergences(checkpoint, [one.plan for one in tried], tokens, progress=progress)
-    return _selection(tried, divergences, heldout)
+    return _selection(tried, _divergences(checkpoint, tried, tokens, progress), heldout)
+
+
+def select_cut(
+    cutter: Cutter,
+    calibrations: Sequence[TokenWindows],
+    heldout: Sequence[TokenWindows],
+    *,
+    saliencies: Sequence[str],
+    gammas: Sequence[float | None],
+    scratch: Path,
+) -> Selection:
+    """As :func:`select_calibration`, of candidates cut and refitted as the recipe of ``cutter`` says.
+
+    Refits of an encoder-decoder are not compared (its candidates are masked): plain cuts are. ``scratch`` is
+    a folder for the refits of all candidates.
+    """
+    dense, recipe, progress = cutter.dense, cutter.recipe, cutter.progress
+    tokens = _heldout_tokens(heldout)
+    refuse_overlap(calibrations, heldout)
+    by_set: dict[int, Curves] = {}
+
+    def curves_of(windows: TokenWindows | None, saliency: str) -> Curves | None:
+        if not reads_curves(recipe, saliency):
+            return None
+        windows = windows or calibrations[0]
+        if id(windows) not in by_set:
+            by_set[id(windows)] = cutter.curves(windows.tokens)
+        return by_set[id(windows)]
+
+    inside: list[tuple[TokenWindows | None, str, UnitScores | None]] = [
+        (windows, REFIT, None) for windows in calibrations if REFIT in saliencies
+    ]
+    scored = [name for name in saliencies if name != REFIT]
+    inside += _scored(dense, calibrations, scored, cutter.seed, recipe.micro_batch, progress)
+    tried: list[_Tried] = []
+    for windows, saliency, scores in inside:
+        curves = curves_of(windows, saliency)
+        for gamma in gammas if curves is None else (None,):
+            plan, refitted = cutter.candidate(
+                windows,
+                scores,
+                saliency=saliency,
+                gamma=gamma,
+                curves=curves,
+                out=scratch / f"candidate-{len(tried)}",
+            )
+            shown = None if dense.shape.family.encoder_decoder else refitted
+            tried.append(_Tried(plan, windows, scores, shown))
+    return _selection(tried, _divergences(dense, tried, tokens, progress), heldout)
+
+
+def _divergences(
+    checkpoint: Checkpoint, tried: Sequence[_Tried], tokens: NDArray[np.int64], progress: Progress
+) -> NDArray[np.float64]:
+    """KL per window [P, M]."""
+    [quality] = masked_quality(
+        checkpoint,
+        [one.plan for one in tried],
+        [tokens],
+        reconstructions=[one.reconstruction for one in tried],
+        progress=progress,
+    )
+    return quality.divergence
 
 
 def _heldout_tokens(heldout: Sequence[TokenWindows]) -> NDArray[np.int64]:

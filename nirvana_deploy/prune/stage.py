@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.recipe import Calibration
@@ -13,67 +18,71 @@ from nirvana_deploy.calibrate.stage import (
     evaluation_record,
     evaluation_windows,
     every_other,
+    windows_wanted,
 )
 from nirvana_deploy.calibrate.windows import CalibrationData, calibration_candidates
 from nirvana_deploy.calibrate.windows_file import read_windows, write_windows
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.layout import CALIBRATION_FILE, CHECKPOINT, PLAN_FILE, RECONSTRUCTION, SCORES_FILE
+from nirvana_deploy.output.layout import (
+    CALIBRATION_FILE,
+    CHECKPOINT,
+    CURVES_FILE,
+    PLAN_FILE,
+    RECONSTRUCTION,
+    SCORES_FILE,
+)
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.choices import Choices
-from nirvana_deploy.prune.plan import PrunePlan, make_plan, read_plan, write_plan
+from nirvana_deploy.prune.curves.curve import Curves, facts_of, read_curves, require_curves_of, write_curves
+from nirvana_deploy.prune.curves.measure_curves import CURVE_TOKENS
+from nirvana_deploy.prune.cutting import Cutter, reads_curves
+from nirvana_deploy.prune.plan import PrunePlan, read_plan, write_plan
 from nirvana_deploy.prune.recipe import Pruning
-from nirvana_deploy.prune.reconstruct import DEFAULT_RIDGE, reconstruct_layers
+from nirvana_deploy.prune.refit.reconstruct import Reconstruction
 from nirvana_deploy.prune.scores_file import read_scores, write_scores
-from nirvana_deploy.prune.select import select_calibration
+from nirvana_deploy.prune.select import select_cut
 from nirvana_deploy.prune.streaming.score import score_units
 
-_CALIBRATION_KEYS = ("source", "num_sequences", "seq_len", "text_sha256", "seed", "draw")
 
-
-def select(
-    run: Run, dense: Checkpoint, choices: Choices, calibration: Calibration, pruning: Pruning
-) -> Stage:
+def select(run: Run, cutter: Cutter, choices: Choices, calibration: Calibration) -> Stage:
     """Choose calibration set, saliency and gamma by held-out KL: in place of ``calibrate`` and ``score``.
 
     The KL is measured on every other held-out window; quality is later measured on the rest, so that no
     number is quoted on what it was chosen by. Its result holds the winner's ``saliency`` and ``gamma``.
     """
+    dense = cutter.dense
 
     def work() -> dict[str, Any]:
         sets = calibration_candidates(
             choices.corpora,
             dense,
             candidates=choices.candidates,
-            num_sequences=calibration.num_sequences,
+            num_sequences=windows_wanted(calibration, dense.shape),
             seq_len=calibration.seq_len,
             seed=calibration.seed,
             heldout_sequences=2 * calibration.selection_sequences // len(choices.corpora),
             heldout_len=calibration.selection_len,
             progress=run.progress,
         )
-        selection = select_calibration(
-            dense,
-            sets.calibrations,
-            [every_other(windows, 0) for windows in sets.heldout],
-            sparsity=pruning.sparsity,
-            saliencies=choices.saliencies,
-            gammas=choices.gammas,
-            allocation=pruning.allocation,
-            round_to=pruning.round_to,
-            seed=calibration.seed,
-            model_name=run.model_name,
-            micro_batch=pruning.micro_batch,
-            progress=run.progress,
-        )
+        with tempfile.TemporaryDirectory(prefix=".partial-candidates-", dir=run.out) as scratch:
+            selection = select_cut(
+                cutter,
+                sets.calibrations,
+                [every_other(windows, 0) for windows in sets.heldout],
+                saliencies=choices.saliencies,
+                gammas=choices.gammas,
+                scratch=Path(scratch),
+            )
         run.progress.note(selection.verdict)
         chosen = selection.calibration or sets.calibrations[0]  # magnitude and random read no text
         evaluated = evaluation_windows(calibration, dense.tokenizer, run.progress)
         heldout = evaluated or every_other(sets.heldout[0], 1)
         write_windows(CalibrationData(calibration=chosen, heldout=heldout), run.out / CALIBRATION_FILE)
-        write_scores(selection.scores, run.out / SCORES_FILE)
+        if selection.scores is not None:
+            write_scores(selection.scores, run.out / SCORES_FILE)
         return {
             **calibration_record(chosen),
             "saliency": selection.plan.saliency,
@@ -85,11 +94,23 @@ def select(
     return Stage(stage.SELECT, needs=(), makes=(CALIBRATION_FILE, SCORES_FILE), work=work)
 
 
+def curves(run: Run, cutter: Cutter) -> Stage:
+    """Measure what each layer loses when it keeps less, on the calibration windows."""
+
+    def work() -> dict[str, Any]:
+        tokens = _windows(run)
+        write_curves(cutter.curves(tokens), run.out / CURVES_FILE)
+        return {"tokens": int(min(tokens.size, CURVE_TOKENS))}
+
+    needs = (stage.SELECT, stage.CALIBRATE)
+    return Stage(stage.CURVES, needs=needs, makes=(CURVES_FILE,), work=work)
+
+
 def score(run: Run, dense: Checkpoint, recipe: Pruning, *, saliency: str, seed: int) -> Stage:
     """Score every unit on the calibration windows."""
 
     def work() -> dict[str, Any]:
-        tokens = read_windows(run.out / CALIBRATION_FILE)["calibration"]
+        tokens = _windows(run)
         scores = score_units(
             dense,
             tokens,
@@ -105,34 +126,49 @@ def score(run: Run, dense: Checkpoint, recipe: Pruning, *, saliency: str, seed: 
     return Stage(stage.SCORE, needs=(stage.CALIBRATE,), makes=(SCORES_FILE,), work=work)
 
 
-def plan(run: Run, dense: Checkpoint, recipe: Pruning, *, saliency: str, gamma: float, seed: int) -> Stage:
-    """Decide what goes, from the scores."""
+def plan(run: Run, cutter: Cutter, *, saliency: str, gamma: float | None) -> Stage:
+    """Decide what goes, from scores, and from curves where they have a say."""
 
     def work() -> dict[str, Any]:
         drawn = drawn_record(run)
-        made = make_plan(
-            dense.shape,
+        made = cutter.plan(
             read_scores(run.out / SCORES_FILE),
-            sparsity=recipe.sparsity,
-            gamma=gamma,
-            allocation=recipe.allocation,
-            round_to=recipe.round_to,
             saliency=saliency,
-            seed=seed,
-            model_name=run.model_name,
-            calibration={key: drawn[key] for key in _CALIBRATION_KEYS},
+            gamma=gamma,
+            calibration=drawn,
+            curves=_curves(run, cutter) if reads_curves(cutter.recipe, saliency) else None,
         )
-        if (selection := drawn.get("selection")) is not None:
-            candidates = [{"name": one["name"], "kl": one["kl"]} for one in selection["candidates"]]
-            made = dataclasses.replace(made, selection={"kl": selection["kl"], "candidates": candidates})
-        if recipe.reconstruct:
-            made = dataclasses.replace(made, reconstruct={"ridge": DEFAULT_RIDGE})
-        write_plan(made, run.out / PLAN_FILE)
+        write_plan(_with_candidates(made, drawn), run.out / PLAN_FILE)
         return dataclasses.asdict(made.budget)
 
-    return Stage(
-        stage.PLAN, needs=(stage.SELECT, stage.CALIBRATE, stage.SCORE), makes=(PLAN_FILE,), work=work
-    )
+    needs = (stage.SELECT, stage.CALIBRATE, stage.CURVES, stage.SCORE, stage.UNIT_COST)
+    return Stage(stage.PLAN, needs=needs, makes=(PLAN_FILE,), work=work)
+
+
+def allocate(run: Run, cutter: Cutter) -> Stage:
+    """Decide how many units of each layer stay; which ones, :func:`select_inside` decides."""
+
+    def work() -> dict[str, Any]:
+        allocated = cutter.allocated(_curves(run, cutter))
+        counts = [dataclasses.asdict(one) for one in allocated.counts]
+        return {"predicted_kl": allocated.predicted_kl, "counts": counts}
+
+    needs = (stage.SELECT, stage.CALIBRATE, stage.CURVES, stage.UNIT_COST)
+    return Stage(stage.PLAN, needs=needs, makes=(), work=work)
+
+
+def select_inside(run: Run, cutter: Cutter) -> Stage:
+    """Choose units and refit what stays, layer by layer, on the calibration windows."""
+
+    def work() -> dict[str, Any]:
+        drawn = drawn_record(run)
+        allocated = cutter.allocated(_curves(run, cutter))
+        made, done = cutter.select(allocated, _windows(run), run.out / RECONSTRUCTION, drawn)
+        write_plan(_with_candidates(made, drawn), run.out / PLAN_FILE)
+        return _reconstructed(run, done)
+
+    needs = (stage.PLAN, stage.SELECT, stage.CALIBRATE)
+    return Stage(stage.RECONSTRUCT, needs=needs, makes=(PLAN_FILE, RECONSTRUCTION), work=work)
 
 
 def given_plan(run: Run, decided: PrunePlan) -> Stage:
@@ -153,18 +189,11 @@ def planned(run: Run, *, reconstruct: bool) -> PrunePlan:
     return found
 
 
-def reconstruct(run: Run, dense: Checkpoint, plan: PrunePlan) -> Stage | None:
-    """Refit what the plan keeps of o and down on the calibration windows; None unless the plan says so."""
-    if plan.reconstruct is None:
-        return None
-    ridge = plan.reconstruct["ridge"]
+def reconstruct(run: Run, cutter: Cutter, plan: PrunePlan) -> Stage:
+    """Refit what the plan keeps of o and down on the calibration windows."""
 
     def work() -> dict[str, Any]:
-        tokens = read_windows(run.out / CALIBRATION_FILE)["calibration"]
-        folder = run.out / RECONSTRUCTION
-        return dataclasses.asdict(
-            reconstruct_layers(dense, plan, tokens, folder, ridge=ridge, progress=run.progress)
-        )
+        return _reconstructed(run, cutter.refit(plan, _windows(run), run.out / RECONSTRUCTION))
 
     needs = (stage.PLAN, stage.SELECT, stage.CALIBRATE)
     return Stage(stage.RECONSTRUCT, needs=needs, makes=(RECONSTRUCTION,), work=work)
@@ -184,3 +213,35 @@ def slice_model(run: Run, dense: Checkpoint, plan: PrunePlan) -> Stage:
         return {"linear_parameters": shape.linear_parameters}
 
     return Stage(stage.CHECKPOINT, needs=(stage.PLAN, stage.RECONSTRUCT), makes=(CHECKPOINT,), work=work)
+
+
+def _windows(run: Run) -> NDArray[np.int64]:
+    """The calibration windows [N, T]."""
+    return read_windows(run.out / CALIBRATION_FILE)["calibration"]
+
+
+def _curves(run: Run, cutter: Cutter) -> Curves:
+    """The curves of this run; raises NirvanaError for those of another model or other windows."""
+    path = run.out / CURVES_FILE
+    found = read_curves(path)
+    require_curves_of(found, facts_of(cutter.dense.shape, _windows(run)), path)
+    return found
+
+
+def _with_candidates(made: PrunePlan, drawn: dict[str, Any]) -> PrunePlan:
+    """The plan with the KL of every candidate, where there was a choice."""
+    if (selection := drawn.get("selection")) is None:
+        return made
+    candidates = [{"name": one["name"], "kl": one["kl"]} for one in selection["candidates"]]
+    return dataclasses.replace(made, selection={"kl": selection["kl"], "candidates": candidates})
+
+
+def _reconstructed(run: Run, done: Reconstruction) -> dict[str, Any]:
+    """The record of a refit; says aloud where it did not help."""
+    if done.plain:
+        run.progress.note(
+            f"{len(done.plain)} of {len(done.explained_share)} output projections keep the plain cut: no "
+            f"refit was better on held-out windows ({', '.join(done.plain[:3])}"
+            f"{' ...' if done.plain[3:] else ''})."
+        )
+    return {**dataclasses.asdict(done), "plain": list(done.plain)}

@@ -84,6 +84,34 @@ def next_token_loss_gradient(states: torch.Tensor, tokens: torch.Tensor, head: H
     return gradient / wanted.shape[1]
 
 
+def sampled_likelihood_gradient(generator: torch.Generator) -> OutputGradient:
+    """Of the sum over positions of log p(y), every y drawn from the model's own p; reads the head twice.
+
+    The mean of such a gradient's outer product with itself is the Fisher information: no labels are needed.
+    """
+
+    @torch.no_grad()
+    def gradient_of(states: torch.Tensor, tokens: torch.Tensor, head: Head) -> torch.Tensor:
+        total = states.new_full(states.shape[:2], -torch.inf)  # log of the sum of exp(logits)
+        for rows in head():
+            total = torch.logaddexp(total, (states @ rows.T).logsumexp(dim=2))
+        # a little below 1: the probabilities of the blocks add up to 1 but for rounding
+        drawn = torch.rand(states.shape[:2], generator=generator).to(states.device) * (1 - 1e-4)
+        gradient, below = torch.zeros_like(states), torch.zeros_like(total)
+        for rows in head():
+            p = (states @ rows.T).sub_(total[..., None]).exp_()  # [n, T, C]
+            gradient -= p @ rows
+            mass = p.sum(dim=2)
+            here = (drawn >= below) & (drawn < below + mass)
+            sums = p[here].cumsum(dim=1)
+            index = (sums < (drawn - below)[here][:, None]).sum(dim=1).clamp(max=len(rows) - 1)
+            gradient[here] += rows[index]
+            below += mass
+        return gradient
+
+    return gradient_of
+
+
 @dataclass(frozen=True)
 class Saliency:
     """How a weight is scored."""

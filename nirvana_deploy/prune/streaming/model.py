@@ -34,6 +34,11 @@ States = list[torch.Tensor]
 UseGradients = Callable[[Sequence[int], Mapping[str, nn.Parameter]], None]
 """Uses (positions in ``shape.layers``, the parameters of the block that holds them by checkpoint name, with
 their gradients); the gradients may be kept or changed."""
+BackwardVisit = Callable[[Sequence[int], nn.Module, Sequence[Callable[[], None]]], None]
+"""(positions in ``shape.layers``, the block that holds them, for each micro-batch its way through the block
+and back, each to be called once); parameters that require no gradient get none."""
+Changes = Callable[[Sequence[int], nn.Module], Sequence[AbstractContextManager[None]]]
+"""(positions, the block that holds them) -> changes of it, each in force while its context is open."""
 Runs = Sequence[Callable[[], torch.Tensor]]
 """One block on each micro-batch of the states that enter it: the states that leave it, [n, T, D]."""
 BlockVisit = Callable[[Sequence[int], nn.Module, Runs, Runs], tuple[States, States]]
@@ -61,9 +66,9 @@ class _Wish:
     """What is to become of the gradients."""
 
     output_gradient: OutputGradient
-    use: UseGradients
+    visit: BackwardVisit
     sequences: int | None
-    """f is averaged over so many; None: over each micro-batch, whose gradients are used alone."""
+    """f is averaged over so many; None: over each micro-batch."""
     advance: Advance
 
 
@@ -110,6 +115,46 @@ class StreamedModel:
         f is averaged over all N windows; unless ``together``, over each micro-batch, and ``use`` gets the
         gradients of each of them. Spilling is that of :class:`LayerStates`.
         """
+        prefixes = {block.layers: block.prefix for stack in self._stacks for block in stack.blocks}
+
+        def visit(layers: Sequence[int], block: nn.Module, turns: Sequence[Callable[[], None]]) -> None:
+            parameters = dict(block.named_parameters(prefix=prefixes[tuple(layers)]))
+            for turn in turns:
+                turn()
+                if not together:
+                    use(layers, parameters)
+                    block.zero_grad(set_to_none=True)
+            if together:
+                use(layers, parameters)
+
+        self.visit_backward(
+            windows,
+            output_gradient,
+            visit,
+            micro_batch=micro_batch,
+            sequences=len(windows) if together else None,
+            spill=spill,
+            spill_folder=spill_folder,
+            progress=progress,
+        )
+
+    def visit_backward(
+        self,
+        windows: torch.Tensor,
+        output_gradient: OutputGradient,
+        visit: BackwardVisit,
+        *,
+        micro_batch: int,
+        sequences: int | None,
+        label: str = "Scoring",
+        spill: bool | None = None,
+        spill_folder: Path | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Take each block through windows [N, T] and back, from last to first, under the eyes of ``visit``.
+
+        f is divided by ``sequences``; None: by those of each micro-batch.
+        """
         tokens = [micro_batches(read, micro_batch) for read in self.read(windows)]
         steps = (2 * sum(len(stack.blocks) for stack in self._stacks) + 1) * len(tokens[0])
         with ExitStack() as opened:
@@ -123,9 +168,8 @@ class StreamedModel:
                     progress=progress,
                 )
                 passes.append(_Pass(stack, batches, opened.enter_context(states)))
-            label = f"Scoring {windows.shape[0]} x {windows.shape[1]} tokens"
-            advance = opened.enter_context(progress.task(label, steps))
-            wish = _Wish(output_gradient, use, len(windows) if together else None, advance)
+            task = progress.task(f"{label} {windows.shape[0]} x {windows.shape[1]} tokens", steps)
+            wish = _Wish(output_gradient, visit, sequences, opened.enter_context(task))
             self._there_and_back(passes, [None] * len(tokens[0]), wish)
 
     def _there_and_back(self, passes: Sequence[_Pass], contexts: _Contexts, wish: _Wish) -> _Contexts:
@@ -167,21 +211,24 @@ class StreamedModel:
         leaves = [None if context is None else context.detach().requires_grad_() for context in contexts]
         for index, block in reversed(list(enumerate(one.stack.blocks))):
             with self._loaded(block) as module:
-                parameters = dict(module.named_parameters(prefix=block.prefix))
-                for number, context in enumerate(leaves):
-                    leaf = self._on_device(one.states[index, number]).detach().requires_grad_()
-                    left = one.stack.run(module, leaf, context)
-                    torch.autograd.backward(left, self._on_device(one.states[index + 1, number]))
-                    assert leaf.grad is not None
-                    one.states[index, number] = leaf.grad.cpu()
-                    if wish.sequences is None:
-                        wish.use(block.layers, parameters)
-                        module.zero_grad(set_to_none=True)
-                if wish.sequences is not None:
-                    wish.use(block.layers, parameters)
+                turns = [
+                    partial(self._turn, one, index, module, number, context)
+                    for number, context in enumerate(leaves)
+                ]
+                wish.visit(block.layers, module, turns)
             one.states.forget(index + 1)
             wish.advance(len(leaves))
         return [None if leaf is None else leaf.grad for leaf in leaves]
+
+    def _turn(
+        self, one: _Pass, index: int, module: nn.Module, number: int, context: torch.Tensor | None
+    ) -> None:
+        """One micro-batch through a block and back."""
+        leaf = self._on_device(one.states[index, number]).detach().requires_grad_()
+        left = one.stack.run(module, leaf, context)
+        torch.autograd.backward(left, self._on_device(one.states[index + 1, number]))
+        assert leaf.grad is not None
+        one.states[index, number] = leaf.grad.cpu()
 
     def transform_blocks(self, windows: torch.Tensor, visit: BlockVisit, *, micro_batch: int) -> None:
         """Run windows [N, T] through the dense model and, beside it, through what ``visit`` makes of it."""
@@ -202,6 +249,30 @@ class StreamedModel:
                             for states, read in zip((dense, made), contexts, strict=True)
                         )
                         dense, made = visit(block.layers, module, *runs)
+
+    def branches(self, windows: torch.Tensor, changes: Changes, *, progress: Progress = SILENT) -> States:
+        """The states [N, T, D] that leave the last block for windows [N, T]: dense, then those of branches.
+
+        A branch is the dense model but for one of the ``changes`` of one block; branches are in the order in
+        which blocks run and their changes are listed.
+        """
+        states: States = []
+        depth = sum(len(stack.blocks) for stack in self._stacks)
+        with torch.no_grad(), progress.task("Measuring one layer at a time", depth) as advance:
+            for before, stack, tokens in self._in_order(self.read(windows)):
+                contexts = list(self._contexts(before, states, 1))
+                states = [embedded(self._weights, self.shape, tokens)] * len(contexts)
+                for block in stack.blocks:
+                    with self._loaded(block) as module:
+                        pairs = zip(states, contexts, strict=True)
+                        after = [self._run(stack, module, *one).cpu() for one in pairs]
+                        for change in changes(block.layers, module):
+                            with change:
+                                after.append(self._run(stack, module, states[0], contexts[0]).cpu())
+                    contexts += contexts[:1] * (len(after) - len(contexts))
+                    states = after
+                    advance(1)
+        return states
 
     def last_states_of(
         self,

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import make_plan
-from nirvana_deploy.prune.reconstruct import reconstruct_layers
+from nirvana_deploy.prune.refit.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.streaming.loading import compute_device
 from nirvana_deploy.prune.streaming.score import score_units
 

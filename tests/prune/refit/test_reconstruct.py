@@ -29,9 +29,9 @@ from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.output.records import read_records
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_quality
-from nirvana_deploy.prune.least_squares import NormalEquations, Refit
 from nirvana_deploy.prune.plan import PrunePlan, read_plan
-from nirvana_deploy.prune.reconstruct import reconstruct_layers
+from nirvana_deploy.prune.refit.least_squares import NormalEquations, Refit
+from nirvana_deploy.prune.refit.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.saliency.units import kept_positions
 from nirvana_deploy.prune.slicing import ReplacedWeights, SlicedWeights
 from nirvana_deploy.report.facts import details
@@ -299,9 +299,9 @@ def test_weights_of_another_plan_are_refused(tiny_llama: Path, tmp_path: Path) -
 
 def test_bad_requests_are_sentences(tiny_llama: Path, tmp_path: Path, tokens: NDArray[np.int64]) -> None:
     plan = plan_for(tiny_llama)
-    with pytest.raises(NirvanaError, match=r"up to 48 inputs .* 2 windows of 20 are 40") as refused:
-        reconstruct_layers(Checkpoint.open(tiny_llama), plan, tokens[:2], tmp_path / "r")
-    assert refused.value.hint == "Pass --num-sequences 3 or more, or --no-reconstruct."
+    with pytest.raises(NirvanaError, match=r"up to 48 inputs .* 2 windows of 5 are 10") as refused:
+        reconstruct_layers(Checkpoint.open(tiny_llama), plan, tokens[:2, :5], tmp_path / "r")
+    assert refused.value.hint == "Pass --num-sequences 10 or more, or --no-reconstruct."
     with pytest.raises(NirvanaError, match="ridge must be a positive number, got 0"):
         reconstruct_layers(Checkpoint.open(tiny_llama), plan, tokens, tmp_path / "r", ridge=0)
     other = replace(plan, model=plan.model | {"hidden_size": 96})
@@ -394,9 +394,11 @@ def test_a_plan_alone_gives_the_plain_cut(tiny_llama: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["prune", "prune-export"])
 def test_too_few_tokens_are_refused_before_any_work(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
-    options = ["--sparsity", "0.3", "--reconstruct", "--num-sequences", "2", "--seq-len", "16"]
-    done = CliRunner().invoke(commands, [kind, str(tiny_llama), "--out", str(tmp_path / "out"), *options])
+    command = [kind, str(tiny_llama), "--out", str(tmp_path / "out"), "--preset", "paper", "--reconstruct"]
+    done = CliRunner().invoke(
+        commands, [*command, "--sparsity", "0.3", "--num-sequences", "2", "--seq-len", "5"]
+    )
     assert done.exit_code == 1 and isinstance(done.exception, NirvanaError)
     assert "up to 48 inputs" in done.exception.message
-    assert done.exception.hint == "Pass --num-sequences 3 or more, or --no-reconstruct."
+    assert done.exception.hint == "Pass --num-sequences 10 or more, or --no-reconstruct."
     assert not (tmp_path / "out").exists()

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-_QUIET_SHARE = 0.1
-"""q: share of the mean energy that S adds to each input's own."""
+from nirvana_deploy.prune.refit.elimination import scales
 
 
 @dataclass(frozen=True)
@@ -34,39 +33,55 @@ class NormalEquations:
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weight
-        self._gram = weight.new_zeros(weight.shape[1], weight.shape[1])
-        self._cross = torch.zeros_like(weight)
+        self.weight = weight
+        self.gram = weight.new_zeros(weight.shape[1], weight.shape[1])
+        """X^T X [k, k]."""
+        self.cross = torch.zeros_like(weight)
+        """E^T X [D, k]."""
         self._missing = torch.zeros((), dtype=torch.float64, device=weight.device)
 
     def observe(self, inputs: torch.Tensor, wanted: torch.Tensor) -> None:
         """Add inputs [..., k], and what the linear should give for them [..., D], to the sums."""
         x = inputs.flatten(0, -2)
-        missing = wanted.flatten(0, -2) - x @ self._weight.T
-        self._gram.addmm_(x.T, x)
-        self._cross.addmm_(missing.T, x)
+        missing = wanted.flatten(0, -2) - x @ self.weight.T
+        self.gram.addmm_(x.T, x)
+        self.cross.addmm_(missing.T, x)
         self._missing += missing.square().sum(dtype=torch.float64)
+
+    def only(self, kept: torch.Tensor) -> NormalEquations:
+        """The equations of the linear without the inputs that are not in ``kept`` [k']."""
+        gone = torch.ones(self.weight.shape[1], dtype=torch.bool, device=self.weight.device)
+        gone[kept] = False
+        lost, part = self.weight[:, gone], NormalEquations(self.weight[:, kept])
+        part.gram = self.gram[kept][:, kept]
+        part.cross = self.cross[:, kept] + lost @ self.gram[gone][:, kept]
+        more = 2 * (lost * self.cross[:, gone]).sum() + ((lost @ self.gram[gone][:, gone]) * lost).sum()
+        part._missing = self._missing + more.double()
+        return part
 
     def solve(self, ridge: float) -> Refit | None:
         """W' on the CPU, or None if an observation was NaN or infinite; ``ridge`` must be positive.
 
         The weights of an input that was always zero stay. Uses up the sums.
         """
-        gram, cross, missing = self._gram.cpu(), self._cross.cpu(), float(self._missing.cpu())
-        self._gram = self._gram.new_empty(0)  # k x k is the largest thing here: one copy at a time
+        refit = self.solution(ridge)
+        self.gram = self.gram.new_empty(0)
+        return refit
+
+    def solution(self, ridge: float) -> Refit | None:
+        """As :meth:`solve`; the sums stay."""
+        gram, cross, missing = self.gram.cpu(), self.cross.cpu(), float(self._missing.cpu())
         energy = gram.diagonal().double()
         if not (energy.isfinite().all() and cross.isfinite().all() and math.isfinite(missing)):
             return None
-        scale = (energy + _QUIET_SHARE * energy.mean()).sqrt()
-        scale = torch.where(scale > 0, scale, 1.0)
-        system = gram.double()
-        del gram
+        scale = scales(energy)
         # by z = x / scale S is the identity
+        system = gram.to(torch.float64, copy=True)
         system.div_(scale).div_(scale[:, None]).diagonal().add_(ridge)
-        cross = cross.double().div_(scale)
+        cross = cross.double() / scale
         torch.linalg.cholesky(system, out=system)
         delta = torch.cholesky_solve(cross.T, system).T
         # ||E - Z d^T||^2 = ||E||^2 - 2 <d, E^T Z> + <d G, d>, and d G = E^T Z - ridge d
         gained = float((delta * cross).sum() + ridge * delta.square().sum())
-        weight = (self._weight.cpu().double() + delta / scale).to(self._weight.dtype)
+        weight = (self.weight.cpu().double() + delta / scale).to(self.weight.dtype)
         return Refit(weight=weight, explained_share=gained / missing if missing > 0 else 0.0)

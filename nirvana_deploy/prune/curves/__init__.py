@@ -1,0 +1,1 @@
+"""What each layer loses when it keeps less."""

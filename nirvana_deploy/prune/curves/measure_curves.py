@@ -1,0 +1,239 @@
+"""Measure the curves of a model: one forward and one backward pass, a block in memory at a time.
+
+On the way back each o and down meets the gradient at its output, which gives the metric of its border, and
+its inputs, whose Gram matrix gives the elimination (``refit/elimination.py``). Labels are drawn from the
+model. After that one forward pass measures the scale (``measured.py``). Cost: benchmarks/NOTES.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.prune.curves.curve import Curve, Curves, curve_of, facts_of
+from nirvana_deploy.prune.curves.measured import Trial, measure, scaled_by
+from nirvana_deploy.prune.curves.metric import Metric
+from nirvana_deploy.prune.refit.elimination import (
+    Optimum,
+    eliminate,
+    eliminate_groups,
+    group_inputs,
+    optimum_of,
+)
+from nirvana_deploy.prune.refit.least_squares import NormalEquations
+from nirvana_deploy.prune.refit.readers import Reader, importance, readers_of, watched
+from nirvana_deploy.prune.refit.selection import BLOCKS
+from nirvana_deploy.prune.saliency.gradient import sampled_likelihood_gradient
+from nirvana_deploy.prune.streaming.model import StreamedModel
+
+CURVE_TOKENS = 8192
+"""At most so many calibration tokens are read for curves."""
+MEASURED_TOKENS = 512
+"""So many of them, with no part in the refit, measure the scale."""
+_MEASURED_SHARES = (0.3, 0.6)
+"""Of an FFN's neurons removed."""
+_MEASURED_RIDGE = 0.3
+
+
+def measure_curves(
+    checkpoint: Checkpoint,
+    tokens: NDArray[np.int64],
+    *,
+    seed: int = 0,
+    least_neurons: int | None = None,
+    spill: bool | None = None,
+    spill_folder: Path | None = None,
+    device: torch.device | None = None,
+    progress: Progress = SILENT,
+) -> Curves:
+    """The curves of a checkpoint, measured on the first of the windows [N, T].
+
+    An FFN's curve ends where ``least_neurons`` stay [a 24th]; an attention's at one KV group. ``seed`` draws
+    the labels. Spilling is that of scoring. Raises NirvanaError for a single window, and for activations or
+    gradients that are not finite, naming the linear.
+    """
+    require_windows(len(tokens))
+    used = tokens[: max(2, CURVE_TOKENS // tokens.shape[1])]
+    measured = min(max(1, MEASURED_TOKENS // tokens.shape[1]), len(used) // 2)
+    windows = torch.from_numpy(used)
+    model = StreamedModel(checkpoint, device=device)
+    sink = _Sink(model.shape, measured, least_neurons)
+    # the rear windows are a micro-batch of their own: the sizes are multiples of theirs
+    fitted = (len(used) - measured) // measured * measured
+    order = torch.cat([windows[:fitted], windows[len(used) - measured :]])
+    model.visit_backward(
+        order,
+        sampled_likelihood_gradient(torch.Generator().manual_seed(seed)),
+        sink.visit,
+        micro_batch=measured,
+        sequences=1,
+        label="Curves from",
+        spill=spill,
+        spill_folder=spill_folder,
+        progress=progress,
+    )
+    measure(model, sink.trials, order[fitted:], progress=progress)
+    positions = model.read(order[:fitted])[-1].numel()
+    groups = scaled_by(model.shape, sink.curves(positions, attention=True), sink.trials, attention=True)
+    neurons = scaled_by(model.shape, sink.curves(positions, attention=False), sink.trials, attention=False)
+    return Curves(groups=tuple(groups), neurons=tuple(neurons), facts=facts_of(model.shape, tokens))
+
+
+def require_windows(windows: int) -> None:
+    """Raise NirvanaError for a single calibration window."""
+    if windows < 2:
+        raise NirvanaError(
+            "Curves need at least 2 calibration windows: one is measured on.", hint="Pass --num-sequences 64."
+        )
+
+
+@dataclass
+class _Border:
+    """Sums of one reader."""
+
+    metric: Metric
+    equations: NormalEquations
+    inputs: torch.Tensor | None = None
+    """On the measured windows, [N, T, k]."""
+
+
+class _Sink:
+    """Turns what passes through each block into curves and trials."""
+
+    def __init__(self, shape: ModelShape, measured: int, least_neurons: int | None) -> None:
+        self._shape = shape
+        self._measured = measured
+        self._least_neurons = least_neurons
+        self._costs: dict[tuple[int, bool], tuple[list[int], list[float]]] = {}
+        self.trials: list[Trial] = []
+
+    def visit(self, positions: Sequence[int], block: nn.Module, turns: Sequence[Callable[[], None]]) -> None:
+        """Take every micro-batch there and back; the last one is the measured windows."""
+        block.requires_grad_(False)
+        readers = readers_of(self._shape, positions, block)
+        borders = [
+            _Border(Metric(self._shape.hidden_size), NormalEquations(r.linear.weight.detach()))
+            for r in readers
+        ]
+        for number, turn in enumerate(turns):
+            with ExitStack() as hooks:
+                seen = [hooks.enter_context(_recorded(reader)) for reader in readers]
+                turn()
+            for border, record in zip(borders, seen, strict=True):
+                if number == len(turns) - 1:
+                    border.inputs = record.inputs
+                else:
+                    _observe(border, record)
+        for reader, border in zip(readers, borders, strict=True):
+            self._finish(reader, border)
+
+    def curves(self, positions: int, *, attention: bool) -> list[Curve]:
+        """What was predicted, per position of the logits."""
+        found = []
+        for position in range(len(self._shape.layers)):
+            removed, cost = self._costs.get((position, attention), ([0], [0.0]))
+            found.append(curve_of(removed, [one / (2 * positions) for one in cost]))
+        return found
+
+    def _finish(self, reader: Reader, border: _Border) -> None:
+        metric = border.metric.root()
+        weight = border.equations.weight
+        optimum = None
+        if metric is not None:
+            optimum = optimum_of(border.equations.gram, weight, metric=metric)
+        if optimum is None:
+            raise NirvanaError(
+                f"{reader.name}: its inputs or the gradients behind it are NaN or infinite on the "
+                "calibration text; no curve can be measured."
+            )
+        if reader.groups is None:
+            self._neurons(reader, border, optimum)
+        else:
+            self._groups(reader, border, optimum, reader.groups)
+
+    def _groups(self, reader: Reader, border: _Border, optimum: Optimum, groups: int) -> None:
+        kept, cost = eliminate_groups(optimum, groups)
+        self._costs[reader.position, True] = list(range(groups)), cost
+        inputs = border.equations.weight.shape[1]
+        for removed in range(1, groups):
+            self._try(reader, border, group_inputs(kept[removed], groups, inputs), removed)
+
+    def _neurons(self, reader: Reader, border: _Border, optimum: Optimum) -> None:
+        width = border.equations.weight.shape[1]
+        least = max(1, width // 24) if self._least_neurons is None else min(self._least_neurons, width)
+        gone = eliminate(optimum, keep=least, block=max(1, width // BLOCKS))
+        self._costs[reader.position, False] = gone.removed, gone.cost
+        for share in _MEASURED_SHARES:
+            removed = min(round(share * width), len(gone.order))
+            kept = torch.ones(width, dtype=torch.bool)
+            kept[gone.order[:removed]] = False
+            self._try(reader, border, kept.nonzero()[:, 0], removed)
+
+    def _try(self, reader: Reader, border: _Border, kept: torch.Tensor, removed: int) -> None:
+        """Refit what stays on the curve's windows; note what that changes on the measured ones."""
+        assert border.inputs is not None
+        dense = border.equations.weight
+        refit = border.equations.only(kept).solve(_MEASURED_RIDGE)
+        assert refit is not None  # the elimination found them finite
+        difference = -dense.clone()
+        difference[:, kept] += refit.weight.to(dense.device)
+        change = border.inputs @ difference.T
+        self.trials.append(Trial(reader.position, reader.groups is not None, removed, change))
+
+
+@dataclass
+class _Record:
+    """What one reader met on the way there and back; [n, T, ...]."""
+
+    entered: torch.Tensor | None = None
+    inputs: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+
+
+class _recorded:  # noqa: N801 (a context manager)
+    """While a block runs, note what one of its readers meets."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> _Record:
+        record, reader = _Record(), self._reader
+
+        def keep(name: str, value: torch.Tensor) -> None:
+            setattr(record, name, value.detach())
+
+        def at_output(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            record.output = output.detach()
+            output.register_hook(partial(keep, "gradient"))  # type: ignore[no-untyped-call]
+
+        self._hooks.enter_context(watched(reader.norm, partial(keep, "entered")))
+        self._hooks.enter_context(watched(reader.linear, partial(keep, "inputs")))
+        handle = reader.linear.register_forward_hook(at_output)
+        self._hooks.callback(handle.remove)
+        return record
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.close()
+
+
+def _observe(border: _Border, record: _Record) -> None:
+    entered, inputs, output = record.entered, record.inputs, record.output
+    assert entered is not None and inputs is not None and output is not None and record.gradient is not None
+    weight = importance(entered + output)
+    border.metric.observe(record.gradient, weight)
+    x = (inputs * weight).flatten(0, -2)
+    border.equations.gram.addmm_(x.T, x)

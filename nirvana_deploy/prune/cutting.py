@@ -1,0 +1,185 @@
+"""From what was measured to what stays, by the recipe: the one path of single cuts and of candidates."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.calibrate.stage import calibration_record
+from nirvana_deploy.calibrate.windows import TokenWindows
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.prune.curves.budget import Allocated, UnitCost, allocate, least_neurons
+from nirvana_deploy.prune.curves.curve import Curves
+from nirvana_deploy.prune.curves.measure_curves import measure_curves
+from nirvana_deploy.prune.plan import Origin, PrunePlan, make_plan, plan_of
+from nirvana_deploy.prune.recipe import REFIT, Pruning
+from nirvana_deploy.prune.refit.reconstruct import Reconstruction, reconstruct_layers
+from nirvana_deploy.prune.refit.selection import select_and_refit
+from nirvana_deploy.prune.saliency.units import UnitScores
+
+_CALIBRATION_KEYS = ("source", "num_sequences", "seq_len", "text_sha256", "seed", "draw")
+
+
+def reads_curves(recipe: Pruning, saliency: str) -> bool:
+    """Whether curves decide how much goes from where."""
+    return recipe.allocation == "curves" or saliency == REFIT
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """A model and how it is to be cut."""
+
+    dense: Checkpoint
+    recipe: Pruning
+    seed: int
+    model_name: str = ""
+    cost: UnitCost | None = None
+    """Of a unit; None: linear weights."""
+    spill_folder: Path | None = None
+    progress: Progress = SILENT
+
+    def curves(self, tokens: NDArray[np.int64]) -> Curves:
+        """Measure the curves on windows [N, T]."""
+        narrowest = min(layer.ffn_width for layer in self.dense.shape.layers if layer.ffn_width)
+        least = least_neurons(narrowest, self.recipe.round_to, self.recipe.min_neurons)
+        return measure_curves(
+            self.dense,
+            tokens,
+            seed=self.seed,
+            least_neurons=least,
+            spill_folder=self.spill_folder,
+            progress=self.progress,
+        )
+
+    def allocated(self, curves: Curves) -> Allocated:
+        """How many units of each layer stay."""
+        recipe = self.recipe
+        return allocate(
+            self.dense.shape,
+            curves,
+            sparsity=recipe.sparsity,
+            cost=self.cost,
+            uniform=recipe.allocation == "uniform",
+            round_to=recipe.round_to,
+            min_groups=recipe.min_groups,
+            min_neurons=recipe.min_neurons,
+        )
+
+    def plan(
+        self,
+        scores: UnitScores,
+        *,
+        saliency: str,
+        gamma: float | None,
+        calibration: dict[str, Any] | None,
+        curves: Curves | None = None,
+    ) -> PrunePlan:
+        """The plan of scores: under a budget of ``curves``, or of ``gamma`` without them."""
+        recipe, shape = self.recipe, self.dense.shape
+        if curves is None:
+            plan = make_plan(
+                shape,
+                scores,
+                sparsity=recipe.sparsity,
+                gamma=gamma,
+                allocation=recipe.allocation,
+                round_to=recipe.round_to,
+                saliency=saliency,
+                seed=self.seed,
+                model_name=self.model_name,
+                calibration=_kept_keys(calibration),
+            )
+        else:
+            allocated = self.allocated(curves)
+            groups = [
+                _best(score, kept.groups) for score, kept in zip(scores.groups, allocated.counts, strict=True)
+            ]
+            neurons = [
+                _best(score, kept.neurons)
+                for score, kept in zip(scores.neurons, allocated.counts, strict=True)
+            ]
+            plan = self._planned(groups, neurons, allocated, saliency, calibration)
+        return replace(plan, reconstruct={"ridge": recipe.ridge}) if recipe.reconstruct else plan
+
+    def select(
+        self, allocated: Allocated, windows: NDArray[np.int64], out: Path, calibration: dict[str, Any] | None
+    ) -> tuple[PrunePlan, Reconstruction]:
+        """Choose inside the refit, which is written to ``out``."""
+        selected = select_and_refit(
+            self.dense, allocated.counts, windows, out, ridge=self._ridge(), progress=self.progress
+        )
+        plan = self._planned(selected.groups, selected.neurons, allocated, REFIT, calibration)
+        return replace(plan, reconstruct={"ridge": self.recipe.ridge}), selected.reconstruction
+
+    def refit(self, plan: PrunePlan, windows: NDArray[np.int64], out: Path) -> Reconstruction:
+        """Refit what a plan keeps; written to ``out``."""
+        assert plan.reconstruct is not None
+        ridge = plan.reconstruct["ridge"]
+        return reconstruct_layers(
+            self.dense,
+            plan,
+            windows,
+            out,
+            ridge=None if ridge == "auto" else ridge,
+            progress=self.progress,
+        )
+
+    def candidate(
+        self,
+        windows: TokenWindows | None,
+        scores: UnitScores | None,
+        *,
+        saliency: str,
+        gamma: float | None,
+        curves: Curves | None,
+        out: Path,
+    ) -> tuple[PrunePlan, Path | None]:
+        """A plan, and the folder ``out`` of its refit if the recipe refits."""
+        record = None if windows is None else calibration_record(windows)
+        if scores is None:
+            assert windows is not None and curves is not None
+            plan, _ = self.select(self.allocated(curves), windows.tokens, out, record)
+            return plan, out
+        plan = self.plan(scores, saliency=saliency, gamma=gamma, calibration=record, curves=curves)
+        if plan.reconstruct is None or windows is None:
+            return plan, None
+        self.refit(plan, windows.tokens, out)
+        return plan, out
+
+    def _ridge(self) -> float | None:
+        return None if self.recipe.ridge == "auto" else float(self.recipe.ridge)
+
+    def _planned(
+        self,
+        groups: Any,
+        neurons: Any,
+        allocated: Allocated,
+        saliency: str,
+        calibration: dict[str, Any] | None,
+    ) -> PrunePlan:
+        plan = plan_of(
+            self.dense.shape,
+            groups,
+            neurons,
+            origin=Origin(self.model_name, self.recipe.sparsity, self.seed, _kept_keys(calibration)),
+            saliency=saliency,
+            allocation=self.recipe.allocation,
+            round_to=self.recipe.round_to,
+        )
+        cost = None if self.cost is None else asdict(self.cost)
+        return replace(plan, curves={"predicted_kl": allocated.predicted_kl, "cost": cost})
+
+
+def _best(scores: NDArray[np.float64], count: int) -> tuple[int, ...]:
+    """The ``count`` units of highest score, sorted; of equal ones the later."""
+    kept = np.argsort(scores, kind="stable")[len(scores) - count :]
+    return tuple(int(unit) for unit in np.sort(kept))
+
+
+def _kept_keys(calibration: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if calibration is None else {key: calibration[key] for key in _CALIBRATION_KEYS}

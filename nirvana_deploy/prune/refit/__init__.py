@@ -1,0 +1,1 @@
+"""What the cut leaves, fitted to the dense model."""

@@ -1,0 +1,238 @@
+"""Refit the kept columns of o and down so that the hidden states match the dense model's.
+
+Calibration windows run through the dense model and, block by block, through the pruned one as it comes into
+being; each o and down is fitted (``least_squares.py``) to carry the states of the second to those of the
+first behind it, so it also makes up for all cuts before. Every position counts relative to the size of its
+state. After He et al., Channel Pruning (arXiv 1707.06168), ZipLM (2302.04089) and OSSCAR (2403.12983); the
+ridge toward the cut weights and the weights of positions are ours. Measurements: benchmarks/NOTES.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import nn
+
+from nirvana_deploy.base.artifact import disk_errors, whole_folder
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.reading import stack_lengths
+from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
+from nirvana_deploy.prune.refit.fitting import Fit, fitted
+from nirvana_deploy.prune.refit.least_squares import NormalEquations
+from nirvana_deploy.prune.refit.readers import (
+    Reader,
+    readers_of,
+    set_columns,
+    stored_as,
+    up_to,
+    watched,
+)
+from nirvana_deploy.prune.saliency.units import kept_positions
+from nirvana_deploy.prune.streaming.model import Runs, States, StreamedModel
+from nirvana_deploy.prune.streaming.score import DEFAULT_MICRO_BATCH
+
+DEFAULT_RIDGE = 1.0
+"""Share of each input's own energy."""
+_REMEMBERED_BYTES = 1 << 28
+"""Inputs of a reader up to this size are kept; larger ones are computed again."""
+
+Choose = Callable[[Reader, NormalEquations], torch.Tensor]
+"""The inputs that stay of a reader, sorted, from the sums over all of its inputs on the repaired prefix."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What refitting achieved."""
+
+    ridge: float | None
+    """None: for each linear the best of several on held-out windows."""
+    tokens: int
+    explained_share: dict[str, float]
+    """Tensor name -> share of the missing output that is restored, on the calibration text."""
+    plain: tuple[str, ...] = ()
+    """Linears that keep the plain cut, since no refit was better on held-out windows."""
+
+
+def reconstruct_layers(
+    checkpoint: Checkpoint,
+    plan: PrunePlan,
+    tokens: NDArray[np.int64],
+    out: Path,
+    *,
+    ridge: float | None = DEFAULT_RIDGE,
+    micro_batch: int = DEFAULT_MICRO_BATCH,
+    device: torch.device | None = None,
+    progress: Progress = SILENT,
+) -> Reconstruction:
+    """Refit what ``plan`` leaves of every o and down on windows [N, T]; write them to the folder ``out``.
+
+    ``out`` gets one safetensors file per block, [D, k] tensors in their stored dtype under their names in
+    the checkpoint; ``slice_checkpoint`` takes them in place of the plain cut. It appears whole or not at all.
+    Arithmetic is float32 (the equations: float64); later blocks see the weights as stored. ``ridge`` None
+    takes for each linear the best of several on a sixteenth of the windows. ``micro_batch`` is in sequences,
+    ``device`` defaults to a GPU if torch sees one. Raises NirvanaError for a plan that does not
+    fit, for too few tokens (:func:`require_tokens`), and for activations that are not finite.
+    """
+    check_plan_fits(plan, checkpoint.shape)
+    positions = kept_positions(checkpoint.shape, plan.kept_groups, plan.kept_neurons)
+    kept = {name: found.positions for name, found in positions.items()}
+    return refit_readers(
+        checkpoint,
+        tokens,
+        out,
+        kept=kept,
+        ridge=ridge,
+        micro_batch=micro_batch,
+        device=device,
+        progress=progress,
+    )
+
+
+def refit_readers(
+    checkpoint: Checkpoint,
+    tokens: NDArray[np.int64],
+    out: Path,
+    *,
+    kept: dict[str, torch.Tensor] | None = None,
+    choose: Choose | None = None,
+    ridge: float | None = DEFAULT_RIDGE,
+    micro_batch: int = DEFAULT_MICRO_BATCH,
+    device: torch.device | None = None,
+    progress: Progress = SILENT,
+) -> Reconstruction:
+    """As :func:`reconstruct_layers`: the inputs that stay are ``kept`` by weight name, or ``choose`` says."""
+    shape = checkpoint.shape
+    require_tokens(shape, *tokens.shape)
+    if ridge is not None and not ridge > 0:
+        raise NirvanaError(f"ridge must be a positive number, got {ridge}.")
+    fits: dict[str, Fit] = {}
+    label = f"Reconstructing on {tokens.shape[0]} x {tokens.shape[1]} tokens"
+    with whole_folder(out) as folder, progress.task(label, len(shape.layers)) as advance:
+
+        def visit(
+            positions: Sequence[int], block: nn.Module, dense: Runs, made: Runs
+        ) -> tuple[States, States]:
+            readers = readers_of(shape, positions, block)
+            wanted, left = _dense_states(readers, dense)
+            written: dict[str, torch.Tensor] = {}
+            states: States = []
+            for reader, after in zip(readers, wanted, strict=True):
+                replay = _Replay(reader, made, states)
+                given = None if kept is None else kept[reader.name]
+                fit = fitted(reader, replay.pairs(), after, kept=given, choose=choose, ridge=ridge)
+                stored = stored_as(checkpoint.weights, reader.name, fit.weight)
+                set_columns(reader.linear, fit.kept, stored.float())
+                states = replay.states_behind()
+                written[reader.name], fits[reader.name] = stored, fit
+            with disk_errors(out):
+                save_file(written, folder / f"layer-{min(positions):05}.safetensors")
+            advance(len(positions))
+            return left, states
+
+        model = StreamedModel(checkpoint, device=device)
+        model.transform_blocks(torch.from_numpy(tokens), visit, micro_batch=micro_batch)
+    return Reconstruction(
+        ridge=ridge,
+        tokens=int(tokens.size),
+        explained_share={name: fit.explained_share for name, fit in fits.items()},
+        plain=tuple(name for name, fit in fits.items() if fit.plain),
+    )
+
+
+def require_tokens(shape: ModelShape, num_sequences: int, seq_len: int) -> str | None:
+    """Raise NirvanaError for fewer calibration tokens than a quarter of the widest linear's inputs.
+
+    Returns what to say of fewer than all of them, where only a large ridge holds; else None.
+    """
+    widest = max(max(layer.query_heads * shape.head_dim, layer.ffn_width) for layer in shape.layers)
+    lengths = stack_lengths(shape.family, seq_len)
+    read_tokens = num_sequences * min(lengths)
+    if read_tokens >= widest:
+        return None
+    enough = -(-widest // max(min(lengths), 1))
+    stacks = " in each stack" if len(lengths) > 1 else ""
+    have = f"{num_sequences} windows of {seq_len} are {read_tokens:,} tokens{stacks}"
+    if 4 * read_tokens >= widest:
+        return (
+            f"{have}, fewer than the {widest:,} inputs of the widest linear: refits will stay close to the "
+            f"old weights. --num-sequences {20 * enough} would do better."
+        )
+    raise NirvanaError(
+        f"Reconstruction fits linears of up to {widest:,} inputs and needs calibration tokens for at least a "
+        f"quarter of them, better 20 times as many; {have}.",
+        hint=f"Pass --num-sequences {enough} or more, or --no-reconstruct.",
+    )
+
+
+class _Replay:
+    """A reader's inputs in the model that is being made, batch by batch, and the states behind it.
+
+    An FFN reads the states behind the attention and nothing else, so it starts from them; an attention is run
+    as part of the block.
+    """
+
+    def __init__(self, reader: Reader, runs: Runs, states: States) -> None:
+        self._reader = reader
+        self._runs = runs
+        self._entered: States = [] if reader.ffn is None else states
+        self._inputs: States | None = []
+        self._inputs_bytes = 0
+
+    def pairs(self) -> Sequence[Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
+        """For each batch, in order: computes (states [n, T, D] that the reader adds to, its inputs)."""
+        return [partial(self._noted, number) for number in range(len(self._runs))]
+
+    def states_behind(self) -> States:
+        """The states [n, T, D] behind the reader with the weights that it has now."""
+        if self._inputs is not None:
+            pairs = list(zip(self._entered, self._inputs, strict=True))
+            return [self._behind(entered, inputs) for entered, inputs in pairs]
+        return [self._behind(*self._pair(number)) for number in range(len(self._runs))]
+
+    def _behind(self, entered: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        device = self._reader.linear.weight.device
+        output: torch.Tensor = self._reader.linear(inputs.to(device))
+        return (entered.to(device) + output).cpu()
+
+    def _noted(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        entered, inputs = self._pair(number)
+        if self._reader.ffn is None:
+            self._entered.append(entered.cpu())
+        self._inputs_bytes += inputs.numel() * inputs.element_size()
+        if self._inputs_bytes > _REMEMBERED_BYTES:
+            self._inputs = None
+        if self._inputs is not None:
+            self._inputs.append(inputs.cpu())
+        return entered, inputs
+
+    def _pair(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        reader, ffn = self._reader, self._reader.ffn
+        if ffn is None:
+            return up_to(reader, self._runs[number])
+        states = self._entered[number].to(reader.linear.weight.device)
+        return up_to(reader, lambda: ffn(reader.norm(states)))
+
+
+def _dense_states(readers: Sequence[Reader], runs: Runs) -> tuple[list[States], States]:
+    """(the hidden states after each reader, those that leave the block), before any change."""
+    entering: list[States] = [[] for _ in readers]
+
+    def keep(states: States, entered: torch.Tensor) -> None:
+        states.append(entered.cpu())
+
+    with ExitStack() as hooks:
+        for reader, states in zip(readers, entering, strict=True):
+            hooks.enter_context(watched(reader.norm, partial(keep, states)))
+        left = [run().cpu() for run in runs]
+    return [*entering[1:], left], left

@@ -1,0 +1,106 @@
+"""Curves of tiny models: from 0 to the floors, the same every time, and equal to one full backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders.plans import shape_of
+from builders.tiny import VOCABULARY, write_tiny
+from builders.tiny_t5 import write_t5
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.prune.curves.curve import Curves, facts_of, write_curves
+from nirvana_deploy.prune.curves.measure_curves import measure_curves
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "llama": partial(write_tiny, kind="llama-tied"),
+    "t5": partial(write_t5, kind="t5"),
+}
+
+
+@pytest.fixture(scope="module", params=list(WRITERS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return WRITERS[request.param](tmp_path_factory.mktemp("dense") / "model")
+
+
+@pytest.fixture(scope="module")
+def windows() -> NDArray[np.int64]:
+    """[30, 20]: 12 of them measure the scale."""
+    return np.random.default_rng(0).integers(3, VOCABULARY, size=(30, 20))
+
+
+@pytest.fixture(scope="module")
+def curves(folder: Path, windows: NDArray[np.int64]) -> Curves:
+    return measure_curves(Checkpoint.open(folder), windows)
+
+
+def test_curves_ascend_from_zero_to_the_floors(
+    folder: Path, curves: Curves, windows: NDArray[np.int64]
+) -> None:
+    shape = shape_of(folder)
+    for layer, groups, neurons in zip(shape.layers, curves.groups, curves.neurons, strict=True):
+        assert groups.removed.tolist() == list(range(layer.kv_heads))
+        assert neurons.removed[0] == 0
+        assert neurons.removed[-1] == max(layer.ffn_width - max(1, layer.ffn_width // 24), 0)
+        for curve in (groups, neurons):
+            assert len(curve.removed) == len(curve.kl) and curve.kl[0] == 0
+            assert (np.diff(curve.removed) > 0).all() and (np.diff(curve.kl) >= 0).all()
+        assert groups.kl[-1] > 1e-4 and (not layer.ffn_width or neurons.kl[-1] > 1e-4)
+    assert curves.facts == facts_of(shape, windows)
+
+
+def test_curves_end_where_so_many_neurons_stay(folder: Path, windows: NDArray[np.int64]) -> None:
+    found = measure_curves(Checkpoint.open(folder), windows[:6], least_neurons=16)
+    for layer, curve in zip(shape_of(folder).layers, found.neurons, strict=True):
+        assert curve.removed[-1] == max(layer.ffn_width - 16, 0)
+
+
+def test_the_same_seed_gives_the_same_bytes_in_memory_or_spilled(
+    folder: Path, curves: Curves, windows: NDArray[np.int64], tmp_path: Path
+) -> None:
+    spilled = measure_curves(Checkpoint.open(folder), windows, spill=True, spill_folder=tmp_path)
+    other = measure_curves(Checkpoint.open(folder), windows, seed=1)
+    assert not list(tmp_path.iterdir())
+    for name, one in (("first", curves), ("spilled", spilled), ("other", other)):
+        write_curves(one, tmp_path / name)
+    first = (tmp_path / "first").read_bytes()
+    assert (tmp_path / "spilled").read_bytes() == first
+    assert (tmp_path / "other").read_bytes() != first
+
+
+def test_idle_units_are_free_and_layers_tell_apart(tmp_path: Path, windows: NDArray[np.int64]) -> None:
+    folder = write_tiny(tmp_path / "model", "llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][:, 15:] = 0
+    tensors["model.layers.1.self_attn.o_proj.weight"][:, :32] = 0  # two of three groups
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = measure_curves(Checkpoint.open(folder), windows)
+    assert found.neurons[1].at(25) < 1e-6 < 1e-3 < found.neurons[0].at(25)
+    assert found.groups[1].at(2) < 1e-6 < 1e-3 < found.groups[0].at(2)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_two_windows_are_enough_and_one_is_refused(
+    tiny_llama: Path, windows: NDArray[np.int64], count: int
+) -> None:
+    found = measure_curves(Checkpoint.open(tiny_llama), windows[:count])
+    assert all(np.isfinite(curve.kl).all() for curve in found.groups + found.neurons)
+    with pytest.raises(NirvanaError, match="Curves need at least 2 calibration windows") as refused:
+        measure_curves(Checkpoint.open(tiny_llama), windows[:1])
+    assert refused.value.hint == "Pass --num-sequences 64."
+
+
+def test_activations_that_overflow_name_the_linear(tmp_path: Path, windows: NDArray[np.int64]) -> None:
+    folder = write_tiny(tmp_path / "model", "llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"] *= 1e38
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NirvanaError, match=r"layers\.2\..*weight: its inputs or the gradients .* NaN"):
+        measure_curves(Checkpoint.open(folder), windows[:4])

@@ -1,0 +1,94 @@
+"""Options that contradict each other are refused before any work, in sentences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.plans import shape_of
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.calibrate.recipe import Calibration
+from nirvana_deploy.prune.choices import Choices, choices_of
+from nirvana_deploy.prune.plan import default_gamma
+from nirvana_deploy.prune.recipe import Pruning
+
+
+def choices(model: Path, calibration: dict[str, Any] | None = None, **pruning: Any) -> Choices:
+    recipe = Pruning(**{"sparsity": 0.3, "round_to": 4, **pruning})
+    return choices_of(Calibration(**(calibration or {})), recipe, shape_of(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence", "hint"),
+    [
+        ({"reconstruct": False}, "'refit' chooses units inside the refit", "--saliency taylor"),
+        (
+            {"saliency": "refit,taylor", "reconstruct": False},
+            "'refit' chooses units inside the refit",
+            "--saliency taylor",
+        ),
+        ({"allocation": "global"}, "'global' ranks units over all layers", "--preset paper"),
+        ({"gamma": 2.0}, "gamma 2.0 divides the budget", "Leave --gamma out"),
+        ({"gamma": "auto", "saliency": "nirvana"}, "gamma auto divides the budget", "Leave --gamma out"),
+        (
+            {"gamma": 2.0, "allocation": "uniform"},
+            "gamma 2.0 divides the budget",
+            "Leave --gamma out",
+        ),
+        (
+            {"cost": "ms", "saliency": "nirvana", "allocation": "global"},
+            "cost 'ms' is minded by curves alone, not by allocation 'global'",
+            "--allocation curves",
+        ),
+        (
+            {"cost": "bytes", "saliency": "refit,nirvana", "allocation": "uniform"},
+            "cost 'bytes' is minded by curves alone",
+            "--allocation curves",
+        ),
+    ],
+)
+def test_contradictions_are_sentences(
+    tiny_llama: Path, options: dict[str, Any], sentence: str, hint: str
+) -> None:
+    with pytest.raises(NirvanaError) as refused:
+        choices(tiny_llama, **options)
+    assert sentence in refused.value.message and hint in (refused.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"allocation": "uniform"},
+        {"allocation": "uniform", "cost": "ms"},
+        {"cost": "bytes"},
+        {"saliency": "taylor", "reconstruct": False},
+        {"saliency": "nirvana", "cost": "ms"},
+    ],
+)
+def test_curves_leave_no_gamma_to_choose(tiny_llama: Path, options: dict[str, Any]) -> None:
+    found = choices(tiny_llama, {"calib": "pydoc"}, **options)
+    assert found.gammas == (None,) and found.single
+
+
+def test_without_curves_gamma_is_chosen_or_given(tiny_llama: Path) -> None:
+    plain: dict[str, Any] = {"saliency": "nirvana", "allocation": "global"}
+    assert choices(tiny_llama, **plain).gammas == (default_gamma(shape_of(tiny_llama)),)
+    assert choices(tiny_llama, **plain, gamma=2.0).gammas == (2.0,)
+    several = choices(tiny_llama, **plain, gamma="auto")
+    assert len(several.gammas) > 1 and not several.single
+    mixed = choices(tiny_llama, saliency="refit,taylor", allocation="uniform", gamma=2.0)
+    assert mixed.gammas == (2.0,) and mixed.saliencies == ("refit", "taylor")
+
+
+def test_auto_tries_saliencies_and_sources(tiny_llama: Path) -> None:
+    found = choices(tiny_llama, {"calib": "auto"}, saliency="auto")
+    assert found.saliencies == ("nirvana", "taylor") and found.candidates == 4
+    assert found.corpora == ("pydoc", "self")
+
+
+def test_an_unknown_saliency_names_those_there_are(tiny_llama: Path) -> None:
+    with pytest.raises(NirvanaError, match="'taylr'"):
+        choices(tiny_llama, saliency="taylr")
