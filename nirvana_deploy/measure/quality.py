@@ -7,7 +7,7 @@ float32 logits [T, V] of the baseline, one variant and its parent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ def quality_of(
     *,
     baseline_name: str = "dense",
     parents: Mapping[str, str] | None = None,
+    kinds: Sequence[str] = (),
     progress: Progress = SILENT,
 ) -> dict[str, dict[str, Any]]:
     """Judge the baseline and every variant on ``windows`` [M, T]; the baseline runs once per window.
@@ -50,7 +51,8 @@ def quality_of(
     windows (None for one window) and ``kl_standard_error_tokens`` over tokens, ``top1_agreement`` (share of
     positions), ``tokens`` and ``windows``. A variant that ``parents`` maps to another one, judged before it,
     also gets ``kl_vs_parent``: how far quantization alone carried it. The error over windows is the one to
-    quote: tokens of one window are correlated, which makes the other too small.
+    quote: tokens of one window are correlated, which makes the other too small. ``kinds`` names the kind of
+    text of each window; ``parts`` then holds the same numbers for each kind.
 
     Raises NirvanaError for windows without a next token, logits that are not finite, or vocabularies that
     differ.
@@ -85,6 +87,9 @@ def quality_of(
                 del logits  # before the next variant makes its own
                 advance(1)
     found = {name: _quality(of_windows) for name, of_windows in scores.items()}
+    if kinds:
+        for name, of_windows in scores.items():
+            found[name]["parts"] = _by_kind(of_windows, kinds)
     for name, divergences in to_parent.items():
         found[name]["kl_vs_parent"] = float(np.concatenate(divergences).mean())
     return found
@@ -133,6 +138,13 @@ def _quality(of_windows: list[PositionScores]) -> dict[str, Any]:
         "tokens": len(kl),
         "windows": len(of_windows),
     }
+
+
+def _by_kind(of_windows: Sequence[PositionScores], kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    by_kind: dict[str, list[PositionScores]] = {kind: [] for kind in kinds}
+    for kind, scores in zip(kinds, of_windows, strict=True):
+        by_kind[kind].append(scores)
+    return {kind: _quality(of_kind) for kind, of_kind in by_kind.items()}
 
 
 def _standard_error(values: NDArray[np.float64]) -> float | None:

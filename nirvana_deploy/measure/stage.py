@@ -1,11 +1,11 @@
-"""The stages that measure a finished folder: quality, speed, tangent kernel, tasks.
+"""The stages that measure a finished folder: quality, answers, speed, tangent kernel, tasks.
 
 Each can be run again alone; ``evaluate`` and ``benchmark`` do. What makes the folder is in ``stages.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -19,14 +19,26 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.stage import drawn_record
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.calibrate.windows_file import read_windows
+from nirvana_deploy.export.recipe import Export
+from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS, continuations
 from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
+from nirvana_deploy.measure.bounds import mean_context_tokens
+from nirvana_deploy.measure.evaluation_text import (
+    EvaluationText,
+    calibration_kinds,
+    held_out_text,
+    other_text,
+    text_of,
+)
 from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.measure.recipe import Evaluation, Workload
-from nirvana_deploy.measure.tasks import evaluate_tasks
+from nirvana_deploy.measure.unit_cost import bytes_cost, measured_cost
+from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import (
+    ANSWERS_FILE,
     BENCHMARK_FILE,
     CALIBRATION_FILE,
     CHECKPOINT,
@@ -36,16 +48,18 @@ from nirvana_deploy.output.layout import (
     QUALITY_FILE,
     TASKS_FILE,
 )
-from nirvana_deploy.output.results import QualityMeasured, Timed
+from nirvana_deploy.output.results import AnswersWritten, QualityMeasured, Timed
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
-from nirvana_deploy.output.variants import DENSE, PRUNED, variants_of
+from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, variants_of
+from nirvana_deploy.prune.curves.budget import UnitCost
 from nirvana_deploy.prune.plan import read_plan, shape_of
 from nirvana_deploy.runtime.models import models_for, place_of
 from nirvana_deploy.runtime.onnxruntime.providers import open_on_cpu
 from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.runtime.registry import is_engine, open_runner
 from nirvana_deploy.runtime.runner import Runner
+from nirvana_deploy.runtime.text import load_text_side, tokenizer_folder
 
 _NOTHING_DENSE = {"kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
 """What a measurement without the dense baseline cannot say."""
@@ -58,25 +72,20 @@ def quality(run: Run, place: Place, *, windows: TokenWindows | None = None) -> S
     """
 
     def work() -> QualityMeasured:
-        if windows is None:
-            tokens, source = heldout_windows(run)
-        else:
-            tokens, source = windows.tokens, windows.source
+        text, beside = _evaluation_texts(run, windows)
         models = models_for(run, place.runtime)
         with ExitStack() as stack:
             opened = {v.name: stack.enter_context(_opened(run, path, place)) for v, path in models.items()}
-            baseline = next(iter(opened))
-            found = quality_of(
-                opened.pop(baseline),
-                opened,
-                tokens,
-                baseline_name=baseline,
-                parents={v.name: v.parent for v in models if v.parent in opened},
-                progress=run.progress,
-            )
-        if baseline != DENSE:
-            found = {name: found[name] | _NOTHING_DENSE for name in found}
-        result = QualityMeasured(source=source, window_tokens=tokens.shape[1], variants=found)
+            found = _qualities(run, models, opened, text)
+            for other in beside:
+                for name, quality in _qualities(run, models, opened, other).items():
+                    found[name]["parts"] |= quality["parts"]
+        result = QualityMeasured(
+            source=text.source,
+            window_tokens=text.tokens.shape[1],
+            variants=found,
+            calibrated=_calibrated(run, [kind for one in (text, *beside) for kind in one.kinds]),
+        )
         write_json(run.out / QUALITY_FILE, asdict(result))
         return result
 
@@ -87,6 +96,111 @@ def quality(run: Run, place: Place, *, windows: TokenWindows | None = None) -> S
         work=work,
         always=_outdated(run, stage.QUALITY, place),
     )
+
+
+def _evaluation_texts(
+    run: Run, windows: TokenWindows | None
+) -> tuple[EvaluationText, tuple[EvaluationText, ...]]:
+    """The text that quality is quoted on; another kind beside it where it is one kind that nobody named."""
+    if windows is not None:
+        return text_of(windows), ()
+    record = drawn_record(run)
+    text = held_out_text(run.out / CALIBRATION_FILE, record)
+    if len(set(text.kinds)) > 1 or run.manifest["options"].get("eval_text") is not None:
+        return text, ()
+    known = calibration_kinds(record) | set(text.kinds)
+    tokenizer = Checkpoint.open(run.out / CHECKPOINT).tokenizer
+    other = other_text(known, tokenizer, text.tokens.shape, run.progress)
+    return text, () if other is None else (other,)
+
+
+def _calibrated(run: Run, kinds: Sequence[str]) -> dict[str, bool]:
+    """Whether the calibration had text of each kind."""
+    drawn = run.has(stage.SELECT) or run.has(stage.CALIBRATE)
+    known = calibration_kinds(drawn_record(run)) if drawn else frozenset[str]()
+    return {kind: kind in known for kind in kinds}
+
+
+def _qualities(
+    run: Run, models: Iterable[ModelVariant], opened: Mapping[str, Runner], text: EvaluationText
+) -> dict[str, dict[str, Any]]:
+    """Quality of each model on one text, also by kind."""
+    baseline, *others = opened
+    found = quality_of(
+        opened[baseline],
+        {name: opened[name] for name in others},
+        text.tokens,
+        baseline_name=baseline,
+        parents={v.name: v.parent for v in models if v.parent in others},
+        kinds=text.kinds,
+        progress=run.progress,
+    )
+    if baseline != DENSE:
+        for one in found.values():
+            for numbers in (one, *one["parts"].values()):
+                numbers |= _NOTHING_DENSE
+    return found
+
+
+def answers(run: Run, place: Place) -> Stage:
+    """What the models write after a few prompts, greedily; in ``place`` as :func:`quality`.
+
+    A model that does not write text from nothing is not asked, and the record says so.
+    """
+
+    def work() -> AnswersWritten:
+        models = models_for(run, place.runtime)
+        family = shape_of(run.out, next(iter(models))).family
+        if family.writes_text:
+            result = AnswersWritten(NEW_TOKENS, PROMPTS, _written(run, models, place))
+        else:
+            nothing: dict[str, tuple[str, ...]] = {variant.name: () for variant in models}
+            why = f"{family.name} transforms a text; it does not continue one."
+            result = AnswersWritten(NEW_TOKENS, (), nothing, skipped=why)
+        write_json(run.out / ANSWERS_FILE, asdict(result))
+        return result
+
+    return Stage(
+        stage.ANSWERS,
+        needs=_measured(run),
+        makes=(ANSWERS_FILE,),
+        work=work,
+        always=_outdated(run, stage.ANSWERS, place),
+    )
+
+
+def _written(run: Run, models: Mapping[ModelVariant, Path], place: Place) -> dict[str, tuple[str, ...]]:
+    """The continuations of each model, one model in memory at a time."""
+    text_side, stops = load_text_side(tokenizer_folder(next(iter(models.values()))))
+    found = {}
+    with run.progress.task("Answers", len(models) * len(PROMPTS)) as advance:
+        for variant, path in models.items():
+            with _opened(run, path, place) as runner:
+                found[variant.name] = continuations(runner, text_side, stops=stops, advance=advance)
+    return found
+
+
+def unit_cost(
+    run: Run, dense: Checkpoint, measure: str, *, export: Export, scheme: str | None, workload: Workload
+) -> Stage:
+    """What a KV group and a neuron cost for a decoded token, in "bytes" or "ms"; its result is a UnitCost."""
+
+    def work() -> UnitCost:
+        if measure == "bytes":
+            context = mean_context_tokens(
+                prompt_tokens=workload.prompt_tokens, new_tokens=workload.new_tokens
+            )
+            return bytes_cost(dense.shape, scheme=scheme, dtype=export.dtype, context_tokens=context)
+        return measured_cost(
+            dense,
+            scheme=scheme,
+            dtype=export.dtype,
+            flavor=export.flavor,
+            workload=workload,
+            progress=run.progress,
+        )
+
+    return Stage(stage.UNIT_COST, needs=(), makes=(), work=work)
 
 
 def _measured(run: Run) -> tuple[str, ...]:
@@ -177,7 +291,8 @@ def tangent_kernel(run: Run, *, windows: int) -> Stage:
         write_json(run.out / NTK_FILE, result)
         return result
 
-    return Stage(stage.TANGENT_KERNEL, needs=(stage.PLAN,), makes=(NTK_FILE,), work=work)
+    needs = (stage.PLAN, stage.RECONSTRUCT)
+    return Stage(stage.TANGENT_KERNEL, needs=needs, makes=(NTK_FILE,), work=work)
 
 
 def tasks(

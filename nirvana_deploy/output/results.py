@@ -13,10 +13,13 @@ from typing import Any
 class Reconstructed:
     """The refit of what a cut leaves of o and down."""
 
-    ridge: float
+    ridge: float | None
+    """None: for each linear the best of several on held-out windows."""
     tokens: int
     explained_share: dict[str, float] = field(default_factory=dict)
     """By linear."""
+    plain: tuple[str, ...] = ()
+    """Linears that keep the plain cut."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,22 @@ class QualityMeasured:
     source: str
     window_tokens: int | None = None
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The numbers of each model; under ``parts`` by kind of text, kinds that the others do not count too."""
+    calibrated: dict[str, bool] = field(default_factory=dict)
+    """By kind of text: whether the model was calibrated on such text."""
+
+
+@dataclass(frozen=True)
+class AnswersWritten:
+    """What the models of a folder write."""
+
+    new_tokens: int
+    """The most that each answer may have."""
+    prompts: tuple[str, ...]
+    variants: dict[str, tuple[str, ...]]
+    """One continuation per prompt, by variant; none where ``skipped``."""
+    skipped: str | None = None
+    """Why nothing was asked, if so."""
 
 
 @dataclass(frozen=True)

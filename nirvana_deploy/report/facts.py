@@ -87,7 +87,8 @@ def _reconstruction_facts(records: Records) -> Facts:
     if result is None:
         return ()
     fitted = f"{len(result.explained_share)} output projections refitted on {result.tokens:,} calibration"
-    return (("Reconstruction", f"{fitted} tokens, ridge {result.ridge:g}; it gains most on text like them"),)
+    ridge = "of each linear by held-out windows" if result.ridge is None else f"{result.ridge:g}"
+    return (("Reconstruction", f"{fitted} tokens, ridge {ridge}; it gains most on text like them"),)
 
 
 def _quality_facts(records: Records) -> Facts:

@@ -42,12 +42,12 @@ COLOURS = {
 }
 _SERIES = ("first", "second", "third", "fourth", "fifth")
 _NARROW_IN = 4.4
-_WIDE_IN = 10.2
+WIDE_IN = 10.2
 MAX_DOTS = 300
 """Samples drawn per variant; more would only make the page heavy."""
 
 
-def _svg(figure: Figure, *, name: str, alt: str) -> str:
+def inline_svg(figure: Figure, *, name: str, alt: str) -> str:
     """Render as an inline SVG element without date or URLs; ``name`` makes its ids unique."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a "$" in a name is a dollar
@@ -67,11 +67,12 @@ def _svg(figure: Figure, *, name: str, alt: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
 
 
-def _new_figure(width_in: float, height_in: float) -> Figure:
+def new_figure(width_in: float, height_in: float) -> Figure:
+    """A figure whose parts make room for each other."""
     return Figure(figsize=(width_in, height_in), layout="constrained")
 
 
-def _bare(axes: Any, *, ticks: bool = False) -> None:
+def bare(axes: Any, *, ticks: bool = False) -> None:
     """Remove the frame; keep small soft ticks, or none."""
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=9, labelcolor=COLOURS["soft"])
@@ -80,7 +81,8 @@ def _bare(axes: Any, *, ticks: bool = False) -> None:
         axes.set_yticks([])
 
 
-def _title(axes: Any, text: str) -> None:
+def entitle(axes: Any, text: str) -> None:
+    """Write a title above the left edge."""
     axes.set_title(text, loc="left", fontsize=10.5, color=COLOURS["ink"], pad=8)
 
 
@@ -109,7 +111,7 @@ def kept_width_figure(layers: Sequence[LayerWidth]) -> str:
     kept_groups = sum(len(layer.kept_groups) for layer in layers)
     of_neurons = sum(layer.of_neurons for layer in layers)
     kept_neurons = sum(layer.kept_neurons for layer in layers)
-    figure = _new_figure(_WIDE_IN, 3.9)
+    figure = new_figure(WIDE_IN, 3.9)
     groups, neurons = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.5))
 
     index = range(len(layers))
@@ -121,7 +123,7 @@ def kept_width_figure(layers: Sequence[LayerWidth]) -> str:
     neurons.bar(index, [layer.kept_neurons for layer in layers], width=0.8, color=COLOURS["first"])
 
     for axes in (groups, neurons):
-        _bare(axes, ticks=True)
+        bare(axes, ticks=True)
         axes.set_xlim(index[0] - 0.6, index[-1] + 0.6)
     most_groups = max(layer.of_groups for layer in layers)
     most_neurons = max(layer.of_neurons for layer in layers)
@@ -138,15 +140,15 @@ def kept_width_figure(layers: Sequence[LayerWidth]) -> str:
         for start in starts[1:]:
             axes.axvline(start - 0.5, color=COLOURS["soft"], linewidth=0.8)
     neurons.set_xlabel("layer, input on the left", color=COLOURS["soft"], fontsize=9)
-    _title(groups, f"Attention: {kept_groups:,} of {of_groups:,} KV groups kept")
-    _title(neurons, f"FFN: {kept_neurons:,} of {of_neurons:,} neurons kept")
+    entitle(groups, f"Attention: {kept_groups:,} of {of_groups:,} KV groups kept")
+    entitle(neurons, f"FFN: {kept_neurons:,} of {of_neurons:,} neurons kept")
     narrowest = min((layer for layer in layers if layer.of_neurons), key=lambda layer: layer.kept_neurons)
     alt = (
         f"Kept width over {len(layers)} layers. Attention keeps {kept_groups:,} of {of_groups:,} KV groups, "
         f"the FFN {kept_neurons:,} of {of_neurons:,} neurons. "
         f"Narrowest FFN: layer {narrowest.label} with {narrowest.kept_neurons:,} neurons."
     )
-    return _svg(figure, name="kept-width", alt=alt)
+    return inline_svg(figure, name="kept-width", alt=alt)
 
 
 def _spread_rows(samples: Sequence[float]) -> list[tuple[float, float]]:
@@ -174,9 +176,9 @@ def latency_figure(
     p99 are counted at the edge instead of drawn.
     """
     names = [str(v["name"]) for v in variants]
-    figure = _new_figure(_NARROW_IN, 0.95 + 0.72 * len(variants))
+    figure = new_figure(_NARROW_IN, 0.95 + 0.72 * len(variants))
     axes = figure.subplots()
-    _bare(axes, ticks=True)
+    bare(axes, ticks=True)
     limit = 1.3 * max(v[metric].get("p99") or v[metric]["p50"] for v in variants)
     axes.set_xlim(0, limit)
     axes.locator_params(axis="x", nbins=5)
@@ -211,9 +213,9 @@ def latency_figure(
         if beyond:
             _label(axes, limit, row + 0.22, f"{beyond} slower \N{RIGHTWARDS ARROW}", ha="right", fontsize=8.5)
     axes.set_xlabel("milliseconds", color=COLOURS["soft"], fontsize=9)
-    _title(axes, title)
+    entitle(axes, title)
     parts = [f"{v['name']} {format_ms(v[metric]['p50'])}" for v in variants]
-    return _svg(figure, name=metric.replace("_", "-"), alt=f"{title}, median: {', '.join(parts)}.")
+    return inline_svg(figure, name=metric.replace("_", "-"), alt=f"{title}, median: {', '.join(parts)}.")
 
 
 def memory_figure(variants: Sequence[Mapping[str, Any]], *, baseline: str | None) -> str:
@@ -230,23 +232,23 @@ def memory_figure(variants: Sequence[Mapping[str, Any]], *, baseline: str | None
     ]
     names = [str(v["name"]) for v in variants]
     colours = _colours(names, baseline)
-    figure = _new_figure(_NARROW_IN, len(measures) * (0.42 + 0.3 * len(variants)))
+    figure = new_figure(_NARROW_IN, len(measures) * (0.42 + 0.3 * len(variants)))
     panels = figure.subplots(len(measures), 1, squeeze=False)[:, 0]
     for axes, (key, title) in zip(panels, measures, strict=True):
-        _bare(axes)
+        bare(axes)
         values = [v.get(key) or 0 for v in variants]
         axes.barh(range(len(values)), values, height=0.62, color=[colours[name] for name in names])
         axes.set_xlim(0, 1.22 * max(values))
         _rows(axes, names)
         for row, value in enumerate(values):
             _label(axes, value, row, format_bytes(value))
-        _title(axes, title)
+        entitle(axes, title)
     parts = [
         f"{title}: "
         + ", ".join(f"{v['name']} {format_bytes(v[key])}" for v in variants if v.get(key) is not None)
         for key, title in measures
     ]
-    return _svg(figure, name="memory", alt="Memory. " + ". ".join(parts) + ".")
+    return inline_svg(figure, name="memory", alt="Memory. " + ". ".join(parts) + ".")
 
 
 def quality_figure(
@@ -267,10 +269,10 @@ def quality_figure(
     ]
     columns = [column for column in columns if any(value is not None for value in column[1])]
     errors = [v["quality"].get("kl_standard_error") for v in variants]
-    figure = _new_figure(_NARROW_IN, 0.6 + 0.9 * len(variants))
+    figure = new_figure(_NARROW_IN, 0.6 + 0.9 * len(variants))
     panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
     for axes, (title, values, write) in zip(panels, columns, strict=True):
-        _bare(axes)
+        bare(axes)
         _rows(axes, names)
         known = [value for value in values if value is not None]
         axes.set_xlim(0, (max(known) or 1) * 1.35)
@@ -284,13 +286,13 @@ def quality_figure(
                 text = f"{text} \N{PLUS-MINUS SIGN} {format_number(errors[row], digits=2)}"
             axes.scatter([value], [row], s=52, color=colours[name], zorder=3, clip_on=False)
             _label(axes, value, row, text, offset=(0, 12), ha="left" if value == 0 else "center")
-        _title(axes, title)
+        entitle(axes, title)
     parts = [
         f"{title}: "
         + ", ".join(f"{n} {write(x)}" for n, x in zip(names, values, strict=True) if x is not None)
         for title, values, write in columns
     ]
-    return _svg(figure, name="quality", alt="Speed beside quality. " + ". ".join(parts) + ".")
+    return inline_svg(figure, name="quality", alt="Speed beside quality. " + ". ".join(parts) + ".")
 
 
 def selection_figure(selection: Mapping[str, Any]) -> str:
@@ -302,9 +304,9 @@ def selection_figure(selection: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(str(candidate["saliency"]) for candidate in candidates))
     kls = [candidate["kl"] for candidate in candidates]
     margin = 0.08 * (max(kls) - min(kls)) or 0.05 * (max(kls) or 1)
-    figure = _new_figure(_NARROW_IN * 1.5, 1.1 + 0.72 * len(names))
+    figure = new_figure(_NARROW_IN * 1.5, 1.1 + 0.72 * len(names))
     axes = figure.subplots()
-    _bare(axes, ticks=True)
+    bare(axes, ticks=True)
     _rows(axes, names)
     axes.set_xlim(min(kls) - margin, max(kls) + margin)
     axes.locator_params(axis="x", nbins=5)
@@ -331,14 +333,14 @@ def selection_figure(selection: Mapping[str, Any]) -> str:
         color=COLOURS["soft"],
         fontsize=9,
     )
-    _title(axes, f"{len(candidates)} candidates; the axis does not start at zero")
+    entitle(axes, f"{len(candidates)} candidates; the axis does not start at zero")
     lead = "by more than chance" if selection["separable"] else "by no more than chance"
     alt = (
         f"KL to dense of {len(candidates)} candidates: {format_number(min(kls))} to "
         f"{format_number(max(kls))}, median {format_number(median)}. Least: {best['name']}"
         + (f", ahead of the next {lead}." if selection["runner_up"] is not None else ".")
     )
-    return _svg(figure, name="selection", alt=alt)
+    return inline_svg(figure, name="selection", alt=alt)
 
 
 def sensitivity_figure(layers: Mapping[str, float]) -> str:
@@ -349,9 +351,9 @@ def sensitivity_figure(layers: Mapping[str, float]) -> str:
     names = sorted(layers, key=_layer_order)
     kls = [layers[name] for name in names]
     worst = sorted(range(len(names)), key=lambda at: -kls[at])[:3]
-    figure = _new_figure(_WIDE_IN, 2.6)
+    figure = new_figure(WIDE_IN, 2.6)
     axes = figure.subplots()
-    _bare(axes)
+    bare(axes)
     colours = [COLOURS["second" if at in worst else "first"] for at in range(len(names))]
     axes.bar(range(len(names)), kls, width=0.72, color=colours)
     axes.set_xlim(-0.6, len(names) - 0.4)
@@ -360,9 +362,11 @@ def sensitivity_figure(layers: Mapping[str, float]) -> str:
     axes.set_xticks(range(len(names)), names, rotation=90 if long else 0, fontsize=8, color=COLOURS["soft"])
     for at in worst:
         _label(axes, at, kls[at], format_number(kls[at], digits=2), offset=(0, 7), ha="center", fontsize=9)
-    _title(axes, "KL when a layer alone runs in int8, nats")
+    entitle(axes, "KL when a layer alone runs in int8, nats")
     parts = [f"{names[at]} {format_number(kls[at], digits=2)}" for at in worst]
-    return _svg(figure, name="sensitivity", alt=f"KL of each layer alone in int8. Worst: {', '.join(parts)}.")
+    return inline_svg(
+        figure, name="sensitivity", alt=f"KL of each layer alone in int8. Worst: {', '.join(parts)}."
+    )
 
 
 def _layer_order(name: str) -> tuple[int, int]:
@@ -383,9 +387,9 @@ def kernel_figure(record: Mapping[str, Any]) -> str:
     names = list(headers(record)[1:])
     colours = [COLOURS[_SERIES[i % len(_SERIES)]] for i in range(len(cuts))]
     marks = [cut["adam"][key] for cut in cuts for key in ("drift", "removed", "removed_bound")]
-    figure = _new_figure(_NARROW_IN * 1.5, 1.0 + 0.8 * len(cuts))
+    figure = new_figure(_NARROW_IN * 1.5, 1.0 + 0.8 * len(cuts))
     axes = figure.subplots()
-    _bare(axes, ticks=True)
+    bare(axes, ticks=True)
     _rows(axes, names)
     axes.set_xscale("log")
     floor = 1e-6  # what a figure can show; an empty cut has no logarithm
@@ -408,21 +412,21 @@ def kernel_figure(record: Mapping[str, Any]) -> str:
         color=COLOURS["soft"],
         fontsize=9,
     )
-    _title(axes, "Change of the tangent kernel")
+    entitle(axes, "Change of the tangent kernel")
     parts = [
         f"{name} {format_share(adam['drift'])}, by removal alone {format_share(adam['removed'])}"
         for name, adam in zip(names, (cut["adam"] for cut in cuts), strict=True)
     ]
-    return _svg(figure, name="kernel", alt=f"Change of the tangent kernel: {'; '.join(parts)}.")
+    return inline_svg(figure, name="kernel", alt=f"Change of the tangent kernel: {'; '.join(parts)}.")
 
 
 def stage_time_figure(stages: Mapping[str, Mapping[str, Any]]) -> str:
     """Draw the time of each stage in order, with its peak RSS."""
     timed = {name: stage for name, stage in stages.items() if stage.get("seconds") is not None}
     seconds = [stage["seconds"] for stage in timed.values()]
-    figure = _new_figure(_NARROW_IN * 1.5, 0.5 + 0.29 * len(timed))
+    figure = new_figure(_NARROW_IN * 1.5, 0.5 + 0.29 * len(timed))
     axes = figure.subplots()
-    _bare(axes)
+    bare(axes)
     _rows(axes, list(timed))
     axes.barh(range(len(timed)), seconds, height=0.62, color=COLOURS["first"])
     axes.set_xlim(0, 1.55 * max(seconds))
@@ -431,4 +435,4 @@ def stage_time_figure(stages: Mapping[str, Mapping[str, Any]]) -> str:
         label = f"{format_seconds(stage['seconds'])}" + (f", peak {format_bytes(memory)}" if memory else "")
         _label(axes, stage["seconds"], row, label)
     parts = [f"{name} {format_seconds(stage['seconds'])}" for name, stage in timed.items()]
-    return _svg(figure, name="stage-time", alt=f"Time of each stage: {', '.join(parts)}.")
+    return inline_svg(figure, name="stage-time", alt=f"Time of each stage: {', '.join(parts)}.")

@@ -26,7 +26,15 @@ from nirvana_deploy.output.records import (
     listed_files,
     read_records,
 )
-from nirvana_deploy.report import deployed_page, figures, findings, ntk_page, tasks_page
+from nirvana_deploy.report import (
+    curves_page,
+    deployed_page,
+    figures,
+    findings,
+    ntk_page,
+    quality_page,
+    tasks_page,
+)
 from nirvana_deploy.report.facts import details, encoder_decoder, evaluation_source
 from nirvana_deploy.report.table import (
     ABSENT,
@@ -178,12 +186,13 @@ def _benchmark_figures(records: Records) -> list[PlacedFigure]:
     return placed
 
 
-def _figures_of(records: Records) -> list[PlacedFigure]:
+def _figures_of(records: Records, out: Path) -> list[PlacedFigure]:
     placed = []
     if records.plan:
         svg = figures.kept_width_figure(layer_widths(records.plan))
         caption = "Blue is kept, grey removed. A KV group is one KV head with its query heads."
         placed.append(PlacedFigure(Markup(svg), caption, wide=True))
+        placed += _curves_figures(out, layer_widths(records.plan))
     selection = _selection(records)
     if selection:
         svg = figures.selection_figure(selection)
@@ -193,6 +202,17 @@ def _figures_of(records: Records) -> list[PlacedFigure]:
         caption = "Measured on 128 tokens with every other layer in float: where int8 loses, not how much."
         placed.append(PlacedFigure(Markup(figures.sensitivity_figure(layers)), caption, wide=True))
     return placed + _benchmark_figures(records)
+
+
+def _curves_figures(out: Path, layers: tuple[LayerWidth, ...]) -> list[PlacedFigure]:
+    curves = curves_page.curves_of(out, layers)
+    if curves is None:
+        return []
+    caption = (
+        "Blue bars, logarithmic: what the layer alone is predicted to cost after the best refit. "
+        "Orange: the share that the plan keeps. Units of other layers may be dearer, or weigh less."
+    )
+    return [PlacedFigure(Markup(curves_page.curves_figure(curves, layers)), caption, wide=True)]
 
 
 def _selection(records: Records) -> Mapping[str, Any] | None:
@@ -327,6 +347,8 @@ def report_context(records: Records) -> dict[str, Any]:
         "engine_headers": deployed_page.ENGINE_HEADERS,
         "engines": deployed_page.engine_rows(records),
         "details": details(records),
+        "kinds": quality_page.kinds(records),
+        "answers": quality_page.answers(records),
         "kernel": _kernel(records),
         "tasks": _tasks(records),
         "checks": _checks(records),
@@ -352,6 +374,11 @@ def markdown_code(value: Any) -> Markup:
     return Markup("`" + " ".join(str(value).split()).replace("`", "'").replace("|", "/") + "`")
 
 
+def markdown_lines(value: Any) -> Markup:
+    """Escape ``value`` for a Markdown table cell that keeps its line breaks."""
+    return Markup("<br>".join(markdown_text(line) for line in str(value).split("\n")))
+
+
 def render_markdown(context: Mapping[str, Any]) -> str:
     """Render report.md from ``report_context``; every value is escaped for Markdown."""
     environment = Environment(
@@ -363,7 +390,7 @@ def render_markdown(context: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": markdown_code, "verbatim": Markup}
+    environment.filters |= {"code": markdown_code, "verbatim": Markup, "lines": markdown_lines}
     return environment.get_template("report.md.j2").render(context)
 
 
@@ -398,7 +425,9 @@ def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]
         markdown, page = out / "report.md", out / "report.html"
         write_bytes(markdown, render_markdown(context).encode())
         advance(1)
-        html = render_html(context, _figures_of(records), _stage_figure(records), _kernel_figure(records))
+        html = render_html(
+            context, _figures_of(records, out), _stage_figure(records), _kernel_figure(records)
+        )
         write_bytes(page, html.encode())
         advance(1)
     return markdown, page

@@ -20,7 +20,7 @@ from nirvana_deploy import prune_export
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.cli.evaluate import evaluate
 from nirvana_deploy.measure.recipe import Evaluation
-from nirvana_deploy.measure.tasks import evaluate_tasks
+from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.pipeline.folder import evaluate_folder
 from nirvana_deploy.prune.checkpoint import slice_checkpoint

@@ -78,6 +78,14 @@ def test_the_baseline_agrees_with_itself_and_runs_once_per_window() -> None:
     assert dense.windows_read == len(WINDOWS)
 
 
+def test_each_kind_of_text_has_the_numbers_of_its_windows_alone() -> None:
+    models = random_model(1), {"pruned": random_model(2)}
+    parts = quality_of(*models, WINDOWS, kinds=["a", "b", "a", "a"])["pruned"].pop("parts")
+    assert list(parts) == ["a", "b"]
+    assert parts["a"] == quality_of(*models, WINDOWS[[0, 2, 3]])["pruned"]
+    assert parts["b"] == quality_of(*models, WINDOWS[[1]])["pruned"]
+
+
 def test_one_window_has_no_error_over_windows() -> None:
     result = quality_of(random_model(1), {"pruned": random_model(2)}, WINDOWS[:1])
     assert result["pruned"]["kl_standard_error"] is None

@@ -7,7 +7,7 @@ per window suffices, with the gradients of one block for n windows in memory. Th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,13 @@ from nirvana_deploy.measure.ntk.kernels import (
 )
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import WeightSource
-from nirvana_deploy.prune.plan import PrunePlan, make_plan
+from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.prune.saliency.gradient import Saliency, saliency_named
 from nirvana_deploy.prune.saliency.units import Kept, kept_positions
 from nirvana_deploy.prune.slicing import MaskedWeights
 from nirvana_deploy.prune.streaming.loading import CPU
 from nirvana_deploy.prune.streaming.model import StreamedModel, micro_batches
-from nirvana_deploy.prune.streaming.score import gradients_of, score_units
+from nirvana_deploy.prune.streaming.score import gradients_of
 
 _DEFAULT_FUNCTIONAL = "nirvana"
 
@@ -180,17 +180,21 @@ def measure_ntk(
 
 
 def _random_plan(checkpoint: Checkpoint, plan: PrunePlan, seed: int) -> PrunePlan:
-    """Draw units at random, with the budget of ``plan``."""
-    return make_plan(
-        checkpoint.shape,
-        score_units(checkpoint, None, saliency="random", seed=seed),
-        sparsity=plan.sparsity,
-        gamma=plan.gamma,
-        allocation=plan.allocation,
-        round_to=plan.round_to,
-        saliency="random",
-        seed=seed,
+    """Draw units at random, as many of each layer as ``plan`` keeps."""
+    generator = np.random.default_rng(seed)
+
+    def drawn(of: int, kept: int) -> tuple[int, ...]:
+        return tuple(sorted(generator.permutation(of)[:kept].tolist()))
+
+    layers = tuple(
+        replace(
+            layer,
+            kept_groups=drawn(layer.of_groups, len(layer.kept_groups)),
+            kept_neurons=drawn(layer.of_neurons, len(layer.kept_neurons)),
+        )
+        for layer in plan.layers
     )
+    return replace(plan, layers=layers, saliency="random")
 
 
 class _Model:

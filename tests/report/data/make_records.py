@@ -237,6 +237,34 @@ def verification(largest: float) -> dict[str, Any]:
     return {"checks": checks, "greedy": greedy, "first_departure": None, "passed": True}
 
 
+answers = {
+    "new_tokens": 24,
+    "prompts": ["The capital of France is", "def is_even(number):"],
+    "variants": {
+        "dense": [" Paris, which is | a <b>city</b>.", "\n    return number % 2 == 0"],
+        "pruned": [" a * of_the French\x00", ""],
+    },
+}
+
+
+def on_two_kinds(perplexity: float, kl: float) -> dict[str, Any]:
+    def part(factor: float, tokens: int) -> dict[str, Any]:
+        return {
+            "perplexity": factor * perplexity,
+            "kl_vs_dense": factor * kl,
+            "kl_standard_error": 0.05 * factor * kl,
+            "tokens": tokens,
+        }
+
+    return {"parts": {"pydoc": part(1, 8128), "code": part(1.5, 1020)}}
+
+
+quality = {
+    "source": "pydoc, held-out windows",
+    "window_tokens": 128,
+    "variants": {"dense": on_two_kinds(19.42, 0.0), "pruned": on_two_kinds(47.86, 0.914)},
+    "calibrated": {"pydoc": True, "code": False},
+}
 tokenizer_files = ["genai_config.json", "tokenizer.json", "tokenizer_config.json"]
 onnx_files = ["model.onnx", "model.onnx.data", *tokenizer_files]
 checkpoint_files = ["config.json", "model.safetensors", "modeling_nirvana.py", "tokenizer.json"]
@@ -263,7 +291,8 @@ manifest = {
             17.8, 1_940_000_000, [], {"pruned": verification(3.1e-5), "dense": verification(4.6e-5)}
         ),
         "benchmark": stage(61.3, 820_000_000, ["benchmark.json"]),
-        "quality": stage(29.5, 1_560_000_000, []),
+        "quality": stage(29.5, 1_560_000_000, [], quality),
+        "answers": stage(2.1, 1_010_000_000, ["answers.json"], answers),
     },
 }
 

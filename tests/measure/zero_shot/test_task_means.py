@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nirvana_deploy.measure.task_means import mean_over_tasks, task_means
+from nirvana_deploy.measure.zero_shot.task_means import mean_over_tasks, task_means
 
 
 def test_the_standard_error_is_that_of_simulated_means() -> None:

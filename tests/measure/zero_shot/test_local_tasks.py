@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.measure.local_tasks import is_local, prompt_of, read_task, read_tasks
-from nirvana_deploy.measure.tasks import evaluate_tasks
+from nirvana_deploy.measure.zero_shot.local_tasks import is_local, prompt_of, read_task, read_tasks
+from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 
 CHOICE = {"query": "Question: why?", "choices": ["so", "no"], "gold": 1}

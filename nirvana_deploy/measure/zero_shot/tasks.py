@@ -21,10 +21,10 @@ import torch
 from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.measure.local_tasks import LocalTask, harness_task, is_local, read_tasks
-from nirvana_deploy.measure.packed import log_likelihoods
 from nirvana_deploy.measure.recipe import Evaluation
-from nirvana_deploy.measure.task_means import task_means
+from nirvana_deploy.measure.zero_shot.local_tasks import LocalTask, harness_task, is_local, read_tasks
+from nirvana_deploy.measure.zero_shot.packed import log_likelihoods
+from nirvana_deploy.measure.zero_shot.task_means import task_means
 from nirvana_deploy.model import modeling_nirvana
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.output.layout import MODEL_FILE

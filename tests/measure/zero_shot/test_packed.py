@@ -10,7 +10,7 @@ import torch
 from builders.tiny import VOCABULARY
 from transformers import AutoModelForCausalLM
 
-from nirvana_deploy.measure.packed import Pair, common_prefix, log_likelihoods, passes, trie_of
+from nirvana_deploy.measure.zero_shot.packed import Pair, common_prefix, log_likelihoods, passes, trie_of
 
 
 def pairs_with_shared_beginnings(count: int) -> list[Pair]:

@@ -1,0 +1,1 @@
+"""Zero-shot tasks, by name from the hub or from local files."""

@@ -1,0 +1,82 @@
+"""Quality by kind of text, and what the models write, as tables with a column per variant."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nirvana_deploy.output import stage
+from nirvana_deploy.output.records import Records
+from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
+from nirvana_deploy.report.table import ABSENT, format_number, format_times
+
+_NOTHING = "(nothing)"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A sentence and a table, which may be empty."""
+
+    says: str
+    headers: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+
+def kinds(records: Records) -> Section | None:
+    """Section on perplexity and KL for each kind of text; None if they were not told apart."""
+    record = records.result(stage.QUALITY, QualityMeasured)
+    if record is None or not record.calibrated:
+        return None
+    rows: list[tuple[str, ...]] = []
+    for kind, calibrated in record.calibrated.items():
+        found = [variant["parts"][kind] for variant in record.variants.values()]
+        label = kind if calibrated else f"{kind}, not calibrated on"
+        rows.append((f"{label}: {found[0]['tokens']:,} tokens", "perplexity", *_perplexities(found)))
+        rows.append(("", "KL to dense", *(_kl(part) for part in found)))
+    return Section(
+        "Perplexity with its ratio to the first model, and KL in nats per token with its standard error",
+        headers=("Text", "Measure", *record.variants),
+        rows=tuple(rows),
+    )
+
+
+def _perplexities(found: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    first, *others = (part["perplexity"] for part in found)
+    return (
+        format_number(first),
+        *(f"{format_number(value)} ({format_times(value / first)})" for value in others),
+    )
+
+
+def _kl(part: Mapping[str, Any]) -> str:
+    value, error = part.get("kl_vs_dense"), part.get("kl_standard_error")
+    if value is None:
+        return ABSENT
+    return format_number(value) + (f" \N{PLUS-MINUS SIGN} {format_number(error, digits=2)}" if error else "")
+
+
+def answers(records: Records) -> Section | None:
+    """Section on what the models write; None if they were not asked."""
+    record = records.result(stage.ANSWERS, AnswersWritten)
+    if record is None:
+        return None
+    if record.skipped:
+        return Section(f"Not asked: {record.skipped}")
+    return Section(
+        f"Greedy continuations of at most {record.new_tokens} tokens, unedited",
+        headers=("Prompt", *record.variants),
+        rows=tuple(
+            (prompt, *(_shown(text) for text in texts))
+            for prompt, *texts in zip(record.prompts, *record.variants.values(), strict=True)
+        ),
+    )
+
+
+def _shown(text: str) -> str:
+    """A text without characters that no page may hold."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(one) == "Cc" and one not in "\n\t" else one
+        for one in text or _NOTHING
+    )
