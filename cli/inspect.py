@@ -69,7 +69,9 @@ def _print_plan(console: Console, inspection: Inspection) -> None:
             f"(asked {format_share(asked)}), {format_count(dense)} parameters to {format_count(kept)}"
         )
         settings = ("saliency", "gamma", "allocation", "round_to", "seed")
-        console.print(", ".join(f"{s} {inspection.plan[s]}" for s in settings if s in inspection.plan))
+        console.print(
+            ", ".join(f"{s} {inspection.plan[s]}" for s in settings if inspection.plan.get(s) is not None)
+        )
     if not inspection.layers:
         return
     table = Table("layer", "KV groups", "", "FFN neurons", "", box=box.SIMPLE_HEAD)

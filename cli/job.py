@@ -62,6 +62,6 @@ def job_from(model: str | None, recipe_file: Path | None, options: dict[str, Any
     from nirvana_deploy.pipeline.recipe_file import read_recipe
 
     if recipe_file is None:
-        return job_of(model or "", options)
+        return job_of(model or "", typed(options))
     base = read_recipe(recipe_file)
     return job_of(model or base.model, typed(options), base=base)

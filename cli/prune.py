@@ -9,7 +9,7 @@ import click
 
 from .common import TerminalProgress, command_line, echo_json
 from .job import folder_options, job_from, model_argument, pruning_options, recipe_option
-from .options import json_option
+from .options import json_option, typed
 
 
 @click.command("prune")
@@ -42,12 +42,12 @@ def prune(
     \b
     Examples:
       nirvana-deploy prune smollm2 --sparsity 0.4 --out smollm2-small
-      nirvana-deploy prune smollm2 --sparsity 0.4 --reconstruct --out smollm2-refitted
+      nirvana-deploy prune smollm2 --sparsity 0.4 --preset paper --out smollm2-nirvana
       nirvana-deploy prune smollm2 --plan smollm2-small/plan.json --out again
     """
     if plan_file is not None and out is None:
         raise click.UsageError("--plan needs --out DIR.")
-    if plan_file is not None and options["reconstruct"]:
+    if plan_file is not None and typed(options).get("reconstruct"):
         raise click.UsageError(
             "--plan reads no calibration text, which --reconstruct needs; pass --sparsity."
         )

@@ -22,12 +22,18 @@ class Calibration:
             "c4, bookcorpus, wikitext, lambada; with shares, a mixture (pydoc:0.7,code:0.3), or 'mix' of "
             "self, pydoc and code; several without shares, or 'auto' (pydoc, self), are chosen among by KL."
         ),
-    ] = "pydoc"
+    ] = "mix"
     candidates: Annotated[
         int | None,
         Option("Calibration sets drawn from each source to choose among. [4 for auto, else 1]", minimum=1),
     ] = None
-    num_sequences: NumSequences = 32
+    num_sequences: Annotated[
+        int | None,
+        Option(
+            "Number of calibration windows. [20 tokens for each neuron of an FFN, 32 to 256 windows]",
+            minimum=1,
+        ),
+    ] = None
     seq_len: Annotated[int, Option("Tokens per window.", minimum=2)] = 128
     seed: Seed = 0
     eval_text: Annotated[

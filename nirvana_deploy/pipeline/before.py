@@ -7,13 +7,21 @@ from typing import Any, Literal
 
 from nirvana_deploy.base.artifact import require_free_bytes
 from nirvana_deploy.base.progress import Progress
+from nirvana_deploy.calibrate.stage import windows_wanted
 from nirvana_deploy.export.decoder import GraphOptions
 from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.pipeline.job import SECTIONS, Job, all_fields, plain
 from nirvana_deploy.prune.choices import Choices, choices_of
-from nirvana_deploy.prune.reconstruct import require_tokens
+from nirvana_deploy.prune.curves.measure_curves import require_windows
+from nirvana_deploy.prune.curves.operations import (
+    curve_operations,
+    operations_per_second,
+    refit_operations,
+)
+from nirvana_deploy.prune.cutting import reads_curves
+from nirvana_deploy.prune.refit.reconstruct import require_tokens
 from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
 
 Until = Literal["checkpoint", "report"]
@@ -29,11 +37,39 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
     if until != "checkpoint":
         graph = GraphOptions(dtype=dtype_named(job.export.dtype), flavor=job.export.flavor)
         graph.require_fits(dense.shape)
-    if job.pruning.reconstruct:
-        require_tokens(dense.shape, job.calibration.num_sequences, job.calibration.seq_len)
+    choices = choices_of(job.calibration, job.pruning, dense.shape)
+    windows = windows_wanted(job.calibration, dense.shape)
+    if by_curves(job, choices):
+        require_windows(windows)
+    scarce = (
+        require_tokens(dense.shape, windows, job.calibration.seq_len) if job.pruning.reconstruct else None
+    )
+    if scarce is not None:
+        progress.note(scarce)
     if job.measurement.run_benchmark and untimed(job):
         progress.note("bf16 cannot be timed on the CPU: it has no bfloat16 arithmetic in ONNX Runtime")
-    return choices_of(job.calibration, job.pruning, dense.shape)
+    return choices
+
+
+def by_curves(job: Job, choices: Choices) -> bool:
+    """Whether curves are going to be measured."""
+    return any(reads_curves(job.pruning, saliency) for saliency in choices.saliencies)
+
+
+def say_cost(job: Job, choices: Choices, shape: ModelShape, progress: Progress) -> None:
+    """Say how long curves and refit are going to take."""
+    recipe = job.pruning
+    tokens = windows_wanted(job.calibration, shape) * job.calibration.seq_len
+    operations = refit_operations(shape, tokens) if recipe.reconstruct else 0.0
+    if by_curves(job, choices):
+        operations += curve_operations(shape, tokens)
+    if operations:
+        minutes = operations / operations_per_second() / 60
+        progress.note(
+            f"Curves and refit on {tokens:,} calibration tokens take {operations / 1e12:,.1f} TFLOP for each "
+            f"candidate, {minutes:,.1f} minutes at the speed of this machine's products. "
+            "Quicker: --preset fast."
+        )
 
 
 def untimed(job: Job) -> bool:
@@ -49,10 +85,13 @@ def require_space(job: Job, out: Path, shape: ModelShape, until: Until) -> None:
     require_free_bytes(out, 4 * copies * parameters, what="The output")
 
 
-def recorded_options(job: Job, choices: Choices, until: Until) -> dict[str, Any]:
+def recorded_options(job: Job, choices: Choices, shape: ModelShape, until: Until) -> dict[str, Any]:
     """The options as the manifest knows them: those that concern what is made, M/A as a number."""
     sections = ("pruning", "calibration") if until == "checkpoint" else SECTIONS
-    options = job.options(sections) | {"candidates": choices.candidates}
+    options = job.options(sections) | {
+        "candidates": choices.candidates,
+        "num_sequences": windows_wanted(job.calibration, shape),
+    }
     if job.pruning.gamma is None:
         options["gamma"] = choices.gammas[0]
     if not job.quantization.quantize:  # asked for at the first quantization, and the same from then on

@@ -19,7 +19,7 @@ from nirvana_deploy.engine.stage import (
 )
 from nirvana_deploy.measure.recipe import Evaluation, Workload
 from nirvana_deploy.measure.stage import quality, refresh_quality, speed, tangent_kernel, tasks
-from nirvana_deploy.measure.tasks import require_tasks
+from nirvana_deploy.measure.zero_shot.tasks import require_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import BENCHMARK_FILE, CHECKPOINT, ENGINES

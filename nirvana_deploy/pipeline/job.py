@@ -18,6 +18,7 @@ from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.engine.recipe import Engines
 from nirvana_deploy.export.recipe import Export
 from nirvana_deploy.measure.recipe import Measurement
+from nirvana_deploy.pipeline.presets import with_preset
 from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.quantize.recipe import Schemes
 
@@ -62,8 +63,9 @@ def all_fields() -> Iterator[Field]:
 
 
 def job_of(model: str, options: Mapping[str, Any], *, base: Job | None = None) -> Job:
-    """The job of flat ``options``; what they leave out is as in ``base``, or the default.
+    """The job of flat ``options``.
 
+    What they leave out is as the preset that they name says, else as in ``base``, else the default.
     Raises NirvanaError for an option that is unknown, missing, of a wrong type or not allowed.
     """
     names = {field.name for field in all_fields()}
@@ -72,7 +74,8 @@ def job_of(model: str, options: Mapping[str, Any], *, base: Job | None = None) -
             close = nearest_names(key, sorted(names))
             guess = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
             raise NirvanaError(f"Unknown option {key!r}.{guess} Known: {', '.join(sorted(names))}.")
-    given = {**(base.options() if base else {}), **options}
+    defaults = {field.name: field.default for field in all_fields() if not field.required}
+    given = {**(base.options() if base else {}), **with_preset(options, defaults)}
     sections = {
         section: make(
             kind,

@@ -13,12 +13,13 @@ from nirvana_deploy.engine.recipe import EngineForm
 from nirvana_deploy.engine.stage import build_engine
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.stage import export
-from nirvana_deploy.measure.recipe import Workload
-from nirvana_deploy.measure.stage import quality, speed
+from nirvana_deploy.measure.recipe import Measurement, Workload
+from nirvana_deploy.measure.stage import answers, quality, speed, unit_cost
 from nirvana_deploy.model.checkpoint import Checkpoint, model_record
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import BENCHMARK_FILE, RECIPE_FILE, REPORT_HTML
 from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.stage import RECONSTRUCT
 from nirvana_deploy.output.variants import DENSE, variant_named
 from nirvana_deploy.pipeline.before import (
     Until,
@@ -26,13 +27,17 @@ from nirvana_deploy.pipeline.before import (
     may_change,
     recorded_options,
     require_space,
+    say_cost,
     untimed,
 )
 from nirvana_deploy.pipeline.job import Job, all_fields, job_of, spelled_out
 from nirvana_deploy.pipeline.recipe_file import write_recipe
 from nirvana_deploy.prune import stage as prune
 from nirvana_deploy.prune.choices import Choices
+from nirvana_deploy.prune.curves.budget import UnitCost
+from nirvana_deploy.prune.cutting import Cutter, reads_curves
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits, read_plan
+from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
 from nirvana_deploy.report.sensitivity import write_sensitivity
@@ -100,7 +105,7 @@ def run_job(
     require_space(job, out, dense.shape, until)
     run = Run.begin(
         out,
-        options=recorded_options(job, choices, until),
+        options=recorded_options(job, choices, dense.shape, until),
         model=model_record(source),
         command=command or "called from Python",
         may_change=may_change(),
@@ -109,6 +114,8 @@ def run_job(
         progress=progress,
     )
     write_recipe(job, out / RECIPE_FILE)
+    if not run.finished(RECONSTRUCT):
+        say_cost(job, choices, dense.shape, progress)
     plan = _prune(run, job, dense, choices)
     if until == "checkpoint":
         return Deployment(out=run.out, plan=plan, manifest=run.manifest, benchmark=None, report=None)
@@ -171,21 +178,63 @@ def prune_by_plan(
 
 def _prune(run: Run, job: Job, dense: Checkpoint, choices: Choices) -> PrunePlan:
     """From the model to plan.json and checkpoint/."""
+    recipe, seed = job.pruning, job.calibration.seed
+    cutter = Cutter(
+        dense,
+        recipe,
+        seed=seed,
+        model_name=run.model_name,
+        cost=_unit_cost(run, job, dense),
+        spill_folder=run.out,
+        progress=run.progress,
+    )
     if choices.single:
         saliency, gamma = choices.saliencies[0], choices.gammas[0]
-        calibration = replace(job.calibration, calib=choices.corpora[0])
-        run.run(calibrate(run, dense, calibration))
-        run.run(prune.score(run, dense, job.pruning, saliency=saliency, seed=calibration.seed))
+        run.run(calibrate(run, dense, replace(job.calibration, calib=choices.corpora[0])))
     else:
-        chosen = run.run(prune.select(run, dense, choices, job.calibration, job.pruning))
+        chosen = run.run(prune.select(run, cutter, choices, job.calibration))
         saliency, gamma = chosen["saliency"], chosen["gamma"]
-    seed = job.calibration.seed
-    run.run(prune.plan(run, dense, job.pruning, saliency=saliency, gamma=gamma, seed=seed))
-    plan = prune.planned(run, reconstruct=job.pruning.reconstruct)
-    if (reconstruct := prune.reconstruct(run, dense, plan)) is not None:
-        run.run(reconstruct)
+    if reads_curves(recipe, saliency):
+        run.run(prune.curves(run, cutter))
+    if saliency == REFIT:
+        run.run(prune.allocate(run, cutter))
+        run.run(prune.select_inside(run, cutter))
+    else:
+        if choices.single:
+            run.run(prune.score(run, dense, recipe, saliency=saliency, seed=seed))
+        run.run(prune.plan(run, cutter, saliency=saliency, gamma=gamma))
+    plan = prune.planned(run, reconstruct=recipe.reconstruct)
+    if saliency != REFIT and plan.reconstruct is not None:
+        run.run(prune.reconstruct(run, cutter, plan))
     run.run(prune.slice_model(run, dense, plan))
     return plan
+
+
+def _unit_cost(run: Run, job: Job, dense: Checkpoint) -> UnitCost | None:
+    """What a unit costs in what is going to be deployed; None: its linear weights."""
+    if job.pruning.cost == "weights":
+        return None
+    scheme = next(iter(job.quantization.quantize), None)
+    measured = run.run(
+        unit_cost(
+            run,
+            dense,
+            job.pruning.cost,
+            export=job.export,
+            scheme=scheme,
+            workload=_workload(job.measurement),
+        )
+    )
+    return UnitCost(**measured)
+
+
+def _workload(measurement: Measurement) -> Workload:
+    return Workload(
+        prompt_tokens=measurement.prompt_tokens,
+        new_tokens=measurement.new_tokens,
+        repeats=measurement.repeats,
+        threads=measurement.threads,
+    )
 
 
 def _deploy(run: Run, job: Job, *, timed: bool) -> None:
@@ -201,14 +250,9 @@ def _deploy(run: Run, job: Job, *, timed: bool) -> None:
             run.run(build_engine(run, form, options=BuilderOptions(runtime)))
     measurement = job.measurement
     run.run(quality(run, Place(threads=measurement.threads)))
+    run.run(answers(run, Place(threads=measurement.threads)))
     if timed:
-        workload = Workload(
-            prompt_tokens=measurement.prompt_tokens,
-            new_tokens=measurement.new_tokens,
-            repeats=measurement.repeats,
-            threads=measurement.threads,
-        )
-        run.run(speed(run, workload))
+        run.run(speed(run, _workload(measurement)))
 
 
 prune_export.__signature__ = spelled_out(prune_export)  # type: ignore[attr-defined]

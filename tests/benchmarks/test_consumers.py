@@ -164,7 +164,10 @@ def test_transformers_js_generates_the_same(tmp_path: Path, pytestconfig: pytest
 def test_the_harness_finds_the_same_of_smollm2(tmp_path: Path) -> None:
     if harness_version() == "not installed":
         pytest.skip("needs lm-eval: pip install 'nirvana-deploy[eval]'")
-    out, words = tmp_path / "out", "prune-export smollm2 --sparsity 0.1 --saliency taylor --num-sequences 4"
+    out, words = (
+        tmp_path / "out",
+        "prune-export smollm2 --preset paper --sparsity 0.1 --saliency taylor --num-sequences 4",
+    )
     command = [sys.executable, "-m", "nirvana_deploy", *words.split(), "--no-baseline", "--no-benchmark"]
     made = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr

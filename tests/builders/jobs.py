@@ -8,8 +8,8 @@ from typing import Any
 from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.pipeline.recipe_file import write_recipe
 
-SHORT: dict[str, Any] = {"heldout_sequences": 3, "heldout_len": 24}
-"""Few and short evaluation windows."""
+SHORT: dict[str, Any] = {"preset": "paper", "heldout_sequences": 3, "heldout_len": 24}
+"""A quick cut by scores alone; few and short evaluation windows."""
 SHORT_ROUNDS: dict[str, Any] = {"prompt_tokens": 8, "new_tokens": 4, "repeats": 2}
 """A workload of a moment."""
 

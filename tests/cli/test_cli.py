@@ -124,19 +124,9 @@ def test_prune_inspect_and_export_on_a_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_tiny(tmp_path / "tiny-model", "llama-tied")
-    options = [
-        "--sparsity",
-        "0.3",
-        "--gamma",
-        "1",
-        "--round-to",
-        "4",
-        "--num-sequences",
-        "4",
-        "--seq-len",
-        "16",
-    ]
-    pruned = run("prune", "./tiny-model", *options, "--json")
+    options = ["--preset", "paper", "--sparsity", "0.3", "--gamma", "1", "--round-to", "4"]
+    sizes = ["--num-sequences", "4", "--seq-len", "16"]
+    pruned = run("prune", "./tiny-model", *options, *sizes, "--json")
     assert pruned.returncode == 0, pruned.stderr
     result = json.loads(pruned.stdout)
     assert result["out"] == "tiny-model-s0.3" and 0.2 < result["met_removed_share"] <= 0.3

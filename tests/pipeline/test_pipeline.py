@@ -97,6 +97,7 @@ def test_the_output_folder_is_what_the_documentation_says(finished: Path) -> Non
         "dense-onnx",
         "verify",
         "quality",
+        "answers",
         "benchmark",
         "report",
     ]
@@ -338,18 +339,8 @@ def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole(model: str, tmp_pa
         str(out),
         "--no-benchmark",
     ]
-    command += [
-        "--sparsity",
-        "0.3",
-        "--gamma",
-        "1",
-        "--round-to",
-        "4",
-        "--num-sequences",
-        "4",
-        "--seq-len",
-        "16",
-    ]
+    command += ["--preset", "paper", "--sparsity", "0.3", "--gamma", "1", "--round-to", "4"]
+    command += ["--num-sequences", "4", "--seq-len", "16"]
     killed = 0
     for attempt, wait_s in enumerate((4.0, 5.5, 7.0)):
         process = subprocess.Popen(
@@ -376,7 +367,16 @@ def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole(model: str, tmp_pa
 
 def test_ctrl_c_says_how_to_continue(model: str, tmp_path: Path) -> None:
     script = INTERRUPTIBLE + "from nirvana_deploy.cli.main import main; main()"
-    arguments = ["prune-export", model, "--sparsity", "0.3", "--out", str(tmp_path / "o")]
+    arguments = [
+        "prune-export",
+        model,
+        "--preset",
+        "paper",
+        "--sparsity",
+        "0.3",
+        "--out",
+        str(tmp_path / "o"),
+    ]
     process = subprocess.Popen(
         [sys.executable, "-c", script, *arguments],
         stdout=subprocess.PIPE,

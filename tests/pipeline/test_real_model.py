@@ -36,7 +36,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
     """The finished output folder and what was printed."""
     out = tmp_path_factory.mktemp("job") / "smollm2-s0.4"
     command = [sys.executable, "-m", "nirvana_deploy", "prune-export", "smollm2", "--sparsity", "0.4"]
-    options = ["--num-sequences", "8", "--no-benchmark", "--out", str(out), "--json"]
+    options = ["--preset", "paper", "--num-sequences", "8", "--no-benchmark", "--out", str(out), "--json"]
     result = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return out, result

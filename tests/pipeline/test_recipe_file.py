@@ -20,7 +20,8 @@ from nirvana_deploy.pipeline.recipe_file import read_recipe, recipe_toml, write_
 
 @pytest.fixture
 def job() -> Job:
-    return job_of("smollm2", {"sparsity": 0.4, "quantize": ["int8"], "eval_text": "a text.txt", "gamma": 2})
+    options = {"sparsity": 0.4, "preset": "paper", "eval_text": "a text.txt", "gamma": 2}
+    return job_of("smollm2", {**options, "quantize": ["int8"]})
 
 
 def test_a_recipe_is_read_as_it_was_written(job: Job, tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_options_win_over_the_base(job: Job) -> None:
         ),
         (
             "schema = 1\nmodel = 'm'\n[pruning]\nsparsty = 0.4",
-            "unknown key 'sparsty'. Did you mean 'sparsity'?",
+            "unknown key 'sparsty'. Did you mean 'sparsity'",
         ),
         (
             "schema = 1\nmodel = 'm'\n[pruning]\nsparsity = 0.4\n[calibration]\nseq_len = 1",

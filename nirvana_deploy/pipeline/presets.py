@@ -1,0 +1,36 @@
+"""Presets: what ``--preset`` sets, beside the options that are typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "best": {},
+    "paper": {
+        "saliency": "nirvana",
+        "allocation": "global",
+        "reconstruct": False,
+        "ridge": 1.0,
+        "calib": "pydoc",
+        "num_sequences": 32,
+    },
+    "fast": {
+        "saliency": "wanda-sp",
+        "allocation": "uniform",
+        "reconstruct": True,
+        "ridge": 1.0,
+        "calib": "pydoc",
+        "num_sequences": 64,
+    },
+}
+"""Options by preset; what one leaves out is the default of its recipe."""
+
+
+def with_preset(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` with those of the preset that they name, if any; ``defaults`` are the recipes'."""
+    preset = options.get("preset")
+    if preset not in PRESETS:  # none, or a name that its recipe refuses
+        return dict(options)
+    touched = {name for one in PRESETS.values() for name in one}
+    return {**{name: defaults[name] for name in touched}, **PRESETS[preset], **options}
