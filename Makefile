@@ -7,7 +7,7 @@ BIN := .venv/bin
 .PHONY: demo test unit lint clean
 
 demo: .venv/.demo-ready
-	$(BIN)/nirvana-deploy prune-export smollm2 --sparsity 0.4 --reconstruct --quantize int8 --quantize w4 --quantize-head --out demo --force
+	$(BIN)/nirvana-deploy prune-export smollm2 --sparsity 0.4 --quantize int8 --quantize w4 --quantize-head --out demo --force
 
 test: .venv/.test-ready
 	$(BIN)/python -m pytest

@@ -4,12 +4,12 @@
     python benchmarks/quantization.py OUT --calib valid.txt --eval-text test.txt --json FILE --quick
     python benchmarks/quantization.py OUT --speed --json FILE
 
-OUT is an output folder of ``prune-export MODEL --calib valid.txt --candidates 4`` with its dense baseline:
-it gives the dense and the pruned model and the KL-selected calibration windows. The quality part quantizes
-both of them in many ways into OUT/quantization/ and measures each on the first 8 windows of 256 tokens of
---eval-text, KL against dense. Rows are written as they are measured; the same command continues where it
-stopped, and --quick measures the rows that the promises are about. The speed part takes what the quality
-part left in OUT/quantization/ and measures decode and prefill in alternating rounds, dense first.
+OUT is an output folder of ``prune-export MODEL --preset paper --calib valid.txt --candidates 4`` with its
+dense baseline: it gives the dense and the pruned model and the KL-selected calibration windows. The quality
+part quantizes both of them in many ways into OUT/quantization/ and measures each on the first 8 windows of
+256 tokens of --eval-text, KL against dense. Rows are written as they are measured; the same command continues
+where it stopped, and --quick measures the rows that the promises are about. The speed part takes what the
+quality part left in OUT/quantization/ and measures decode and prefill in alternating rounds, dense first.
 
 Random calibration sets are windows of --calib drawn with seeds 0, 1 and 2. ``quantize_static`` and
 ``quantize_dynamic`` are onnxruntime's, the first with what TensorRT asks of it (signed, symmetric, weights

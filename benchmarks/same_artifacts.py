@@ -59,6 +59,9 @@ flap: prune models/llama-biased --sparsity 0.4 --saliency flap --allocation unif
 prune: prune models/llama --sparsity 0.3 --saliency random CUT --out cut --json
 resume: prune-export models/llama --sparsity 0.3 --saliency random SMALL --out cut --resume
 magnitude: prune models/qwen3 --sparsity 0.4 --saliency magnitude CUT --out magnitude
+default: prune models/llama --sparsity 0.4 BEST --out default
+default T5: prune models/t5 --sparsity 0.3 BEST --out default-t5
+fast: prune models/mistral --sparsity 0.3 --preset fast BEST --out fast
 """
 """Name of a case, then its command: all in one work folder, in which ``models`` are the models."""
 COMMANDS = """
@@ -109,11 +112,12 @@ verify another folder: verify models
 verify damaged: verify damaged --json
 """
 DEMO = """
-make demo: prune-export smollm2 --sparsity 0.4 --reconstruct --quantize int8 --quantize w4 --quantize-head
-    --out demo --force --no-benchmark
+make demo: prune-export smollm2 --sparsity 0.4 --preset paper --reconstruct --quantize int8 --quantize w4
+    --quantize-head --out demo --force --no-benchmark
 """
-CUT = "--round-to 4 --num-sequences 8 --seq-len 32 --calib models/notes.txt"
-SHORT = {"SMALL": f"{CUT} --no-benchmark --threads 1", "CUT": CUT}
+BEST = "--round-to 4 --num-sequences 8 --seq-len 32 --calib models/notes.txt"
+CUT = f"--preset paper {BEST}"
+SHORT = {"SMALL": f"{CUT} --no-benchmark --threads 1", "CUT": CUT, "BEST": BEST}
 """Words of the tables; of an option given twice the last counts."""
 
 SERVER = """

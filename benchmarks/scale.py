@@ -44,7 +44,7 @@ from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import INDEX_FILE, expected_shapes
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan, make_plan, pruned_shape, read_plan, write_plan
-from nirvana_deploy.prune.reconstruct import reconstruct_layers
+from nirvana_deploy.prune.refit.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES, saliency_named
 from nirvana_deploy.prune.saliency.units import UnitScores, scored_tensors, unit_sums
 from nirvana_deploy.prune.streaming.score import score_units

@@ -1,0 +1,264 @@
+"""Recipes side by side: perplexity and KL on texts of several kinds, and zero-shot accuracy.
+
+    python benchmarks/recipes.py smollm2 --calib valid.txt --texts DIR --out recipes.jsonl
+    python benchmarks/recipes.py smollm2 --sparsity 0.2 --tasks DIR --limit 500 --out recipes.jsonl
+    python benchmarks/recipes.py --table --out recipes.jsonl
+
+MODEL is an alias or a folder. Each row is one cut: a recipe (``best`` as in --preset best; ``paper``: NIRVANA
+as published; ``paper-refit``; ``wanda-refit``: wanda-sp uniform), a calibration source, a sparsity, a seed.
+Nothing is exported: a cut is compared with the dense model in float32, as ``select-calib`` does. --texts are
+files or folders (WikiText-2's test.txt among them), one kind a file; pydoc and code are added. A kind that is
+part of the calibration is read from its held-out windows. Rows are appended as they are measured; the same
+command continues where it stopped. Tasks run on a checkpoint in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.base.artifact import write_bytes
+from nirvana_deploy.base.machine import cpu_seconds, environment, peak_rss_bytes
+from nirvana_deploy.calibrate.recipe import Calibration
+from nirvana_deploy.calibrate.stage import calibration_record, windows_wanted
+from nirvana_deploy.calibrate.texts import read_text_file
+from nirvana_deploy.calibrate.windows import CalibrationData, calibration_data, windows_of_text
+from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.sources import resolve_model
+from nirvana_deploy.pipeline.job import Job, job_of
+from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.curves.curve import Curves
+from nirvana_deploy.prune.cutting import Cutter, reads_curves
+from nirvana_deploy.prune.divergence import masked_quality
+from nirvana_deploy.prune.recipe import REFIT
+from nirvana_deploy.prune.streaming.score import score_units
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "best": {"preset": "best"},
+    "paper": {"preset": "paper"},
+    "paper-refit": {"preset": "paper", "reconstruct": True},
+    "wanda-refit": {"preset": "fast", "num_sequences": 32},
+}
+WINDOW_TOKENS = 128
+SHIPPED = ("pydoc", "code")
+"""Kinds of text that every machine has."""
+TEST = "test"
+"""The text whose windows are long: 8 x 512 tokens, as all records of this project."""
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Measure what is missing, then print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", default="smollm2")
+    parser.add_argument("--calib", default="mix")
+    parser.add_argument("--texts", type=Path, nargs="+", default=[], help="files or folders of texts")
+    parser.add_argument("--recipe", nargs="+", choices=list(RECIPES), default=["best"])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.4, 0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--windows", type=int, default=16, help="of 128 tokens, of each kind of text")
+    parser.add_argument("--tasks", type=Path, default=None, help="folder of local tasks")
+    parser.add_argument("--limit", type=int, default=500, help="items of each task")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    rows = read_rows(options.out)
+    if not options.table:
+        for row in measured(options, {key(row) for row in rows}):
+            rows.append(row)
+            write_bytes(options.out, "".join(json.dumps(one) + "\n" for one in rows).encode())
+            print(line(row), flush=True)
+    print(table(rows))
+
+
+def measured(options: argparse.Namespace, done: set[str]) -> Iterator[Row]:
+    """The rows that are asked for and not there yet."""
+    dense = Checkpoint.open(resolve_model(options.model).path)
+    if options.tasks is not None:
+        row = {"recipe": "dense", "calib": None, "sparsity": 0.0, "seed": 0}
+        if key(row | {"limit": options.limit}) not in done:
+            yield row | with_tasks(dense.path, options)
+    for recipe in options.recipe:
+        for seed in options.seeds:
+            cuts = Cuts(options, dense, recipe, seed)
+            for sparsity in options.sparsity:
+                row = {
+                    "recipe": recipe,
+                    "calib": Path(options.calib).name,
+                    "sparsity": sparsity,
+                    "seed": seed,
+                }
+                limit = None if options.tasks is None else options.limit
+                if key(row | {"limit": limit}) not in done:
+                    yield row | cuts.measured(sparsity)
+
+
+class Cuts:
+    """One recipe on one draw of calibration text."""
+
+    def __init__(self, options: argparse.Namespace, dense: Checkpoint, recipe: str, seed: int) -> None:
+        self._options = options
+        self._dense = dense
+        self._recipe = recipe
+        self._seed = seed
+        self._data: CalibrationData | None = None
+        self._curves: Curves | None = None
+        self._texts: dict[str, NDArray[np.int64]] = {}
+
+    def measured(self, sparsity: float) -> Row:
+        """What came out at one sparsity."""
+        job = job_of("", {**RECIPES[self._recipe], "calib": self._options.calib, "sparsity": sparsity})
+        data = self._calibrated(job)
+        saliency = job.pruning.saliency
+        cutter = Cutter(self._dense, job.pruning, seed=self._seed)
+        curves_cpu_s = 0.0
+        if reads_curves(job.pruning, saliency) and self._curves is None:
+            start = cpu_seconds()
+            self._curves = cutter.curves(data.calibration.tokens)
+            curves_cpu_s = cpu_seconds() - start
+        with tempfile.TemporaryDirectory() as scratch:
+            start = cpu_seconds()
+            scores = None
+            if saliency != REFIT:
+                scores = score_units(self._dense, data.calibration.tokens, saliency=saliency)
+            plan, refitted = cutter.candidate(
+                data.calibration,
+                scores,
+                saliency=saliency,
+                gamma=None,
+                curves=self._curves if reads_curves(job.pruning, saliency) else None,
+                out=Path(scratch) / "refit",
+            )
+            cut_cpu_s, peak = cpu_seconds() - start, peak_rss_bytes()
+            qualities = masked_quality(
+                self._dense, [plan], list(self._texts.values()), reconstructions=[refitted]
+            )
+            row: Row = {
+                "met_removed_share": plan.budget.met_removed_share,
+                "calibration": calibration_record(data.calibration),
+                "curves_cpu_s": curves_cpu_s,
+                "cut_cpu_s": cut_cpu_s,
+                "peak_rss_bytes": peak,
+                "environment": environment(),
+                "texts": {
+                    name: {
+                        "tokens": int(windows.size),
+                        "kl": float(quality.divergence.mean()),
+                        "kl_standard_error": standard_error(quality.divergence[0]),
+                        "perplexity": float(np.exp(quality.loss.mean())),
+                        "dense_perplexity": float(np.exp(quality.dense_loss.mean())),
+                    }
+                    for (name, windows), quality in zip(self._texts.items(), qualities, strict=True)
+                },
+            }
+            if self._options.tasks is not None:
+                made = Path(scratch) / "checkpoint"
+                slice_checkpoint(self._dense, plan, made, reconstruction=refitted)
+                row |= with_tasks(made, self._options)
+        return row
+
+    def _calibrated(self, job: Job) -> CalibrationData:
+        """The windows, and the texts to measure on."""
+        if self._data is None:
+            options = self._options
+            recipe = replace(job.calibration, seq_len=WINDOW_TOKENS)
+            self._data = self._drawn(options.calib, recipe, windows_wanted(recipe, self._dense.shape))
+            for path in text_files(options.texts):
+                length, windows = (512, 8) if path.stem == TEST else (WINDOW_TOKENS, options.windows)
+                self._texts[path.stem] = windows_of_text(
+                    read_text_file(path), self._dense.tokenizer, seq_len=length, max_sequences=windows
+                ).tokens
+            for name in SHIPPED:  # the same held-out windows, whatever was calibrated on
+                self._texts[name] = self._drawn(name, recipe, 1).heldout.tokens
+            if Path(options.calib).is_file():
+                self._texts["held-out"] = self._data.heldout.tokens
+        return self._data
+
+    def _drawn(self, source: str, recipe: Calibration, windows: int) -> CalibrationData:
+        return calibration_data(
+            source,
+            self._dense.tokenizer,
+            num_sequences=windows,
+            seq_len=WINDOW_TOKENS,
+            seed=self._seed,
+            heldout_sequences=self._options.windows,
+            heldout_len=WINDOW_TOKENS,
+            checkpoint=self._dense,
+        )
+
+
+def with_tasks(folder: Path, options: argparse.Namespace) -> Row:
+    """Accuracies of a checkpoint."""
+    files = sorted(options.tasks.glob("*.jsonl"))
+    found = evaluate_tasks({"model": folder}, [str(file) for file in files], limit=options.limit)
+    return {"limit": options.limit, "tasks": found}
+
+
+def text_files(given: Sequence[Path]) -> list[Path]:
+    """Every text, in order of its name."""
+    files = [file for one in given for file in (sorted(one.iterdir()) if one.is_dir() else [one])]
+    return [file for file in files if file.suffix in (".txt", ".jsonl")]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What was measured before; none when there is no file."""
+    return [json.loads(one) for one in path.read_text().splitlines()] if path.is_file() else []
+
+
+def key(row: Row) -> str:
+    """What makes two rows the same measurement."""
+    return json.dumps([row.get(name) for name in ("recipe", "calib", "sparsity", "seed", "limit")])
+
+
+def standard_error(values: NDArray[np.float64]) -> float | None:
+    """Of a mean; None for one value."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def line(row: Row) -> str:
+    """One row for people who wait."""
+    texts = ", ".join(f"{name} {text['perplexity']:.1f}" for name, text in row.get("texts", {}).items())
+    return f"{row['recipe']} {row['calib']} {row['sparsity']:g} seed {row['seed']}: {texts}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: perplexity by recipe, calibration and kind of text: the median of the seeds (range)."""
+    rows = [row for row in rows if "texts" in row]
+    kinds = list(dict.fromkeys(name for row in rows for name in row["texts"]))
+    lines = [
+        f"| sparsity | recipe | calibrated on | seeds | {' | '.join(kinds)} |",
+        "|---" * (4 + len(kinds)) + "|",
+    ]
+    groups = dict.fromkeys((row["sparsity"], row["recipe"], row["calib"]) for row in rows)
+    for group in sorted(groups):
+        same = [row for row in rows if (row["sparsity"], row["recipe"], row["calib"]) == group]
+        cells = [spread([row["texts"][kind] for row in same if kind in row["texts"]]) for kind in kinds]
+        sparsity, recipe, calib = group
+        lines.append(f"| {sparsity:g} | {recipe} | {calib} | {len(same)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(texts: Sequence[Row]) -> str:
+    """Perplexity: the median (range), and how many times dense."""
+    if not texts:
+        return ""
+    found = [text["perplexity"] for text in texts]
+    times = np.median([text["perplexity"] / text["dense_perplexity"] for text in texts])
+    between = f" ({min(found):.1f}-{max(found):.1f})" if len(found) > 1 else ""
+    return f"{np.median(found):.1f}{between}, {times:.2f}x"
+
+
+if __name__ == "__main__":
+    main()
