@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -151,7 +152,7 @@ class Cuts:
                 "curves_cpu_s": curves_cpu_s,
                 "cut_cpu_s": cut_cpu_s,
                 "peak_rss_bytes": peak,
-                "environment": environment(),
+                "environment": environment() | {"load_average_1min": os.getloadavg()[0]},
                 "texts": {
                     name: {
                         "tokens": int(windows.size),
