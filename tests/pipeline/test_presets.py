@@ -86,9 +86,9 @@ def test_paper_gives_the_bytes_of_the_plan_of_its_scores(
     tiny_llama: Path, tmp_path: Path, gamma: float | None
 ) -> None:
     out = tmp_path / "out"
-    options: dict[str, Any] = {"round_to": 4, "num_sequences": 4, "seq_len": 16, **SHORT}
+    options: dict[str, Any] = {"round_to": 4, "num_sequences": 4, "seq_len": 16, **SHORT, "preset": "paper"}
     options |= {} if gamma is None else {"gamma": gamma}
-    done = prune_export(str(tiny_llama), out=out, until="checkpoint", sparsity=0.3, preset="paper", **options)
+    done = prune_export(str(tiny_llama), out=out, until="checkpoint", sparsity=0.3, **options)
     assert list(done.manifest["stages"]) == ["calibrate", "score", "plan", "checkpoint"]
     record = done.manifest["stages"]["calibrate"]["result"]
     keys = ("source", "num_sequences", "seq_len", "text_sha256", "seed", "draw")
