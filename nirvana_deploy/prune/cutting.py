@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,12 @@ class Cutter:
     ) -> tuple[PrunePlan, Reconstruction]:
         """Choose inside the refit, which is written to ``out``."""
         selected = select_and_refit(
-            self.dense, allocated.counts, windows, out, ridge=self._ridge(), progress=self.progress
+            self.dense,
+            allocated.counts,
+            windows,
+            out,
+            ridge=_ridge(self.recipe.ridge),
+            progress=self.progress,
         )
         plan = self._planned(selected.groups, selected.neurons, allocated, REFIT, calibration)
         return replace(plan, reconstruct={"ridge": self.recipe.ridge}), selected.reconstruction
@@ -119,13 +125,12 @@ class Cutter:
     def refit(self, plan: PrunePlan, windows: NDArray[np.int64], out: Path) -> Reconstruction:
         """Refit what a plan keeps; written to ``out``."""
         assert plan.reconstruct is not None
-        ridge = plan.reconstruct["ridge"]
         return reconstruct_layers(
             self.dense,
             plan,
             windows,
             out,
-            ridge=None if ridge == "auto" else ridge,
+            ridge=_ridge(plan.reconstruct["ridge"]),
             progress=self.progress,
         )
 
@@ -151,13 +156,10 @@ class Cutter:
         self.refit(plan, windows.tokens, out)
         return plan, out
 
-    def _ridge(self) -> float | None:
-        return None if self.recipe.ridge == "auto" else float(self.recipe.ridge)
-
     def _planned(
         self,
-        groups: Any,
-        neurons: Any,
+        groups: Sequence[tuple[int, ...]],
+        neurons: Sequence[tuple[int, ...]],
         allocated: Allocated,
         saliency: str,
         calibration: dict[str, Any] | None,
@@ -173,6 +175,11 @@ class Cutter:
         )
         cost = None if self.cost is None else asdict(self.cost)
         return replace(plan, curves={"predicted_kl": allocated.predicted_kl, "cost": cost})
+
+
+def _ridge(option: float | str) -> float | None:
+    """The ridge of an option; None: by held-out windows."""
+    return None if option == "auto" else float(option)
 
 
 def _best(scores: NDArray[np.float64], count: int) -> tuple[int, ...]:

@@ -91,7 +91,9 @@ class Selection:
     candidates: Annotated[int, Option("Disjoint calibration sets drawn from each corpus.", minimum=1)] = 8
     corpora: Annotated[
         str,
-        Option("Comma-separated: text or .jsonl files, pydoc, self, c4, bookcorpus, wikitext, lambada."),
+        Option(
+            "Comma-separated: text or .jsonl files, pydoc, code, self, c4, bookcorpus, wikitext, lambada."
+        ),
     ] = "pydoc"
     saliencies: Annotated[str, Option("Comma-separated saliencies to try.", flag="--saliency")] = "nirvana"
     gammas: Annotated[

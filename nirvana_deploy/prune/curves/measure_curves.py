@@ -2,7 +2,7 @@
 
 On the way back each o and down meets the gradient at its output, which gives the metric of its border, and
 its inputs, whose Gram matrix gives the elimination (``refit/elimination.py``). Labels are drawn from the
-model. After that one forward pass measures the scale (``measured.py``). Cost: benchmarks/NOTES.md.
+model. After that one forward pass measures the scale (``measured.py``). Cost: ``operations.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.prune.curves.budget import LEAST_SHARE
 from nirvana_deploy.prune.curves.curve import Curve, Curves, curve_of, facts_of
 from nirvana_deploy.prune.curves.measured import Trial, measure, scaled_by
 from nirvana_deploy.prune.curves.metric import Metric
@@ -69,7 +70,7 @@ def measure_curves(
     measured = min(max(1, MEASURED_TOKENS // tokens.shape[1]), len(used) // 2)
     windows = torch.from_numpy(used)
     model = StreamedModel(checkpoint, device=device)
-    sink = _Sink(model.shape, measured, least_neurons)
+    sink = _Sink(model.shape, least_neurons)
     # the rear windows are a micro-batch of their own: the sizes are multiples of theirs
     fitted = (len(used) - measured) // measured * measured
     order = torch.cat([windows[:fitted], windows[len(used) - measured :]])
@@ -112,9 +113,8 @@ class _Border:
 class _Sink:
     """Turns what passes through each block into curves and trials."""
 
-    def __init__(self, shape: ModelShape, measured: int, least_neurons: int | None) -> None:
+    def __init__(self, shape: ModelShape, least_neurons: int | None) -> None:
         self._shape = shape
-        self._measured = measured
         self._least_neurons = least_neurons
         self._costs: dict[tuple[int, bool], tuple[list[int], list[float]]] = {}
         self.trials: list[Trial] = []
@@ -172,7 +172,8 @@ class _Sink:
 
     def _neurons(self, reader: Reader, border: _Border, optimum: Optimum) -> None:
         width = border.equations.weight.shape[1]
-        least = max(1, width // 24) if self._least_neurons is None else min(self._least_neurons, width)
+        least = max(1, width // LEAST_SHARE) if self._least_neurons is None else self._least_neurons
+        least = min(least, width)
         gone = eliminate(optimum, keep=least, block=max(1, width // BLOCKS))
         self._costs[reader.position, False] = gone.removed, gone.cost
         for share in _MEASURED_SHARES:

@@ -34,7 +34,7 @@ class Fit:
     explained_share: float
     ridge: float
     plain: bool = False
-    """The plain cut was better on held-out windows."""
+    """Inputs went, and the plain cut was better on held-out windows."""
 
 
 def fitted(
@@ -70,7 +70,8 @@ def fitted(
     if ridge is None:
         ridge = _best_ridge(reader, equations, unseen) if unseen else _UNSEEN_RIDGE
     if ridge is None:
-        return Fit(kept, equations.weight.cpu(), 0.0, ridge=0.0, plain=True)
+        cut = len(kept) < weight.shape[1]  # where nothing goes and nothing is missing there is no cut to name
+        return Fit(kept, equations.weight.cpu(), 0.0, ridge=0.0, plain=cut)
     for inputs, missing in unseen:
         equations.observe(inputs, missing)
     refit = _finite(reader, equations.solve(ridge))

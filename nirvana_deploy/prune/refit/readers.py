@@ -58,15 +58,6 @@ def readers_of(shape: ModelShape, positions: Sequence[int], block: nn.Module) ->
     return found
 
 
-def reader_names(shape: ModelShape) -> Iterator[tuple[int, str, int | None]]:
-    """(position in ``shape.layers``, name of the weight, KV groups or None) of every o and down."""
-    for position, layer in enumerate(shape.layers):
-        site, prefix = shape.place(position)
-        yield position, f"{prefix}.{site.o}.weight", layer.kv_heads
-        if site.ffn_rows:
-            yield position, f"{prefix}.{site.ffn_down}.weight", None
-
-
 def importance(states: torch.Tensor) -> torch.Tensor:
     """w [n, T, 1]: the inverse size of states [n, T, D]: errors count as the next norm sees them."""
     return states.square().mean(-1, keepdim=True).clamp_min(_TINY).rsqrt()

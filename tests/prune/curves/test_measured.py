@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,6 @@ from nirvana_deploy.model.reading import teacher_forced
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.prune.curves.curve import curve_of
 from nirvana_deploy.prune.curves.measured import Trial, measure, scaled_by
-from nirvana_deploy.prune.refit.readers import reader_names
 from nirvana_deploy.prune.streaming.model import StreamedModel
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -39,6 +38,15 @@ def log_probabilities(model: Any, tokens: NDArray[np.int64]) -> torch.Tensor:
         inputs = {"input_ids": read, "decoder_input_ids": written}
     with torch.no_grad():
         return torch.log_softmax(model(**inputs).logits.double(), -1)
+
+
+def reader_names(shape: ModelShape) -> Iterator[tuple[int, str, int | None]]:
+    """(position in ``shape.layers``, name of the weight, KV groups or None) of every o and down."""
+    for position, layer in enumerate(shape.layers):
+        site, prefix = shape.place(position)
+        yield position, f"{prefix}.{site.o}.weight", layer.kv_heads
+        if site.ffn_rows:
+            yield position, f"{prefix}.{site.ffn_down}.weight", None
 
 
 @pytest.mark.parametrize("kind", WRITERS)

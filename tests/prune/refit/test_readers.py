@@ -22,7 +22,6 @@ from nirvana_deploy.prune.refit.readers import (
     Reader,
     changed,
     importance,
-    reader_names,
     readers_of,
     set_columns,
     stored_as,
@@ -116,8 +115,6 @@ def test_readers_and_what_they_read_are_those_of_a_full_forward(
         else:
             assert reader.groups == layer.kv_heads
             assert reader.linear.in_features == layer.query_heads * shape.head_dim
-    named = {name: (position, groups) for position, name, groups in reader_names(shape)}
-    assert named == {name: (reader.position, reader.groups) for name, reader in found.items()}
 
 
 def test_errors_count_by_the_size_of_the_state() -> None:
