@@ -23,6 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nirvana_deploy  # noqa: F401  first: it switches ONNX Runtime's telemetry off
+
+# isort: split
 import numpy as np
 import onnx
 import onnxruntime

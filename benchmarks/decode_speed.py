@@ -24,6 +24,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import nirvana_deploy  # noqa: F401  first: it switches ONNX Runtime's telemetry off
+
+# isort: split
 import numpy as np
 import onnxruntime_genai
 from numpy.typing import NDArray

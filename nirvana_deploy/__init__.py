@@ -1,6 +1,7 @@
 """From a Hugging Face model to a smaller, verified, measured deployment, in one command.
 
-Importing this package imports nothing heavy: the public names resolve on first use.
+Importing this package imports nothing heavy (the public names resolve on first use) and switches the
+telemetry of the libraries off that are imported after it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nirvana_deploy.base.privacy import switch_telemetry_off
+
+switch_telemetry_off()
 __version__ = "0.1.0"
 
 # In a checkout cli/ and calib_sets/ lie beside this folder; an installed wheel has them inside it.

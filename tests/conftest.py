@@ -12,6 +12,8 @@ from typing import Any
 # tiny models gain nothing from threads, and threads that wait for work take it from everybody else
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import nirvana_deploy  # noqa: F401  first: it switches the telemetry of what is imported below off
+
 # isort: split
 import numpy as np
 import pytest

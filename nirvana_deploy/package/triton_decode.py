@@ -10,6 +10,7 @@ Python: ``pip install onnxruntime-genai``.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ class TritonPythonModel:
 
     def initialize(self, args):
         """Load the model that the parameter ``model_folder`` names, relative to this model's folder."""
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read while onnxruntime_genai is imported
         import onnxruntime_genai
 
         parameters = json.loads(args["model_config"]).get("parameters", {})
