@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-import nirvana_deploy
+from nirvana_deploy.base.child import child_environment
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import peak_rss_bytes
 from nirvana_deploy.runtime.runner import OnDevice, Runner
@@ -116,7 +116,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env={**os.environ, "PYTHONPATH": _python_path()},
+            env=child_environment(),
         )
 
     def __enter__(self) -> WorkerProcess:
@@ -180,12 +180,6 @@ class WorkerProcess:
             assert pipe is not None
             with suppress(BrokenPipeError):  # an unsent request
                 pipe.close()
-
-
-def _python_path() -> str:
-    """Return PYTHONPATH with this package first, so that the child runs the same code from any directory."""
-    ours = str(Path(nirvana_deploy.__file__).resolve().parent.parent)
-    return os.pathsep.join(path for path in (ours, os.environ.get("PYTHONPATH")) if path)
 
 
 def serve(

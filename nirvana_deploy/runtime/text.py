@@ -13,6 +13,7 @@ import numpy as np
 from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError, TokenizerError
 from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE, ONNX, holds_model, is_checkpoint
+from nirvana_deploy.runtime.chat import users_turn
 from nirvana_deploy.runtime.runner import Runner, greedy_tokens
 from nirvana_deploy.runtime.table import runtime_named
 
@@ -47,7 +48,7 @@ def stream_text(
     """Continue ``prompt`` greedily; ``on_text`` hears the text piece by piece.
 
     ``tokenizer`` is one of transformers. ``chat`` puts the prompt into its chat template as the user's turn.
-    Raises NirvanaError for a prompt of no tokens, or a tokenizer without chat template.
+    Raises NirvanaError for a prompt of no tokens, and for a chat template that is missing or refused.
     """
     ids = _prompt_ids(tokenizer, prompt, chat=chat)
     if not ids:
@@ -126,9 +127,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool) -> Sequence[int]:
             "--chat needs a tokenizer with a chat template, and this one has none.",
             hint="Leave --chat out: the prompt is continued as plain text.",
         )
-    turn = [{"role": "user", "content": prompt}]
-    encoded = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)
-    of_chat: list[int] = encoded["input_ids"]
+    of_chat: list[int] = tokenizer(users_turn(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     return of_chat
 
 

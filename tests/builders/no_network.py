@@ -1,8 +1,8 @@
 """Run a command that dies when it, or a child of it, opens a socket to the network.
 
-``python no_network.py COMMAND ...`` installs a filter of system calls (seccomp, no privileges needed) and becomes
-the command. A socket of the family AF_INET, or one of AF_INET6 for datagrams (a name is looked up), ends the
-process with SIGSYS, whichever language asked for it. Other IPv6 sockets pass: urllib3 tries one when imported.
+``python no_network.py COMMAND ...`` installs a filter of system calls (seccomp, no privileges needed) and
+becomes the command. A socket of the family AF_INET, or one of AF_INET6 for datagrams (a name is looked up),
+ends the process with SIGSYS, whichever language asked for it. Other IPv6 sockets pass: urllib3 tries one.
 """
 
 from __future__ import annotations
