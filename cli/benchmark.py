@@ -10,7 +10,7 @@ import click
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.runtime.recipe import Place
 
-from .common import TerminalProgress, echo_json, echo_table
+from .common import TerminalProgress, echo, echo_json, echo_table
 from .options import json_option, recipe_options, taken
 
 
@@ -36,4 +36,4 @@ def benchmark(out: Path, runtime: str | None, as_json: bool, **options: Any) -> 
         return
     table = summary_table(result)
     echo_table(table.headers, table.rows)
-    click.echo(f"Report: {out / 'report.html'}")
+    echo(f"Report: {out / 'report.html'}")

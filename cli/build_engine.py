@@ -10,7 +10,7 @@ import click
 from nirvana_deploy.base.recipe import fields_of
 from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
 
-from .common import TerminalProgress, echo_json
+from .common import TerminalProgress, echo, echo_json
 from .engine_page import engine_lines
 from .options import json_option, recipe_options, taken, typed
 
@@ -51,4 +51,4 @@ def build_engine(folder: Path, out: Path | None, force: bool, as_json: bool, **o
         echo_json({"engines": [{"path": str(p), **r.to_json()} for p, r in zip(paths, records, strict=True)]})
         return
     for path, record in zip(paths, records, strict=True):
-        click.echo("\n".join(engine_lines(path, record)))
+        echo("\n".join(engine_lines(path, record)))

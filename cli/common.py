@@ -8,20 +8,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nirvana_deploy.base.progress import Advance
+from nirvana_deploy.base.terminal import harmless
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class TerminalProgress:
     """Progress on stderr: bars with an ETA on a terminal, else one line per task."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True, highlight=False)
+        self._console = terminal(stderr=True, highlight=False)
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Advance]:
@@ -29,10 +31,11 @@ class TerminalProgress:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         started = time.perf_counter()
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        words = TextColumn("{task.description}", markup=False)
+        columns = (words, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         if self._console.is_terminal:
             with Progress(*columns, console=self._console, transient=True) as bars:
-                bar = bars.add_task(label, total=total)
+                bar = bars.add_task(harmless(label), total=total)
                 yield lambda steps: bars.advance(bar, steps)
         else:
             yield lambda steps: None
@@ -48,14 +51,36 @@ def command_line() -> str:
     return shlex.join(["nirvana-deploy", *sys.argv[1:]])
 
 
+def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print text, which may hold names and words of strangers."""
+    click.echo(harmless(text), err=err, nl=nl)
+
+
 def echo_json(value: Any) -> None:
     """Print a result for machines."""
-    click.echo(json.dumps({"schema": 1, **value}, indent=1))
+    echo(json.dumps({"schema": 1, **value}, indent=1))
+
+
+def terminal(*, width_of_a_pipe: int | None = None, **settings: Any) -> Console:
+    """Return a console for tables and coloured lines; cells and lines may hold words of strangers.
+
+    A pipe has no width to fold for, so it may get one.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class HarmlessConsole(Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            return super().render_str(harmless(text), **how)
+
+    console = HarmlessConsole(**settings)
+    if width_of_a_pipe is not None and not console.is_terminal:
+        console.width = width_of_a_pipe
+    return console
 
 
 def echo_table(headers: Any, rows: Any, *, title: str | None = None) -> None:
     """Print a table for people; the first column is text, the others numbers."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", header_style="bold")
@@ -63,4 +88,4 @@ def echo_table(headers: Any, rows: Any, *, title: str | None = None) -> None:
         table.add_column(str(header), justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console().print(table)
+    terminal(markup=False).print(table)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 
 import click
+
+from .common import echo_json, terminal
 
 
 @click.command("doctor")
@@ -23,17 +24,14 @@ def doctor(as_json: bool) -> None:
 
     findings = examine()
     if as_json:
-        click.echo(json.dumps({"schema": 1, "findings": [dataclasses.asdict(f) for f in findings]}, indent=1))
+        echo_json({"findings": [dataclasses.asdict(f) for f in findings]})
         return
 
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a pipe has no width to fold for
+    console = terminal(width_of_a_pipe=160)
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "name", "found", "to get it"):
         table.add_column(column, overflow="fold")

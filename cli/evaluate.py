@@ -10,7 +10,7 @@ import click
 from nirvana_deploy.measure.recipe import Evaluation
 from nirvana_deploy.runtime.recipe import Place
 
-from .common import TerminalProgress, echo_json, echo_table
+from .common import TerminalProgress, echo, echo_json, echo_table
 from .options import json_option, recipe_options, taken
 
 
@@ -70,7 +70,7 @@ def _show_kernel(record: dict[str, Any]) -> None:
     from nirvana_deploy.report.ntk_page import explain, headers, rows
 
     echo_table(headers(record), rows(record), title="Change of the tangent kernel")
-    click.echo("\n" + "\n\n".join(explain(record)))
+    echo("\n" + "\n\n".join(explain(record)))
 
 
 def _show_tasks(record: dict[str, Any]) -> None:

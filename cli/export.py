@@ -9,7 +9,7 @@ import click
 
 from nirvana_deploy.export.recipe import Graph
 
-from .common import TerminalProgress, echo_json
+from .common import TerminalProgress, echo, echo_json
 from .options import json_option, recipe_options
 
 
@@ -59,4 +59,4 @@ def export(
             }
         )
     else:
-        click.echo(f"{out}: {exported.nodes} nodes, {exported.weights_bytes / 1e6:,.1f} MB of weights")
+        echo(f"{out}: {exported.nodes} nodes, {exported.weights_bytes / 1e6:,.1f} MB of weights")

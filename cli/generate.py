@@ -10,7 +10,7 @@ import click
 
 from nirvana_deploy.runtime.recipe import Generation, Place
 
-from .common import echo_json
+from .common import echo, echo_json
 from .options import json_option, recipe_options, taken
 
 
@@ -40,14 +40,14 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
             max_new_tokens=asked.max_new_tokens,
             stops=stops,
             chat=asked.chat,
-            on_text=None if as_json else lambda text: click.echo(text, nl=False),
+            on_text=None if as_json else lambda text: echo(text, nl=False),
         )
     if as_json:
         echo_json({"runtime": runner.runtime, **asdict(answer)})
         return
-    click.echo()
+    echo()
     speed = f", {1e3 / answer.tpot_ms:.1f} tokens/s" if answer.tpot_ms else ""
-    click.echo(
+    echo(
         f"{answer.new_tokens} tokens after {answer.prompt_tokens}, TTFT {answer.ttft_ms:.0f} ms{speed} "
         f"({runner.runtime})",
         err=True,

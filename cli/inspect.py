@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .common import echo, echo_json, terminal
 from .engine_page import engine_lines
 
 if TYPE_CHECKING:
@@ -37,19 +38,17 @@ def inspect(path: Path, as_json: bool) -> None:
     if path.suffix == ENGINE_SUFFIX:
         record = read_engine_record(path)
         if as_json:
-            click.echo(json.dumps(record.to_json(), indent=1))
+            echo(json.dumps(record.to_json(), indent=1))
         else:
-            click.echo("\n".join(engine_lines(path, record)))
+            echo("\n".join(engine_lines(path, record)))
         return
     from nirvana_deploy.output.records import inspect_path
 
     inspection = inspect_path(path)
     if as_json:
-        click.echo(json.dumps({"schema": 1, **inspection.as_json()}, indent=1))
+        echo_json(inspection.as_json())
         return
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = terminal(highlight=False, markup=False, soft_wrap=True)
     _print_plan(console, inspection)
     _print_folder(console, inspection)
 

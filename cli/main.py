@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -10,6 +11,7 @@ import click
 
 from nirvana_deploy import __version__
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.cli.common import echo
 
 # name -> (module, attribute, help line); spelled out so that --help imports none of them
 _COMMANDS = {
@@ -81,15 +83,17 @@ def main() -> None:
     try:
         code = commands.main(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        echo(shown.getvalue(), err=True, nl=False)
         sys.exit(error.exit_code)
     except NirvanaError as error:
-        click.echo(f"Error: {error.message}", err=True)
+        echo(f"Error: {error.message}", err=True)
         if error.hint:
-            click.echo(error.hint, err=True)
+            echo(error.hint, err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\nInterrupted. Finished stages are kept: repeat the command with --resume.", err=True)
+        echo("\nInterrupted. Finished stages are kept: repeat the command with --resume.", err=True)
         sys.stdout.flush()
         # Everything is unwound. An ordinary exit may be turned into death by SIGINT by the interpreter, which
         # remembers an interrupt that arrived while a module was being imported.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import click
+
+from .common import echo_json, terminal
 
 
 @click.command("models")
@@ -32,16 +33,13 @@ def models(as_json: bool) -> None:
             }
             for name, alias in ALIASES.items()
         ]
-        click.echo(json.dumps({"schema": 1, "models": rows}, indent=1))
+        echo_json({"models": rows})
         return
 
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a pipe has no width to fold for
+    console = terminal(width_of_a_pipe=160)
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("alias", "hub id", "parameters", "family", "licence", "supported"):
         table.add_column(column, overflow="fold")

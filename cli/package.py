@@ -9,7 +9,7 @@ import click
 
 from nirvana_deploy.package.recipe import Package
 
-from .common import TerminalProgress, echo_json
+from .common import TerminalProgress, echo, echo_json
 from .options import json_option, recipe_options, taken
 
 
@@ -58,11 +58,9 @@ def package(
         if as_json:
             echo_json(packaging.gguf_record(file))
             return
-        click.echo(
-            f"{file.path}: {file.architecture}, {file.size_bytes / 1e6:,.1f} MB of {recipe.weight_type}"
-        )
+        echo(f"{file.path}: {file.architecture}, {file.size_bytes / 1e6:,.1f} MB of {recipe.weight_type}")
         if file.left_in_f16:
-            click.echo(f"{file.left_in_f16} matrices stay f16: their rows are no multiple of 32.")
+            echo(f"{file.left_in_f16} matrices stay f16: their rows are no multiple of 32.")
     else:
         if recipe.engines:
             repository = packaging.package_engines(
@@ -75,5 +73,5 @@ def package(
         if as_json:
             echo_json({"out": str(repository.path), "models": list(repository.models)})
             return
-        click.echo(f"{repository.path}: {', '.join(repository.models)}")
-        click.echo(f"Serve it: tritonserver --model-repository {repository.path}")
+        echo(f"{repository.path}: {', '.join(repository.models)}")
+        echo(f"Serve it: tritonserver --model-repository {repository.path}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .common import TerminalProgress, command_line, echo_json
+from .common import TerminalProgress, command_line, echo, echo_json
 from .job import folder_options, job_from, model_argument, pruning_options, recipe_option
 from .options import json_option, typed
 
@@ -67,7 +67,7 @@ def prune(
     if as_json:
         echo_json({"out": str(out), "met_removed_share": budget.met_removed_share})
         return
-    click.echo(
+    echo(
         f"Removed {budget.removed_groups} of {budget.of_groups} KV groups and "
         f"{budget.removed_neurons_after_rounding} of {budget.of_neurons} FFN neurons: "
         f"{budget.met_removed_share:.1%} of the decoder's linear weights.\n"

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .common import TerminalProgress, command_line, echo_json, echo_table
+from .common import TerminalProgress, command_line, echo, echo_json, echo_table
 from .job import deployment_options, folder_options, job_from, model_argument, pruning_options, recipe_option
 from .options import json_option
 from .recipe import show
@@ -81,4 +81,4 @@ def prune_export(
         echo_table(
             table.headers, table.rows, title=f"{done.plan.model['name']}, sparsity {done.plan.sparsity:g}"
         )
-    click.echo(f"Report: {done.report}")
+    echo(f"Report: {done.report}")

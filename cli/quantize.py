@@ -9,7 +9,7 @@ import click
 
 from nirvana_deploy.quantize.recipe import CalibrationText, Quantization
 
-from .common import TerminalProgress, echo_json
+from .common import TerminalProgress, echo, echo_json
 from .options import json_option, recipe_options, taken
 
 
@@ -69,12 +69,12 @@ def quantize(
         echo_json({"out": str(target), **record})
         return
     for line in _sensitivity_lines(record.get("sensitivity")):
-        click.echo(line)
+        echo(line)
     for name, reason in record.get("int8", {}).get("kept_float", {}).items():
-        click.echo(f"in float: {name} ({reason})")
+        echo(f"in float: {name} ({reason})")
     size, float_size = record["weights_bytes"] / 1e6, record["float_bytes"] / 1e6
-    click.echo(f"{target}: {Coverage(**record['coverage']).line}")
-    click.echo(f"{size:,.1f} MB of weights, {float_size:,.1f} MB in float")
+    echo(f"{target}: {Coverage(**record['coverage']).line}")
+    echo(f"{size:,.1f} MB of weights, {float_size:,.1f} MB in float")
 
 
 def _drawn(source: Path, text: CalibrationText, progress: TerminalProgress) -> dict[str, Any]:

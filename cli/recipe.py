@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import echo_json
+from .common import echo, echo_json
 from .job import deployment_options, job_from, model_argument, pruning_options, recipe_option
 from .options import json_option
 
@@ -40,4 +40,4 @@ def show(job: Job, *, as_json: bool) -> None:
     if as_json:
         echo_json(sections(job))
     else:
-        click.echo(recipe_toml(job), nl=False)
+        echo(recipe_toml(job), nl=False)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from .common import echo
+
 
 @click.command("report")
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -29,6 +31,6 @@ def report(out: Path, as_json: bool) -> None:
     if (out / MANIFEST).is_file() and (run := Run.open(out)).has(REPORT):
         run.rehash("report")
     if as_json:
-        click.echo(json.dumps({"schema": 1, "markdown": str(markdown), "html": str(page)}))
+        echo(json.dumps({"schema": 1, "markdown": str(markdown), "html": str(page)}))
     else:
-        click.echo(f"{page}\n{markdown}")
+        echo(f"{page}\n{markdown}")

@@ -8,7 +8,7 @@ import click
 
 from nirvana_deploy.prune.recipe import Selection
 
-from .common import TerminalProgress, echo_json, echo_table
+from .common import TerminalProgress, echo, echo_json, echo_table
 from .options import json_option, recipe_options, taken
 
 
@@ -84,7 +84,7 @@ def select_calib(model: str, as_json: bool, **options: Any) -> None:
         title=f"KL(dense || pruned) on {selection.heldout_tokens:,} held-out tokens, "
         f"sparsity {recipe.sparsity:g}",
     )
-    click.echo(selection.verdict)
+    echo(selection.verdict)
 
 
 def _gamma(text: str) -> float | None:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.terminal import harmless
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import (
     LayerWidth,
@@ -366,12 +367,12 @@ def markdown_text(value: Any) -> str:
     """Escape ``value`` for Markdown, on one line; Markup passes unchanged."""
     if isinstance(value, Markup):
         return str(value)
-    return _MARKDOWN_SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
+    return _MARKDOWN_SPECIAL.sub(r"\\\1", harmless(" ".join(str(value).split())))
 
 
 def markdown_code(value: Any) -> Markup:
     """Format ``value`` as inline code for a table cell: one line, without backticks and bars."""
-    return Markup("`" + " ".join(str(value).split()).replace("`", "'").replace("|", "/") + "`")
+    return Markup("`" + harmless(" ".join(str(value).split())).replace("`", "'").replace("|", "/") + "`")
 
 
 def markdown_lines(value: Any) -> Markup:
