@@ -234,6 +234,7 @@ class _Job:
         engine_bytes = self.engine.stat().st_size
         notes = [*notes, *notes_on_rows(profiles, facts.weights_bytes, engine_bytes)]
         log_file = self.engine.with_suffix(".log")
+        onnx = Path(self.source.path.parent.name, self.source.path.name)  # records travel, the path doesn't
         write_bytes(log_file, self.log.text().encode())
         return EngineRecord(
             name=name,
@@ -268,7 +269,7 @@ class _Job:
                 "onnx": version("onnx"),
                 "nirvana-deploy": __version__,
             },
-            trtexec=trtexec_command(self.source.path, self.engine.name, options, profiles=profiles),
+            trtexec=trtexec_command(onnx, self.engine.name, options, profiles=profiles),
             notes=tuple(notes),
         )
 

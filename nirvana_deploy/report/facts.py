@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.output import stage
@@ -109,6 +112,32 @@ def _in_windows(records: Records) -> str:
     return f" in windows of {window_tokens:,}" if window_tokens else ""
 
 
+def without_folders(command: str) -> str:
+    """``command`` with the last name in place of every absolute path: reports travel, homes don't."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a manifest that another hand wrote
+        words = re.sub("['\"]", " ", command).split()
+    pieces = [re.split("([=,:])", word) for word in words]
+    return shlex.join(
+        "".join(Path(piece).name if piece.startswith(("/", "~")) else piece for piece in word)
+        for word in pieces
+    )
+
+
+def _cut(facts: Facts) -> Facts:
+    """Facts about the origin as a report may show them; the manifest has the whole paths."""
+    shown = []
+    for label, value in facts:
+        kind, _, place = value.partition(" ")
+        if label == "Command":
+            value = without_folders(value)
+        elif Path(place).is_absolute():  # folder /home/me/model
+            value = f"{kind} {Path(place).name}"
+        shown.append((label, value))
+    return tuple(shown)
+
+
 def details(records: Records) -> tuple[tuple[str, Facts], ...]:
     """Return non-empty groups of facts, each under its heading."""
     manifest, benchmark = records.manifest or {}, records.benchmark or {}
@@ -138,8 +167,8 @@ def details(records: Records) -> tuple[tuple[str, Facts], ...]:
         (
             "Origin",
             (
-                *_facts(manifest.get("model"), origin),
-                *_facts(manifest, {"tool": "Made by", "command": "Command"}),
+                *_cut(_facts(manifest.get("model"), origin)),
+                *_cut(_facts(manifest, {"tool": "Made by", "command": "Command"})),
             ),
         ),
     )

@@ -115,6 +115,14 @@ def test_the_output_folder_is_what_the_documentation_says(finished: Path) -> Non
     assert benchmark["comparisons"][0]["bound_tpot_speedup"] > 1
 
 
+def test_what_travels_names_no_folder_of_this_machine(finished: Path, model: str) -> None:
+    """The manifest has the whole paths, and recipe.toml what was typed."""
+    told = [path for path in finished.rglob("*") if path.is_file() and model.encode() in path.read_bytes()]
+    assert {path.name for path in told} == {"manifest.json", "recipe.toml"}
+    for page in ("report.md", "report.html"):
+        assert str(finished.parent) not in (finished / page).read_text()
+
+
 def test_a_quantized_variant_stands_beside_its_float_model(
     finished: Path, model: str, tmp_path: Path
 ) -> None:
