@@ -33,6 +33,7 @@ from nirvana_deploy.model.families import FAMILIES, shape_from_config
 from nirvana_deploy.model.family import Family
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import ModelFolder
+from nirvana_deploy.model.weight_files import require_no_other_file, require_weight_files
 from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
 
 TOKENIZER_FILES = (
@@ -73,6 +74,8 @@ class Checkpoint:
             raise NirvanaError(f"{path} is not a checkpoint: it has no config.json.")
         config = config_json(path)
         shape = shape_from_config(config)
+        require_weight_files(path)
+        require_no_other_file(path, config)
         weights = SafetensorsWeights(path)
         check_weights(weights, shape)
         return cls(path=path, config=config, shape=shape, weights=weights)
@@ -103,7 +106,7 @@ class Checkpoint:
         config = _pretrained_config(self.config, self.shape.family)  # the model changes and keeps it
         with _quiet_loading():
             model: PreTrainedModel = model_class(config, self.shape.family).from_pretrained(
-                self.path, config=config, dtype=dtype
+                self.path, config=config, dtype=dtype, use_safetensors=True
             )
         return model.eval()
 

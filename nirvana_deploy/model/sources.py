@@ -15,7 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nirvana_deploy.base.artifact import disk_errors, read_json, sha256_of
+from nirvana_deploy.base.artifact import disk_errors, sha256_of
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import nearest_names
@@ -27,6 +27,7 @@ from nirvana_deploy.model.gguf_convert import (
     find_converted,
     require_gguf_extra,
 )
+from nirvana_deploy.model.weight_files import PICKLE_SUFFIXES, pickle_refused, require_weight_files
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,8 @@ def _from_folder(folder: Path) -> ModelFolder:
 
 
 def _from_file(file: Path, *, cache: Path | None, progress: Progress) -> ModelFolder:
-    if file.suffix in _PICKLE_SUFFIXES:
-        raise _pickle_refused([file], folder=file.parent)
+    if file.suffix in PICKLE_SUFFIXES:
+        raise pickle_refused([file], folder=file.parent)
     if file.suffix.lower() != ".gguf":
         raise NirvanaError(
             f"{file} is a file; a model is a .gguf file or a folder with config.json and *.safetensors.",
@@ -173,52 +174,15 @@ def _from_file(file: Path, *, cache: Path | None, progress: Progress) -> ModelFo
     )
 
 
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-
 def _checked(folder: Path) -> Path:
-    """``folder`` itself; raises NirvanaError unless config.json and all safetensors are there."""
+    """``folder`` itself; raises NirvanaError unless config.json and all weights are there, in safetensors."""
     if not (folder / "config.json").is_file():
         raise NirvanaError(
             f"{folder} has no config.json, so it is not a Hugging Face model folder.",
             hint="Pass the folder that holds config.json, *.safetensors and tokenizer.json.",
         )
-    if not any(folder.glob("*.safetensors")):
-        if pickles := sorted(path for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES):
-            raise _pickle_refused(pickles, folder=folder)
-        raise NirvanaError(
-            f"{folder} has no *.safetensors file.",
-            hint="Pass a folder with weights; of an ONNX folder, the checkpoint that it was exported from.",
-        )
-    for index in folder.glob("*.safetensors.index.json"):
-        missing = sorted({name for name in _shards(index) if not (folder / name).is_file()})
-        if missing:
-            raise NirvanaError(
-                f"{folder} is incomplete: {index.name} names {', '.join(missing[:3])}"
-                f"{' and more' if len(missing) > 3 else ''}, which the folder does not hold.",
-                hint="Download or copy the missing files again.",
-            )
+    require_weight_files(folder)
     return folder
-
-
-def _shards(index: Path) -> list[str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise NirvanaError(f"{index} has no 'weight_map'.")
-    return [str(name) for name in weight_map.values()]
-
-
-def _pickle_refused(files: list[Path], *, folder: Path) -> NirvanaError:
-    convert = (
-        f"from transformers import AutoModelForCausalLM as M; "
-        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"
-    )
-    return NirvanaError(
-        f"{', '.join(path.name for path in files[:3])}: pickle weights are refused, because loading a pickle "
-        "can run any code that its author put there.",
-        hint=f'If you trust the author, convert once: python -c "{convert}" '
-        "(and copy the tokenizer's files), then pass the new folder.",
-    )
 
 
 def _from_wheel(

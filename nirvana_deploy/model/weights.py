@@ -7,7 +7,6 @@ masking are views (``prune/slicing.py``).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.weight_files import INDEX_FILE, SINGLE_FILE, file_by_tensor
 
-INDEX_FILE = "model.safetensors.index.json"
 _TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -208,22 +207,9 @@ def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
-    index = folder / INDEX_FILE
-    single = folder / "model.safetensors"
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-            raise NirvanaError(f"{index} is not a checkpoint index: {error!r}.") from error
-        for shard in sorted(set(weight_map.values())):
-            if Path(shard).name != shard:
-                raise NirvanaError(f"{index} names a shard outside its folder: {shard!r}.")
-            if not (folder / shard).is_file():
-                raise NirvanaError(
-                    f"{index} names the shard {shard!r}, which is not in the folder.",
-                    hint="Download the missing shard.",
-                )
-        return {name: folder / shard for name, shard in weight_map.items()}
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if index.is_file() and not single.is_file():
+        return file_by_tensor(index)
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise NirvanaError(f"{folder} holds no *.safetensors file.")

@@ -25,12 +25,8 @@ from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from nirvana_deploy.model.families import family_of
 from nirvana_deploy.model.family import Family
 from nirvana_deploy.model.shape import ModelShape
-from nirvana_deploy.model.weights import (
-    INDEX_FILE,
-    SafetensorsWeights,
-    WeightSource,
-    expected_shapes,
-)
+from nirvana_deploy.model.weight_files import INDEX_FILE
+from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, expected_shapes
 from nirvana_deploy.prune.plan import PrunePlan, pruned_shape
 from nirvana_deploy.prune.slicing import ReplacedWeights, SlicedWeights
 

@@ -96,5 +96,5 @@ def test_what_is_no_checkpoint_or_does_not_fit_its_config_is_refused(tmp_path: P
     with pytest.raises(NirvanaError, match=r"'model\.norm\.weight' has shape \[5\]"):
         Checkpoint.open(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(NirvanaError, match=r"holds no \*\.safetensors"):
+    with pytest.raises(NirvanaError, match=r"has no \*\.safetensors"):
         Checkpoint.open(folder)

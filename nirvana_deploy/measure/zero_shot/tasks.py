@@ -205,7 +205,7 @@ def _packing_model(model: str, model_args: Mapping[str, Any], device: str, batch
 
 def _checkpoint_arguments(folder: Path) -> dict[str, Any]:
     """Arguments of the harness' "hf" model."""
-    arguments: dict[str, Any] = {"pretrained": str(folder), "dtype": "float32"}
+    arguments: dict[str, Any] = {"pretrained": str(folder), "dtype": "float32", "use_safetensors": True}
     if "auto_map" not in config_json(folder):
         return arguments
     own = Path(modeling_nirvana.__file__)
