@@ -18,6 +18,7 @@ from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE, ONNX, is_seq2seq
 from nirvana_deploy.output.run import MANIFEST, Run
 from nirvana_deploy.output.stage import Stage
+from nirvana_deploy.output.undamaged import require_undamaged
 from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint
 from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
 from nirvana_deploy.package.triton_engine import triton_from_engines, triton_from_seq2seq_engines
@@ -38,8 +39,9 @@ def package_gguf(
 ) -> GgufFile:
     """Write the checkpoint of ``source``, an output folder or a checkpoint folder, as a GGUF file.
 
-    ``target`` None means ``source``/gguf/NAME-TYPE.gguf. Raises NirvanaError when there is no checkpoint,
-    when ``target`` exists and ``force`` is not given, and as :func:`gguf_from_checkpoint` does.
+    ``target`` None means ``source``/gguf/NAME-TYPE.gguf. Raises NirvanaError when there is no checkpoint
+    or it is damaged, when ``target`` exists and ``force`` is not given, and as
+    :func:`gguf_from_checkpoint` does.
     """
     checkpoint = _part(
         source, CHECKPOINT, "config.json", "nirvana-deploy prune MODEL --sparsity 0.4 --out DIR"
@@ -47,6 +49,7 @@ def package_gguf(
     name = f"{_name_of(source)}-{weight_type}.gguf"
     target = target or source / GGUF_FOLDER / name
     _require_free(target, force)
+    require_undamaged(checkpoint, progress=progress)
     opened = Checkpoint.open(checkpoint)
     made: list[GgufFile] = []
 
@@ -75,7 +78,7 @@ def package_triton(
     """Write the ONNX model of ``source``, an output folder or an ONNX folder, as a Triton model repository.
 
     ``target`` None means ``source``/triton; ``name`` None means the folder's name. Raises NirvanaError when
-    there is no ONNX model, when ``target`` exists and ``force`` is not given, and as
+    there is no ONNX model or it is damaged, when ``target`` exists and ``force`` is not given, and as
     :func:`triton_from_onnx` does.
     """
     if is_seq2seq(source) or is_seq2seq(source / ONNX):
@@ -88,6 +91,7 @@ def package_triton(
     onnx = _part(source, ONNX, MODEL_FILE, "nirvana-deploy export CHECKPOINT --out DIR")
     target = target or source / TRITON_FOLDER
     _require_free(target, force)
+    require_undamaged(onnx, progress=progress)
     made: list[TritonRepository] = []
 
     def work() -> dict[str, Any]:

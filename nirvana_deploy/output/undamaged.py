@@ -1,0 +1,36 @@
+"""Files of an output folder are what was made: their bytes have the sha256 of its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nirvana_deploy.base.artifact import sha256_of
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.output.run import MANIFEST, Run
+
+
+def require_undamaged(part: Path, *, progress: Progress = SILENT) -> None:
+    """Raise NirvanaError if a file of ``part``, a folder of an output folder, is missing or was changed.
+
+    A folder outside of any output folder passes: nothing says what its files were.
+    """
+    part = part.resolve()
+    out = next((folder for folder in (part, *part.parents[:2]) if (folder / MANIFEST).is_file()), None)
+    if out is None:
+        return
+    stages = Run.open(out).manifest["stages"].values()
+    listed = {name: sha256 for stage in stages for name, sha256 in stage["files"].items()}
+    inside = {name: sha256 for name, sha256 in listed.items() if (out / name).is_relative_to(part)}
+    damaged = []
+    with progress.task(f"Checking {part.name}", len(inside)) as advance:
+        for name, sha256 in inside.items():
+            if not (out / name).is_file() or sha256_of(out / name) != sha256:
+                damaged.append(name)
+            advance(1)
+    if damaged:
+        raise NirvanaError(
+            f"{out} is not packaged: {', '.join(damaged[:3])} is not the file that {MANIFEST} lists.",
+            hint=f"See what else differs: nirvana-deploy verify {out}. Make it again: repeat the command "
+            "that made the folder, with --resume.",
+        )
