@@ -1,10 +1,12 @@
 # make demo: the main job on the embedded default model.   make test: all tests, ruff and mypy among them.
 # make unit: the quick tests.   make lint: ruff, mypy and the help pages.
+# make sbom: build/sbom.json, a CycloneDX list of what .venv holds.   make audit: known vulnerabilities of those versions.
 # Each makes .venv on first use, with the exact versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+TOOLS := build/tools/bin
 
-.PHONY: demo test unit lint clean
+.PHONY: demo test unit lint sbom audit clean
 
 demo: .venv/.demo-ready
 	$(BIN)/nirvana-deploy prune-export smollm2 --sparsity 0.4 --quantize int8 --quantize w4 --quantize-head --out demo --force
@@ -17,6 +19,14 @@ unit: .venv/.test-ready
 
 lint: .venv/.test-ready
 	$(BIN)/python -m pytest -m gate tests/test_gates.py tests/cli
+
+sbom: .venv/.demo-ready build/tools/.ready
+	$(TOOLS)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-format JSON --output-file build/sbom.json .venv/bin/python
+
+# strict: what could not be looked up is a failure
+audit: build/tools/.ready
+	$(TOOLS)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean:
 	rm -rf .venv demo build *.egg-info
@@ -31,4 +41,9 @@ clean:
 
 .venv/.test-ready: .venv/.demo-ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[cpu,eval,genai,gguf,rtx,test]'
+	touch $@
+
+build/tools/.ready: Makefile
+	$(PYTHON) -m venv build/tools
+	$(TOOLS)/pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 pip-audit==2.10.1
 	touch $@

@@ -16,8 +16,10 @@ from builders.tiny import write_tiny
 from click import Context
 from click.testing import CliRunner
 
+from nirvana_deploy.base.privacy import SWITCHES
 from nirvana_deploy.cli.main import _COMMANDS, commands
 from nirvana_deploy.output import layout, stage
+from nirvana_deploy.runtime.chat import CPU_SECONDS, MEMORY_BYTES
 
 PAGES = (
     "README.md",
@@ -25,6 +27,7 @@ PAGES = (
     "benchmarks/README.md",
     "benchmarks/NOTES.md",
     "nirvana_deploy/README.md",
+    "SECURITY.md",
 )
 FRONT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -52,6 +55,19 @@ def test_the_tables_are_what_the_records_say(monkeypatch: pytest.MonkeyPatch) ->
         text = page.read_text(encoding="utf-8")
         for name, section in sections.items():
             assert f"<!-- {name}: begin -->\n{section}\n<!-- {name}: end -->" in text
+
+
+def test_the_security_page_says_what_the_code_does() -> None:
+    page = text_of("SECURITY.md")
+    for variable, value in SWITCHES.items():
+        assert f"| `{variable}` | `{value}` |" in page
+    assert f"more than {MEMORY_BYTES >> 20} MB or {CPU_SECONDS} s of CPU time" in page
+
+
+def test_make_has_the_targets_of_the_security_page() -> None:
+    command = ["make", "--dry-run", "--always-make", "sbom", "audit"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "build/sbom.json" in done.stdout and "pip-audit --strict" in done.stdout
 
 
 def test_the_front_page_is_read_at_one_sitting() -> None:
