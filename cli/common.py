@@ -56,6 +56,11 @@ def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     click.echo(harmless(text), err=err, nl=nl)
 
 
+def echo_piece(text: str) -> None:
+    """Print a piece of generated text: as it is into a file or pipe, harmless on a terminal."""
+    click.echo(harmless(text) if sys.stdout.isatty() else text, nl=False, color=True)  # color: strip nothing
+
+
 def echo_json(value: Any) -> None:
     """Print a result for machines."""
     echo(json.dumps({"schema": 1, **value}, indent=1))

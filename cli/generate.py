@@ -10,7 +10,7 @@ import click
 
 from nirvana_deploy.runtime.recipe import Generation, Place
 
-from .common import echo, echo_json
+from .common import echo, echo_json, echo_piece
 from .options import json_option, recipe_options, taken
 
 
@@ -40,7 +40,7 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
             max_new_tokens=asked.max_new_tokens,
             stops=stops,
             chat=asked.chat,
-            on_text=None if as_json else lambda text: echo(text, nl=False),
+            on_text=None if as_json else echo_piece,
         )
     if as_json:
         echo_json({"runtime": runner.runtime, **asdict(answer)})

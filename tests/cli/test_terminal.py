@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from builders.scripts import ROOT
 from builders.tiny import write_tiny
 
 from nirvana_deploy.base.artifact import read_json, write_json
-from nirvana_deploy.cli.common import TerminalProgress, echo_table
+from nirvana_deploy.cli.common import TerminalProgress, echo_piece, echo_table
 from nirvana_deploy.cli.main import main
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b1m\u202e"
@@ -92,6 +93,21 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert r"\x1b]0;owned" in done.stderr
     assert not any(ours in done.stderr for ours in ("\x1b]0", "\x07", "\x1b[2J", "\x9b", "\u202e"))
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(io.StringIO, "a\x1b[2J"), (_Terminal, r"a\x1b[2J")])
+def test_generated_text_is_harmless_on_a_terminal_and_exact_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], shown: str
+) -> None:
+    written = stream()
+    monkeypatch.setattr(sys, "stdout", written)
+    echo_piece("a\x1b[2J")
+    assert written.getvalue() == shown
 
 
 def test_commands_print_through_one_place() -> None:
