@@ -79,14 +79,14 @@ def file_by_tensor(index: Path) -> dict[str, Path]:
 
 def pickle_refused(files: list[Path], *, folder: Path) -> NirvanaError:
     """Why pickles are not read, and how to convert them."""
-    convert = (
-        f"from transformers import AutoModelForCausalLM as M; "
-        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"
+    convert = _python(
+        "from transformers import AutoModelForCausalLM as M; "
+        f"M.from_pretrained({str(folder)!r}).save_pretrained({f'{folder}-safetensors'!r})"
     )
     return NirvanaError(
         f"{', '.join(path.name for path in files[:3])}: pickle weights are refused, because loading a pickle "
         "can run any code that its author put there.",
-        hint=f'If you trust the author, convert once: python -c "{convert}" '
+        hint=f"If you trust the author, convert once: {convert} "
         "(and copy the tokenizer's files), then pass the new folder.",
     )
 
@@ -97,15 +97,20 @@ def _unknown_name(found: list[Path], pickles: list[Path], *, folder: Path) -> Ni
     if len(found) == 1:
         hint = f"If it holds the model: mv {shlex.quote(str(found[0]))} {shlex.quote(str(target))}"
     else:
-        merge = (
+        merge = _python(
             "from pathlib import Path; from safetensors.torch import load_file, save_file; "
-            f"d = Path('{folder}'); "
+            f"d = Path({str(folder)!r}); "
             "save_file({n: t for f in sorted(d.glob('*.safetensors')) for n, t in load_file(f).items()}, "
             f"d / '{SINGLE_FILE}', {{'format': 'pt'}})"
         )
-        hint = f'If together they hold the model, merge them: python -c "{merge}"'
+        hint = f"If together they hold the model, merge them: {merge}"
     return NirvanaError(
         f"{folder} has weights in {', '.join(path.name for path in found[:3])}, which transformers does not "
         f"read{instead}: it reads {SINGLE_FILE}, or the shards of {INDEX_FILE}.",
         hint=hint,
     )
+
+
+def _python(script: str) -> str:
+    """A command to type; quoted, since a stranger may have named the folder."""
+    return f"python -c {shlex.quote(script)}"

@@ -26,7 +26,7 @@ OPENERS = [lambda folder: Checkpoint.open(folder), lambda folder: resolve_model(
 
 @pytest.fixture
 def folder(tiny_llama: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(tiny_llama, tmp_path / "model of mine")
+    return shutil.copytree(tiny_llama, tmp_path / "model of 'mine' $(touch owned)")
 
 
 def add_pickle(folder: Path) -> None:
@@ -77,7 +77,9 @@ def test_pickles_alone_are_refused_by_name(opened: object, folder: Path) -> None
     (folder / "model.safetensors").unlink()
     with pytest.raises(NirvanaError, match=r"pytorch_model\.bin: pickle weights are refused") as refused:
         opened(folder)  # type: ignore[operator]
-    assert "save_pretrained" in (refused.value.hint or "")
+    _, _, command = (refused.value.hint or "").partition("convert once: ")
+    python, flag, code, *_ = shlex.split(command)
+    assert (python, flag) == ("python", "-c") and f"{str(folder)!r}" in code and "save_pretrained" in code
 
 
 def test_a_single_file_wins_over_an_index_in_both_halves(tmp_path: Path) -> None:
