@@ -33,7 +33,7 @@ def build_engine(folder: Path, out: Path | None, force: bool, as_json: bool, **o
       nirvana-deploy build-engine my-onnx-fp16 --max-batch 1
     """
     from nirvana_deploy.base.errors import NirvanaError
-    from nirvana_deploy.output.run import MANIFEST
+    from nirvana_deploy.output.layout import MANIFEST
     from nirvana_deploy.pipeline.folder import build_engines
     from nirvana_deploy.runtime.tensorrt.record import read_engine_record
 

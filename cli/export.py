@@ -34,16 +34,17 @@ def export(
       nirvana-deploy export smollm2 --out my-onnx-fp16 --dtype fp16 --flavor gqa
       nirvana-deploy export smollm2 --out for-engines --dtype fp16 --flavor static-cache --cache-length 1024
     """
-    from nirvana_deploy.base.errors import NirvanaError
+    from nirvana_deploy.base.ownership import require_apart, require_free
     from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
     from nirvana_deploy.model.checkpoint import Checkpoint
-    from nirvana_deploy.model.sources import resolve_model
+    from nirvana_deploy.model.sources import local_paths, resolve_model
 
-    if out.exists() and not force:
-        raise NirvanaError(f"{out} exists already.", hint="Pass --force to replace it, or another --out DIR.")
     progress = TerminalProgress()
+    require_free(out, force=force, reads=local_paths(model))
+    source = resolve_model(model, progress=progress)
+    require_apart(out, reads=[source.path])
     exported = onnx_from_checkpoint(
-        Checkpoint.open(resolve_model(model, progress=progress).path),
+        Checkpoint.open(source.path),
         out,
         **options,
         progress=progress,

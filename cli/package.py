@@ -21,7 +21,7 @@ from .options import json_option, recipe_options, taken
     "target",
     type=click.Path(path_type=Path),
     default=None,
-    help="What to write. [OUT/gguf/NAME-TYPE.gguf, OUT/triton]",
+    help="What to write. [OUT/gguf/NAME-TYPE.gguf, OUT/triton; no default for a part of OUT alone]",
 )
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @json_option

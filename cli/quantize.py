@@ -39,8 +39,9 @@ def quantize(
       nirvana-deploy quantize my-onnx --scheme w4 --block-size 64 --out my-onnx-w4
       nirvana-deploy quantize my-onnx --scheme int8 --calib handbook.txt --out my-onnx-int8
     """
-    from nirvana_deploy.base.errors import NirvanaError
-    from nirvana_deploy.output.run import MANIFEST
+    from nirvana_deploy.base.ownership import require_free
+    from nirvana_deploy.calibrate.mixture import files_of
+    from nirvana_deploy.output.layout import MANIFEST, ONNX
     from nirvana_deploy.pipeline.folder import quantize_folder
     from nirvana_deploy.quantize.coverage import Coverage
     from nirvana_deploy.quantize.folder import quantize_onnx
@@ -57,8 +58,8 @@ def quantize(
     if out is None and not whole_run:
         raise click.UsageError("DIR is an ONNX folder, not an output folder: say where to write with --out.")
     target = out or folder / f"onnx-{recipe.scheme}"
-    if target.exists() and not force:
-        raise NirvanaError(f"{target} exists already.", hint="Pass --force to replace it.")
+    source = folder / ONNX if whole_run else folder
+    require_free(target, force=force, reads=[source, *files_of(text.calib or "")])
     if whole_run:
         record = quantize_folder(folder, recipe, progress=progress)
     else:

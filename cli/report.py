@@ -23,13 +23,9 @@ def report(out: Path, as_json: bool) -> None:
     Example:
       nirvana-deploy report smollm2-s0.4
     """
-    from nirvana_deploy.output.run import MANIFEST, Run
-    from nirvana_deploy.output.stage import REPORT
-    from nirvana_deploy.report.report import write_report
+    from nirvana_deploy.pipeline.folder import report_folder
 
-    markdown, page = write_report(out)
-    if (out / MANIFEST).is_file() and (run := Run.open(out)).has(REPORT):
-        run.rehash("report")
+    markdown, page = report_folder(out)
     if as_json:
         echo(json.dumps({"schema": 1, "markdown": str(markdown), "html": str(page)}))
     else:

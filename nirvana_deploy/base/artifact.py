@@ -1,8 +1,8 @@
 """Artifacts that appear whole or not at all.
 
-A file is written under a temporary name in its final folder, flushed to disk and renamed into place. The
-manifest is written after the files it lists, so a file that it doesn't list, or lists with another sha256,
-was never finished.
+A file is written under a temporary name in its final folder, flushed to disk and renamed into place; what
+stood there comes back when that fails. The manifest is written after the files it lists, so a file that it
+doesn't list, or lists with another sha256, was never finished.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.ownership import MARKER, foreign, marked_names, marker_text, real, require_ours
+from nirvana_deploy.base.temporary import is_temporary, remove, remove_abandoned, temporary_beside
 
-_PARTIAL = ".partial-"
 _CHUNK_BYTES = 1 << 22
 
 
@@ -80,7 +81,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{_PARTIAL}{os.getpid()}-{path.name}")
+        partial = temporary_beside(path)
         try:
             with partial.open("wb") as file:
                 file.write(data)
@@ -88,23 +89,27 @@ def write_bytes(path: Path, data: bytes) -> None:
                 os.fsync(file.fileno())
             partial.replace(path)
         finally:
-            partial.unlink(missing_ok=True)
+            remove(partial)
         _fsync(path.parent)
 
 
 @contextmanager
 def whole_file(target: Path, *, elsewhere: str = "choose another place with --out FILE") -> Iterator[Path]:
-    """Yield a temporary name beside ``target``, renamed to it on success and removed on failure."""
+    """Yield a temporary name beside ``target``, renamed to it on success and removed on failure.
+
+    Whether ``target`` may be replaced is the caller's question.
+    """
     with disk_errors(target, elsewhere=elsewhere):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{_PARTIAL}{os.getpid()}-{target.name}")
+        place = real(target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(place.parent, place.name)
+        partial = temporary_beside(place)
         try:
             yield partial
             _fsync(partial)
-            partial.replace(target)
-            _fsync(target.parent)
+            _put(partial, place)
         finally:
-            partial.unlink(missing_ok=True)
+            remove(partial)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -126,45 +131,81 @@ def read_json(path: Path) -> Any:
 def whole_folder(target: Path, *, elsewhere: str = "choose another place with --out DIR") -> Iterator[Path]:
     """Yield a temporary folder beside ``target``, renamed to it on success and removed on failure.
 
-    An existing ``target`` is replaced only at the very end.
+    It gets a marker, by which it may be replaced later. An existing ``target`` is replaced only at the very
+    end. Raises NirvanaError, before the block runs or at its end, if ``target`` holds what is not ours.
     """
     with disk_errors(target, elsewhere=elsewhere):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{_PARTIAL}{os.getpid()}-{target.name}")
-        shutil.rmtree(partial, ignore_errors=True)
+        place = real(target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(place.parent, place.name)
+        require_ours(place)
+        partial = temporary_beside(place)
         partial.mkdir()
         try:
             yield partial
+            _mark(partial)
             readable = partial.stat().st_mode & 0o666  # by the user's umask; some writers are stricter
             for path in sorted(partial.rglob("*")):
                 if path.is_file():
                     path.chmod(readable)
                 _fsync(path)
             _fsync(partial)
-            if target.exists():
-                old = target.with_name(f"{_PARTIAL}{os.getpid()}-old-{target.name}")
-                target.replace(old)
-                partial.replace(target)
-                shutil.rmtree(old)
-            else:
-                partial.replace(target)
-            _fsync(target.parent)
+            require_ours(place)
+            _put(partial, place)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
 
 
-def remove_partials(folder: Path) -> None:
-    """Delete temporary files of killed runs in ``folder`` and one level below."""
-    for pattern in (f"{_PARTIAL}*", f"*/{_PARTIAL}*"):
-        for path in folder.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+def _put(partial: Path, target: Path) -> None:
+    """Rename ``partial`` to ``target``; what stood there is removed, or comes back if that fails."""
+    old = _moved_aside(target)
+    try:
+        partial.replace(target)
+        _fsync(target.parent)
+    except BaseException:
+        if old is not None:
+            if target.is_dir():
+                remove(target)
+            old.replace(target)
+            remove(old)  # two names of one file are left as they are by replace()
+        raise
+    if old is not None:
+        remove(old)
+
+
+def _moved_aside(target: Path) -> Path | None:
+    """Another name for what ``target`` is; a file keeps its own too, so that there is one at any moment."""
+    old = temporary_beside(target, kind="old")
+    if target.is_dir():
+        target.replace(old)
+        return old
+    with suppress(OSError):  # none there, or a file system without links
+        os.link(target, old)
+        return old
+    return None
+
+
+def _mark(folder: Path) -> None:
+    marker = folder / MARKER
+    files = (path for path in folder.rglob("*") if not path.is_dir() and path != marker)
+    marker.write_text(marker_text(path.relative_to(folder).as_posix() for path in files), encoding="utf-8")
+
+
+def claim(folder: Path, names: Iterable[str]) -> None:
+    """Mark ``names`` in ``folder`` as this tool's, before they are written.
+
+    Raises NirvanaError if one of them is there and somebody else's.
+    """
+    ours, names = marked_names(folder), list(names)
+    others = [name for name in (*names, MARKER) if os.path.lexists(folder / name) and name not in ours]
+    if others:
+        raise foreign(folder / others[0], others)
+    write_bytes(folder / MARKER, marker_text(ours.union(names) - {MARKER}).encode())
 
 
 def files_under(path: Path) -> list[Path]:
-    """Return the finished files under a folder, sorted, or ``[path]`` for a file."""
+    """Return the finished files under a folder without markers, sorted, or ``[path]`` for a file."""
     if path.is_file():
         return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and _PARTIAL not in str(p.relative_to(path)))
+    found = (file for file in path.rglob("*") if file.is_file() and file.name != MARKER)
+    return sorted(file for file in found if not is_temporary(file.relative_to(path)))

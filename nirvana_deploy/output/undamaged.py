@@ -7,7 +7,8 @@ from pathlib import Path
 from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.output.run import MANIFEST, Run
+from nirvana_deploy.output.layout import MANIFEST
+from nirvana_deploy.output.run import Run
 
 
 def require_undamaged(part: Path, *, progress: Progress = SILENT) -> None:

@@ -23,6 +23,7 @@ from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.family import GgufArchitecture
 from nirvana_deploy.model.rope import rotary_frequencies
+from nirvana_deploy.output.layout import SCHEMA_KEY
 from nirvana_deploy.package.gguf_layout import (
     GgufTensor,
     architecture_for,
@@ -34,6 +35,9 @@ from nirvana_deploy.package.gguf_tokenizer import tokenizer_metadata
 
 GGUF_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 """Weight types by the names of llama.cpp's command line -> gguf-py's name."""
+_SCHEMA = 1
+"""Under SCHEMA_KEY, which llama.cpp does not read: by it a file of ours is known."""
+_HEADER_BYTES = 4096
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
 _Q8_BLOCK = 32
 _QUANTIZED_ROWS = 4096  # converted at a time: the temporaries of a conversion are several times its size
@@ -77,6 +81,7 @@ def gguf_from_checkpoint(
     with whole_file(out) as partial:
         writer = gguf.GGUFWriter(partial, architecture.name)
         try:
+            writer.add_uint32(SCHEMA_KEY, _SCHEMA)
             _add_metadata(gguf, writer, architecture, values | rope.metadata)
             _add_plain(writer, tokenizer_metadata(checkpoint))
             writer.add_name(out.stem)
@@ -93,6 +98,13 @@ def gguf_from_checkpoint(
         size_bytes=out.stat().st_size,
         left_in_f16=kinds.count("f16") if weight_type == "q8_0" else 0,
     )
+
+
+def wrote_gguf(path: Path) -> bool:
+    """Whether this tool wrote a GGUF file: its header says so, right behind the architecture."""
+    with path.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+    return header.startswith(b"GGUF") and SCHEMA_KEY.encode() in header
 
 
 def _gguf() -> Any:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.ownership import require_free
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE, ONNX, is_seq2seq
-from nirvana_deploy.output.run import MANIFEST, Run
+from nirvana_deploy.output.layout import CHECKPOINT, MANIFEST, MODEL_FILE, ONNX, is_seq2seq
+from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.undamaged import require_undamaged
-from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint
+from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint, wrote_gguf
 from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
 from nirvana_deploy.package.triton_engine import triton_from_engines, triton_from_seq2seq_engines
 from nirvana_deploy.runtime.tensorrt.record import is_part_of_seq2seq, read_engine_record
@@ -39,16 +40,16 @@ def package_gguf(
 ) -> GgufFile:
     """Write the checkpoint of ``source``, an output folder or a checkpoint folder, as a GGUF file.
 
-    ``target`` None means ``source``/gguf/NAME-TYPE.gguf. Raises NirvanaError when there is no checkpoint
-    or it is damaged, when ``target`` exists and ``force`` is not given, and as
+    ``target`` None means ``source``/gguf/NAME-TYPE.gguf in an output folder. Raises NirvanaError when there
+    is no checkpoint or it is damaged, when ``target`` exists and ``force`` is not given or it is not ours, and as
     :func:`gguf_from_checkpoint` does.
     """
     checkpoint = _part(
         source, CHECKPOINT, "config.json", "nirvana-deploy prune MODEL --sparsity 0.4 --out DIR"
     )
     name = f"{_name_of(source)}-{weight_type}.gguf"
-    target = target or source / GGUF_FOLDER / name
-    _require_free(target, force)
+    target = target or _own_place(source) / GGUF_FOLDER / name
+    require_free(target, force=force, reads=[checkpoint], wrote=wrote_gguf)
     require_undamaged(checkpoint, progress=progress)
     opened = Checkpoint.open(checkpoint)
     made: list[GgufFile] = []
@@ -89,8 +90,8 @@ def package_triton(
             "OUT/engine/NAME-decoder.engine",
         )
     onnx = _part(source, ONNX, MODEL_FILE, "nirvana-deploy export CHECKPOINT --out DIR")
-    target = target or source / TRITON_FOLDER
-    _require_free(target, force)
+    target = target or _own_place(source) / TRITON_FOLDER
+    require_free(target, force=force, reads=[onnx])
     require_undamaged(onnx, progress=progress)
     made: list[TritonRepository] = []
 
@@ -118,9 +119,9 @@ def package_engines(
     Raises NirvanaError for a target named twice or not at all, when ``target`` exists and ``force`` is not
     given, and as :func:`triton_from_engines` and :func:`triton_from_seq2seq_engines` do.
     """
-    target = target or source / TRITON_FOLDER
-    _require_free(target, force)
+    target = target or _own_place(source) / TRITON_FOLDER
     files = [Path(one.rpartition("=")[2]) for one in engines]
+    require_free(target, force=force, reads=files)
     if any(is_part_of_seq2seq(read_engine_record(file, check_bytes=False)) for file in files):
         return _package_seq2seq(files, source, target, name=name, progress=progress)
     by_target: dict[str, Path] = {}
@@ -185,11 +186,14 @@ def _name_of(source: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name) or "model"
 
 
-def _require_free(target: Path, force: bool) -> None:
-    if target.exists() and not force:
+def _own_place(source: Path) -> Path:
+    """An output folder, which has a place for its packages; raises NirvanaError for any other."""
+    if not (source / MANIFEST).is_file():
         raise NirvanaError(
-            f"{target} exists already.", hint="Pass --force to replace it, or another place with --out."
+            f"{source} is not an output folder: nothing is put into it.",
+            hint="Say where to write with --out.",
         )
+    return source
 
 
 def _record(
@@ -206,6 +210,7 @@ def _record(
     if inside and (source / MANIFEST).is_file():
         made = target.resolve().relative_to(source.resolve()).as_posix()
         packaged = Stage(name, needs=(from_stage,), makes=(made,), work=work)
-        Run.open(source, progress=progress).run(packaged, redo=True)
+        with Run.open(source, progress=progress) as run:
+            run.run(packaged, redo=True)
     else:
         work()

@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 from nirvana_deploy.base.artifact import require_free_bytes
 from nirvana_deploy.base.progress import Progress
+from nirvana_deploy.calibrate.mixture import files_of
 from nirvana_deploy.calibrate.stage import windows_wanted
 from nirvana_deploy.export.decoder import GraphOptions
 from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.sources import local_paths
 from nirvana_deploy.pipeline.job import SECTIONS, Job, all_fields, plain
 from nirvana_deploy.prune.choices import Choices, choices_of
 from nirvana_deploy.prune.curves.measure_curves import require_windows
@@ -97,6 +99,16 @@ def recorded_options(job: Job, choices: Choices, shape: ModelShape, until: Until
     if not job.quantization.quantize:  # asked for at the first quantization, and the same from then on
         options.pop("quantize_head", None)
     return {"model": job.model} | {_RECORDED_AS.get(key, key): plain(value) for key, value in options.items()}
+
+
+def read_files(job: Job) -> tuple[Path, ...]:
+    """The user's files that a job reads."""
+    text = job.calibration.eval_text
+    return (
+        *local_paths(job.model),
+        *files_of(job.calibration.calib),
+        *((text,) if text is not None else ()),
+    )
 
 
 def may_change() -> frozenset[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.artifact import read_json
+from nirvana_deploy.base.artifact import claim, read_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.ownership import require_apart
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.calibrate.stage import text_windows
 from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
@@ -22,13 +24,22 @@ from nirvana_deploy.measure.stage import quality, refresh_quality, speed, tangen
 from nirvana_deploy.measure.zero_shot.tasks import require_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.layout import BENCHMARK_FILE, CHECKPOINT, ENGINES
-from nirvana_deploy.output.run import MANIFEST, Run
+from nirvana_deploy.output.layout import (
+    BENCHMARK_FILE,
+    CHECKPOINT,
+    ENGINES,
+    MANIFEST,
+    REPORT_HTML,
+    REPORT_MARKDOWN,
+)
+from nirvana_deploy.output.records import read_records
+from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import quantized_variant
 from nirvana_deploy.prune.choices import listed
 from nirvana_deploy.quantize.int8.spec import read_record
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
+from nirvana_deploy.report.report import write_report
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import report
 from nirvana_deploy.runtime.recipe import Place
@@ -42,15 +53,15 @@ def quantize_folder(out: Path, recipe: Quantization, *, progress: Progress = SIL
     ``benchmark`` and ``evaluate`` measure the new variant. Raises NirvanaError for a folder without ONNX
     model, VerificationError as ``quantize_onnx`` does.
     """
-    run = Run.open(out, progress=progress)
-    if not run.has(stage.ONNX):
-        raise NirvanaError(
-            f"{out} has a checkpoint and no ONNX model yet.",
-            hint="Export it first: repeat its prune command as prune-export, with --resume.",
-        )
-    run.run(quantize(run, recipe, draw=write_sensitivity), redo=True)
-    run.run(report(run))
-    require_quantized(run, recipe.scheme)
+    with Run.open(out, progress=progress) as run:
+        if not run.has(stage.ONNX):
+            raise NirvanaError(
+                f"{out} has a checkpoint and no ONNX model yet.",
+                hint="Export it first: repeat its prune command as prune-export, with --resume.",
+            )
+        run.run(quantize(run, recipe, draw=write_sensitivity), redo=True)
+        run.run(report(run))
+        require_quantized(run, recipe.scheme)
     return read_record(out / quantized_variant(recipe.scheme).folder)
 
 
@@ -58,9 +69,9 @@ def benchmark_folder(
     out: Path, workload: Workload, *, runtime: str | None = None, progress: Progress = SILENT
 ) -> dict[str, Any]:
     """Measure an output folder again in ``runtime`` [onnxruntime-cpu]; returns benchmark.json."""
-    run = Run.open(out, progress=progress)
-    run.run(speed(run, workload, runtime=runtime), redo=True)
-    run.run(report(run))
+    with Run.open(out, progress=progress) as run:
+        run.run(speed(run, workload, runtime=runtime), redo=True)
+        run.run(report(run))
     result: dict[str, Any] = read_json(out / BENCHMARK_FILE)
     return result
 
@@ -78,12 +89,16 @@ def evaluate_folder(
     when the recipe asks for them; a folder without ONNX model is measured by these two alone. Returns
     quality.json with ``ntk`` and ``tasks`` added.
     """
-    recipe, place = recipe or Evaluation(), place or Place()
-    run = Run.open(out, progress=progress)
-    result: dict[str, Any] = {}
+    recipe = recipe or Evaluation()
     names = listed(recipe.tasks or "")
     if names:
         require_tasks(names)
+    with Run.open(out, progress=progress) as run:
+        return _evaluated(run, recipe, place or Place(), names)
+
+
+def _evaluated(run: Run, recipe: Evaluation, place: Place, names: Sequence[str]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     if run.has(stage.ONNX) or not (recipe.ntk or names):
         result = _quality(run, recipe, place)
     if recipe.ntk:
@@ -120,6 +135,24 @@ def _quality(run: Run, recipe: Evaluation, place: Place) -> dict[str, Any]:
     return result
 
 
+def report_folder(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]:
+    """Write report.md and report.html of a folder again; returns both paths.
+
+    A folder without manifest, of records alone, has its report marked. Raises NirvanaError for a folder
+    without records, and for a report that somebody else wrote.
+    """
+    if not (out / MANIFEST).is_file():
+        read_records(out)
+        claim(out, (REPORT_MARKDOWN, REPORT_HTML))
+        return write_report(out, progress=progress)
+    with Run.open(out, progress=progress) as run:
+        run.claim((REPORT_MARKDOWN, REPORT_HTML))
+        if not run.has(stage.REPORT):
+            return write_report(out, progress=progress)
+        run.run(report(run))
+    return out / REPORT_MARKDOWN, out / REPORT_HTML
+
+
 def build_engines(
     folder: Path,
     form: EngineForm,
@@ -144,15 +177,19 @@ def build_engines(
     where = out or folder / ENGINES
     own = engine_name(form, build.runtime) if is_output else folder.resolve().name
     name = build.name or own
+    if Path(name).name != name:
+        raise NirvanaError(f"--name {name} is no name of a file.", hint="Leave out folders, '.' and '..'.")
+    if out is not None:
+        require_apart(out, reads=[folder], replaced=False)
     if not force:
         _require_no_engine(where, name)
     if not is_output:
         return engines_from_onnx_folder(
             folder, where, name=name, lengths=lengths, options=options, progress=progress
         )
-    run = Run.open(folder, progress=progress)
-    run.run(build_engine(run, form, options=options, lengths=lengths, name=name), redo=True)
-    return engine_files(run, name)
+    with Run.open(folder, progress=progress) as run:
+        run.run(build_engine(run, form, options=options, lengths=lengths, name=name), redo=True)
+        return engine_files(run, name)
 
 
 def _require_no_engine(folder: Path, name: str) -> None:

@@ -25,6 +25,7 @@ from nirvana_deploy.pipeline.before import (
     Until,
     checked,
     may_change,
+    read_files,
     recorded_options,
     require_space,
     say_cost,
@@ -103,21 +104,28 @@ def run_job(
     choices = checked(job, dense, until, progress)
     out = Path(out) if out is not None else Path(f"{source.name}-s{job.pruning.sparsity:g}")
     require_space(job, out, dense.shape, until)
-    run = Run.begin(
+    with Run.begin(
         out,
         options=recorded_options(job, choices, dense.shape, until),
         model=model_record(source),
         command=command or "called from Python",
+        reads=(source.path, *read_files(job)),
         may_change=may_change(),
         resume=resume,
         force=force,
         progress=progress,
-    )
-    write_recipe(job, out / RECIPE_FILE)
-    if not run.finished(RECONSTRUCT):
-        say_cost(job, choices, dense.shape, progress)
-    plan = _prune(run, job, dense, choices)
+    ) as run:
+        with run.writing(RECIPE_FILE) as file:
+            write_recipe(job, file)
+        if not run.finished(RECONSTRUCT):
+            say_cost(job, choices, dense.shape, progress)
+        return _deployed(run, job, dense, _prune(run, job, dense, choices), until)
+
+
+def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Until) -> Deployment:
+    """From plan.json and checkpoint/ to the report."""
     if until == "checkpoint":
+        run.finish()
         return Deployment(out=run.out, plan=plan, manifest=run.manifest, benchmark=None, report=None)
     for stage in export(run, dense, job.export):
         run.run(stage)
@@ -133,6 +141,7 @@ def run_job(
         found.require_passed(run.out / variant_named(name).folder)
     for scheme in job.quantization.quantize:
         require_quantized(run, scheme)
+    run.finish()
     return Deployment(
         out=run.out,
         plan=plan,
@@ -163,16 +172,18 @@ def prune_by_plan(
     if decided.reconstruct is not None:
         decided = replace(decided, reconstruct=None)
         progress.note("The plan's model was reconstructed after the cut; a plan alone gives the cut alone.")
-    run = Run.begin(
+    with Run.begin(
         out,
         options={"model": model, "plan": str(plan)},
         model=model_record(source),
         command=command or "called from Python",
+        reads=(source.path, plan),
         force=force,
         progress=progress,
-    )
-    run.run(prune.given_plan(run, decided))
-    run.run(prune.slice_model(run, dense, decided))
+    ) as run:
+        run.run(prune.given_plan(run, decided))
+        run.run(prune.slice_model(run, dense, decided))
+        run.finish()
     return decided
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.temporary import scratch_folder
 from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.calibrate.stage import (
     calibration_record,
@@ -67,14 +66,14 @@ def select(run: Run, cutter: Cutter, choices: Choices, calibration: Calibration)
             heldout_len=calibration.selection_len,
             progress=run.progress,
         )
-        with tempfile.TemporaryDirectory(prefix=".partial-candidates-", dir=run.out) as scratch:
+        with scratch_folder(run.out) as scratch:
             selection = select_cut(
                 cutter,
                 sets.calibrations,
                 [every_other(windows, 0) for windows in sets.heldout],
                 saliencies=choices.saliencies,
                 gammas=choices.gammas,
-                scratch=Path(scratch),
+                scratch=scratch,
             )
         run.progress.note(selection.verdict)
         chosen = selection.calibration or sets.calibrations[0]  # magnitude and random read no text

@@ -19,6 +19,7 @@ from typing import Any
 import onnx
 
 from nirvana_deploy.base.errors import VerificationError
+from nirvana_deploy.base.temporary import scratch_folder
 from nirvana_deploy.export.packed import unpacked_names
 from nirvana_deploy.quantize.graph.layer_parts import Cut, session_of
 from nirvana_deploy.quantize.int8.spec import read_record, recorded_linears
@@ -75,9 +76,9 @@ def coverage_of(
     operators: Counter[str] = Counter()
     found: set[str] = set()
     names = frozenset(promised)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=scratch or folder.parent) as temporary:
+    with scratch_folder(scratch or folder.parent) as temporary:
         for path in sorted(folder.glob("*.onnx")):
-            for node in _optimized(Cut(path, threads=1), Path(temporary)):
+            for node in _optimized(Cut(path, threads=1), temporary):
                 if node.op_type in kernels:
                     operators[node.op_type] += 1
                     found |= _linears_read(node, names)

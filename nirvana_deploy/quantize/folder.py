@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.temporary import scratch_folder
 from nirvana_deploy.quantize.coverage import Coverage, coverage_of
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE, open_folder, write_folder
 from nirvana_deploy.quantize.int8.spec import record_of
@@ -100,9 +100,8 @@ def write_quantized(
     graphs = open_folder(folder)
     float_bytes = sum(graph.weights_bytes for graph in graphs)
     half = any(linear.dtype != ir.DataType.FLOAT for graph in graphs for linear in graph.linears)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=out.parent) as scratch:
-        rewritten = rewrite_function(inputs.scheme)(graphs, inputs, scratch=Path(scratch), progress=progress)
+    with scratch_folder(out.parent) as scratch:
+        rewritten = rewrite_function(inputs.scheme)(graphs, inputs, scratch=scratch, progress=progress)
         record = record_of(scheme=inputs.scheme.name, **rewritten.record)
         weights_bytes = write_folder(folder, out, graphs, records={RECORD_FILE: record}, progress=progress)
     return WrittenFolder(rewritten.linears, record, weights_bytes, float_bytes, half)

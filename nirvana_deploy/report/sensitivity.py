@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.artifact import write_bytes
+from nirvana_deploy.base.artifact import claim, write_bytes
 
 SENSITIVITY_FIGURE = "sensitivity.svg"
 """File name, beside quantization.json."""
@@ -22,4 +22,5 @@ def write_sensitivity(folder: Path, record: Mapping[str, Any]) -> None:
         from nirvana_deploy.report.figures import sensitivity_figure  # imports matplotlib
 
         drawing = sensitivity_figure(layers).replace("<svg", f'<svg xmlns="{_SVG}"', 1)
+        claim(folder, (SENSITIVITY_FIGURE,))
         write_bytes(folder / SENSITIVITY_FIGURE, drawing.encode())

@@ -10,8 +10,8 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
-from nirvana_deploy.output.layout import CHECKPOINT, PLAN_FILE, holds_model
-from nirvana_deploy.output.run import MANIFEST, Run
+from nirvana_deploy.output.layout import CHECKPOINT, MANIFEST, PLAN_FILE, holds_model
+from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import DENSE, PRUNED, variant_named, variants_of
 from nirvana_deploy.prune.plan import check_plan_was_cut, read_plan
 from nirvana_deploy.quantize.coverage import Coverage, recorded_coverage

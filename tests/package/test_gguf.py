@@ -360,15 +360,18 @@ def test_the_disk_is_asked_first(checkpoint: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_command_packages_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(package, [str(checkpoint), "--gguf", "--type", "f32", "--json"])
+    words = [str(checkpoint), "--gguf", "--type", "f32", "--out", str(tmp_path / "small.gguf")]
+    result = CliRunner().invoke(package, [*words, "--json"])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert told["architecture"] == "deci" and Path(told["out"]) == checkpoint / "gguf" / "pruned-f32.gguf"
-    again = CliRunner().invoke(package, [str(checkpoint), "--gguf", "--type", "f32"])
+    assert told["architecture"] == "deci" and Path(told["out"]) == tmp_path / "small.gguf"
+    again = CliRunner().invoke(package, words)
     assert isinstance(again.exception, NirvanaError) and "exists already" in again.exception.message
-    forced = CliRunner().invoke(package, [str(checkpoint), "--gguf", "--type", "f32", "--force"])
+    forced = CliRunner().invoke(package, [*words, "--force"])
     assert forced.exit_code == 0 and "MB of f32" in forced.stdout
     assert CliRunner().invoke(package, [str(checkpoint)]).exit_code == 2
+    inside = CliRunner().invoke(package, words[:-2])
+    assert isinstance(inside.exception, NirvanaError) and "with --out" in str(inside.exception.hint)
     (tmp_path / "empty").mkdir()
     with pytest.raises(NirvanaError, match=r"no checkpoint/config\.json"):
         package_gguf(tmp_path / "empty")

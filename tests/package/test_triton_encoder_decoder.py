@@ -134,6 +134,7 @@ def test_what_cannot_be_served_is_refused(decoder: Path, exported: Path, tmp_pat
     with pytest.raises(NirvanaError, match=r"is the encoder of an encoder-decoder.*\n.*-decoder\.engine"):
         triton_from_seq2seq_engines(encoder, exported, tmp_path / "out", name="t5")
     two = [str(tmp_path), "--triton", "--engine", str(decoder), "--engine", str(encoder)]
+    two += ["--out", str(tmp_path / "out")]
     result = CliRunner().invoke(package, two)
     assert isinstance(result.exception, NirvanaError)
     assert "one pair of engines, got 2 files" in result.exception.message

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy import NirvanaError, VerificationError, prune_export
-from nirvana_deploy.base import artifact
+from nirvana_deploy.base import artifact, temporary
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export import stage as export_stage
 from nirvana_deploy.measure.recipe import Evaluation, Workload
@@ -86,7 +86,7 @@ def test_the_output_folder_is_what_the_documentation_says(finished: Path) -> Non
         "onnx/tokenizer.json",
         "dense/onnx/model.onnx",
     } <= names
-    assert not [name for name in names if artifact._PARTIAL in name]
+    assert not [name for name in names if temporary.PREFIX in name]
     recorded = stages_of(finished)
     assert list(recorded) == [
         "calibrate",
@@ -370,7 +370,7 @@ def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole(model: str, tmp_pa
     assert killed
     result = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert not [path for path in out.rglob("*") if artifact._PARTIAL in path.name]
+    assert not [path for path in out.rglob("*") if temporary.PREFIX in path.name]
 
 
 def test_ctrl_c_says_how_to_continue(model: str, tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_a_full_disk_is_named(model: str, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(NirvanaError, match=r"Cannot write .*checkpoint: the disk is full"):
         prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS)
     assert not (tmp_path / "out" / "checkpoint").exists()
-    assert not [path for path in (tmp_path / "out").rglob("*") if artifact._PARTIAL in path.name]
+    assert not [path for path in (tmp_path / "out").rglob("*") if temporary.PREFIX in path.name]
     assert "plan" in stages_of(tmp_path / "out")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.temporary import scratch_folder
 from nirvana_deploy.quantize.graph.layer_runner import Runner
 from nirvana_deploy.quantize.graph.linears import Linear, OnnxGraph, open_folder, write_folder
 from nirvana_deploy.quantize.graph.names import HEAD
@@ -218,11 +218,11 @@ def choose_alpha(
 
 def divergence_of(folder: Path, spec: Int8Spec, yardstick: Yardstick, *, scratch: Path) -> float:
     """KL of ``folder`` quantized by ``spec``, built for a moment in ``scratch``."""
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=scratch) as temporary:
+    with scratch_folder(scratch) as temporary:
         graphs = open_folder(folder)
         apply_to(graphs, spec)
-        write_folder(folder, Path(temporary) / "int8", graphs)
-        return yardstick.divergence(Runner(Path(temporary) / "int8").logits)
+        write_folder(folder, temporary / "int8", graphs)
+        return yardstick.divergence(Runner(temporary / "int8").logits)
 
 
 def smoothing_alpha(smooth: float | str | None) -> float | Literal["auto"] | None:

@@ -9,7 +9,6 @@ All layers are measured first, then the linears of the worst ones, which is wher
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.temporary import scratch_folder
 from nirvana_deploy.model.family import DECODER
 from nirvana_deploy.quantize.graph.layer_parts import Feeds
 from nirvana_deploy.quantize.graph.layer_runner import Runner
@@ -63,8 +63,8 @@ def sensitivity_of(
     ``folder`` is the float folder; the first 64 tokens of 2 ``windows`` [M, T] are run, once per layer and
     linear measured. The graph with switches lies in ``scratch`` meanwhile: float weights and a quarter more.
     """
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=scratch) as temporary:
-        switched = Path(temporary) / "switches"
+    with scratch_folder(scratch) as temporary:
+        switched = temporary / "switches"
         order, members = _write_switched(folder, spec, switched)
         runner = Runner(switched)
         few = windows[:_WINDOWS, :_TOKENS]

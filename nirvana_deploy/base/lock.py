@@ -1,0 +1,104 @@
+"""A lock on an output folder: one command at a time writes there.
+
+The kernel holds it and lets go when the process ends, however it ends. The file says who holds it; it is
+removed at the end, and one that a killed process left behind locks nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shlex
+import sys
+import time
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+from nirvana_deploy.base.errors import NirvanaError
+
+LOCK = ".nirvana-deploy.lock"
+_WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What file systems say that know no locks; there nobody is kept out."""
+_SHOWN = 200
+
+
+class FolderLock:
+    """The lock of an existing folder, held from here to :meth:`release`, which is also what ``with`` calls.
+
+    Raises NirvanaError, which names the process and its command, when another one holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
+        descriptor = self._take()
+        self._release = weakref.finalize(self, _let_go, self._path, descriptor, os.getpid())
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let go; the second time does nothing."""
+        self._release()
+
+    def _take(self) -> int:
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in _WITHOUT_LOCKS:
+                    holder = _read(descriptor)
+                    os.close(descriptor)
+                    raise _held(self._path.parent, holder) from None
+            if _is_at(descriptor, self._path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "command": _command()}).encode(), 0)
+                return descriptor
+            os.close(descriptor)  # its holder removed the file between the two calls
+
+
+def _read(descriptor: int) -> bytes:
+    """What the file says; its holder may be about to write it."""
+    for _ in range(10):
+        if holder := os.pread(descriptor, 4096, 0):
+            return holder
+        time.sleep(0.01)
+    return b""
+
+
+def _let_go(path: Path, descriptor: int, owner: int) -> None:
+    if os.getpid() == owner:  # and no fork of it
+        with suppress(OSError):
+            path.unlink()
+    os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
+
+
+def _command() -> str:
+    """The command line of this process, in the words of a user."""
+    program = Path(sys.argv[0] or "python").name
+    words = ["nirvana-deploy" if program == "__main__.py" else program, *sys.argv[1:]]
+    return shlex.join(words)[:_SHOWN]
+
+
+def _held(folder: Path, holder: bytes) -> NirvanaError:
+    try:
+        said = json.loads(holder)
+        who = f"process {int(said['pid'])} ({''.join(filter(str.isprintable, str(said['command'])))})"
+    except (ValueError, KeyError, TypeError):
+        who = "another process"
+    return NirvanaError(
+        f"{folder} is being written by {who}.",
+        hint="Wait until it has finished and repeat the command, or choose another folder.",
+    )

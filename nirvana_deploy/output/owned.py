@@ -1,0 +1,97 @@
+"""Which names in an output folder are this tool's: its manifest says so, and a folder's own marker.
+
+The manifest names a file or folder before it is written, so that a killed run leaves nothing unknown.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from nirvana_deploy.base import ownership, temporary
+from nirvana_deploy.base.artifact import read_json
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.lock import LOCK
+from nirvana_deploy.base.ownership import TOOL
+from nirvana_deploy.output.layout import MANIFEST, NAMES_OF_A_RUN
+
+
+def names(out: Path) -> list[str]:
+    """Files and folders that runs wrote, or were about to; none when the manifest is missing or not ours."""
+    manifest = _ours(out) or {}
+    return list(manifest.get("makes", ()))
+
+
+def is_ours(manifest: Any) -> bool:
+    """Whether a parsed manifest is one of this tool, and claims names inside its folder alone."""
+    return (
+        isinstance(manifest, dict)
+        and str(manifest.get("tool")).startswith(f"{TOOL} ")
+        and isinstance(manifest.get("stages"), dict)
+        and isinstance(manifest.get("files"), dict)
+        and isinstance(manifest.get("makes"), list)
+        and all(_is_inside(name) for name in manifest["makes"])
+    )
+
+
+def occupied(out: Path) -> bool:
+    """Whether a folder holds anything that matters."""
+    return any(path.name != LOCK and not temporary.is_abandoned(path.name) for path in out.iterdir())
+
+
+def in_the_way(out: Path) -> list[str]:
+    """What stands where a run would write, and is not this tool's."""
+    manifest = _ours(out)
+    found = sorted(
+        path.name
+        for path in out.iterdir()
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in NAMES_OF_A_RUN)
+    )
+    if manifest is not None:
+        found.remove(MANIFEST)
+    return list(strangers(out, found, manifest or {}))
+
+
+def strangers(out: Path, wanted: Iterable[str], manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What stands under the names ``wanted`` and is not this tool's, relative to ``out``."""
+    ours = manifest.get("makes", ())
+    for name in wanted:
+        path = out / name
+        inside = [one for one in ours if one.startswith(f"{name}/")]
+        if not os.path.lexists(path):
+            continue
+        if name not in ours and not inside:
+            yield name
+        elif path.is_dir():
+            for folder in inside or [name]:
+                if (out / folder).is_dir():
+                    yield from (f"{folder}/{stranger}" for stranger in ownership.strangers(out / folder))
+
+
+def remove(out: Path, name: str) -> None:
+    """Remove what is ours under ``name``, and the folder around it if that is empty then."""
+    path = out / name
+    if not path.parent.resolve().is_relative_to(out.resolve()):  # it is reached by a link
+        return
+    temporary.remove(path)
+    if path.parent != out:
+        with suppress(OSError):
+            path.parent.rmdir()
+
+
+def _ours(out: Path) -> dict[str, Any] | None:
+    """The manifest of a run of this tool; None for anything else under its name."""
+    try:
+        manifest = read_json(out / MANIFEST)
+    except (NirvanaError, OSError, RecursionError):
+        return None
+    return manifest if is_ours(manifest) else None
+
+
+def _is_inside(name: Any) -> bool:
+    path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("/")
+    return path.parts != () and not path.is_absolute() and ".." not in path.parts
