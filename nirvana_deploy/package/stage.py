@@ -41,8 +41,8 @@ def package_gguf(
     """Write the checkpoint of ``source``, an output folder or a checkpoint folder, as a GGUF file.
 
     ``target`` None means ``source``/gguf/NAME-TYPE.gguf in an output folder. Raises NirvanaError when there
-    is no checkpoint or it is damaged, when ``target`` exists and ``force`` is not given or it is not ours, and as
-    :func:`gguf_from_checkpoint` does.
+    is no checkpoint or it is damaged, when ``target`` exists and is not ours or ``force`` is not given, and
+    as :func:`gguf_from_checkpoint` does.
     """
     checkpoint = _part(
         source, CHECKPOINT, "config.json", "nirvana-deploy prune MODEL --sparsity 0.4 --out DIR"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nirvana_deploy.base.artifact import files_under, sha256_of, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.output.run import MANIFEST, MANIFEST_SCHEMA
+from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.package.stage import package_gguf, package_triton
 
 
@@ -19,16 +19,16 @@ from nirvana_deploy.package.stage import package_gguf, package_triton
 def out(tiny_llama: Path, tmp_path: Path) -> Path:
     """An output folder with a checkpoint and an ONNX model, both in its manifest."""
     out = tmp_path / "out"
-    shutil.copytree(tiny_llama, out / "checkpoint")
-    onnx_from_checkpoint(Checkpoint.open(out / "checkpoint"), out / "onnx")
-    stages = {
-        name: {
-            "files": {path.relative_to(out).as_posix(): sha256_of(path) for path in files_under(out / name)},
-            "result": {},
-        }
-        for name in ("checkpoint", "onnx")
-    }
-    write_json(out / MANIFEST, {"schema": MANIFEST_SCHEMA, "model": {"name": "m"}, "stages": stages})
+
+    def copy() -> None:
+        shutil.copytree(tiny_llama, out / "checkpoint")
+
+    def export() -> None:
+        onnx_from_checkpoint(Checkpoint.open(out / "checkpoint"), out / "onnx")
+
+    with Run.begin(out, options={}, model={"name": "m"}, command="c") as run:
+        for name, work in (("checkpoint", copy), ("onnx", export)):
+            run.run(Stage(name, (), (name,), work))
     return out
 
 
@@ -43,10 +43,10 @@ def test_a_flipped_bit_is_not_packaged_for_triton(out: Path, tmp_path: Path, sou
     flip_last_bit(out / "onnx/model.onnx.data")
     target = tmp_path / "repository"
     with pytest.raises(NirvanaError, match=r"onnx/model\.onnx\.data is not the file that") as refused:
-        if source == "elsewhere":
-            package_triton(out, target)
+        if source == "out":
+            package_triton(out)
         else:
-            package_triton(out if source == "out" else out / "onnx")
+            package_triton(out / "onnx" if source == "part" else out, target)
     assert "nirvana-deploy verify" in (refused.value.hint or "")
     assert not target.exists() and not (out / "triton").exists()
 
