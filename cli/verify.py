@@ -24,6 +24,7 @@ from .options import json_option, recipe_options
 def verify(out: Path, model: str | None, runtime: str | None, threads: int | None, as_json: bool) -> None:
     """Check OUT: sha256 of its files, then logits and greedy tokens of its ONNX against its checkpoint.
 
+    OUT has to be complete: every stage of the command that made it, records of one run, no file beside them.
     Before that, each ONNX file has to be valid, with its weights inside its folder, and of the checkpoint's
     shape. Quantized models differ from their checkpoint by design ('nirvana-deploy evaluate' says how much):
     of them the linears that run in integer kernels are counted again.
@@ -53,6 +54,8 @@ def verify(out: Path, model: str | None, runtime: str | None, threads: int | Non
         more = {
             "compared": {name: report.to_json() for name, report in result.compared.items()},
             "quantized": {name: coverage.to_json() for name, coverage in result.quantized.items()},
+            "incomplete": result.incomplete,
+            "unlisted": result.unlisted,
         }
         told = {name: entries for name, entries in more.items() if entries}
         echo_json({"damaged": result.damaged, **reports, **told})
@@ -86,6 +89,16 @@ def verify(out: Path, model: str | None, runtime: str | None, threads: int | Non
         if model is None:
             found = f"{len(result.damaged)} differ"
             rows.append(["sha256 of all files", found, "0", _word(not result.damaged)])
+            rows.append(
+                [
+                    "files that the manifest does not list",
+                    str(len(result.unlisted)),
+                    "0",
+                    _word(not result.unlisted),
+                ]
+            )
+            whole = "incomplete" if result.incomplete else "complete"
+            rows.append(["what the manifest promises", whole, "complete", _word(not result.incomplete)])
         echo_table(["Check", "Found", "Allowed", "Verdict"], rows)
     result.require_passed()
 

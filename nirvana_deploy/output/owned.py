@@ -33,6 +33,7 @@ def is_ours(manifest: Any) -> bool:
         and str(manifest.get("tool")).startswith(f"{TOOL} ")
         and isinstance(manifest.get("stages"), dict)
         and isinstance(manifest.get("files"), dict)
+        and isinstance(manifest.get("run"), str)
         and isinstance(manifest.get("makes"), list)
         and all(_is_inside(name) for name in manifest["makes"])
     )

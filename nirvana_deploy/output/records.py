@@ -144,12 +144,12 @@ def layer_widths(plan: Mapping[str, Any]) -> tuple[LayerWidth, ...]:
     with complete("plan.json"):
         return tuple(
             LayerWidth(
-                layer=int(entry["layer"]),
-                of_groups=int(entry["of_groups"]),
-                kept_groups=tuple(entry["kept_groups"]),
-                of_neurons=int(entry["of_neurons"]),
-                kept_neurons=len(entry["kept_neurons"]),
-                site=entry.get("site"),
+                layer=msgspec.convert(entry["layer"], int),
+                of_groups=msgspec.convert(entry["of_groups"], int),
+                kept_groups=msgspec.convert(entry["kept_groups"], tuple[int, ...]),
+                of_neurons=msgspec.convert(entry["of_neurons"], int),
+                kept_neurons=len(msgspec.convert(entry["kept_neurons"], tuple[int, ...])),
+                site=msgspec.convert(entry.get("site"), str | None),
             )
             for entry in plan["layers"]
         )

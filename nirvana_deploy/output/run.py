@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ class Run:
             if resumed:
                 run._require_same(options, model, may_change)
                 run.manifest["options"].update(options)
-                run.manifest["environment"] = environment()
+                run.manifest |= {"environment": environment(), "complete": False}
             else:
                 _require_free(out, resume=resume, force=force)  # nobody has come in between
                 run._start_again(options, model, command)
@@ -111,6 +112,8 @@ class Run:
             "options": dict(options),
             "model": dict(model),
             "environment": environment(),
+            "run": secrets.token_hex(8),
+            "complete": False,
             "makes": owned.names(self.out),
             "files": {},
             "stages": {},
@@ -118,8 +121,11 @@ class Run:
         self._write()
 
     @classmethod
-    def open(cls, out: Path, *, progress: Progress = SILENT) -> Run:
-        """Open a folder that this tool made; raises NirvanaError for anything else."""
+    def open(cls, out: Path, *, writing: bool = False, progress: Progress = SILENT) -> Run:
+        """Open a folder that this tool made; raises NirvanaError for anything else.
+
+        ``writing`` takes the lock at once; otherwise the first stage that runs does.
+        """
         if not (out / MANIFEST).is_file():
             raise NirvanaError(
                 f"{out} is not an output folder of this tool: it has no {MANIFEST}.",
@@ -132,7 +138,10 @@ class Run:
                 f"{out / MANIFEST} has schema {schema!r}; this version reads schema {MANIFEST_SCHEMA}.",
                 hint="pip install --upgrade nirvana-deploy",
             )
-        return cls(out, manifest, progress=progress)
+        run = cls(out, manifest, progress=progress)
+        if writing:
+            run._take_lock()
+        return run
 
     def run(self, stage: Stage, *, redo: bool = False) -> dict[str, Any]:
         """Run a stage unless it is finished; returns its result, from now or from the manifest.
@@ -152,12 +161,16 @@ class Run:
         started, cpu_started = time.perf_counter(), cpu_seconds()
         reset_peak_rss()
         result = _plain(stage.work())
+        files = self._hashes(stage.makes)
+        for file in files:  # what belongs to a stage from now on
+            self.manifest["files"].pop(file, None)
         self.manifest["stages"][stage.name] = {
+            "run": self.manifest["run"],
             "seconds": round(time.perf_counter() - started, 3),
             "cpu_seconds": round(cpu_seconds() - cpu_started, 3),
             "peak_rss_bytes": peak_rss_bytes(),
             "needs": [name for name in stage.needs if self.has(name)],
-            "files": self._hashes(stage.makes),
+            "files": files,
             "result": result,
         }
         if not redo:
@@ -188,9 +201,8 @@ class Run:
         self._write()
 
     def finish(self) -> None:
-        """Remove what a run before this one left: the command has made all that it promised."""
-        listed = {file for stage in self.manifest["stages"].values() for file in stage["files"]}
-        listed |= set(self.manifest["files"])
+        """Say that the command has made all that it promised; remove what a run before this one left."""
+        listed = self.listed()
         for name in list(self.manifest["makes"]):
             if name in listed or any(file.startswith(f"{name}/") for file in listed):
                 continue
@@ -199,6 +211,7 @@ class Run:
                     self.progress.note(f"Removed {self.out / name}, which the run before had made")
                 owned.remove(self.out, name)
                 self.manifest["makes"].remove(name)
+        self.manifest["complete"] = True
         self._write()
 
     def _take_lock(self) -> None:
@@ -237,11 +250,18 @@ class Run:
         stage = self.manifest["stages"].get(name)
         return stage is not None and not _failed(stage["result"]) and not self.damaged(name)
 
-    def damaged(self, name: str) -> list[str]:
-        """Files of a recorded stage that are missing or whose sha256 differs."""
+    def listed(self) -> dict[str, str]:
+        """Every file that the manifest knows -> its sha256."""
+        stages = self.manifest["stages"].values()
+        own: dict[str, str] = self.manifest.get("files", {})
+        return {**own, **{file: sha256 for stage in stages for file, sha256 in stage["files"].items()}}
+
+    def damaged(self, name: str | None = None) -> list[str]:
+        """Files of a recorded stage [of the manifest] that are missing or whose sha256 differs."""
+        files = self.listed() if name is None else self.manifest["stages"][name]["files"]
         return [
             file
-            for file, sha256 in self.manifest["stages"][name]["files"].items()
+            for file, sha256 in files.items()
             if not (self.out / file).is_file() or sha256_of(self.out / file) != sha256
         ]
 

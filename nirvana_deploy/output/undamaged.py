@@ -20,9 +20,14 @@ def require_undamaged(part: Path, *, progress: Progress = SILENT) -> None:
     out = next((folder for folder in (part, *part.parents[:2]) if (folder / MANIFEST).is_file()), None)
     if out is None:
         return
-    stages = Run.open(out).manifest["stages"].values()
-    listed = {name: sha256 for stage in stages for name, sha256 in stage["files"].items()}
+    run = Run.open(out)
+    listed = run.listed()
     inside = {name: sha256 for name, sha256 in listed.items() if (out / name).is_relative_to(part)}
+    if not inside and part.relative_to(out).as_posix() in run.manifest.get("makes", ()):
+        raise NirvanaError(
+            f"{part} is not packaged: {MANIFEST} does not list it; another run left it there.",
+            hint="Complete the folder: repeat the command that made it, with --resume.",
+        )
     damaged = []
     with progress.task(f"Checking {part.name}", len(inside)) as advance:
         for name, sha256 in inside.items():

@@ -210,7 +210,7 @@ def _record(
     if inside and (source / MANIFEST).is_file():
         made = target.resolve().relative_to(source.resolve()).as_posix()
         packaged = Stage(name, needs=(from_stage,), makes=(made,), work=work)
-        with Run.open(source, progress=progress) as run:
+        with Run.open(source, writing=True, progress=progress) as run:
             run.run(packaged, redo=True)
     else:
         work()

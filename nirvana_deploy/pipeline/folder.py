@@ -53,7 +53,7 @@ def quantize_folder(out: Path, recipe: Quantization, *, progress: Progress = SIL
     ``benchmark`` and ``evaluate`` measure the new variant. Raises NirvanaError for a folder without ONNX
     model, VerificationError as ``quantize_onnx`` does.
     """
-    with Run.open(out, progress=progress) as run:
+    with Run.open(out, writing=True, progress=progress) as run:
         if not run.has(stage.ONNX):
             raise NirvanaError(
                 f"{out} has a checkpoint and no ONNX model yet.",
@@ -69,7 +69,7 @@ def benchmark_folder(
     out: Path, workload: Workload, *, runtime: str | None = None, progress: Progress = SILENT
 ) -> dict[str, Any]:
     """Measure an output folder again in ``runtime`` [onnxruntime-cpu]; returns benchmark.json."""
-    with Run.open(out, progress=progress) as run:
+    with Run.open(out, writing=True, progress=progress) as run:
         run.run(speed(run, workload, runtime=runtime), redo=True)
         run.run(report(run))
     result: dict[str, Any] = read_json(out / BENCHMARK_FILE)
@@ -93,7 +93,7 @@ def evaluate_folder(
     names = listed(recipe.tasks or "")
     if names:
         require_tasks(names)
-    with Run.open(out, progress=progress) as run:
+    with Run.open(out, writing=True, progress=progress) as run:
         return _evaluated(run, recipe, place or Place(), names)
 
 
@@ -145,11 +145,13 @@ def report_folder(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path
         read_records(out)
         claim(out, (REPORT_MARKDOWN, REPORT_HTML))
         return write_report(out, progress=progress)
-    with Run.open(out, progress=progress) as run:
-        run.claim((REPORT_MARKDOWN, REPORT_HTML))
-        if not run.has(stage.REPORT):
-            return write_report(out, progress=progress)
-        run.run(report(run))
+    with Run.open(out, writing=True, progress=progress) as run:
+        if run.has(stage.REPORT):
+            run.run(report(run))
+        else:
+            run.claim((REPORT_MARKDOWN, REPORT_HTML))  # both, or neither is touched
+            with run.writing(REPORT_MARKDOWN), run.writing(REPORT_HTML):
+                write_report(out, progress=progress)
     return out / REPORT_MARKDOWN, out / REPORT_HTML
 
 
@@ -187,7 +189,7 @@ def build_engines(
         return engines_from_onnx_folder(
             folder, where, name=name, lengths=lengths, options=options, progress=progress
         )
-    with Run.open(folder, progress=progress) as run:
+    with Run.open(folder, writing=True, progress=progress) as run:
         run.run(build_engine(run, form, options=options, lengths=lengths, name=name), redo=True)
         return engine_files(run, name)
 

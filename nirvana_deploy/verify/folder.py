@@ -10,7 +10,10 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
+from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import CHECKPOINT, MANIFEST, PLAN_FILE, holds_model
+from nirvana_deploy.output.promise import incomplete, unlisted
+from nirvana_deploy.output.records import complete
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import DENSE, PRUNED, variant_named, variants_of
 from nirvana_deploy.prune.plan import check_plan_was_cut, read_plan
@@ -38,9 +41,13 @@ class FolderCheck:
     """A runtime that was named against ONNX Runtime on the CPU, by the path of what it ran."""
     quantized: dict[str, Coverage] = field(default_factory=dict)
     """What runs in integer kernels now, by variant; half precision runs in none on the CPU."""
+    incomplete: str | None = None
+    """What the folder lacks of what its manifest promises, as a sentence."""
+    unlisted: list[str] = field(default_factory=list)
+    """Files under the names of a run that the manifest does not list."""
 
     def require_passed(self) -> None:
-        """Raise VerificationError unless every file and every comparison is as it should be."""
+        """Raise VerificationError unless every file, record and comparison is as it should be."""
         if self.damaged:
             more = f" and {len(self.damaged) - 3} more" if len(self.damaged) > 3 else ""
             raise VerificationError(
@@ -55,35 +62,55 @@ class FolderCheck:
         for name, report in self.compared.items():
             runtime = report.greedy[0].runtime
             report.require_passed(self.out / name, against=f"ONNX Runtime on the CPU ({runtime} differs)")
+        if self.incomplete is not None:
+            raise VerificationError(
+                self.incomplete, hint="Complete it: repeat the prune-export command with --resume."
+            )
+        if self.unlisted:
+            more = f" and {len(self.unlisted) - 3} more" if len(self.unlisted) > 3 else ""
+            raise VerificationError(
+                f"{self.out} holds files that its manifest does not list: "
+                f"{', '.join(self.unlisted[:3])}{more}.",
+                hint="Nothing vouches for them: move them away.",
+            )
 
 
 def verify_folder(
     out: Path, *, threads: int | None = None, runtime: str | None = None, progress: Progress = SILENT
 ) -> FolderCheck:
-    """Check an output folder: sha256 of every file, then ONNX against checkpoint; changes nothing.
+    """Check an output folder: files and records against its manifest, then ONNX against checkpoint.
 
-    ``runtime`` also runs the models there, and compares it with ONNX Runtime on the CPU.
+    Changes nothing. ``runtime`` also runs the models there, and compares it with ONNX Runtime on the CPU.
     """
     _require_output_folder(out)
     run = Run.open(out, progress=progress)
-    damaged = [file for name in run.manifest["stages"] for file in run.damaged(name)]
-    dense = Path(run.manifest["model"]["path"])
+    with complete(str(out / MANIFEST)):
+        damaged, missing, more = run.damaged(), incomplete(run), unlisted(run)
+        dense = Path(run.manifest["model"]["path"])
     checkpoints = {PRUNED: out / CHECKPOINT, DENSE: dense}
-    if not damaged and (out / CHECKPOINT / "config.json").is_file() and (out / PLAN_FILE).is_file():
+    if not damaged and run.has(stage.PLAN) and run.has(stage.CHECKPOINT):
         check_plan_was_cut(read_plan(out / PLAN_FILE), shape_from_config(config_json(out / CHECKPOINT)))
     # first: where the runtime or its device is missing, that is said before minutes of work
     compared = compare_in(run, runtime, threads=threads) if runtime is not None and not damaged else {}
     reports = {
         name: verify_onnx(checkpoint, out / variant_named(name).folder, threads=threads, progress=progress)
         for name, checkpoint in checkpoints.items()
-        if checkpoint.is_dir() and (out / variant_named(name).folder).is_dir() and not damaged
+        if checkpoint.is_dir() and run.has(variant_named(name).stage) and not damaged
     }
     quantized = {
         variant.name: _quantized_check(out / variant.folder, out / CHECKPOINT)
         for variant in variants_of(run)
         if variant.scheme is not None and not damaged
     }
-    return FolderCheck(out=out, damaged=damaged, reports=reports, compared=compared, quantized=quantized)
+    return FolderCheck(
+        out=out,
+        damaged=damaged,
+        reports=reports,
+        compared=compared,
+        quantized=quantized,
+        incomplete=missing,
+        unlisted=more,
+    )
 
 
 def verify_onnx_folder(

@@ -334,6 +334,39 @@ def test_folder_commands_measure_and_check_again(finished: Path, tmp_path: Path)
         verifying.verify_folder(out, threads=1).require_passed()
 
 
+def test_verify_vouches_for_nothing_that_is_not_promised(
+    finished: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verdict(out: Path) -> tuple[int, str]:
+        result = CliRunner().invoke(commands, ["verify", str(out), "--threads", "1"])
+        assert result.exception is None or isinstance(result.exception, VerificationError)
+        return getattr(result.exception, "exit_code", 0), str(result.exception or result.output)
+
+    class KilledError(Exception):
+        """Stands for SIGKILL."""
+
+    def killed(*_arguments: object, **_keywords: object) -> None:
+        raise KilledError
+
+    assert verdict(finished)[0] == 0
+    cut = prune_export(model, out=tmp_path / "cut", until="checkpoint", **OPTIONS).out
+    code, message = verdict(cut)
+    assert code == 3 and "was never exported" in message
+    out = copied(finished, tmp_path)
+    (out / "onnx/extra.onnx").write_text("?")
+    code, message = verdict(out)
+    assert code == 3 and "does not list: onnx/extra.onnx.\n" in message
+    (out / "onnx/extra.onnx").unlink()
+    monkeypatch.setattr("nirvana_deploy.prune.stage.score_units", killed)
+    with pytest.raises(KilledError):
+        prune_export(model, out=out, force=True, **OPTIONS)
+    code, message = verdict(out)
+    assert code == 3 and "is incomplete: the last stage is calibrate.\n" in message
+    for what in ("--gguf", "--triton"):  # the checkpoint and the model of the run before
+        refused = CliRunner().invoke(commands, ["package", str(out), what])
+        assert isinstance(refused.exception, NirvanaError) and "another run" in refused.exception.message
+
+
 def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole(model: str, tmp_path: Path) -> None:
     """Kill the job after ever longer times; every file that the manifest lists must be whole, then finish."""
     out = tmp_path / "out"

@@ -206,8 +206,12 @@ benchmark = {
 }
 
 
+RUN = "0123456789abcdef"
+
+
 def stage(seconds: float, peak_rss_bytes: int, files: list[str], result: Any = None) -> dict[str, Any]:
     return {
+        "run": RUN,
         "seconds": seconds,
         "cpu_seconds": round(seconds * 1.6, 2),
         "peak_rss_bytes": peak_rss_bytes,
@@ -280,6 +284,8 @@ manifest = {
         "files": {name: digest(name) for name in ("config.json", "model.safetensors")},
     },
     "environment": environment,
+    "run": RUN,
+    "complete": True,
     "makes": ["answers.json", "benchmark.json", "checkpoint", "dense/onnx", "onnx", "plan.json"],
     "files": {},
     "stages": {
