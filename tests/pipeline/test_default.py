@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 
 from nirvana_deploy import NirvanaError, load_checkpoint, prune_export
+from nirvana_deploy.base.artifact import files_under
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.curves.curve import read_curves
@@ -71,7 +72,7 @@ def test_the_default_cuts_by_curves_and_resumes(write: Callable[[Path], Path], t
     made = load_checkpoint(out / "checkpoint")
     assert Checkpoint.open(out / "checkpoint").shape.layers == pruned_shape(shape, plan).layers
     weights = dict(made.named_parameters())
-    for file in (out / "reconstruction").iterdir():
+    for file in files_under(out / "reconstruction"):
         with safe_open(file, framework="pt") as written:
             for name in written.keys():  # noqa: SIM118 (no mapping)
                 assert torch.equal(weights[name], written.get_tensor(name))
