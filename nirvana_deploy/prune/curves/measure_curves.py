@@ -33,7 +33,7 @@ from nirvana_deploy.prune.refit.elimination import (
     group_inputs,
     optimum_of,
 )
-from nirvana_deploy.prune.refit.least_squares import NormalEquations
+from nirvana_deploy.prune.refit.least_squares import NormalEquations, add_gram
 from nirvana_deploy.prune.refit.readers import Reader, importance, readers_of, watched
 from nirvana_deploy.prune.refit.selection import BLOCKS
 from nirvana_deploy.prune.saliency.gradient import sampled_likelihood_gradient
@@ -237,4 +237,4 @@ def _observe(border: _Border, record: _Record) -> None:
     weight = importance(entered + output)
     border.metric.observe(record.gradient, weight)
     x = (inputs * weight).flatten(0, -2)
-    border.equations.gram.addmm_(x.T, x)
+    add_gram(border.equations.gram, x)

@@ -16,6 +16,21 @@ import torch
 from nirvana_deploy.prune.refit.elimination import scales
 
 
+_PANELS = 6
+"""Of a Gram matrix: only those on and below the diagonal are multiplied out, 7 of 12 products."""
+
+
+def add_gram(gram: torch.Tensor, x: torch.Tensor) -> None:
+    """Add x^T x of rows x [P, k] to the symmetric ``gram`` [k, k]."""
+    width = len(gram)
+    size = -(-width // _PANELS)
+    for start in range(0, width, size):
+        rows, upto = slice(start, start + size), min(start + size, width)
+        panel = gram[rows, :upto]
+        panel.addmm_(x[:, rows].T, x[:, :upto])
+        gram[:start, rows] = panel[:, :start].T
+
+
 @dataclass(frozen=True)
 class Refit:
     """A refitted linear."""
@@ -44,7 +59,7 @@ class NormalEquations:
         """Add inputs [..., k], and what the linear should give for them [..., D], to the sums."""
         x = inputs.flatten(0, -2)
         missing = wanted.flatten(0, -2) - x @ self.weight.T
-        self.gram.addmm_(x.T, x)
+        add_gram(self.gram, x)
         self.cross.addmm_(missing.T, x)
         self._missing += missing.square().sum(dtype=torch.float64)
 
