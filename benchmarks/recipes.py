@@ -39,7 +39,8 @@ from nirvana_deploy.pipeline.job import Job, job_of
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.curves.curve import Curves
 from nirvana_deploy.prune.cutting import Cutter, reads_curves
-from nirvana_deploy.prune.divergence import masked_quality
+from nirvana_deploy.prune.divergence import MaskedQuality, masked_quality
+from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.prune.streaming.score import score_units
 
@@ -93,17 +94,12 @@ def measured(options: argparse.Namespace, done: set[str]) -> Iterator[Row]:
             yield row | with_tasks(dense.path, options)
     for recipe in options.recipe:
         for seed in options.seeds:
-            cuts = Cuts(options, dense, recipe, seed)
-            for sparsity in options.sparsity:
-                row = {
-                    "recipe": recipe,
-                    "calib": Path(options.calib).name,
-                    "sparsity": sparsity,
-                    "seed": seed,
-                }
-                limit = None if options.tasks is None else options.limit
-                if key(row | {"limit": limit}) not in done:
-                    yield row | cuts.measured(sparsity)
+            limit = None if options.tasks is None else options.limit
+            about = {"recipe": recipe, "calib": Path(options.calib).name, "seed": seed, "limit": limit}
+            missing = [one for one in options.sparsity if key(about | {"sparsity": one}) not in done]
+            cuts = Cuts(options, dense, recipe, seed) if missing else None
+            for sparsity, row in zip(missing, cuts.measured(missing) if cuts else (), strict=True):
+                yield about | {"sparsity": sparsity} | row
 
 
 class Cuts:
@@ -118,8 +114,27 @@ class Cuts:
         self._curves: Curves | None = None
         self._texts: dict[str, NDArray[np.int64]] = {}
 
-    def measured(self, sparsity: float) -> Row:
-        """What came out at one sparsity."""
+    def measured(self, sparsities: Sequence[float]) -> list[Row]:
+        """What came out at each sparsity; all cuts are compared with the dense model in one pass."""
+        with tempfile.TemporaryDirectory() as scratch:
+            made = [self._cut(sparsity, Path(scratch) / f"{sparsity:g}") for sparsity in sparsities]
+            plans, refits = [plan for plan, _, _ in made], [refit for _, refit, _ in made]
+            texts = masked_quality(self._dense, plans, list(self._texts.values()), reconstructions=refits)
+            rows = []
+            for index, (plan, refit, row) in enumerate(made):
+                row["texts"] = {
+                    name: text_row(quality, index, windows.size)
+                    for (name, windows), quality in zip(self._texts.items(), texts, strict=True)
+                }
+                if self._options.tasks is not None:
+                    folder = Path(scratch) / f"{index}-checkpoint"
+                    slice_checkpoint(self._dense, plan, folder, reconstruction=refit)
+                    row |= with_tasks(folder, self._options)
+                rows.append(row)
+        return rows
+
+    def _cut(self, sparsity: float, out: Path) -> tuple[PrunePlan, Path | None, Row]:
+        """A plan, its refit, and what they cost."""
         job = job_of("", {**RECIPES[self._recipe], "calib": self._options.calib, "sparsity": sparsity})
         data = self._calibrated(job)
         saliency = job.pruning.saliency
@@ -129,46 +144,30 @@ class Cuts:
             start = cpu_seconds()
             self._curves = cutter.curves(data.calibration.tokens)
             curves_cpu_s = cpu_seconds() - start
-        with tempfile.TemporaryDirectory() as scratch:
-            start = cpu_seconds()
-            scores = None
-            if saliency != REFIT:
-                scores = score_units(self._dense, data.calibration.tokens, saliency=saliency)
-            plan, refitted = cutter.candidate(
-                data.calibration,
-                scores,
-                saliency=saliency,
-                gamma=None,
-                curves=self._curves if reads_curves(job.pruning, saliency) else None,
-                out=Path(scratch) / "refit",
-            )
-            cut_cpu_s, peak = cpu_seconds() - start, peak_rss_bytes()
-            qualities = masked_quality(
-                self._dense, [plan], list(self._texts.values()), reconstructions=[refitted]
-            )
-            row: Row = {
+        start = cpu_seconds()
+        scores = None
+        if saliency != REFIT:
+            scores = score_units(self._dense, data.calibration.tokens, saliency=saliency)
+        plan, refitted = cutter.candidate(
+            data.calibration,
+            scores,
+            saliency=saliency,
+            gamma=None,
+            curves=self._curves if reads_curves(job.pruning, saliency) else None,
+            out=out,
+        )
+        return (
+            plan,
+            refitted,
+            {
                 "met_removed_share": plan.budget.met_removed_share,
                 "calibration": calibration_record(data.calibration),
                 "curves_cpu_s": curves_cpu_s,
-                "cut_cpu_s": cut_cpu_s,
-                "peak_rss_bytes": peak,
+                "cut_cpu_s": cpu_seconds() - start,
+                "peak_rss_bytes": peak_rss_bytes(),
                 "environment": environment() | {"load_average_1min": os.getloadavg()[0]},
-                "texts": {
-                    name: {
-                        "tokens": int(windows.size),
-                        "kl": float(quality.divergence.mean()),
-                        "kl_standard_error": standard_error(quality.divergence[0]),
-                        "perplexity": float(np.exp(quality.loss.mean())),
-                        "dense_perplexity": float(np.exp(quality.dense_loss.mean())),
-                    }
-                    for (name, windows), quality in zip(self._texts.items(), qualities, strict=True)
-                },
-            }
-            if self._options.tasks is not None:
-                made = Path(scratch) / "checkpoint"
-                slice_checkpoint(self._dense, plan, made, reconstruction=refitted)
-                row |= with_tasks(made, self._options)
-        return row
+            },
+        )
 
     def _calibrated(self, job: Job) -> CalibrationData:
         """The windows, and the texts to measure on."""
@@ -198,6 +197,18 @@ class Cuts:
             heldout_len=WINDOW_TOKENS,
             checkpoint=self._dense,
         )
+
+
+def text_row(quality: MaskedQuality, plan: int, tokens: int) -> Row:
+    """Of one kind of text, for the plan of this index."""
+    divergence, loss = quality.divergence[plan], quality.loss[plan]
+    return {
+        "tokens": int(tokens),
+        "kl": float(divergence.mean()),
+        "kl_standard_error": standard_error(divergence),
+        "perplexity": float(np.exp(loss.mean())),
+        "dense_perplexity": float(np.exp(quality.dense_loss.mean())),
+    }
 
 
 def with_tasks(folder: Path, options: argparse.Namespace) -> Row:
