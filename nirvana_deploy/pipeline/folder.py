@@ -20,7 +20,7 @@ from nirvana_deploy.engine.stage import (
     engines_from_onnx_folder,
 )
 from nirvana_deploy.measure.recipe import Evaluation, Workload
-from nirvana_deploy.measure.stage import quality, refresh_quality, speed, tangent_kernel, tasks
+from nirvana_deploy.measure.stage import answers, quality, refresh_quality, speed, tangent_kernel, tasks
 from nirvana_deploy.measure.zero_shot.tasks import require_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
@@ -83,7 +83,8 @@ def evaluate_folder(
     *,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Measure quality of an output folder again; rewrites quality.json, benchmark.json and the report.
+    """Measure quality of an output folder again; rewrites quality.json, answers.json,
+    benchmark.json and the report.
 
     On the text of the recipe, else on the held-out windows. The tangent kernel and the tasks are measured
     when the recipe asks for them; a folder without ONNX model is measured by these two alone. Returns
@@ -131,6 +132,7 @@ def _quality(run: Run, recipe: Evaluation, place: Place) -> dict[str, Any]:
             max_sequences=recipe.max_windows,
         )
     result = run.run(quality(run, place, windows=windows), redo=True)
+    run.run(answers(run, place), redo=True)
     refresh_quality(run)
     return result
 

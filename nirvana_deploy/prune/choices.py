@@ -90,11 +90,19 @@ def _require_sense(recipe: Pruning, saliencies: Sequence[str]) -> None:
             f"gamma {recipe.gamma} divides the budget between MLP and attention, and so do the curves.",
             hint="Leave --gamma out, or pass --allocation global (with --saliency nirvana or another).",
         )
-    if recipe.cost != "weights" and recipe.allocation != "curves" and set(saliencies) != {REFIT}:
-        raise NirvanaError(
-            f"cost {recipe.cost!r} is minded by curves alone, not by allocation {recipe.allocation!r}.",
-            hint="Pass --allocation curves, or leave --cost out.",
-        )
+    if recipe.allocation == "curves" or set(saliencies) == {REFIT}:
+        return
+    minded = (
+        ("cost", recipe.cost, recipe.cost != "weights"),
+        ("min-groups", recipe.min_groups, recipe.min_groups > 1),
+        ("min-neurons", recipe.min_neurons, recipe.min_neurons is not None),
+    )
+    for name, value, given in minded:
+        if given:
+            raise NirvanaError(
+                f"{name} {value!r} is minded by curves alone, not by allocation {recipe.allocation!r}.",
+                hint=f"Pass --allocation curves, or leave --{name} out.",
+            )
 
 
 def _require_budget(recipe: Pruning, shape: ModelShape) -> None:

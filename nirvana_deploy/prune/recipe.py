@@ -54,7 +54,7 @@ class Pruning:
     ] = None
     allocation: Allocation = "curves"
     round_to: RoundTo = 8
-    min_groups: Annotated[int, Option("KV groups that every layer keeps.", minimum=1)] = 1
+    min_groups: Annotated[int, Option("KV groups that every layer keeps, with curves.", minimum=1)] = 1
     min_neurons: Annotated[
         int | None, Option("FFN neurons that every layer keeps, with curves. [a 24th of them]", minimum=1)
     ] = None

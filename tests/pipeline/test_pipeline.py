@@ -317,8 +317,10 @@ def test_folder_commands_measure_and_check_again(finished: Path, tmp_path: Path)
     out = copied(finished, tmp_path)
     text = tmp_path / "other.txt"
     text.write_text("A text of its own, long enough for a few windows of evaluation. " * 20)
+    answers = (out / "answers.json").read_text()
+    (out / "answers.json").write_text("lost")
     result = evaluate_folder(out, Evaluation(eval_text=text), Place(threads=1))
-    assert result["source"] == "file other.txt"
+    assert result["source"] == "file other.txt" and (out / "answers.json").read_text() == answers
     benchmark = json.loads((out / "benchmark.json").read_text())
     assert benchmark["variants"][1]["quality"] == result["variants"]["pruned"]
     workload = Workload(prompt_tokens=4, new_tokens=2, repeats=1, threads=1)

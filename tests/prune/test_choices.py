@@ -47,6 +47,16 @@ def choices(model: Path, calibration: dict[str, Any] | None = None, **pruning: A
             "cost 'bytes' is minded by curves alone",
             "--allocation curves",
         ),
+        (
+            {"min_groups": 2, "saliency": "nirvana", "allocation": "global"},
+            "min-groups 2 is minded by curves alone, not by allocation 'global'",
+            "leave --min-groups out",
+        ),
+        (
+            {"min_neurons": 64, "saliency": "taylor", "allocation": "uniform"},
+            "min-neurons 64 is minded by curves alone",
+            "leave --min-neurons out",
+        ),
     ],
 )
 def test_contradictions_are_sentences(
