@@ -12,7 +12,7 @@ demo: .venv/.demo-ready
 	$(BIN)/nirvana-deploy prune-export smollm2 --sparsity 0.4 --quantize int8 --quantize w4 --quantize-head --out demo --force
 
 test: .venv/.test-ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 unit: .venv/.test-ready
 	$(BIN)/python -m pytest -m unit

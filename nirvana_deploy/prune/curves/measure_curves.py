@@ -43,8 +43,10 @@ CURVE_TOKENS = 8192
 """At most so many calibration tokens are read for curves."""
 MEASURED_TOKENS = 512
 """So many of them, with no part in the refit, measure the scale."""
-_MEASURED_SHARES = (0.3, 0.6)
-"""Of an FFN's neurons removed."""
+_MEASURED_NEURONS = 0.4
+"""Share of an FFN's neurons that is removed when the scale is measured."""
+_MEASURED_GROUPS = (1 / 3, 2 / 3)
+"""The same of an attention's KV groups: twice, since two trials of it agree less (benchmarks/NOTES.md)."""
 _MEASURED_RIDGE = 0.3
 
 
@@ -90,6 +92,12 @@ def measure_curves(
     groups = scaled_by(model.shape, sink.curves(positions, attention=True), sink.trials, attention=True)
     neurons = scaled_by(model.shape, sink.curves(positions, attention=False), sink.trials, attention=False)
     return Curves(groups=tuple(groups), neurons=tuple(neurons), facts=facts_of(model.shape, tokens))
+
+
+def tried_groups(groups: int) -> list[int]:
+    """How many of an attention's KV groups are removed when its scale is measured."""
+    tried = {min(max(1, round(share * groups)), groups - 1) for share in _MEASURED_GROUPS}
+    return sorted(tried - {0})
 
 
 def require_windows(windows: int) -> None:
@@ -167,7 +175,7 @@ class _Sink:
         kept, cost = eliminate_groups(optimum, groups)
         self._costs[reader.position, True] = list(range(groups)), cost
         inputs = border.equations.weight.shape[1]
-        for removed in range(1, groups):
+        for removed in tried_groups(groups):
             self._try(reader, border, group_inputs(kept[removed], groups, inputs), removed)
 
     def _neurons(self, reader: Reader, border: _Border, optimum: Optimum) -> None:
@@ -176,11 +184,10 @@ class _Sink:
         least = min(least, width)
         gone = eliminate(optimum, keep=least, block=max(1, width // BLOCKS))
         self._costs[reader.position, False] = gone.removed, gone.cost
-        for share in _MEASURED_SHARES:
-            removed = min(round(share * width), len(gone.order))
-            kept = torch.ones(width, dtype=torch.bool)
-            kept[gone.order[:removed]] = False
-            self._try(reader, border, kept.nonzero()[:, 0], removed)
+        removed = min(round(_MEASURED_NEURONS * width), len(gone.order))
+        kept = torch.ones(width, dtype=torch.bool)
+        kept[gone.order[:removed]] = False
+        self._try(reader, border, kept.nonzero()[:, 0], removed)
 
     def _try(self, reader: Reader, border: _Border, kept: torch.Tensor, removed: int) -> None:
         """Refit what stays on the curve's windows; note what that changes on the measured ones."""

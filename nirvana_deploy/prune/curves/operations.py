@@ -7,7 +7,7 @@ import time
 import torch
 
 from nirvana_deploy.model.shape import ModelShape
-from nirvana_deploy.prune.curves.measure_curves import CURVE_TOKENS, MEASURED_TOKENS
+from nirvana_deploy.prune.curves.measure_curves import CURVE_TOKENS, MEASURED_TOKENS, tried_groups
 
 _PASSES_OF_CURVES = 3
 """Forward, forward again on the way back, gradients of activations."""
@@ -20,7 +20,7 @@ def curve_operations(shape: ModelShape, tokens: int) -> float:
     used = min(tokens, CURVE_TOKENS)
     head = shape.vocab_size * shape.hidden_size
     per_token = _PASSES_OF_CURVES * shape.linear_parameters + 3 * head + _gram_products(shape)
-    trials = sum(layer.kv_heads - 1 + 2 * (layer.ffn_width > 0) for layer in shape.layers)
+    trials = sum(len(tried_groups(layer.kv_heads)) + (layer.ffn_width > 0) for layer in shape.layers)
     return 2 * (used * per_token + MEASURED_TOKENS * trials * (shape.linear_parameters / 2 + head))
 
 

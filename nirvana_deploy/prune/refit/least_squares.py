@@ -15,7 +15,6 @@ import torch
 
 from nirvana_deploy.prune.refit.elimination import scales
 
-
 _PANELS = 6
 """Of a Gram matrix: only those on and below the diagonal are multiplied out, 7 of 12 products."""
 
