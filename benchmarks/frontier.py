@@ -5,8 +5,8 @@
 
 OUTs are folders that `nirvana-deploy prune` or `prune-export` made of one model at several sparsities. Dense
 and pruned models are exported in the gqa flavor and quantized (int8, w4; head included) on the first folder's
-calibration windows. Quality: ONNX Runtime on texts of several kinds, pydoc and code among them, 16 windows of
-128 tokens each. Decode: onnxruntime-genai, all models in turns. A model is on the frontier if none is both
+calibration windows. Quality: ONNX Runtime on texts of several kinds, pydoc and code among them, 8 windows of
+256 tokens each. Decode: onnxruntime-genai, all models in turns. A model is on the frontier if none is both
 faster and closer to dense; whether a pruned model is, at each precision, is the question.
 """
 
@@ -41,7 +41,7 @@ from nirvana_deploy.runtime.registry import open_runner
 
 PRECISIONS = ("fp32", "int8", "w4")
 ROUNDS, NEW_TOKENS, PROMPT_TOKENS = 11, 32, 128
-WINDOWS = 16
+WINDOWS = 8
 
 Record = dict[str, Any]
 

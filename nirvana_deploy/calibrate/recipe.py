@@ -34,7 +34,7 @@ class Calibration:
             minimum=1,
         ),
     ] = None
-    seq_len: Annotated[int, Option("Tokens per window.", minimum=2)] = 128
+    seq_len: Annotated[int, Option("Tokens per window.", minimum=2)] = 256
     seed: Seed = 0
     eval_text: Annotated[
         Path | None, Option("Measure quality on this text. [held-out windows of the calibration text]")

@@ -14,6 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ridge": 1.0,
         "calib": "pydoc",
         "num_sequences": 32,
+        "seq_len": 128,
     },
     "fast": {
         "saliency": "wanda-sp",
@@ -22,6 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ridge": 1.0,
         "calib": "pydoc",
         "num_sequences": 64,
+        "seq_len": 128,
     },
 }
 """Options by preset; what one leaves out is the default of its recipe."""
