@@ -60,7 +60,7 @@ def test_an_unknown_preset_names_those_there_are() -> None:
 
 def test_a_preset_wins_over_a_recipe_and_options_over_both(tmp_path: Path) -> None:
     file = tmp_path / "r.toml"
-    written = {"sparsity": 0.1, "preset": "fast", "ridge": 0.5, "seq_len": 64, "num_sequences": 9}
+    written = {"sparsity": 0.1, "preset": "fast", "ridge": 0.5, "seq_len": 64, "heldout_len": 48}
     write_recipe(job_of("m", written), file)
     assert job_of("m", {}, base=read_recipe(file)) == job_of("m", written)
 
@@ -72,7 +72,7 @@ def test_a_preset_wins_over_a_recipe_and_options_over_both(tmp_path: Path) -> No
 
     paper = shown("--preset", "paper")
     assert paper == paper | PRESETS["paper"] | {"preset": "paper"}
-    assert paper["seq_len"] == 64  # of which presets say nothing
+    assert paper["heldout_len"] == 48  # of which presets say nothing
     best = shown("--preset", "best")
     for key in PRESETS["paper"]:
         assert best[key] == DEFAULTS[key]
