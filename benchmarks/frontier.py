@@ -1,9 +1,10 @@
 """What pruning saves and what it costs, beside what quantization alone saves and costs.
 
-    python benchmarks/frontier.py OUT [OUT ...] --texts DIR [--work DIR] [--json FILE] [--picture FILE]
+    python benchmarks/frontier.py OUT [OUT ...] [--model smollm2] --texts DIR [--work DIR] [--json FILE] [--picture FILE]
     python benchmarks/frontier.py --json FILE --picture FILE        (draws again)
 
-OUTs are folders that `nirvana-deploy prune` or `prune-export` made of one model at several sparsities. Dense
+OUTs are folders that `nirvana-deploy prune`, `prune-export` or `recipes.py --keep` made of one model at several
+sparsities. Dense
 and pruned models are exported in the gqa flavor and quantized (int8, w4; head included) on the first folder's
 calibration windows. Quality: ONNX Runtime on texts of several kinds, pydoc and code among them, 8 windows of
 256 tokens each. Decode: onnxruntime-genai, all models in turns. A model is on the frontier if none is both
@@ -32,6 +33,7 @@ from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.plan import read_plan
 from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.recipe import Quantization
@@ -52,6 +54,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("outs", type=Path, nargs="*", metavar="OUT")
+    parser.add_argument("--model", default="smollm2", help="the dense model")
     parser.add_argument("--texts", type=Path, nargs="+", default=[], help="files or folders of texts")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the models here [a temporary folder]")
     parser.add_argument("--threads", type=int, help="[physical cores]")
@@ -73,9 +76,9 @@ def main() -> None:
 def measured(options: argparse.Namespace, work: Path) -> Record:
     """Speed and quality of every model at every precision."""
     threads = options.threads or default_threads()
-    folders, removed = made(options.outs, work)
-    dense = Checkpoint.open(Path(read_json(options.outs[0] / "manifest.json")["model"]["path"]))
-    texts = texts_of(dense, options.texts)
+    dense = resolve_model(options.model).path
+    folders, removed = made(dense, options.outs, work)
+    texts = texts_of(Checkpoint.open(dense), options.texts)
     qualities = judged(folders, texts, threads)
     prompt = next(iter(texts.values())).reshape(-1)[:PROMPT_TOKENS]
     steps = measured_steps(folders, prompt, new_tokens=NEW_TOKENS, rounds=ROUNDS, threads=threads)
@@ -100,9 +103,8 @@ def measured(options: argparse.Namespace, work: Path) -> Record:
     }
 
 
-def made(outs: Sequence[Path], work: Path) -> tuple[dict[str, Path], dict[str, float]]:
+def made(dense: Path, outs: Sequence[Path], work: Path) -> tuple[dict[str, Path], dict[str, float]]:
     """ONNX folders by "MODEL/PRECISION", made unless they are there, and the removed share of each model."""
-    dense = Path(read_json(outs[0] / "manifest.json")["model"]["path"])
     windows = read_windows(outs[0] / "calibration.safetensors")["calibration"]
     models, removed = {"dense": dense}, {"dense": 0.0}
     for out in outs:

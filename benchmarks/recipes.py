@@ -31,15 +31,17 @@ from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.calibrate.stage import calibration_record, windows_wanted
 from nirvana_deploy.calibrate.texts import read_text_file
 from nirvana_deploy.calibrate.windows import CalibrationData, calibration_data, windows_of_text
+from nirvana_deploy.calibrate.windows_file import write_windows
 from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.sources import resolve_model
+from nirvana_deploy.output.layout import CALIBRATION_FILE, CHECKPOINT, PLAN_FILE
 from nirvana_deploy.pipeline.job import Job, job_of
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.curves.curve import Curves
 from nirvana_deploy.prune.cutting import Cutter, reads_curves
 from nirvana_deploy.prune.divergence import MaskedQuality, masked_quality
-from nirvana_deploy.prune.plan import PrunePlan
+from nirvana_deploy.prune.plan import PrunePlan, write_plan
 from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.prune.streaming.score import score_units
 
@@ -73,6 +75,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="of 256 tokens, of each kind of text")
     parser.add_argument("--tasks", type=Path, default=None, help="folder of local tasks")
     parser.add_argument("--limit", type=int, default=500, help="items of each task")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="write each checkpoint here, for frontier.py"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
@@ -126,12 +131,23 @@ class Cuts:
                     name: text_row(quality, index, windows.size)
                     for (name, windows), quality in zip(self._texts.items(), texts, strict=True)
                 }
+                if self._options.tasks is not None or self._options.keep is not None:
+                    folder = self._folder(Path(scratch), plan)
+                    slice_checkpoint(self._dense, plan, folder / CHECKPOINT, reconstruction=refit)
+                    write_plan(plan, folder / PLAN_FILE)
                 if self._options.tasks is not None:
-                    folder = Path(scratch) / f"{index}-checkpoint"
-                    slice_checkpoint(self._dense, plan, folder, reconstruction=refit)
-                    row |= with_tasks(folder, self._options)
+                    row |= with_tasks(folder / CHECKPOINT, self._options)
                 rows.append(row)
         return rows
+
+    def _folder(self, scratch: Path, plan: PrunePlan) -> Path:
+        """Where a cut is written, with the windows that it was made with if it is kept."""
+        name = f"{self._recipe}-s{plan.budget.met_removed_share:.2f}-seed{self._seed}"
+        folder = (self._options.keep or scratch) / name
+        folder.mkdir(parents=True)
+        if self._data is not None:
+            write_windows(self._data, folder / CALIBRATION_FILE)
+        return folder
 
     def _cut(self, sparsity: float, out: Path) -> tuple[PrunePlan, Path | None, Row]:
         """A plan, its refit, and what they cost."""
