@@ -1,14 +1,13 @@
 """What pruning saves and what it costs, beside what quantization alone saves and costs.
 
-    python benchmarks/frontier.py OUT [OUT ...] [--model smollm2] --texts DIR [--work DIR] [--json FILE] [--picture FILE]
+    python benchmarks/frontier.py OUT [OUT ...] --texts DIR [--json FILE] [--picture FILE]
     python benchmarks/frontier.py --json FILE --picture FILE        (draws again)
 
-OUTs are folders that `nirvana-deploy prune`, `prune-export` or `recipes.py --keep` made of one model at several
-sparsities. Dense
-and pruned models are exported in the gqa flavor and quantized (int8, w4; head included) on the first folder's
-calibration windows. Quality: ONNX Runtime on texts of several kinds, pydoc and code among them, 8 windows of
-256 tokens each. Decode: onnxruntime-genai, all models in turns. A model is on the frontier if none is both
-faster and closer to dense; whether a pruned model is, at each precision, is the question.
+OUTs are folders that `nirvana-deploy prune`, `prune-export` or `recipes.py --keep` made of MODEL at several
+sparsities. Dense and pruned models are exported in the gqa flavor and quantized (int8, w4; head included) on
+the first folder's calibration windows. Quality: ONNX Runtime on texts of several kinds, pydoc and code among
+them, 8 windows of 256 tokens each. Decode: onnxruntime-genai, all models in turns. A model is on the frontier
+if none is both faster and closer to dense; whether a pruned model is, at each precision, is the question.
 """
 
 from __future__ import annotations

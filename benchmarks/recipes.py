@@ -75,9 +75,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="of 256 tokens, of each kind of text")
     parser.add_argument("--tasks", type=Path, default=None, help="folder of local tasks")
     parser.add_argument("--limit", type=int, default=500, help="items of each task")
-    parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="write each checkpoint here, for frontier.py"
-    )
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the cuts, for frontier.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
