@@ -16,7 +16,7 @@ from nirvana_deploy.base.errors import NirvanaError
 MIX = "mix"
 """The name of the mixture for those who give no text."""
 
-MIX_OF_WRITERS = "self:0.5,pydoc:0.25,code:0.25"
+MIX_OF_WRITERS = "self:0.6,pydoc:0.2,code:0.2"
 """``mix`` for models that write text; the other is for models that do not, or where there is no model."""
 MIX_OF_OTHERS = "pydoc:0.5,code:0.5"
 

@@ -1,12 +1,15 @@
 """Calibration text written by the model itself, for use without data.
 
-Sampled at temperature 1 from the full distribution: the model's own estimate of what it will see. Each window
-is its own document. The same seed gives the same tokens on the same machine; across machines
-rounding may tip a sample.
+Windows begin with the first words of texts of many kinds (``openings.py``) and go on with what the model
+samples from the nucleus of its distribution. The same seed gives the same tokens on the same machine; across
+machines rounding may tip a sample.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +18,18 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Advance, Progress
+from nirvana_deploy.calibrate.openings import OPENINGS
 from nirvana_deploy.model.checkpoint import Checkpoint
 
 BATCH_SIZE = 64
 """Windows per batch; constant, since the batch decides which random number goes where. A token of SmolLM2
 costs about half the CPU time that it costs in batches of 16."""
 
-_NEUTRAL_STARTS = ("The", "In", "A", "I", "What", "To", "1", "\n")
+_NUCLEUS = 0.95
+"""Sampled from the likeliest tokens with this probability together (Holtzman et al., arXiv 1904.09751): from
+the full distribution a small model soon writes what is no language (benchmarks/NOTES.md)."""
+_CANDIDATES = 256
+"""At most so many of them; sorting a whole vocabulary takes as long as the model."""
 
 
 def written_by_model(
@@ -40,7 +48,7 @@ def written_by_model(
             hint="Pass --calib pydoc or a text file.",
         )
     model, tokenizer = checkpoint.load(), checkpoint.tokenizer
-    starts = _start_tokens(tokenizer)
+    openings = _openings(tokenizer)
     steps = sum(-(-count // BATCH_SIZE) * length for count, length in shapes.values())
     with progress.task("Writing calibration text", steps) as advance:
         windows = {}
@@ -49,7 +57,7 @@ def written_by_model(
             batches = [
                 _sample(
                     model,
-                    starts,
+                    openings,
                     min(BATCH_SIZE, count - done),
                     length,
                     tokenizer.eos_token_id,
@@ -62,19 +70,17 @@ def written_by_model(
     return windows
 
 
-def _start_tokens(tokenizer: Any) -> torch.Tensor:
-    """First tokens that commit to little: BOS and common one-token words, int64 [S]."""
-    encoded = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in _NEUTRAL_STARTS]
-    starts = [ids[0] for ids in encoded if len(ids) == 1]
-    if tokenizer.bos_token_id is not None:
-        starts.insert(0, tokenizer.bos_token_id)
-    return torch.tensor(starts or [0])
+def _openings(tokenizer: Any) -> list[list[int]]:
+    """Tokens of each opening, behind BOS where the model has one."""
+    encoded = [tokenizer(words, add_special_tokens=False)["input_ids"] for words in OPENINGS]
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [[*first, *ids] for ids in encoded if ids] or [first or [0]]
 
 
 @torch.inference_mode()
 def _sample(
     model: Any,
-    starts: torch.Tensor,
+    openings: Sequence[Sequence[int]],
     count: int,
     length: int,
     eos_token_id: int | None,
@@ -82,19 +88,29 @@ def _sample(
     advance: Advance,
 ) -> torch.Tensor:
     """Sample int64 tokens [count, length]; after an early EOS another text begins."""
-
-    def fresh() -> torch.Tensor:
-        return starts[torch.randint(len(starts), (count,), generator=generator)]
-
-    tokens = [fresh()]
+    shuffled = torch.randperm(len(openings), generator=generator).tolist()
+    kinds = itertools.cycle(openings[number] for number in shuffled)
+    given = [deque(next(kinds)) for _ in range(count)]
+    tokens = [torch.tensor([queue.popleft() for queue in given])]
     advance(1)
     cache = None
     while len(tokens) < length:
         output = model(input_ids=tokens[-1][:, None], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        probabilities = output.logits[:, -1].softmax(dim=-1)
-        sampled = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-        ended = tokens[-1] == (-1 if eos_token_id is None else eos_token_id)
-        tokens.append(torch.where(ended, fresh(), sampled))
+        following = _from_nucleus(output.logits[:, -1], generator)
+        for row, queue in enumerate(given):
+            if tokens[-1][row] == eos_token_id and not queue:
+                queue.extend(next(kinds))
+            if queue:
+                following[row] = queue.popleft()
+        tokens.append(following)
         advance(1)
     return torch.stack(tokens, dim=1)
+
+
+def _from_nucleus(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A token, int64 [N], for each row of logits [N, V]."""
+    likeliest = logits.softmax(dim=-1).topk(min(_CANDIDATES, logits.shape[-1]))
+    before = likeliest.values.cumsum(dim=-1) - likeliest.values
+    weights = likeliest.values.masked_fill(before >= _NUCLEUS, 0.0)
+    return likeliest.indices.gather(1, torch.multinomial(weights, 1, generator=generator))[:, 0]

@@ -301,22 +301,39 @@ def test_model_writes_the_same_for_the_same_seed(tokenizer: Any, tiny_llama: Pat
     assert first.calibration.positions == tuple(range(0, 18 * 6, 6))
 
 
-def test_model_samples_from_its_own_distribution(tiny_llama: Path, tokenizer: Any) -> None:
+def test_the_model_goes_on_from_an_opening_with_what_it_finds_likely(
+    tiny_llama: Path, tokenizer: Any
+) -> None:
     import torch
 
+    from nirvana_deploy.calibrate.openings import OPENINGS
     from nirvana_deploy.calibrate.selfwrite import written_by_model
     from nirvana_deploy.model.checkpoint import load_checkpoint
 
-    count = 512
-    tokens = torch.from_numpy(written_by_model(Checkpoint.open(tiny_llama), shapes={7: (count, 2)})[7])
-    model = load_checkpoint(tiny_llama)
+    count, length = 2 * len(OPENINGS), 12
+    written = written_by_model(Checkpoint.open(tiny_llama), shapes={7: (count, length)})[7]
+    tokens = torch.from_numpy(written)
     with torch.inference_mode():
-        probabilities = model(tokens[:, :1]).logits[:, -1].softmax(-1)
-    # the sampled tokens' mean log-probability is minus the mean entropy, within 5 standard errors
-    got = probabilities.gather(1, tokens[:, 1:]).log().mean()
-    entropy = -(probabilities * probabilities.log()).sum(-1)
-    spread = ((probabilities * probabilities.log() ** 2).sum(-1) - entropy**2).mean().sqrt()
-    assert abs(float(got + entropy.mean())) < 5 * float(spread) / count**0.5
+        probabilities = load_checkpoint(tiny_llama)(tokens).logits[:, :-1].softmax(-1)
+    # a token is of the nucleus if those that are likelier do not have 95 % together
+    own = probabilities.gather(2, tokens[:, 1:, None])
+    likelier = torch.where(probabilities > own, probabilities, 0.0).sum(-1)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begun = []
+    for row in range(count):
+        fitting = [
+            ids
+            for words in OPENINGS
+            if (ids := [*bos, *tokenizer(words, add_special_tokens=False)["input_ids"]])[:length]
+            == written[row, : len(ids)].tolist()
+        ]
+        assert fitting, tokenizer.decode(written[row])
+        given = max(map(len, fitting))
+        begun.append(tuple(fitting[0]))
+        stopped = (written[row] == tokenizer.eos_token_id).nonzero()[0]
+        until = int(stopped[0]) if len(stopped) else length
+        assert (likelier[row, given - 1 : until - 1] < 0.95 + 1e-5).all()
+    assert len(set(begun)) > len(OPENINGS) / 2  # all kinds of text
 
 
 def test_self_without_a_model(tokenizer: Any) -> None:
