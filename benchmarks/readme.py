@@ -314,6 +314,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
         ROOT / "benchmarks" / "README.md": {
             "measured": measured_section(benchmark),
             "consumers": consumers_section(),
+            "recipes": recipes_section(),
             "quality": quality_section(),
             "quantization": quantization_section(),
             "export": export_section(),
