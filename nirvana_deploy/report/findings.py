@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records, model_name, verifications
 from nirvana_deploy.report.deployed_page import low_bit_source_caution, quantization_caution
 from nirvana_deploy.report.table import (
@@ -296,7 +297,8 @@ def gaps(records: Records) -> tuple[Gap, ...]:
                 "nirvana-deploy prune-export MODEL --baseline --resume --out .",
             )
         )
-    if not any(variant.get("quality") for variant in (benchmark or {}).get("variants") or ()):
+    judged = any(variant.get("quality") for variant in (benchmark or {}).get("variants") or ())
+    if not judged and stage.QUALITY not in records.stages():
         found.append(Gap("Quality: perplexity and KL were not measured.", "nirvana-deploy evaluate ."))
     return tuple(found)
 

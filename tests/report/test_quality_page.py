@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nirvana_deploy.output.records import Records
+from nirvana_deploy.report.findings import gaps
 from nirvana_deploy.report.quality_page import answers, kinds
 from nirvana_deploy.report.report import markdown_lines
 
@@ -57,3 +58,10 @@ def test_kinds_that_the_model_was_not_calibrated_on_say_so() -> None:
         ("", "KL to dense", "\N{EM DASH}", "0.700"),
     )
     assert kinds(records({"source": "pydoc", "variants": {}}, "quality")) is None
+
+
+def test_quality_without_speed_is_no_gap() -> None:
+    """As with --no-benchmark: the page shows quality by kind of text."""
+    told = [gap.what for gap in gaps(records({"source": "pydoc", "variants": {}}, "quality"))]
+    assert any("Speed and memory" in one for one in told) and not any("perplexity" in one for one in told)
+    assert any("perplexity" in gap.what for gap in gaps(Records(None, None, None)))
