@@ -16,6 +16,7 @@ import argparse
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -152,20 +153,21 @@ def texts_of(dense: Checkpoint, given: Sequence[Path]) -> dict[str, NDArray[np.i
 def judged(
     folders: Mapping[str, Path], texts: Mapping[str, NDArray[np.int64]], threads: int
 ) -> dict[str, dict[str, Any]]:
-    """Perplexity and KL of each model by kind of text, one model at a time beside dense."""
+    """Perplexity and KL of each model by kind of text."""
     kinds = [name for name, windows in texts.items() for _ in windows]
-    windows = np.concatenate(list(texts.values()))
-    baseline_name = "dense/fp32"
-    baseline = open_runner(folders[baseline_name], threads=threads)
-    found: dict[str, dict[str, Any]] = {}
-    for name, folder in folders.items():
-        if name == baseline_name:
-            continue
-        runner = open_runner(folder, threads=threads)
-        both = quality_of(baseline, {name: runner}, windows, baseline_name=baseline_name, kinds=kinds)
-        found |= {one: quality["parts"] for one, quality in both.items()}
-        print(f"judged {name}", flush=True)
-    return found
+    baseline, *others = folders
+    with ExitStack() as stack:
+        runners = {
+            name: stack.enter_context(open_runner(path, threads=threads)) for name, path in folders.items()
+        }
+        found = quality_of(
+            runners[baseline],
+            {name: runners[name] for name in others},
+            np.concatenate(list(texts.values())),
+            baseline_name=baseline,
+            kinds=kinds,
+        )
+    return {name: quality["parts"] for name, quality in found.items()}
 
 
 def cost(model: Record, dense: Record) -> float:
