@@ -1,6 +1,7 @@
 """Refresh the tables of README.md and benchmarks/README.md, and the picture.
 
-    nirvana-deploy prune-export smollm2 --sparsity 0.4 --quantize int8 --quantize w4 --quantize-head --out demo
+    make demo
+    python benchmarks/recipes.py smollm2 --calib A --texts DIR --out benchmarks/results/recipes.jsonl
     python benchmarks/quality.py smollm2 --calib A --eval-text B --out benchmarks/results/quality.jsonl
     python benchmarks/selection.py smollm2 --calib A --eval-text B \\
         --quality benchmarks/results/quality.jsonl --out benchmarks/results/selection.jsonl
