@@ -26,7 +26,6 @@ from typing import Any
 
 from consumers import section as where_it_runs  # the scripts beside this one
 from engine_promises import is_twin
-from frontier import table as frontier_table
 from quality import read_rows, reconstruction_table, table
 from quantization import table as quantization_table
 from recipes import read_rows as read_recipes
@@ -47,8 +46,6 @@ EXPORT = RESULTS / "export.json"
 DECODE_SPEED = RESULTS / "decode-speed.json"
 ENGINES = RESULTS / "engines.json"
 RECIPES = RESULTS / "recipes.jsonl"
-FRONTIER = RESULTS / "frontier.json"
-TASKS = RESULTS / "tasks.json"
 
 
 HEADLINES = (
@@ -114,37 +111,6 @@ def consumers_section() -> str:
 def recipes_section() -> str:
     """The table of recipes.jsonl."""
     return recipes_table(read_recipes(RECIPES))
-
-
-def frontier_section() -> str:
-    """The table of frontier.json."""
-    record = json.loads(FRONTIER.read_text())
-    where = record["environment"]
-    return (
-        f"{frontier_table(record)}\n\nonnxruntime-genai, {where['threads']} threads of {where['cpu']}; "
-        f"{record['workload']['rounds']} rounds in turns."
-    )
-
-
-def tasks_section() -> str:
-    """The table of tasks.json: accuracy of each task, and the means with their paired difference."""
-    record = json.loads(TASKS.read_text())
-    names = list(record["means"]["variants"])
-    lines = [f"| task | items | {' | '.join(names)} |", "|---" + "|--:" * (1 + len(names)) + "|"]
-    for task in record["means"]["tasks"]:
-        metric, rows = record["files"][task]["metric"], record["files"][task]["rows"]
-        cells = [f"{record['variants'][name][task][f'{metric},none']:.3f}" for name in names]
-        lines.append(f"| {task} ({metric}) | {min(rows, record['limit'] or rows)} | {' | '.join(cells)} |")
-    means = [record["means"]["variants"][name] for name in names]
-    lines.append(f"| mean | | {' | '.join(_mean(one) for one in means)} |")
-    return "\n".join(lines)
-
-
-def _mean(found: dict[str, Any]) -> str:
-    own = f"{found['mean']:.3f} ± {found['standard_error']:.3f}"
-    if found["difference"] is None:
-        return own
-    return f"{own}, {found['difference']:+.3f} ± {found['difference_standard_error']:.3f}"
 
 
 def quantization_section() -> str:

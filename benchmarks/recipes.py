@@ -100,8 +100,10 @@ def measured(options: argparse.Namespace, done: set[str]) -> Iterator[Row]:
             limit = None if options.tasks is None else options.limit
             about = {"recipe": recipe, "calib": Path(options.calib).name, "seed": seed, "limit": limit}
             missing = [one for one in options.sparsity if key(about | {"sparsity": one}) not in done]
-            cuts = Cuts(options, dense, recipe, seed) if missing else None
-            for sparsity, row in zip(missing, cuts.measured(missing) if cuts else (), strict=True):
+            if not missing:
+                continue
+            cuts = Cuts(options, dense, recipe, seed)
+            for sparsity, row in zip(missing, cuts.measured(missing), strict=True):
                 yield about | {"sparsity": sparsity} | row
 
 

@@ -47,14 +47,19 @@ def occupied(out: Path) -> bool:
 def in_the_way(out: Path) -> list[str]:
     """What stands where a run would write, and is not this tool's."""
     manifest = _ours(out)
-    found = sorted(
-        path.name
-        for path in out.iterdir()
-        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in NAMES_OF_A_RUN)
-    )
+    found = sorted(names_of_a_run(out))
     if manifest is not None:
         found.remove(MANIFEST)
     return list(strangers(out, found, manifest or {}))
+
+
+def names_of_a_run(out: Path) -> set[str]:
+    """Names in a folder that a run may write, whoever wrote them."""
+    return {
+        path.name
+        for path in out.iterdir()
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in NAMES_OF_A_RUN)
+    }
 
 
 def strangers(out: Path, wanted: Iterable[str], manifest: Mapping[str, Any]) -> Iterator[str]:

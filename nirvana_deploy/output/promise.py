@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
-
 from nirvana_deploy.base.artifact import files_under
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.layout import DENSE_ONNX, ENGINES, MANIFEST, NAMES_OF_A_RUN
+from nirvana_deploy.output.layout import DENSE_ONNX, ENGINES, MANIFEST
+from nirvana_deploy.output.owned import names_of_a_run
 from nirvana_deploy.output.run import Run
 
 _HOLDERS = {DENSE_ONNX.partition("/")[0], ENGINES}
@@ -35,12 +34,7 @@ def incomplete(run: Run) -> str | None:
 def unlisted(run: Run) -> list[str]:
     """Files under the names of a run that its manifest does not list, relative to the folder."""
     listed, out = run.listed(), run.out
-    names = {
-        path.name
-        for path in out.iterdir()
-        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in NAMES_OF_A_RUN)
-    }
-    ours = {*names, *run.manifest.get("makes", ()), DENSE_ONNX} - _HOLDERS - {MANIFEST}
+    ours = {*names_of_a_run(out), *run.manifest.get("makes", ()), DENSE_ONNX} - _HOLDERS - {MANIFEST}
     found = {
         file.relative_to(out).as_posix()
         for name in ours

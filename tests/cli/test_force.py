@@ -44,8 +44,8 @@ def world(made: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Monk
         "home/thesis/thesis.tex",
         "home/thesis/chapters/one.tex",
         "home/.hidden/key",
-        "work/notes.txt",
-        "work/list.txt",
+        "desk/notes.txt",
+        "desk/list.txt",
         "models/readme.txt",
         "models/llama/own/figure.svg",
         "ours/mixed/notes.txt",
@@ -60,12 +60,12 @@ def world(made: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Monk
         (base / name).write_text(f"theirs: {name}")
     (base / "empty-inside/a/b").mkdir(parents=True)
     (base / "links").mkdir()
-    for name in ("home", "home/thesis", "models/llama", "work"):
+    for name in ("home", "home/thesis", "models/llama", "desk"):
         (base / "links" / Path(name).name).symlink_to(base / name)
     (base / "linked").mkdir()
     (base / "linked/thesis").symlink_to(base / "home/thesis")
     monkeypatch.setenv("HOME", str(base / "home"))
-    monkeypatch.chdir(base / "work")
+    monkeypatch.chdir(base / "desk")
     return base
 
 
@@ -91,11 +91,11 @@ PROTECTED = (
     "models/llama",
     "models/llama/own",
     "models/llama/new",
-    "work",
-    "work/../work",
+    "desk",
+    "desk/../desk",
     "links/home",
     "links/llama",
-    "links/work",
+    "links/desk",
 )
 """Refused whatever lies there."""
 FOREIGN = (
@@ -186,12 +186,12 @@ def test_the_plan_that_is_read_is_not_written_over(world: Path) -> None:
     assert "it contains" in error.message and "plan.json, which the command reads" in error.message
 
 
-@pytest.mark.parametrize("out", ["{world}/work/calib.txt", "{world}/texts"])
+@pytest.mark.parametrize("out", ["{world}/desk/calib.txt", "{world}/texts"])
 def test_the_text_that_is_read_is_not_written_over(world: Path, out: str) -> None:
-    for name in ("work/calib.txt", "texts/calib.txt"):
+    for name in ("desk/calib.txt", "texts/calib.txt"):
         (world / name).parent.mkdir(exist_ok=True)
         (world / name).write_text("words " * 400)
-    calib = "calib.txt" if "work" in out else f"{world}/texts/calib.txt"
+    calib = "calib.txt" if "desk" in out else f"{world}/texts/calib.txt"
     command = f"prune {{world}}/models/llama --sparsity 0.3 --calib {calib}"
     assert "the command reads" in refused(world, command, out.format(world=world)).message
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.curves.curve import Curves, facts_of, write_curves
-from nirvana_deploy.prune.curves.measure_curves import measure_curves
+from nirvana_deploy.prune.curves.measure_curves import measure_curves, tried_groups
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "llama": partial(write_tiny, kind="llama-tied"),
@@ -104,3 +104,8 @@ def test_activations_that_overflow_name_the_linear(tmp_path: Path, windows: NDAr
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NirvanaError, match=r"layers\.2\..*weight: its inputs or the gradients .* NaN"):
         measure_curves(Checkpoint.open(folder), windows[:4])
+
+
+@pytest.mark.parametrize(("groups", "tried"), [(1, []), (2, [1]), (3, [1, 2]), (8, [3, 5]), (32, [11, 21])])
+def test_an_attention_is_tried_at_two_counts_at_most(groups: int, tried: list[int]) -> None:
+    assert tried_groups(groups) == tried
