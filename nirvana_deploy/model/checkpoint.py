@@ -95,11 +95,14 @@ class Checkpoint:
         """The ids that end a generation."""
         return stop_token_ids(self.pretrained_config)
 
-    def require_length(self, seq_len: int) -> None:
-        """Raise NirvanaError when ``seq_len`` tokens are more than the model has positions for."""
+    def require_length(self, seq_len: int, *, option: str = "--seq-len") -> None:
+        """Raise NirvanaError when the ``seq_len`` tokens of ``option`` are more than the model can place."""
         longest_tokens = self.config.get("max_position_embeddings")
         if longest_tokens is not None and seq_len > longest_tokens:
-            raise NirvanaError(f"seq_len {seq_len} is longer than the model's {longest_tokens} positions.")
+            raise NirvanaError(
+                f"seq_len {seq_len} is longer than the model's {longest_tokens} positions.",
+                hint=f"Pass {option} {longest_tokens} or less.",
+            )
 
     def load(self, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """A runnable transformers model in eval mode, with all weights in memory."""

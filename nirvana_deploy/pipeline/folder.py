@@ -123,7 +123,7 @@ def _quality(run: Run, recipe: Evaluation, place: Place) -> dict[str, Any]:
     windows = None
     if recipe.eval_text is not None:
         checkpoint = Checkpoint.open(run.out / CHECKPOINT)
-        checkpoint.require_length(recipe.window_tokens or 1)
+        checkpoint.require_length(recipe.window_tokens or 1, option="--window")
         windows = text_windows(
             recipe.eval_text,
             checkpoint.tokenizer,
