@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders.desk import environment_at_a_desk
 from builders.scripts import ROOT
 
 from nirvana_deploy.base.privacy import SWITCHES, switch_telemetry_off
@@ -18,10 +19,9 @@ def left_behind(code: str, folder: Path, **setting: str) -> list[str]:
     """Files in the home and temporary folders of a process that runs ``code``, without our switches."""
     for name in ("home", "tmp"):
         (folder / name).mkdir()
-    inherited = {name: value for name, value in os.environ.items() if name not in SWITCHES}
     places = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(ROOT)}
-    environment = {name: value for name, value in inherited.items() if not name.startswith("XDG_")}
-    subprocess.run([sys.executable, "-c", code], env=environment | places | setting, check=True)
+    environment = environment_at_a_desk() | places | setting
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     return [path.name for path in folder.rglob("*") if path.is_file()]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,10 +10,9 @@ from pathlib import Path
 
 import pytest
 from builders import no_network
+from builders.desk import environment_at_a_desk
 from builders.jobs import write_short_recipe
 from builders.tiny import write_tiny
-
-from nirvana_deploy.base.privacy import SWITCHES
 
 pytestmark = [
     pytest.mark.integration,
@@ -41,11 +39,10 @@ def run_without_network(
     """Run commands one after the other in one process with a home of its own that may open no socket."""
     for name in ("home", "tmp"):
         (folder / name).mkdir()
-    kept = {n: v for n, v in os.environ.items() if n not in SWITCHES and not n.startswith(("XDG_", "HF_"))}
     places = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
     return subprocess.run(
         no_network.command(sys.executable, "-c", _RUN, json.dumps(commands), str(wait_s)),
-        env=kept | places | setting,
+        env=environment_at_a_desk() | places | setting,
         capture_output=True,
         text=True,
         check=False,
