@@ -31,8 +31,9 @@ import numpy as np
 import onnxruntime_genai
 from numpy.typing import NDArray
 
-from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint

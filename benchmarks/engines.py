@@ -51,8 +51,9 @@ import psutil
 from engine_promises import comparison_line, comparisons, is_twin
 from scale import SHAPES, write_random_checkpoint
 
-from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.engine.from_checkpoint import onnx_for_engine
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint

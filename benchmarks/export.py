@@ -34,8 +34,9 @@ from typing import Any
 
 import onnx
 
-from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.measure.benchmark import alternate, speedups, summary
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess

@@ -25,8 +25,9 @@ from decode_speed import measured_steps, summary  # the scripts beside this one
 from numpy.typing import NDArray
 from recipes import SHIPPED, WINDOW_TOKENS, text_files
 
-from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.calibrate.texts import read_text_file
 from nirvana_deploy.calibrate.windows import calibration_data, windows_of_text
 from nirvana_deploy.calibrate.windows_file import read_windows

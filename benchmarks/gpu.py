@@ -25,8 +25,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.engine.build import engine_from_onnx
 from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.targets import RTX, BuilderOptions

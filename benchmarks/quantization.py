@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import write_json
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.calibrate.texts import read_text_file
 from nirvana_deploy.calibrate.windows import calibration_data, windows_of_text
 from nirvana_deploy.calibrate.windows_file import read_windows

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import write_json
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.measure.benchmark import Variant, benchmark, variant_from_folder
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.model.families import shape_from_config

@@ -34,7 +34,7 @@ def export(
       nirvana-deploy export smollm2 --out my-onnx-fp16 --dtype fp16 --flavor gqa
       nirvana-deploy export smollm2 --out for-engines --dtype fp16 --flavor static-cache --cache-length 1024
     """
-    from nirvana_deploy.base.ownership import require_apart, require_free
+    from nirvana_deploy.base.ownership.marker import require_apart, require_free
     from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
     from nirvana_deploy.model.checkpoint import Checkpoint
     from nirvana_deploy.model.sources import local_paths, resolve_model

@@ -39,7 +39,7 @@ def quantize(
       nirvana-deploy quantize my-onnx --scheme w4 --block-size 64 --out my-onnx-w4
       nirvana-deploy quantize my-onnx --scheme int8 --calib handbook.txt --out my-onnx-int8
     """
-    from nirvana_deploy.base.ownership import require_free
+    from nirvana_deploy.base.ownership.marker import require_free
     from nirvana_deploy.calibrate.mixture import files_of
     from nirvana_deploy.output.layout import MANIFEST, ONNX
     from nirvana_deploy.pipeline.folder import quantize_folder

@@ -10,16 +10,24 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.ownership import MARKER, foreign, marked_names, marker_text, real, require_ours
-from nirvana_deploy.base.temporary import is_temporary, remove, remove_abandoned, temporary_beside
+from nirvana_deploy.base.ownership.marker import (
+    MARKER,
+    foreign,
+    marked_names,
+    marker_text,
+    real,
+    require_ours,
+)
+from nirvana_deploy.base.ownership.temporary import is_temporary, remove, remove_abandoned, temporary_beside
 
 _CHUNK_BYTES = 1 << 22
 
@@ -113,18 +121,24 @@ def whole_file(target: Path, *, elsewhere: str = "choose another place with --ou
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON with a stable layout (same value, same bytes), whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    """Write ``value`` as JSON with a stable layout (same value, same bytes), whole or not at all.
 
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; raises NirvanaError when it is missing, not UTF-8 or not JSON."""
+    A number that is not finite, which JSON has not, is null.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NirvanaError(f"{path} does not exist.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise NirvanaError(f"{path} is not valid JSON: {error}.") from error
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+    # the bytes of a file's name that are not UTF-8 are written as JSON escapes them
+    write_bytes(path, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

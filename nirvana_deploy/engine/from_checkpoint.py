@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import look_up
-from nirvana_deploy.base.temporary import scratch_folder
 from nirvana_deploy.engine.build import BuiltEngine, engines_from_folder
 from nirvana_deploy.engine.drop_branch import drop_cache_branch
 from nirvana_deploy.engine.profile import require_lengths

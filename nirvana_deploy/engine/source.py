@@ -16,8 +16,9 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from nirvana_deploy.base.artifact import read_json, sha256_of
+from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.quantize.schemes import SCHEMES
 
 STANDARD_DOMAINS = ("", "ai.onnx")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nirvana_deploy.base.artifact import claim, disk_errors, require_free_bytes, whole_folder
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.lock import FolderLock
+from nirvana_deploy.base.ownership.lock import FolderLock
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.engine.build import BuiltEngine, engines_from_folder

@@ -27,8 +27,9 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from nirvana_deploy.base.artifact import read_json, sha256_of
+from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError, TokenizerError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.model.families import FAMILIES, shape_from_config
 from nirvana_deploy.model.family import Family
 from nirvana_deploy.model.shape import ModelShape

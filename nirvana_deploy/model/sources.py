@@ -16,9 +16,9 @@ from pathlib import Path
 
 from nirvana_deploy.base.artifact import disk_errors, sha256_of
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import nearest_names
-from nirvana_deploy.base.temporary import scratch_folder
 from nirvana_deploy.model.families import FAMILIES
 from nirvana_deploy.model.gguf_convert import (
     OTHER_CACHE,

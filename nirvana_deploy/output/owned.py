@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nirvana_deploy.base import ownership, temporary
-from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.lock import LOCK
-from nirvana_deploy.base.ownership import TOOL
+from nirvana_deploy.base.ownership import marker, temporary
+from nirvana_deploy.base.ownership.lock import LOCK
+from nirvana_deploy.base.ownership.marker import TOOL
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.output.layout import MANIFEST, NAMES_OF_A_RUN
 
 
@@ -75,7 +75,7 @@ def strangers(out: Path, wanted: Iterable[str], manifest: Mapping[str, Any]) -> 
         elif path.is_dir():
             for folder in inside or [name]:
                 if (out / folder).is_dir():
-                    yield from (f"{folder}/{stranger}" for stranger in ownership.strangers(out / folder))
+                    yield from (f"{folder}/{stranger}" for stranger in marker.strangers(out / folder))
 
 
 def remove(out: Path, name: str) -> None:

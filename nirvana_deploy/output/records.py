@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from nirvana_deploy.base.artifact import files_under, read_json
+from nirvana_deploy.base.artifact import files_under
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.output import stage
 
 _SCHEMA = 1

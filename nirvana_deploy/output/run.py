@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nirvana_deploy import __version__
-from nirvana_deploy.base.artifact import disk_errors, files_under, read_json, sha256_of, write_json
+from nirvana_deploy.base.artifact import disk_errors, files_under, sha256_of, write_json
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.lock import FolderLock
 from nirvana_deploy.base.machine import cpu_seconds, environment, peak_rss_bytes, reset_peak_rss
-from nirvana_deploy.base.ownership import TOOL, foreign, require_apart
+from nirvana_deploy.base.ownership.lock import FolderLock
+from nirvana_deploy.base.ownership.marker import TOOL, foreign, require_apart
+from nirvana_deploy.base.ownership.temporary import remove_abandoned
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.temporary import remove_abandoned
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import MANIFEST
 from nirvana_deploy.output.stage import Stage

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.ownership import require_free
+from nirvana_deploy.base.ownership.marker import require_free
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.artifact import claim, read_json
+from nirvana_deploy.base.artifact import claim
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.ownership import require_apart
+from nirvana_deploy.base.ownership.marker import require_apart
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.calibrate.stage import text_windows
 from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
 from nirvana_deploy.engine.stage import (

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.calibrate.stage import calibrate
 from nirvana_deploy.engine.recipe import EngineForm
 from nirvana_deploy.engine.stage import build_engine

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.temporary import scratch_folder
+from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.calibrate.stage import (
     calibration_record,

@@ -19,7 +19,7 @@ from typing import Any
 import onnx
 
 from nirvana_deploy.base.errors import VerificationError
-from nirvana_deploy.base.temporary import scratch_folder
+from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.export.packed import unpacked_names
 from nirvana_deploy.quantize.graph.layer_parts import Cut, session_of
 from nirvana_deploy.quantize.int8.spec import read_record, recorded_linears

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.artifact import write_json
+from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.temporary import scratch_folder
 from nirvana_deploy.quantize.coverage import Coverage, coverage_of
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE, open_folder, write_folder
 from nirvana_deploy.quantize.int8.spec import record_of

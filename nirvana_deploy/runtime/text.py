@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError, TokenizerError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE, ONNX, holds_model, is_checkpoint
 from nirvana_deploy.runtime.chat import users_turn
 from nirvana_deploy.runtime.runner import Runner, greedy_tokens

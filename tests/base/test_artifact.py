@@ -12,7 +12,7 @@ import pytest
 from nirvana_deploy.base import artifact
 from nirvana_deploy.base.artifact import claim, files_under, whole_file, whole_folder, write_bytes
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.ownership import MARKER
+from nirvana_deploy.base.ownership.marker import MARKER
 
 
 def write_folder(target: Path, **files: str) -> None:

@@ -17,8 +17,9 @@ from builders.scripts import ROOT
 from builders.tiny import write_tiny
 from click.testing import CliRunner
 
-from nirvana_deploy.base.artifact import read_json, sha256_of, write_json
+from nirvana_deploy.base.artifact import sha256_of, write_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ from builders.jobs import SHORT
 from click.testing import CliRunner
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.ownership import MARKER
+from nirvana_deploy.base.ownership.marker import MARKER
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint

@@ -14,7 +14,8 @@ import pytest
 from builders.scripts import ROOT
 from builders.tiny import write_tiny
 
-from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import write_json
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.cli.common import TerminalProgress, echo_piece, echo_table
 from nirvana_deploy.cli.main import main
 

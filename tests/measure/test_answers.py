@@ -9,7 +9,7 @@ from builders.tiny import write_tiny
 from builders.tiny_t5 import write_t5
 
 from nirvana_deploy import prune_export
-from nirvana_deploy.base.artifact import read_json
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS, continuations
 from nirvana_deploy.measure.stage import answers
 from nirvana_deploy.output import stage

@@ -10,7 +10,7 @@ from builders.tiny import write_tiny
 from builders.tiny_t5 import write_t5
 
 from nirvana_deploy import prune_export
-from nirvana_deploy.base.artifact import read_json
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.measure.evaluation_text import other_text
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.pipeline.folder import evaluate_folder

@@ -16,8 +16,9 @@ from builders.tiny import write_tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.sources import resolve_model
 

@@ -12,8 +12,9 @@ from builders.fake_triton import model_config_pb2, parsed
 from builders.tiny_decoder import HEAD_DIM, KV_HEADS, VOCAB, write_tiny_decoder
 from click.testing import CliRunner
 
-from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.cli.package import package
 from nirvana_deploy.package.triton_engine import triton_from_engines
 from nirvana_deploy.runtime.tensorrt.record import record_path

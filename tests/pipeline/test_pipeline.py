@@ -21,7 +21,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy import NirvanaError, VerificationError, prune_export
-from nirvana_deploy.base import artifact, temporary
+from nirvana_deploy.base import artifact
+from nirvana_deploy.base.ownership import temporary
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export import stage as export_stage
 from nirvana_deploy.measure.recipe import Evaluation, Workload

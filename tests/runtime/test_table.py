@@ -10,8 +10,8 @@ import pytest
 from builders.fake_runtime import ROW
 from builders.fake_tensorrt import decoder_profiles, write_fake_engine
 
-from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.worker import serve
 from nirvana_deploy.model.checkpoint import Checkpoint

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.model.reading import first_decoder_token, teacher_forced
 from nirvana_deploy.quantize.graph.layer_parts import Cut, Feeds
 

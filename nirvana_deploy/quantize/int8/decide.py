@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.temporary import scratch_folder
 from nirvana_deploy.quantize.graph.layer_runner import Runner
 from nirvana_deploy.quantize.graph.linears import Linear, OnnxGraph, open_folder, write_folder
 from nirvana_deploy.quantize.graph.names import HEAD

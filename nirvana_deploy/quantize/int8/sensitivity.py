@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.temporary import scratch_folder
 from nirvana_deploy.model.family import DECODER
 from nirvana_deploy.quantize.graph.layer_parts import Feeds
 from nirvana_deploy.quantize.graph.layer_runner import Runner

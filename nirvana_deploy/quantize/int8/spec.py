@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE
 
 SCHEMA = 1

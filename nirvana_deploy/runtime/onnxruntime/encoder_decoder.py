@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.base.artifact import read_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.model.reading import first_decoder_token
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.runtime.onnxruntime.session import (

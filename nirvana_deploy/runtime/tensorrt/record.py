@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.artifact import read_json, sha256_of
+from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 
 ENGINE_SCHEMA = 1
 ENGINE_SUFFIX = ".engine"

@@ -24,8 +24,9 @@ from builders.fake_tensorrt import (
 )
 from builders.tiny_t5 import write_t5
 
-from nirvana_deploy.base.artifact import read_json, write_json
+from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.engine.drop_branch import drop_cache_branch
 from nirvana_deploy.engine.profile import profiles_for, shapes_of
 from nirvana_deploy.engine.recipe import Lengths

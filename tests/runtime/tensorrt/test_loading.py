@@ -28,8 +28,9 @@ from builders.tiny import write_tiny
 from builders.tiny_decoder import write_tiny_decoder
 from onnx import TensorProto, helper, numpy_helper
 
-from nirvana_deploy.base.artifact import read_json, sha256_of, write_json
+from nirvana_deploy.base.artifact import sha256_of, write_json
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.engine.build import engine_from_onnx
 from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.targets import BuilderOptions, configure

@@ -10,11 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from nirvana_deploy.base import temporary
-from nirvana_deploy.base.temporary import is_abandoned, remove_abandoned, scratch_folder, temporary_beside
+from nirvana_deploy.base.ownership import temporary
+from nirvana_deploy.base.ownership.temporary import (
+    is_abandoned,
+    remove_abandoned,
+    scratch_folder,
+    temporary_beside,
+)
 
 MAKE = (
-    "import sys, time; from pathlib import Path; from nirvana_deploy.base.temporary import temporary_beside\n"
+    "import sys, time; from pathlib import Path\n"
+    "from nirvana_deploy.base.ownership.temporary import temporary_beside\n"
     "for kind in ('new', 'old'):\n"
     "    path = temporary_beside(Path(sys.argv[1]), kind=kind); path.mkdir(); (path / kind).touch()\n"
     "print('made', flush=True); time.sleep(60)"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.lock import LOCK, FolderLock
+from nirvana_deploy.base.ownership.lock import LOCK, FolderLock
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from nirvana_deploy.base.lock import FolderLock\n"
+    "import sys, time; from pathlib import Path; from nirvana_deploy.base.ownership.lock import FolderLock\n"
     "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 )
 

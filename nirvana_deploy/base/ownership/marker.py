@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.temporary import is_abandoned
+from nirvana_deploy.base.ownership.temporary import is_abandoned
 
 MARKER = ".made-by-nirvana-deploy"
 """JSON that is the same for the same names. No suffix: programs that look for *.json do not meet it."""

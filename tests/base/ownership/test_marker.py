@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.ownership import files_below, require_apart, require_free
+from nirvana_deploy.base.ownership.marker import files_below, require_apart, require_free
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_a_folder_that_cannot_be_listed_counts(base: Path, monkeypatch: pytest.M
         onerror(PermissionError(13, "denied", str(top / "closed")))
         return iter(())
 
-    monkeypatch.setattr("nirvana_deploy.base.ownership.os.walk", walk)
+    monkeypatch.setattr("nirvana_deploy.base.ownership.marker.os.walk", walk)
     assert list(files_below(base)) == ["closed/"]
     with pytest.raises(NirvanaError, match="did not write closed/"):
         require_free(base / "free", force=True)

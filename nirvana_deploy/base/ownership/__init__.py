@@ -1,0 +1,1 @@
+"""Whose a place is: markers, temporaries that name their process, locks."""
