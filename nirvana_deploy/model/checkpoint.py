@@ -30,12 +30,14 @@ from transformers.utils import logging as hf_logging
 from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError, TokenizerError
 from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.model.config import PRUNED_KEYS
 from nirvana_deploy.model.families import FAMILIES, shape_from_config
 from nirvana_deploy.model.family import Family
+from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import ModelFolder
 from nirvana_deploy.model.weight_files import require_no_other_file, require_weight_files
-from nirvana_deploy.model.weights import SafetensorsWeights, check_weights
+from nirvana_deploy.model.weights import SafetensorsWeights, check_weights, with_own_head
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -60,7 +62,7 @@ class Checkpoint:
 
     path: Path
     config: dict[str, Any]
-    """The parsed config.json; callers must not modify it."""
+    """The parsed config.json, untied where the stored head is another; callers must not modify it."""
     shape: ModelShape
     weights: SafetensorsWeights
 
@@ -69,16 +71,21 @@ class Checkpoint:
         """Open the folder ``path``.
 
         Raises NirvanaError for a folder without config.json or safetensors, an unsupported model, and tensors
-        that are missing or do not have the shapes that config.json asks for.
+        that are missing, of no use, or do not have the shapes that config.json asks for.
         """
         if not (path / "config.json").is_file():
             raise NirvanaError(f"{path} is not a checkpoint: it has no config.json.")
         config = config_json(path)
-        shape = shape_from_config(config)
+        said = shape_from_config(config)
         require_weight_files(path)
         require_no_other_file(path, config)
         weights = SafetensorsWeights(path)
+        shape = with_own_head(said, weights)
+        if shape != said:
+            config = {**config, "tie_word_embeddings": False}
         check_weights(weights, shape)
+        if not shape.family.encoder_decoder:
+            rotary_frequencies(_pretrained_config(config, shape.family), head_dim=shape.head_dim)
         return cls(path=path, config=config, shape=shape, weights=weights)
 
     @cached_property
@@ -143,7 +150,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def _pretrained_config(config: dict[str, Any], family: Family) -> PreTrainedConfig:
     """A pruned model gets the config class of this package, not of its folder."""
     config = copy.deepcopy(config)  # transformers completes nested dictionaries in place
-    if "per_layer_config" not in config and "pruned_layers" not in config:
+    if not any(key in config for key in PRUNED_KEYS):
         return AutoConfig.for_model(**config)
     config_class = getattr(_modeling(), family.own_config_class)
     return config_class.from_dict(config)

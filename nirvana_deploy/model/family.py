@@ -100,10 +100,16 @@ class Family:
     config.json with which a class of transformers loads it; None when no such class computes it."""
     auto_class: str = "AutoModelForCausalLM"
     """Class of transformers that finds it."""
+    other_architectures: tuple[str, ...] = ()
+    """Older names of ``architecture`` in config.json."""
     stacks: tuple[Stack, ...] = (Stack(),)
     """In the order in which they run; the last one gives logits."""
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
+    embedding_copies: tuple[str, ...] = ()
+    """Modules that some checkpoints store the embedding under once more."""
+    unused: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    """Patterns of stored tensors that older versions of transformers wrote and nothing reads."""
     own_settings: tuple[tuple[str, Any], ...] = ()
     """What config.json must also say when layers differ."""
     genai_type: str | None = None

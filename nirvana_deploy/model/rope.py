@@ -17,10 +17,12 @@ _FIXED = ("default", "linear", "llama3", "yarn")  # frequencies that do not depe
 def rotary_frequencies(config: PreTrainedConfig, *, head_dim: int) -> tuple[torch.Tensor, float]:
     """(inverse frequencies float32 [d/2], factor on cosine and sine) for a decoder's config.
 
-    Raises NirvanaError for a rope type whose frequencies change with the sequence length: a static graph
-    would silently compute something else.
+    Raises NirvanaError for a rope type whose frequencies change with the sequence length, where a static
+    graph would silently compute something else, for parameters that it lacks, and for heads turned in part.
     """
-    parameters: dict[str, Any] = config.rope_parameters
+    if head_dim % 2:
+        raise NirvanaError(f"Unsupported: head_dim {head_dim}; a rotary embedding turns pairs.")
+    parameters: dict[str, Any] = config.rope_parameters or {}
     kind = parameters.get("rope_type", "default")
     if kind not in _FIXED:
         raise NirvanaError(
@@ -32,5 +34,15 @@ def rotary_frequencies(config: PreTrainedConfig, *, head_dim: int) -> tuple[torc
     config = copy.copy(config)
     config.__dict__.pop("_heterogeneity_spec", None)  # the frequencies are the dense model's
     config.head_dim = head_dim
-    frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    try:
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise NirvanaError(
+            f"config.json: rope_parameters {parameters} are no {kind} rotary embedding: "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    if len(frequencies) != head_dim // 2 or not torch.isfinite(frequencies).all():
+        raise NirvanaError(
+            f"Unsupported: rope_parameters {parameters} turn {2 * len(frequencies)} of {head_dim} elements."
+        )
     return frequencies.float(), float(scaling)

@@ -7,7 +7,9 @@ masking are views (``prune/slicing.py``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -68,15 +70,26 @@ class SafetensorsWeights:
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
         for file in sorted(set(self._file_of.values())):
             with _opened(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                names = set(tensors.keys())
+                self._require_as_indexed(file, names)
+                for name in names:
                     view = tensors.get_slice(name)
                     self._headers[name] = (tuple(view.get_shape()), view.get_dtype())
-        missing = sorted(set(self._file_of) - set(self._headers))
-        if missing:
+
+    def _require_as_indexed(self, file: Path, names: set[str]) -> None:
+        """Raise NirvanaError unless ``file`` holds what the index places in it: transformers takes all."""
+        indexed = {name for name, shard in self._file_of.items() if shard == file}
+        if lacking := sorted(indexed - names):
             raise NirvanaError(
-                f"{folder / INDEX_FILE} places {missing[0]!r} in {self._file_of[missing[0]].name}, "
-                "which does not hold it.",
+                f"{self._folder / INDEX_FILE} places {lacking[0]!r} in {file.name}, which does not hold it.",
                 hint="Download the model again.",
+            )
+        if more := sorted(names - indexed):
+            place = self._file_of[more[0]].name if more[0] in self._file_of else "no file"
+            raise NirvanaError(
+                f"{file} holds {more[0]!r}, which {INDEX_FILE} places in {place}: transformers would read "
+                "it, and this tool would not.",
+                hint="Download the model again, or save it once more with transformers.",
             )
 
     def names(self) -> Sequence[str]:
@@ -164,13 +177,62 @@ class RememberedWeights:
 
 
 def check_weights(weights: WeightSource, shape: ModelShape) -> None:
-    """Raise NirvanaError unless every tensor of ``shape`` is there with the dimensions that it says."""
-    for name, expected in expected_shapes(shape).items():
+    """Raise NirvanaError unless the tensors of ``shape`` are there, as floats of its sizes, and no others."""
+    expected = expected_shapes(shape)
+    for name, dimensions in expected.items():
         found = weights.shape(name)
-        if found != expected:
+        if found != dimensions:
             raise NirvanaError(
-                f"Tensor {name!r} has shape {list(found)}, but config.json asks for {list(expected)}."
+                f"Tensor {name!r} has shape {list(found)}, but config.json asks for {list(dimensions)}."
             )
+        weights.dtype(name)
+    unused = [name for name in weights.names() if name not in expected and not _may_lie_unused(name, shape)]
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        raise NirvanaError(
+            f"The weights hold tensors that a {shape.family.architecture} of this config.json does not read: "
+            f"{', '.join(unused[:3])}{more}.",
+            hint="Correct config.json, or choose the model that these weights belong to: without them it "
+            "would compute something else. If nothing needs them, save the model again with transformers.",
+        )
+    for name in _copies_of_embedding(shape):
+        if name in weights.names() and not _same(weights, name, f"{shape.family.embedding}.weight"):
+            raise NirvanaError(
+                f"Tensor {name!r} differs from '{shape.family.embedding}.weight': "
+                "a model with two embeddings is not supported."
+            )
+
+
+def with_own_head(shape: ModelShape, weights: WeightSource) -> ModelShape:
+    """``shape``, untied if a head is stored that differs from the embedding, as transformers decides."""
+    head, embedding = f"{shape.family.head}.weight", f"{shape.family.embedding}.weight"
+    stored = set(weights.names())
+    if not shape.tied_embeddings or not {head, embedding} <= stored or _same(weights, head, embedding):
+        return shape
+    return replace(shape, tied_embeddings=False)
+
+
+def _may_lie_unused(name: str, shape: ModelShape) -> bool:
+    tied = [f"{shape.family.head}.weight"] if shape.tied_embeddings else []  # the same, see with_own_head
+    return name in (*tied, *_copies_of_embedding(shape)) or any(
+        re.fullmatch(pattern, name) for pattern in shape.family.unused
+    )
+
+
+def _copies_of_embedding(shape: ModelShape) -> list[str]:
+    return [f"{module}.weight" for module in shape.family.embedding_copies]
+
+
+def _same(weights: WeightSource, one: str, other: str) -> bool:
+    """Whether two tensors hold the same numbers; they are read block by block."""
+    if weights.shape(one) != weights.shape(other):
+        return False
+    rows, columns = weights.shape(one)
+    step = max(1, _CHECKED_ELEMENTS // max(columns, 1))
+    return all(
+        torch.equal(weights.rows(one, block).float(), weights.rows(other, block).float())
+        for block in (slice(start, start + step) for start in range(0, rows, step))
+    )
 
 
 def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

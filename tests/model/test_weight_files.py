@@ -96,6 +96,61 @@ def test_a_single_file_wins_over_an_index_in_both_halves(tmp_path: Path) -> None
         assert torch.equal(ours.load(name), parameter) and torch.equal(parameter, changed[name])
 
 
+def sharded(folder: Path) -> Path:
+    """The index of a model in several shards."""
+    write_tiny(folder, "llama-tied", max_shard_size="50KB")
+    return folder / "model.safetensors.index.json"
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    """transformers takes every tensor of every shard, whatever the index says."""
+    index = sharded(tmp_path)
+    weight_map = read_json(index)["weight_map"]
+    first, *_, last = sorted(set(weight_map.values()))
+    name = next(name for name, shard in weight_map.items() if shard == first)
+    tensors = load_file(tmp_path / last)
+    other = load_file(tmp_path / first)[name] + 1
+    save_file(tensors | {name: other}, tmp_path / last, {"format": "pt"})
+    theirs = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())[name]
+    assert torch.equal(theirs, other)
+    with pytest.raises(NirvanaError, match=f"holds '{name}', which model.safetensors.index.json places in"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_tensor_that_the_index_does_not_know_is_refused(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    written = read_json(index)
+    del written["weight_map"]["model.norm.weight"]
+    write_json(index, written)
+    with pytest.raises(NirvanaError, match=r"holds 'model\.norm\.weight', which .* places in no file"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_tensor_mapped_to_another_shard_is_refused(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    written = read_json(index)
+    first = min(written["weight_map"].values())
+    written["weight_map"]["model.norm.weight"] = first
+    write_json(index, written)
+    with pytest.raises(NirvanaError, match=f"places 'model.norm.weight' in {first}, which does not hold it"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "consolidated.safetensors"])
+def test_a_file_of_another_name_beside_the_model_is_read_by_nobody(name: str, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({key: tensor + 1 for key, tensor in tensors.items()}, folder / name, {"format": "pt"})
+    ours = Checkpoint.open(folder).weights
+    for key, parameter in AutoModelForCausalLM.from_pretrained(folder).named_parameters():
+        assert torch.equal(ours.load(key), parameter) and torch.equal(parameter, tensors[key])
+
+
+def test_shards_without_their_index_are_refused(tmp_path: Path) -> None:
+    sharded(tmp_path).unlink()
+    with pytest.raises(NirvanaError, match="which transformers does not read"):
+        Checkpoint.open(tmp_path)
+
+
 def test_a_config_that_sends_transformers_elsewhere_is_refused(folder: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
     config = read_json(folder / "config.json")

@@ -272,7 +272,7 @@ def test_an_index_that_points_outside_its_folder_is_refused(tmp_path: Path) -> N
         ({"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, "Phi3"),  # fused qkv
         ({"sliding_window": 128}, "sliding-window attention"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
-        ({"intermediate_size": None}, "'intermediate_size' must be a positive integer"),
+        ({"intermediate_size": None}, "'intermediate_size' expected int, got NoneType"),
         ({"num_key_value_heads": 4}, "not a multiple of its 4 KV heads"),
     ],
 )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.config import completed, require_computed_here
 from nirvana_deploy.model.families.llama import LLAMA
 from nirvana_deploy.model.families.mistral import MISTRAL
 from nirvana_deploy.model.families.qwen2 import QWEN2
@@ -22,7 +23,6 @@ LAYOUTS: tuple[Family, ...] = (*FAMILIES.values(), GATED_T5)
 """Every way to name tensors: the families and their variants."""
 
 _REFUSED = {
-    "quantization_config": "weights that are already quantized",
     "num_local_experts": "mixture of experts",
     "attention_chunk_size": "chunked attention",
 }
@@ -34,24 +34,26 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises NirvanaError for an architecture, or for a feature of one, that this project does not handle.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(f"{f.architecture} ({f.name})" for f in FAMILIES.values())
         raise NirvanaError(
             f"Unsupported architecture: model_type {model_type!r}, "
             f"architectures {config.get('architectures')}. "
             f"Supported: {supported}."
         )
-    family = FAMILIES[model_type].resolve(config)
+    require_computed_here(config, FAMILIES[model_type])
     for key, feature in _REFUSED.items():
         if config.get(key):
             raise NirvanaError(f"Unsupported: config.json asks for {feature} ({key} = {config[key]!r}).")
-    return family
+    return FAMILIES[model_type].resolve(config)
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     """Read the shape from a parsed ``config.json``, dense or of a pruned model.
 
-    Raises NirvanaError for an unsupported architecture or a field that is missing or inconsistent.
+    Keys that are left out count as transformers' config class says. Raises NirvanaError for an unsupported
+    architecture and for a value that is of another type, or inconsistent.
     """
-    family = family_of(config)
-    return family.read_shape(config, family)
+    full = completed(config, family_of(config))
+    family = FAMILIES[config["model_type"]].resolve(full)
+    return family.read_shape(full, family)

@@ -50,7 +50,7 @@ def decoder_shape(
     overrides = {int(k): v for k, v in (config.get("per_layer_config") or {}).items()}
     dense = {
         "num_attention_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "num_key_value_heads": positive(config, "num_key_value_heads"),
         "intermediate_size": positive(config, "intermediate_size"),
     }
     layers = []
@@ -72,7 +72,7 @@ def decoder_shape(
         family=family,
         hidden_size=hidden,
         vocab_size=positive(config, "vocab_size"),
-        head_dim=config.get("head_dim") or hidden // heads,
+        head_dim=hidden // heads if config.get("head_dim") is None else positive(config, "head_dim"),
         layers=tuple(layers),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         attention_bias=attention_bias,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nirvana_deploy.model.config import completed
 from nirvana_deploy.model.families.decoder_only import (
     refuse_activation,
     refuse_sliding_window,
@@ -15,7 +16,15 @@ from nirvana_deploy.model.families.mistral import GGUF, MISTRAL
 from nirvana_deploy.model.family import Family
 from nirvana_deploy.model.shape import ModelShape
 
-_NOT_IN_MISTRAL = ("attention_bias", "mlp_bias", "pretraining_tp")
+_SAID_OTHERWISE = (
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "bos_token_id",
+    "eos_token_id",
+)
+"""Keys whose default may be another one in MistralConfig."""
+_NOT_IN_MISTRAL = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_theta", "rope_scaling")
 
 
 def _resolve(config: Mapping[str, Any]) -> Family:
@@ -33,7 +42,9 @@ def _stock_config(config: dict[str, Any], smaller: ModelShape) -> dict[str, Any]
         return with_widths(config, smaller)
     if smaller.attention_bias or smaller.output_bias or smaller.ffn_bias:
         return None
-    kept = {key: value for key, value in config.items() if key not in _NOT_IN_MISTRAL}
+    full = completed(config, LLAMA)
+    said = {key: full[key] for key in _SAID_OTHERWISE} | config
+    kept = {key: value for key, value in said.items() if key not in _NOT_IN_MISTRAL}
     relabelled = {"architectures": [MISTRAL.architecture], "model_type": MISTRAL.name, "sliding_window": None}
     return with_widths(kept | relabelled, smaller)
 

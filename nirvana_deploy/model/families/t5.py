@@ -103,8 +103,11 @@ def _t5(*rows: str) -> Family:
         read_shape=_read_shape,
         stock_config=_no_stock_config,
         auto_class="AutoModelForSeq2SeqLM",
+        other_architectures=("T5WithLMHeadModel",),
         stacks=(encoder, decoder),
         embedding="shared",
+        embedding_copies=("encoder.embed_tokens", "decoder.embed_tokens"),
+        unused=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     )
 
 
