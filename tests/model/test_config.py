@@ -111,7 +111,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 10**30}, r"'num_hidden_layers' is 1000"),
     ({"num_hidden_layers": 10**9}, r"the most is 10,000 layers"),
     ({"num_hidden_layers": -3}, r"'num_hidden_layers' must be a positive integer, got -3"),
-    ({"rms_norm_eps": float("nan")}, r"'rms_norm_eps' is nan"),
+    ({"rms_norm_eps": float("nan")}, r"config.json is not valid JSON: NaN is no number"),
     ({"num_key_value_heads": 0}, r"'num_key_value_heads'"),
     ({"vocab_size": 0}, r"'vocab_size' must be a positive integer"),
     ({"model_type": ["llama"]}, r"Unsupported architecture: model_type \['llama'\]"),
