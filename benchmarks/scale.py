@@ -3,6 +3,7 @@
     python benchmarks/scale.py 8b [--sequences 4] [--seq-len 128] [--json FILE]
     python benchmarks/scale.py 1b --in-memory
     python benchmarks/scale.py 1b --layers 4 --reconstruct 64
+    python benchmarks/scale.py 8b --layers 2 --best 32 --seq-len 256
 
 Writes a checkpoint of random bf16 weights in the exact shape of Llama-3-8B or Llama-3.2-1B (or of a tiny
 model, to try the script), shard by shard, to a temporary folder, and in a fresh process scores it on random
@@ -12,8 +13,9 @@ plan. The checkpoint was just written: as much of it as fits is still in the sys
 
 Peak memory comes from one layer, the head and one shard, hardly from the number of layers: --layers 2 with
 the 8b shape shows it in minutes. The promise is a peak of at most 6 GB; exits with 1 when it is broken. With
---reconstruct N what the cut leaves is refitted on N sequences. With --in-memory another process holds the
-whole model in float32 and does one plain backward; its plan must be the same.
+--reconstruct N what the cut leaves is refitted on N sequences. With --best N the cut is that of --preset best
+in place of scores: curves, then selection inside the refit, on N sequences. With --in-memory another process
+holds the whole model in float32 and does one plain backward; its plan must be the same.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import INDEX_FILE, expected_shapes
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.cutting import Cutter
 from nirvana_deploy.prune.plan import PrunePlan, make_plan, pruned_shape, read_plan, write_plan
+from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.prune.refit.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES, saliency_named
 from nirvana_deploy.prune.saliency.units import UnitScores, scored_tensors, unit_sums
@@ -118,8 +122,9 @@ def main() -> None:
             "sequences": options.sequences,
             "seq_len": options.seq_len,
             "reconstruct_sequences": options.reconstruct,
+            "best_sequences": options.best,
             "written_s": written_s,
-            "streamed": in_fresh_process("streamed", options),
+            "streamed": in_fresh_process("best" if options.best else "streamed", options),
             "result": check_result(options.work / "pruned", shape, read_plan(options.work / "streamed.json")),
         }
         if options.in_memory:
@@ -145,6 +150,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--saliency", choices=gradients, default="nirvana")
     parser.add_argument("--folder", type=Path, help="where the checkpoints go for a while [the system's]")
     parser.add_argument("--reconstruct", type=int, default=0, metavar="N", help="refit on N sequences too")
+    parser.add_argument("--best", type=int, default=0, metavar="N", help="curves and refit on N sequences")
     parser.add_argument("--in-memory", action="store_true", help="compare with one backward in memory")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--worker", choices=list(_WORKERS), help=argparse.SUPPRESS)
@@ -195,7 +201,7 @@ def _random_tensor(rng: np.random.Generator, name: str, size: tuple[int, ...], h
 def in_fresh_process(worker: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one of the workers and return what it reports of itself."""
     command = [sys.executable, __file__, options.shape, "--worker", worker, "--work", str(options.work)]
-    for name in ("layers", "sequences", "seq_len", "sparsity", "saliency", "reconstruct"):
+    for name in ("layers", "sequences", "seq_len", "sparsity", "saliency", "reconstruct", "best"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     start = time.perf_counter()
     if subprocess.run(command, check=False).returncode:
@@ -244,6 +250,22 @@ def streamed(options: argparse.Namespace) -> None:
     )
 
 
+def best(options: argparse.Namespace) -> None:
+    """Worker: curves, selection inside the refit and slicing, as the default recipe does."""
+    tokens = _tokens(options, options.best)
+    stages: dict[str, dict[str, float]] = {}
+    dense = Checkpoint.open(options.work / "dense")
+    cutter = Cutter(dense, Pruning(sparsity=options.sparsity), seed=0, spill_folder=options.work)
+    with stage(stages, "curves"):
+        curves = cutter.curves(tokens)
+    with stage(stages, "refit"):
+        plan, _ = cutter.select(cutter.allocated(curves), tokens, options.work / "reconstruction", None)
+    write_plan(plan, options.work / "streamed.json")
+    with stage(stages, "slice"):
+        slice_checkpoint(dense, plan, options.work / "pruned", reconstruction=options.work / "reconstruction")
+    write_json(options.work / "report.json", {"stages": stages, "peak_rss_bytes": peak_rss_bytes()})
+
+
 def in_memory(options: argparse.Namespace) -> None:
     """Worker: the whole model in float32 and one backward through transformers' own classes."""
     stages: dict[str, dict[str, float]] = {}
@@ -266,7 +288,11 @@ def in_memory(options: argparse.Namespace) -> None:
     write_json(options.work / "report.json", {"stages": stages, "peak_rss_bytes": peak_rss_bytes()})
 
 
-_WORKERS: dict[str, Callable[[argparse.Namespace], None]] = {"streamed": streamed, "in-memory": in_memory}
+_WORKERS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "streamed": streamed,
+    "best": best,
+    "in-memory": in_memory,
+}
 
 
 def _tokens(options: argparse.Namespace, sequences: int | None = None) -> Any:
@@ -356,7 +382,8 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         f"{record['shape']}, {record['layers']} layers: {record['parameters'] / 1e9:.2f}e9 parameters, "
         f"{record['dense_bytes'] / 1e9:.2f} GB in bf16; "
-        f"{record['sequences']} x {record['seq_len']} tokens, {record['saliency']}"
+        f"{record['best_sequences'] or record['sequences']} x {record['seq_len']} tokens, "
+        f"{'curves and refit' if record['best_sequences'] else record['saliency']}"
     ]
     for run in ("streamed", "in_memory"):
         for name, cost in record.get(run, {"stages": {}})["stages"].items():
@@ -365,7 +392,7 @@ def table(record: dict[str, Any]) -> str:
                 f"{cost['disk_read_bytes'] / 1e9:6.2f} GB from disk  "
                 f"peak {cost['peak_rss_bytes_so_far'] / 1e9:.2f} GB"
             )
-            if (run, name) == ("streamed", "score"):
+            if name == "score" and run == "streamed":
                 parts = record[run]["score_parts_s"]
                 lines += [f"    {seconds:8.1f} s  {part}" for part, seconds in parts.items()]
     result = record["result"]

@@ -39,6 +39,13 @@ def test_a_tiny_model_is_measured(tmp_path: Path) -> None:
     assert sum(parts.values()) == pytest.approx(score["seconds"], rel=0.1)
 
 
+@pytest.mark.integration
+def test_the_default_recipe_is_measured(tmp_path: Path) -> None:
+    record = record_of(tmp_path, "tiny", "--layers", "2", "--best", "48", "--seq-len", "16")
+    assert list(record["streamed"]["stages"]) == ["curves", "refit", "slice"]
+    assert record["promise"]["kept"]["peak"] and record["result"]["met_removed_share"] >= 0.4
+
+
 @pytest.mark.slow
 def test_a_billion_parameters_need_no_more_than_a_layer_and_a_shard(tmp_path: Path) -> None:
     record = record_of(tmp_path, "1b", "--sequences", "1", "--seq-len", "32")
