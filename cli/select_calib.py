@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 
-from nirvana_deploy.prune.recipe import Selection
+from nirvana_deploy.prune.recipe import Pruning, Selection
 
 from .common import TerminalProgress, echo, echo_json, echo_table
 from .options import json_option, recipe_options, taken
@@ -32,7 +34,8 @@ def select_calib(model: str, as_json: bool, **options: Any) -> None:
     from nirvana_deploy.model.checkpoint import Checkpoint
     from nirvana_deploy.model.sources import resolve_model
     from nirvana_deploy.prune.choices import listed
-    from nirvana_deploy.prune.select import gamma_grid, select_calibration
+    from nirvana_deploy.prune.cutting import Cutter
+    from nirvana_deploy.prune.select import gamma_grid, select_cut
 
     recipe, progress = taken(Selection, options), TerminalProgress()
     source = resolve_model(model, progress=progress)
@@ -54,19 +57,21 @@ def select_calib(model: str, as_json: bool, **options: Any) -> None:
         if recipe.gammas == "auto"
         else [_gamma(text) for text in listed(recipe.gammas)]
     )
-    selection = select_calibration(
-        checkpoint,
-        sets.calibrations,
-        sets.heldout,
+    plain = Pruning(
         sparsity=recipe.sparsity,
-        saliencies=listed(recipe.saliencies),
-        gammas=gammas,
         allocation=recipe.allocation,
         round_to=recipe.round_to,
-        seed=recipe.seed,
-        model_name=source.name,
-        progress=progress,
+        reconstruct=False,
     )
+    with TemporaryDirectory() as scratch:
+        selection = select_cut(
+            Cutter(checkpoint, plain, seed=recipe.seed, model_name=source.name, progress=progress),
+            sets.calibrations,
+            sets.heldout,
+            saliencies=listed(recipe.saliencies),
+            gammas=gammas,
+            scratch=Path(scratch),
+        )
     if as_json:
         echo_json(selection.to_json())
         return

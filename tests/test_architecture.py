@@ -51,7 +51,6 @@ KNOWN: dict[str, set[str]] = {
     "parameters": {
         "calibrate.windows:calibration_data",
         "prune.plan:make_plan",
-        "prune.select:select_calibration",
     },
     "folders": set(),
     "docstrings": set(),

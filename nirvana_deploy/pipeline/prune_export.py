@@ -202,11 +202,11 @@ def _prune(run: Run, job: Job, dense: Checkpoint, choices: Choices) -> PrunePlan
     if choices.single:
         saliency, gamma = choices.saliencies[0], choices.gammas[0]
         run.run(calibrate(run, dense, replace(job.calibration, calib=choices.corpora[0])))
+        if reads_curves(recipe, saliency):
+            run.run(prune.curves(run, cutter))
     else:
         chosen = run.run(prune.select(run, cutter, choices, job.calibration))
         saliency, gamma = chosen["saliency"], chosen["gamma"]
-    if reads_curves(recipe, saliency):
-        run.run(prune.curves(run, cutter))
     if saliency == REFIT:
         run.run(prune.allocate(run, cutter))
         run.run(prune.select_inside(run, cutter))

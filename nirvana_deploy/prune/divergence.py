@@ -69,7 +69,7 @@ def masked_quality(
 
     All sets are read in one pass; they may differ in M and T. Each position is computed in float32, sums over
     positions in float64. ``reconstructions`` are the folders that ``reconstruct_layers`` wrote for the plans
-    of a decoder-only model (None: the plain cut). Plans whose states take more than ``states_bytes`` are
+    (None: the plain cut). Plans whose states take more than ``states_bytes`` are
     compared in turns. Raises NirvanaError for a plan that does not fit, or logits that are not finite.
     """
     shape, model = checkpoint.shape, StreamedModel(checkpoint, device=device)
@@ -110,11 +110,12 @@ def _dense(weights: WeightSource) -> WeightSource:
 
 
 def _pruned(shape: ModelShape, plan: PrunePlan, reconstruction: Path | None) -> View:
-    if reconstruction is not None:
-        refitted = SafetensorsWeights(reconstruction)
-        return lambda weights: ReplacedWeights(SlicedWeights(weights, shape, plan), refitted)
-    kind = MaskedWeights if shape.family.encoder_decoder else SlicedWeights
-    return lambda weights: kind(weights, shape, plan)
+    refitted = None if reconstruction is None else SafetensorsWeights(reconstruction)
+    if shape.family.encoder_decoder:  # its layers are built from one shape
+        return lambda weights: MaskedWeights(weights, shape, plan, refitted)
+    if refitted is None:
+        return lambda weights: SlicedWeights(weights, shape, plan)
+    return lambda weights: ReplacedWeights(SlicedWeights(weights, shape, plan), refitted)
 
 
 @dataclass(frozen=True)

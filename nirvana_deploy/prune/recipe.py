@@ -100,7 +100,7 @@ class Selection:
         str,
         Option("Comma-separated numbers or M/A to try, or 'auto' for a small grid.", flag="--gamma"),
     ] = "M/A"
-    allocation: Annotated[str, Option("global or uniform.")] = "global"
+    allocation: Annotated[str, Option("global, uniform or curves.")] = "global"
     round_to: RoundTo = 8
     num_sequences: NumSequences = 32
     seq_len: Annotated[int, Option("Tokens per window.", minimum=2)] = 128

@@ -1,9 +1,9 @@
 """Choose calibration set, gamma and saliency by held-out KL.
 
-A candidate is a calibration set (a draw from a corpus), a saliency and a gamma. Each is scored, planned and
-*masked*, never built; the one whose masked model is closest to the dense one on held-out windows wins. All
-candidates meet the same windows and are compared by paired differences, whose standard error is far below
-that of each KL. One scoring serves every gamma.
+A candidate is a calibration set (a draw from a corpus), a saliency and a gamma. Each is scored, planned,
+refitted if the recipe says so, and cut in memory, never built; the one closest to the dense model on held-out
+windows wins. All candidates meet the same windows and are compared by paired differences, whose standard
+error is far below that of each KL. One scoring serves every gamma.
 """
 
 from __future__ import annotations
@@ -17,20 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.calibrate.overlap import refuse_overlap
-from nirvana_deploy.calibrate.stage import calibration_record
 from nirvana_deploy.calibrate.windows import TokenWindows
-from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.curves.curve import Curves
 from nirvana_deploy.prune.cutting import Cutter, reads_curves
 from nirvana_deploy.prune.divergence import masked_quality
-from nirvana_deploy.prune.plan import PrunePlan, default_gamma, largest_sparsity, make_plan, removed_counts
+from nirvana_deploy.prune.plan import PrunePlan, default_gamma, largest_sparsity, removed_counts
 from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.prune.saliency.gradient import saliency_named
 from nirvana_deploy.prune.saliency.units import UnitScores
-from nirvana_deploy.prune.streaming.score import DEFAULT_MICRO_BATCH, score_units
+from nirvana_deploy.prune.streaming.score import score_units
 
 SEPARABLE_STANDARD_ERRORS = 2.0
 """A lead of more paired standard errors than these is called separable."""
@@ -80,6 +77,8 @@ class Selection:
     """The winner's windows; None when its saliency reads none."""
     scores: UnitScores | None
     """The winner's unit scores; None when its units were chosen inside the refit."""
+    curves: Curves | None
+    """The curves that decided how much goes from where; None without them."""
     heldout_sources: tuple[str, ...]
     heldout_windows: int
     heldout_tokens: int
@@ -128,7 +127,8 @@ class _Tried:
     plan: PrunePlan
     calibration: TokenWindows | None
     scores: UnitScores | None
-    reconstruction: Path | None = None
+    curves: Curves | None
+    reconstruction: Path | None
 
 
 def gamma_grid(shape: ModelShape, *, sparsity: float, round_to: int = 8) -> tuple[float, ...]:
@@ -145,62 +145,6 @@ def gamma_grid(shape: ModelShape, *, sparsity: float, round_to: int = 8) -> tupl
     return tuple(feasible) or (usual,)
 
 
-def select_calibration(
-    checkpoint: Checkpoint,
-    calibrations: Sequence[TokenWindows],
-    heldout: Sequence[TokenWindows],
-    *,
-    sparsity: float,
-    saliencies: Sequence[str] = ("nirvana",),
-    gammas: Sequence[float | None] = (None,),
-    allocation: str = "global",
-    round_to: int = 8,
-    seed: int = 0,
-    model_name: str = "",
-    micro_batch: int = DEFAULT_MICRO_BATCH,
-    progress: Progress = SILENT,
-) -> Selection:
-    """Try every saliency with every calibration set and every gamma; the least held-out KL wins.
-
-    ``calibrations`` are windows [N, T] each, ``heldout`` one or more sets [M, T'] with one T', all counted
-    together; a ``gamma`` of None is M/A; ``seed`` serves the saliency ``random`` alone. Saliencies that need
-    no data are tried once. The checkpoint is not touched and nothing is written. Raises NirvanaError, before
-    any work, for no candidates, unknown names, a gamma that the model does not allow at this sparsity, or
-    held-out text that overlaps calibration text.
-    """
-    shape = checkpoint.shape
-    if not (calibrations and saliencies and gammas):
-        raise NirvanaError("Nothing to choose from: give at least one calibration set, saliency and gamma.")
-    for gamma in gammas:
-        removed_counts(
-            shape,
-            sparsity=sparsity,
-            gamma=default_gamma(shape) if gamma is None else gamma,
-            round_to=round_to,
-        )
-    tokens = _heldout_tokens(heldout)
-    refuse_overlap(calibrations, heldout)
-    tried: list[_Tried] = []
-    for calibration, saliency, scores in _scored(
-        checkpoint, calibrations, saliencies, seed, micro_batch, progress
-    ):
-        for gamma in gammas:
-            plan = make_plan(
-                shape,
-                scores,
-                sparsity=sparsity,
-                gamma=gamma,
-                allocation=allocation,
-                round_to=round_to,
-                saliency=saliency,
-                seed=seed,
-                model_name=model_name,
-                calibration=None if calibration is None else calibration_record(calibration),
-            )
-            tried.append(_Tried(plan, calibration, scores))
-    return _selection(tried, _divergences(checkpoint, tried, tokens, progress), heldout)
-
-
 def select_cut(
     cutter: Cutter,
     calibrations: Sequence[TokenWindows],
@@ -210,31 +154,32 @@ def select_cut(
     gammas: Sequence[float | None],
     scratch: Path,
 ) -> Selection:
-    """As :func:`select_calibration`, of candidates cut and refitted as the recipe of ``cutter`` says.
+    """Try every saliency with every calibration set and every gamma; the least held-out KL wins.
 
-    Refits of an encoder-decoder are not compared (its candidates are masked): plain cuts are. ``scratch`` is
-    a folder for the refits of all candidates.
+    Candidates are cut, and refitted if it says so, as the recipe of ``cutter`` says. ``calibrations`` are
+    windows [N, T] each, ``heldout`` one or more sets [M, T'] with one T', all counted together; a gamma of
+    None is M/A, and where curves decide there is none. Saliencies that need no data are tried once.
+    ``scratch`` is a folder for the refits. Raises NirvanaError, before any work, for no candidates, unknown
+    names, a gamma that the model does not allow at this sparsity, or held-out text that overlaps calibration
+    text.
     """
-    dense, recipe, progress = cutter.dense, cutter.recipe, cutter.progress
+    if not (calibrations and saliencies and gammas):
+        raise NirvanaError("Nothing to choose from: give at least one calibration set, saliency and gamma.")
+    _refuse_infeasible(cutter, saliencies, gammas)
     tokens = _heldout_tokens(heldout)
     refuse_overlap(calibrations, heldout)
-    by_set: dict[int, Curves] = {}
+    measured: dict[int, Curves] = {}
 
     def curves_of(windows: TokenWindows | None, saliency: str) -> Curves | None:
-        if not reads_curves(recipe, saliency):
+        if not reads_curves(cutter.recipe, saliency):
             return None
         windows = windows or calibrations[0]
-        if id(windows) not in by_set:
-            by_set[id(windows)] = cutter.curves(windows.tokens)
-        return by_set[id(windows)]
+        if id(windows) not in measured:
+            measured[id(windows)] = cutter.curves(windows.tokens)
+        return measured[id(windows)]
 
-    inside: list[tuple[TokenWindows | None, str, UnitScores | None]] = [
-        (windows, REFIT, None) for windows in calibrations if REFIT in saliencies
-    ]
-    scored = [name for name in saliencies if name != REFIT]
-    inside += _scored(dense, calibrations, scored, cutter.seed, recipe.micro_batch, progress)
     tried: list[_Tried] = []
-    for windows, saliency, scores in inside:
+    for windows, saliency, scores in _scored(cutter, calibrations, saliencies):
         curves = curves_of(windows, saliency)
         for gamma in gammas if curves is None else (None,):
             plan, refitted = cutter.candidate(
@@ -245,21 +190,31 @@ def select_cut(
                 curves=curves,
                 out=scratch / f"candidate-{len(tried)}",
             )
-            shown = None if dense.shape.family.encoder_decoder else refitted
-            tried.append(_Tried(plan, windows, scores, shown))
-    return _selection(tried, _divergences(dense, tried, tokens, progress), heldout)
+            tried.append(_Tried(plan, windows, scores, curves, refitted))
+    return _selection(tried, _divergences(cutter, tried, tokens), heldout)
 
 
-def _divergences(
-    checkpoint: Checkpoint, tried: Sequence[_Tried], tokens: NDArray[np.int64], progress: Progress
-) -> NDArray[np.float64]:
+def _refuse_infeasible(cutter: Cutter, saliencies: Sequence[str], gammas: Sequence[float | None]) -> None:
+    """Before any work; what curves allow is known once there are some."""
+    shape, recipe = cutter.dense.shape, cutter.recipe
+    for gamma in gammas:
+        if not all(reads_curves(recipe, saliency) for saliency in saliencies):
+            removed_counts(
+                shape,
+                sparsity=recipe.sparsity,
+                gamma=default_gamma(shape) if gamma is None else gamma,
+                round_to=recipe.round_to,
+            )
+
+
+def _divergences(cutter: Cutter, tried: Sequence[_Tried], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     """KL per window [P, M]."""
     [quality] = masked_quality(
-        checkpoint,
+        cutter.dense,
         [one.plan for one in tried],
         [tokens],
         reconstructions=[one.reconstruction for one in tried],
-        progress=progress,
+        progress=cutter.progress,
     )
     return quality.divergence
 
@@ -275,24 +230,24 @@ def _heldout_tokens(heldout: Sequence[TokenWindows]) -> NDArray[np.int64]:
 
 
 def _scored(
-    checkpoint: Checkpoint,
-    calibrations: Sequence[TokenWindows],
-    saliencies: Sequence[str],
-    seed: int,
-    micro_batch: int,
-    progress: Progress,
-) -> Iterator[tuple[TokenWindows | None, str, UnitScores]]:
-    """Unit scores of every saliency by every calibration set."""
-    methods = [saliency_named(name) for name in saliencies]  # refuses unknown ones before any work
-    for name, method in zip(saliencies, methods, strict=True):
-        if not method.needs_data:
-            yield None, name, score_units(checkpoint, None, saliency=name, seed=seed, progress=progress)
-        else:
-            for calibration in calibrations:
-                scores = score_units(
-                    checkpoint, calibration.tokens, saliency=name, micro_batch=micro_batch, progress=progress
-                )
-                yield calibration, name, scores
+    cutter: Cutter, calibrations: Sequence[TokenWindows], saliencies: Sequence[str]
+) -> Iterator[tuple[TokenWindows | None, str, UnitScores | None]]:
+    """Unit scores of every saliency by every calibration set; None for units chosen inside the refit."""
+    scored = [name for name in saliencies if name != REFIT]
+    methods = [saliency_named(name) for name in scored]  # refuses unknown ones before any work
+    if REFIT in saliencies:
+        yield from ((windows, REFIT, None) for windows in calibrations)
+    for name, method in zip(scored, methods, strict=True):
+        for windows in calibrations if method.needs_data else (None,):
+            scores = score_units(
+                cutter.dense,
+                None if windows is None else windows.tokens,
+                saliency=name,
+                seed=cutter.seed,
+                micro_batch=cutter.recipe.micro_batch,
+                progress=cutter.progress,
+            )
+            yield windows, name, scores
 
 
 def _selection(
@@ -328,6 +283,7 @@ def _selection(
         plan=tried[winner].plan,
         calibration=tried[winner].calibration,
         scores=tried[winner].scores,
+        curves=tried[winner].curves,
         heldout_sources=tuple(dict.fromkeys(windows.source for windows in heldout)),
         heldout_windows=divergences.shape[1],
         heldout_tokens=sum(windows.tokens.size for windows in heldout),

@@ -90,12 +90,17 @@ class ReplacedWeights:
 class MaskedWeights:
     """The dense checkpoint with every weight of the removed units set to zero.
 
-    It computes the same function as :class:`SlicedWeights`; what slicing is tested against.
+    It computes the same function as :class:`SlicedWeights`; what slicing is tested against. What stays of
+    the tensors in ``refitted`` comes from there.
     """
 
-    def __init__(self, source: WeightSource, shape: ModelShape, plan: PrunePlan) -> None:
+    def __init__(
+        self, source: WeightSource, shape: ModelShape, plan: PrunePlan, refitted: WeightSource | None = None
+    ) -> None:
         check_plan_fits(plan, shape)
         self._source = source
+        cut = SlicedWeights(source, shape, plan)
+        self._cut: WeightSource = cut if refitted is None else ReplacedWeights(cut, refitted)
         self._kept = kept_positions(shape, plan.kept_groups, plan.kept_neurons)
 
     def names(self) -> Sequence[str]:
@@ -112,14 +117,12 @@ class MaskedWeights:
 
     def load(self, name: str) -> torch.Tensor:
         """The tensor with removed rows or columns zeroed."""
-        tensor = self._source.load(name)
+        stays = self._cut.load(name)
         kept = self._kept.get(name)
         if kept is None:
-            return tensor
-        masked = torch.zeros_like(tensor)
-        return masked.index_copy_(
-            kept.dimension, kept.positions, tensor.index_select(kept.dimension, kept.positions)
-        )
+            return stays
+        whole = stays.new_zeros(self._source.shape(name))
+        return whole.index_copy_(kept.dimension, kept.positions, stays)
 
     def rows(self, name: str, positions: Rows) -> torch.Tensor:
         """Some rows of the tensor with removed units zeroed."""

@@ -47,10 +47,11 @@ from nirvana_deploy.prune.streaming.score import score_units
 
 
 def select(run: Run, cutter: Cutter, choices: Choices, calibration: Calibration) -> Stage:
-    """Choose calibration set, saliency and gamma by held-out KL: in place of ``calibrate`` and ``score``.
+    """Choose calibration set, saliency and gamma by held-out KL.
 
-    The KL is measured on every other held-out window; quality is later measured on the rest, so that no
-    number is quoted on what it was chosen by. Its result holds the winner's ``saliency`` and ``gamma``.
+    In place of ``calibrate``, ``score`` and ``curves``. The KL is measured on every other held-out window;
+    quality is later measured on the rest, so that no number is quoted on what it was chosen by. Its result
+    holds the winner's ``saliency`` and ``gamma``.
     """
     dense = cutter.dense
 
@@ -82,6 +83,8 @@ def select(run: Run, cutter: Cutter, choices: Choices, calibration: Calibration)
         write_windows(CalibrationData(calibration=chosen, heldout=heldout), run.out / CALIBRATION_FILE)
         if selection.scores is not None:
             write_scores(selection.scores, run.out / SCORES_FILE)
+        if selection.curves is not None:
+            write_curves(selection.curves, run.out / CURVES_FILE)
         return {
             **calibration_record(chosen),
             "saliency": selection.plan.saliency,
@@ -90,7 +93,7 @@ def select(run: Run, cutter: Cutter, choices: Choices, calibration: Calibration)
             "selection": selection.to_json(),
         }
 
-    return Stage(stage.SELECT, needs=(), makes=(CALIBRATION_FILE, SCORES_FILE), work=work)
+    return Stage(stage.SELECT, needs=(), makes=(CALIBRATION_FILE, SCORES_FILE, CURVES_FILE), work=work)
 
 
 def curves(run: Run, cutter: Cutter) -> Stage:
@@ -101,8 +104,7 @@ def curves(run: Run, cutter: Cutter) -> Stage:
         write_curves(cutter.curves(tokens), run.out / CURVES_FILE)
         return {"tokens": int(min(tokens.size, CURVE_TOKENS))}
 
-    needs = (stage.SELECT, stage.CALIBRATE)
-    return Stage(stage.CURVES, needs=needs, makes=(CURVES_FILE,), work=work)
+    return Stage(stage.CURVES, needs=(stage.CALIBRATE,), makes=(CURVES_FILE,), work=work)
 
 
 def score(run: Run, dense: Checkpoint, recipe: Pruning, *, saliency: str, seed: int) -> Stage:

@@ -24,10 +24,13 @@ from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkp
 from nirvana_deploy.model.reading import teacher_forced
 from nirvana_deploy.model.weights import SafetensorsWeights, expected_shapes
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.cutting import Cutter
 from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import pruned_shape, read_plan, write_plan
+from nirvana_deploy.prune.recipe import Pruning
+from nirvana_deploy.prune.refit.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES
-from nirvana_deploy.prune.select import select_calibration
+from nirvana_deploy.prune.select import select_cut
 from nirvana_deploy.prune.slicing import MaskedWeights
 from nirvana_deploy.prune.streaming.model import StreamedModel
 from nirvana_deploy.prune.streaming.score import score_units
@@ -139,21 +142,40 @@ def test_kl_of_many_plans_equals_that_of_each_pruned_checkpoint(
             np.testing.assert_allclose(quality.loss[index], loss, rtol=1e-4)
 
 
-def test_the_least_kl_is_chosen(t5: Path, tokens: NDArray[np.int64]) -> None:
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_the_least_kl_is_chosen(
+    reconstruct: bool, t5: Path, tokens: NDArray[np.int64], tmp_path: Path
+) -> None:
     calibration = TokenWindows(tokens, "noise", "sha-a", seed=0, positions=tuple(range(0, 600, 100)))
     other = np.random.default_rng(8).integers(3, VOCABULARY, size=(4, 16))
     heldout = TokenWindows(other, "other", "sha-b", seed=None, positions=tuple(range(0, 64, 16)))
-    selection = select_calibration(
-        Checkpoint.open(t5),
+    recipe = Pruning(sparsity=0.3, allocation="global", round_to=4, reconstruct=reconstruct, ridge=1.0)
+    selection = select_cut(
+        Cutter(Checkpoint.open(t5), recipe, seed=0),
         [calibration],
         [heldout],
-        sparsity=0.3,
         saliencies=("nirvana", "random"),
         gammas=(1.0, 2.0),
-        round_to=4,
+        scratch=tmp_path,
     )
     kls = [candidate.kl for candidate in selection.candidates]
     assert len(kls) == 4 and selection.winner == int(np.argmin(kls)) and min(kls) > 0
+
+
+def test_refitted_candidates_are_compared_refitted(
+    t5: Path, tokens: NDArray[np.int64], tmp_path: Path
+) -> None:
+    dense, plan = Checkpoint.open(t5), plan_for(t5, seed=0)
+    reconstruct_layers(dense, plan, tokens, tmp_path / "refit", ridge=1.0)
+    slice_checkpoint(dense, plan, tmp_path / "out", reconstruction=tmp_path / "refit")
+    [found] = masked_quality(dense, [plan], [tokens], reconstructions=[tmp_path / "refit"])
+    [plain] = masked_quality(dense, [plan], [tokens])
+    read, written = map(torch.from_numpy, teacher_forced(tokens, start_token=0))
+    log_p = logits_of(t5, (read, written)).log_softmax(-1)
+    log_q = logits_of(tmp_path / "out", (read, written)).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+    np.testing.assert_allclose(found.divergence[0], kl, rtol=1e-3)
+    assert found.divergence.mean() < plain.divergence.mean()
 
 
 def test_the_shared_position_bias_stays_whole_and_is_read_by_head(t5: Path, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +22,11 @@ from nirvana_deploy.measure.quality import position_scores
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.cutting import Cutter
 from nirvana_deploy.prune.divergence import masked_divergences, masked_quality
 from nirvana_deploy.prune.plan import default_gamma, make_plan
-from nirvana_deploy.prune.select import gamma_grid, select_calibration
+from nirvana_deploy.prune.recipe import Pruning
+from nirvana_deploy.prune.select import Selection, gamma_grid, select_cut
 from nirvana_deploy.prune.streaming.score import score_units
 
 
@@ -64,6 +68,27 @@ def test_more_plans_than_fit_at_once_are_walked_in_turns(tiny_llama: Path, token
     np.testing.assert_array_equal(in_turns.divergence, masked_divergences(checkpoint, plans, tokens))
 
 
+def selected(
+    folder: Path,
+    calibrations: Sequence[TokenWindows],
+    heldout: Sequence[TokenWindows],
+    *,
+    sparsity: float = 0.3,
+    saliencies: Sequence[str] = ("nirvana",),
+    gammas: Sequence[float | None] = (1.0,),
+) -> Selection:
+    """Of plain cuts."""
+    plain = Pruning(sparsity=sparsity, allocation="global", round_to=4, reconstruct=False)
+    return select_cut(
+        Cutter(Checkpoint.open(folder), plain, seed=0),
+        calibrations,
+        heldout,
+        saliencies=saliencies,
+        gammas=gammas,
+        scratch=Path("nothing is refitted"),
+    )
+
+
 def write_with_idle_units(folder: Path) -> Path:
     """A model of which the upper half of every FFN, and one KV group a layer, has no effect."""
     write_tiny(folder, "llama-tied")
@@ -79,14 +104,8 @@ def write_with_idle_units(folder: Path) -> Path:
 
 def test_the_planted_better_candidate_wins(tmp_path: Path) -> None:
     folder = write_with_idle_units(tmp_path)
-    selection = select_calibration(
-        Checkpoint.open(folder),
-        [windows(1), windows(2)],
-        [windows(9, count=6)],
-        sparsity=0.3,
-        saliencies=("random", "taylor"),
-        gammas=(1.0,),
-        round_to=4,
+    selection = selected(
+        folder, [windows(1), windows(2)], [windows(9, count=6)], saliencies=("random", "taylor")
     )
     assert [c.saliency for c in selection.candidates] == ["random", "taylor", "taylor"]
     best, worst = selection.candidates[selection.winner], selection.candidates[0]
@@ -99,13 +118,11 @@ def test_the_planted_better_candidate_wins(tmp_path: Path) -> None:
 
 def test_result_is_complete_and_the_same_every_time(tiny_llama: Path) -> None:
     def select() -> str:
-        selection = select_calibration(
-            Checkpoint.open(tiny_llama),
+        selection = selected(
+            tiny_llama,
             [windows(1), windows(2)],
             [windows(9, count=5), windows(8, count=3)],
-            sparsity=0.3,
             gammas=(1.0, None),
-            round_to=4,
         )
         return json.dumps(selection.to_json() | {"plan": selection.plan.kept_neurons})
 
@@ -120,14 +137,7 @@ def test_result_is_complete_and_the_same_every_time(tiny_llama: Path) -> None:
 
 
 def test_paired_standard_errors_are_those_of_the_differences(tiny_llama: Path) -> None:
-    selection = select_calibration(
-        Checkpoint.open(tiny_llama),
-        [windows(1), windows(2)],
-        [windows(9)],
-        sparsity=0.3,
-        gammas=(1.0,),
-        round_to=4,
-    )
+    selection = selected(tiny_llama, [windows(1), windows(2)], [windows(9)])
     plans = [
         make_plan(
             shape_from_config(config_json(tiny_llama)),
@@ -150,14 +160,7 @@ def test_paired_standard_errors_are_those_of_the_differences(tiny_llama: Path) -
 
 
 def test_one_window_and_one_candidate_know_no_error(tiny_llama: Path) -> None:
-    selection = select_calibration(
-        Checkpoint.open(tiny_llama),
-        [windows(1)],
-        [windows(9, count=1)],
-        sparsity=0.3,
-        gammas=(1.0,),
-        round_to=4,
-    )
+    selection = selected(tiny_llama, [windows(1)], [windows(9, count=1)])
     assert selection.candidates[0].kl_standard_error is None
     assert selection.runner_up is None and not selection.separable
     assert selection.verdict.startswith("Only candidate")
@@ -182,10 +185,9 @@ def test_bad_input_is_refused_before_any_work(
         raise AssertionError("scored before the input was checked")
 
     monkeypatch.setattr("nirvana_deploy.prune.select.score_units", no_work)
-    arguments = {"heldout": [windows(9)], "sparsity": 0.3, "round_to": 4} | change
-    heldout = arguments.pop("heldout")
+    arguments: dict[str, Any] = {"heldout": [windows(9)]} | change
     with pytest.raises(NirvanaError, match=complaint):
-        select_calibration(Checkpoint.open(tiny_llama), [windows(1)], heldout, **arguments)  # type: ignore[arg-type]
+        selected(tiny_llama, [windows(1)], **arguments)
 
 
 def test_gamma_auto_leaves_out_what_the_model_does_not_allow(tiny_llama: Path) -> None:
