@@ -35,8 +35,8 @@ from nirvana_deploy.pipeline.job import Job, all_fields, job_of, spelled_out
 from nirvana_deploy.pipeline.recipe_file import write_recipe
 from nirvana_deploy.prune import stage as prune
 from nirvana_deploy.prune.choices import Choices
-from nirvana_deploy.prune.curves.budget import UnitCost
-from nirvana_deploy.prune.cutting import Cutter, reads_curves
+from nirvana_deploy.prune.curves.budget import UnitCost, require_feasible
+from nirvana_deploy.prune.cutting import Cutter, budget_of, reads_curves
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits, read_plan
 from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.quantize.recipe import Quantization
@@ -236,7 +236,9 @@ def _unit_cost(run: Run, job: Job, dense: Checkpoint) -> UnitCost | None:
             workload=_workload(job.measurement),
         )
     )
-    return UnitCost(**measured)
+    cost = UnitCost(**measured)
+    require_feasible(dense.shape, budget_of(job.pruning, cost))
+    return cost
 
 
 def _workload(measurement: Measurement) -> Workload:

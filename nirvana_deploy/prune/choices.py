@@ -10,7 +10,7 @@ from nirvana_deploy.calibrate.mixture import parts_of, sources_of
 from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.curves.budget import require_feasible
-from nirvana_deploy.prune.cutting import reads_curves
+from nirvana_deploy.prune.cutting import budget_of, reads_curves
 from nirvana_deploy.prune.plan import default_gamma, removed_counts
 from nirvana_deploy.prune.recipe import REFIT, Pruning
 from nirvana_deploy.prune.saliency.gradient import saliency_named
@@ -49,7 +49,7 @@ def choices_of(calibration: Calibration, pruning: Pruning, shape: ModelShape) ->
             saliency_named(name)
     _require_sense(pruning, saliencies)
     if pruning.cost == "weights" and any(reads_curves(pruning, name) for name in saliencies):
-        _require_budget(pruning, shape)
+        require_feasible(shape, budget_of(pruning))  # other costs are not known yet
     return Choices(
         corpora=_corpora(calibration.calib, shape),
         candidates=calibration.candidates or (_AUTO_CANDIDATES if auto else 1),
@@ -103,18 +103,6 @@ def _require_sense(recipe: Pruning, saliencies: Sequence[str]) -> None:
                 f"{name} {value!r} is minded by curves alone, not by allocation {recipe.allocation!r}.",
                 hint=f"Pass --allocation curves, or leave --{name} out.",
             )
-
-
-def _require_budget(recipe: Pruning, shape: ModelShape) -> None:
-    """Raise NirvanaError for a sparsity that curves cannot meet; other costs are not known yet."""
-    require_feasible(
-        shape,
-        sparsity=recipe.sparsity,
-        uniform=recipe.allocation == "uniform",
-        round_to=recipe.round_to,
-        min_groups=recipe.min_groups,
-        min_neurons=recipe.min_neurons,
-    )
 
 
 def _gammas(recipe: Pruning, saliencies: Sequence[str], shape: ModelShape) -> tuple[float | None, ...]:

@@ -14,7 +14,7 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.calibrate.stage import calibration_record
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.prune.curves.budget import Allocated, UnitCost, allocate, least_neurons
+from nirvana_deploy.prune.curves.budget import Allocated, Budget, UnitCost, allocate, least_neurons
 from nirvana_deploy.prune.curves.curve import Curves
 from nirvana_deploy.prune.curves.measure_curves import measure_curves
 from nirvana_deploy.prune.plan import Origin, PrunePlan, make_plan, plan_of
@@ -29,6 +29,18 @@ _CALIBRATION_KEYS = ("source", "num_sequences", "seq_len", "text_sha256", "seed"
 def reads_curves(recipe: Pruning, saliency: str) -> bool:
     """Whether curves decide how much goes from where."""
     return recipe.allocation == "curves" or saliency == REFIT
+
+
+def budget_of(recipe: Pruning, cost: UnitCost | None = None) -> Budget:
+    """What the recipe asks of curves, where a unit costs ``cost``."""
+    return Budget(
+        sparsity=recipe.sparsity,
+        cost=cost,
+        uniform=recipe.allocation == "uniform",
+        round_to=recipe.round_to,
+        min_groups=recipe.min_groups,
+        min_neurons=recipe.min_neurons,
+    )
 
 
 @dataclass(frozen=True)
@@ -59,17 +71,7 @@ class Cutter:
 
     def allocated(self, curves: Curves) -> Allocated:
         """How many units of each layer stay."""
-        recipe = self.recipe
-        return allocate(
-            self.dense.shape,
-            curves,
-            sparsity=recipe.sparsity,
-            cost=self.cost,
-            uniform=recipe.allocation == "uniform",
-            round_to=recipe.round_to,
-            min_groups=recipe.min_groups,
-            min_neurons=recipe.min_neurons,
-        )
+        return allocate(self.dense.shape, curves, budget_of(self.recipe, self.cost))
 
     def plan(
         self,

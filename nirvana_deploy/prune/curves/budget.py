@@ -42,6 +42,23 @@ class UnitCost:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How much goes, counted how, and what stays in any case."""
+
+    sparsity: float
+    """Share of the model's cost to remove."""
+    cost: UnitCost | None = None
+    """Of a unit; None: its linear weights."""
+    uniform: bool = False
+    """Whether every layer gets the same counts."""
+    round_to: int = 8
+    """Kept FFN widths are multiples of this, or the dense width."""
+    min_groups: int = 1
+    min_neurons: int | None = None
+    """None: a 24th of the layer's."""
+
+
+@dataclass(frozen=True)
 class Allocated:
     """What stays, and what it is expected to lose."""
 
@@ -72,37 +89,15 @@ def least_neurons(width: int, round_to: int, wanted: int | None = None) -> int:
     return min(width, max(round_to, math.ceil(asked / round_to) * round_to))
 
 
-def allocate(
-    shape: ModelShape,
-    curves: Curves,
-    *,
-    sparsity: float,
-    cost: UnitCost | None = None,
-    uniform: bool = False,
-    round_to: int = 8,
-    min_groups: int = 1,
-    min_neurons: int | None = None,
-) -> Allocated:
-    """Remove ``sparsity`` of the model's ``cost`` [its linear weights] where it is predicted to hurt least.
+def allocate(shape: ModelShape, curves: Curves, budget: Budget) -> Allocated:
+    """Remove what the budget asks for where it is predicted to hurt least.
 
-    Kept FFN widths are multiples of ``round_to``, or the dense width; the plan is the first that reaches the
-    share asked. ``uniform`` gives every layer the same counts. Raises NirvanaError for a budget that cannot
-    be met, naming the largest that can, or ``uniform`` for a model whose layers differ.
+    The plan is the first that reaches the share asked. Raises NirvanaError for a budget that cannot be met,
+    naming the largest that can, or "uniform" for a model whose layers differ.
     """
-    cost = cost or weight_cost(shape)
-    floors = _floors(shape, round_to, min_groups, min_neurons, curves)
-    require_feasible(
-        shape,
-        curves,
-        sparsity=sparsity,
-        cost=cost,
-        uniform=uniform,
-        round_to=round_to,
-        min_groups=min_groups,
-        min_neurons=min_neurons,
-    )
-    choose = _uniform if uniform else _by_slope
-    counts = choose(shape, curves, floors, cost, sparsity * _total(shape, cost), round_to)
+    require_feasible(shape, budget, curves)
+    choose = _uniform if budget.uniform else _by_slope
+    counts = choose(shape, curves, budget, _floors(shape, budget, curves))
     loss = sum(
         curves.groups[i].at(layer.kv_heads - kept.groups)
         + curves.neurons[i].at(layer.ffn_width - kept.neurons)
@@ -111,46 +106,33 @@ def allocate(
     return Allocated(counts=tuple(counts), predicted_kl=loss)
 
 
-def require_feasible(
-    shape: ModelShape,
-    curves: Curves | None = None,
-    *,
-    sparsity: float,
-    cost: UnitCost | None = None,
-    uniform: bool = False,
-    round_to: int = 8,
-    min_groups: int = 1,
-    min_neurons: int | None = None,
-) -> None:
-    """Raise the errors of :func:`allocate`, before there are curves."""
-    cost = cost or weight_cost(shape)
-    floors = _floors(shape, round_to, min_groups, min_neurons, curves)
-    if uniform:
+def require_feasible(shape: ModelShape, budget: Budget, curves: Curves | None = None) -> None:
+    """Raise the errors of :func:`allocate`; before there are curves, all but those of where these end."""
+    cost, floors = budget.cost or weight_cost(shape), _floors(shape, budget, curves)
+    if budget.uniform:
         _alike(shape)
     removable = sum(
         (layer.kv_heads - floor.groups) * cost.group + (layer.ffn_width - floor.neurons) * cost.neuron
         for layer, floor in zip(shape.layers, floors, strict=True)
     )
     largest = removable / _total(shape, cost)
-    if not 0 < sparsity <= largest:
+    if not 0 < budget.sparsity <= largest:
         raise NirvanaError(
-            f"sparsity must be above 0 and at most {largest:.3f}, got {sparsity}: every layer keeps at least "
-            f"{floors[0].groups} KV group(s) and {max(floor.neurons for floor in floors)} FFN neurons.",
+            f"sparsity must be above 0 and at most {largest:.3f}, got {budget.sparsity}: every layer keeps "
+            f"at least {floors[0].groups} KV group(s) and {max(one.neurons for one in floors)} FFN neurons.",
             hint=f"Pass --sparsity {math.floor(largest * 100) / 100:g} or less, or smaller minimum widths.",
         )
 
 
-def _floors(
-    shape: ModelShape, round_to: int, min_groups: int, min_neurons: int | None, curves: Curves | None
-) -> list[Counts]:
+def _floors(shape: ModelShape, budget: Budget, curves: Curves | None) -> list[Counts]:
     """What each layer keeps at least; of what lies behind the end of its curve nothing is known."""
-    floors = []
+    floors, round_to = [], budget.round_to
     for index, layer in enumerate(shape.layers):
-        neurons = least_neurons(layer.ffn_width, round_to, min_neurons) if layer.ffn_width else 0
+        neurons = least_neurons(layer.ffn_width, round_to, budget.min_neurons) if layer.ffn_width else 0
         if curves is not None and layer.ffn_width:
             known = layer.ffn_width - int(curves.neurons[index].removed[-1])
             neurons = max(neurons, least_neurons(layer.ffn_width, round_to, known))
-        floors.append(Counts(min(max(min_groups, 1), layer.kv_heads), neurons))
+        floors.append(Counts(min(max(budget.min_groups, 1), layer.kv_heads), neurons))
     return floors
 
 
@@ -186,14 +168,8 @@ def hull(removed: NDArray[np.float64], loss: NDArray[np.float64]) -> list[int]:
     return found
 
 
-def _by_slope(
-    shape: ModelShape,
-    curves: Curves,
-    floors: Sequence[Counts],
-    cost: UnitCost,
-    wanted: float,
-    round_to: int,
-) -> list[Counts]:
+def _by_slope(shape: ModelShape, curves: Curves, budget: Budget, floors: Sequence[Counts]) -> list[Counts]:
+    cost, round_to = budget.cost or weight_cost(shape), budget.round_to
     segments: list[_Segment] = []
     for index, (layer, floor) in enumerate(zip(shape.layers, floors, strict=True)):
         groups = np.arange(layer.kv_heads - floor.groups + 1)
@@ -201,7 +177,7 @@ def _by_slope(
         removable = [layer.ffn_width - kept for kept in _widths(layer.ffn_width, floor.neurons, round_to)]
         segments += _segments(curves.neurons[index], np.array(removable), cost.neuron, index, attention=False)
     removed = [Counts(0, 0) for _ in shape.layers]
-    left = wanted
+    left = wanted = budget.sparsity * _total(shape, cost)
     # ties (dead units, for one) go layer by layer
     for segment in sorted(segments, key=lambda one: (one.slope, one.layer, one.attention)):
         if left <= 1e-6 * wanted:
@@ -246,15 +222,10 @@ def _widths(width: int, least: int, round_to: int) -> list[int]:
     return [width, *range((width - 1) // round_to * round_to, least - 1, -round_to)] if width else [0]
 
 
-def _uniform(
-    shape: ModelShape,
-    curves: Curves,
-    floors: Sequence[Counts],
-    cost: UnitCost,
-    wanted: float,
-    round_to: int,
-) -> list[Counts]:
+def _uniform(shape: ModelShape, curves: Curves, budget: Budget, floors: Sequence[Counts]) -> list[Counts]:
     """One number of groups and one width for all layers: the least sum of the curves."""
+    cost = budget.cost or weight_cost(shape)
+    wanted = budget.sparsity * _total(shape, cost)
     kv_heads, width = _alike(shape)
     with_ffn = sum(layer.ffn_width > 0 for layer in shape.layers)
     least = max(floor.neurons for floor in floors)
@@ -266,7 +237,9 @@ def _uniform(
     found = []
     for groups in range(kv_heads - floors[0].groups + 1):
         left = (wanted - groups * cost.group * len(shape.layers)) / (cost.neuron * with_ffn)
-        fits = [width - kept for kept in _widths(width, least, round_to) if width - kept >= left - 1e-6]
+        fits = [
+            width - kept for kept in _widths(width, least, budget.round_to) if width - kept >= left - 1e-6
+        ]
         if fits:
             found.append((loss(groups, min(fits)), groups, min(fits)))
     _, groups, neurons = min(found)

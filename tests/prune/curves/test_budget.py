@@ -16,6 +16,7 @@ from builders.tiny_t5 import write_t5
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.curves.budget import (
+    Budget,
     Counts,
     UnitCost,
     allocate,
@@ -103,7 +104,7 @@ def test_the_budget_is_met_and_not_by_more_than_a_unit(
     for seed in range(5):
         curves = curves_for(shape, seed=seed, convex=convex)
         for sparsity in SHARES:
-            found = allocate(shape, curves, sparsity=sparsity, round_to=round_to)
+            found = allocate(shape, curves, Budget(sparsity=sparsity, round_to=round_to))
             asked = sparsity * total_cost(shape, cost)
             removed = removed_cost(shape, found.counts, cost)
             assert asked - 1e-6 <= removed < asked + max(cost.group, round_to * cost.neuron)
@@ -119,7 +120,7 @@ def test_plans_are_nested(shape: ModelShape, convex: bool, round_to: int) -> Non
         curves = curves_for(shape, seed=seed, convex=convex)
         before = [Counts(GROUPS, WIDTH)] * LAYERS
         for sparsity in np.arange(0.02, 0.72, 0.02):
-            counts = allocate(shape, curves, sparsity=sparsity, round_to=round_to).counts
+            counts = allocate(shape, curves, Budget(sparsity=sparsity, round_to=round_to)).counts
             for larger, smaller in zip(before, counts, strict=True):
                 assert smaller.groups <= larger.groups and smaller.neurons <= larger.neurons
             before = list(counts)
@@ -135,7 +136,7 @@ def test_on_convex_curves_nothing_that_removes_as_much_loses_less(shape: ModelSh
     for seed in range(6):
         curves = curves_for(shape, seed=seed, step=8)
         for sparsity in (0.15, 0.3, 0.45):
-            found = allocate(shape, curves, sparsity=sparsity, round_to=8)
+            found = allocate(shape, curves, Budget(sparsity=sparsity, round_to=8))
             removed = removed_cost(shape, found.counts, cost)
             best = min(
                 loss_of(shape, curves, one) for one in candidates if removed_cost(shape, one, cost) >= removed
@@ -147,7 +148,7 @@ def test_uniform_is_the_best_of_the_shapes_there_are(shape: ModelShape) -> None:
     cost = weight_cost(shape)
     for seed, sparsity in itertools.product(range(4), SHARES):
         curves = curves_for(shape, seed=seed, convex=False)
-        found = allocate(shape, curves, sparsity=sparsity, uniform=True, round_to=4)
+        found = allocate(shape, curves, Budget(sparsity=sparsity, uniform=True, round_to=4))
         assert len(set(found.counts)) == 1
         asked = sparsity * total_cost(shape, cost)
         fitting = [
@@ -162,16 +163,16 @@ def test_uniform_is_the_best_of_the_shapes_there_are(shape: ModelShape) -> None:
 
 def test_another_cost_has_a_budget_of_its_own(shape: ModelShape) -> None:
     curves = curves_for(shape)
-    by_weight = allocate(shape, curves, sparsity=0.3)
+    by_weight = allocate(shape, curves, Budget(sparsity=0.3))
     for cost in (UnitCost(1.0, 2.0, "ms"), UnitCost(1000.0, 1.0, "bytes")):
-        found = allocate(shape, curves, sparsity=0.3, cost=cost)
+        found = allocate(shape, curves, Budget(sparsity=0.3, cost=cost))
         share = removed_cost(shape, found.counts, cost) / total_cost(shape, cost)
         assert share + 1e-9 >= 0.3 and share < 0.3 + max(cost.group, 8 * cost.neuron) / total_cost(
             shape, cost
         )
         assert found.counts != by_weight.counts
     scaled = UnitCost(1e-9 * weight_cost(shape).group, 1e-9 * weight_cost(shape).neuron)
-    assert allocate(shape, curves, sparsity=0.3, cost=scaled).counts == by_weight.counts
+    assert allocate(shape, curves, Budget(sparsity=0.3, cost=scaled)).counts == by_weight.counts
     assert weight_cost(shape) == UnitCost(48.0 * 48, 3.0 * 48)
 
 
@@ -179,7 +180,7 @@ def test_units_that_cost_nothing_go_first(shape: ModelShape) -> None:
     curves = curves_for(shape)
     idle = curve_of([0, 16, 31], [0, 0, 5])
     curves = replace(curves, neurons=(curves.neurons[0], idle, curves.neurons[2]))
-    found = allocate(shape, curves, sparsity=16 / (LAYERS * (WIDTH + 16 * GROUPS)))
+    found = allocate(shape, curves, Budget(sparsity=16 / (LAYERS * (WIDTH + 16 * GROUPS))))
     assert [kept.neurons for kept in found.counts] == [WIDTH, WIDTH - 16, WIDTH]
     assert found.predicted_kl == 0
 
@@ -190,16 +191,16 @@ def test_minimum_widths_are_kept_to_the_end(shape: ModelShape, uniform: bool) ->
     options: dict[str, Any] = {"min_groups": 2, "min_neurons": 13, "uniform": uniform}
     total = LAYERS * (WIDTH + 16 * GROUPS)
     largest = LAYERS * (16 + 2 * 16) / total
-    found = allocate(shape, curves, sparsity=largest, **options)
+    found = allocate(shape, curves, Budget(sparsity=largest, **options))
     assert set(found.counts) == {Counts(2, 16)}
     with pytest.raises(NirvanaError) as refused:
-        allocate(shape, curves, sparsity=largest + 0.01, **options)
+        allocate(shape, curves, Budget(sparsity=largest + 0.01, **options))
     assert f"at most {largest:.3f}, got {largest + 0.01}" in refused.value.message
     assert "2 KV group(s) and 16 FFN neurons" in refused.value.message
     assert refused.value.hint is not None and "--sparsity 0.5 or less" in refused.value.hint
     for sparsity in (0.0, -0.1, float("nan"), 1.0):
         with pytest.raises(NirvanaError, match="sparsity must be above 0"):
-            allocate(shape, curves, sparsity=sparsity, **options)
+            allocate(shape, curves, Budget(sparsity=sparsity, **options))
 
 
 def test_least_widths() -> None:
@@ -215,7 +216,8 @@ def test_widths_are_multiples_or_the_dense_width(shape: ModelShape) -> None:
     shape = replace(shape, layers=layers)
     curves = curves_for(shape, convex=False)
     for sparsity in SHARES:
-        for kept, layer in zip(allocate(shape, curves, sparsity=sparsity).counts, shape.layers, strict=True):
+        found = allocate(shape, curves, Budget(sparsity=sparsity))
+        for kept, layer in zip(found.counts, shape.layers, strict=True):
             assert kept.neurons in (layer.ffn_width, *range(8, layer.ffn_width, 8))
 
 
@@ -223,7 +225,7 @@ def test_uniform_needs_layers_that_are_alike(shape: ModelShape) -> None:
     layers = (replace(shape.layers[0], ffn_width=40), *shape.layers[1:])
     other = replace(shape, layers=layers)
     with pytest.raises(NirvanaError, match="needs a model whose layers are all alike"):
-        allocate(other, curves_for(other), sparsity=0.2, uniform=True)
+        allocate(other, curves_for(other), Budget(sparsity=0.2, uniform=True))
 
 
 @pytest.mark.parametrize("uniform", [True, False])
@@ -231,7 +233,7 @@ def test_cross_attentions_have_no_ffn_to_cut(tmp_path: Path, uniform: bool) -> N
     shape = shape_of(write_t5(tmp_path, "t5"))
     curves, cost = curves_for(shape), weight_cost(shape)
     for sparsity in (0.1, 0.3, 0.5):
-        found = allocate(shape, curves, sparsity=sparsity, uniform=uniform)
+        found = allocate(shape, curves, Budget(sparsity=sparsity, uniform=uniform))
         assert [not kept.neurons for kept in found.counts] == [not one.ffn_width for one in shape.layers]
         assert removed_cost(shape, found.counts, cost) >= sparsity * total_cost(shape, cost) - 1e-6
 
@@ -240,7 +242,7 @@ def test_of_a_segment_of_groups_no_more_go_than_are_wanted(shape: ModelShape) ->
     curves = curves_for(shape)
     steep = curve_of([0, 1, 2, 3], [0, 0.002, 0.0029, 0.003])  # concave: one segment
     curves = replace(curves, groups=(steep, *curves.groups[1:]))
-    found = allocate(shape, curves, sparsity=16 / (LAYERS * (WIDTH + 16 * GROUPS)))
+    found = allocate(shape, curves, Budget(sparsity=16 / (LAYERS * (WIDTH + 16 * GROUPS))))
     assert [kept.groups for kept in found.counts] == [GROUPS - 1, GROUPS, GROUPS]
     assert found.predicted_kl == pytest.approx(0.002)
 
@@ -251,5 +253,5 @@ def test_nothing_is_cut_beyond_the_end_of_a_curve(shape: ModelShape) -> None:
     short = curve_of([0, 4], [0, 0.01])
     curves = replace(curves, neurons=(short, *curves.neurons[1:]))
     for sparsity in SHARES[:6]:
-        found = allocate(shape, curves, sparsity=sparsity, round_to=4)
+        found = allocate(shape, curves, Budget(sparsity=sparsity, round_to=4))
         assert found.counts[0].neurons >= WIDTH - 4
