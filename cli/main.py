@@ -11,6 +11,7 @@ import click
 
 from nirvana_deploy import __version__
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.terminal import brief
 from nirvana_deploy.cli.common import echo
 
 # name -> (module, attribute, help line); spelled out so that --help imports none of them
@@ -85,12 +86,10 @@ def main() -> None:
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
-        echo(shown.getvalue(), err=True, nl=False)
+        echo(brief(shown.getvalue()), err=True)
         sys.exit(error.exit_code)
     except NirvanaError as error:
-        echo(f"Error: {error.message}", err=True)
-        if error.hint:
-            echo(error.hint, err=True)
+        echo(brief(f"Error: {error}"), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         echo("\nInterrupted. Finished stages are kept: repeat the command with --resume.", err=True)

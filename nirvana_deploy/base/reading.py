@@ -6,6 +6,7 @@ names the file, the key, the value there and what is allowed. Nothing here waits
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -28,6 +29,8 @@ Kind = TypeVar("Kind")
 _MOST_BYTES = 1 << 28
 """No record is near it; a file that claims more is not read into memory."""
 _SHOWN = 60
+HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can say and UTF-8 cannot."""
 
 
 def read_bytes(path: Path, *, hint: str | None = None) -> bytes:
@@ -38,6 +41,25 @@ def read_bytes(path: Path, *, hint: str | None = None) -> bytes:
             raise NirvanaError(f"{path} is not read: it has {size:,} bytes, no record is so long.", hint=hint)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read(_MOST_BYTES)
+
+
+def read_text(path: Path, *, hint: str | None = None) -> str:
+    """A user's text in UTF-8, of any length, as ``open`` reads it but for a mark of the byte order in front.
+
+    Raises NirvanaError for a file that is missing, no file, unreadable, not UTF-8 or larger than memory.
+    """
+    with _opened(path, hint) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
+        try:
+            with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+                return text.read()
+        except UnicodeDecodeError as error:
+            raise NirvanaError(
+                f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}.",
+                hint=f"Convert it: iconv -f LATIN1 -t UTF-8 {path.name} > {path.stem}-utf8{path.suffix}",
+            ) from None
+        except MemoryError:
+            size = f"{os.fstat(descriptor).st_size:,} bytes"
+            raise NirvanaError(f"{path} does not fit into memory: it has {size}.", hint=hint) from None
 
 
 def require_file(path: Path, *, hint: str | None = None) -> None:

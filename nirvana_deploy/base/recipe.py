@@ -124,7 +124,7 @@ class Field:
     def _refused(self, value: Any) -> NirvanaError:
         guess = ""
         if self.choices is not None:
-            named = [value] if isinstance(value, str) else list(value or ())
+            named = list(value) if isinstance(value, list | tuple) else [value]
             unknown = [name for name in named if name not in self.choices]
             close = nearest_names(str(unknown[0]), list(self.choices), at_most=1) if unknown else []
             guess = f" Did you mean {close[0]!r}?" if close else ""

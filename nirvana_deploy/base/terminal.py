@@ -9,6 +9,13 @@ _COMMANDS = re.compile(
     "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # what turns the direction of writing
     "\ud800-\udfff]"  # bytes of a name that are not UTF-8: no terminal can write them
 )
+_LINES, _LINE = 9, 900
+
+
+def brief(text: str) -> str:
+    """A message of at most nine lines, none of them endless: what it quotes may be of any length."""
+    lines = [line if len(line) <= _LINE else f"{line[:_LINE]} ..." for line in text.splitlines()]
+    return "\n".join(lines if len(lines) <= _LINES else [*lines[: _LINES - 1], "..."])
 
 
 def harmless(text: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import nirvana_deploy.calib_sets as calib_sets
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.reading import HALF_A_PAIR, read_text
 from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.calibrate.standard_library import standard_library_documents
 from nirvana_deploy.model.hub import NETWORK_ERRORS
@@ -57,19 +58,7 @@ def read_text_file(path: Path) -> SourceText:
     A line of JSON gives its field "text", else its only string field. Raises NirvanaError for a file that is
     missing, empty, not UTF-8 (with the byte offset) or not JSONL (with the line).
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise NirvanaError(f"The text file {path} does not exist.") from None
-    except IsADirectoryError:
-        raise NirvanaError(f"{path} is a folder; give a text or .jsonl file.") from None
-    except PermissionError:
-        raise NirvanaError(f"The text file {path} cannot be read: permission is denied.") from None
-    except UnicodeDecodeError as error:
-        raise NirvanaError(
-            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}.",
-            hint=f"Convert it: iconv -f LATIN1 -t UTF-8 {path.name} > {path.stem}-utf8{path.suffix}",
-        ) from error
+    text = read_text(path, hint="Give a text or .jsonl file.")
     documents = tuple(_jsonl_documents(path, text)) if path.suffix == ".jsonl" else (text,)
     if not any(document.strip() for document in documents):
         raise NirvanaError(f"{path} is empty: it holds no text.")
@@ -82,15 +71,19 @@ def _jsonl_documents(path: Path, text: str) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise NirvanaError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+        except (ValueError, RecursionError) as error:  # digits or brackets by the thousand
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply, or huge"
+            raise NirvanaError(f"{path}, line {number}: not JSON ({reason}).") from error
         strings = {k: v for k, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
         if "text" not in strings and len(strings) != 1:
             raise NirvanaError(
                 f"{path}, line {number}: expected an object with the field 'text' or one string field only, "
                 f"got {f'string fields {sorted(strings)}' if strings else f'{line[:40]!r}'}."
             )
-        yield strings.get("text", next(iter(strings.values())))
+        found = strings.get("text", next(iter(strings.values())))
+        if HALF_A_PAIR.search(found):
+            raise NirvanaError(f"{path}, line {number}: half of a surrogate pair (\\ud8..) is no text.")
+        yield found
 
 
 def _pydoc_documents() -> tuple[str, ...]:

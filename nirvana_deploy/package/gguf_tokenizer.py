@@ -11,10 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.reading import read_json, read_text, typed
 from nirvana_deploy.model.checkpoint import Checkpoint
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -51,12 +51,12 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{folder} has no tokenizer.json, which a GGUF file must contain.",
             hint="Copy the model's tokenizer files into the folder.",
         )
-    tokenizer = read_json(folder / "tokenizer.json")
-    model = tokenizer["model"]
-    if model.get("type") != "BPE":
-        raise NirvanaError(
-            f"A tokenizer of type {model.get('type')!r} is not known here; BPE is.", hint=_HINT
-        )
+    file = folder / "tokenizer.json"
+    tokenizer: dict[str, Any] = read_json(file, dict[str, Any], hint=_HINT)
+    kind = typed(tokenizer, _AnyTokenizer, str(file), hint=_HINT)["model"].get("type")
+    if kind != "BPE":
+        raise NirvanaError(f"A tokenizer of type {kind!r} is not known here; BPE is.", hint=_HINT)
+    model = typed(tokenizer, _Tokenizer, str(file), hint=_HINT)["model"]
     pieces, types = _pieces(tokenizer, checkpoint.shape.vocab_size)
     found: dict[str, Any] = {
         "tokenizer.ggml.tokens": pieces,
@@ -72,6 +72,44 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+class _AnyTokenizer(TypedDict):
+    model: dict[str, Any]
+
+
+class _Bpe(TypedDict, total=False):
+    vocab: Required[dict[str, int]]
+    merges: Required[list[str | list[str]]]
+    unk_token: str | None
+    byte_fallback: bool | None
+    ignore_merges: bool | None
+
+
+class _Step(TypedDict, total=False):
+    """A pre-tokenizer, normalizer or post-processor, with those of the keys of all kinds that are read."""
+
+    type: Required[str]
+    pretokenizers: list[_Step]
+    normalizers: list[_Step]
+    pattern: dict[str, str]
+    single: list[dict[str, Any]]
+
+
+class _AddedToken(TypedDict):
+    id: int
+    content: str
+    special: bool
+
+
+class _Tokenizer(TypedDict, total=False):
+    """What is read of a tokenizer.json with BPE."""
+
+    model: Required[_Bpe]
+    added_tokens: list[_AddedToken]
+    pre_tokenizer: _Step | None
+    normalizer: _Step | None
+    post_processor: _Step | None
+
+
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     """llama.cpp's name for what ``pre_tokenizer`` of a byte-level tokenizer.json does.
 
@@ -80,7 +118,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     Split steps. Raises NirvanaError for anything else.
     """
     outer = tokenizer.get("pre_tokenizer") or {}
-    steps = outer["pretokenizers"] if outer.get("type") == "Sequence" else [outer]
+    steps = outer.get("pretokenizers", []) if outer.get("type") == "Sequence" else [outer]
     kinds = [step.get("type") for step in steps]
     known = (tokenizer.get("normalizer") or {}).get("type") in (None, "NFC")
     if known and kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
@@ -90,8 +128,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
         if kinds == ["Digits", "ByteLevel"] and own_words and steps[0].get("individual_digits"):
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and not own_words and steps[0].get("behavior") == "Isolated":
-            pattern = steps[0]["pattern"].get("Regex")
-            name = _BY_PATTERN.get(pattern)
+            name = _BY_PATTERN.get(steps[0].get("pattern", {}).get("Regex"))
             if name and bool(tokenizer["model"].get("ignore_merges")) == (name in _WHOLE_WORDS_FIRST):
                 return name
     raise NirvanaError(
@@ -107,7 +144,7 @@ def _pieces(tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[str], l
     types = [_UNUSED] * vocab_size
     added = {token["content"]: token for token in tokenizer.get("added_tokens", ())}
     for piece, index in (vocabulary | {text: token["id"] for text, token in added.items()}).items():
-        if index >= vocab_size:
+        if not 0 <= index < vocab_size:
             raise NirvanaError(
                 f"tokenizer.json has a token {piece!r} of id {index}, and the model's vocabulary has "
                 f"{vocab_size} rows.",
@@ -135,8 +172,10 @@ def _merges(model: Mapping[str, Any]) -> list[Any]:
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
     """Both spellings of a merge: "a b" and ["a", "b"]."""
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
+    halves = merge.split(" ") if isinstance(merge, str) else merge
+    if len(halves) != 2:
+        raise NirvanaError(f"tokenizer.json has the merge {merge!r}, which is no pair of pieces.", hint=_HINT)
+    return halves[0], halves[1]
 
 
 def _sentencepiece(tokenizer: Mapping[str, Any], pieces: list[str]) -> dict[str, Any]:
@@ -170,7 +209,7 @@ def _special_ids(folder: Path, tokenizer: Mapping[str, Any], config: Mapping[str
     found: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         value = config.get(f"{name}_token_id")
-        of_tokenizer = ids.get(_content(settings.get(f"{name}_token")))
+        of_tokenizer = ids.get(_content(settings.get(f"{name}_token"), where=f"{name}_token"))
         value = of_tokenizer if of_tokenizer is not None else value
         if isinstance(value, list):
             value = value[0] if value else None
@@ -187,19 +226,20 @@ def _special_ids(folder: Path, tokenizer: Mapping[str, Any], config: Mapping[str
     template = (tokenizer.get("post_processor") or {}).get("single") or []
     found["tokenizer.ggml.add_bos_token"] = bool(template) and "SpecialToken" in template[0]
     chat = folder / "chat_template.jinja"
-    text = chat.read_text(encoding="utf-8") if chat.is_file() else settings.get("chat_template")
+    text = read_text(chat) if chat.is_file() else settings.get("chat_template")
     if isinstance(text, str):
         found["tokenizer.chat_template"] = text
     return found
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}
+    return read_json(path, dict[str, Any]) if path.is_file() else {}
 
 
-def _content(token: Any) -> Any:
+def _content(token: Any, *, where: str) -> str | None:
     """A token of tokenizer_config.json: its text, or a dict that holds it."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return typed(text, str | None, f"tokenizer_config.json, {where}")  # type: ignore[arg-type]
 
 
 def _listed(value: Any) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import tomli_w
 
 from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_toml
 from nirvana_deploy.base.recipe import Field, fields_of, make
 from nirvana_deploy.base.registry import nearest_names
 from nirvana_deploy.pipeline.job import SECTIONS, Job, as_json
@@ -45,12 +45,7 @@ def read_recipe(path: Path) -> Job:
     Raises NirvanaError for a file that is missing or not TOML, and for a key that is unknown, missing, of a
     wrong type or not allowed: with the section, the key, the value and what is allowed.
     """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NirvanaError(f"{path} does not exist.", hint=_HOW_TO_MAKE) from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, OSError) as error:
-        raise NirvanaError(f"{path} is not a recipe in TOML: {error}.", hint=_HOW_TO_MAKE) from error
+    data = read_toml(path, hint=_HOW_TO_MAKE)
     if data.pop("schema", None) != SCHEMA:
         raise NirvanaError(f"{path} says no schema that this version reads: it must say schema = {SCHEMA}.")
     model = data.pop("model", None)

@@ -14,7 +14,15 @@ from safetensors.numpy import save
 
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.reading import parse_json, read_bytes, read_json, read_tensors, read_toml, typed
+from nirvana_deploy.base.reading import (
+    parse_json,
+    read_bytes,
+    read_json,
+    read_tensors,
+    read_text,
+    read_toml,
+    typed,
+)
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,25 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("nirvana_deploy.base.reading.os.open", refuse)
     assert refusal(lambda: read_json(tmp_path / "r")).endswith("r cannot be read: permission denied.")
+
+
+def test_a_text_comes_without_its_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert read_text(tmp_path / "t.txt") == "one\ntwo"
+
+
+def test_what_is_no_text_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    assert "a pipe or a device" in refusal(lambda: read_text(tmp_path / "pipe"))
+    assert "a folder, not a file" in refusal(lambda: read_text(tmp_path))
+    (tmp_path / "t.txt").write_bytes(b"abc\xe9")
+    assert "byte 0xe9 at offset 3" in refusal(lambda: read_text(tmp_path / "t.txt"))
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("nirvana_deploy.base.reading.io.TextIOWrapper", no_memory)
+    assert "does not fit into memory: it has 4 bytes" in refusal(lambda: read_text(tmp_path / "t.txt"))
 
 
 def test_numbers_that_json_has_not_are_written_as_null(tmp_path: Path) -> None:

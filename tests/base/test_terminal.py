@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nirvana_deploy.base.terminal import harmless
+from nirvana_deploy.base.terminal import brief, harmless
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,13 @@ from nirvana_deploy.base.terminal import harmless
 )
 def test_control_characters_are_spelled_out(text: str, shown: str) -> None:
     assert harmless(text) == shown
+
+
+def test_a_message_is_brief_whatever_it_quotes() -> None:
+    assert brief("Error: a\nb") == "Error: a\nb"
+    assert len(brief("x" * 70_000)) < 1000
+    lines = brief("\n".join(map(str, range(100)))).splitlines()
+    assert lines[0] == "0" and len(lines) == 9 and lines[-1] == "..."
 
 
 def test_what_is_harmless_can_be_written_and_holds_no_control_character() -> None:

@@ -186,6 +186,9 @@ def test_jsonl_reads_text_or_the_only_string_field(tmp_path: Path) -> None:
         ('{"a": "x", "b": "y"}', r"line 2: .*string fields \['a', 'b'\]"),
         ('{"a": 1}', "line 2: .*got '{\"a\": 1}'"),
         ('["x"]', "line 2: expected an object"),
+        ("[" * 100_000, "line 2: not JSON .nested too deeply"),
+        ("1" * 5000, "line 2: not JSON .nested too deeply, or huge"),
+        ('{"text": "a\\ud800"}', "line 2: half of a surrogate pair"),
     ],
 )
 def test_bad_jsonl_names_the_line(tmp_path: Path, line: str, complaint: str) -> None:

@@ -333,6 +333,12 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(checkpoint: Path) -> Non
     refused(lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "not one that llama.cpp knows")
     refused(lambda t: t["model"].update(merges=[]), "no merges")
     refused(lambda t: t["model"]["vocab"].update(stranger=VOCABULARY), "'stranger' of id 272")
+    refused(lambda t: t["model"]["vocab"].update(stranger=-1), "'stranger' of id -1")
+    refused(lambda t: t["model"].update(merges=["a b c"]), "'a b c', which is no pair")
+    refused(lambda t: t.update(model=[]), "model is a list of 0, not an object")
+    refused(lambda t: t.update(pre_tokenizer=True), "pre_tokenizer is true, not an object or null")
+    refused(lambda t: t.update(added_tokens=[3]), r"added_tokens\[0\] is 3, not an object")
+    refused(lambda t: t["model"].update(vocab={"a": "b"}), "vocab.*not a whole number")
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(NirvanaError, match=r"no tokenizer\.json"):
         gguf_from_checkpoint(Checkpoint.open(checkpoint), checkpoint.parent / "refused.gguf")

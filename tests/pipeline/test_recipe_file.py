@@ -64,7 +64,16 @@ def test_options_win_over_the_base(job: Job) -> None:
             "schema = 1\nmodel = 'm'\n[pruning]\nsparsity = 0.4\n[calibration]\nseq_len = 1",
             "[calibration]: seq_len = 1 is not allowed",
         ),
-        ("schema = [", "is not a recipe in TOML"),
+        ("schema = [", "is not valid TOML"),
+        (f"schema = 1\nmodel = {'[' * 5000}", "nested too deeply"),
+        (
+            "schema = 1\nmodel = 'm'\n[pruning]\nsparsity = 0.4\n[engine]\nengines = 7",
+            "engines = 7 is not allowed; it takes a list of",
+        ),
+        (
+            "schema = 1\nmodel = 'm'\n[pruning]\nsparsity = 0.4\n[export]\nflavor = 1979-05-27",
+            "flavor = datetime.date(1979, 5, 27) is not allowed",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(text: str, sentence: str, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import HALF_A_PAIR, parse_json, read_text
 
 SUFFIX = ".jsonl"
 _METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
@@ -138,13 +139,7 @@ def _files(path: Path) -> list[Path]:
 
 def read_task(path: Path) -> LocalTask:
     """Read and check one file; raises NirvanaError as ``read_tasks`` does."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise NirvanaError(
-            f"{path} {reason}.", hint="--tasks takes .jsonl files, folders of them, or names of tasks."
-        ) from error
+    text = read_text(path, hint="--tasks takes .jsonl files, folders of them, or names of tasks.")
     kind, rows = None, []
     # not splitlines: JSON allows line separators inside a string that it would cut at
     for number, line in enumerate(text.split("\n"), 1):
@@ -158,10 +153,7 @@ def read_task(path: Path) -> LocalTask:
 
 
 def _parsed(line: str, where: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise NirvanaError(f"{where} is not JSON: {error.msg} at character {error.pos}.") from error
+    row = parse_json(line, where)
     if not isinstance(row, dict):
         raise NirvanaError(f"{where} is {_short(row)}, not an object.", hint=_FORMS)
     return row
@@ -213,7 +205,7 @@ def _are_options(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(value.strip()) and not HALF_A_PAIR.search(value)
 
 
 def _short(value: Any) -> str:

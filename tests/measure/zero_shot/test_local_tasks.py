@@ -36,12 +36,13 @@ def write_rows(path: Path, *rows: Any) -> Path:
     [
         ([], "is empty"),
         (["", " "], "is empty"),
-        ([CHOICE, "{"], "line 2 is not JSON"),
+        ([CHOICE, "{"], "line 2 is not valid JSON"),
         ([CHOICE, "", "[1]"], r"line 3 is \[1\], not an object"),
         ([{"text": "a"}], "line 1 has the keys text"),
         ([{}], "line 1 has the keys of nothing"),
         ([CHOICE, {"query": "a", "choices": ["b", "c"]}], "line 2 has no key 'gold'"),
         ([CHOICE, {**CHOICE, "query": 3}], "line 2, key 'query' is 3, not a text that is not blank"),
+        ([{**CHOICE, "query": "\ud800"}], "line 1, key 'query'"),
         ([{**CHOICE, "choices": ["so"]}], "line 1, key 'choices' is .* not a list of at least two texts"),
         ([{**CHOICE, "choices": ["so", ""]}], "line 1, key 'choices'"),
         ([{**CHOICE, "choices": "so"}], "line 1, key 'choices' is \"so\""),
@@ -67,7 +68,7 @@ def test_missing_files_and_two_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NirvanaError, match=r"holds no \.jsonl file"):
         read_tasks([tmp_path])
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
-    with pytest.raises(NirvanaError, match="cannot be read"):
+    with pytest.raises(NirvanaError, match="is not UTF-8: byte 0xe9 at offset 0"):
         read_tasks([tmp_path / "latin.jsonl"])
     (tmp_path / "latin.jsonl").unlink()
     (tmp_path / "b").mkdir()
