@@ -1,12 +1,14 @@
 # make demo: the main job on the embedded default model.   make test: all tests, ruff and mypy among them.
 # make unit: the quick tests.   make lint: ruff, mypy and the help pages.
+# make campaign: attempts to break the command line, the long form (benchmarks/campaign/README.md).
+# make fuzz: the readers of foreign bytes under atheris, a minute each.
 # make sbom: build/sbom.json, a CycloneDX list of what .venv holds.   make audit: known vulnerabilities of those versions.
 # Each makes .venv on first use, with the exact versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 TOOLS := build/tools/bin
 
-.PHONY: demo test unit lint sbom audit clean
+.PHONY: demo test unit lint campaign fuzz sbom audit clean
 
 demo: .venv/.demo-ready
 	$(BIN)/nirvana-deploy prune-export smollm2 --sparsity 0.4 --quantize int8 --quantize w4 --quantize-head --out demo --force
@@ -19,6 +21,13 @@ unit: .venv/.test-ready
 
 lint: .venv/.test-ready
 	$(BIN)/python -m pytest -m gate tests/test_gates.py tests/cli
+
+campaign: .venv/.test-ready
+	$(BIN)/python benchmarks/campaign --long
+
+fuzz: build/fuzz/.ready
+	cd build/fuzz && for reader in gguf weights index tensors json toml recipe plan; do \
+		PYTHONPATH=. ../../$(BIN)/python ../../benchmarks/campaign/fuzz_readers.py $$reader -max_total_time=60 || exit; done
 
 sbom: .venv/.demo-ready build/tools/.ready
 	$(TOOLS)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
@@ -41,6 +50,10 @@ clean:
 
 .venv/.test-ready: .venv/.demo-ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[cpu,eval,genai,gguf,rtx,test]'
+	touch $@
+
+build/fuzz/.ready: .venv/.test-ready Makefile
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/fuzz atheris==3.0.0
 	touch $@
 
 build/tools/.ready: Makefile

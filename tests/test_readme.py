@@ -26,6 +26,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "benchmarks/README.md",
     "benchmarks/NOTES.md",
+    "benchmarks/campaign/README.md",
     "nirvana_deploy/README.md",
     "SECURITY.md",
 )

@@ -9,6 +9,7 @@ import pytest
 EXTRAS = {
     "cuda": ("cuda-bindings", "rtx"),
     "gguf": ("gguf", "gguf"),
+    "hypothesis": ("hypothesis", "test"),
     "lm_eval": ("lm-eval", "eval"),
     "onnxruntime_genai": ("onnxruntime-genai", "genai"),
     "tensorrt_rtx": ("tensorrt-rtx", "rtx"),

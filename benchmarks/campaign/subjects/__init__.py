@@ -1,0 +1,1 @@
+"""One module a subject; subject.py says what it holds."""

@@ -1,0 +1,80 @@
+"""Hostile files: every file that a command reads, damaged in every way of mutations.py."""
+
+from __future__ import annotations
+
+from random import Random
+
+from campaign.mutations import damage
+from campaign.subject import Result
+from campaign.trial import run
+from campaign.world import INPUTS, SHORT, World, changes, snapshot
+
+UNIT = "bad inputs"
+_SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_GRAPH = ("model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "tokenizer_config.json")
+_RECORDS = ("manifest.json", "plan.json", "quality.json", "answers.json", "recipe.toml")
+_STATES = ("manifest.json", "plan.json", "calibration.safetensors", "scores.safetensors")
+_ENGINE = ("engine/onnx.engine", "engine/onnx.json")
+_SHORT = " ".join(SHORT) + " --out new"
+
+
+def _in(folder: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{folder}/{name}" for name in names)
+
+
+_MODEL = _in("llama", *_SETTINGS, "model.safetensors")
+_INDEX = _in("sharded", "model.safetensors.index.json")
+_OUT = _in("out", "manifest.json", *_in("onnx", *_GRAPH))
+READS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("export llama --out new", _MODEL),
+    ("export sharded --out new", _INDEX),
+    ("export llama.gguf --out new", ("llama.gguf",)),
+    ("package llama --gguf --out new", _MODEL),
+    ("generate llama --prompt One --max-new-tokens 2", _MODEL),
+    (f"prune llama --calib text.txt {_SHORT}", (*_MODEL, "text.txt")),
+    (f"prune llama --calib lines.jsonl {_SHORT}", ("lines.jsonl",)),
+    (f"prune sharded --calib text.txt {_SHORT}", _INDEX),
+    ("prune llama --plan out/plan.json --out new", ("out/plan.json",)),
+    ("recipe --recipe recipe.toml", ("recipe.toml",)),
+    ("prune-export --recipe recipe.toml --dry-run", ("recipe.toml",)),
+    ("prune-export --recipe recipe.toml --out out --resume", _in("out", *_STATES)),
+    ("inspect out", _in("out", *_RECORDS)),
+    ("report out", _in("out", *_RECORDS)),
+    ("verify out", (*_OUT, *_in("out", "checkpoint/config.json", "onnx-int8/quantization.json"))),
+    ("evaluate out --text text.txt", (*_OUT, "text.txt", "out/calibration.safetensors")),
+    ("evaluate out --tasks tasks.jsonl", ("tasks.jsonl",)),
+    ("package out --triton", _OUT),
+    ("package out --gguf", _in("out", "manifest.json", *_in("checkpoint", *_SETTINGS))),
+    ("quantize out --scheme w8", _OUT),
+    ("quantize onnx --scheme w4 --out new", _in("onnx", *_GRAPH)),
+    ("quantize onnx --scheme int8 --calib text.txt --out new", ("onnx/model.onnx", "text.txt")),
+    ("generate onnx --prompt One --max-new-tokens 2", _in("onnx", *_GRAPH)),
+    ("verify onnx --checkpoint llama", (*_in("onnx", *_GRAPH), "llama/model.safetensors")),
+    ("build-engine onnx --max-length 64 --out new", _in("onnx", *_GRAPH)),
+    ("inspect engine/onnx.engine", _ENGINE),
+    ("package onnx --triton --engine engine/onnx.engine --out new", _ENGINE),
+)
+"""Command -> the files that it reads; a new reader joins with a row."""
+
+
+def inputs_of(command: str) -> tuple[str, ...]:
+    """The inputs that a command line names, and those that its recipe does."""
+    named = {word.partition("/")[0] for word in command.split()}
+    if "recipe.toml" in named:
+        named |= {"llama", "text.txt"}
+    return tuple(name for name in INPUTS if name in named)
+
+
+def trial(world: World, random: Random) -> Result:
+    """One command that reads one damaged file."""
+    command, files = random.choice(READS)
+    words = command.split()
+    out = "out" if "out" in words else "new"
+    with world.folder(*inputs_of(command)) as folder:
+        file = folder / random.choice(files)
+        how = damage(file, random)
+        before = snapshot(folder, without=(out,))
+        ended = run(*words, folder=folder)
+        complaints = ended.complaints() + changes(before, snapshot(folder, without=(out,))) + world.strays()
+        said = f"{file.relative_to(folder)}: {how}; {command}"
+        return Result(said, complaints, output=ended.stderr)

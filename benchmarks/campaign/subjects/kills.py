@@ -1,0 +1,93 @@
+"""Kill points: SIGKILL, SIGTERM and SIGINT at any moment of a job, of packages and of an engine, and again.
+
+A trial is a chain: a command is repeated, with --resume if it has it, and killed at a random event of the
+file system or after a random time, until it gets through. After each kill every file under a final name has
+the bytes of an undisturbed run, and in the end all of them are there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from random import Random
+
+from campaign.subject import Result
+from campaign.trial import Outcome, at_event, run
+from campaign.world import World, changes, differing, missing, snapshot, temporaries
+
+UNIT = "kill points"
+INPUTS = ("llama", "text.txt", "recipe.toml")
+JOB = ("prune-export", "--recipe", "recipe.toml", "--out", "out")
+AFTER = {
+    ("package", "out", "--gguf"): "gguf",
+    ("package", "out", "--triton"): "triton",
+    ("build-engine", "out", "--max-length", "64"): "engine",
+}
+"""Command on a finished folder -> the folder in it that it makes."""
+_ENDS = {
+    signal.SIGKILL: {-signal.SIGKILL},
+    signal.SIGTERM: {-signal.SIGTERM, 130, 143},
+    signal.SIGINT: {130},
+}
+_EVENTS, _SECONDS = 60, 4.0
+"""How far into a command a moment lies at most; the next one begins where the last one ended."""
+_KILLS = 6
+
+
+def trial(world: World, random: Random) -> Result:
+    """A job from a model, or a package or an engine of a finished one, killed up to six times."""
+    command = random.choice((*(JOB,) * len(AFTER), *AFTER))
+    said: list[str] = []
+    with world.folder(*INPUTS, *([] if command == JOB else ["out"])) as folder:
+        before = snapshot(folder, without=("out",))
+        for _ in range(_KILLS):
+            complaints, ended = _killed(world, command, folder, random, said)
+            complaints += differing(folder / "out", world.made("finished"))
+            complaints += changes(before, snapshot(folder, without=("out",)))
+            if complaints or not ended.code:
+                break
+        else:
+            ended = run(*_again(command, folder), folder=folder)
+            complaints = ended.complaints(allowed=frozenset({0}))
+        complaints += missing(folder / "out", world.made("out"))
+        if made := AFTER.get(command):
+            complaints += missing(folder / "out" / made, world.made("finished") / made)
+        complaints += temporaries(folder) if not ended.code else []
+        kills = ", ".join(said) or "none"
+        return Result(f"{' '.join(command)}: {kills}", complaints, len(said), ended.stderr)
+
+
+def _again(command: tuple[str, ...], folder: Path) -> tuple[str, ...]:
+    begun = command == JOB and (folder / "out/manifest.json").is_file()
+    return (*command, "--resume") if begun else command
+
+
+def _killed(
+    world: World, command: tuple[str, ...], folder: Path, random: Random, said: list[str]
+) -> tuple[list[str], Outcome]:
+    """Run ``command`` and kill it; what is wrong with what it left, and how it ended."""
+    words, number = _again(command, folder), random.choice(list(_ENDS))
+    if random.random() < 0.7:
+        event = random.randint(1, _EVENTS)
+        moment = f"{number.name} at event {event}"
+        kill = at_event(event, folder, lambda: os.kill(os.getpid(), number))
+        ended = run(*words, folder=folder, prepare=kill)
+    else:
+        seconds = random.uniform(0.1, _SECONDS)
+        moment = f"{number.name} after {seconds:.2f} s"
+        ended = run(*words, folder=folder, kill=(seconds, number))
+    complaints = ended.complaints(allowed=frozenset({0, *_ENDS[number]}))
+    if ended.code:
+        said.append(moment)
+        complaints += temporaries(folder, of=ended.pid) if number is signal.SIGINT else []
+        if random.random() < 0.2 and (folder / "out/manifest.json").is_file():
+            complaints += _verified(folder, world)
+    return complaints, ended
+
+
+def _verified(folder: Path, world: World) -> list[str]:
+    """What ``verify`` says of what a kill left: that a job is whole only if it is."""
+    said = run("verify", "out", folder=folder)
+    allowed = {3} if missing(folder / "out", world.made("out")) else {0, 3}
+    return [f"verify: {one}" for one in said.complaints(allowed=frozenset(allowed))]
