@@ -35,7 +35,7 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.sources import resolve_model
-from nirvana_deploy.prune.plan import read_plan
+from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.report.figures import COLOURS, bare, entitle, new_figure

@@ -44,7 +44,7 @@ from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.model.checkpoint import load_tokenizer
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import variant_named
-from nirvana_deploy.prune.plan import shape_of
+from nirvana_deploy.prune.plan_file import shape_of
 from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.graph.layer_parts import prompt_feeds
 from nirvana_deploy.quantize.graph.linears import open_folder

@@ -41,7 +41,8 @@ from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.curves.curve import Curves
 from nirvana_deploy.prune.cutting import Cutter, reads_curves
 from nirvana_deploy.prune.divergence import MaskedQuality, masked_quality
-from nirvana_deploy.prune.plan import PrunePlan, write_plan
+from nirvana_deploy.prune.plan import PrunePlan
+from nirvana_deploy.prune.plan_file import write_plan
 from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.prune.streaming.score import score_units
 

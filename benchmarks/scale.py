@@ -47,7 +47,8 @@ from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import INDEX_FILE, expected_shapes
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.cutting import Cutter
-from nirvana_deploy.prune.plan import PrunePlan, make_plan, pruned_shape, read_plan, write_plan
+from nirvana_deploy.prune.plan import PrunePlan, make_plan, pruned_shape
+from nirvana_deploy.prune.plan_file import read_plan, write_plan
 from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.prune.refit.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES, saliency_named

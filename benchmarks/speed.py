@@ -19,7 +19,8 @@ from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.measure.benchmark import Variant, benchmark, variant_from_folder
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.model.families import shape_from_config
-from nirvana_deploy.prune.plan import dense_shape, read_plan
+from nirvana_deploy.prune.plan import dense_shape
+from nirvana_deploy.prune.plan_file import read_plan
 
 SHARE_OF_BOUND_PROMISES = {"tpot": 0.9, "prefill": 0.8}
 

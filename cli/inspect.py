@@ -14,7 +14,7 @@ from .engine_page import engine_lines
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nirvana_deploy.output.records import Inspection
+    from nirvana_deploy.output.inspection import Inspection
 
 
 @click.command("inspect")
@@ -42,7 +42,7 @@ def inspect(path: Path, as_json: bool) -> None:
         else:
             echo("\n".join(engine_lines(path, record)))
         return
-    from nirvana_deploy.output.records import inspect_path
+    from nirvana_deploy.output.inspection import inspect_path
 
     inspection = inspect_path(path)
     if as_json:

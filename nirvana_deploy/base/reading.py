@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, is_typeddict, overload
 from nirvana_deploy.base.errors import NirvanaError
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 Kind = TypeVar("Kind")
@@ -93,9 +92,7 @@ def read_toml(path: Path, *, hint: str | None = None) -> dict[str, Any]:
         return tomllib.loads(data.decode())
 
 
-def read_tensors(
-    path: Path, *, hint: str | None = None
-) -> tuple[dict[str, NDArray[np.generic]], dict[str, str]]:
+def read_tensors(path: Path, *, hint: str | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Tensors of a safetensors file by name, and its metadata; raises NirvanaError for any other file."""
     from safetensors import SafetensorError, safe_open
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import CALIBRATION_FILE
+from nirvana_deploy.output.record_kinds import SelectionRecord
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 
@@ -108,9 +109,27 @@ def evaluation_record(recipe: Calibration, windows: TokenWindows) -> dict[str, A
     }
 
 
-def drawn_record(run: Run) -> dict[str, Any]:
+class PartRecord(TypedDict):
+    """One source of a mixture, among others of its facts."""
+
+    source: str
+
+
+class Drawn(TypedDict, total=False):
+    """What is recorded of the calibration text, among others of its facts."""
+
+    source: Required[str]
+    parts: list[PartRecord]
+    evaluation_source: Required[str]
+    heldout_parts: list[PartRecord]
+    saliency: str
+    gamma: float | None
+    selection: SelectionRecord
+
+
+def drawn_record(run: Run) -> Drawn:
     """What is recorded of the calibration text, by whichever stage drew it."""
-    return run.result(stage.SELECT if run.has(stage.SELECT) else stage.CALIBRATE)
+    return run.result(stage.SELECT if run.has(stage.SELECT) else stage.CALIBRATE, Drawn)
 
 
 def calibration_record(calibration: TokenWindows) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from nirvana_deploy.base.artifact import write_bytes
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_tensors
 from nirvana_deploy.calibrate.windows import CalibrationData
 
 
@@ -40,6 +42,19 @@ def write_windows(data: CalibrationData, path: Path) -> None:
 
 
 def read_windows(path: Path) -> dict[str, NDArray[np.int64]]:
-    """Read ``calibration`` [N, T] and ``heldout`` [M, T'], int64; of a mixture the parts too."""
-    windows: dict[str, NDArray[np.int64]] = load_file(path)
-    return windows
+    """Read ``calibration`` [N, T] and ``heldout`` [M, T'], int64; of a mixture the parts too.
+
+    Raises NirvanaError for a file that holds something else.
+    """
+    tensors, _ = read_tensors(path, hint=_AGAIN)
+    for name in ("calibration", "heldout"):
+        found = tensors.get(name)
+        if found is None or found.dtype != np.int64 or found.ndim != 2 or (found < 0).any():
+            raise NirvanaError(f"{path} holds no {name!r}: token ids, int64 [windows, tokens].", hint=_AGAIN)
+        parts = tensors.get(f"{name}_part")
+        if parts is not None and (parts.dtype != np.int64 or parts.shape != (len(found),)):
+            raise NirvanaError(f"{path}: {name}_part is no int64 [windows].", hint=_AGAIN)
+    return tensors
+
+
+_AGAIN = "Draw the windows again: repeat the command that made the folder with --force."

@@ -11,15 +11,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
 
 from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.quantize.schemes import SCHEMES
+from nirvana_deploy.runtime.beside import context_tokens
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 _GRAPH_DTYPES: dict[int, str] = {
@@ -153,7 +152,7 @@ def read_source(path: Path) -> OnnxSource:
         zero_points=frozenset(
             node.input[2] for node in graph.node if node.op_type in _QDQ and len(node.input) > 2
         ),
-        context_tokens=_context_tokens(path.parent),
+        context_tokens=context_tokens(path.parent),
     )
     missing = [file for file in source.data_files if not file.is_file()]
     if missing:
@@ -199,14 +198,3 @@ def _tensor(value: onnx.ValueInfoProto, path: Path) -> OnnxTensor:
         raise NirvanaError(f"{path}: {value.name!r} has type {kind}, which an engine cannot read or write.")
     dimensions = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in of.shape.dim)
     return OnnxTensor(value.name, _NUMPY_DTYPES[of.elem_type], dimensions)
-
-
-def _context_tokens(folder: Path) -> int | None:
-    """The model's longest sequence, from genai_config.json or config.json beside the graph."""
-    genai, config = folder / "genai_config.json", folder / "config.json"
-    found: Any = None
-    if genai.is_file():
-        found = read_json(genai).get("model", {}).get("context_length")
-    elif config.is_file():
-        found = read_json(config).get("max_position_embeddings")
-    return found if isinstance(found, int) else None

@@ -74,7 +74,7 @@ def build_engine(
     them. :func:`engine_files` names what was built.
     """
     dense = form.variant == DENSE
-    checkpoint = Path(run.manifest["model"]["path"]) if dense else run.out / CHECKPOINT
+    checkpoint = run.dense if dense else run.out / CHECKPOINT
     if not checkpoint.is_dir():
         raise NirvanaError(
             f"The checkpoint of {form.variant} is not at {checkpoint}.",
@@ -110,8 +110,8 @@ def _files_of(name: str) -> list[str]:
 
 def engine_files(run: Run, name: str) -> tuple[Path, ...]:
     """The engine files that the stage of ``name`` built: two of an encoder-decoder."""
-    engines = run.result(stage.engine(name))["engines"]
-    return tuple(run.out / ENGINES / f"{engine['name']}{ENGINE_SUFFIX}" for engine in engines)
+    engines = run.result(stage.engine(name), EnginesBuilt).engines
+    return tuple(run.out / ENGINES / f"{engine.name}{ENGINE_SUFFIX}" for engine in engines)
 
 
 def engines_from_onnx_folder(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,18 +49,26 @@ from nirvana_deploy.output.layout import (
     QUALITY_FILE,
     TASKS_FILE,
 )
+from nirvana_deploy.output.record_kinds import BenchmarkRecord, Quality, QualityRecord
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured, Timed
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, variants_of
 from nirvana_deploy.prune.curves.budget import UnitCost
-from nirvana_deploy.prune.plan import read_plan, shape_of
+from nirvana_deploy.prune.plan_file import read_plan, shape_of
 from nirvana_deploy.runtime.models import models_for, place_of
 from nirvana_deploy.runtime.onnxruntime.providers import open_on_cpu
 from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.runtime.registry import is_engine, open_runner
 from nirvana_deploy.runtime.runner import Runner
 from nirvana_deploy.runtime.text import load_text_side, tokenizer_folder
+
+
+class _Measured(TypedDict):
+    """What each measurement records, whatever else."""
+
+    variants: dict[str, Any] | list[str]
+
 
 _NOTHING_DENSE = {"kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
 """What a measurement without the dense baseline cannot say."""
@@ -84,7 +92,7 @@ def quality(run: Run, place: Place, *, windows: TokenWindows | None = None) -> S
         result = QualityMeasured(
             source=text.source,
             window_tokens=text.tokens.shape[1],
-            variants=found,
+            variants=cast(dict[str, Quality], found),
             calibrated=_calibrated(run, [kind for one in (text, *beside) for kind in one.kinds]),
         )
         write_json(run.out / QUALITY_FILE, asdict(result))
@@ -252,23 +260,24 @@ def _outdated(run: Run, name: str, place: Place) -> bool:
     """Whether a stage measured other variants than the folder holds now."""
     if not run.has(name):
         return False
-    return set(run.result(name)["variants"]) != {v.name for v in models_for(run, place.runtime)}
+    return set(run.result(name, _Measured)["variants"]) != {v.name for v in models_for(run, place.runtime)}
 
 
 def refresh_quality(run: Run) -> None:
     """Put the quality measured last into benchmark.json, where there is one."""
     path = run.out / BENCHMARK_FILE
     if path.is_file() and run.has(stage.BENCHMARK):
-        write_json(path, _with_quality(run, read_json(path)))
+        write_json(path, _with_quality(run, dict(read_json(path, BenchmarkRecord))))
         run.rehash(stage.BENCHMARK)
 
 
 def _with_quality(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     path = run.out / QUALITY_FILE
-    found = read_json(path) if path.is_file() else {"variants": {}}
+    found: QualityRecord = read_json(path, QualityRecord) if path.exists() else {"variants": {}}
     for variant in result["variants"]:
         variant["quality"] = found["variants"].get(variant["name"])
-    return {**result, "evaluation": {key: found.get(key) for key in ("source", "window_tokens")}}
+    evaluation = {"source": found.get("source"), "window_tokens": found.get("window_tokens")}
+    return {**result, "evaluation": evaluation}
 
 
 def tangent_kernel(run: Run, *, windows: int) -> Stage:
@@ -341,7 +350,7 @@ def tasks(
 
 def dense_checkpoint(run: Run) -> Path:
     """The model that was pruned; raises NirvanaError when it is not where it was."""
-    path = Path(run.manifest["model"]["path"])
+    path = run.dense
     if not path.is_dir():
         raise NirvanaError(
             f"The dense model is no longer at {path}, and this compares with it.",

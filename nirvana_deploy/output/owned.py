@@ -9,34 +9,19 @@ import fnmatch
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership import marker, temporary
 from nirvana_deploy.base.ownership.lock import LOCK
-from nirvana_deploy.base.ownership.marker import TOOL
-from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.output.layout import MANIFEST, NAMES_OF_A_RUN
+from nirvana_deploy.output.manifest import our_manifest
 
 
 def names(out: Path) -> list[str]:
     """Files and folders that runs wrote, or were about to; none when the manifest is missing or not ours."""
-    manifest = _ours(out) or {}
+    manifest = our_manifest(out) or {}
     return list(manifest.get("makes", ()))
-
-
-def is_ours(manifest: Any) -> bool:
-    """Whether a parsed manifest is one of this tool, and claims names inside its folder alone."""
-    return (
-        isinstance(manifest, dict)
-        and str(manifest.get("tool")).startswith(f"{TOOL} ")
-        and isinstance(manifest.get("stages"), dict)
-        and isinstance(manifest.get("files"), dict)
-        and isinstance(manifest.get("run"), str)
-        and isinstance(manifest.get("makes"), list)
-        and all(_is_inside(name) for name in manifest["makes"])
-    )
 
 
 def occupied(out: Path) -> bool:
@@ -46,7 +31,7 @@ def occupied(out: Path) -> bool:
 
 def in_the_way(out: Path) -> list[str]:
     """What stands where a run would write, and is not this tool's."""
-    manifest = _ours(out)
+    manifest = our_manifest(out)
     found = sorted(names_of_a_run(out))
     if manifest is not None:
         found.remove(MANIFEST)
@@ -87,17 +72,3 @@ def remove(out: Path, name: str) -> None:
     if path.parent != out:
         with suppress(OSError):
             path.parent.rmdir()
-
-
-def _ours(out: Path) -> dict[str, Any] | None:
-    """The manifest of a run of this tool; None for anything else under its name."""
-    try:
-        manifest = read_json(out / MANIFEST)
-    except (NirvanaError, OSError, RecursionError):
-        return None
-    return manifest if is_ours(manifest) else None
-
-
-def _is_inside(name: Any) -> bool:
-    path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("/")
-    return path.parts != () and not path.is_absolute() and ".." not in path.parts

@@ -1,51 +1,26 @@
-"""What an output folder holds, read from its records: what was kept and where, sizes, stages, verification.
+"""The records of one output folder, read together: the interface between stages and what describes them.
 
-The records (manifest.json, plan.json, benchmark.json) are the interface between the stages and everything
-that describes them; nothing here opens a model.
+Nothing here opens a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
-
-from nirvana_deploy.base.artifact import files_under
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.reading import read_json, typed
 from nirvana_deploy.output import stage
+from nirvana_deploy.output.layout import BENCHMARK_FILE, MANIFEST, PLAN_FILE
+from nirvana_deploy.output.manifest import Manifest
+from nirvana_deploy.output.record_kinds import BenchmarkRecord, PlanRecord, VerifiedRecord
 
 _SCHEMA = 1
+_KINDS = {MANIFEST: Manifest, PLAN_FILE: PlanRecord, BENCHMARK_FILE: BenchmarkRecord}
 Kind = TypeVar("Kind")
-
-
-@contextmanager
-def complete(record: str) -> Iterator[None]:
-    """Turn a missing or misshapen field of ``record`` into a NirvanaError that names both."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ValueError, msgspec.ValidationError) as error:
-        raise NirvanaError(
-            f"{record} is not complete: {type(error).__name__} {error}.",
-            hint="Was it edited by hand? nirvana-deploy prune-export ... --resume writes it again.",
-        ) from error
-
-
-def _read_record(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    record = read_json(path)
-    schema = record.get("schema") if isinstance(record, dict) else None
-    if schema != _SCHEMA:
-        raise NirvanaError(
-            f"{path} has schema {schema!r}; this version reads schema {_SCHEMA}.",
-            hint="pip install --upgrade nirvana-deploy",
-        )
-    return dict(record)
 
 
 @dataclass(frozen=True)
@@ -67,57 +42,32 @@ class Records:
     def result(self, name: str, kind: type[Kind]) -> Kind | None:
         """What a stage recorded; None when it did not run. Raises NirvanaError for a broken record."""
         found = self.stage(name).get("result")
-        if not found:
-            return None
-        with complete(f"manifest.json: the result of stage {name!r}"):
-            return msgspec.convert(found, kind)
+        return typed(found, kind, f"{MANIFEST}: the result of stage {name!r}") if found else None
+
+
+def read_record(path: Path, name: str | None = None) -> dict[str, Any] | None:
+    """A record, of the kind that has ``name`` [the file's]; None where it is not there.
+
+    Raises NirvanaError for a broken one.
+    """
+    if not os.path.lexists(path):
+        return None
+    return dict(read_json(path, _KINDS[name or path.name], schema=_SCHEMA))
 
 
 def read_records(out: Path) -> Records:
-    """Read the records of an output folder.
-
-    Raises NirvanaError when the folder has none of them, or one is not valid JSON of a known schema.
-    """
-    records = Records(*(_read_record(out / f"{name}.json") for name in ("manifest", "plan", "benchmark")))
+    """Read the records of an output folder; raises NirvanaError when it has none, or a broken one."""
+    records = Records(*(read_record(out / name) for name in _KINDS))
     if records == Records(None, None, None):
-        held_by_parent = (out.resolve().parent / "plan.json").is_file()
+        held_by_parent = (out.resolve().parent / PLAN_FILE).is_file()
         raise NirvanaError(
             f"{out} has no manifest.json, plan.json or benchmark.json, so it is not an output folder.",
             hint=f"Did you mean {out.resolve().parent}?"
             if held_by_parent
             else "Make one: nirvana-deploy prune-export MODEL --sparsity 0.4",
         )
-    _require_fields(records)
+    verifications(records)  # before anything is written
     return records
-
-
-_BUDGET_FIELDS = (
-    "asked_removed_share",
-    "met_removed_share",
-    "removed_groups",
-    "of_groups",
-    "removed_neurons",
-    "of_neurons",
-    "parameters_dense",
-    "parameters_kept",
-)
-
-
-def _require_fields(records: Records) -> None:
-    """Find a misshapen record here, where it can be named, and not in the middle of a report."""
-    if records.plan is not None:
-        layer_widths(records.plan)
-    with complete("plan.json"):
-        budget = (records.plan or {}).get("budget")
-        if budget:
-            for field in _BUDGET_FIELDS:
-                float(budget[field])
-    with complete("benchmark.json"):
-        for variant in (records.benchmark or {}).get("variants") or ():
-            str(variant["name"])
-            for metric in ("tpot_ms", "prefill_ms", "ttft_ms"):
-                float((variant.get(metric) or {"p50": 0})["p50"])
-    verifications(records)
 
 
 @dataclass(frozen=True)
@@ -141,19 +91,18 @@ class LayerWidth:
 
 
 def layer_widths(plan: Mapping[str, Any]) -> tuple[LayerWidth, ...]:
-    """The kept width of every layer of a parsed plan.json; raises NirvanaError when fields are missing."""
-    with complete("plan.json"):
-        return tuple(
-            LayerWidth(
-                layer=msgspec.convert(entry["layer"], int),
-                of_groups=msgspec.convert(entry["of_groups"], int),
-                kept_groups=msgspec.convert(entry["kept_groups"], tuple[int, ...]),
-                of_neurons=msgspec.convert(entry["of_neurons"], int),
-                kept_neurons=len(msgspec.convert(entry["kept_neurons"], tuple[int, ...])),
-                site=msgspec.convert(entry.get("site"), str | None),
-            )
-            for entry in plan["layers"]
+    """The kept width of every layer of a parsed plan.json."""
+    return tuple(
+        LayerWidth(
+            layer=entry["layer"],
+            of_groups=entry["of_groups"],
+            kept_groups=tuple(entry["kept_groups"]),
+            of_neurons=entry["of_neurons"],
+            kept_neurons=len(entry["kept_neurons"]),
+            site=entry.get("site"),
         )
+        for entry in plan["layers"]
+    )
 
 
 @dataclass(frozen=True)
@@ -173,54 +122,22 @@ class Verification:
 
 def verifications(records: Records) -> tuple[Verification, ...]:
     """What the verify stage found for each model, in its order; empty when it did not run."""
-    found = []
-    with complete("manifest.json: the result of stage 'verify'"):
-        for model, result in (records.stage(stage.VERIFY).get("result") or {}).items():
-            if not isinstance(result, dict) or "passed" not in result:
-                continue
-            checks = result.get("checks") or []
-            greedy = [check["passed"] for check in result.get("greedy") or [] if not check.get("not_run")]
-            found.append(
-                Verification(
-                    model=model,
-                    passed=bool(result["passed"]),
-                    num_checks=len(checks) + len(greedy),
-                    max_abs_diff=max((float(c["max_abs_diff"]) for c in checks), default=None),
-                    greedy_equal=all(greedy) if greedy else None,
-                    first_departure=result.get("first_departure"),
-                )
-            )
-    return tuple(found)
+    found = records.result(stage.VERIFY, dict[str, VerifiedRecord]) or {}
+    return tuple(_verification(model, result) for model, result in found.items())
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """Everything ``inspect`` says about an output folder or a plan."""
-
-    path: str
-    model: str | None
-    plan: dict[str, Any]
-    """The plan without its layers: sparsity, gamma, saliency, budget, calibration; empty without a plan."""
-    layers: tuple[LayerWidth, ...]
-    stages: dict[str, dict[str, Any]]
-    """Per stage that ran: ``seconds`` and ``peak_rss_bytes``."""
-    verification: tuple[Verification, ...]
-    folder_bytes: dict[str, int]
-    """Bytes on disk of each folder of artifacts, relative to ``path``; "." is the folder itself."""
-    missing_files: tuple[str, ...]
-    """Files the manifest lists that are not on disk."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-
-def _folder_bytes(out: Path) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for path in files_under(out):
-        folder = path.parent.relative_to(out).as_posix()
-        sizes[folder] = sizes.get(folder, 0) + path.stat().st_size
-    return sizes
+def _verification(model: str, result: VerifiedRecord) -> Verification:
+    checks = result.get("checks", [])
+    greedy = [check["passed"] for check in result.get("greedy", []) if not check.get("not_run")]
+    differences = [check["max_abs_diff"] for check in checks]
+    return Verification(
+        model=model,
+        passed=result["passed"],
+        num_checks=len(checks) + len(greedy),
+        max_abs_diff=max((one for one in differences if one is not None), default=None),
+        greedy_equal=all(greedy) if greedy else None,
+        first_departure=result.get("first_departure"),
+    )
 
 
 def listed_files(records: Records) -> dict[str, str]:
@@ -236,32 +153,3 @@ def model_name(records: Records) -> str | None:
         if name:
             return str(name)
     return None
-
-
-def inspect_path(path: Path) -> Inspection:
-    """Describe an output folder, or a plan.json alone.
-
-    Raises NirvanaError when ``path`` does not exist, is no output folder, or holds a broken record.
-    """
-    if not path.exists():
-        raise NirvanaError(f"{path} does not exist.", hint="Give an output folder or a plan.json.")
-    is_folder = path.is_dir()
-    records = read_records(path) if is_folder else Records(None, _read_record(path), None)
-    if not is_folder:
-        _require_fields(records)
-    plan = records.plan or {}
-    stages = ((records.manifest or {}).get("stages") or {}).items()
-    return Inspection(
-        path=str(path),
-        model=model_name(records),
-        plan={key: value for key, value in plan.items() if key != "layers"},
-        layers=layer_widths(plan) if plan else (),
-        stages={
-            name: {key: stage.get(key) for key in ("seconds", "peak_rss_bytes")} for name, stage in stages
-        },
-        verification=verifications(records),
-        folder_bytes=_folder_bytes(path) if is_folder else {},
-        missing_files=tuple(name for name in listed_files(records) if not (path / name).is_file())
-        if is_folder
-        else (),
-    )

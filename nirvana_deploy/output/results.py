@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from nirvana_deploy.output.record_kinds import Quality
+
 
 @dataclass(frozen=True)
 class Reconstructed:
@@ -76,7 +78,7 @@ class QualityMeasured:
 
     source: str
     window_tokens: int | None = None
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variants: dict[str, Quality] = field(default_factory=dict)
     """The numbers of each model; under ``parts`` by kind of text, kinds that the others do not count too."""
     calibrated: dict[str, bool] = field(default_factory=dict)
     """By kind of text: whether the model was calibrated on such text."""

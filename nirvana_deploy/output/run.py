@@ -6,15 +6,13 @@ lists it, and every file it lists is there with its sha256.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from nirvana_deploy import __version__
 from nirvana_deploy.base.artifact import disk_errors, files_under, sha256_of, write_json
@@ -24,15 +22,13 @@ from nirvana_deploy.base.ownership.lock import FolderLock
 from nirvana_deploy.base.ownership.marker import TOOL, foreign, require_apart
 from nirvana_deploy.base.ownership.temporary import remove_abandoned
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.reading import typed
+from nirvana_deploy.output import manifest as manifests
 from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import MANIFEST
 from nirvana_deploy.output.stage import Stage
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-MANIFEST_SCHEMA = 1
+Kind = TypeVar("Kind")
 
 
 class Run:
@@ -107,7 +103,7 @@ class Run:
 
     def _start_again(self, options: Mapping[str, Any], model: Mapping[str, Any], command: str) -> None:
         self.manifest = {
-            "schema": MANIFEST_SCHEMA,
+            "schema": manifests.SCHEMA,
             "tool": f"{TOOL} {__version__}",
             "command": command,
             "options": dict(options),
@@ -132,14 +128,7 @@ class Run:
                 f"{out} is not an output folder of this tool: it has no {MANIFEST}.",
                 hint="Make one: nirvana-deploy prune-export MODEL --sparsity 0.4 --out DIR",
             )
-        manifest = read_json(out / MANIFEST)
-        schema = manifest.get("schema") if isinstance(manifest, dict) else None
-        if schema != MANIFEST_SCHEMA:
-            raise NirvanaError(
-                f"{out / MANIFEST} has schema {schema!r}; this version reads schema {MANIFEST_SCHEMA}.",
-                hint="pip install --upgrade nirvana-deploy",
-            )
-        run = cls(out, manifest, progress=progress)
+        run = cls(out, manifests.read_manifest(out), progress=progress)
         if writing:
             run._take_lock()
         return run
@@ -154,14 +143,14 @@ class Run:
         if not redo and self._made.isdisjoint(stage.needs) and self.finished(stage.name):
             self._passed.append(stage.name)
             self.progress.note(f"{stage.name}: finished before, sha256 checked")
-            return self.result(stage.name)
+            return self.result(stage.name, dict[str, Any])
         self.claim(stage.makes)
         if not redo:
             self._forget(stage.name)
         self._made.add(stage.name)
         started, cpu_started = time.perf_counter(), cpu_seconds()
         reset_peak_rss()
-        result = _plain(stage.work())
+        result = manifests.plain(stage.work())
         files = self._hashes(stage.makes)
         for file in files:  # what belongs to a stage from now on
             self.manifest["files"].pop(file, None)
@@ -176,7 +165,7 @@ class Run:
         }
         if not redo:
             self._passed.append(stage.name)
-            self._in_order()
+            self.manifest["stages"] = manifests.in_order(self.manifest["stages"], self._passed)
         self._write()
         return result
 
@@ -221,8 +210,8 @@ class Run:
             with disk_errors(self.out):
                 self._lock = FolderLock(self.out)
             if self.manifest:
-                self.manifest = read_json(self.out / MANIFEST)
-                if not owned.is_ours(self.manifest):
+                self.manifest = manifests.read_manifest(self.out)
+                if not manifests.is_ours(self.manifest):
                     raise NirvanaError(
                         f"{self.out / MANIFEST} does not say which files are this tool's.",
                         hint="Another version wrote it, or it was edited: make the folder again, elsewhere.",
@@ -241,21 +230,30 @@ class Run:
         """Whether the manifest knows a stage."""
         return name in self.manifest["stages"]
 
-    def result(self, name: str) -> dict[str, Any]:
-        """What a stage recorded; raises KeyError when the run has none of that name."""
-        found: dict[str, Any] = self.manifest["stages"][name]["result"]
-        return found
+    @property
+    def dense(self) -> Path:
+        """Where the dense model was; raises NirvanaError for a manifest that does not say it."""
+        path = self.manifest["model"].get("path")
+        if path is None:
+            raise NirvanaError(f"{self.out / MANIFEST}: model has no 'path'.")
+        return Path(path)
+
+    def result(self, name: str, kind: type[Kind]) -> Kind:
+        """What a stage recorded.
+
+        Raises KeyError when the run has none of that name, and NirvanaError when it recorded something else.
+        """
+        where = f"{self.out / MANIFEST}: the result of stage {name!r}"
+        return typed(self.manifest["stages"][name]["result"], kind, where)
 
     def finished(self, name: str) -> bool:
         """Whether the stage is in the manifest, did not fail, and its files are what it says."""
         stage = self.manifest["stages"].get(name)
-        return stage is not None and not _failed(stage["result"]) and not self.damaged(name)
+        return stage is not None and not manifests.failed(stage["result"]) and not self.damaged(name)
 
     def listed(self) -> dict[str, str]:
         """Every file that the manifest knows -> its sha256."""
-        stages = self.manifest["stages"].values()
-        own: dict[str, str] = self.manifest.get("files", {})
-        return {**own, **{file: sha256 for stage in stages for file, sha256 in stage["files"].items()}}
+        return manifests.listed(self.manifest)
 
     def damaged(self, name: str | None = None) -> list[str]:
         """Files of a recorded stage [of the manifest] that are missing or whose sha256 differs."""
@@ -272,26 +270,12 @@ class Run:
         stage["files"] = self._hashes(list(stage["files"]))
         self._write()
 
-    def _in_order(self) -> None:
-        """A stage that a resumed run adds stands behind those it followed, ahead of what follows it."""
-        stages = self.manifest["stages"]
-        names = [*self._passed, *(name for name in stages if name not in self._passed)]
-        self.manifest["stages"] = {name: stages[name] for name in names}
-
     def _forget(self, name: str) -> None:
-        """Drop ``name`` and all that was made from it, directly or not: it is about to be made anew.
-
-        A manifest that does not say what its stages needed is taken to have needed all that came before.
-        """
-        stages = self.manifest["stages"]
-        if name not in stages:
+        """Drop ``name`` and all that was made from it: it is about to be made anew."""
+        if not self.has(name):
             return
-        names, gone = list(stages), {name}
-        for position, later in enumerate(names[names.index(name) + 1 :], start=names.index(name) + 1):
-            if not gone.isdisjoint(stages[later].get("needs", names[:position])):
-                gone.add(later)
-        for one in gone:
-            del stages[one]
+        for one in manifests.made_from(self.manifest, name):
+            del self.manifest["stages"][one]
         self._write()
 
     def _hashes(self, outputs: Sequence[str]) -> dict[str, str]:
@@ -331,18 +315,3 @@ def _require_free(out: Path, *, resume: bool, force: bool) -> None:
             f"{out} exists already. {known}",
             hint="Pass --resume to continue it, --force to start again, or another --out DIR.",
         )
-
-
-def _plain(result: Mapping[str, Any] | DataclassInstance | None) -> dict[str, Any]:
-    """A result as JSON has it; what a dataclass leaves None by default is left out."""
-    if not is_dataclass(result):
-        return dict(result or {})
-    optional = {field.name for field in fields(result) if field.default is None}
-    said = {key: value for key, value in asdict(result).items() if value is not None or key not in optional}
-    plain: dict[str, Any] = json.loads(json.dumps(said))
-    return plain
-
-
-def _failed(result: Mapping[str, Any]) -> bool:
-    """Whether a result, or a part of it, says that it did not pass."""
-    return any(isinstance(part, Mapping) and part.get("passed") is False for part in result.values())

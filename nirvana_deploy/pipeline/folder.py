@@ -73,8 +73,7 @@ def benchmark_folder(
     with Run.open(out, writing=True, progress=progress) as run:
         run.run(speed(run, workload, runtime=runtime), redo=True)
         run.run(report(run))
-    result: dict[str, Any] = read_json(out / BENCHMARK_FILE)
-    return result
+    return read_json(out / BENCHMARK_FILE, dict[str, Any])
 
 
 def evaluate_folder(

@@ -8,7 +8,7 @@ from typing import Any
 
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
-from nirvana_deploy.calibrate.stage import calibrate
+from nirvana_deploy.calibrate.stage import calibrate, drawn_record
 from nirvana_deploy.engine.recipe import EngineForm
 from nirvana_deploy.engine.stage import build_engine
 from nirvana_deploy.engine.targets import BuilderOptions
@@ -37,7 +37,8 @@ from nirvana_deploy.prune import stage as prune
 from nirvana_deploy.prune.choices import Choices
 from nirvana_deploy.prune.curves.budget import UnitCost, require_feasible
 from nirvana_deploy.prune.cutting import Cutter, budget_of, reads_curves
-from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits, read_plan
+from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
+from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
@@ -146,7 +147,7 @@ def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Unt
         out=run.out,
         plan=plan,
         manifest=run.manifest,
-        benchmark=read_json(run.out / BENCHMARK_FILE) if timed else None,
+        benchmark=read_json(run.out / BENCHMARK_FILE, dict[str, Any]) if timed else None,
         report=run.out / REPORT_HTML,
     )
 
@@ -205,7 +206,8 @@ def _prune(run: Run, job: Job, dense: Checkpoint, choices: Choices) -> PrunePlan
         if reads_curves(recipe, saliency):
             run.run(prune.curves(run, cutter))
     else:
-        chosen = run.run(prune.select(run, cutter, choices, job.calibration))
+        run.run(prune.select(run, cutter, choices, job.calibration))
+        chosen = drawn_record(run)
         saliency, gamma = chosen["saliency"], chosen["gamma"]
     if saliency == REFIT:
         run.run(prune.allocate(run, cutter))
@@ -226,19 +228,18 @@ def _unit_cost(run: Run, job: Job, dense: Checkpoint) -> UnitCost | None:
     if job.pruning.cost == "weights":
         return None
     scheme = next(iter(job.quantization.quantize), None)
-    measured = run.run(
-        unit_cost(
-            run,
-            dense,
-            job.pruning.cost,
-            export=job.export,
-            scheme=scheme,
-            workload=_workload(job.measurement),
-        )
+    cost = unit_cost(
+        run,
+        dense,
+        job.pruning.cost,
+        export=job.export,
+        scheme=scheme,
+        workload=_workload(job.measurement),
     )
-    cost = UnitCost(**measured)
-    require_feasible(dense.shape, budget_of(job.pruning, cost))
-    return cost
+    run.run(cost)
+    found = run.result(cost.name, UnitCost)
+    require_feasible(dense.shape, budget_of(job.pruning, found))
+    return found
 
 
 def _workload(measurement: Measurement) -> Workload:

@@ -9,26 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.registry import look_up
-from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.family import DECODER
 from nirvana_deploy.model.shape import LayerShape, ModelShape
-from nirvana_deploy.output.layout import CHECKPOINT, PLAN_FILE
-from nirvana_deploy.output.variants import DENSE, ModelVariant
 from nirvana_deploy.prune.allocation import ALLOCATIONS, Wish, whole
 from nirvana_deploy.prune.saliency.units import UnitScores
-
-PLAN_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -320,54 +312,6 @@ def check_plan_fits(plan: PrunePlan, shape: ModelShape) -> None:
         )
 
 
-def write_plan(plan: PrunePlan, path: Path) -> None:
-    """Write ``plan.json``; the same plan gives the same bytes."""
-    data = {"schema": PLAN_SCHEMA, **asdict(plan)}
-    for optional in ("reconstruct", "curves"):
-        if data[optional] is None:
-            del data[optional]
-    if all(layer.site == DECODER for layer in plan.layers):
-        for layer in data["layers"]:
-            del layer["site"]  # a decoder-only model has one kind of layer, which needs no name
-    write_json(path, data)
-
-
-def read_plan(path: Path) -> PrunePlan:
-    """Read and check a ``plan.json``; raises NirvanaError that says what is wrong with it."""
-    data = read_json(path)
-    try:
-        if data["schema"] != PLAN_SCHEMA:
-            raise NirvanaError(
-                f"{path} has schema {data['schema']}; this version reads schema {PLAN_SCHEMA}.",
-                hint="pip install --upgrade nirvana-deploy",
-            )
-        fields = {key: value for key, value in data.items() if key not in ("schema", "budget", "layers")}
-        layers = tuple(_layer_plan(layer) for layer in data["layers"])
-        plan = PrunePlan(**fields, budget=Budget(**data["budget"]), layers=layers)
-    except (KeyError, TypeError) as error:
-        raise NirvanaError(f"{path} is not a prune plan: {error!r}.") from error
-    for layer in plan.layers:
-        _check_indices(path, layer.layer, "kept_groups", layer.kept_groups, layer.of_groups)
-        _check_indices(path, layer.layer, "kept_neurons", layer.kept_neurons, layer.of_neurons)
-    return plan
-
-
-def _layer_plan(data: dict[str, Any]) -> LayerPlan:
-    kept = {key: tuple(data[key]) for key in ("kept_groups", "kept_neurons")}
-    return LayerPlan(**{**data, **kept})
-
-
-def _check_indices(path: Path, layer: int, what: str, kept: tuple[int, ...], of: int) -> None:
-    if (
-        (of and not kept)
-        or list(kept) != sorted(set(kept))
-        or not all(isinstance(i, int) and 0 <= i < of for i in kept)
-    ):
-        raise NirvanaError(
-            f"{path}: {what} of layer {layer} must be sorted, unique, at least one and in [0, {of})."
-        )
-
-
 def _costs(shape: ModelShape) -> tuple[int, int]:
     """(A, M): linear weights of all attention and of all FFN, in units of D weights."""
     attention = sum(layer.kv_heads for layer in shape.layers) * shape.group_cost
@@ -421,9 +365,3 @@ def _budget(
         parameters_dense=dense + shape.embedding_parameters,
         parameters_kept=kept + shape.embedding_parameters,
     )
-
-
-def shape_of(out: Path, variant: ModelVariant) -> ModelShape:
-    """The shape of a variant of the output folder ``out``."""
-    pruned = Checkpoint.open(out / CHECKPOINT).shape
-    return dense_shape(pruned, read_plan(out / PLAN_FILE)) if variant.name == DENSE else pruned

@@ -38,7 +38,8 @@ from nirvana_deploy.prune.choices import Choices
 from nirvana_deploy.prune.curves.curve import Curves, facts_of, read_curves, require_curves_of, write_curves
 from nirvana_deploy.prune.curves.measure_curves import CURVE_TOKENS
 from nirvana_deploy.prune.cutting import Cutter, reads_curves
-from nirvana_deploy.prune.plan import PrunePlan, read_plan, write_plan
+from nirvana_deploy.prune.plan import PrunePlan
+from nirvana_deploy.prune.plan_file import read_plan, write_plan
 from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.prune.refit.reconstruct import Reconstruction
 from nirvana_deploy.prune.scores_file import read_scores, write_scores
@@ -131,7 +132,7 @@ def plan(run: Run, cutter: Cutter, *, saliency: str, gamma: float | None) -> Sta
     """Decide what goes, from scores, and from curves where they have a say."""
 
     def work() -> dict[str, Any]:
-        drawn = drawn_record(run)
+        drawn: dict[str, Any] = dict(drawn_record(run))
         made = cutter.plan(
             read_scores(run.out / SCORES_FILE),
             saliency=saliency,
@@ -162,7 +163,7 @@ def select_inside(run: Run, cutter: Cutter) -> Stage:
     """Choose units and refit what stays, layer by layer, on the calibration windows."""
 
     def work() -> dict[str, Any]:
-        drawn = drawn_record(run)
+        drawn: dict[str, Any] = dict(drawn_record(run))
         allocated = cutter.allocated(_curves(run, cutter))
         made, done = cutter.select(allocated, _windows(run), run.out / RECONSTRUCTION, drawn)
         write_plan(_with_candidates(made, drawn), run.out / PLAN_FILE)

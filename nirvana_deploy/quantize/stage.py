@@ -61,11 +61,12 @@ def quantize(run: Run, recipe: Quantization, *, draw: Draw) -> Stage:
 
 def require_quantized(run: Run, scheme: str) -> None:
     """Raise VerificationError (exit code 3) unless the stage passed."""
-    result = run.result(stage.quantized(scheme))
-    if not result["passed"]:
+    result = run.result(stage.quantized(scheme), Quantized)
+    if not result.passed:
         folder = run.out / quantized_variant(scheme).folder
         raise VerificationError(
-            result["problem"], hint=f"{folder} is kept. nirvana-deploy doctor lists the versions in use."
+            result.problem or f"{scheme} failed.",
+            hint=f"{folder} is kept. nirvana-deploy doctor lists the versions in use.",
         )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nirvana_deploy.output import stage
+from nirvana_deploy.output.record_kinds import Quality
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
 from nirvana_deploy.report.table import ABSENT, format_number, format_times
@@ -31,9 +31,10 @@ def kinds(records: Records) -> Section | None:
         return None
     rows: list[tuple[str, ...]] = []
     for kind, calibrated in record.calibrated.items():
-        found = [variant["parts"][kind] for variant in record.variants.values()]
+        found = [variant.get("parts", {}).get(kind, {}) for variant in record.variants.values()]
+        tokens = next((part["tokens"] for part in found if part.get("tokens")), 0)
         label = kind if calibrated else f"{kind}, not calibrated on"
-        rows.append((f"{label}: {found[0]['tokens']:,} tokens", "perplexity", *_perplexities(found)))
+        rows.append((f"{label}: {tokens:,} tokens", "perplexity", *_perplexities(found)))
         rows.append(("", "KL to dense", *(_kl(part) for part in found)))
     return Section(
         "Perplexity with its ratio to the first model, and KL in nats per token with its standard error",
@@ -42,15 +43,15 @@ def kinds(records: Records) -> Section | None:
     )
 
 
-def _perplexities(found: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    first, *others = (part["perplexity"] for part in found)
-    return (
-        format_number(first),
-        *(f"{format_number(value)} ({format_times(value / first)})" for value in others),
-    )
+def _perplexities(found: Sequence[Quality]) -> Iterator[str]:
+    first = found[0].get("perplexity") if found else None
+    for index, part in enumerate(found):
+        value = part.get("perplexity")
+        ratio = f" ({format_times(value / first)})" if index and value and first else ""
+        yield ABSENT if value is None else f"{format_number(value)}{ratio}"
 
 
-def _kl(part: Mapping[str, Any]) -> str:
+def _kl(part: Quality) -> str:
     value, error = part.get("kl_vs_dense"), part.get("kl_standard_error")
     if value is None:
         return ABSENT

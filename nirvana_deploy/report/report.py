@@ -16,13 +16,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nirvana_deploy.base.artifact import write_bytes
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.terminal import harmless
 from nirvana_deploy.output import stage
+from nirvana_deploy.output.record_kinds import (
+    KernelRecord,
+    Selected,
+    SelectionRecord,
+    TasksRecord,
+    VerifiedRecord,
+)
 from nirvana_deploy.output.records import (
     LayerWidth,
     Records,
-    complete,
     layer_widths,
     listed_files,
     read_records,
@@ -216,28 +223,33 @@ def _curves_figures(out: Path, layers: tuple[LayerWidth, ...]) -> list[PlacedFig
     return [PlacedFigure(Markup(curves_page.curves_figure(curves, layers)), caption, wide=True)]
 
 
-def _selection(records: Records) -> Mapping[str, Any] | None:
+def _selection(records: Records) -> SelectionRecord | None:
     """The selector's record; None if there was no choice."""
-    found: Mapping[str, Any] | None = (records.stage(stage.SELECT).get("result") or {}).get("selection")
-    return found
+    found = records.result(stage.SELECT, Selected)
+    selection = found.get("selection") if found else None
+    if selection and selection["winner"] >= len(selection["candidates"]):
+        raise NirvanaError(
+            f"manifest.json: the winner of stage {stage.SELECT!r} is {selection['winner']}, "
+            f"of {len(selection['candidates'])} candidates."
+        )
+    return selection
 
 
 def _kernel(records: Records) -> dict[str, Any] | None:
     """Context of the tangent kernel section; None if it wasn't measured."""
-    record = records.stage(stage.TANGENT_KERNEL).get("result")
-    if not record:
+    record = records.result(stage.TANGENT_KERNEL, KernelRecord)
+    if record is None:
         return None
-    with complete(f"manifest.json: the result of stage {stage.TANGENT_KERNEL!r}"):
-        return {
-            "says": ntk_page.explain(record),
-            "headers": ntk_page.headers(record),
-            "rows": ntk_page.rows(record),
-        }
+    return {
+        "says": ntk_page.explain(record),
+        "headers": ntk_page.headers(record),
+        "rows": ntk_page.rows(record),
+    }
 
 
 def _kernel_figure(records: Records) -> PlacedFigure | None:
-    record = records.stage(stage.TANGENT_KERNEL).get("result")
-    if not record:
+    record = records.result(stage.TANGENT_KERNEL, KernelRecord)
+    if record is None:
         return None
     caption = "Line: what the removed weights alone take, an identity. Dotted: the most that they can take."
     return PlacedFigure(Markup(figures.kernel_figure(record)), caption)
@@ -245,15 +257,14 @@ def _kernel_figure(records: Records) -> PlacedFigure | None:
 
 def _tasks(records: Records) -> dict[str, Any] | None:
     """Context of the section on tasks; None if none was run."""
-    record = records.stage(stage.TASKS).get("result")
-    if not record or not record.get("variants"):
+    record = records.result(stage.TASKS, TasksRecord)
+    if record is None or not record["variants"]:
         return None
-    with complete(f"manifest.json: the result of stage {stage.TASKS!r}"):
-        return {
-            "says": tasks_page.explain(record),
-            "headers": tasks_page.headers(record),
-            "rows": tasks_page.rows(record),
-        }
+    return {
+        "says": tasks_page.explain(record),
+        "headers": tasks_page.headers(record),
+        "rows": tasks_page.rows(record),
+    }
 
 
 def _stage_figure(records: Records) -> PlacedFigure | None:
@@ -287,21 +298,24 @@ def _snippets(records: Records) -> tuple[Snippet, ...]:
 def _checks(records: Records) -> tuple[tuple[str, ...], ...]:
     """Rows of the verification table: model, check, value found, tolerance, result."""
     rows = []
-    for model, result in (records.stage(stage.VERIFY).get("result") or {}).items():
-        for check in result.get("checks") or ():
-            difference = format_number(check["max_abs_diff"], digits=2)
-            tolerance = format_number(check["tolerance"], digits=2)
+    verified = records.result(stage.VERIFY, dict[str, VerifiedRecord]) or {}
+    for model, result in verified.items():
+        for check in result.get("checks", ()):
+            difference, tolerance = (
+                ABSENT if value is None else format_number(value, digits=2)
+                for value in (check["max_abs_diff"], check["tolerance"])
+            )
             rows.append(
                 (model, check["name"], difference, tolerance, "passed" if check["passed"] else "failed")
             )
-        for check in result.get("greedy") or ():
-            name = f"{check['new_tokens']} greedy tokens, {check['runtime']}"
-            if check.get("not_run"):
-                rows.append((model, name, ABSENT, ABSENT, f"not run: {check['not_run']}"))
+        for asked in result.get("greedy", ()):
+            name = f"{asked['new_tokens']} greedy tokens, {asked['runtime']}"
+            if asked.get("not_run"):
+                rows.append((model, name, ABSENT, ABSENT, f"not run: {asked['not_run']}"))
                 continue
-            equal, ties, prompts = check["equal_prompts"], check.get("ties"), check["prompts"]
+            equal, ties, prompts = asked["equal_prompts"], asked["ties"], asked["prompts"]
             found = f"{equal} equal" + (f", {ties} parted at a tie" if ties else "")
-            rows.append((model, name, found, f"{prompts} prompts", "passed" if check["passed"] else "failed"))
+            rows.append((model, name, found, f"{prompts} prompts", "passed" if asked["passed"] else "failed"))
     return tuple(rows)
 
 

@@ -24,7 +24,7 @@ def models_for(run: Run, runtime: str | None) -> dict[ModelVariant, Path]:
     """
     takes = "onnx" if runtime is None else runtime_named(runtime).takes
     if takes == "checkpoint":  # quantized models have none
-        checkpoints = {DENSE: Path(run.manifest["model"]["path"]), PRUNED: run.out / CHECKPOINT}
+        checkpoints = {DENSE: run.dense, PRUNED: run.out / CHECKPOINT}
         return {one: checkpoints[one.name] for one in variants_of(run) if one.name in checkpoints}
     if runtime is None or takes == "onnx":
         return {variant: run.out / variant.folder for variant in variants_of(run)}

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from nirvana_deploy.base.errors import NirvanaError, TokenizerError
-from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE, ONNX, holds_model, is_checkpoint
+from nirvana_deploy.runtime.beside import end_tokens
 from nirvana_deploy.runtime.chat import users_turn
 from nirvana_deploy.runtime.runner import Runner, greedy_tokens
 from nirvana_deploy.runtime.table import runtime_named
@@ -175,13 +175,9 @@ def load_text_side(folder: Path) -> tuple[Any, frozenset[int]]:
         tokenizer = _tokenizer(folder)
     except (OSError, ValueError) as error:
         raise TokenizerError(folder, error) from error
-    for name, keys in (("genai_config.json", ("model", "eos_token_id")), ("config.json", ("eos_token_id",))):
-        if (folder / name).is_file():
-            found = read_json(folder / name)
-            for key in keys:
-                found = found.get(key) if isinstance(found, dict) else None
-            if found is not None:
-                return tokenizer, frozenset(found if isinstance(found, list) else [found])
+    found = end_tokens(folder)
+    if found is not None:
+        return tokenizer, found
     return tokenizer, frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
 
 

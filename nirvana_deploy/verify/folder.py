@@ -13,10 +13,10 @@ from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import CHECKPOINT, MANIFEST, PLAN_FILE, holds_model
 from nirvana_deploy.output.promise import incomplete, unlisted
-from nirvana_deploy.output.records import complete
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import DENSE, PRUNED, variant_named, variants_of
-from nirvana_deploy.prune.plan import check_plan_was_cut, read_plan
+from nirvana_deploy.prune.plan import check_plan_was_cut
+from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.quantize.coverage import Coverage, recorded_coverage
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE
 from nirvana_deploy.verify.against_torch import verify_onnx
@@ -84,10 +84,8 @@ def verify_folder(
     """
     _require_output_folder(out)
     run = Run.open(out, progress=progress)
-    with complete(str(out / MANIFEST)):
-        damaged, missing, more = run.damaged(), incomplete(run), unlisted(run)
-        dense = Path(run.manifest["model"]["path"])
-    checkpoints = {PRUNED: out / CHECKPOINT, DENSE: dense}
+    damaged, missing, more = run.damaged(), incomplete(run), unlisted(run)
+    checkpoints = {PRUNED: out / CHECKPOINT, DENSE: run.dense}
     if not damaged and run.has(stage.PLAN) and run.has(stage.CHECKPOINT):
         check_plan_was_cut(read_plan(out / PLAN_FILE), shape_from_config(config_json(out / CHECKPOINT)))
     # first: where the runtime or its device is missing, that is said before minutes of work

@@ -52,15 +52,6 @@ class VerifyReport:
         """For the manifest."""
         return {**asdict(self), "passed": self.passed}
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> VerifyReport:
-        """What :meth:`to_json` wrote."""
-        return cls(
-            checks=tuple(LogitsCheck(**check) for check in data["checks"]),
-            greedy=tuple(GreedyCheck(**check) for check in data["greedy"]),
-            first_departure=data["first_departure"],
-        )
-
     def require_passed(self, folder: Path, *, against: str = "its checkpoint") -> None:
         """Raise VerificationError (exit code 3) that names what failed and where it starts."""
         if self.passed:

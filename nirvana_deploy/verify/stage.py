@@ -43,7 +43,7 @@ def verify(run: Run, dense: Checkpoint, *, baseline: bool, threads: int | None) 
 
 def verified(run: Run) -> dict[str, VerifyReport]:
     """What the stage found, by variant."""
-    return {name: VerifyReport.from_json(report) for name, report in run.result(stage.VERIFY).items()}
+    return run.result(stage.VERIFY, dict[str, VerifyReport])
 
 
 def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, VerifyReport]:

@@ -404,6 +404,7 @@ def write_fake_engine(
         log=LogDigest(file="none", sha256="", lines=0, warnings=()),
         versions={},
         trtexec="",
+        notes=(),
     )
     write_json(record_path(path), record.to_json())
     return path

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 from nirvana_deploy.base.artifact import sha256_of, write_json
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.reading import read_json, typed
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     write_json(
         out / "manifest.json",
-        {"schema": 1, "model": {"path": str(out / "model")}, "options": {}, "stages": stages},
+        {"schema": 1, "model": {"name": "m", "path": str(out / "model")}, "options": {}, "stages": stages},
     )
     return out
 
@@ -164,7 +164,7 @@ def test_the_script_records_what_it_ran(script: ModuleType, finished: Path, tmp_
     assert record["environment"]["compute_capability"] == "sm89"
     assert set(record["runs"]) == {"tensorrt-rtx concat", "tensorrt-rtx in-place"}
     for found in record["runs"].values():
-        reports = {name: VerifyReport.from_json(report) for name, report in found["verified"].items()}
+        reports = typed(found["verified"], dict[str, VerifyReport], "verified")
         assert {name: report.passed for name, report in reports.items()} == {"dense": True, "pruned": True}
         assert found["planned_bytes"]["pruned"]["cache_copies"] in (1, 2)
     failed = {"tests": {"passed": True}, "runs": {"x": {"verified": {"dense": {"passed": False}}}}}

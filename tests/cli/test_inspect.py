@@ -15,8 +15,9 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.inspect import inspect
 from nirvana_deploy.cli.report import report
 from nirvana_deploy.model.families import shape_from_config
-from nirvana_deploy.output.records import inspect_path
-from nirvana_deploy.prune.plan import make_plan, write_plan
+from nirvana_deploy.output.inspection import inspect_path
+from nirvana_deploy.prune.plan import make_plan
+from nirvana_deploy.prune.plan_file import write_plan
 from nirvana_deploy.prune.saliency.units import UnitScores
 from nirvana_deploy.report.table import ABSENT
 

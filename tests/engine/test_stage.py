@@ -25,7 +25,7 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.layout import DECODER_FILE
 from nirvana_deploy.pipeline.prune_export import prune_by_plan
-from nirvana_deploy.prune.plan import write_plan
+from nirvana_deploy.prune.plan_file import write_plan
 from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.graph.linears import open_folder, write_folder
 from nirvana_deploy.quantize.int8.decide import apply_to

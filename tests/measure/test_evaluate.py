@@ -24,7 +24,7 @@ from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.pipeline.folder import evaluate_folder
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.prune.plan import read_plan
+from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.runtime.recipe import Place
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the genai bindings while they load

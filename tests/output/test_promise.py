@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nirvana_deploy.base.artifact import whole_folder
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.output.promise import incomplete, unlisted
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
@@ -97,10 +98,16 @@ def test_records_are_of_one_run(whole: Path) -> None:
     assert "more than one run: stage checkpoint" in said(whole)
 
 
+def test_a_manifest_that_does_not_say_that_it_is_complete_is_not(whole: Path) -> None:
+    edit(whole, lambda manifest: manifest.pop("complete"))
+    assert said(whole) == "is incomplete: the last stage is dense-onnx."
+
+
 @pytest.mark.parametrize("value", [None, 1, "true", []])
 def test_only_true_is_complete(whole: Path, value: object) -> None:
     edit(whole, lambda manifest: manifest.update(complete=value))
-    assert said(whole) == "is incomplete: the last stage is dense-onnx."
+    with pytest.raises(NirvanaError, match=r"manifest\.json: complete is .*, not true or false\."):
+        said(whole)
 
 
 @pytest.mark.parametrize(

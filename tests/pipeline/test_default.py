@@ -19,7 +19,8 @@ from nirvana_deploy.base.artifact import files_under
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.curves.curve import read_curves
-from nirvana_deploy.prune.plan import pruned_shape, read_plan
+from nirvana_deploy.prune.plan import pruned_shape
+from nirvana_deploy.prune.plan_file import read_plan
 
 OPTIONS: dict[str, Any] = {
     "sparsity": 0.3,

@@ -17,7 +17,8 @@ from nirvana_deploy.cli.main import commands
 from nirvana_deploy.pipeline.job import all_fields, job_of
 from nirvana_deploy.pipeline.presets import PRESETS
 from nirvana_deploy.pipeline.recipe_file import read_recipe, write_recipe
-from nirvana_deploy.prune.plan import default_gamma, make_plan, write_plan
+from nirvana_deploy.prune.plan import default_gamma, make_plan
+from nirvana_deploy.prune.plan_file import write_plan
 from nirvana_deploy.prune.recipe import PRESETS as NAMES
 from nirvana_deploy.prune.scores_file import read_scores
 

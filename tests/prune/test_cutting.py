@@ -21,7 +21,8 @@ from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.curves.budget import UnitCost
 from nirvana_deploy.prune.curves.curve import Curves, curve_of, facts_of
 from nirvana_deploy.prune.cutting import Cutter, reads_curves
-from nirvana_deploy.prune.plan import make_plan, read_plan, write_plan
+from nirvana_deploy.prune.plan import make_plan
+from nirvana_deploy.prune.plan_file import read_plan, write_plan
 from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.prune.refit.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.saliency.units import UnitScores

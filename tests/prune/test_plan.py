@@ -19,10 +19,9 @@ from nirvana_deploy.prune.plan import (
     largest_sparsity,
     make_plan,
     pruned_shape,
-    read_plan,
     removed_counts,
-    write_plan,
 )
+from nirvana_deploy.prune.plan_file import read_plan, write_plan
 from nirvana_deploy.prune.saliency.units import UnitScores
 
 
@@ -203,10 +202,20 @@ def test_a_plan_of_another_model_is_refused() -> None:
     ("change", "complaint"),
     [
         (lambda data: data.update(schema=99), "schema 99"),
-        (lambda data: data.pop("layers"), "not a prune plan"),
-        (lambda data: data["layers"][1].update(kept_groups=[2, 1]), "kept_groups of layer 1"),
-        (lambda data: data["layers"][1].update(kept_groups=[]), "kept_groups of layer 1"),
-        (lambda data: data["layers"][2].update(kept_neurons=[0, 96]), "kept_neurons of layer 2"),
+        (lambda data: data.pop("layers"), "plan.json: it has no 'layers'"),
+        (
+            lambda data: data["layers"][1].update(kept_groups=[2, 1]),
+            r"layers\[1\]\.kept_groups must be sorted",
+        ),
+        (lambda data: data["layers"][1].update(kept_groups=[]), r"layers\[1\]\.kept_groups must be sorted"),
+        (
+            lambda data: data["layers"][2].update(kept_neurons=[0, 96]),
+            r"layers\[2\]\.kept_neurons must be sorted",
+        ),
+        (lambda data: data["layers"][1].update(kept_groups=[True]), r"kept_groups\[0\] is true, not a whole"),
+        (lambda data: data["layers"][1].update(kept_groups=[0.0]), r"kept_groups\[0\] is 0\.0, not a whole"),
+        (lambda data: data["layers"].append([]), r"layers\[4\] is a list of 0, not an object"),
+        (lambda data: data.update(budget=[]), r"budget is a list of 0, not an object"),
     ],
 )
 def test_a_damaged_plan_is_refused(tmp_path: Path, change: object, complaint: str) -> None:

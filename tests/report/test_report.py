@@ -420,14 +420,15 @@ def test_an_unknown_schema_is_refused(tmp_path: Path, schema: Any) -> None:
 @pytest.mark.parametrize("record", RECORDS)
 def test_a_record_with_a_broken_field_is_named(tmp_path: Path, record: str) -> None:
     records = frozen_records()
+    verify = {"files": {}, "result": {"pruned": {"passed": True, "checks": [{}]}}}
     breaks = {
-        "manifest": ("stages", {"verify": {"result": {"pruned": {"passed": True, "checks": [{}]}}}}),
-        "plan": ("layers", [{"layer": 0}]),
-        "benchmark": ("variants", [{"parameters": 1}]),
+        "manifest": ("stages", {"verify": verify}, "verify': pruned.checks[0] has no 'name'"),
+        "plan": ("layers", [{"layer": 0}], "layers[0] has no 'of_groups'"),
+        "benchmark": ("variants", [{"parameters": 1}], "variants[0] has no 'name'"),
     }
-    field, value = breaks[record]
+    field, value, said = breaks[record]
     getattr(records, record)[field] = value
-    with pytest.raises(NirvanaError, match=rf"{record}\.json.* is not complete"):
+    with pytest.raises(NirvanaError, match=rf"{record}\.json.*{re.escape(said)}"):
         report_of(tmp_path, records)
 
 

@@ -29,7 +29,12 @@ def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("finished")
     onnx_from_checkpoint(Checkpoint.open(tiny_llama), out / "onnx")
     (out / "checkpoint").symlink_to(tiny_llama)
-    manifest = {"schema": 1, "options": {}, "stages": {"onnx": {"files": {}, "result": {}}}}
+    manifest = {
+        "schema": 1,
+        "options": {},
+        "model": {"name": "m"},
+        "stages": {"onnx": {"files": {}, "result": {}}},
+    }
     (out / "manifest.json").write_text(json.dumps(manifest))
     profiles = decoder_profiles(out / "onnx", batch_size=1, step_tokens=4, total_tokens=8)
     write_fake_engine(out / "pruned.engine", out / "onnx", profiles=profiles)

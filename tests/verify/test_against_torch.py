@@ -14,6 +14,7 @@ from builders.plans import plan_for
 from builders.tiny import write_tiny
 
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
+from nirvana_deploy.base.reading import typed
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json
 from nirvana_deploy.model.families import shape_from_config
@@ -46,7 +47,7 @@ def test_the_pruned_graph_equals_its_checkpoint(pruned: tuple[Path, Path]) -> No
     assert report.passed, report
     assert len(report.checks) == 5 and all(check.max_abs_diff >= 0 for check in report.checks)
     assert {check.runtime for check in report.greedy} == {"onnxruntime", "onnxruntime-genai"}
-    assert VerifyReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert typed(json.loads(json.dumps(report.to_json())), VerifyReport, "report") == report
 
 
 def test_the_dense_graph_equals_its_checkpoint(tiny: Path, tmp_path: Path) -> None:

@@ -11,18 +11,26 @@ import fcntl
 import json
 import os
 import shlex
+import stat
 import sys
 import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
+from typing import TypedDict
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import parse_json, typed
 
 LOCK = ".nirvana-deploy.lock"
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """What file systems say that know no locks; there nobody is kept out."""
 _SHOWN = 200
+
+
+class _Holder(TypedDict):
+    pid: int
+    command: str
 
 
 class FolderLock:
@@ -48,7 +56,7 @@ class FolderLock:
 
     def _take(self) -> int:
         while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = _open(self._path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -61,6 +69,27 @@ class FolderLock:
                 os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "command": _command()}).encode(), 0)
                 return descriptor
             os.close(descriptor)  # its holder removed the file between the two calls
+
+
+def _open(path: Path) -> int:
+    """The lock's file, which this tool wrote or writes: nothing that stands under its name is emptied."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.EISDIR, errno.ENXIO}:
+            raise _no_lock(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_lock(path)
+    return descriptor
+
+
+def _no_lock(path: Path) -> NirvanaError:
+    return NirvanaError(
+        f"{path} is no file of this tool, which locks the folder with it: it is a folder, a link or a pipe.",
+        hint="Move it away.",
+    )
 
 
 def _read(descriptor: int) -> bytes:
@@ -94,9 +123,9 @@ def _command() -> str:
 
 def _held(folder: Path, holder: bytes) -> NirvanaError:
     try:
-        said = json.loads(holder)
-        who = f"process {int(said['pid'])} ({''.join(filter(str.isprintable, str(said['command'])))})"
-    except (ValueError, KeyError, TypeError):
+        said = typed(parse_json(holder, LOCK), _Holder, LOCK)
+        who = f"process {said['pid']} ({''.join(filter(str.isprintable, said['command']))})"
+    except NirvanaError:
         who = "another process"
     return NirvanaError(
         f"{folder} is being written by {who}.",

@@ -13,9 +13,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import TypedDict
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.temporary import is_abandoned
+from nirvana_deploy.base.reading import read_json
 
 MARKER = ".made-by-nirvana-deploy"
 """JSON that is the same for the same names. No suffix: programs that look for *.json do not meet it."""
@@ -23,6 +25,12 @@ TOOL = "nirvana-deploy"
 _SCHEMA = 1
 _NAMED, _COUNTED = 3, 1000
 _ELSEWHERE = "Choose another place with --out."
+
+
+class _Marker(TypedDict):
+    tool: str
+    schema: int
+    files: list[str]
 
 
 def marker_text(names: Iterable[str]) -> str:
@@ -33,13 +41,10 @@ def marker_text(names: Iterable[str]) -> str:
 def marked_names(folder: Path) -> frozenset[str]:
     """The names in ``folder`` that this tool wrote, its marker among them; none without a marker of ours."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        marker = read_json(folder / MARKER, _Marker, schema=_SCHEMA)
+    except NirvanaError:
         return frozenset()
-    if not isinstance(marker, dict) or (marker.get("tool"), marker.get("schema")) != (TOOL, _SCHEMA):
-        return frozenset()
-    names = marker.get("files")
-    return frozenset([MARKER, *map(str, names)]) if isinstance(names, list) else frozenset()
+    return frozenset([MARKER, *marker["files"]]) if marker["tool"] == TOOL else frozenset()
 
 
 def files_below(folder: Path) -> Iterator[str]:

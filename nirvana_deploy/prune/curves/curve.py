@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import parse_json, read_tensors, typed
 from nirvana_deploy.model.shape import ModelShape
 
 SCHEMA = "nirvana-deploy curves 1"
@@ -85,14 +85,9 @@ def write_curves(curves: Curves, path: Path) -> None:
 
 def read_curves(path: Path) -> Curves:
     """Read and check ``curves.safetensors``; raises NirvanaError for a file that holds no curves."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            facts = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except FileNotFoundError:
-        raise NirvanaError(f"{path} does not exist.") from None
-    except (SafetensorError, OSError) as error:
-        raise NirvanaError(f"{path} cannot be read: {error}.", hint=_AGAIN) from error
+    found, about = read_tensors(path, hint=_AGAIN)
+    where = f"{path}, metadata {_ABOUT!r}"
+    facts = typed(parse_json(about.get(_ABOUT, "{}"), where, hint=_AGAIN), dict[str, str], where, hint=_AGAIN)
     if facts.pop("schema", None) != SCHEMA:
         raise NirvanaError(f"{path} holds no curves of this version.", hint=_AGAIN)
     kinds = {}
@@ -122,7 +117,10 @@ _AGAIN = "Measure the curves again: repeat the command with --force, or with ano
 
 def _check(path: Path, what: str, curve: Curve) -> None:
     sound = (
-        len(curve.removed) == len(curve.kl) > 0
+        curve.removed.dtype == np.int64
+        and curve.kl.dtype == np.float64
+        and curve.removed.ndim == curve.kl.ndim == 1
+        and len(curve.removed) == len(curve.kl) > 0
         and curve.removed[0] == curve.kl[0] == 0
         and (np.diff(curve.removed) > 0).all()
         and np.isfinite(curve.kl).all()

@@ -104,7 +104,7 @@ def decoder_prompts(
 
 def decoder_start(folder: Path) -> int:
     """The token that the decoder of an ONNX ``folder`` starts from."""
-    return first_decoder_token(read_json(folder / "config.json"))
+    return first_decoder_token(read_json(folder / "config.json", dict[str, Any]))
 
 
 def _of(file: str, given: Sequence[Mapping[str, Feeds]] | None, window: int) -> Feeds:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required, TypedDict, cast
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
@@ -75,6 +76,48 @@ class Int8Spec:
         )
 
 
+class _LinearRecord(TypedDict):
+    bound: Annotated[float, Meta(ge=0)]
+    outliers: list[Annotated[int, Meta(ge=0)]]
+
+
+class _SpecRecord(TypedDict):
+    alpha: float | None
+    ranges: str
+    linears: dict[str, _LinearRecord]
+    kept_float: dict[str, str]
+    smoothing: dict[str, Annotated[str, Meta(pattern="^[!-~]*$")]]
+
+
+class _Weights(TypedDict, total=False):
+    rounding: Required[str]
+    block_size: Required[int | None]
+
+
+class _Sensitivity(TypedDict):
+    layers: dict[str, float]
+    linears: dict[str, float]
+
+
+class _Coverage(TypedDict):
+    promised: int
+    found: int
+    operators: dict[str, int]
+    missing: list[str]
+
+
+class _Quantization(TypedDict, total=False):
+    schema: int
+    scheme: Required[str]
+    int8: _SpecRecord
+    weights: _Weights
+    linears: list[str]
+    sensitivity: _Sensitivity | None
+    coverage: _Coverage
+    weights_bytes: int
+    float_bytes: int
+
+
 def read_spec(folder: Path) -> Int8Spec:
     """The int8 decision recorded in a quantized folder; raises NirvanaError when there is none."""
     record = read_record(folder)
@@ -91,13 +134,8 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder} holds no {RECORD_FILE}: it was not quantized by this tool.",
             hint="nirvana-deploy quantize DIR --scheme int8",
         )
-    record: dict[str, Any] = read_json(path)
-    if record.get("schema") != SCHEMA:
-        raise NirvanaError(
-            f"{path} has schema {record.get('schema')!r}; this version reads {SCHEMA}.",
-            hint="Quantize again with this version.",
-        )
-    return record
+    again = "Quantize again with this version."
+    return cast(dict[str, Any], read_json(path, _Quantization, schema=SCHEMA, hint=again))
 
 
 def recorded_linears(record: Mapping[str, Any]) -> list[str]:

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.output.layout import FLAVOR_KEY, MODEL_FILE
+from nirvana_deploy.runtime import beside
 from nirvana_deploy.runtime.onnxruntime.session import (
     CACHE_DTYPES,
     as_numpy,
@@ -313,5 +313,4 @@ def _shares_buffers(session: Any, folder: Path) -> bool:
     metadata = session.get_modelmeta().custom_metadata_map
     if FLAVOR_KEY in metadata:
         return bool(metadata[FLAVOR_KEY] == "gqa")
-    config = folder / "genai_config.json"
-    return config.is_file() and bool(read_json(config)["search"].get("past_present_share_buffer"))
+    return beside.shares_buffers(folder)

@@ -215,4 +215,4 @@ def _int64(array: NDArray[Any]) -> NDArray[np.int64]:
 
 def start_token(folder: Path) -> int:
     """What a decoder reads first, by the config of its ``folder``; raises NirvanaError where it says none."""
-    return first_decoder_token(read_json(folder / "config.json"))
+    return first_decoder_token(read_json(folder / "config.json", dict[str, Any]))

@@ -110,45 +110,12 @@ class EngineRecord:
     versions: Mapping[str, str]
     trtexec: str
     """The equivalent command line of the vendor's tool."""
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
     """What the build wants its user to know."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"schema": ENGINE_SCHEMA, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_json(cls, value: Any, *, path: Path) -> EngineRecord:
-        """Parse what :meth:`to_json` gave; raises NirvanaError naming ``path`` where it is something else."""
-        schema = value.get("schema") if isinstance(value, dict) else None
-        if schema != ENGINE_SCHEMA:
-            raise NirvanaError(
-                f"{path} has schema {schema!r}; this version reads engine records of schema {ENGINE_SCHEMA}.",
-                hint="Build the engine again: nirvana-deploy build-engine DIR --force",
-            )
-        try:
-            fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-            fields["inputs"], fields["outputs"] = (
-                tuple(TensorRecord(**{**one, "shape": tuple(one["shape"])}) for one in value[side])
-                for side in ("inputs", "outputs")
-            )
-            fields["profiles"] = tuple(_profile(one) for one in value["profiles"])
-            fields["build"] = BuildCost(**value["build"])
-            fields["log"] = LogDigest(**{**value["log"], "warnings": tuple(value["log"]["warnings"])})
-            fields["targets"], fields["notes"] = tuple(value["targets"]), tuple(value["notes"])
-            return cls(**fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise NirvanaError(
-                f"{path} is not complete: {type(error).__name__} {error}.",
-                hint="Build the engine again: nirvana-deploy build-engine DIR --force",
-            ) from error
-
-
-def _profile(value: Mapping[str, Any]) -> ProfileRecord:
-    shapes = {
-        name: (tuple(low), tuple(best), tuple(high)) for name, (low, best, high) in value["shapes"].items()
-    }
-    return ProfileRecord(name=value["name"], shapes=shapes)
 
 
 def record_path(engine: Path) -> Path:
@@ -188,7 +155,7 @@ def read_engine_record(engine: Path, *, check_bytes: bool = True) -> EngineRecor
             f"{engine} has no {path.name} beside it: its build was never finished, or it was copied alone.",
             hint=again,
         )
-    record = EngineRecord.from_json(read_json(path), path=path)
+    record = read_json(path, EngineRecord, schema=ENGINE_SCHEMA, hint=again)
     found_bytes = engine.stat().st_size
     if found_bytes != record.engine_bytes:
         what = "truncated" if found_bytes < record.engine_bytes else "longer than it was"

@@ -29,7 +29,8 @@ from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.output.records import read_records
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_quality
-from nirvana_deploy.prune.plan import PrunePlan, read_plan
+from nirvana_deploy.prune.plan import PrunePlan
+from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.prune.refit.least_squares import NormalEquations, Refit
 from nirvana_deploy.prune.refit.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.saliency.units import kept_positions

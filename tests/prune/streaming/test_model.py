@@ -16,7 +16,8 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.weights import SafetensorsWeights
-from nirvana_deploy.prune.plan import make_plan, write_plan
+from nirvana_deploy.prune.plan import make_plan
+from nirvana_deploy.prune.plan_file import write_plan
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES, next_token_loss, strongest_logits
 from nirvana_deploy.prune.saliency.units import UnitScores, scored_tensors, unit_sums
 from nirvana_deploy.prune.streaming.head import embedded, head_blocks, states_gradient

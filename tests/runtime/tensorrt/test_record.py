@@ -49,6 +49,7 @@ def a_record(engine: Path) -> EngineRecord:
         log=LogDigest(file="x.log", sha256="00", lines=3, warnings=("one",)),
         versions={"tensorrt_rtx": "1.7.1.116"},
         trtexec="tensorrt_rtx --onnx=model.onnx",
+        notes=(),
     )
 
 
@@ -94,7 +95,7 @@ def test_a_record_without_a_field_is_refused(engine: Path, field: str) -> None:
     value = json.loads(record_path(engine).read_text())
     del value[field]
     write_json(record_path(engine), value)
-    with pytest.raises(NirvanaError, match=r"model\.json is not complete"):
+    with pytest.raises(NirvanaError, match=rf"model\.json: it has no {field!r}"):
         read_engine_record(engine)
 
 
