@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from scale import PEAK_PROMISE_BYTES, SHAPES, write_random_checkpoint
 
-from nirvana_deploy.base.artifact import require_free_bytes, write_json
+from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.resources import require_free_bytes
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.worker import peak_rss_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint

@@ -37,9 +37,10 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from nirvana_deploy.base.artifact import require_free_bytes, write_json
+from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.resources import require_free_bytes
 from nirvana_deploy.measure.worker import peak_rss_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint
 from nirvana_deploy.model.families import shape_from_config

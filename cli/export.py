@@ -34,21 +34,22 @@ def export(
       nirvana-deploy export smollm2 --out my-onnx-fp16 --dtype fp16 --flavor gqa
       nirvana-deploy export smollm2 --out for-engines --dtype fp16 --flavor static-cache --cache-length 1024
     """
-    from nirvana_deploy.base.ownership.marker import require_apart, require_free
+    from nirvana_deploy.base.ownership.held import held
+    from nirvana_deploy.base.ownership.marker import require_apart
     from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
     from nirvana_deploy.model.checkpoint import Checkpoint
     from nirvana_deploy.model.sources import local_paths, resolve_model
 
     progress = TerminalProgress()
-    require_free(out, force=force, reads=local_paths(model))
-    source = resolve_model(model, progress=progress)
-    require_apart(out, reads=[source.path])
-    exported = onnx_from_checkpoint(
-        Checkpoint.open(source.path),
-        out,
-        **options,
-        progress=progress,
-    )
+    with held(out, force=force, reads=local_paths(model)):
+        source = resolve_model(model, progress=progress)
+        require_apart(out, reads=[source.path])
+        exported = onnx_from_checkpoint(
+            Checkpoint.open(source.path),
+            out,
+            **options,
+            progress=progress,
+        )
     if as_json:
         echo_json(
             {

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
+from types import FrameType
 
 import click
 
 from nirvana_deploy import __version__
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.resources import exhaustion_errors
 from nirvana_deploy.base.terminal import brief
 from nirvana_deploy.cli.common import echo
 
@@ -82,7 +85,9 @@ def commands() -> None:
 def main() -> None:
     """Run the command line; the user's problems end with one message and no trace."""
     try:
-        code = commands.main(standalone_mode=False)
+        signal.signal(signal.SIGTERM, _interrupted)
+        with exhaustion_errors("The command"):
+            code = commands.main(standalone_mode=False)
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
@@ -98,3 +103,9 @@ def main() -> None:
         # remembers an interrupt that arrived while a module was being imported.
         os._exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a command as Ctrl-C does; a second one does not cut its cleaning up short."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt

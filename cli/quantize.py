@@ -39,6 +39,7 @@ def quantize(
       nirvana-deploy quantize my-onnx --scheme w4 --block-size 64 --out my-onnx-w4
       nirvana-deploy quantize my-onnx --scheme int8 --calib handbook.txt --out my-onnx-int8
     """
+    from nirvana_deploy.base.ownership.held import held
     from nirvana_deploy.base.ownership.marker import require_free
     from nirvana_deploy.calibrate.mixture import files_of
     from nirvana_deploy.output.layout import MANIFEST, ONNX
@@ -59,13 +60,15 @@ def quantize(
         raise click.UsageError("DIR is an ONNX folder, not an output folder: say where to write with --out.")
     target = out or folder / f"onnx-{recipe.scheme}"
     source = folder / ONNX if whole_run else folder
-    require_free(target, force=force, reads=[source, *files_of(text.calib or "")])
+    reads = [source, *files_of(text.calib or "")]
     if whole_run:
+        require_free(target, force=force, reads=reads)
         record = quantize_folder(folder, recipe, progress=progress)
     else:
-        windows = {} if text.calib is None else _drawn(folder, text, progress)
-        record = quantize_onnx(folder, target, recipe, progress=progress, **windows).record
-        write_sensitivity(target, record)
+        with held(target, force=force, reads=reads):
+            windows = {} if text.calib is None else _drawn(folder, text, progress)
+            record = quantize_onnx(folder, target, recipe, progress=progress, **windows).record
+            write_sensitivity(target, record)
     if as_json:
         echo_json({"out": str(target), **record})
         return

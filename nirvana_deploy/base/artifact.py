@@ -7,18 +7,15 @@ doesn't list, or lists with another sha256, was never finished.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.marker import (
     MARKER,
     foreign,
@@ -28,6 +25,7 @@ from nirvana_deploy.base.ownership.marker import (
     require_ours,
 )
 from nirvana_deploy.base.ownership.temporary import is_temporary, remove, remove_abandoned, temporary_beside
+from nirvana_deploy.base.resources import disk_errors
 
 _CHUNK_BYTES = 1 << 22
 
@@ -36,45 +34,6 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def disk_errors(path: Path, *, elsewhere: str = "choose another place with --out DIR") -> Iterator[None]:
-    """Turn operating system errors while writing ``path`` into a NirvanaError that names it."""
-    try:
-        yield
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full",
-            errno.EDQUOT: "the disk quota is used up",
-            errno.EROFS: "the file system is read-only",
-            errno.EACCES: "permission is denied",
-            errno.EPERM: "permission is denied",
-            errno.ENOENT: "part of the path does not exist",
-            errno.ENOTDIR: "part of the path is a file, not a folder",
-        }
-        # a bare OSError comes from a writer that wraps the system's; others (of a network, say) are not ours
-        if error.errno not in reasons and type(error) is not OSError:
-            raise
-        reason = reasons.get(error.errno or 0) or error.strerror or str(error)
-        raise NirvanaError(
-            f"Cannot write {path}: {reason}.",
-            hint=f"Free some space, or {elsewhere}.",
-        ) from error
-
-
-def require_free_bytes(path: Path, needed_bytes: int, *, what: str) -> None:
-    """Raise NirvanaError if the disk of ``path`` has less than ``needed_bytes`` free."""
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
-        raise NirvanaError(
-            f"{what} needs about {needed_bytes / 1e9:.1f} GB on the disk of {path}, "
-            f"which has {free_bytes / 1e9:.1f} GB free.",
-            hint="Free some space, or choose another place with --out DIR.",
-        )
 
 
 def _fsync(path: Path) -> None:
@@ -215,6 +174,15 @@ def claim(folder: Path, names: Iterable[str]) -> None:
     if others:
         raise foreign(folder / others[0], others)
     write_bytes(folder / MARKER, marker_text(ours.union(names) - {MARKER}).encode())
+
+
+def unclaim(folder: Path) -> None:
+    """Take from the marker of ``folder`` what was claimed and not written; a marker of nothing goes."""
+    there = {name for name in marked_names(folder) - {MARKER} if os.path.lexists(folder / name)}
+    if there:
+        write_bytes(folder / MARKER, marker_text(there).encode())
+    else:
+        remove(folder / MARKER)
 
 
 def files_under(path: Path) -> list[Path]:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy import __version__
-from nirvana_deploy.base.artifact import require_free_bytes, sha256_of, whole_file, write_bytes, write_json
+from nirvana_deploy.base.artifact import sha256_of, whole_file, write_bytes, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import cpu_seconds, peak_rss_bytes, reset_peak_rss, system_cpu_seconds
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.resources import require_free_bytes, require_memory
 from nirvana_deploy.engine.network import NetworkCheck, NetworkFacts, check_network, read_network
 from nirvana_deploy.engine.precision import (
     MISSING_KERNEL,
@@ -52,6 +53,7 @@ from nirvana_deploy.runtime.tensorrt.record import (
     record_path,
 )
 
+_LESS_TO_BUILD = "End other programs, or store the weights in fewer bits: --quantize w8 or w4."
 _SPARE_BYTES = 64_000_000  # for the programs and the log
 
 
@@ -94,6 +96,7 @@ def engine_from_onnx(
     trt = tensorrt_module(options.runtime)
     require_builder(options.runtime, trt.__version__)
     require_free_bytes(out, source.bytes_on_disk + _SPARE_BYTES, what="The engine")
+    require_memory(2 * source.bytes_on_disk, what=f"Building {name}{ENGINE_SUFFIX}", hint=_LESS_TO_BUILD)
     log = BuilderLog()
     job = _Job(trt, source, profiles, options, log, out / f"{name}{ENGINE_SUFFIX}")
     record_path(job.engine).unlink(missing_ok=True)  # from here on the old engine is not whole

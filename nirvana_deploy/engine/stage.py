@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nirvana_deploy.base.artifact import claim, disk_errors, require_free_bytes, whole_folder
+from nirvana_deploy.base.artifact import claim, unclaim, whole_folder
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.lock import FolderLock
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.resources import disk_errors, require_free_bytes
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.engine.build import BuiltEngine, engines_from_folder
 from nirvana_deploy.engine.drop_branch import drop_cache_branch
@@ -129,16 +132,32 @@ def engines_from_onnx_folder(
     no engine can have (``engine/drop_branch.py``).
     """
     name = name or folder.name
+    new = not out.exists()
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with FolderLock(out):
-        claim(out, _files_of(name))
-        if is_seq2seq(folder):
-            folder = _for_engines(folder, out / f"{name}-onnx")
-        built = engines_from_folder(
-            folder, out, name=name, lengths=lengths, options=options, progress=progress
-        )
+    try:
+        with FolderLock(out), _claimed(out, _files_of(name)):
+            if is_seq2seq(folder):
+                folder = _for_engines(folder, out / f"{name}-onnx")
+            built = engines_from_folder(
+                folder, out, name=name, lengths=lengths, options=options, progress=progress
+            )
+    finally:
+        if new:
+            with suppress(OSError):  # it holds something
+                out.rmdir()
     return tuple(engine.path for engine in built)
+
+
+@contextmanager
+def _claimed(out: Path, names: list[str]) -> Iterator[None]:
+    """Mark ``names`` as ours; when the block fails, those alone that it has written."""
+    claim(out, names)
+    try:
+        yield
+    except BaseException:
+        unclaim(out)
+        raise
 
 
 def _for_engines(folder: Path, copy: Path) -> Path:

@@ -15,8 +15,9 @@ from typing import Any
 import onnx_ir as ir
 from transformers import GenerationConfig
 
-from nirvana_deploy.base.artifact import disk_errors, require_free_bytes, whole_folder, write_json
+from nirvana_deploy.base.artifact import whole_folder, write_json
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.resources import disk_errors, require_free_bytes
 from nirvana_deploy.export.attention import Rotary
 from nirvana_deploy.export.decoder import GraphOptions, build_decoder
 from nirvana_deploy.export.dtypes import DTYPES, dtype_named

@@ -7,7 +7,7 @@ the same round: drift cancels, one disturbed round does not count. Its p10 and p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.measure.bounds import Work, work_of
 from nirvana_deploy.measure.recipe import Workload
@@ -107,6 +108,7 @@ def benchmark(
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names) or baseline not in names:
         raise NirvanaError(f"Variants need distinct names, and one must be {baseline!r}; got {names}.")
+    require_memory_for(variant.path for variant in variants)
     with ExitStack() as stack:
         workers: dict[str, WorkerProcess] = {}
         for variant in variants:
@@ -142,6 +144,16 @@ def benchmark(
             if name != baseline
         ],
     }
+
+
+def require_memory_for(models: Iterable[Path]) -> None:
+    """Raise NirvanaError when the memory has no room for ONNX ``models`` side by side."""
+    folders = [path for path in models if path.is_dir()]  # an engine's weights lie on its device
+    require_memory(
+        sum(map(_weights_bytes, folders)),
+        what=f"Measuring {len(folders)} models side by side",
+        hint="Take a machine with more memory, or fewer models: --no-baseline, fewer --quantize.",
+    )
 
 
 def alternate(

@@ -22,7 +22,7 @@ from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.export.recipe import Export
 from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS, continuations
-from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
+from nirvana_deploy.measure.benchmark import benchmark, require_memory_for, variant_from_folder
 from nirvana_deploy.measure.bounds import mean_context_tokens
 from nirvana_deploy.measure.evaluation_text import (
     EvaluationText,
@@ -83,6 +83,7 @@ def quality(run: Run, place: Place, *, windows: TokenWindows | None = None) -> S
     def work() -> QualityMeasured:
         text, beside = _evaluation_texts(run, windows)
         models = models_for(run, place.runtime)
+        require_memory_for(models.values())
         with ExitStack() as stack:
             opened = {v.name: stack.enter_context(_opened(run, path, place)) for v, path in models.items()}
             found = _qualities(run, models, opened, text)

@@ -238,7 +238,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--runtime")
     options = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which closes our input
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are the parent's, which ends this process
+        signal.signal(number, signal.SIG_IGN)
     serve(
         options.path,
         threads=options.threads,

@@ -14,10 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.artifact import require_free_bytes, sha256_of, whole_folder, write_json
+from nirvana_deploy.base.artifact import sha256_of, whole_folder, write_json
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.resources import require_free_bytes
 from nirvana_deploy.model.families import FAMILIES
 
 _RECORD = "converted.json"

@@ -13,9 +13,9 @@ from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from nirvana_deploy.base.artifact import disk_errors
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.resources import disk_errors
 from nirvana_deploy.model.families import family_of
 
 ALLOWED_FILES = (

@@ -14,11 +14,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nirvana_deploy.base.artifact import disk_errors, sha256_of
+from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import nearest_names
+from nirvana_deploy.base.resources import disk_errors
 from nirvana_deploy.model.families import FAMILIES
 from nirvana_deploy.model.gguf_convert import (
     OTHER_CACHE,

@@ -26,7 +26,9 @@ def names(out: Path) -> list[str]:
 
 def occupied(out: Path) -> bool:
     """Whether a folder holds anything that matters."""
-    return any(path.name != LOCK and not temporary.is_abandoned(path.name) for path in out.iterdir())
+    return any(
+        not path.name.endswith(LOCK) and not temporary.is_abandoned(path.name) for path in out.iterdir()
+    )
 
 
 def in_the_way(out: Path) -> list[str]:

@@ -10,12 +10,12 @@ import os
 import secrets
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nirvana_deploy import __version__
-from nirvana_deploy.base.artifact import disk_errors, files_under, sha256_of, write_json
+from nirvana_deploy.base.artifact import files_under, sha256_of, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import cpu_seconds, environment, peak_rss_bytes, reset_peak_rss
 from nirvana_deploy.base.ownership.lock import FolderLock
@@ -23,6 +23,7 @@ from nirvana_deploy.base.ownership.marker import TOOL, foreign, require_apart
 from nirvana_deploy.base.ownership.temporary import remove_abandoned
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import typed
+from nirvana_deploy.base.resources import disk_errors, exhaustion_errors
 from nirvana_deploy.output import manifest as manifests
 from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import MANIFEST
@@ -150,7 +151,8 @@ class Run:
         self._made.add(stage.name)
         started, cpu_started = time.perf_counter(), cpu_seconds()
         reset_peak_rss()
-        result = manifests.plain(stage.work())
+        with self._tidy(stage), exhaustion_errors(f"The stage {stage.name!r}"):
+            result = manifests.plain(stage.work())
         files = self._hashes(stage.makes)
         for file in files:  # what belongs to a stage from now on
             self.manifest["files"].pop(file, None)
@@ -203,6 +205,17 @@ class Run:
                 self.manifest["makes"].remove(name)
         self.manifest["complete"] = True
         self._write()
+
+    @contextmanager
+    def _tidy(self, stage: Stage) -> Iterator[None]:
+        """Leave no empty folder around what a stage that fails was to make."""
+        try:
+            yield
+        except BaseException:
+            for around in {(self.out / name).parent for name in stage.makes} - {self.out}:
+                with suppress(OSError):
+                    around.rmdir()
+            raise
 
     def _take_lock(self) -> None:
         """Keep others out; the manifest is as they left it."""

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nirvana_deploy.base.artifact import require_free_bytes, whole_file
+from nirvana_deploy.base.artifact import whole_file
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import look_up
+from nirvana_deploy.base.resources import require_free_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.family import GgufArchitecture
 from nirvana_deploy.model.rope import rotary_frequencies

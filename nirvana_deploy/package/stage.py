@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.ownership.held import held
 from nirvana_deploy.base.ownership.marker import require_free
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
@@ -49,16 +51,16 @@ def package_gguf(
     )
     name = f"{_name_of(source)}-{weight_type}.gguf"
     target = target or _own_place(source) / GGUF_FOLDER / name
-    require_free(target, force=force, reads=[checkpoint], wrote=wrote_gguf)
-    require_undamaged(checkpoint, progress=progress)
-    opened = Checkpoint.open(checkpoint)
     made: list[GgufFile] = []
 
     def work() -> dict[str, Any]:
+        opened = Checkpoint.open(checkpoint)
         made.append(gguf_from_checkpoint(opened, target, weight_type=weight_type, progress=progress))
         return {key: value for key, value in gguf_record(made[0]).items() if key != "out"}
 
-    _record(source, stage.gguf(weight_type), target, work, progress, from_stage=stage.CHECKPOINT)
+    with _held(source, target, force=force, reads=[checkpoint], wrote=wrote_gguf):
+        require_undamaged(checkpoint, progress=progress)
+        _record(source, stage.gguf(weight_type), target, work, progress, from_stage=stage.CHECKPOINT)
     return made[0]
 
 
@@ -91,15 +93,15 @@ def package_triton(
         )
     onnx = _part(source, ONNX, MODEL_FILE, "nirvana-deploy export CHECKPOINT --out DIR")
     target = target or _own_place(source) / TRITON_FOLDER
-    require_free(target, force=force, reads=[onnx])
-    require_undamaged(onnx, progress=progress)
     made: list[TritonRepository] = []
 
     def work() -> dict[str, Any]:
         made.append(triton_from_onnx(onnx, target, name=name or _name_of(source), progress=progress))
         return {"models": list(made[0].models)}
 
-    _record(source, stage.TRITON, target, work, progress)
+    with _held(source, target, force=force, reads=[onnx]):
+        require_undamaged(onnx, progress=progress)
+        _record(source, stage.TRITON, target, work, progress)
     return made[0]
 
 
@@ -121,9 +123,15 @@ def package_engines(
     """
     target = target or _own_place(source) / TRITON_FOLDER
     files = [Path(one.rpartition("=")[2]) for one in engines]
-    require_free(target, force=force, reads=files)
-    if any(is_part_of_seq2seq(read_engine_record(file, check_bytes=False)) for file in files):
-        return _package_seq2seq(files, source, target, name=name, progress=progress)
+    with _held(source, target, force=force, reads=files):
+        if any(is_part_of_seq2seq(read_engine_record(file, check_bytes=False)) for file in files):
+            return _package_seq2seq(files, source, target, name=name, progress=progress)
+        return _package_decoders(engines, source, target, name=name, progress=progress)
+
+
+def _package_decoders(
+    engines: Sequence[str], source: Path, target: Path, *, name: str | None, progress: Progress
+) -> TritonRepository:
     by_target: dict[str, Path] = {}
     for one in engines:
         given, _, file = one.rpartition("=")
@@ -196,6 +204,29 @@ def _own_place(source: Path) -> Path:
     return source
 
 
+def _is_inside(source: Path, target: Path) -> bool:
+    """Whether a package lies in the output folder ``source``, whose manifest knows it then."""
+    return (source / MANIFEST).is_file() and target.resolve().is_relative_to(source.resolve())
+
+
+@contextmanager
+def _held(
+    source: Path,
+    target: Path,
+    *,
+    force: bool,
+    reads: Sequence[Path],
+    wrote: Callable[[Path], bool] | None = None,
+) -> Iterator[None]:
+    """Keep others away from ``target``; inside an output folder its run does so."""
+    if _is_inside(source, target):
+        require_free(target, force=force, reads=reads, wrote=wrote)
+        yield
+        return
+    with held(target, force=force, reads=reads, wrote=wrote):
+        yield
+
+
 def _record(
     source: Path,
     name: str,
@@ -206,8 +237,7 @@ def _record(
     from_stage: str = stage.ONNX,
 ) -> None:
     """Do ``work``; inside an output folder as the stage ``name``, whose files the manifest knows."""
-    inside = target.resolve().is_relative_to(source.resolve())
-    if inside and (source / MANIFEST).is_file():
+    if _is_inside(source, target):
         made = target.resolve().relative_to(source.resolve()).as_posix()
         packaged = Stage(name, needs=(from_stage,), makes=(made,), work=work)
         with Run.open(source, writing=True, progress=progress) as run:

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import onnx
 
-from nirvana_deploy.base.artifact import files_under, require_free_bytes, whole_folder
+from nirvana_deploy.base.artifact import files_under, whole_folder
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.resources import require_free_bytes
 from nirvana_deploy.output.layout import MODEL_FILE
 from nirvana_deploy.package import triton_decode
 from nirvana_deploy.verify.folder_check import check_graph_file

@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from nirvana_deploy.base.artifact import require_free_bytes
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.resources import require_free_bytes
 from nirvana_deploy.package import triton_seq2seq_decode
 from nirvana_deploy.package.triton import (
     TEXT_INPUTS,

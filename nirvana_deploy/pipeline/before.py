@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from nirvana_deploy.base.artifact import require_free_bytes
 from nirvana_deploy.base.progress import Progress
+from nirvana_deploy.base.resources import require_free_bytes, require_memory
 from nirvana_deploy.calibrate.mixture import files_of
 from nirvana_deploy.calibrate.stage import windows_wanted
 from nirvana_deploy.export.decoder import GraphOptions
@@ -27,6 +27,10 @@ from nirvana_deploy.prune.refit.reconstruct import require_tokens
 from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
 
 Until = Literal["checkpoint", "report"]
+_EQUATION_BYTES = 4 + 8
+"""Per pair of inputs of a linear: their sum of products, and the system that is solved."""
+_VERIFIED_BYTES = 4 + 4
+"""Per parameter: both runtimes hold it in float32."""
 _RECORDED_AS = {"run_benchmark": "benchmark"}
 """Options whose name in the manifest is another."""
 
@@ -85,6 +89,22 @@ def require_space(job: Job, out: Path, shape: ModelShape, until: Until) -> None:
     copies = job.pruning.reconstruct + (1 if until == "checkpoint" else later)
     parameters = shape.linear_parameters + shape.embedding_parameters
     require_free_bytes(out, 4 * copies * parameters, what="The output")
+
+
+def require_enough_memory(job: Job, choices: Choices, shape: ModelShape, until: Until) -> None:
+    """Raise NirvanaError when the memory has no room for what the job holds at once, at the very least."""
+    if job.pruning.reconstruct or by_curves(job, choices):
+        widest = max(max(shape.head_dim * layer.query_heads, layer.ffn_width) for layer in shape.layers)
+        require_memory(_EQUATION_BYTES * widest**2, what=f"Fitting the output of {widest:,} inputs")
+    if until != "checkpoint":
+        kept = 1.0 if job.export.baseline else 1 - job.pruning.sparsity
+        parameters = kept * shape.linear_parameters + shape.embedding_parameters
+        require_memory(
+            _VERIFIED_BYTES * parameters,
+            what="Verifying the model, in torch and in ONNX Runtime at once,",
+            hint="Stop at the checkpoint, which takes a layer at a time: nirvana-deploy prune. Or leave the "
+            "dense model out: --no-baseline.",
+        )
 
 
 def recorded_options(job: Job, choices: Choices, shape: ModelShape, until: Until) -> dict[str, Any]:

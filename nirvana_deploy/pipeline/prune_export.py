@@ -27,6 +27,7 @@ from nirvana_deploy.pipeline.before import (
     may_change,
     read_files,
     recorded_options,
+    require_enough_memory,
     require_space,
     say_cost,
     untimed,
@@ -105,6 +106,8 @@ def run_job(
     choices = checked(job, dense, until, progress)
     out = Path(out) if out is not None else Path(f"{source.name}-s{job.pruning.sparsity:g}")
     require_space(job, out, dense.shape, until)
+    if not resume:  # what is finished needs no more memory
+        require_enough_memory(job, choices, dense.shape, until)
     with Run.begin(
         out,
         options=recorded_options(job, choices, dense.shape, until),

@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from nirvana_deploy.base.artifact import disk_errors, require_free_bytes, whole_folder, write_json
+from nirvana_deploy.base.artifact import whole_folder, write_json
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.resources import disk_errors, require_free_bytes
 from nirvana_deploy.model import modeling_nirvana
 from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from nirvana_deploy.model.families import family_of

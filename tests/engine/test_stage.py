@@ -328,6 +328,7 @@ def test_a_checkpoint_is_not_taken_for_an_onnx_folder(output: Path) -> None:
     checkpoint = output / "checkpoint"
     with pytest.raises(NirvanaError, match=r"(?s)it is a checkpoint.*export \S+/checkpoint --out \S+-onnx"):
         run("build-engine", checkpoint)
+    assert not (checkpoint / "engine").exists()
 
 
 def test_int8_names_the_folder_that_it_lacks(output: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from builders.extras import needs
 from builders.jobs import SHORT, SHORT_ROUNDS
 from builders.tiny import INTERRUPTIBLE, write_tiny
@@ -21,8 +22,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy import NirvanaError, VerificationError, prune_export
-from nirvana_deploy.base import artifact
+from nirvana_deploy.base import artifact, resources
 from nirvana_deploy.base.ownership import temporary
+from nirvana_deploy.base.ownership.lock import LOCK
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export import stage as export_stage
 from nirvana_deploy.measure.recipe import Evaluation, Workload
@@ -409,7 +411,10 @@ def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole(model: str, tmp_pa
     assert not [path for path in out.rglob("*") if temporary.PREFIX in path.name]
 
 
-def test_ctrl_c_says_how_to_continue(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_says_how_to_continue_and_leaves_nothing(
+    model: str, tmp_path: Path, how: signal.Signals
+) -> None:
     script = INTERRUPTIBLE + "from nirvana_deploy.cli.main import main; main()"
     arguments = [
         "prune-export",
@@ -430,9 +435,11 @@ def test_ctrl_c_says_how_to_continue(model: str, tmp_path: Path) -> None:
     while not (tmp_path / "o" / "manifest.json").is_file():
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
+    left = {path.name for path in (tmp_path / "o").iterdir()}
+    assert LOCK not in left and not [name for name in left if name.startswith(temporary.PREFIX)]
 
 
 @pytest.mark.parametrize(
@@ -462,6 +469,31 @@ def test_a_read_only_place_is_named(model: str, tmp_path: Path) -> None:
         prune_export(model, out=tmp_path / "out", **OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("free_bytes", "said"),
+    [
+        (100, r"Fitting the output of 48 inputs needs at least .* GB of memory, and .* are free"),
+        (30_000, r"Verifying the model, in torch and in ONNX Runtime at once, needs at least"),
+    ],
+)
+def test_memory_that_cannot_suffice_is_said_before_the_start(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_bytes: int, said: str
+) -> None:
+    monkeypatch.setattr(resources, "free_memory_bytes", lambda: free_bytes)
+    with pytest.raises(NirvanaError, match=said):
+        prune_export(model, out=tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_runs_out_names_the_stage(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nirvana_deploy.prune.checkpoint.save_file", lambda *_, **__: torch.empty(1 << 50))
+    with pytest.raises(NirvanaError, match=r"^The stage 'checkpoint' ran out of memory: .*\nEnd other"):
+        prune_export(model, out=tmp_path / "out", **OPTIONS)
+    assert not [path for path in (tmp_path / "out").rglob("*") if temporary.PREFIX in path.name]
+
+
 def test_a_full_disk_is_named(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_args: object, **_kwargs: object) -> None:
         raise OSError(28, "No space left on device")
@@ -477,7 +509,7 @@ def test_a_full_disk_is_named(model: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_too_little_space_is_said_before_the_work(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact.shutil, "disk_usage", lambda _path: _Usage())
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _path: _Usage())
     with pytest.raises(NirvanaError, match=r"has 0\.0 GB free"):
         prune_export(model, out=tmp_path / "out", until="checkpoint", **OPTIONS)
 

@@ -34,13 +34,15 @@ class _Holder(TypedDict):
 
 
 class FolderLock:
-    """The lock of an existing folder, held from here to :meth:`release`, which is also what ``with`` calls.
+    """The lock of a folder, held from here to :meth:`release`, which is also what ``with`` calls.
 
-    Raises NirvanaError, which names the process and its command, when another one holds it.
+    The folder exists, and the lock's file lies in it; for what is written whole, folder or file, it lies
+    ``beside``. Raises NirvanaError, which names the process and its command, when another one holds it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / LOCK
+    def __init__(self, folder: Path, *, beside: bool = False) -> None:
+        self._folder = folder
+        self._path = folder.with_name(f".{folder.name}{LOCK}") if beside else folder / LOCK
         descriptor = self._take()
         self._release = weakref.finalize(self, _let_go, self._path, descriptor, os.getpid())
 
@@ -63,7 +65,7 @@ class FolderLock:
                 if error.errno not in _WITHOUT_LOCKS:
                     holder = _read(descriptor)
                     os.close(descriptor)
-                    raise _held(self._path.parent, holder) from None
+                    raise _held(self._folder, holder) from None
             if _is_at(descriptor, self._path):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "command": _command()}).encode(), 0)

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import nn
 
-from nirvana_deploy.base.artifact import disk_errors, whole_folder
+from nirvana_deploy.base.artifact import whole_folder
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.resources import disk_errors
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.reading import stack_lengths
 from nirvana_deploy.model.shape import ModelShape

@@ -21,8 +21,8 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from nirvana_deploy.base.artifact import disk_errors, require_free_bytes
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.resources import disk_errors, require_free_bytes
 
 _ELEMENT_BYTES = 4
 

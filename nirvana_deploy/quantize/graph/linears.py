@@ -21,9 +21,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from nirvana_deploy.base.artifact import disk_errors, require_free_bytes, whole_folder, write_json
+from nirvana_deploy.base.artifact import whole_folder, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.resources import disk_errors, require_free_bytes
 from nirvana_deploy.output.layout import DATA_FILE
 from nirvana_deploy.quantize.graph.files import (
     data_files,

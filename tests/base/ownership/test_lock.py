@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,12 @@ def test_what_stands_in_the_file_is_not_trusted(tmp_path: Path) -> None:
             (tmp_path / LOCK).write_bytes(said)
             with pytest.raises(NirvanaError, match=told):
                 FolderLock(tmp_path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("thesis.txt")])
+def test_nothing_that_stands_under_its_name_is_emptied(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    make(tmp_path / LOCK)
+    with pytest.raises(NirvanaError, match=r"\.lock is no file of this tool.*\nMove it away\."):
+        FolderLock(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
