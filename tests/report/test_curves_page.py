@@ -59,5 +59,5 @@ def test_an_output_folder_may_have_no_curves_or_those_of_another_model(tmp_path:
     assert found is not None and found.groups[1].at(1) == pytest.approx(0.02)
     assert curves_of(tmp_path, layers[:1]) is None
     (tmp_path / CURVES_FILE).write_bytes(b"no curves")
-    with pytest.raises(NirvanaError, match="cannot be read"):
+    with pytest.raises(NirvanaError, match="no safetensors file of this tool"):
         curves_of(tmp_path, layers)

@@ -66,10 +66,10 @@ def refusal(path: Path) -> str:
 def test_files_without_curves_are_refused(curves: Curves, tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "none")
     (tmp_path / "text").write_text("no curves")
-    assert "cannot be read" in refusal(tmp_path / "text")
+    assert "no safetensors file" in refusal(tmp_path / "text")
     write_curves(curves, tmp_path / "whole")
     (tmp_path / "half").write_bytes((tmp_path / "whole").read_bytes()[:-100])
-    assert "cannot be read" in refusal(tmp_path / "half")
+    assert "no safetensors file" in refusal(tmp_path / "half")
     some: dict[str, NDArray[Any]] = {"00000.groups.removed": np.arange(2), "00000.groups.kl": np.zeros(2)}
     save_file(some, tmp_path / "weights")
     assert "holds no curves of this version" in refusal(tmp_path / "weights")
