@@ -472,7 +472,7 @@ def test_a_read_only_place_is_named(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "said"),
     [
-        ("default", r"^Fitting the output of 48 inputs needs at least .* GB of memory, and .* are free\."),
+        ("best", r"^Fitting the output of 48 inputs needs at least .* GB of memory, and .* are free\."),
         ("paper", r"^Verifying the model, in torch and in ONNX Runtime at once, needs at least"),
     ],
 )
