@@ -1,1 +1,1 @@
-"""Errors, whole files, progress, tables of names, the machine."""
+"""Errors, files written whole and read back, progress, tables of names, the machine."""
