@@ -33,7 +33,7 @@ with atheris.instrument_imports(include=["nirvana_deploy", "gguf", "tomllib"]):
     from nirvana_deploy.model.weight_files import file_by_tensor
     from nirvana_deploy.model.weights import SafetensorsWeights
     from nirvana_deploy.pipeline.recipe_file import read_recipe
-    from nirvana_deploy.prune.plan import read_plan
+    from nirvana_deploy.prune.plan_file import read_plan
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 
