@@ -11,7 +11,7 @@ cache of fixed length.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.export.parts import GraphParts
 from nirvana_deploy.export.streaming import as_array
+from nirvana_deploy.model.family import LayerAttention
 from nirvana_deploy.model.shape import LayerShape
 
 
@@ -33,6 +34,23 @@ class Rotary:
     """[d/2]."""
     scaling: float = 1.0
     """Factor on cosine and sine (1 unless the rope type says otherwise)."""
+
+
+@dataclass(frozen=True)
+class Attentions:
+    """How the layers of a decoder attend."""
+
+    layers: tuple[LayerAttention, ...]
+    rotaries: Mapping[str, Rotary]
+    """Kind of a layer (``LayerAttention.kind``) -> its rotary embedding."""
+    head_dim: int
+    scale: float | None = None
+    """Factor on products of queries and keys; None: 1 / sqrt(d)."""
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The different windows of layers, None among them where one sees all."""
+        return tuple(dict.fromkeys(layer.window for layer in self.layers))
 
 
 @dataclass(frozen=True)
@@ -66,16 +84,16 @@ class ConcatenatedCache:
     runtimes), which has a single output (the TensorRT parser takes no other).
     """
 
-    def __init__(self, parts: GraphParts, rotary: Rotary, head_dim: int) -> None:
-        self._parts, self._d = parts, head_dim
+    def __init__(self, parts: GraphParts, attentions: Attentions) -> None:
+        self._parts, self._attentions = parts, attentions
         self.tokens = parts.ids("input_ids", ["batch_size", "sequence_length"])
         valid = parts.ids("attention_mask", ["batch_size", "total_sequence_length"])
         positions = parts.ids("position_ids", ["batch_size", "sequence_length"])
-        self._mask = self._seen(valid)
-        self._angles = _angles(parts, positions, rotary)
+        self._masks = self._seen(valid)
+        self._angles = _angles(parts, positions, attentions)
 
-    def _seen(self, valid: ir.Value) -> ir.Value:
-        """Boolean [B, 1, T, S]: key j is seen by query i when it is not later and not padding.
+    def _seen(self, valid: ir.Value) -> dict[int | None, ir.Value]:
+        """Window -> boolean [B, 1, T, S]: key j is seen by query i when it is in it and not padding.
 
         A query always sees itself, so that padded rows have something to attend to: a row without any
         key would be NaN and spread through the values of later layers.
@@ -87,21 +105,21 @@ class ConcatenatedCache:
         queries = op.Unsqueeze(op.Range(op.Squeeze(op.Sub(total, new)), op.Squeeze(total), 1), [1])
         not_padding = op.Unsqueeze(op.Cast(valid, to=ir.DataType.BOOL), [1, 2])
         seen = op.Or(not_padding, op.Equal(keys, queries))
-        return op.And(seen, op.LessOrEqual(keys, queries))
+        return _in_windows(self._parts, self._attentions, keys, queries, op.And(seen, op.LessOrEqual(keys, queries)))
 
     def attend(
         self, index: int, layer: LayerShape, projected: Sequence[ir.Value], norms: HeadNorms
     ) -> ir.Value:
         """See :class:`KvForm`."""
-        parts = self._parts
-        query, key, value = _rotated_heads(parts, layer, self._d, projected, norms, self._angles)
+        parts, how = self._parts, self._attentions
+        query, key, value = _rotated_heads(parts, how, index, layer, projected, norms, self._angles)
         key = self._extended(index, "key", layer, key)
         value = self._extended(index, "value", layer, value)
-        return _mixed(parts, layer, self._d, query, key, value, self._mask)
+        return _mixed(parts, how, layer, query, key, value, self._masks[how.layers[index].window])
 
     def _extended(self, index: int, kind: str, layer: LayerShape, new: ir.Value) -> ir.Value:
         """Past and new keys or values, [B, K, S, d]; also a graph output."""
-        K, d = layer.kv_heads, self._d
+        K, d = layer.kv_heads, self._attentions.head_dim
         past = self._parts.activations(
             f"past_key_values.{index}.{kind}", ["batch_size", K, "past_sequence_length", d]
         )
@@ -125,8 +143,8 @@ class GroupQueryCache:
     ``max_position_embeddings`` rows.
     """
 
-    def __init__(self, parts: GraphParts, rotary: Rotary, head_dim: int, *, max_positions: int) -> None:
-        self._parts, self._d, self._positions = parts, head_dim, max_positions
+    def __init__(self, parts: GraphParts, attentions: Attentions, *, max_positions: int) -> None:
+        self._parts, self._attentions, self._positions = parts, attentions, max_positions
         self._op = parts.contrib()
         self.tokens = parts.ids("input_ids", ["batch_size", "sequence_length"])
         valid = parts.ids("attention_mask", ["batch_size", "total_sequence_length"])
@@ -135,10 +153,17 @@ class GroupQueryCache:
         self._last = op.Cast(last, to=ir.DataType.INT32)  # [B]
         total = op.Squeeze(op.Shape(valid, start=1, end=2))
         self._total = op.Cast(total, to=ir.DataType.INT32)  # scalar
-        self._tables = [
-            parts.table(f"rotary.{name}", (max_positions, head_dim // 2), self._table(of, rotary))
-            for name, of in (("cosine", torch.cos), ("sine", torch.sin))
-        ]
+        self._tables = {
+            kind: [
+                parts.table(
+                    ".".join(filter(None, ("rotary", kind, name))),
+                    (max_positions, len(rotary.inverse_frequencies)),
+                    self._table(of, rotary),
+                )
+                for name, of in (("cosine", torch.cos), ("sine", torch.sin))
+            ]
+            for kind, rotary in attentions.rotaries.items()
+        }
 
     def _table(
         self, of: Callable[[torch.Tensor], torch.Tensor], rotary: Rotary
@@ -154,7 +179,8 @@ class GroupQueryCache:
         self, index: int, layer: LayerShape, projected: Sequence[ir.Value], norms: HeadNorms
     ) -> ir.Value:
         """See :class:`KvForm`."""
-        parts, K, d = self._parts, layer.kv_heads, self._d
+        parts, K, d = self._parts, layer.kv_heads, self._attentions.head_dim
+        how, scale = self._attentions.layers[index], self._attentions.scale
         dimensions: list[int | str] = ["batch_size", K, "past_sequence_length", d]
         past = [parts.activations(f"past_key_values.{index}.{kind}", dimensions) for kind in ("key", "value")]
         inputs: tuple[ir.Value | None, ...] = (*projected, None, None)
@@ -170,11 +196,12 @@ class GroupQueryCache:
             *past,
             self._last,
             self._total,
-            *self._tables,
+            *(self._tables[how.kind] if how.rotary else ()),
             num_heads=layer.query_heads,
             kv_num_heads=K,
-            scale=1 / math.sqrt(d),
-            do_rotary=1,
+            scale=1 / math.sqrt(d) if scale is None else scale,
+            do_rotary=int(how.rotary),
+            **({} if how.window is None else {"local_window_size": how.window}),
             _outputs=3,
         )
         for kind, cache in zip(("key", "value"), present, strict=True):
@@ -187,9 +214,9 @@ class GroupQueryCache:
         """[B, T, count d] with every head normalized, in the same shape."""
         if norm is None:
             return flat
-        op = self._parts.op
-        split = op.Reshape(flat, [0, 0, count, self._d])
-        return op.Reshape(self._parts.norm(split, norm, self._d), [0, 0, count * self._d])
+        op, d = self._parts.op, self._attentions.head_dim
+        split = op.Reshape(flat, [0, 0, count, d])
+        return op.Reshape(self._parts.norm(split, norm, d), [0, 0, count * d])
 
 
 class StaticCache:
@@ -202,61 +229,86 @@ class StaticCache:
     meant to be the same memory: ``TensorScatter`` of rank 4 along axis 2 is TensorRT's in-place cache update.
     """
 
-    def __init__(self, parts: GraphParts, rotary: Rotary, head_dim: int, *, cache_tokens: int) -> None:
-        self._parts, self._d, self._slots = parts, head_dim, cache_tokens
+    def __init__(self, parts: GraphParts, attentions: Attentions, *, cache_tokens: int) -> None:
+        self._parts, self._attentions, self._slots = parts, attentions, cache_tokens
         op = parts.op
         self.tokens = parts.ids("input_ids", ["batch_size", "sequence_length"])
         self._write_at = parts.ids("write_indices", ["batch_size"])
         new = op.Range(0, op.Squeeze(op.Shape(self.tokens, start=1, end=2)), 1)
         positions = op.Add(op.Unsqueeze(self._write_at, [1]), new)  # [B, T]
-        self._angles = _angles(parts, positions, rotary)
-        slots = op.Range(0, cache_tokens, 1)
-        self._mask = op.LessOrEqual(slots, op.Unsqueeze(positions, [1, 3]))  # [B, 1, T, C]
+        self._angles = _angles(parts, positions, attentions)
+        slots, at = op.Range(0, cache_tokens, 1), op.Unsqueeze(positions, [1, 3])
+        # [B, 1, T, C] by window
+        self._masks = _in_windows(parts, attentions, slots, at, op.LessOrEqual(slots, at))
 
     def attend(
         self, index: int, layer: LayerShape, projected: Sequence[ir.Value], norms: HeadNorms
     ) -> ir.Value:
         """See :class:`KvForm`."""
-        parts = self._parts
-        query, key, value = _rotated_heads(parts, layer, self._d, projected, norms, self._angles)
+        parts, how = self._parts, self._attentions
+        query, key, value = _rotated_heads(parts, how, index, layer, projected, norms, self._angles)
         key = self._updated(index, "key", layer, key)
         value = self._updated(index, "value", layer, value)
-        return _mixed(parts, layer, self._d, query, key, value, self._mask)
+        return _mixed(parts, how, layer, query, key, value, self._masks[how.layers[index].window])
 
     def _updated(self, index: int, kind: str, layer: LayerShape, new: ir.Value) -> ir.Value:
         """The cache [B, K, C, d] with the new keys or values in their slots; also a graph output."""
-        dimensions: list[int | str] = ["batch_size", layer.kv_heads, self._slots, self._d]
+        dimensions: list[int | str] = [
+            "batch_size",
+            layer.kv_heads,
+            self._slots,
+            self._attentions.head_dim,
+        ]
         past = self._parts.activations(f"past_key_values.{index}.{kind}", dimensions)
         present = self._parts.op.TensorScatter(past, new, self._write_at, axis=2, mode="linear")
         self._parts.add_output(present, f"present.{index}.{kind}", dimensions)
         return present
 
 
-def _angles(parts: GraphParts, positions: ir.Value, rotary: Rotary) -> tuple[ir.Value, ir.Value]:
-    """Cosine and sine [B, T, d/2] of the angles at ``positions`` [B, T], rounded once from float32.
+def _in_windows(
+    parts: GraphParts, attentions: Attentions, keys: ir.Value, queries: ir.Value, seen: ir.Value
+) -> dict[int | None, ir.Value]:
+    """Window -> what a layer with it sees of what is ``seen`` without; keys and queries are positions."""
+    op = parts.op
+
+    def within(window: int) -> ir.Value:
+        return op.And(seen, op.Greater(keys, op.Sub(queries, window)))
+
+    return {window: seen if window is None else within(window) for window in attentions.windows}
+
+
+def _angles(
+    parts: GraphParts, positions: ir.Value, attentions: Attentions
+) -> dict[str, tuple[ir.Value, ir.Value]]:
+    """Kind -> cosine and sine [B, T, d/2] of the angles at ``positions`` [B, T], rounded once from float32.
 
     Computed in the graph once per call rather than read from a table: the arithmetic of transformers, no
     limit on positions, and no megabytes.
     """
     op = parts.op
-    frequencies = parts.constant("rotary.inverse_frequencies", rotary.inverse_frequencies)
-    angles = op.Mul(op.Cast(op.Unsqueeze(positions, [2]), to=ir.DataType.FLOAT), frequencies)
-    cosine, sine = op.Cos(angles), op.Sin(angles)
-    if rotary.scaling != 1.0:
-        cosine, sine = op.Mul(cosine, rotary.scaling), op.Mul(sine, rotary.scaling)
-    return parts.cast(cosine), parts.cast(sine)
+    column = op.Cast(op.Unsqueeze(positions, [2]), to=ir.DataType.FLOAT)
+    found = {}
+    for kind, rotary in attentions.rotaries.items():
+        name = ".".join(filter(None, ("rotary", kind, "inverse_frequencies")))
+        angles = op.Mul(column, parts.constant(name, rotary.inverse_frequencies))
+        cosine, sine = op.Cos(angles), op.Sin(angles)
+        if rotary.scaling != 1.0:
+            cosine, sine = op.Mul(cosine, rotary.scaling), op.Mul(sine, rotary.scaling)
+        found[kind] = parts.cast(cosine), parts.cast(sine)
+    return found
 
 
 def _rotated_heads(
     parts: GraphParts,
+    attentions: Attentions,
+    index: int,
     layer: LayerShape,
-    d: int,
     projected: Sequence[ir.Value],
     norms: HeadNorms,
-    angles: tuple[ir.Value, ir.Value],
+    angles: Mapping[str, tuple[ir.Value, ir.Value]],
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Query [B, H, T, d] and key [B, K, T, d] after norm and rotary embedding, value [B, K, T, d]."""
-    op = parts.op
+    op, d, how = parts.op, attentions.head_dim, attentions.layers[index]
 
     def heads(flat: ir.Value, count: int, norm: str | None = None) -> ir.Value:
         split = op.Reshape(flat, [0, 0, count, d])
@@ -264,26 +316,25 @@ def _rotated_heads(
         return op.Transpose(normed, perm=[0, 2, 1, 3])
 
     query, key, value = projected
-    return (
-        op.RotaryEmbedding(heads(query, layer.query_heads, norms.query), *angles),
-        op.RotaryEmbedding(heads(key, layer.kv_heads, norms.key), *angles),
-        heads(value, layer.kv_heads),
-    )
+    rotated = [heads(query, layer.query_heads, norms.query), heads(key, layer.kv_heads, norms.key)]
+    if how.rotary:
+        rotated = [op.RotaryEmbedding(one, *angles[how.kind]) for one in rotated]
+    return rotated[0], rotated[1], heads(value, layer.kv_heads)
 
 
 def _mixed(
     parts: GraphParts,
+    attentions: Attentions,
     layer: LayerShape,
-    d: int,
     query: ir.Value,
     key: ir.Value,
     value: ir.Value,
     mask: ir.Value,
 ) -> ir.Value:
-    """softmax(q k^T / sqrt(d)) v over the keys that ``mask`` lets be seen, [B, T, H d].
+    """softmax(q k^T scale) v over the keys that ``mask`` lets be seen, [B, T, H d].
 
     Without ``softmax_precision``, which the TensorRT parser refuses: see ``dtypes.py``.
     """
-    op = parts.op
-    mixed = op.Attention(query, key, value, mask)
-    return op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), [0, 0, layer.query_heads * d])
+    op, scale = parts.op, attentions.scale
+    mixed = op.Attention(query, key, value, mask, **({} if scale is None else {"scale": scale}))
+    return op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), [0, 0, layer.query_heads * attentions.head_dim])

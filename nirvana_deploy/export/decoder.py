@@ -7,13 +7,15 @@ layer's own dimensions and weights referred to by name. Quantization relies on t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.attention import (
+    Attentions,
     ConcatenatedCache,
     GroupQueryCache,
     HeadNorms,
@@ -25,6 +27,7 @@ from nirvana_deploy.export.dtypes import Dtype
 from nirvana_deploy.export.packed import packed_name
 from nirvana_deploy.export.parts import OPSET, GraphParts
 from nirvana_deploy.export.streaming import Parameter
+from nirvana_deploy.model.family import Computation
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.output.layout import DTYPE_KEY, FLAVOR_KEY, GRAPH_SCHEMA, SCHEMA_KEY
 
@@ -89,12 +92,13 @@ def build_decoder(
     shape: ModelShape,
     options: GraphOptions,
     *,
-    rotary: Rotary,
+    computation: Computation,
+    rotaries: Mapping[str, Rotary],
     norm_epsilon: float,
     max_positions: int,
     parameter: Parameter,
 ) -> ir.Model:
-    """Build the decoder with KV cache for ``shape``.
+    """Build the decoder with KV cache for ``shape``, with a rotary embedding for each kind of layer.
 
     Inputs ``input_ids`` [B, T] and, by flavor, ``attention_mask`` [B, S], ``position_ids`` [B, T] or
     ``write_indices`` [B] (all int64); per layer ``past_key_values.{i}.key|value``. Outputs ``logits``
@@ -112,7 +116,8 @@ def build_decoder(
     parts = GraphParts(
         "decoder", opset=options.opset, dtype=options.dtype, norm_epsilon=norm_epsilon, parameter=parameter
     )
-    _Decoder(parts, shape, options).build(rotary, max_positions)
+    attentions = Attentions(computation.layers, rotaries, shape.head_dim, computation.attention_scale)
+    _Decoder(parts, shape, options, computation).build(attentions, max_positions)
     return parts.finish(
         {
             SCHEMA_KEY: str(GRAPH_SCHEMA),
@@ -130,18 +135,23 @@ def hidden_state_name(layer: int) -> str:
 class _Decoder:
     """Holds what every part of the graph needs while it is being built."""
 
-    def __init__(self, parts: GraphParts, shape: ModelShape, options: GraphOptions) -> None:
+    def __init__(
+        self, parts: GraphParts, shape: ModelShape, options: GraphOptions, computation: Computation
+    ) -> None:
         self.parts = parts
         self.op = parts.op
         self.shape = shape
         self.options = options
+        self.computation = computation
 
-    def build(self, rotary: Rotary, max_positions: int) -> None:
+    def build(self, attentions: Attentions, max_positions: int) -> None:
         """Add all nodes, inputs and outputs to the graph."""
         op, shape, family = self.op, self.shape, self.shape.family
-        form = self.kv_form(rotary, max_positions)
+        form = self.kv_form(attentions, max_positions)
         embedding = self.parts.weight(f"{family.embedding}.weight", (shape.vocab_size, shape.hidden_size))
-        hidden, change = op.Gather(embedding, form.tokens, axis=0), None
+        scales = self.computation
+        hidden = self.parts.scaled(op.Gather(embedding, form.tokens, axis=0), scales.embedding_scale)
+        change = None
         for index, layer in enumerate(shape.layers):
             self.parts.builder.push_module(family.layer(index))
             hidden, change = self.layer(index, layer, hidden, change, form)
@@ -150,36 +160,47 @@ class _Decoder:
         length: int | str = "sequence_length"
         if self.options.last_logits:
             normed, length = op.Slice(normed, [-1], [2**62], [1]), 1
-        logits = op.MatMul(normed, self.head(embedding))
+        logits = self.parts.scaled(op.MatMul(normed, self.head(embedding)), scales.logits_scale)
         self.parts.add_output(logits, "logits", ["batch_size", length, shape.vocab_size], first=True)
 
-    def kv_form(self, rotary: Rotary, max_positions: int) -> KvForm:
+    def kv_form(self, attentions: Attentions, max_positions: int) -> KvForm:
         """The form that the flavor asks for; declares the inputs of tokens."""
-        d = self.shape.head_dim
         if self.options.flavor == "gqa":
-            return GroupQueryCache(self.parts, rotary, d, max_positions=max_positions)
+            return GroupQueryCache(self.parts, attentions, max_positions=max_positions)
         if self.options.cache_tokens is not None:
-            return StaticCache(self.parts, rotary, d, cache_tokens=self.options.cache_tokens)
-        return ConcatenatedCache(self.parts, rotary, d)
+            return StaticCache(self.parts, attentions, cache_tokens=self.options.cache_tokens)
+        return ConcatenatedCache(self.parts, attentions)
 
     def layer(
         self, index: int, layer: LayerShape, hidden: ir.Value, change: ir.Value | None, form: KvForm
     ) -> tuple[ir.Value, ir.Value]:
         """One layer with its own dimensions: (hidden, what is yet to be added to it), each [B, T, D]."""
         site, prefix = self.shape.place(index)
-        normed, hidden = self.add_and_norm(hidden, change, f"{prefix}.{site.input_norm}", name=index - 1)
-        change = self.attention(index, layer, normed, form)
-        normed, hidden = self.add_and_norm(hidden, change, f"{prefix}.{site.ffn_norm}")
-        return hidden, self.feed_forward(index, layer, normed)
+        named = partial(_module, prefix)
+        normed, hidden = self.add_and_norm(hidden, change, named(site.input_norm), name=index - 1)
+        change = self.change(self.attention(index, layer, normed, form), named(site.attention_post_norm))
+        normed, hidden = self.add_and_norm(hidden, change, named(site.ffn_norm))
+        return hidden, self.change(self.feed_forward(index, layer, normed), named(site.ffn_post_norm))
+
+    def change(self, output: ir.Value, post_norm: str | None) -> ir.Value:
+        """What an attention or an FFN adds to the hidden states, from its ``output`` [B, T, D]."""
+        if post_norm is not None:
+            output = self.parts.norm(output, post_norm, self.shape.hidden_size)
+        return self.parts.scaled(output, self.computation.residual_scale)
 
     def add_and_norm(
-        self, hidden: ir.Value, change: ir.Value | None, module: str, *, name: int | None = None
+        self, hidden: ir.Value, change: ir.Value | None, module: str | None, *, name: int | None = None
     ) -> tuple[ir.Value, ir.Value]:
-        """(norm of hidden + change, hidden + change); the sum leaves layer ``name``, when that is said."""
+        """(norm of hidden + change, hidden + change); the sum leaves layer ``name``, when that is said.
+
+        Without a norm's ``module`` both are the sum.
+        """
         width = self.shape.hidden_size
         if change is None:
-            return self.parts.norm(hidden, module, width), hidden
-        if self.options.flavor == "gqa":
+            return hidden if module is None else self.parts.norm(hidden, module, width), hidden
+        if module is None:
+            normed = total = self.op.Add(hidden, change)
+        elif self.options.flavor == "gqa":
             normed, total = self.parts.fused_add_and_norm(hidden, change, module, width)
         else:
             total = self.op.Add(hidden, change)
@@ -202,13 +223,19 @@ class _Decoder:
         )
 
     def feed_forward(self, index: int, layer: LayerShape, hidden: ir.Value) -> ir.Value:
-        """Gated SiLU: down(silu(gate(x)) * up(x)), [B, T, D] -> [B, T, D]."""
-        op, D, F, bias = self.op, self.shape.hidden_size, layer.ffn_width, self.shape.ffn_bias
+        """Gated: down(act(gate(x)) * up(x)), [B, T, D] -> [B, T, D]."""
+        D, F, bias = self.shape.hidden_size, layer.ffn_width, self.shape.ffn_bias
         site, prefix = self.shape.place(index)
         modules = [f"{prefix}.{row}" for row in site.ffn_rows]
         gate, up = self.linears(hidden, modules, D, [F, F], bias=bias)
-        gated = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+        gated = self.op.Mul(self.activation(gate), up)
         return self.parts.linear(gated, f"{prefix}.{site.ffn_down}", F, D, bias=bias)
+
+    def activation(self, gate: ir.Value) -> ir.Value:
+        """What the FFN of the family applies to its gate."""
+        if self.computation.activation == "gelu_tanh":
+            return self.op.Gelu(gate, approximate="tanh")
+        return self.op.Mul(gate, self.op.Sigmoid(gate))
 
     def linears(
         self,
@@ -233,3 +260,7 @@ class _Decoder:
             return self.op.Transpose(embedding, perm=[1, 0])
         size = (self.shape.hidden_size, self.shape.vocab_size)
         return self.parts.weight(f"{self.shape.family.head}.weight", size, transposed=True)
+
+
+def _module(prefix: str, name: str | None) -> str | None:
+    return None if name is None else f"{prefix}.{name}"

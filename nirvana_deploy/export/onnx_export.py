@@ -99,13 +99,13 @@ def onnx_from_checkpoint(
 def _graphs(checkpoint: Checkpoint, options: GraphOptions) -> dict[str, ir.Model]:
     """File name -> graph, whose weights are read when they are written."""
     config, shape = checkpoint.pretrained_config, checkpoint.shape
-    narrow = streamed_parameters(checkpoint.weights, options.dtype)
+    narrow = streamed_parameters(checkpoint.multiplied_weights, options.dtype)
     if len(shape.family.stacks) == 1:
-        frequencies, scaling = rotary_frequencies(config, head_dim=shape.head_dim)
         decoder = build_decoder(
             shape,
             options,
-            rotary=Rotary(inverse_frequencies=frequencies.numpy(), scaling=scaling),
+            computation=checkpoint.computation,
+            rotaries=_rotaries(checkpoint),
             norm_epsilon=config.rms_norm_eps,
             max_positions=config.max_position_embeddings,
             parameter=narrow,
@@ -118,6 +118,16 @@ def _graphs(checkpoint: Checkpoint, options: GraphOptions) -> dict[str, ir.Model
         ENCODER_FILE: build_encoder(shape, recipe, sources),
         DECODER_FILE: build_cached_decoder(shape, recipe, sources),
     }
+
+
+def _rotaries(checkpoint: Checkpoint) -> dict[str, Rotary]:
+    """Kind of a layer -> its rotary embedding."""
+    config, head_dim = checkpoint.pretrained_config, checkpoint.shape.head_dim
+    rotaries = {}
+    for kind in checkpoint.computation.rotary_kinds:
+        frequencies, scaling = rotary_frequencies(config, head_dim=head_dim, kind=kind)
+        rotaries[kind] = Rotary(inverse_frequencies=frequencies.numpy(), scaling=scaling)
+    return rotaries
 
 
 def _consumer_configs(checkpoint: Checkpoint, options: GraphOptions) -> dict[str, dict[str, Any]]:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 from onnxscript import GraphBuilder, OpBuilder
 
 from nirvana_deploy.export.dtypes import Dtype
-from nirvana_deploy.export.streaming import Parameter
+from nirvana_deploy.export.streaming import Parameter, as_array
 
 OPSET = 23
 IR_VERSION = 10  # the newest that every consumer reads
@@ -99,6 +100,16 @@ class GraphParts:
             x, y, scale, epsilon=self._norm_epsilon, _outputs=4
         )
         return normed, total
+
+    def scaled(self, x: ir.Value, factor: float) -> ir.Value:
+        """x times a number of the graph's dtype; x itself when that is 1."""
+        if factor == 1:
+            return x
+        name = f"scale.{factor:.9g}"
+        number = self.builder.graph.initializers.get(name)
+        if number is None:
+            number = self.constant(name, as_array(torch.tensor([factor], dtype=self.dtype.torch)))
+        return self.op.Mul(x, number)
 
     def cast(self, x: ir.Value) -> ir.Value:
         """float32 to the graph's dtype."""

@@ -32,12 +32,18 @@ from nirvana_deploy.base.errors import NirvanaError, TokenizerError
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.model.config import PRUNED_KEYS
 from nirvana_deploy.model.families import FAMILIES, shape_from_config
-from nirvana_deploy.model.family import Family
+from nirvana_deploy.model.family import Computation, Family
 from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import ModelFolder
 from nirvana_deploy.model.weight_files import require_no_other_file, require_weight_files
-from nirvana_deploy.model.weights import SafetensorsWeights, check_weights, with_own_head
+from nirvana_deploy.model.weights import (
+    OffsetNorms,
+    SafetensorsWeights,
+    WeightSource,
+    check_weights,
+    with_own_head,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -84,14 +90,30 @@ class Checkpoint:
         if shape != said:
             config = {**config, "tie_word_embeddings": False}
         check_weights(weights, shape)
+        checkpoint = cls(path=path, config=config, shape=shape, weights=weights)
         if not shape.family.encoder_decoder:
-            rotary_frequencies(_pretrained_config(config, shape.family), head_dim=shape.head_dim)
-        return cls(path=path, config=config, shape=shape, weights=weights)
+            for kind in checkpoint.computation.rotary_kinds:
+                rotary_frequencies(checkpoint.pretrained_config, head_dim=shape.head_dim, kind=kind)
+        return checkpoint
 
     @cached_property
     def pretrained_config(self) -> PreTrainedConfig:
         """The config object of transformers; that of a pruned model gets the class of this package."""
         return _pretrained_config(self.config, self.shape.family)
+
+    @cached_property
+    def computation(self) -> Computation:
+        """What a decoder computes between its weights; not of an encoder-decoder."""
+        family = self.shape.family
+        assert family.computation is not None, family.name
+        return family.computation(self.pretrained_config)
+
+    @cached_property
+    def multiplied_weights(self) -> WeightSource:
+        """The weights as they are multiplied with: those of norms with what the family adds to them."""
+        if self.shape.family.computation is None or self.computation.norm_offset == 0:
+            return self.weights
+        return OffsetNorms(self.weights, self.shape, self.computation.norm_offset)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -133,6 +155,12 @@ def load_checkpoint(folder: Path | str, *, dtype: torch.dtype = torch.float32) -
     Raises NirvanaError when tensors are missing or do not have the shapes that config.json asks for.
     """
     return Checkpoint.open(Path(folder)).load(dtype=dtype)
+
+
+def norm_offset(config: PreTrainedConfig) -> float:
+    """What the family of a config adds to the weight of a norm."""
+    computation = FAMILIES[config.model_type].computation
+    return 0.0 if computation is None else computation(config).norm_offset
 
 
 def config_json(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from nirvana_deploy.model.shape import ModelShape
 
 DECODER = "decoder"
@@ -26,7 +28,8 @@ class Site:
 
     name: str = DECODER
     prefix: str = "model.layers.{layer}"
-    input_norm: str = "input_layernorm"
+    input_norm: str | None = "input_layernorm"
+    """RMS norm of the hidden states that q, k and v read; None where they read them as they are."""
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
@@ -34,10 +37,14 @@ class Site:
     q_norm: str | None = None
     """RMS norm over head_dim of every query head, ahead of the rotary embedding."""
     k_norm: str | None = None
+    attention_post_norm: str | None = None
+    """RMS norm of what o gives, ahead of its sum with the hidden states."""
     ffn_norm: str | None = "post_attention_layernorm"
     ffn_rows: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Linears whose rows are the neurons; empty for a site without FFN."""
     ffn_down: str = "mlp.down_proj"
+    ffn_post_norm: str | None = None
+    """The same of what down gives."""
     position_bias: str | None = None
     """Table [buckets, H] in the first layer that all layers of the site share; it stays whole."""
 
@@ -62,6 +69,36 @@ class Stack:
     def block(self, index: int) -> str:
         """Module name of block ``index``."""
         return self.sites[0].layer(index)
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """How one layer of a decoder places tokens, and which it sees."""
+
+    rotary: bool = True
+    """Whether queries and keys are rotated by position."""
+    kind: str = ""
+    """Key of its rotary embedding in ``rope_parameters``; empty where all layers share one."""
+    window: int | None = None
+    """A query sees so many keys, its own included; None: all before it."""
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What a decoder computes between its weights; the defaults are Llama's."""
+
+    layers: tuple[LayerAttention, ...]
+    activation: str = "silu"
+    """Of the gate: "silu" or "gelu_tanh"."""
+    norm_offset: float = 0.0
+    """What is added to the weight of a norm as it is stored."""
+    embedding_scale: float = 1.0
+    """Factor on rows of the embedding."""
+    residual_scale: float = 1.0
+    """Factor on what an attention or an FFN adds to the hidden states."""
+    attention_scale: float | None = None
+    """Factor on products of queries and keys; None: 1 / sqrt(d)."""
+    logits_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +135,8 @@ class Family:
     stock_config: Callable[[dict[str, Any], ModelShape], dict[str, Any] | None]
     """config.json of the dense model and the shape of a smaller one whose layers are all alike -> the
     config.json with which a class of transformers loads it; None when no such class computes it."""
+    computation: Callable[[PreTrainedConfig], Computation] | None = None
+    """The config as transformers reads it -> what is computed; None for an encoder-decoder."""
     auto_class: str = "AutoModelForCausalLM"
     """Class of transformers that finds it."""
     other_architectures: tuple[str, ...] = ()
@@ -110,6 +149,8 @@ class Family:
     """Modules that some checkpoints store the embedding under once more."""
     unused: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     """Patterns of stored tensors that older versions of transformers wrote and nothing reads."""
+    config_name: str | None = None
+    """Class of transformers that holds its config, where the architecture does not tell."""
     own_settings: tuple[tuple[str, Any], ...] = ()
     """What config.json must also say when layers differ."""
     genai_type: str | None = None
@@ -150,7 +191,7 @@ class Family:
     @property
     def config_class(self) -> str:
         """Class of transformers that holds its config."""
-        return self.architecture.partition("For")[0] + "Config"
+        return self.config_name or self.architecture.partition("For")[0] + "Config"
 
     @property
     def own_architecture(self) -> str:

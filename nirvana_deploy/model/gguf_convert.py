@@ -129,9 +129,11 @@ def read_header(gguf: Path) -> GgufHeader:
             f"{gguf.stat().st_size:,} bytes hold, or something that GGUF does not allow ({error}).",
             hint="Download the file again and compare its size and sha256 with the source.",
         ) from error
-    if architecture not in FAMILIES:
+    known = set(FAMILIES) | {family.gguf.name for family in FAMILIES.values() if family.gguf}
+    if architecture not in known:
         raise NirvanaError(
-            f"Unsupported architecture: {gguf.name} says {architecture!r}. Supported: {', '.join(FAMILIES)}."
+            f"Unsupported architecture: {gguf.name} says {architecture!r}. "
+            f"Supported: {', '.join(sorted(known))}."
         )
     if not parameters:
         raise NirvanaError(f"{gguf} holds no tensors (a vocabulary-only GGUF file?).")

@@ -9,23 +9,16 @@ removed, so the number of query heads per KV head is the dense model's, and the 
 transformers applies as it is. T5 takes ``kept_heads`` and ``d_ff`` from ``config.pruned_layers``.
 """
 
+import sys
+
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 _PERMISSION = "allow_global_per_layer_attribute_access"
+_OURS = "Nirvana"
 
 
 def _resized(linear, *, inputs=None, outputs=None):
@@ -71,10 +64,10 @@ class _PerLayerWidths:
         self.post_init()
 
 
-class NirvanaLlamaConfig(LlamaConfig):
-    """A Llama config with per-layer widths; the dense model's numbers stay as the global ones.
+class _PerLayerConfig:
+    """Mixin: a config with per-layer widths; the dense model's numbers stay as the global ones.
 
-    LlamaConfig compares the global widths whenever it validates, which a heterogeneous config refuses to
+    Some classes compare the global widths whenever they validate, which a heterogeneous config refuses to
     answer. So the dense numbers are validated first, and the per-layer ones are applied after.
     """
 
@@ -84,47 +77,27 @@ class NirvanaLlamaConfig(LlamaConfig):
         self.per_layer_config = per_layer_config
 
     def validate(self):
-        """Skip LlamaConfig's comparison: the dense numbers passed it when the object was made."""
+        """Skip the comparison: the dense numbers passed it when the object was made."""
 
     def to_dict(self):
-        """The config as JSON, with the permission without which LlamaConfig itself cannot open it."""
+        """The config as JSON, with the permission without which the class itself cannot open it."""
         return {**super().to_dict(), _PERMISSION: True}
 
 
-class NirvanaMistralConfig(MistralConfig):
-    """A Mistral config with per-layer widths; the dense model's numbers stay as the global ones."""
-
-
-class NirvanaQwen2Config(Qwen2Config):
-    """A Qwen2 config with per-layer widths; the dense model's numbers stay as the global ones."""
-
-
-class NirvanaQwen3Config(Qwen3Config):
-    """A Qwen3 config with per-layer widths; the dense model's numbers stay as the global ones."""
-
-
-class NirvanaLlamaForCausalLM(_PerLayerWidths, LlamaForCausalLM):
-    """Llama with KV groups and FFN neurons removed layer by layer."""
-
-    config_class = NirvanaLlamaConfig
-
-
-class NirvanaMistralForCausalLM(_PerLayerWidths, MistralForCausalLM):
-    """Mistral with KV groups and FFN neurons removed layer by layer."""
-
-    config_class = NirvanaMistralConfig
-
-
-class NirvanaQwen2ForCausalLM(_PerLayerWidths, Qwen2ForCausalLM):
-    """Qwen2 with KV groups and FFN neurons removed layer by layer; q, k and v keep their biases."""
-
-    config_class = NirvanaQwen2Config
-
-
-class NirvanaQwen3ForCausalLM(_PerLayerWidths, Qwen3ForCausalLM):
-    """Qwen3 with KV groups and FFN neurons removed layer by layer; the norms of a head stay whole."""
-
-    config_class = NirvanaQwen3Config
+def __getattr__(name):
+    """``Nirvana<Class>`` is a decoder or a config of transformers, <Class>, with layers of other widths."""
+    base = getattr(transformers, name.removeprefix(_OURS), None) if name.startswith(_OURS) else None
+    if not isinstance(base, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if issubclass(base, PreTrainedConfig):
+        made = type(name, (_PerLayerConfig, base), {"__module__": __name__})
+    else:
+        assert issubclass(base, PreTrainedModel)
+        own_config = getattr(sys.modules[__name__], _OURS + base.config_class.__name__)
+        body = {"__module__": __name__, "config_class": own_config, "config": None}
+        made = type(name, (_PerLayerWidths, base), body)
+    globals()[name] = made
+    return made
 
 
 class _T5SelfAttention(T5Attention):

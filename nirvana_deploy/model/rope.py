@@ -14,31 +14,35 @@ from nirvana_deploy.base.errors import NirvanaError
 _FIXED = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the sequence length
 
 
-def rotary_frequencies(config: PreTrainedConfig, *, head_dim: int) -> tuple[torch.Tensor, float]:
+def rotary_frequencies(
+    config: PreTrainedConfig, *, head_dim: int, kind: str = ""
+) -> tuple[torch.Tensor, float]:
     """(inverse frequencies float32 [d/2], factor on cosine and sine) for a decoder's config.
 
-    Raises NirvanaError for a rope type whose frequencies change with the sequence length, where a static
-    graph would silently compute something else, for parameters that it lacks, and for heads turned in part.
+    ``kind`` is the key of one of several rotary embeddings. Raises NirvanaError for a rope type whose
+    frequencies change with the sequence length, where a static graph would silently compute something else,
+    for parameters that it lacks, and for heads turned in part.
     """
     if head_dim % 2:
         raise NirvanaError(f"Unsupported: head_dim {head_dim}; a rotary embedding turns pairs.")
-    parameters: dict[str, Any] = config.rope_parameters or {}
-    kind = parameters.get("rope_type", "default")
-    if kind not in _FIXED:
+    parameters: dict[str, Any] = (config.rope_parameters[kind] if kind else config.rope_parameters) or {}
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type not in _FIXED:
         raise NirvanaError(
-            f"Unsupported: rope_type {kind!r}; supported: {', '.join(_FIXED)}.",
+            f"Unsupported: rope_type {rope_type!r}; supported: {', '.join(_FIXED)}.",
         )
-    if kind == "default":
+    if rope_type == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
     config = copy.copy(config)
     config.__dict__.pop("_heterogeneity_spec", None)  # the frequencies are the dense model's
+    config.rope_parameters = parameters
     config.head_dim = head_dim
     try:
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise NirvanaError(
-            f"config.json: rope_parameters {parameters} are no {kind} rotary embedding: "
+            f"config.json: rope_parameters {parameters} are no {rope_type} rotary embedding: "
             f"{type(error).__name__}: {error}."
         ) from error
     if len(frequencies) != head_dim // 2 or not torch.isfinite(frequencies).all():

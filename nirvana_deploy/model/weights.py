@@ -239,8 +239,7 @@ def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a model of this shape consists of."""
     family, D, d = shape.family, shape.hidden_size, shape.head_dim
     tensors: dict[str, tuple[int, ...]] = {f"{family.embedding}.weight": (shape.vocab_size, D)}
-    for stack in family.stacks:
-        tensors[f"{stack.final_norm}.weight"] = (D,)
+    tensors |= norm_shapes(shape)
     if not shape.tied_embeddings:
         tensors[f"{family.head}.weight"] = (shape.vocab_size, D)
     for index, layer in enumerate(shape.layers):
@@ -258,14 +257,50 @@ def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
             tensors[f"{prefix}.{module}.weight"] = (rows, columns)
             if bias:
                 tensors[f"{prefix}.{module}.bias"] = (rows,)
-        for norm in filter(None, (site.input_norm, site.ffn_norm)):
-            tensors[f"{prefix}.{norm}.weight"] = (D,)
-        for norm in filter(None, (site.q_norm, site.k_norm)):
-            tensors[f"{prefix}.{norm}.weight"] = (d,)
     for site in family.sites:
         if site.position_bias:
             tensors[f"{site.layer(0)}.{site.position_bias}.weight"] = shape.position_bias
     return tensors
+
+
+def norm_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the weight of every norm."""
+    D, d = shape.hidden_size, shape.head_dim
+    norms = {stack.final_norm: D for stack in shape.family.stacks}
+    for index in range(len(shape.layers)):
+        site, prefix = shape.place(index)
+        of_states = (site.input_norm, site.attention_post_norm, site.ffn_norm, site.ffn_post_norm)
+        norms |= {f"{prefix}.{norm}": D for norm in of_states if norm}
+        norms |= {f"{prefix}.{norm}": d for norm in (site.q_norm, site.k_norm) if norm}
+    return {f"{norm}.weight": (width,) for norm, width in norms.items()}
+
+
+class OffsetNorms:
+    """Weights of which the norms are as they are multiplied with: what is stored plus ``offset``, float32."""
+
+    def __init__(self, source: WeightSource, shape: ModelShape, offset: float) -> None:
+        self._source, self._norms, self._offset = source, norm_shapes(shape), offset
+
+    def names(self) -> Sequence[str]:
+        """All tensor names, sorted; the same as the source's."""
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The same as the source's."""
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """float32 of a norm, else the source's."""
+        return torch.float32 if name in self._norms else self._source.dtype(name)
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor, with the offset where it is a norm's."""
+        tensor = self._source.load(name)
+        return tensor.float() + self._offset if name in self._norms else tensor
+
+    def rows(self, name: str, positions: Rows) -> torch.Tensor:
+        """Some rows of the tensor."""
+        return self.load(name)[positions] if name in self._norms else self._source.rows(name, positions)
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:

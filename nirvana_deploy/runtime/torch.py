@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from nirvana_deploy.export.dtypes import Dtype
-from nirvana_deploy.model.checkpoint import load_checkpoint
+from nirvana_deploy.model.checkpoint import load_checkpoint, norm_offset
 from nirvana_deploy.model.reading import first_decoder_token
 from nirvana_deploy.runtime.runner import checked_prompts, started
 
@@ -188,10 +188,23 @@ def _round(model: PreTrainedModel, dtype: Dtype) -> None:
         model.model.rotary_emb.register_forward_hook(
             lambda _module, _inputs, angles: tuple(angle.to(dtype.torch).float() for angle in angles)
         )
+    offset = norm_offset(model.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not any(part in name for part in wide):
-                parameter.data = parameter.to(dtype.torch).float()
+                added = offset if "norm" in name else 0.0  # stored is what is multiplied with
+                parameter.data = (parameter + added).to(dtype.torch).float() - added
+        _round_factors(model, dtype)
+
+
+def _round_factors(model: PreTrainedModel, dtype: Dtype) -> None:
+    """Round the numbers that embeddings and what is added to hidden states are multiplied with."""
+    for module in model.modules():
+        if isinstance(scale := getattr(module, "embed_scale", None), torch.Tensor):
+            scale.copy_(scale.to(dtype.torch).float())
+        for name in ("residual_multiplier", "embedding_multiplier"):
+            if (factor := getattr(module, name, None)) is not None:
+                setattr(module, name, float(torch.tensor(factor, dtype=dtype.torch)))
 
 
 @contextmanager

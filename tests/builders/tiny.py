@@ -10,12 +10,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
+
+from nirvana_deploy.model.checkpoint import norm_offset
 
 VOCABULARY = 272
 
@@ -27,6 +30,22 @@ KINDS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: Qwen2Config(**_size(), tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**_size(), head_dim=16),
 }
+"""The kinds that every suite runs on."""
+
+MORE_KINDS: dict[str, Callable[[], Any]] = {
+    "gemma3": lambda: Gemma3TextConfig(
+        **_size(),
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
+}
+"""One of each further family; ``tests/pipeline/test_families.py`` takes them down the whole arrow."""
 
 
 INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -71,14 +90,14 @@ def write_tiny(
 ) -> Path:
     """Save a random model of ``kind`` with weights large enough that its layers matter."""
     torch.manual_seed(7)
-    config = KINDS[kind]()
+    config = {**KINDS, **MORE_KINDS}[kind]()
     if head_dim is not None:
         config.head_dim = head_dim
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5, 1.5).sub_(norm_offset(config))
             else:
                 parameter.normal_(0.0, 0.15)
     model.to(dtype).save_pretrained(folder, **save)

@@ -390,7 +390,7 @@ def test_file_that_is_not_gguf(tmp_path: Path) -> None:
 
 def test_gguf_of_an_unsupported_architecture(tiny_llama: Path, tmp_path: Path) -> None:
     falcon = write_gguf(tmp_path / "f.gguf", tiny_llama, architecture="falcon")
-    with pytest.raises(NirvanaError, match=r"says 'falcon'\. Supported: llama, mistral"):
+    with pytest.raises(NirvanaError, match=r"says 'falcon'\. Supported: gemma3, gemma3_text, llama, mistral"):
         resolve_model(str(falcon))
 
 
@@ -409,34 +409,38 @@ def test_gguf_without_the_extra_names_the_pip_command(
 def wheel(
     tiny_gguf: Path, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> sources.WheelModel:
-    """A small wheel on a package index that is a folder: pip runs, the pins are those of the small files."""
-    index = tmp_path / "index"
+    """Two small wheels on a package index that is a folder; the pins are those of the small files."""
+    index, whole = tmp_path / "index", tiny_gguf.read_bytes()
     index.mkdir()
-    file = index / "tiny_llm-0.1-py3-none-any.whl"
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.write(tiny_gguf, "tiny_llm/tiny.gguf")
-        archive.writestr(
-            "tiny_llm-0.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-llm\nVersion: 0.1\n"
-        )
-        archive.writestr("tiny_llm-0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr("tiny_llm-0.1.dist-info/RECORD", "")
+    wheels = []
+    for name, part in (("tiny_llm", whole[:999]), ("tiny_llm_more", whole[999:])):
+        file, metadata = index / f"{name}-0.1-py3-none-any.whl", f"{name}-0.1.dist-info"
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr(f"{name}/tiny.gguf", part)
+            archive.writestr(
+                f"{metadata}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n"
+            )
+            archive.writestr(f"{metadata}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            archive.writestr(f"{metadata}/RECORD", "")
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        wheels.append(sources.Wheel(f"{name.replace('_', '-')}==0.1", sha256, f"{name}/tiny.gguf"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    pinned = sources.WheelModel(
-        requirement="tiny-llm==0.1",
-        wheel_sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-        gguf="tiny_llm/tiny.gguf",
-        gguf_sha256=hashlib.sha256(tiny_gguf.read_bytes()).hexdigest(),
-    )
+    pinned = sources.WheelModel(tuple(wheels), "tiny.gguf", hashlib.sha256(whole).hexdigest())
     monkeypatch.setitem(sources._WHEELS, "smollm2", pinned)
     return pinned
+
+
+def with_other(wheel: sources.WheelModel, **changes: str) -> sources.WheelModel:
+    """The model with another last wheel."""
+    return replace(wheel, wheels=(*wheel.wheels[:-1], replace(wheel.wheels[-1], **changes)))
 
 
 def test_default_model_falls_back_to_the_wheel_and_then_to_the_cache(
     wheel: sources.WheelModel, own_caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = resolve_model("smollm2")
-    assert model.origin == "alias smollm2 -> pypi tiny-llm==0.1 (tiny.gguf)"
+    assert model.origin == "alias smollm2 -> pypi tiny-llm==0.1 and 1 more (tiny.gguf)"
     assert (model.name, model.licence) == ("smollm2", ALIASES["smollm2"].licence)
     assert model.path == own_caches / "gguf" / wheel.gguf_sha256
     assert {path.name for path in own_caches.iterdir()} == {"gguf"}
@@ -444,20 +448,23 @@ def test_default_model_falls_back_to_the_wheel_and_then_to_the_cache(
     assert resolve_model("smollm2") == model
 
 
-@pytest.mark.parametrize("pin", ["wheel_sha256", "gguf_sha256"])
+@pytest.mark.parametrize("pin", ["sha256 of a wheel", "sha256 of the file"])
 def test_wheel_that_is_not_the_pinned_one_is_refused(
     wheel: sources.WheelModel, pin: str, own_caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sources._WHEELS, "smollm2", replace(wheel, **{pin: "0" * 64}))
+    other = with_other(wheel, sha256="0" * 64)
+    if pin == "sha256 of the file":
+        other = replace(wheel, gguf_sha256="0" * 64)
+    monkeypatch.setitem(sources._WHEELS, "smollm2", other)
     with pytest.raises(NirvanaError, match="was not used: its sha256 is"):
         resolve_model("smollm2")
     assert not [path for path in own_caches.rglob("*") if path.is_file()]
 
 
 def test_neither_hub_nor_index(wheel: sources.WheelModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sources._WHEELS, "smollm2", replace(wheel, requirement="tiny-llm==9.9"))
+    monkeypatch.setitem(sources._WHEELS, "smollm2", with_other(wheel, requirement="tiny-llm-more==9.9"))
     with pytest.raises(
-        NirvanaError, match=r"(?s)hub cannot be reached.*pip could not download tiny-llm==9\.9"
+        NirvanaError, match=r"(?s)hub cannot be reached.*pip could not download tiny-llm-more==9\.9"
     ):
         resolve_model("smollm2")
 
@@ -469,9 +476,17 @@ def test_python_without_pip(wheel: sources.WheelModel, monkeypatch: pytest.Monke
     assert "ensurepip" in (caught.value.hint or "")
 
 
-def test_pins_of_the_embedded_model_are_well_formed() -> None:
-    for digest in (sources.SMOLLM2_WHEEL.wheel_sha256, sources.SMOLLM2_WHEEL.gguf_sha256):
-        assert len(digest) == 64 and int(digest, 16)
+def test_pins_are_well_formed() -> None:
+    for model in sources._WHEELS.values():
+        for digest in (model.gguf_sha256, *(wheel.sha256 for wheel in model.wheels)):
+            assert len(digest) == 64 and int(digest, 16)
+
+
+def test_terms_of_use_are_shown(wheel: sources.WheelModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sources._WHEELS, "gemma3-270m", wheel)
+    notes = Recorder()
+    resolve_model("gemma3-270m", progress=notes)
+    assert "Gemma Terms of Use apply" in notes.notes[-1] and "https://" in notes.notes[-1]
 
 
 # --- the command ----------------------------------------------------------------------------------------

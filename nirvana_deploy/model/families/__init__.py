@@ -10,6 +10,7 @@ from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.config import completed, require_computed_here
+from nirvana_deploy.model.families.gemma3 import GEMMA3
 from nirvana_deploy.model.families.llama import LLAMA
 from nirvana_deploy.model.families.mistral import MISTRAL
 from nirvana_deploy.model.families.qwen2 import QWEN2
@@ -18,7 +19,7 @@ from nirvana_deploy.model.families.t5 import GATED_T5, T5
 from nirvana_deploy.model.family import Family
 from nirvana_deploy.model.shape import ModelShape
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, T5)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, T5)}
 LAYOUTS: tuple[Family, ...] = (*FAMILIES.values(), GATED_T5)
 """Every way to name tensors: the families and their variants."""
 

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.model.family import Family
+from nirvana_deploy.model.family import Computation, Family, LayerAttention
 from nirvana_deploy.model.shape import LayerShape, ModelShape, positive
 
-_MAX_WINDOW_LAYERS = 28
-"""Layers before the first one with a sliding window, when the config is silent."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SLIDING = "sliding_attention"
+"""In ``layer_types`` of a config: the layers that see ``sliding_window`` tokens."""
 
 
-def refuse_sliding_window(config: Mapping[str, Any], *, sliding: bool) -> None:
-    """Raise NirvanaError when attention is ``sliding``: a window hides earlier tokens."""
-    if sliding:
-        raise NirvanaError(
-            "Unsupported: config.json asks for sliding-window attention "
-            f"(sliding_window = {config.get('sliding_window')!r})."
-        )
+def refuse(config: Mapping[str, Any], feature: str, key: str) -> None:
+    """Raise NirvanaError when config.json asks for ``feature``, which it does by ``key``."""
+    if config.get(key):
+        raise NirvanaError(f"Unsupported: config.json asks for {feature} ({key} = {config[key]!r}).")
 
 
-def some_layers_slide(config: Mapping[str, Any]) -> bool:
-    """Whether a config with ``use_sliding_window`` and ``layer_types`` gives any layer a sliding window."""
-    if layer_types := config.get("layer_types"):
-        return any(kind != "full_attention" for kind in layer_types)
-    first = config.get("max_window_layers", _MAX_WINDOW_LAYERS)
-    return bool(config.get("use_sliding_window")) and first < config.get("num_hidden_layers", first + 1)
+def windows_by_type(config: PreTrainedConfig) -> Computation:
+    """Llama's computation, with a window in the layers that ``layer_types`` says so of."""
+    return Computation(layers=tuple(LayerAttention(window=window) for window in layer_windows(config)))
+
+
+def window_everywhere(config: PreTrainedConfig) -> Computation:
+    """Llama's computation, with the window of ``sliding_window``, if any, in every layer."""
+    one = LayerAttention(window=getattr(config, "sliding_window", None))
+    return Computation(layers=(one,) * config.num_hidden_layers)
+
+
+def layer_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The window of each layer by ``layer_types``."""
+    return [config.sliding_window if kind == SLIDING else None for kind in config.layer_types]
 
 
 def refuse_activation(config: Mapping[str, Any]) -> None:

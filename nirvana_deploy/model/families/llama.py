@@ -7,9 +7,10 @@ from typing import Any
 
 from nirvana_deploy.model.config import completed
 from nirvana_deploy.model.families.decoder_only import (
+    refuse,
     refuse_activation,
-    refuse_sliding_window,
     shape_with_bias_setting,
+    window_everywhere,
     with_widths,
 )
 from nirvana_deploy.model.families.mistral import GGUF, MISTRAL
@@ -28,7 +29,7 @@ _NOT_IN_MISTRAL = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_theta",
 
 
 def _resolve(config: Mapping[str, Any]) -> Family:
-    refuse_sliding_window(config, sliding=bool(config.get("sliding_window")))
+    refuse(config, "sliding-window attention", "sliding_window")
     refuse_activation(config)
     return LLAMA
 
@@ -55,6 +56,7 @@ LLAMA = Family(
     resolve=_resolve,
     read_shape=shape_with_bias_setting,
     stock_config=_stock_config,
+    computation=window_everywhere,
     # LlamaConfig compares head numbers while it loads; without this the stock class cannot open the file
     own_settings=(("allow_global_per_layer_attribute_access", True),),
     genai_type="llama",

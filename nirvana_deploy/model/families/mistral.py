@@ -1,4 +1,4 @@
-"""Mistral with full attention; no linear has a bias."""
+"""Mistral, whose layers all see a window or all do not; no linear has a bias."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from nirvana_deploy.model.families.decoder_only import (
     decoder_shape,
     refuse_activation,
-    refuse_sliding_window,
+    window_everywhere,
     with_widths,
 )
 from nirvana_deploy.model.family import Family, GgufArchitecture
@@ -19,7 +19,6 @@ GGUF = GgufArchitecture("llama", pairs_adjacent=True, rope_factors=True)
 
 
 def _resolve(config: Mapping[str, Any]) -> Family:
-    refuse_sliding_window(config, sliding=bool(config.get("sliding_window")))
     refuse_activation(config)
     return MISTRAL
 
@@ -34,6 +33,7 @@ MISTRAL = Family(
     resolve=_resolve,
     read_shape=_read_shape,
     stock_config=with_widths,
+    computation=window_everywhere,
     genai_type="mistral",
     gguf=GGUF,
 )

@@ -8,8 +8,7 @@ from typing import Any
 from nirvana_deploy.model.families.decoder_only import (
     decoder_shape,
     refuse_activation,
-    refuse_sliding_window,
-    some_layers_slide,
+    windows_by_type,
     with_widths,
 )
 from nirvana_deploy.model.family import Family, GgufArchitecture
@@ -17,7 +16,6 @@ from nirvana_deploy.model.shape import ModelShape
 
 
 def _resolve(config: Mapping[str, Any]) -> Family:
-    refuse_sliding_window(config, sliding=some_layers_slide(config))
     refuse_activation(config)
     return QWEN2
 
@@ -32,6 +30,7 @@ QWEN2 = Family(
     resolve=_resolve,
     read_shape=_read_shape,
     stock_config=with_widths,
+    computation=windows_by_type,
     genai_type="qwen2",
     gguf=GgufArchitecture("qwen2", square_queries=True),
 )

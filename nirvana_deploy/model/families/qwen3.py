@@ -7,16 +7,14 @@ from typing import Any
 
 from nirvana_deploy.model.families.decoder_only import (
     refuse_activation,
-    refuse_sliding_window,
     shape_with_bias_setting,
-    some_layers_slide,
+    windows_by_type,
     with_widths,
 )
 from nirvana_deploy.model.family import Family, GgufArchitecture, Site, Stack
 
 
 def _resolve(config: Mapping[str, Any]) -> Family:
-    refuse_sliding_window(config, sliding=some_layers_slide(config))
     refuse_activation(config)
     return QWEN3
 
@@ -27,6 +25,7 @@ QWEN3 = Family(
     resolve=_resolve,
     read_shape=shape_with_bias_setting,
     stock_config=with_widths,
+    computation=windows_by_type,
     stacks=(Stack(sites=(Site(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),)),),
     genai_type="qwen3",
     gguf=GgufArchitecture("qwen3"),

@@ -34,7 +34,7 @@ from nirvana_deploy.prune.refit.elimination import (
     optimum_of,
 )
 from nirvana_deploy.prune.refit.least_squares import NormalEquations, add_gram
-from nirvana_deploy.prune.refit.readers import Reader, importance, readers_of, watched
+from nirvana_deploy.prune.refit.readers import Reader, Wanted, readers_of, watched
 from nirvana_deploy.prune.refit.selection import BLOCKS
 from nirvana_deploy.prune.saliency.gradient import sampled_likelihood_gradient
 from nirvana_deploy.prune.streaming.model import StreamedModel
@@ -139,11 +139,11 @@ class _Sink:
             with ExitStack() as hooks:
                 seen = [hooks.enter_context(_recorded(reader)) for reader in readers]
                 turn()
-            for border, record in zip(borders, seen, strict=True):
+            for reader, border, record in zip(readers, borders, seen, strict=True):
                 if number == len(turns) - 1:
                     border.inputs = record.inputs
                 else:
-                    _observe(border, record)
+                    _observe(reader, border, record)
         for reader, border in zip(readers, borders, strict=True):
             self._finish(reader, border)
 
@@ -228,7 +228,7 @@ class _recorded:  # noqa: N801 (a context manager)
             record.output = output.detach()
             output.register_hook(partial(keep, "gradient"))  # type: ignore[no-untyped-call]
 
-        self._hooks.enter_context(watched(reader.norm, partial(keep, "entered")))
+        self._hooks.enter_context(watched(reader.entry, partial(keep, "entered")))
         self._hooks.enter_context(watched(reader.linear, partial(keep, "inputs")))
         handle = reader.linear.register_forward_hook(at_output)
         self._hooks.callback(handle.remove)
@@ -238,10 +238,11 @@ class _recorded:  # noqa: N801 (a context manager)
         self._hooks.close()
 
 
-def _observe(border: _Border, record: _Record) -> None:
+def _observe(reader: Reader, border: _Border, record: _Record) -> None:
     entered, inputs, output = record.entered, record.inputs, record.output
     assert entered is not None and inputs is not None and output is not None and record.gradient is not None
-    weight = importance(entered + output)
+    states = reader.behind(entered, output)
+    weight = Wanted(states, None if reader.post_norm is None else output).importance()
     border.metric.observe(record.gradient, weight)
     x = (inputs * weight).flatten(0, -2)
     add_gram(border.equations.gram, x)

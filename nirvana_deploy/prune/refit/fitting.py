@@ -9,7 +9,7 @@ import torch
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.prune.refit.least_squares import NormalEquations, Refit
-from nirvana_deploy.prune.refit.readers import Reader, importance
+from nirvana_deploy.prune.refit.readers import Reader, Wanted
 
 RIDGES = (0.3, 1.0, 3.0, 10.0)
 """Tried on held-out windows: the fewer tokens an input has, the larger the best. Below the first, what the
@@ -40,13 +40,13 @@ class Fit:
 def fitted(
     reader: Reader,
     pairs: Sequence[Pair],
-    wanted: Sequence[torch.Tensor],
+    wanted: Sequence[Wanted],
     *,
     kept: torch.Tensor | None,
     choose: Callable[[Reader, NormalEquations], torch.Tensor] | None,
     ridge: float | None,
 ) -> Fit:
-    """Fit a reader to the ``wanted`` states [n, T, D] of each batch; ``choose`` decides if ``kept`` is None.
+    """Fit a reader to what is ``wanted`` of each batch; ``choose`` decides if ``kept`` is None.
 
     With ``ridge`` None the best of several on held-out batches is taken, and all batches then fit the linear;
     or the plain cut, if it is better there. Raises NirvanaError for inputs that are not finite.
@@ -56,8 +56,8 @@ def fitted(
     held_out = max(1, len(pairs) // _HELD_OUT) if ridge is None and len(pairs) > 1 else 0
     equations = NormalEquations(weight if given is None else weight.index_select(1, given))
     unseen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for number, (pair, states) in enumerate(zip(pairs, wanted, strict=True)):
-        inputs, missing = _weighed(reader, pair, states, given)
+    for number, (pair, dense) in enumerate(zip(pairs, wanted, strict=True)):
+        inputs, missing = _weighed(reader, pair, dense, given)
         if number < len(pairs) - held_out:
             equations.observe(inputs, missing)
         else:
@@ -101,14 +101,15 @@ def _finite(reader: Reader, refit: Refit | None) -> Refit:
 
 
 def _weighed(
-    reader: Reader, pair: Pair, states: torch.Tensor, kept: torch.Tensor | None
+    reader: Reader, pair: Pair, wanted: Wanted, kept: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(inputs that stay, what the linear should give for them), each position by its importance."""
     entered, inputs = pair()
-    states = states.to(entered.device)
+    wanted = wanted.to(entered.device)
     bias = reader.linear.bias
-    missing = states - entered if bias is None else states - entered - bias
-    share = importance(states)
+    aim = reader.aim(entered, wanted)
+    missing = aim if bias is None else aim - bias
+    share = wanted.importance()
     return (inputs if kept is None else inputs.index_select(-1, kept)) * share, missing * share
 
 

@@ -24,12 +24,51 @@ class Reader:
     position: int
     """In ``shape.layers``."""
     linear: nn.Linear
-    norm: nn.Module
-    """Reads the hidden states that the linear adds to."""
+    entry: nn.Module
+    """Reads the hidden states that the linear adds to: a norm, else what reads them as they are."""
     ffn: nn.Module | None
-    """What lies between norm and hidden states, for a down; None for an o."""
+    """What lies between entry and linear, for a down; None for an o."""
     groups: int | None
     """KV groups whose columns it reads; None for a down, whose columns are neurons."""
+    post_norm: nn.Module | None = None
+    """Norm of what the linear gives, ahead of the sum with the hidden states."""
+    scale: float = 1.0
+    """Factor on it in that sum."""
+
+    def behind(self, entered: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The hidden states [n, T, D] behind the linear, from those it adds to and its output."""
+        added = output if self.post_norm is None else self.post_norm(output)
+        return entered + (added if self.scale == 1 else added * self.scale)
+
+    def aim(self, entered: torch.Tensor, wanted: Wanted) -> torch.Tensor:
+        """What the linear should give, [n, T, D]: behind a norm no sum with the hidden states is linear."""
+        if wanted.output is not None:
+            return wanted.output
+        missing = wanted.states - entered
+        return missing if self.scale == 1 else missing / self.scale
+
+    def ffn_output(self, entered: torch.Tensor) -> torch.Tensor:
+        """Run what lies behind the hidden states [n, T, D] of a down."""
+        assert self.ffn is not None
+        return self.ffn(entered if self.entry is self.ffn else self.entry(entered))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the dense model has behind a reader, [n, T, D]."""
+
+    states: torch.Tensor
+    output: torch.Tensor | None = None
+    """Of the linear, where a norm follows it."""
+
+    def to(self, device: torch.device) -> Wanted:
+        """The same on a device."""
+        return Wanted(self.states.to(device), None if self.output is None else self.output.to(device))
+
+    def importance(self) -> torch.Tensor:
+        """w [n, T, 1]: errors count as the next norm sees them, and the one between, if any."""
+        share = importance(self.states)
+        return share if self.output is None else share * importance(self.output)
 
 
 class _Seen(Exception):  # noqa: N818 (nothing went wrong)
@@ -38,28 +77,37 @@ class _Seen(Exception):  # noqa: N818 (nothing went wrong)
 
 def readers_of(shape: ModelShape, positions: Sequence[int], block: nn.Module) -> list[Reader]:
     """Readers of one block in the order in which they run: all attentions stand before the FFN."""
-    places = [(position, *shape.place(position)) for position in positions]
-    modules: list[tuple[int, str, str, str | None, int | None]] = [
-        (position, prefix, site.o, site.input_norm, shape.layers[position].kv_heads)
-        for position, site, prefix in places
-    ]
-    modules += [
-        (position, prefix, site.ffn_down, site.ffn_norm, None)
-        for position, site, prefix in places
-        if site.ffn_norm
-    ]
-    found = []
-    for position, prefix, name, norm, groups in modules:
+    scale = float(getattr(block, "residual_multiplier", 1.0))
+
+    def reader(position: int, name: str, entry: str, post_norm: str | None, groups: int | None) -> Reader:
         linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear) and norm is not None
-        ffn = block.get_submodule(name.rpartition(".")[0]) if groups is None else None
-        weight = f"{prefix}.{name}.weight"
-        found.append(Reader(weight, position, linear, block.get_submodule(norm), ffn, groups))
-    return found
+        assert isinstance(linear, nn.Linear)
+        return Reader(
+            name=f"{shape.place(position)[1]}.{name}.weight",
+            position=position,
+            linear=linear,
+            entry=block.get_submodule(entry),
+            ffn=block.get_submodule(name.rpartition(".")[0]) if groups is None else None,
+            groups=groups,
+            post_norm=block.get_submodule(post_norm) if post_norm else None,
+            scale=scale,
+        )
+
+    sites = [(position, shape.place(position)[0]) for position in positions]
+    attentions = [
+        reader(p, site.o, site.input_norm or site.q, site.attention_post_norm, shape.layers[p].kv_heads)
+        for p, site in sites
+    ]
+    ffns = [
+        reader(p, site.ffn_down, site.ffn_norm or site.ffn_down.rpartition(".")[0], site.ffn_post_norm, None)
+        for p, site in sites
+        if site.ffn_rows
+    ]
+    return attentions + ffns
 
 
 def importance(states: torch.Tensor) -> torch.Tensor:
-    """w [n, T, 1]: the inverse size of states [n, T, D]: errors count as the next norm sees them."""
+    """The inverse size [n, T, 1] of states [n, T, D]."""
     return states.square().mean(-1, keepdim=True).clamp_min(_TINY).rsqrt()
 
 
@@ -71,7 +119,7 @@ def up_to(reader: Reader, run: Callable[[], object]) -> tuple[torch.Tensor, torc
         seen.append(inputs)
         raise _Seen
 
-    with watched(reader.norm, seen.append), watched(reader.linear, last), suppress(_Seen):
+    with watched(reader.entry, seen.append), watched(reader.linear, last), suppress(_Seen):
         run()
     entered, inputs = seen
     return entered, inputs

@@ -33,6 +33,8 @@ from nirvana_deploy.prune.refit.fitting import Fit, fitted
 from nirvana_deploy.prune.refit.least_squares import NormalEquations
 from nirvana_deploy.prune.refit.readers import (
     Reader,
+    Wanted,
+    changed,
     readers_of,
     set_columns,
     stored_as,
@@ -125,7 +127,7 @@ def refit_readers(
             positions: Sequence[int], block: nn.Module, dense: Runs, made: Runs
         ) -> tuple[States, States]:
             readers = readers_of(shape, positions, block)
-            wanted, left = _dense_states(readers, dense)
+            wanted, left = _wanted(readers, dense)
             written: dict[str, torch.Tensor] = {}
             states: States = []
             for reader, after in zip(readers, wanted, strict=True):
@@ -204,7 +206,7 @@ class _Replay:
     def _behind(self, entered: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         device = self._reader.linear.weight.device
         output: torch.Tensor = self._reader.linear(inputs.to(device))
-        return (entered.to(device) + output).cpu()
+        return self._reader.behind(entered.to(device), output).cpu()
 
     def _noted(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         entered, inputs = self._pair(number)
@@ -218,22 +220,29 @@ class _Replay:
         return entered, inputs
 
     def _pair(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        reader, ffn = self._reader, self._reader.ffn
-        if ffn is None:
+        reader = self._reader
+        if reader.ffn is None:
             return up_to(reader, self._runs[number])
         states = self._entered[number].to(reader.linear.weight.device)
-        return up_to(reader, lambda: ffn(reader.norm(states)))
+        return up_to(reader, lambda: reader.ffn_output(states))
 
 
-def _dense_states(readers: Sequence[Reader], runs: Runs) -> tuple[list[States], States]:
-    """(the hidden states after each reader, those that leave the block), before any change."""
+def _wanted(readers: Sequence[Reader], runs: Runs) -> tuple[list[list[Wanted]], States]:
+    """(what is wanted behind each reader, the states that leave the block), before any change."""
     entering: list[States] = [[] for _ in readers]
+    outputs: list[States] = [[] for _ in readers]
 
     def keep(states: States, entered: torch.Tensor) -> None:
         states.append(entered.cpu())
 
     with ExitStack() as hooks:
-        for reader, states in zip(readers, entering, strict=True):
-            hooks.enter_context(watched(reader.norm, partial(keep, states)))
+        for reader, states, given in zip(readers, entering, outputs, strict=True):
+            hooks.enter_context(watched(reader.entry, partial(keep, states)))
+            if reader.post_norm is not None:
+                hooks.enter_context(changed(reader.linear, partial(keep, given)))
         left = [run().cpu() for run in runs]
-    return [*entering[1:], left], left
+    behind = [*entering[1:], left]
+    return [
+        [Wanted(*one) for one in zip(states, given or [None] * len(left), strict=True)]
+        for states, given in zip(behind, outputs, strict=True)
+    ], left

@@ -20,11 +20,14 @@ BLOCK_ROWS = 8192
 """Vocabulary entries per block: 134 MB of a head with D = 4096."""
 
 
-def embedded(weights: WeightSource, shape: ModelShape, tokens: torch.Tensor) -> torch.Tensor:
-    """Rows [n, T, D] of the embedding, float32, for tokens [n, T]."""
+def embedded(
+    weights: WeightSource, shape: ModelShape, tokens: torch.Tensor, *, scale: float = 1.0
+) -> torch.Tensor:
+    """Rows [n, T, D] of the embedding times ``scale``, float32, for tokens [n, T]."""
     distinct, places = np.unique(tokens.numpy(), return_inverse=True)
     rows = weights.rows(f"{shape.family.embedding}.weight", torch.from_numpy(distinct))
-    return rows.to(torch.float32)[torch.from_numpy(places).reshape(tokens.shape)]
+    scaled = rows.to(torch.float32) if scale == 1 else rows.to(torch.float32) * scale
+    return scaled[torch.from_numpy(places).reshape(tokens.shape)]
 
 
 def head_name(shape: ModelShape) -> str:

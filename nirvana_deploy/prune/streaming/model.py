@@ -199,7 +199,7 @@ class StreamedModel:
 
     def _forward(self, one: _Pass, contexts: _Contexts, advance: Advance) -> None:
         for number, batch in enumerate(one.batches):
-            one.states[0, number] = embedded(self._weights, self.shape, batch)
+            one.states[0, number] = self._embedded(one.stack, batch)
         for index, block in enumerate(one.stack.blocks):
             with self._loaded(block) as module, torch.no_grad():
                 for number, context in enumerate(contexts):
@@ -238,7 +238,7 @@ class StreamedModel:
             for before, stack, tokens in self._in_order(self.read(windows)):
                 batches = micro_batches(tokens, micro_batch)
                 contexts = [self._contexts(before, left, len(batches)) for left in (dense, made)]
-                dense = made = [embedded(self._weights, self.shape, batch) for batch in batches]
+                dense = made = [self._embedded(stack, batch) for batch in batches]
                 for block in stack.blocks:
                     with self._loaded(block) as module:
                         runs = (
@@ -261,7 +261,7 @@ class StreamedModel:
         with torch.no_grad(), progress.task("Measuring one layer at a time", depth) as advance:
             for before, stack, tokens in self._in_order(self.read(windows)):
                 contexts = list(self._contexts(before, states, 1))
-                states = [embedded(self._weights, self.shape, tokens)] * len(contexts)
+                states = [self._embedded(stack, tokens)] * len(contexts)
                 for block in stack.blocks:
                     with self._loaded(block) as module:
                         pairs = zip(states, contexts, strict=True)
@@ -292,7 +292,7 @@ class StreamedModel:
         with torch.no_grad():
             for before, stack, tokens in self._in_order(read):
                 contexts = [self._contexts(before, left, len(batches)) for left in hidden]
-                hidden = [[embedded(self._weights, self.shape, batch) for batch in tokens] for _ in views]
+                hidden = [[self._embedded(stack, batch) for batch in tokens] for _ in views]
                 for block in stack.blocks:
                     for number, weights in enumerate(seen):
                         with self._loaded(block, weights) as module:
@@ -333,8 +333,13 @@ class StreamedModel:
     ) -> torch.Tensor:
         return stack.run(block, self._on_device(states), context)
 
+    def _embedded(self, stack: RunnableStack, tokens: torch.Tensor) -> torch.Tensor:
+        return embedded(self._weights, self.shape, tokens, scale=stack.embedding_scale)
+
     def _norm(self, stack: RunnableStack) -> Callable[[torch.Tensor], torch.Tensor]:
         weight, scale = self._float32(stack.norm), stack.scale
+        if stack.offset:
+            weight = weight + stack.offset
 
         def norm(states: torch.Tensor) -> torch.Tensor:
             normed = nn.functional.rms_norm(states, weight.shape, weight, stack.epsilon)

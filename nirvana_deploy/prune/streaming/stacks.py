@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.model.family import Stack
+from nirvana_deploy.model.family import Computation, Stack
 
 Run = Callable[[nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(block with weights, states [n, T, D], unpadded, context [n, S, D] or None) -> states [n, T, D]."""
@@ -40,8 +40,12 @@ class RunnableStack:
     norm: str
     """Name of the norm's weight in the checkpoint."""
     epsilon: float
+    offset: float = 0.0
+    """What is added to the norm's weight."""
     scale: float = 1.0
     """Factor behind the norm."""
+    embedding_scale: float = 1.0
+    """Factor on the rows of the embedding that enter the first block."""
 
 
 def stacks_of(checkpoint: Checkpoint, *, device: torch.device) -> tuple[RunnableStack, ...]:
@@ -50,40 +54,71 @@ def stacks_of(checkpoint: Checkpoint, *, device: torch.device) -> tuple[Runnable
     layers: dict[str, list[int]] = {}
     for layer in range(len(shape.layers)):
         layers.setdefault(shape.place(layer)[1], []).append(layer)
-    stacks = []
-    for stack in shape.family.stacks:
+
+    def blocks(stack: Stack) -> tuple[Block, ...]:
         depth = sum(layer.site == stack.sites[0].name for layer in shape.layers)
-        last = stack is shape.family.stacks[-1]
-        scaled = last and getattr(model.config, "scale_decoder_outputs", False)
-        position_bias = stack.sites[0].position_bias is not None
-        stacks.append(
-            RunnableStack(
-                blocks=tuple(
-                    Block(model.get_submodule(name), name, tuple(layers[name]))
-                    for name in map(stack.block, range(depth))
-                ),
-                run=_t5_run(stack, device) if position_bias else _rotary_run(model, device),
-                norm=f"{stack.final_norm}.weight",
-                epsilon=model.get_submodule(stack.final_norm).variance_epsilon,
-                scale=shape.hidden_size**-0.5 if scaled else 1.0,
-            )
+        names = map(stack.block, range(depth))
+        return tuple(Block(model.get_submodule(name), name, tuple(layers[name])) for name in names)
+
+    if shape.family.computation is not None:
+        [stack] = shape.family.stacks
+        return (_decoder(blocks(stack), stack, model, checkpoint.computation, device),)
+    scaled = getattr(model.config, "scale_decoder_outputs", False)
+    return tuple(
+        RunnableStack(
+            blocks=blocks(stack),
+            run=_t5_run(stack, device),
+            norm=f"{stack.final_norm}.weight",
+            epsilon=model.config.layer_norm_epsilon,
+            scale=shape.hidden_size**-0.5 if scaled and stack is shape.family.stacks[-1] else 1.0,
         )
-    return tuple(stacks)
+        for stack in shape.family.stacks
+    )
 
 
-def _rotary_run(model: PreTrainedModel, device: torch.device) -> Run:
-    """Causal attention, rotary positions from 0."""
+def _decoder(
+    blocks: tuple[Block, ...],
+    stack: Stack,
+    model: PreTrainedModel,
+    computation: Computation,
+    device: torch.device,
+) -> RunnableStack:
+    return RunnableStack(
+        blocks=blocks,
+        run=_rotary_run(model, computation, device),
+        norm=f"{stack.final_norm}.weight",
+        epsilon=model.config.rms_norm_eps,
+        offset=computation.norm_offset,
+        scale=computation.logits_scale,
+        embedding_scale=computation.embedding_scale,
+    )
+
+
+def _rotary_run(model: PreTrainedModel, computation: Computation, device: torch.device) -> Run:
+    """Causal attention, rotary positions from 0; where a layer has a window, its mask."""
     rotary = type(model.model.rotary_emb)(model.config)  # a real one: its frequencies are no weights
 
     @cache
-    def positions(tokens: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def positions(tokens: int, kind: str) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         numbers = torch.arange(tokens, device=device)[None]
-        return numbers, rotary(torch.empty(0, device=device), numbers)
+        return numbers, rotary(torch.empty(0, device=device), numbers, *filter(None, [kind]))
+
+    @cache
+    def mask(tokens: int, window: int | None) -> torch.Tensor | None:
+        if window is None or tokens <= window:
+            return None
+        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+        return seen.tril().triu(diagonal=1 - window)[None, None]
 
     def run(block: nn.Module, states: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-        numbers, angles = positions(states.shape[1])
+        tokens, attention = states.shape[1], computation.layers[block.self_attn.layer_idx]
+        numbers, angles = positions(tokens, attention.kind)
         output: torch.Tensor = block(
-            states, attention_mask=None, position_ids=numbers, position_embeddings=angles, use_cache=False
+            states,
+            attention_mask=mask(tokens, attention.window),
+            position_ids=numbers,
+            position_embeddings=angles,
+            use_cache=False,
         )
         return output
 

@@ -26,6 +26,7 @@ from nirvana_deploy.prune.streaming.model import StreamedModel
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "llama": partial(write_tiny, kind="llama-biased"),
     "qwen3": partial(write_tiny, kind="qwen3"),
+    "gemma3": partial(write_tiny, kind="gemma3"),
     "t5": partial(write_t5, kind="t5"),
     "flan-t5": partial(write_t5, kind="flan-t5"),
 }

@@ -11,7 +11,7 @@ from torch import nn
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.prune.refit.fitting import RIDGES, Fit, Pair, fitted
 from nirvana_deploy.prune.refit.least_squares import NormalEquations
-from nirvana_deploy.prune.refit.readers import Reader, importance
+from nirvana_deploy.prune.refit.readers import Reader, Wanted, importance
 
 INPUTS, OUTPUTS = 10, 6
 KEPT = torch.tensor([0, 1, 3, 4, 6, 8])
@@ -42,7 +42,7 @@ def batches_of(reader: Reader, count: int, *, positions: int = 12, other: bool =
 def fit(
     reader: Reader, batches: Sequence[Batch], *, ridge: float | None = None, kept: torch.Tensor = KEPT
 ) -> Fit:
-    return fitted(reader, _pairs(batches), [b[2] for b in batches], kept=kept, choose=None, ridge=ridge)
+    return fitted(reader, _pairs(batches), [Wanted(b[2]) for b in batches], kept=kept, choose=None, ridge=ridge)
 
 
 def _pairs(batches: Sequence[Batch]) -> list[Pair]:
@@ -123,7 +123,7 @@ def test_what_is_chosen_is_fitted_as_if_it_had_been_given() -> None:
         assert chosen is reader and equations.weight.shape == (OUTPUTS, INPUTS)
         return KEPT
 
-    wanted = [batch[2] for batch in batches]
+    wanted = [Wanted(batch[2]) for batch in batches]
     found = fitted(reader, _pairs(batches), wanted, kept=None, choose=choose, ridge=None)
     given = fit(reader, batches)
     torch.testing.assert_close(found.weight, given.weight, rtol=1e-4, atol=1e-5)

@@ -31,7 +31,7 @@ from nirvana_deploy.prune.refit.readers import (
 from nirvana_deploy.prune.streaming.model import Runs, States, StreamedModel
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
-    **{kind: partial(write_tiny, kind=kind) for kind in ("llama-biased", "qwen2", "qwen3")},
+    **{kind: partial(write_tiny, kind=kind) for kind in ("llama-biased", "qwen2", "qwen3", "gemma3")},
     **{kind: partial(tiny_t5.write_t5, kind=kind) for kind in tiny_t5.KINDS},
 }
 
@@ -61,7 +61,8 @@ def by_transformers(
 def expected_readers(kind: str) -> list[tuple[str, str]]:
     """(norm, linear), in the order in which they run."""
     if kind not in tiny_t5.KINDS:
-        names = (("input_layernorm", "self_attn.o_proj"), ("post_attention_layernorm", "mlp.down_proj"))
+        before_ffn = "pre_feedforward_layernorm" if kind == "gemma3" else "post_attention_layernorm"
+        names = (("input_layernorm", "self_attn.o_proj"), (before_ffn, "mlp.down_proj"))
         return [
             (f"model.layers.{n}.{norm}", f"model.layers.{n}.{linear}")
             for n in range(3)
@@ -98,7 +99,7 @@ def test_readers_and_what_they_read_are_those_of_a_full_forward(
                 torch.testing.assert_close(inputs, expected[reader.name][1][rows], rtol=1e-5, atol=1e-5)
                 if reader.ffn is not None:  # what lies between, alone
                     alone = reader.linear(inputs)
-                    torch.testing.assert_close(reader.ffn(reader.norm(entered)), alone)
+                    torch.testing.assert_close(reader.ffn_output(entered), alone)
         left = [run() for run in dense]
         return left, left
 

@@ -173,8 +173,9 @@ def in_memory(
         dense_entered, _, dense_y = seen_at(dense, norm, linear, inputs)
         module = made.get_submodule(linear)
         x, weight = x[:, stay], module.weight.double()[:, stay]
-        wanted = dense_entered + dense_y - entered - (0 if module.bias is None else module.bias.double())
-        share = (dense_entered + dense_y).square().mean(-1, keepdim=True).rsqrt()
+        bias = 0 if module.bias is None else module.bias.double()
+        wanted, states = dense_entered + dense_y - entered - bias, dense_entered + dense_y
+        share = states.square().mean(-1, keepdim=True).rsqrt()
         x, wanted = x * share, wanted * share
         energy = x.square().sum(0)
         penalty = torch.diag((ridge * (energy + 0.1 * energy.mean())).sqrt())
