@@ -105,7 +105,9 @@ class ConcatenatedCache:
         queries = op.Unsqueeze(op.Range(op.Squeeze(op.Sub(total, new)), op.Squeeze(total), 1), [1])
         not_padding = op.Unsqueeze(op.Cast(valid, to=ir.DataType.BOOL), [1, 2])
         seen = op.Or(not_padding, op.Equal(keys, queries))
-        return _in_windows(self._parts, self._attentions, keys, queries, op.And(seen, op.LessOrEqual(keys, queries)))
+        return _in_windows(
+            self._parts, self._attentions, keys, queries, op.And(seen, op.LessOrEqual(keys, queries))
+        )
 
     def attend(
         self, index: int, layer: LayerShape, projected: Sequence[ir.Value], norms: HeadNorms

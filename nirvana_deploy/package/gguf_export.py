@@ -31,6 +31,7 @@ from nirvana_deploy.package.gguf_layout import (
     gguf_tensors,
     metadata,
     rope_of,
+    settings_of,
 )
 from nirvana_deploy.package.gguf_tokenizer import tokenizer_metadata
 
@@ -69,10 +70,14 @@ def gguf_from_checkpoint(
     gguf = _gguf()
     look_up(weight_type, GGUF_TYPES, what="GGUF weight type")
     shape, full_config = checkpoint.shape, checkpoint.pretrained_config
-    architecture = architecture_for(shape)
-    frequencies, scaling = rotary_frequencies(full_config, head_dim=shape.head_dim)
-    rope = rope_of(architecture, full_config.rope_parameters, frequencies, scaling)
-    tensors = gguf_tensors(architecture, shape, checkpoint.weights, rope_factors=rope.factors)
+    computation = None if shape.family.encoder_decoder else checkpoint.computation
+    architecture = architecture_for(shape, computation)
+    settings = settings_of(architecture, full_config, checkpoint.computation)
+    kind = checkpoint.computation.widest.kind
+    parameters = full_config.rope_parameters[kind] if kind else full_config.rope_parameters
+    frequencies, scaling = rotary_frequencies(full_config, head_dim=shape.head_dim, kind=kind)
+    rope = rope_of(architecture, parameters, frequencies, scaling)
+    tensors = gguf_tensors(architecture, shape, checkpoint.multiplied_weights, rope_factors=rope.factors)
     kinds = [_kind(tensor, weight_type) for tensor in tensors]
     needed_bytes = sum(_nbytes(gguf, tensor, kind) for tensor, kind in zip(tensors, kinds, strict=True))
     require_free_bytes(out, needed_bytes, what="The GGUF file")
@@ -83,7 +88,7 @@ def gguf_from_checkpoint(
         writer = gguf.GGUFWriter(partial, architecture.name)
         try:
             writer.add_uint32(SCHEMA_KEY, _SCHEMA)
-            _add_metadata(gguf, writer, architecture, values | rope.metadata)
+            _add_metadata(gguf, writer, architecture, values | rope.metadata | settings)
             _add_plain(writer, tokenizer_metadata(checkpoint))
             writer.add_name(out.stem)
             writer.add_file_type(_FILE_TYPES[weight_type])

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.families import FAMILIES
-from nirvana_deploy.model.family import GgufArchitecture
+from nirvana_deploy.model.families.decoder_only import ONNX_HINT
+from nirvana_deploy.model.family import Computation, GgufArchitecture
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.model.weights import WeightSource
 
@@ -26,10 +28,10 @@ _OPENELM = GgufArchitecture("openelm", per_layer=True, fused_qkv=True)
 _UNIFORM_HINT = "Prune with --allocation uniform: layers of one shape have an architecture of their own."
 
 
-def architecture_for(shape: ModelShape) -> GgufArchitecture:
-    """The architecture that computes a decoder of ``shape``; raises NirvanaError where llama.cpp has none."""
+def architecture_for(shape: ModelShape, computation: Computation | None) -> GgufArchitecture:
+    """The architecture that computes a decoder; raises NirvanaError where llama.cpp has none."""
     family, uniform = shape.family, shape.family.gguf
-    if uniform is None:
+    if uniform is None or computation is None:
         decoders = ", ".join(f.architecture.removesuffix("ForCausalLM") for f in FAMILIES.values() if f.gguf)
         raise NirvanaError(
             f"An encoder-decoder ({family.name}) cannot be written as GGUF: the decoders of llama.cpp that "
@@ -39,6 +41,10 @@ def architecture_for(shape: ModelShape) -> GgufArchitecture:
     square = shape.layers[0].query_heads * shape.head_dim == shape.hidden_size
     if len(set(shape.layers)) == 1 and (square or not uniform.square_queries):
         return uniform
+    if uniform.settings is not None:
+        raise NirvanaError(
+            f"llama.cpp has no architecture for a {family.name} whose layers differ.", hint=_UNIFORM_HINT
+        )
     if family.decoder.q_norm is None:
         return _DECI
     if not shape.tied_embeddings or shape.attention_bias:
@@ -49,6 +55,23 @@ def architecture_for(shape: ModelShape) -> GgufArchitecture:
             hint=_UNIFORM_HINT,
         )
     return _OPENELM
+
+
+def settings_of(
+    architecture: GgufArchitecture, config: PreTrainedConfig, computation: Computation
+) -> dict[str, Any]:
+    """Metadata of what is computed besides Llama's arithmetic; raises NirvanaError for what has none."""
+    if architecture.settings is not None:
+        return architecture.settings(config, computation)
+    windows = {layer.window for layer in computation.layers} - {None}
+    context_tokens = config.max_position_embeddings
+    if narrow := sorted(window for window in windows if window is not None and window < context_tokens):
+        raise NirvanaError(
+            f"llama.cpp's architecture {architecture.name!r} attends to all tokens, and layers of this model "
+            f"see {narrow[0]} of {context_tokens}.",
+            hint=ONNX_HINT,
+        )
+    return {}
 
 
 @dataclass(frozen=True)
@@ -108,6 +131,8 @@ def gguf_tensors(
                 tensors.append(tensor(f"{block}.{name}.bias", f"{prefix}.{module}.bias"))
         norms = {
             "attn_norm": site.input_norm,
+            "post_attention_norm": site.attention_post_norm,
+            "post_ffw_norm": site.ffn_post_norm,
             "ffn_norm": site.ffn_norm,
             "attn_q_norm": site.q_norm,
             "attn_k_norm": site.k_norm,
@@ -187,7 +212,7 @@ def rope_of(
     if scaling != 1.0 or not architecture.rope_factors:
         raise NirvanaError(
             f"A {kind} rotary embedding cannot be said to llama.cpp's architecture {architecture.name!r}.",
-            hint="Deploy the ONNX folder instead: nirvana-deploy export CHECKPOINT --out DIR",
+            hint=ONNX_HINT,
         )
     count = len(frequencies)
     plain = theta ** -(torch.arange(count, dtype=torch.float64) / count)

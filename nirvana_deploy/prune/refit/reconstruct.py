@@ -241,8 +241,8 @@ def _wanted(readers: Sequence[Reader], runs: Runs) -> tuple[list[list[Wanted]], 
             if reader.post_norm is not None:
                 hooks.enter_context(changed(reader.linear, partial(keep, given)))
         left = [run().cpu() for run in runs]
-    behind = [*entering[1:], left]
-    return [
-        [Wanted(*one) for one in zip(states, given or [None] * len(left), strict=True)]
-        for states, given in zip(behind, outputs, strict=True)
-    ], left
+    wanted = []
+    for states, given in zip([*entering[1:], left], outputs, strict=True):
+        pairs = zip(states, given, strict=True) if given else ((one, None) for one in states)
+        wanted.append([Wanted(*pair) for pair in pairs])
+    return wanted, left

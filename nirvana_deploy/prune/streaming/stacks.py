@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -111,7 +112,8 @@ def _rotary_run(model: PreTrainedModel, computation: Computation, device: torch.
         return seen.tril().triu(diagonal=1 - window)[None, None]
 
     def run(block: nn.Module, states: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-        tokens, attention = states.shape[1], computation.layers[block.self_attn.layer_idx]
+        index: Any = block.get_submodule("self_attn").layer_idx
+        tokens, attention = states.shape[1], computation.layers[index]
         numbers, angles = positions(tokens, attention.kind)
         output: torch.Tensor = block(
             states,

@@ -42,7 +42,9 @@ def batches_of(reader: Reader, count: int, *, positions: int = 12, other: bool =
 def fit(
     reader: Reader, batches: Sequence[Batch], *, ridge: float | None = None, kept: torch.Tensor = KEPT
 ) -> Fit:
-    return fitted(reader, _pairs(batches), [Wanted(b[2]) for b in batches], kept=kept, choose=None, ridge=ridge)
+    return fitted(
+        reader, _pairs(batches), [Wanted(b[2]) for b in batches], kept=kept, choose=None, ridge=ridge
+    )
 
 
 def _pairs(batches: Sequence[Batch]) -> list[Pair]:
