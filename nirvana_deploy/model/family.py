@@ -101,6 +101,11 @@ class Computation:
     logits_scale: float = 1.0
 
     @property
+    def rotary_kinds(self) -> tuple[str, ...]:
+        """The keys of the rotary embeddings that layers have."""
+        return tuple(dict.fromkeys(layer.kind for layer in self.layers if layer.rotary))
+
+    @property
     def widest(self) -> LayerAttention:
         """How the first layer attends that sees all tokens; else the first layer."""
         return next((layer for layer in self.layers if layer.window is None), self.layers[0])

@@ -33,11 +33,9 @@ if TYPE_CHECKING:
 _ACTIVATION = "gelu_pytorch_tanh"
 _GGUF_PATTERN = 6
 """Every so many layers one sees all tokens, in llama.cpp's code."""
-_DEFAULTS = {"head_dim": 256, "tie_word_embeddings": True}
 
 
 def _resolve(config: Mapping[str, Any]) -> Family:
-    refuse(config, "attention to later tokens", "use_bidirectional_attention")
     refuse(config, "soft-capped logits", "final_logit_softcapping")
     refuse(config, "soft-capped attention", "attn_logit_softcapping")
     if config.get("hidden_activation", _ACTIVATION) != _ACTIVATION:
@@ -45,10 +43,6 @@ def _resolve(config: Mapping[str, Any]) -> Family:
             f"Unsupported: hidden_activation {config['hidden_activation']!r}; supported: {_ACTIVATION!r}."
         )
     return GEMMA3
-
-
-def _read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
-    return shape_with_bias_setting({**_DEFAULTS, **config}, family)
 
 
 def _computation(config: PreTrainedConfig) -> Computation:
@@ -97,7 +91,7 @@ GEMMA3 = Family(
     architecture="Gemma3ForCausalLM",
     config_name="Gemma3TextConfig",
     resolve=_resolve,
-    read_shape=_read_shape,
+    read_shape=shape_with_bias_setting,
     stock_config=_stock_config,
     computation=_computation,
     stacks=(
