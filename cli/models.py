@@ -12,7 +12,11 @@ from .common import echo_json, terminal
 @click.command("models")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
 def models(as_json: bool) -> None:
-    """List the aliases of models: hub id, parameters, family, licence, and whether they work today.
+    """List the aliases of models, and the families that are handled.
+
+    Of an alias: hub id, parameters, family, licence, and whether it works today. Of a family: what can be
+    removed, who else runs what is made of it, and on which weights the whole way was tried: real ones,
+    relabelled ones (a real Llama's under the name of the family), or random ones alone.
 
     Besides an alias, MODEL may be a hub id, a folder with safetensors, or a .gguf file.
 
@@ -21,7 +25,20 @@ def models(as_json: bool) -> None:
       nirvana-deploy models
       nirvana-deploy prune-export smollm2 --sparsity 0.4
     """
+    from nirvana_deploy.model.families import FAMILIES
     from nirvana_deploy.model.sources import ALIASES
+
+    families = [
+        {
+            "family": name,
+            "architecture": family.architecture,
+            "removes": list(family.units),
+            "genai": family.genai_type is not None,
+            "gguf": family.gguf.name if family.gguf else None,
+            "tried_on": family.tried_on,
+        }
+        for name, family in FAMILIES.items()
+    ]
 
     if as_json:
         rows = [
@@ -33,7 +50,7 @@ def models(as_json: bool) -> None:
             }
             for name, alias in ALIASES.items()
         ]
-        echo_json({"models": rows})
+        echo_json({"models": rows, "families": families})
         return
 
     from rich import box
@@ -46,4 +63,17 @@ def models(as_json: bool) -> None:
     for name, alias in ALIASES.items():
         supported = "[green]yes[/]" if alias.supported else "[yellow]not yet[/]"
         table.add_row(name, alias.hub_id, alias.parameters, alias.family, alias.licence, supported)
+    console.print(table)
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("family", "architecture", "removes", "onnxruntime-genai", "llama.cpp", "tried on"):
+        table.add_column(column, overflow="fold")
+    for row in families:
+        table.add_row(
+            str(row["family"]),
+            str(row["architecture"]),
+            ", ".join(row["removes"]),
+            "yes" if row["genai"] else "no",
+            str(row["gguf"] or "no"),
+            f"{row['tried_on']} weights",
+        )
     console.print(table)

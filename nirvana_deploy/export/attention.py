@@ -59,6 +59,8 @@ class HeadNorms:
 
     query: str | None
     key: str | None
+    all_heads: bool = False
+    """Each is over all heads together (OLMo 2)."""
 
 
 class KvForm(Protocol):
@@ -189,8 +191,8 @@ class GroupQueryCache:
         if len(projected) > 1:
             query, key, value = projected
             inputs = (
-                self._normed(query, layer.query_heads, norms.query),
-                self._normed(key, K, norms.key),
+                self._normed(query, layer.query_heads, norms.query, norms.all_heads),
+                self._normed(key, K, norms.key, norms.all_heads),
                 value,
             )
         mixed, *present = self._op.GroupQueryAttention(
@@ -212,11 +214,13 @@ class GroupQueryCache:
             )
         return mixed
 
-    def _normed(self, flat: ir.Value, count: int, norm: str | None) -> ir.Value:
-        """[B, T, count d] with every head normalized, in the same shape."""
+    def _normed(self, flat: ir.Value, count: int, norm: str | None, all_heads: bool) -> ir.Value:
+        """[B, T, count d] with every head normalized, or all together, in the same shape."""
         if norm is None:
             return flat
         op, d = self._parts.op, self._attentions.head_dim
+        if all_heads:
+            return self._parts.norm(flat, norm, count * d)
         split = op.Reshape(flat, [0, 0, count, d])
         return op.Reshape(self._parts.norm(split, norm, d), [0, 0, count * d])
 
@@ -313,6 +317,8 @@ def _rotated_heads(
     op, d, how = parts.op, attentions.head_dim, attentions.layers[index]
 
     def heads(flat: ir.Value, count: int, norm: str | None = None) -> ir.Value:
+        if norm and norms.all_heads:
+            flat, norm = parts.norm(flat, norm, count * d), None
         split = op.Reshape(flat, [0, 0, count, d])
         normed = parts.norm(split, norm, d) if norm else split
         return op.Transpose(normed, perm=[0, 2, 1, 3])

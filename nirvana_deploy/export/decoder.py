@@ -215,7 +215,9 @@ class _Decoder:
         site, prefix = self.shape.place(index)
         modules = [f"{prefix}.{module}" for module in (site.q, site.k, site.v)]
         sizes = [heads * d for heads in (layer.query_heads, layer.kv_heads, layer.kv_heads)]
-        norms = HeadNorms(*(f"{prefix}.{norm}" if norm else None for norm in (site.q_norm, site.k_norm)))
+        norms = HeadNorms(
+            _module(prefix, site.q_norm), _module(prefix, site.k_norm), all_heads=site.norms_all_heads
+        )
         projected = self.linears(hidden, modules, D, sizes, bias=bias, apart=bool(norms.query or norms.key))
         mixed = form.attend(index, layer, projected, norms)
         return self.parts.linear(

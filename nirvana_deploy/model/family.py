@@ -37,6 +37,8 @@ class Site:
     q_norm: str | None = None
     """RMS norm over head_dim of every query head, ahead of the rotary embedding."""
     k_norm: str | None = None
+    norms_all_heads: bool = False
+    """These norms are over all heads together: no head can go without a change of the others."""
     attention_post_norm: str | None = None
     """RMS norm of what o gives, ahead of its sum with the hidden states."""
     ffn_norm: str | None = "post_attention_layernorm"
@@ -170,6 +172,9 @@ class Family:
     """``type`` in genai_config.json; None when onnxruntime-genai does not run the family."""
     gguf: GgufArchitecture | None = None
     """llama.cpp's graph for layers that are all alike; None when llama.cpp has no decoder for it."""
+    tried_on: str = "random"
+    """Weights that the whole arrow was tried on: "real" ones, "relabelled" (a real Llama's under this name),
+    or "random" alone."""
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -180,6 +185,12 @@ class Family:
     def encoder_decoder(self) -> bool:
         """Whether an encoder reads the input before the decoder writes."""
         return len(self.stacks) > 1
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What can be removed."""
+        bound = all(site.norms_all_heads for site in self.sites)
+        return ("FFN neurons",) if bound else ("KV groups", "FFN neurons")
 
     @property
     def writes_text(self) -> bool:

@@ -68,6 +68,11 @@ class ModelShape:
         kind = f" ({self.layers[position].site})" if len(self.family.sites) > 1 else ""
         return f"Layer {self.number(position)}{kind}"
 
+    def removable_groups(self, position: int) -> int:
+        """How many KV groups ``layers[position]`` can lose: all but one, or none where heads are bound."""
+        bound = self.place(position)[0].norms_all_heads
+        return 0 if bound else self.layers[position].kv_heads - 1
+
     @property
     def query_heads_per_group(self) -> int:
         """g = H/K; pruning removes whole KV groups, so it is the same in every layer."""

@@ -267,11 +267,13 @@ def norm_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the weight of every norm."""
     D, d = shape.hidden_size, shape.head_dim
     norms = {stack.final_norm: D for stack in shape.family.stacks}
-    for index in range(len(shape.layers)):
+    for index, layer in enumerate(shape.layers):
         site, prefix = shape.place(index)
         of_states = (site.input_norm, site.attention_post_norm, site.ffn_norm, site.ffn_post_norm)
         norms |= {f"{prefix}.{norm}": D for norm in of_states if norm}
-        norms |= {f"{prefix}.{norm}": d for norm in (site.q_norm, site.k_norm) if norm}
+        for norm, heads in ((site.q_norm, layer.query_heads), (site.k_norm, layer.kv_heads)):
+            if norm:
+                norms[f"{prefix}.{norm}"] = heads * d if site.norms_all_heads else d
     return {f"{norm}.weight": (width,) for norm, width in norms.items()}
 
 

@@ -114,7 +114,7 @@ def uniform_counts(shape: ModelShape, wish: Wish) -> tuple[int, int, int]:
         missed = abs(removed_beside(groups) - neurons_beside(groups))
         return max(missed - wish.round_to / 2, 0.0), abs(groups - wished_groups)
 
-    groups = min(range(layer.kv_heads), key=badness)
+    groups = min(range(shape.removable_groups(0) + 1), key=badness)
     unrounded = round(min(max(neurons_beside(groups), 0), layer.ffn_width - 1))
     return groups, removed_beside(groups), unrounded
 

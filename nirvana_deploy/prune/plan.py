@@ -115,9 +115,10 @@ def removed_counts(shape: ModelShape, *, sparsity: float, gamma: float, round_to
         raise NirvanaError(f"gamma must be a positive number, got {gamma}.")
     largest = largest_sparsity(shape, gamma=gamma, round_to=round_to)
     if not 0 < sparsity <= largest:
+        groups = "at least one KV group" if _removable(shape, round_to)[0] else "its KV groups"
         raise NirvanaError(
             f"sparsity must be above 0 and at most {largest:.3f} (the largest feasible for gamma {gamma:g}), "
-            f"got {sparsity}: every layer keeps at least one KV group and {round_to} FFN neurons.",
+            f"got {sparsity}: every layer keeps {groups} and {round_to} FFN neurons.",
             hint=f"Pass --sparsity {math.floor(largest * 100) / 100:g} or less, or another --gamma.",
         )
     groups, neurons = _wished_counts(shape, sparsity, gamma)
@@ -130,6 +131,8 @@ def largest_sparsity(shape: ModelShape, *, gamma: float, round_to: int = 1) -> f
     groups, neurons = _removable(shape, round_to)
     most_attention = groups / sum(layer.kv_heads for layer in shape.layers)
     most_mlp = neurons / sum(layer.ffn_width for layer in shape.layers)
+    if not groups:  # all comes from FFNs, whatever gamma
+        return most_mlp * mlp / (attention + mlp)
     attention_sparsity = min(most_attention, most_mlp / gamma)
     return attention_sparsity * (attention + gamma * mlp) / (attention + mlp)
 
@@ -322,6 +325,8 @@ def _costs(shape: ModelShape) -> tuple[int, int]:
 def _wished_counts(shape: ModelShape, sparsity: float, gamma: float) -> tuple[float, float]:
     """(KV groups, FFN neurons) to remove in the whole model, as real numbers."""
     attention, mlp = _costs(shape)
+    if not _removable(shape, 1)[0]:
+        return 0.0, sparsity * (attention + mlp) / shape.neuron_cost
     attention_sparsity = sparsity * (attention + mlp) / (attention + gamma * mlp)
     groups = attention_sparsity * sum(layer.kv_heads for layer in shape.layers)
     neurons = gamma * attention_sparsity * sum(layer.ffn_width for layer in shape.layers)
@@ -330,7 +335,7 @@ def _wished_counts(shape: ModelShape, sparsity: float, gamma: float) -> tuple[fl
 
 def _removable(shape: ModelShape, round_to: int) -> tuple[int, int]:
     """(KV groups, FFN neurons) that may go while every layer keeps its least."""
-    groups = sum(layer.kv_heads - 1 for layer in shape.layers)
+    groups = sum(shape.removable_groups(position) for position in range(len(shape.layers)))
     neurons = sum(max(layer.ffn_width - round_to, 0) for layer in shape.layers)
     return groups, neurons
 

@@ -11,11 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from nirvana_deploy.model.checkpoint import norm_offset
@@ -50,6 +53,22 @@ MORE_KINDS: dict[str, Callable[[], Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
             "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
         },
+    ),
+    "olmo2": lambda: Olmo2Config(**(_size() | {"intermediate_size": 160}), head_dim=16),
+    "smollm3": lambda: SmolLM3Config(
+        **_size(),
+        head_dim=16,
+        no_rope_layers=[1, 0, 1],
+        use_sliding_window=True,
+        sliding_window=7,
+    ),
+    "granite": lambda: GraniteConfig(
+        **_size(),
+        head_dim=16,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.1,
+        logits_scaling=0.5,
     ),
 }
 """One of each further family; ``tests/pipeline/test_families.py`` takes them down the whole arrow."""

@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders.tiny import write_tiny
+from builders.plans import logits_of
+from builders.tiny import MORE_KINDS, write_tiny, write_tokenizer
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json
+from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.families.refused import TAKE_OUT
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.prune.plan import PrunePlan, make_plan
@@ -134,3 +138,50 @@ def test_what_a_gemma_may_ask_for_and_is_not_computed_is_refused(
 ) -> None:
     with pytest.raises(NirvanaError, match=feature):
         changed_copy(write_tiny(tmp_path, "gemma3"), change)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "qwen3_moe", "num_experts": 8}, r"mixture of experts.*num_experts = 8"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
+        ({"model_type": "gpt_oss"}, "mixture of experts"),
+        ({"model_type": "qwen3_5_text"}, "linear attention"),
+        ({"model_type": "gemma4_text"}, "share the keys and values"),
+        ({"model_type": "gemma2"}, "caps its logits"),
+        ({"model_type": "granitemoehybrid"}, "a state in place of keys and values"),
+        ({"model_type": "bert"}, "is an encoder"),
+        ({"model_type": "gpt2"}, r"Supported: LlamaForCausalLM \(llama\)"),
+    ],
+)
+def test_what_is_known_and_not_handled_says_what_it_would_need(config: dict[str, object], words: str) -> None:
+    with pytest.raises(NirvanaError, match=words) as caught:
+        shape_from_config(config)
+    assert str(config["model_type"]) in caught.value.message
+
+
+def test_the_text_part_of_a_vision_language_model_is_named_and_can_be_taken_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = MORE_KINDS["gemma3"]()
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4)
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "MODEL")
+    write_tokenizer(tmp_path / "MODEL")
+    with pytest.raises(NirvanaError, match=r"wraps a decoder.*gemma3_text") as caught:
+        Checkpoint.open(tmp_path / "MODEL")
+    assert TAKE_OUT in (caught.value.hint or "")
+    monkeypatch.chdir(tmp_path)
+    exec(TAKE_OUT)
+    tokens = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        expected = whole(tokens).logits
+    torch.testing.assert_close(logits_of(tmp_path / "TEXT-PART", tokens.numpy()), expected)

@@ -493,11 +493,16 @@ def test_terms_of_use_are_shown(wheel: sources.WheelModel, monkeypatch: pytest.M
 def test_models_lists_every_alias_and_derives_support(monkeypatch: pytest.MonkeyPatch) -> None:
     from nirvana_deploy.cli.models import models
 
-    rows = json.loads(CliRunner().invoke(models, ["--json"]).stdout)["models"]
+    found = json.loads(CliRunner().invoke(models, ["--json"]).stdout)
+    rows, families = found["models"], {row["family"]: row for row in found["families"]}
+    assert set(families) == set(sources.FAMILIES)
+    assert families["llama"]["tried_on"] == "real" and families["smollm3"]["tried_on"] == "random"
+    assert families["olmo2"]["removes"] == ["FFN neurons"] and families["t5"]["gguf"] is None
     assert {row["alias"]: row["supported"] for row in rows} == {n: a.supported for n, a in ALIASES.items()}
     assert ALIASES["qwen3-0.6b"].supported
     monkeypatch.delitem(sources.FAMILIES, "t5", raising=False)
     assert not ALIASES["t5-small"].supported
     table = CliRunner().invoke(models).stdout
+    assert any(line.split()[:2] == ["olmo2", "Olmo2ForCausalLM"] for line in table.splitlines())
     line = next(line for line in table.splitlines() if "t5-small" in line)
     assert line.split() == ["t5-small", "google-t5/t5-small", "60.5M", "t5", "Apache-2.0", "not", "yet"]

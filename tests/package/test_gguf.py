@@ -33,6 +33,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    SmolLM3Config,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -83,6 +84,7 @@ OTHER_KINDS: dict[str, Callable[[], Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
         },
     ),
+    "smollm3-four": lambda: SmolLM3Config(**(_size() | {"num_hidden_layers": 4}), head_dim=16),
 }
 ARCHITECTURES = {
     "llama-tied": ("llama", "deci", "llama"),
@@ -94,6 +96,9 @@ ARCHITECTURES = {
     "llama-linear-rope": ("llama", "deci", "llama"),
     "qwen3-tied": ("qwen3", "openelm", "qwen3"),
     "gemma3-six": ("gemma3", None, "gemma3"),
+    "olmo2": ("olmo2", None, "olmo2"),
+    "smollm3-four": ("smollm3", None, "smollm3"),
+    "granite": ("granite", None, "granite"),
 }
 """kind -> architecture in GGUF of the dense, the global and the uniform model; None is refused."""
 
@@ -179,7 +184,7 @@ def prompts_for(folder: Path) -> list[list[int]]:
 
 @pytest.mark.consumer(
     "llama.cpp",
-    artifact="GGUF of tiny Llama, Mistral, Qwen2, Qwen3 and Gemma 3: dense, global, uniform",
+    artifact="GGUF of a tiny model of each decoder family: dense, global, uniform",
     proof=f"{len(TEXTS)} x {NEW_TOKENS} greedy tokens of each equal torch's",
     version=CONSUMER_VERSION,
 )

@@ -11,15 +11,21 @@ from typing import Any
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.config import completed, require_computed_here
 from nirvana_deploy.model.families.gemma3 import GEMMA3
+from nirvana_deploy.model.families.granite import GRANITE
 from nirvana_deploy.model.families.llama import LLAMA
 from nirvana_deploy.model.families.mistral import MISTRAL
+from nirvana_deploy.model.families.olmo2 import OLMO2
 from nirvana_deploy.model.families.qwen2 import QWEN2
 from nirvana_deploy.model.families.qwen3 import QWEN3
+from nirvana_deploy.model.families.refused import refusal
+from nirvana_deploy.model.families.smollm3 import SMOLLM3
 from nirvana_deploy.model.families.t5 import GATED_T5, T5
 from nirvana_deploy.model.family import Family
 from nirvana_deploy.model.shape import ModelShape
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, T5)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, OLMO2, SMOLLM3, GRANITE, T5)
+}
 LAYOUTS: tuple[Family, ...] = (*FAMILIES.values(), GATED_T5)
 """Every way to name tensors: the families and their variants."""
 
@@ -36,12 +42,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        supported = ", ".join(f"{f.architecture} ({f.name})" for f in FAMILIES.values())
-        raise NirvanaError(
-            f"Unsupported architecture: model_type {model_type!r}, "
-            f"architectures {config.get('architectures')}. "
-            f"Supported: {supported}."
-        )
+        raise refusal(config, {name: family.architecture for name, family in FAMILIES.items()})
     require_computed_here(config, FAMILIES[model_type])
     for key, feature in _REFUSED.items():
         if config.get(key):

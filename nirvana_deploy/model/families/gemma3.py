@@ -110,5 +110,6 @@ GEMMA3 = Family(
     # the config class compares head numbers while it loads
     own_settings=(("allow_global_per_layer_attribute_access", True),),
     genai_type="gemma3_text",
+    tried_on="real",
     gguf=GgufArchitecture("gemma3", settings=_gguf_settings),
 )

@@ -60,5 +60,6 @@ LLAMA = Family(
     # LlamaConfig compares head numbers while it loads; without this the stock class cannot open the file
     own_settings=(("allow_global_per_layer_attribute_access", True),),
     genai_type="llama",
+    tried_on="real",
     gguf=GGUF,
 )

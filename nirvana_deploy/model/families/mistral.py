@@ -35,5 +35,6 @@ MISTRAL = Family(
     stock_config=with_widths,
     computation=window_everywhere,
     genai_type="mistral",
+    tried_on="relabelled",
     gguf=GGUF,
 )

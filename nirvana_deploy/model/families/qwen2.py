@@ -32,5 +32,6 @@ QWEN2 = Family(
     stock_config=with_widths,
     computation=windows_by_type,
     genai_type="qwen2",
+    tried_on="relabelled",
     gguf=GgufArchitecture("qwen2", square_queries=True),
 )

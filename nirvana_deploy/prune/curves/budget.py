@@ -132,7 +132,8 @@ def _floors(shape: ModelShape, budget: Budget, curves: Curves | None) -> list[Co
         if curves is not None and layer.ffn_width:
             known = layer.ffn_width - int(curves.neurons[index].removed[-1])
             neurons = max(neurons, least_neurons(layer.ffn_width, round_to, known))
-        floors.append(Counts(min(max(budget.min_groups, 1), layer.kv_heads), neurons))
+        least = layer.kv_heads - shape.removable_groups(index)
+        floors.append(Counts(min(max(budget.min_groups, least), layer.kv_heads), neurons))
     return floors
 
 
