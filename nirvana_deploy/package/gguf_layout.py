@@ -41,6 +41,12 @@ def architecture_for(shape: ModelShape, computation: Computation | None) -> Gguf
     square = shape.layers[0].query_heads * shape.head_dim == shape.hidden_size
     if len(set(shape.layers)) == 1 and (square or not uniform.square_queries):
         return uniform
+    if len(set(shape.layers)) == 1 and uniform.settings is not None:
+        raise NirvanaError(
+            f"llama.cpp's {uniform.name} has as many query rows as the model is wide, {shape.hidden_size}; "
+            f"this one has {shape.layers[0].query_heads * shape.head_dim}.",
+            hint=ONNX_HINT,
+        )
     if uniform.settings is not None:
         raise NirvanaError(
             f"llama.cpp has no architecture for a {family.name} whose layers differ.", hint=_UNIFORM_HINT

@@ -54,7 +54,7 @@ MORE_KINDS: dict[str, Callable[[], Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
         },
     ),
-    "olmo2": lambda: Olmo2Config(**(_size() | {"intermediate_size": 160}), head_dim=16),
+    "olmo2": lambda: Olmo2Config(**(_size() | {"hidden_size": 96, "intermediate_size": 160})),
     "smollm3": lambda: SmolLM3Config(
         **_size(),
         head_dim=16,

@@ -52,5 +52,5 @@ OLMO2 = Family(
         ),
     ),
     genai_type="olmo",
-    gguf=GgufArchitecture("olmo2", settings=_gguf_settings),
+    gguf=GgufArchitecture("olmo2", square_queries=True, settings=_gguf_settings),
 )
