@@ -67,13 +67,13 @@ def models(as_json: bool) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("family", "architecture", "removes", "onnxruntime-genai", "llama.cpp", "tried on"):
         table.add_column(column, overflow="fold")
-    for row in families:
+    for name, family in FAMILIES.items():
         table.add_row(
-            str(row["family"]),
-            str(row["architecture"]),
-            ", ".join(row["removes"]),
-            "yes" if row["genai"] else "no",
-            str(row["gguf"] or "no"),
-            f"{row['tried_on']} weights",
+            name,
+            family.architecture,
+            ", ".join(family.units),
+            "yes" if family.genai_type else "no",
+            family.gguf.name if family.gguf else "no",
+            f"{family.tried_on} weights",
         )
     console.print(table)

@@ -115,10 +115,10 @@ def removed_counts(shape: ModelShape, *, sparsity: float, gamma: float, round_to
         raise NirvanaError(f"gamma must be a positive number, got {gamma}.")
     largest = largest_sparsity(shape, gamma=gamma, round_to=round_to)
     if not 0 < sparsity <= largest:
-        groups = "at least one KV group" if _removable(shape, round_to)[0] else "its KV groups"
+        stays = "at least one KV group" if _removable(shape, round_to)[0] else "its KV groups"
         raise NirvanaError(
             f"sparsity must be above 0 and at most {largest:.3f} (the largest feasible for gamma {gamma:g}), "
-            f"got {sparsity}: every layer keeps {groups} and {round_to} FFN neurons.",
+            f"got {sparsity}: every layer keeps {stays} and {round_to} FFN neurons.",
             hint=f"Pass --sparsity {math.floor(largest * 100) / 100:g} or less, or another --gamma.",
         )
     groups, neurons = _wished_counts(shape, sparsity, gamma)
