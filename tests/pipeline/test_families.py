@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.prune.curves.budget import allocate
+from nirvana_deploy.prune.curves.budget import Budget, allocate
 from nirvana_deploy.prune.curves.measure_curves import measure_curves
 from nirvana_deploy.prune.refit.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.refit.selection import select_and_refit
@@ -76,7 +76,7 @@ def test_curves_choose_and_the_refit_is_closer_to_the_dense_model(dense: Path, t
     slice_checkpoint(checkpoint, plan, tmp_path / "refitted", reconstruction=tmp_path / "refit")
     far, near = ((logits_of(tmp_path / one, WINDOWS) - expected).norm() for one in ("plain", "refitted"))
     assert near < 0.9 * far
-    kept = allocate(checkpoint.shape, measure_curves(checkpoint, WINDOWS), sparsity=0.3, round_to=4)
+    kept = allocate(checkpoint.shape, measure_curves(checkpoint, WINDOWS), Budget(sparsity=0.3, round_to=4))
     chosen = select_and_refit(checkpoint, kept.counts, WINDOWS, tmp_path / "chosen")
     assert [(len(g), len(n)) for g, n in zip(chosen.groups, chosen.neurons, strict=True)] == [
         (one.groups, one.neurons) for one in kept.counts
