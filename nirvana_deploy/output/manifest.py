@@ -12,6 +12,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.marker import TOOL
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.output.layout import MANIFEST
+from nirvana_deploy.output.record_kinds import Environment
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -48,7 +49,7 @@ class Manifest(TypedDict, total=False):
     command: str
     options: Required[dict[str, Any]]
     model: Required[ModelRecord]
-    environment: dict[str, Any]
+    environment: Environment
     run: str
     complete: bool
     makes: list[str]

@@ -53,6 +53,7 @@ class Quality(TypedDict, total=False):
     kl_vs_dense: float | None
     kl_vs_parent: float | None
     kl_standard_error: float | None
+    top1_agreement: float | None
     tokens: int | None
     parts: dict[str, Quality]
 
@@ -98,21 +99,40 @@ class Comparison(TypedDict, total=False):
 
     variant: Required[str]
     baseline: str
-    tpot_speedup: float | None
-    prefill_speedup: float | None
+    tpot_speedup: Positive
+    prefill_speedup: Positive
     tpot_speedup_p10_p90: tuple[float, float] | None
     prefill_speedup_p10_p90: tuple[float, float] | None
     bound_tpot_speedup: float | None
     bound_prefill_speedup: float | None
 
 
+class Environment(TypedDict, total=False):
+    """The machine of a run, among others of its facts."""
+
+    memory_bytes: int | None
+
+
+class WorkloadRecord(TypedDict, total=False):
+    """What was timed, among others of its facts."""
+
+    prompt_tokens: int
+
+
+class EvaluationRecord(TypedDict, total=False):
+    """The text that quality was measured on, among others of its facts."""
+
+    source: str | None
+    window_tokens: int | None
+
+
 class BenchmarkRecord(TypedDict, total=False):
     """The content of benchmark.json."""
 
     schema: int
-    environment: dict[str, Any]
-    workload: dict[str, Any]
-    evaluation: dict[str, Any]
+    environment: Environment
+    workload: WorkloadRecord
+    evaluation: EvaluationRecord
     variants: Required[list[TimedVariant]]
     comparisons: list[Comparison]
 
@@ -127,7 +147,7 @@ class PlannedBudget(TypedDict, total=False):
     removed_neurons: Required[int]
     removed_neurons_after_rounding: int
     of_neurons: Required[int]
-    parameters_dense: Required[int]
+    parameters_dense: Required[Annotated[int, Meta(gt=0)]]
     parameters_kept: Required[int]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.record_kinds import Quality
@@ -70,7 +71,7 @@ def answers(records: Records) -> Section | None:
         headers=("Prompt", *record.variants),
         rows=tuple(
             (prompt, *(_shown(text) for text in texts))
-            for prompt, *texts in zip(record.prompts, *record.variants.values(), strict=True)
+            for prompt, *texts in zip_longest(record.prompts, *record.variants.values(), fillvalue="")
         ),
     )
 
