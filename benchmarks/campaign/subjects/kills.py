@@ -59,8 +59,10 @@ def trial(world: World, random: Random) -> Result:
 
 
 def _again(command: tuple[str, ...], folder: Path) -> tuple[str, ...]:
-    begun = command == JOB and (folder / "out/manifest.json").is_file()
-    return (*command, "--resume") if begun else command
+    """The command as its user repeats it."""
+    if command == JOB:
+        return (*command, "--resume") if (folder / "out/manifest.json").is_file() else command
+    return (*command, "--force") if (folder / "out" / AFTER[command]).exists() else command
 
 
 def _killed(
