@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -82,6 +83,12 @@ def commands() -> None:
     """
 
 
+_OF_A_PLACE = {
+    errno.EACCES, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.EPERM, errno.EROFS, errno.ESTALE,
+}  # fmt: skip
+"""What the system says of a file or folder that the user may change, and nobody else."""
+
+
 def main() -> None:
     """Run the command line; the user's problems end with one message and no trace."""
     try:
@@ -96,6 +103,11 @@ def main() -> None:
     except NirvanaError as error:
         echo(brief(f"Error: {error}"), err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _OF_A_PLACE or error.filename is None:
+            raise
+        echo(brief(f"Error: {error.filename} cannot be used: {error.strerror}."), err=True)
+        sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         echo("\nInterrupted. Finished stages are kept: repeat the command with --resume.", err=True)
         sys.stdout.flush()

@@ -29,6 +29,8 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.registry import nearest_names
 
 Kind = TypeVar("Kind")
+_MOST, _MOST_BYTES = 2**31 - 1, 2**63 - 1
+"""The largest count, and size, that the libraries below take."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ class Field:
         numbers = isinstance(found, (int, float)) and not isinstance(found, bool)
         if option.minimum is not None and numbers and not found >= option.minimum:
             raise self._refused(value)
+        most = _MOST_BYTES if option.size else _MOST
+        if isinstance(found, int) and found > most:
+            raise NirvanaError(f"{self.name} = {found} is not allowed; it takes at most {most}.")
         named = found if isinstance(found, tuple) else (found,)
         if self.choices is not None and found is not None and any(name not in self.choices for name in named):
             raise self._refused(value)

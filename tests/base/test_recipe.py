@@ -37,6 +37,7 @@ def test_values_become_the_types_of_their_fields() -> None:
     [
         ({}, "tea.toml: 'cups' is missing; it takes a whole number of at least 1."),
         ({"cups": 0}, "tea.toml: cups = 0 is not allowed; it takes a whole number of at least 1."),
+        ({"cups": 2**31}, "tea.toml: cups = 2147483648 is not allowed; it takes at most 2147483647."),
         ({"cups": "2"}, "tea.toml: cups = '2' is not allowed; it takes a whole number of at least 1."),
         ({"cups": True}, "tea.toml: cups = True is not allowed; it takes a whole number of at least 1."),
         ({"cups": None}, "tea.toml: cups = None is not allowed; it takes a whole number of at least 1."),

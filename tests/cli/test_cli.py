@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import subprocess
@@ -158,3 +159,19 @@ def test_select_calib_ranks_candidates(run: Run, tmp_path: Path, monkeypatch: py
     assert table.returncode == 0 and "Winner: file text.txt" in table.stdout
     crowded = run(*command[:4], "--candidates", "999", *command[6:])
     assert crowded.returncode == 1 and "room for" in crowded.stderr
+
+
+def test_a_place_that_may_not_be_used_is_a_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_with(error: OSError) -> None:
+        def fail(**_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(commands, "main", fail)
+
+    fails_with(PermissionError(errno.EACCES, "Permission denied", "secret/config.json"))
+    result = run("inspect", "secret")
+    assert result.returncode == 1
+    assert result.stderr == "Error: secret/config.json cannot be used: Permission denied.\n"
+    fails_with(FileNotFoundError(errno.ENOENT, "No such file", "ours"))  # which we should have looked for
+    with pytest.raises(FileNotFoundError):
+        main()

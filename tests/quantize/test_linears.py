@@ -165,6 +165,22 @@ def test_external_data_must_be_there_and_inside(tmp_path: Path) -> None:
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(NirvanaError, match="outside its folder"):
         open_folder(folder)
+    data.write_bytes(whole)
+    tensor = next(one for one in model.graph.initializer if one.external_data)
+    for entry in tensor.external_data:
+        if entry.key == "location":
+            entry.value = "model.onnx.data"
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(NirvanaError, match="outside its folder"):  # the others
+        open_folder(folder)
+    tensor.dims[0] += 1
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(NirvanaError, match=r"of shape \[.*\] \d+ bytes, not \d+"):
+        open_folder(folder)
+    tensor.external_data[1].value = "here"
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(NirvanaError, match="a part of its graph is malformed"):
+        open_folder(folder)
 
 
 def test_a_folder_is_not_written_over_its_source(llama: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
+from onnx_ir.serde import SerdeError
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.output.layout import SCHEMA_KEY, require_schema
@@ -66,6 +67,8 @@ def load_model(path: Path) -> ir.Model:
         model = ir.load(path)
     except (DecodeError, ValueError) as error:
         raise NirvanaError(f"{path} is not a valid ONNX model: {error}.") from error
+    except SerdeError as error:  # whose text is the whole graph
+        raise NirvanaError(f"{path} is not a valid ONNX model: a part of its graph is malformed.") from error
     require_schema(path, model.metadata_props.get(SCHEMA_KEY))
     _check_external_data(model, path)
     return model
@@ -89,7 +92,13 @@ def _check_external_data(model: ir.Model, path: Path) -> None:
         data = path.parent / location
         if location.is_absolute() or not data.resolve().is_relative_to(path.parent.resolve()):
             raise NirvanaError(f"{path} places {tensor.name!r} outside its folder: {str(location)!r}.")
-        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        if tensor.length not in (None, tensor.nbytes):
+            raise NirvanaError(
+                f"{path} gives {tensor.name!r} of shape {list(tensor.shape)} {tensor.length} bytes, "
+                f"not {tensor.nbytes}.",
+                hint="Export it again.",
+            )
+        end = (tensor.offset or 0) + tensor.nbytes
         size = data.stat().st_size if data.is_file() else -1
         if size < end:
             state = "is not there" if size < 0 else f"ends at byte {size}"
