@@ -20,10 +20,13 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.parts import GraphParts
 from nirvana_deploy.export.streaming import as_array
 from nirvana_deploy.model.family import LayerAttention
 from nirvana_deploy.model.shape import LayerShape
+
+_TURNED_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Rotary:
     """Rotary position embedding, as the checkpoint's config defines it."""
 
     inverse_frequencies: NDArray[np.float32]
-    """[d/2]."""
+    """[d/2], or fewer where a head is turned in part."""
     scaling: float = 1.0
     """Factor on cosine and sine (1 unless the rope type says otherwise)."""
 
@@ -149,6 +152,8 @@ class GroupQueryCache:
 
     def __init__(self, parts: GraphParts, attentions: Attentions, *, max_positions: int) -> None:
         self._parts, self._attentions, self._positions = parts, attentions, max_positions
+        for rotary in attentions.rotaries.values():
+            _require_whole_turns(rotary)
         self._op = parts.contrib()
         self.tokens = parts.ids("input_ids", ["batch_size", "sequence_length"])
         valid = parts.ids("attention_mask", ["batch_size", "total_sequence_length"])
@@ -271,6 +276,17 @@ class StaticCache:
         return present
 
 
+def _require_whole_turns(rotary: Rotary) -> None:
+    """Raise NirvanaError for a share of a head that GroupQueryAttention does not turn."""
+    turned = 2 * len(rotary.inverse_frequencies)
+    if turned % _TURNED_MULTIPLE:
+        raise NirvanaError(
+            f"{turned} elements of a head are turned; GroupQueryAttention turns multiples of "
+            f"{_TURNED_MULTIPLE}.",
+            hint="Export with --flavor portable.",
+        )
+
+
 def _in_windows(
     parts: GraphParts, attentions: Attentions, keys: ir.Value, queries: ir.Value, seen: ir.Value
 ) -> dict[int | None, ir.Value]:
@@ -326,7 +342,9 @@ def _rotated_heads(
     query, key, value = projected
     rotated = [heads(query, layer.query_heads, norms.query), heads(key, layer.kv_heads, norms.key)]
     if how.rotary:
-        rotated = [op.RotaryEmbedding(one, *angles[how.kind]) for one in rotated]
+        turned = 2 * len(attentions.rotaries[how.kind].inverse_frequencies)
+        partly = {} if turned == d else {"rotary_embedding_dim": turned}
+        rotated = [op.RotaryEmbedding(one, *angles[how.kind], **partly) for one in rotated]
     return rotated[0], rotated[1], heads(value, layer.kv_heads)
 
 

@@ -30,7 +30,6 @@ from nirvana_deploy.export.encoder_decoder import (
 from nirvana_deploy.export.genai import genai_config
 from nirvana_deploy.export.streaming import streamed_parameters
 from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, Checkpoint
-from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE, MODEL_FILE
 
@@ -122,10 +121,9 @@ def _graphs(checkpoint: Checkpoint, options: GraphOptions) -> dict[str, ir.Model
 
 def _rotaries(checkpoint: Checkpoint) -> dict[str, Rotary]:
     """Kind of a layer -> its rotary embedding."""
-    config, head_dim = checkpoint.pretrained_config, checkpoint.shape.head_dim
     rotaries = {}
     for kind in checkpoint.computation.rotary_kinds:
-        frequencies, scaling = rotary_frequencies(config, head_dim=head_dim, kind=kind)
+        frequencies, scaling = checkpoint.rotary_frequencies(kind)
         rotaries[kind] = Rotary(inverse_frequencies=frequencies.numpy(), scaling=scaling)
     return rotaries
 

@@ -28,7 +28,7 @@ from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.shape import ModelShape
-from nirvana_deploy.model.weights import expected_shapes
+from nirvana_deploy.model.weights import stored_shapes
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.curves.budget import UnitCost, weight_cost
 from nirvana_deploy.prune.plan import Origin, PrunePlan, plan_of
@@ -217,7 +217,7 @@ def write_stand_in(checkpoint: Checkpoint, folder: Path, *, layers: int) -> Chec
     random = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.ones(size) if len(size) == 1 else 0.02 * torch.randn(size, generator=random)
-        for name, size in expected_shapes(shape_from_config(config)).items()
+        for name, size in stored_shapes(shape_from_config(config)).items()
     }
     folder.mkdir()
     write_json(folder / "config.json", config)

@@ -40,6 +40,7 @@ from nirvana_deploy.model.weight_files import require_no_other_file, require_wei
 from nirvana_deploy.model.weights import (
     OffsetNorms,
     SafetensorsWeights,
+    SplitWeights,
     WeightSource,
     check_weights,
     with_own_head,
@@ -70,7 +71,8 @@ class Checkpoint:
     config: dict[str, Any]
     """The parsed config.json, untied where the stored head is another; callers must not modify it."""
     shape: ModelShape
-    weights: SafetensorsWeights
+    weights: WeightSource
+    """Fused linears apart."""
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -85,15 +87,17 @@ class Checkpoint:
         said = shape_from_config(config)
         require_weight_files(path)
         require_no_other_file(path, config)
-        weights = SafetensorsWeights(path)
+        weights: WeightSource = SafetensorsWeights(path)
         shape = with_own_head(said, weights)
+        if any(site.fused for site in shape.family.sites):
+            weights = SplitWeights(weights, shape)
         if shape != said:
             config = {**config, "tie_word_embeddings": False}
         check_weights(weights, shape)
         checkpoint = cls(path=path, config=config, shape=shape, weights=weights)
         if not shape.family.encoder_decoder:
             for kind in checkpoint.computation.rotary_kinds:
-                rotary_frequencies(checkpoint.pretrained_config, head_dim=shape.head_dim, kind=kind)
+                checkpoint.rotary_frequencies(kind)
         return checkpoint
 
     @cached_property
@@ -107,6 +111,13 @@ class Checkpoint:
         family = self.shape.family
         assert family.computation is not None, family.name
         return family.computation(self.pretrained_config)
+
+    def rotary_frequencies(self, kind: str) -> tuple[torch.Tensor, float]:
+        """(inverse frequencies, factor on cosine and sine) of one of the rotary embeddings of a decoder."""
+        share = self.computation.rotary_share
+        return rotary_frequencies(
+            self.pretrained_config, head_dim=self.shape.head_dim, kind=kind, share=share
+        )
 
     @cached_property
     def multiplied_weights(self) -> WeightSource:

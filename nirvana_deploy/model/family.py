@@ -47,12 +47,19 @@ class Site:
     ffn_down: str = "mlp.down_proj"
     ffn_post_norm: str | None = None
     """The same of what down gives."""
+    fused: tuple[str, ...] = ()
+    """Modules whose weight a checkpoint stores as one: the linears above that are named below a module lie in
+    it, rows behind rows."""
     position_bias: str | None = None
     """Table [buckets, H] in the first layer that all layers of the site share; it stays whole."""
 
     def layer(self, index: int) -> str:
         """Prefix of layer ``index``, for example ``model.layers.3``."""
         return self.prefix.format(layer=index)
+
+    def parts(self, module: str) -> tuple[str, ...]:
+        """The linears that lie in a ``fused`` module, in order."""
+        return tuple(one for one in (self.q, self.k, self.v, *self.ffn_rows) if one.startswith(f"{module}."))
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ class Computation:
     """Factor on rows of the embedding."""
     residual_scale: float = 1.0
     """Factor on what an attention or an FFN adds to the hidden states."""
+    rotary_share: float = 1.0
+    """Share of a head that is rotated, from its first element on."""
     attention_scale: float | None = None
     """Factor on products of queries and keys; None: 1 / sqrt(d)."""
     logits_scale: float = 1.0
@@ -123,6 +132,8 @@ class GgufArchitecture:
     pairs_adjacent: bool = False
     """Rotates elements 2j and 2j + 1 of a head, not j and j + d/2."""
     fused_qkv: bool = False
+    fused_ffn: bool = False
+    """Gate and up are one tensor, called ``ffn_up``."""
     rope_factors: bool = False
     """Reads ``rope_freqs.weight``: divisors of the rotary frequencies, one a pair."""
     square_queries: bool = False

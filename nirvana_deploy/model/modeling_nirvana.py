@@ -9,6 +9,7 @@ removed, so the number of query heads per KV head is the dense model's, and the 
 transformers applies as it is. T5 takes ``kept_heads`` and ``d_ff`` from ``config.pruned_layers``.
 """
 
+import copy
 import sys
 
 import torch
@@ -32,17 +33,33 @@ def _resized(linear, *, inputs=None, outputs=None):
     )
 
 
+class _OwnHeads:
+    """The config of a model with the number of query heads of one layer."""
+
+    def __init__(self, config, heads):
+        self._config, self.num_attention_heads = config, heads
+
+    def __getattr__(self, name):
+        return getattr(self._config, name)
+
+
 def _resize_layer(layer, config, head_dim):
     """Give one decoder layer the dimensions of its own config."""
     attention, mlp = layer.self_attn, layer.mlp
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    attention.o_proj = _resized(attention.o_proj, inputs=queries)
+    mlp.down_proj = _resized(mlp.down_proj, inputs=config.intermediate_size)
+    if hasattr(attention, "qkv_proj"):  # it finds the border of q and k by its config
+        attention.qkv_proj = _resized(attention.qkv_proj, outputs=queries + 2 * keys)
+        mlp.gate_up_proj = _resized(mlp.gate_up_proj, outputs=2 * config.intermediate_size)
+        attention.config = _OwnHeads(attention.config, config.num_attention_heads)
+        attention.num_key_value_heads = config.num_key_value_heads
+        return
     attention.q_proj = _resized(attention.q_proj, outputs=queries)
     attention.k_proj = _resized(attention.k_proj, outputs=keys)
     attention.v_proj = _resized(attention.v_proj, outputs=keys)
-    attention.o_proj = _resized(attention.o_proj, inputs=queries)
     mlp.gate_proj = _resized(mlp.gate_proj, outputs=config.intermediate_size)
     mlp.up_proj = _resized(mlp.up_proj, outputs=config.intermediate_size)
-    mlp.down_proj = _resized(mlp.down_proj, inputs=config.intermediate_size)
 
 
 class _PerLayerWidths:
@@ -59,6 +76,8 @@ class _PerLayerWidths:
         finally:
             if widths is not None:
                 config.__dict__["_heterogeneity_spec"] = widths
+        self.model.rotary_emb.config = dense = copy.copy(config)  # its angles are the dense model's
+        dense.__dict__.pop("_heterogeneity_spec", None)
         for layer, layer_config in zip(self.model.layers, config.per_layer_config, strict=True):
             _resize_layer(layer, layer_config, layer.self_attn.head_dim)
         self.post_init()

@@ -263,6 +263,107 @@ def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
+def stored_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """:func:`expected_shapes` as a checkpoint stores them: fused linears are one tensor."""
+    expected, fused = expected_shapes(shape), _fused(shape)
+    first = {parts[0]: name for name, parts in fused.items()}
+    later = {part for parts in fused.values() for part in parts[1:]}
+    stored: dict[str, tuple[int, ...]] = {}
+    for name, dimensions in expected.items():
+        if name in first:
+            rows = sum(expected[part][0] for part in fused[first[name]])
+            stored[first[name]] = (rows, *dimensions[1:])
+        elif name not in later:
+            stored[name] = dimensions
+    return stored
+
+
+def _fused(shape: ModelShape) -> dict[str, tuple[str, ...]]:
+    """Name of a tensor that is stored as one -> names of the linears in it, in order."""
+    found = {}
+    for index in range(len(shape.layers)):
+        site, prefix = shape.place(index)
+        for module in site.fused:
+            parts = tuple(f"{prefix}.{part}.weight" for part in site.parts(module))
+            found[f"{prefix}.{module}.weight"] = parts
+    return found
+
+
+class SplitWeights:
+    """Weights of which fused tensors are the linears that lie in them."""
+
+    def __init__(self, source: WeightSource, shape: ModelShape) -> None:
+        self._source, self._stored = source, stored_shapes(shape)
+        expected, self._place = expected_shapes(shape), dict[str, tuple[str, int, int]]()
+        for whole, parts in _fused(shape).items():
+            start = 0
+            for part in parts:
+                self._place[part] = (whole, start, start + expected[part][0])
+                start += expected[part][0]
+
+    def names(self) -> Sequence[str]:
+        """All tensor names, sorted; parts in place of what they lie in."""
+        wholes = {whole for whole, _, _ in self._place.values()}
+        found = [name for name in self._source.names() if name not in wholes]
+        return sorted([*found, *(part for part, (whole, _, _) in self._place.items() if whole in wholes)])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a part or tensor; raises NirvanaError where what parts lie in has another."""
+        if name not in self._place:
+            return self._source.shape(name)
+        whole, start, stop = self._place[name]
+        found, wanted = self._source.shape(whole), self._stored[whole]
+        if found != wanted:
+            raise NirvanaError(
+                f"Tensor {whole!r} has shape {list(found)}, but config.json asks for {list(wanted)}."
+            )
+        return (stop - start, *wanted[1:])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype."""
+        return self._source.dtype(self._place[name][0] if name in self._place else name)
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor, or the rows of the part."""
+        if name not in self._place:
+            return self._source.load(name)
+        whole, start, stop = self._place[name]
+        return self._source.rows(whole, slice(start, stop))
+
+    def rows(self, name: str, positions: Rows) -> torch.Tensor:
+        """Some rows of the tensor or part."""
+        return self.load(name)[positions] if name in self._place else self._source.rows(name, positions)
+
+
+class JoinedWeights:
+    """The way back: weights of a model of ``shape`` as a checkpoint stores them."""
+
+    def __init__(self, source: WeightSource, shape: ModelShape) -> None:
+        self._source, self._fused, self._stored = source, _fused(shape), stored_shapes(shape)
+
+    def names(self) -> Sequence[str]:
+        """All tensor names, sorted."""
+        return sorted(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as it is stored."""
+        return self._stored[name] if name in self._fused else self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype."""
+        return self._source.dtype(self._fused[name][0] if name in self._fused else name)
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor; of a fused one, its parts behind each other."""
+        if name not in self._fused:
+            return self._source.load(name)
+        return torch.cat([self._source.load(part) for part in self._fused[name]])
+
+    def rows(self, name: str, positions: Rows) -> torch.Tensor:
+        """Some rows of the tensor."""
+        return self.load(name)[positions] if name in self._fused else self._source.rows(name, positions)
+
+
 def norm_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the weight of every norm."""
     D, d = shape.hidden_size, shape.head_dim

@@ -23,7 +23,6 @@ from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.base.resources import require_free_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.family import GgufArchitecture
-from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.output.layout import SCHEMA_KEY
 from nirvana_deploy.package.gguf_layout import (
     GgufTensor,
@@ -75,7 +74,7 @@ def gguf_from_checkpoint(
     settings = settings_of(architecture, full_config, checkpoint.computation)
     kind = checkpoint.computation.widest.kind
     parameters = full_config.rope_parameters[kind] if kind else full_config.rope_parameters
-    frequencies, scaling = rotary_frequencies(full_config, head_dim=shape.head_dim, kind=kind)
+    frequencies, scaling = checkpoint.rotary_frequencies(kind)
     rope = rope_of(architecture, parameters, frequencies, scaling)
     tensors = gguf_tensors(architecture, shape, checkpoint.multiplied_weights, rope_factors=rope.factors)
     kinds = [_kind(tensor, weight_type) for tensor in tensors]

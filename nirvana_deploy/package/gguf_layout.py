@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.families import FAMILIES
-from nirvana_deploy.model.families.decoder_only import ONNX_HINT
+from nirvana_deploy.model.families.decoder_only import ONNX_HINT, require_no_window
 from nirvana_deploy.model.family import Computation, GgufArchitecture
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.model.weights import WeightSource
@@ -69,14 +69,7 @@ def settings_of(
     """Metadata of what is computed besides Llama's arithmetic; raises NirvanaError for what has none."""
     if architecture.settings is not None:
         return architecture.settings(config, computation)
-    windows = {layer.window for layer in computation.layers} - {None}
-    context_tokens = config.max_position_embeddings
-    if narrow := sorted(window for window in windows if window is not None and window < context_tokens):
-        raise NirvanaError(
-            f"llama.cpp's architecture {architecture.name!r} attends to all tokens, and layers of this model "
-            f"see {narrow[0]} of {context_tokens}.",
-            hint=ONNX_HINT,
-        )
+    require_no_window(architecture.name, config, computation)
     return {}
 
 
@@ -130,7 +123,12 @@ def gguf_tensors(
             linears = []
         linears.append(("attn_output", site.o, plain))
         gate, up = site.ffn_rows
-        linears += [("ffn_gate", gate, plain), ("ffn_up", up, plain), ("ffn_down", site.ffn_down, plain)]
+        if architecture.fused_ffn:
+            parts = [f"{prefix}.{module}.weight" for module in (gate, up)]
+            tensors.append(_stacked(f"{block}.ffn_up.weight", parts, weights))
+        else:
+            linears += [("ffn_gate", gate, plain), ("ffn_up", up, plain)]
+        linears.append(("ffn_down", site.ffn_down, plain))
         for name, module, tensor in linears:
             tensors.append(tensor(f"{block}.{name}.weight", f"{prefix}.{module}.weight"))
             if f"{prefix}.{module}.bias" in weights.names():
@@ -185,7 +183,6 @@ def metadata(architecture: GgufArchitecture, shape: ModelShape, config: dict[str
         "attention.key_length": shape.head_dim,
         "attention.value_length": shape.head_dim,
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "rope.dimension_count": shape.head_dim,
     }
 
 
@@ -208,7 +205,7 @@ def rope_of(
     NirvanaError for the rest (yarn scales attention too, by a rule of llama.cpp's own).
     """
     theta = float(parameters["rope_theta"])
-    found: dict[str, Any] = {"rope.freq_base": theta}
+    found: dict[str, Any] = {"rope.freq_base": theta, "rope.dimension_count": 2 * len(frequencies)}
     kind = parameters.get("rope_type", "default")
     if kind == "default":
         return Rope(found, None)

@@ -27,7 +27,7 @@ from nirvana_deploy.model.families import family_of
 from nirvana_deploy.model.family import Family
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weight_files import INDEX_FILE
-from nirvana_deploy.model.weights import SafetensorsWeights, WeightSource, expected_shapes
+from nirvana_deploy.model.weights import JoinedWeights, SafetensorsWeights, WeightSource, stored_shapes
 from nirvana_deploy.prune.plan import PrunePlan, pruned_shape
 from nirvana_deploy.prune.slicing import ReplacedWeights, SlicedWeights
 
@@ -63,7 +63,8 @@ def slice_checkpoint(
     weights: WeightSource = SlicedWeights(checkpoint.weights, shape, plan)
     if reconstruction is not None:
         weights = ReplacedWeights(weights, SafetensorsWeights(reconstruction))
-    shards = _shards(weights, list(expected_shapes(smaller)), shard_bytes)
+    weights = JoinedWeights(weights, smaller)
+    shards = _shards(weights, list(stored_shapes(smaller)), shard_bytes)
     total_bytes = sum(_bytes(weights, name) for shard in shards for name in shard)
     require_free_bytes(out, total_bytes, what="The pruned checkpoint")
     written = pruned_config(checkpoint.config, plan, shape)

@@ -111,7 +111,7 @@ def _dense(weights: WeightSource) -> WeightSource:
 
 def _pruned(shape: ModelShape, plan: PrunePlan, reconstruction: Path | None) -> View:
     refitted = None if reconstruction is None else SafetensorsWeights(reconstruction)
-    if shape.family.encoder_decoder:  # its layers are built from one shape
+    if shape.family.encoder_decoder or shape.family.decoder.fused:  # layers are built from one shape
         return lambda weights: MaskedWeights(weights, shape, plan, refitted)
     if refitted is None:
         return lambda weights: SlicedWeights(weights, shape, plan)

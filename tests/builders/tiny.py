@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -69,6 +70,11 @@ MORE_KINDS: dict[str, Callable[[], Any]] = {
         residual_multiplier=0.22,
         attention_multiplier=0.1,
         logits_scaling=0.5,
+    ),
+    "phi3": lambda: Phi3Config(
+        **(_size() | {"hidden_size": 192, "intermediate_size": 64}),
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        sliding_window=9,
     ),
 }
 """One of each further family; ``tests/pipeline/test_families.py`` takes them down the whole arrow."""

@@ -31,6 +31,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen3Config,
     SmolLM3Config,
@@ -84,6 +85,10 @@ OTHER_KINDS: dict[str, Callable[[], Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
         },
     ),
+    "phi3-partial": lambda: Phi3Config(
+        **(_size() | {"hidden_size": 96, "intermediate_size": 64}),
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    ),
     "smollm3-four": lambda: SmolLM3Config(**(_size() | {"num_hidden_layers": 4}), head_dim=16),
 }
 ARCHITECTURES = {
@@ -99,6 +104,7 @@ ARCHITECTURES = {
     "olmo2": ("olmo2", None, "olmo2"),
     "smollm3-four": ("smollm3", None, "smollm3"),
     "granite": ("granite", None, "granite"),
+    "phi3-partial": ("phi3", None, "phi3"),
 }
 """kind -> architecture in GGUF of the dense, the global and the uniform model; None is refused."""
 

@@ -269,7 +269,7 @@ def test_an_index_that_points_outside_its_folder_is_refused(tmp_path: Path) -> N
         ({"model_type": "gpt2"}, r"Unsupported architecture.*gpt2.*LlamaForCausalLM"),
         ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "Mixtral"),
         ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3Moe"),
-        ({"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, "Phi3"),  # fused qkv
+        ({"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"]}, "mixture of experts"),
         ({"sliding_window": 128}, "sliding-window attention"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"intermediate_size": None}, "'intermediate_size' expected int, got NoneType"),

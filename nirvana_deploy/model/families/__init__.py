@@ -15,6 +15,7 @@ from nirvana_deploy.model.families.granite import GRANITE
 from nirvana_deploy.model.families.llama import LLAMA
 from nirvana_deploy.model.families.mistral import MISTRAL
 from nirvana_deploy.model.families.olmo2 import OLMO2
+from nirvana_deploy.model.families.phi3 import PHI3
 from nirvana_deploy.model.families.qwen2 import QWEN2
 from nirvana_deploy.model.families.qwen3 import QWEN3
 from nirvana_deploy.model.families.refused import refusal
@@ -24,7 +25,8 @@ from nirvana_deploy.model.family import Family
 from nirvana_deploy.model.shape import ModelShape
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, OLMO2, SMOLLM3, GRANITE, T5)
+    family.name: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, OLMO2, SMOLLM3, GRANITE, PHI3, T5)
 }
 LAYOUTS: tuple[Family, ...] = (*FAMILIES.values(), GATED_T5)
 """Every way to name tensors: the families and their variants."""

@@ -39,6 +39,18 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
     return [config.sliding_window if kind == SLIDING else None for kind in config.layer_types]
 
 
+def require_no_window(architecture: str, config: PreTrainedConfig, computation: Computation) -> None:
+    """Raise NirvanaError for a layer that sees less than the context: ``architecture`` sees all of it."""
+    context_tokens = config.max_position_embeddings
+    for layer in computation.layers:
+        if layer.window is not None and layer.window < context_tokens:
+            raise NirvanaError(
+                f"llama.cpp's architecture {architecture!r} attends to all tokens, and layers of this model "
+                f"see {layer.window} of {context_tokens}.",
+                hint=ONNX_HINT,
+            )
+
+
 def refuse_activation(config: Mapping[str, Any]) -> None:
     """Raise NirvanaError for an FFN activation other than SiLU."""
     if config.get("hidden_act", "silu") not in ("silu", "swish"):

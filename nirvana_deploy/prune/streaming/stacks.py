@@ -5,7 +5,7 @@ Blocks are modules of transformers on torch's meta device; ``loading.py`` gives 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.family import Computation, Stack
+from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.weights import expected_shapes
 
 Run = Callable[[nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(block with weights, states [n, T, D], unpadded, context [n, S, D] or None) -> states [n, T, D]."""
@@ -58,7 +60,10 @@ def stacks_of(checkpoint: Checkpoint, *, device: torch.device) -> tuple[Runnable
 
     def blocks(stack: Stack) -> tuple[Block, ...]:
         depth = sum(layer.site == stack.sites[0].name for layer in shape.layers)
-        names = map(stack.block, range(depth))
+        names = [stack.block(index) for index in range(depth)]
+        for name in names:
+            for position in layers[name]:
+                _take_apart(model.get_submodule(name), shape, position)
         return tuple(Block(model.get_submodule(name), name, tuple(layers[name])) for name in names)
 
     if shape.family.computation is not None:
@@ -75,6 +80,31 @@ def stacks_of(checkpoint: Checkpoint, *, device: torch.device) -> tuple[Runnable
         )
         for stack in shape.family.stacks
     )
+
+
+class _SideBySide(nn.Module):
+    """Linears of one input, whose outputs lie side by side: a fused linear in its parts."""
+
+    def __init__(self, parts: Mapping[str, nn.Linear]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.children()], dim=-1)
+
+
+def _take_apart(block: nn.Module, shape: ModelShape, position: int) -> None:
+    """Put the parts of every fused linear of a block in its place, so that they have the names of weights."""
+    site, prefix = shape.place(position)
+    sizes = expected_shapes(shape)
+    for module in site.fused:
+        parts = {}
+        for part in site.parts(module):
+            outputs, inputs = sizes[f"{prefix}.{part}.weight"]
+            parts[part.rpartition(".")[2]] = nn.Linear(inputs, outputs, bias=False, device="meta")
+        parent, _, name = module.rpartition(".")
+        setattr(block.get_submodule(parent), name, _SideBySide(parts))
 
 
 def _decoder(
@@ -97,7 +127,8 @@ def _decoder(
 
 def _rotary_run(model: PreTrainedModel, computation: Computation, device: torch.device) -> Run:
     """Causal attention, rotary positions from 0; where a layer has a window, its mask."""
-    rotary = type(model.model.rotary_emb)(model.config)  # a real one: its frequencies are no weights
+    described = model.model.rotary_emb
+    rotary = type(described)(described.config)  # a real one: its frequencies are no weights
 
     @cache
     def positions(tokens: int, kind: str) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
