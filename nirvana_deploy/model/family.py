@@ -132,8 +132,6 @@ class GgufArchitecture:
     pairs_adjacent: bool = False
     """Rotates elements 2j and 2j + 1 of a head, not j and j + d/2."""
     fused_qkv: bool = False
-    fused_ffn: bool = False
-    """Gate and up are one tensor, called ``ffn_up``."""
     rope_factors: bool = False
     """Reads ``rope_freqs.weight``: divisors of the rotary frequencies, one a pair."""
     square_queries: bool = False
@@ -182,7 +180,8 @@ class Family:
     genai_type: str | None = None
     """``type`` in genai_config.json; None when onnxruntime-genai does not run the family."""
     gguf: GgufArchitecture | None = None
-    """llama.cpp's graph for layers that are all alike; None when llama.cpp has no decoder for it."""
+    """llama.cpp's graph for layers that are all alike; None when llama.cpp has none, or none was shown
+    to load what is written for it."""
     tried_on: str = "random"
     """Weights that the whole arrow was tried on: "real" ones, "relabelled" (a real Llama's under this name),
     or "random" alone."""

@@ -31,7 +31,9 @@ _UNIFORM_HINT = "Prune with --allocation uniform: layers of one shape have an ar
 def architecture_for(shape: ModelShape, computation: Computation | None) -> GgufArchitecture:
     """The architecture that computes a decoder; raises NirvanaError where llama.cpp has none."""
     family, uniform = shape.family, shape.family.gguf
-    if uniform is None or computation is None:
+    if uniform is None and computation is not None:
+        raise NirvanaError(f"A {family.name} is not written as GGUF here.", hint=ONNX_HINT)
+    if uniform is None:
         decoders = ", ".join(f.architecture.removesuffix("ForCausalLM") for f in FAMILIES.values() if f.gguf)
         raise NirvanaError(
             f"An encoder-decoder ({family.name}) cannot be written as GGUF: the decoders of llama.cpp that "
@@ -123,12 +125,7 @@ def gguf_tensors(
             linears = []
         linears.append(("attn_output", site.o, plain))
         gate, up = site.ffn_rows
-        if architecture.fused_ffn:
-            parts = [f"{prefix}.{module}.weight" for module in (gate, up)]
-            tensors.append(_stacked(f"{block}.ffn_up.weight", parts, weights))
-        else:
-            linears += [("ffn_gate", gate, plain), ("ffn_up", up, plain)]
-        linears.append(("ffn_down", site.ffn_down, plain))
+        linears += [("ffn_gate", gate, plain), ("ffn_up", up, plain), ("ffn_down", site.ffn_down, plain)]
         for name, module, tensor in linears:
             tensors.append(tensor(f"{block}.{name}.weight", f"{prefix}.{module}.weight"))
             if f"{prefix}.{module}.bias" in weights.names():

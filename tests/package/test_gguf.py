@@ -31,7 +31,6 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen3Config,
     SmolLM3Config,
@@ -85,10 +84,6 @@ OTHER_KINDS: dict[str, Callable[[], Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
         },
     ),
-    "phi3-partial": lambda: Phi3Config(
-        **(_size() | {"hidden_size": 96, "intermediate_size": 64}),
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-    ),
     "smollm3-four": lambda: SmolLM3Config(**(_size() | {"num_hidden_layers": 4}), head_dim=16),
 }
 ARCHITECTURES = {
@@ -104,7 +99,6 @@ ARCHITECTURES = {
     "olmo2": ("olmo2", None, "olmo2"),
     "smollm3-four": ("smollm3", None, "smollm3"),
     "granite": ("granite", None, "granite"),
-    "phi3-partial": ("phi3", None, "phi3"),
 }
 """kind -> architecture in GGUF of the dense, the global and the uniform model; None is refused."""
 
@@ -230,6 +224,17 @@ def test_every_family_generates_its_tokens_in_llama_cpp(llama_cpp: Path, tmp_pat
         assert "error" not in answer, (job["path"], answer)
         assert all(len(new) == NEW_TOKENS for new in answer["tokens"])
         assert greedy_share(checkpoint, prompts, answer["tokens"]) == 1
+
+
+def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path) -> None:
+    for kind, words in (
+        ("phi3", "A phi3 is not written as GGUF"),
+        ("mistral-window", "attends to all tokens"),
+    ):
+        dense = write_tiny(tmp_path / kind, kind)
+        with pytest.raises(NirvanaError, match=words) as caught:
+            gguf_from_checkpoint(Checkpoint.open(dense), tmp_path / "m.gguf")
+        assert "nirvana-deploy export" in str(caught.value.hint) and not (tmp_path / "m.gguf").exists()
 
 
 def test_q8_0_rounds_activations_too(llama_cpp: Path, tmp_path: Path) -> None:

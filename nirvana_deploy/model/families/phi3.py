@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from nirvana_deploy.model.families.decoder_only import (
     decoder_shape,
     refuse_activation,
-    require_no_window,
     with_widths,
 )
-from nirvana_deploy.model.family import Computation, Family, GgufArchitecture, LayerAttention, Site, Stack
+from nirvana_deploy.model.family import Computation, Family, LayerAttention, Site, Stack
 from nirvana_deploy.model.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -35,11 +34,6 @@ def _computation(config: PreTrainedConfig) -> Computation:
         layers=(LayerAttention(window=config.sliding_window),) * config.num_hidden_layers,
         rotary_share=config.rope_parameters.get("partial_rotary_factor", 1.0),
     )
-
-
-def _gguf_settings(config: PreTrainedConfig, computation: Computation) -> dict[str, Any]:
-    require_no_window("phi3", config, computation)
-    return {}
 
 
 PHI3 = Family(
@@ -63,5 +57,4 @@ PHI3 = Family(
         ),
     ),
     genai_type="phi3",
-    gguf=GgufArchitecture("phi3", fused_qkv=True, fused_ffn=True, settings=_gguf_settings),
 )
