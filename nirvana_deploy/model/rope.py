@@ -67,5 +67,8 @@ def _by_transformers(
             f"{type(error).__name__}: {error}."
         ) from error
     if not torch.isfinite(frequencies).all():
-        raise NirvanaError(f"config.json: rope_parameters {parameters} give angles that are not finite.")
+        raise NirvanaError(
+            f"config.json: rope_parameters {parameters} are no {rope_type} rotary embedding: "
+            "its angles are not finite."
+        )
     return frequencies.float(), float(scaling)
