@@ -14,6 +14,7 @@ import click
 
 from nirvana_deploy import __version__
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import keep_to_quota
 from nirvana_deploy.base.resources import exhaustion_errors
 from nirvana_deploy.base.terminal import brief
 from nirvana_deploy.cli.common import echo
@@ -91,6 +92,7 @@ _OF_A_PLACE = {
 
 def main() -> None:
     """Run the command line; the user's problems end with one message and no trace."""
+    keep_to_quota()
     try:
         signal.signal(signal.SIGTERM, _interrupted)
         with exhaustion_errors("The command"):

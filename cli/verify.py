@@ -78,6 +78,9 @@ def verify(out: Path, model: str | None, runtime: str | None, threads: int | Non
                 rows.append(
                     [f"{name}: {greedy.runtime}, {greedy.new_tokens} greedy tokens", same, "all", verdict]
                 )
+            for text in report.text:
+                same = f"{text.equal_texts} of {text.texts} texts equal"
+                rows.append([f"{name}: tokenizer of {text.runtime}", same, "all", text.differs or "passed"])
         rows += [
             [f"{name}: {CHECKED}", "whole", "whole", "passed"]
             for name in [*result.reports, *result.quantized]

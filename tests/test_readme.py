@@ -18,8 +18,8 @@ from click.testing import CliRunner
 
 from nirvana_deploy.base.privacy import SWITCHES
 from nirvana_deploy.cli.main import _COMMANDS, commands
+from nirvana_deploy.model.text.chat import CPU_SECONDS, MEMORY_BYTES
 from nirvana_deploy.output import layout, stage
-from nirvana_deploy.runtime.chat import CPU_SECONDS, MEMORY_BYTES
 
 PAGES = (
     "README.md",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -25,6 +26,7 @@ _VERSIONS = (
 _PACKAGES = ("onnxruntime", "numpy", "torch", "transformers")
 _PROBE_BYTES = 1 << 28  # far beyond the last-level cache of a desktop or a server socket's share
 _PROBE_PASSES = 5
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def peak_rss_bytes() -> int:
@@ -56,6 +58,57 @@ def system_cpu_seconds() -> float:
     """The share of :func:`cpu_seconds` spent in the kernel, on memory pages and files."""
     usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(u.ru_stime for u in usage)
+
+
+def usable_cores() -> int:
+    """Cores' worth of time that this process may take: its affinity, and a container's CPU quota, rounded up.
+
+    The quota of control groups, version 2 (``cpu.max``) or 1 (``cpu.cfs_quota_us``), at any level above.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [quota for folder in _control_groups() if (quota := _quota_cores(folder)) is not None]
+    return max(1, min([allowed, *(math.ceil(quota) for quota in quotas)]))
+
+
+def keep_to_quota() -> None:
+    """Let libraries that are imported later start no more threads than a container's CPU quota allows.
+
+    They count the machine's cores. What the user set stays; without a quota nothing changes.
+    """
+    cores = usable_cores()
+    if hasattr(os, "sched_getaffinity") and cores < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def _control_groups() -> list[Path]:
+    """Folders of this process's control groups that may limit its CPU time, parents included."""
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        roots = [_CGROUPS] if not controllers else []
+        if "cpu" in controllers.split(","):
+            roots = [_CGROUPS / "cpu", _CGROUPS / controllers]
+        for root in roots:
+            place = root / path.lstrip("/")
+            found += [place, *(parent for parent in place.parents if parent.is_relative_to(root))]
+    return list(dict.fromkeys(found))
+
+
+def _quota_cores(folder: Path) -> float | None:
+    """Cores that a control group allows; None where it sets no limit."""
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # "max" is no limit
+        return None
 
 
 def environment() -> dict[str, Any]:

@@ -18,7 +18,8 @@ class Calibration:
     calib: Annotated[
         str,
         Option(
-            "Calibration text: a .txt or .jsonl file, pydoc, code (Python's own), self (the model writes), "
+            "Calibration text: a file (text, JSON, JSON lines, CSV, parquet; chats, packed ones), "
+            "pydoc, code (Python's own), self (the model writes), "
             "c4, bookcorpus, wikitext, lambada; with shares, a mixture (pydoc:0.7,code:0.3), or 'mix' of "
             "self, pydoc and code; several without shares, or 'auto' (pydoc, self), are chosen among by KL."
         ),

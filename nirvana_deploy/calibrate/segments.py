@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 
 _CALIBRATION_SEGMENTS = 4
 """Segments per block; one more is held out."""
+_RUN_TOKENS = 16
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_MOST_SHARED = 0.5
+"""A held-out window of which more than this share of runs is calibration text too is a copy of it;
+boilerplate and common phrases stay far below."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,38 @@ class Segments:
     def heldout_starts(self) -> list[int]:
         """Starts of the windows that no seed can draw."""
         return self._starts(_CALIBRATION_SEGMENTS * self._segment, self._block, self.heldout_len)
+
+    def spread_heldout(self, stream: NDArray[np.int64], count: int, *, source: str) -> list[int]:
+        """Starts of ``count`` held-out windows, spread over the stream, none a copy of calibration text.
+
+        Raises NirvanaError, naming ``source``, where the text repeats itself too often for that.
+        """
+        starts = self.heldout_starts
+        if not count:
+            return []
+        copied = self._copied(stream, starts)
+        fresh = [start for start, copy in zip(starts, copied, strict=True) if not copy]
+        if len(fresh) < count:
+            raise NirvanaError(
+                f"{source} repeats itself: {int(copied.sum())} of its {len(starts)} held-out windows also "
+                f"stand in its calibration text, which leaves {len(fresh)} of the {count} asked for.",
+                hint="Remove the repetitions, or measure quality on another text: --eval-text FILE",
+            )
+        chosen = [starts[i] for i in np.arange(count) * len(starts) // count]
+        spare = iter(sorted(set(fresh).difference(chosen)))
+        kept = set(fresh)
+        return sorted(start if start in kept else next(spare) for start in chosen)
+
+    def _copied(self, stream: NDArray[np.int64], starts: Sequence[int]) -> NDArray[np.bool_]:
+        """Whether each held-out window consists mostly of runs of tokens that calibration could draw, too."""
+        length = min(_RUN_TOKENS, self.seq_len, self.heldout_len)
+        runs = _hashed_runs(stream, length)
+        drawable = np.zeros(len(runs), dtype=bool)
+        for start in self.calibration_starts:
+            drawable[start : start + self.seq_len - length + 1] = True
+        known = np.isin(runs, runs[drawable])
+        each = self.heldout_len - length + 1
+        return np.array([known[start : start + each].mean() > _MOST_SHARED for start in starts], dtype=bool)
 
     def _starts(self, begin: int, end: int, window: int) -> list[int]:
         """Starts of adjacent windows that fit into [begin, end) of each block."""
@@ -73,3 +114,12 @@ class Segments:
             return 0
         full_blocks, last = divmod(count - 1, (end - begin) // window)
         return full_blocks * self._block + begin + (last + 1) * window
+
+
+def _hashed_runs(stream: NDArray[np.int64], length: int) -> NDArray[np.uint64]:
+    """A number for every run of ``length`` consecutive tokens: equal runs, equal numbers."""
+    tokens = stream.astype(np.uint64) + np.uint64(1)
+    runs = np.zeros(max(0, len(tokens) - length + 1), dtype=np.uint64)
+    for offset in range(length):
+        runs = runs * _MULTIPLIER + tokens[offset : offset + len(runs)]  # modulo 2 to the 64
+    return runs

@@ -84,7 +84,7 @@ def text_windows(
 ) -> TokenWindows:
     """Consecutive windows [M, T] of a text file; 16 of 256 tokens unless told otherwise."""
     return windows_of_text(
-        read_text_file(path),
+        read_text_file(path, tokenizer=tokenizer, progress=progress),
         tokenizer,
         seq_len=seq_len or _EVALUATION_WINDOWS.heldout_len,
         max_sequences=max_sequences or _EVALUATION_WINDOWS.heldout_sequences,

@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nirvana_deploy.calib_sets as calib_sets
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.reading import HALF_A_PAIR, read_text
 from nirvana_deploy.base.registry import look_up
+from nirvana_deploy.calibrate.files.reading import file_documents
+from nirvana_deploy.calibrate.files.records import Conversation, repeated
 from nirvana_deploy.calibrate.standard_library import standard_library_documents
 from nirvana_deploy.model.hub import NETWORK_ERRORS
+from nirvana_deploy.model.text.chat import written_out
 
 # What `datasets` raises without a network, or for an unknown data set or split.
 _READ_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, ValueError, RuntimeError)
@@ -35,8 +37,15 @@ class SourceText:
         return hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
 
 
-def read_source(source: str, *, progress: Progress = SILENT) -> SourceText:
-    """Read "pydoc", "code", a name in calib_sets/, or a text or .jsonl file."""
+def require_source(source: str, tokenizer: Any) -> None:
+    """Raise what :func:`read_source` would raise for a file or an unknown name, without a network."""
+    known = ("self", "pydoc", "code", *calib_sets.names())
+    if source not in known:
+        read_source(source, tokenizer=tokenizer)
+
+
+def read_source(source: str, *, tokenizer: Any = None, progress: Progress = SILENT) -> SourceText:
+    """Read "pydoc", "code", a name in calib_sets/, or a file as :func:`read_text_file` does."""
     readers: dict[str, Callable[[], tuple[str, ...]]] = {
         "pydoc": _pydoc_documents,
         "code": standard_library_documents,
@@ -44,46 +53,30 @@ def read_source(source: str, *, progress: Progress = SILENT) -> SourceText:
     }
     path = Path(source).expanduser()
     if source not in readers and (path.exists() or path.suffix or path.name != source):
-        return read_text_file(path)
-    hint = (
-        "Or 'self', 'mix', or a text or .jsonl file. A share is a number after the name: pydoc:0.7,code:0.3."
-    )
+        return read_text_file(path, tokenizer=tokenizer, progress=progress)
+    hint = "Or 'self', 'mix', or a file of text. A share is a number after the name: pydoc:0.7,code:0.3."
     read = look_up(source, readers, what="calibration source", hint=hint)
     return SourceText(source, read())
 
 
-def read_text_file(path: Path) -> SourceText:
-    """Read a UTF-8 text file as one document, or a .jsonl file as one document per line.
+def read_text_file(path: Path, *, tokenizer: Any = None, progress: Progress = SILENT) -> SourceText:
+    """Read a text, or a data set with one document per record (:mod:`~nirvana_deploy.calibrate.files`).
 
-    A line of JSON gives its field "text", else its only string field. Raises NirvanaError for a file that is
-    missing, empty, not UTF-8 (with the byte offset) or not JSONL (with the line).
+    Conversations are written out by the chat template of ``tokenizer``. Raises NirvanaError for what holds no
+    text, and for conversations without a template.
     """
-    text = read_text(path, hint="Give a text or .jsonl file.")
-    documents = tuple(_jsonl_documents(path, text)) if path.suffix == ".jsonl" else (text,)
-    if not any(document.strip() for document in documents):
-        raise NirvanaError(f"{path} is empty: it holds no text.")
-    return SourceText(f"file {path.name}", documents)
-
-
-def _jsonl_documents(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # digits or brackets by the thousand
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply, or huge"
-            raise NirvanaError(f"{path}, line {number}: not JSON ({reason}).") from error
-        strings = {k: v for k, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
-        if "text" not in strings and len(strings) != 1:
-            raise NirvanaError(
-                f"{path}, line {number}: expected an object with the field 'text' or one string field only, "
-                f"got {f'string fields {sorted(strings)}' if strings else f'{line[:40]!r}'}."
-            )
-        found = strings.get("text", next(iter(strings.values())))
-        if HALF_A_PAIR.search(found):
-            raise NirvanaError(f"{path}, line {number}: half of a surrogate pair (\\ud8..) is no text.")
-        yield found
+    documents = file_documents(path)
+    if count := repeated(documents):
+        progress.note(f"{path.name} repeats itself: {count:,} of {len(documents):,} documents stand twice")
+    chats = [document for document in documents if isinstance(document, Conversation)]
+    if chats and not getattr(tokenizer, "chat_template", None):
+        raise NirvanaError(
+            f"{path} holds conversations, and the model's tokenizer has no chat template to write them out.",
+            hint='Choose the chat version of the model, or write plain texts: {"text": "..."} per line.',
+        )
+    written = iter(written_out(tokenizer, [chat.messages() for chat in chats]) if chats else ())
+    texts = tuple(document if isinstance(document, str) else next(written) for document in documents)
+    return SourceText(f"file {path.name}", texts)
 
 
 def _pydoc_documents() -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from nirvana_deploy.calibrate.mixture import Part, interleaved, parts_of, split_
 from nirvana_deploy.calibrate.segments import Segments
 from nirvana_deploy.calibrate.texts import SourceText, read_source
 from nirvana_deploy.calibrate.tokenise import token_stream
+from nirvana_deploy.model.reading import require_known_tokens
 
 if TYPE_CHECKING:
     from nirvana_deploy.model.checkpoint import Checkpoint
@@ -218,7 +219,11 @@ def _candidate_sets(
         if parts[index].source == "self":
             seeds = [seed + draw for draw in draws]
             return _written_by_model(checkpoint, tokenizer, *shapes, seeds, progress)
-        return _drawn_from_text(parts[index], tokenizer, draws, *shapes, seed, progress)
+        drawn = _drawn_from_text(parts[index], tokenizer, draws, *shapes, seed, progress)
+        if checkpoint is not None:
+            for windows in (*drawn.calibrations, *drawn.heldout):
+                require_known_tokens(windows.tokens, checkpoint.shape.vocab_size)
+        return drawn
 
     # what the model writes takes longest, and the other parts may turn out too short
     order = sorted(range(len(parts)), key=lambda index: parts[index].source == "self")
@@ -265,7 +270,7 @@ def _drawn_from_text(
     progress: Progress,
 ) -> CandidateSets:
     (num_sequences, seq_len), (heldout_sequences, heldout_len) = calibration_shape, heldout_shape
-    text = read_source(part.source, progress=progress)
+    text = read_source(part.source, tokenizer=tokenizer, progress=progress)
     stream = token_stream(text.documents, tokenizer, progress)
     segments = Segments(length=len(stream), seq_len=seq_len, heldout_len=heldout_len)
     segments.require(num_sequences, heldout_sequences, source=text.name, share=part.share)
@@ -278,7 +283,7 @@ def _drawn_from_text(
             hint=f"Pass --candidates {fits}, smaller sets (--num-sequences), or a longer text.",
         )
     drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(starts))
-    spread = np.arange(heldout_sequences) * len(segments.heldout_starts) // max(heldout_sequences, 1)
+    heldout = segments.spread_heldout(stream, heldout_sequences, source=text.name)
     return CandidateSets(
         calibrations=tuple(
             _windows(
@@ -291,7 +296,7 @@ def _drawn_from_text(
             )
             for draw in draws
         ),
-        heldout=(_windows(stream, [segments.heldout_starts[i] for i in spread], heldout_len, text, None),),
+        heldout=(_windows(stream, heldout, heldout_len, text, None),),
     )
 
 

@@ -29,7 +29,7 @@ from nirvana_deploy.export.parts import OPSET, GraphParts
 from nirvana_deploy.export.streaming import Parameter
 from nirvana_deploy.model.family import Computation
 from nirvana_deploy.model.shape import LayerShape, ModelShape
-from nirvana_deploy.output.layout import DTYPE_KEY, FLAVOR_KEY, GRAPH_SCHEMA, SCHEMA_KEY
+from nirvana_deploy.output.layout import CONTEXT_KEY, DTYPE_KEY, FLAVOR_KEY, GRAPH_SCHEMA, SCHEMA_KEY
 
 FLAVORS = ("portable", "gqa", "static-cache")
 """How the KV cache is kept (``attention.py`` says what each takes and gives):
@@ -123,6 +123,7 @@ def build_decoder(
             SCHEMA_KEY: str(GRAPH_SCHEMA),
             FLAVOR_KEY: options.flavor,
             DTYPE_KEY: options.dtype.name,
+            CONTEXT_KEY: str(max_positions),
         }
     )
 

@@ -6,30 +6,37 @@ from the static dimensions of the ONNX inputs; the numbers here are only its def
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.text.stops import begin_and_pad, sampling_settings, stop_ids
 
 
 def genai_config(
-    config: PreTrainedConfig, shape: ModelShape, *, filename: str, flavor: str = "portable"
+    checkpoint: Path,
+    shape: ModelShape,
+    *,
+    filename: str,
+    context_tokens: int,
+    flavor: str = "portable",
 ) -> dict[str, Any]:
     """The configuration of a decoder exported by ``onnx_export`` in ``flavor`` "portable" or "gqa".
 
+    ``checkpoint`` is the folder it was exported from, whose stop ids and sampling settings it gets.
+
     With "gqa" past and present share one buffer of ``max_length`` tokens, also where layers differ.
     """
-    context_tokens = config.max_position_embeddings
-    eos = config.eos_token_id
-    first_eos = eos[0] if isinstance(eos, list) else eos
+    stops = [stop for stop in stop_ids(checkpoint) if stop < shape.vocab_size]
+    begin, pad = begin_and_pad(checkpoint)
+    spare = stops[0] if stops else 0  # it takes no null, and uses neither in one sequence
     positions = {} if flavor == "gqa" else {"position_ids": "position_ids"}  # gqa counts by itself
     return {
         "model": {
             "type": shape.family.genai_type,
-            "bos_token_id": config.bos_token_id if config.bos_token_id is not None else first_eos,
-            "eos_token_id": eos,
-            "pad_token_id": config.pad_token_id if config.pad_token_id is not None else first_eos,
+            "bos_token_id": spare if begin is None else begin,
+            **({"eos_token_id": stops if len(stops) > 1 else stops[0]} if stops else {}),
+            "pad_token_id": spare if pad is None else pad,
             "vocab_size": shape.vocab_size,
             "context_length": context_tokens,
             "decoder": {
@@ -57,6 +64,7 @@ def genai_config(
         "search": {
             "max_length": context_tokens,
             "do_sample": False,
+            **sampling_settings(checkpoint),
             "past_present_share_buffer": flavor == "gqa",
         },
     }

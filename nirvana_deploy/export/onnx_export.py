@@ -138,7 +138,11 @@ def _consumer_configs(checkpoint: Checkpoint, options: GraphOptions) -> dict[str
     found: dict[str, dict[str, Any]] = {}
     if family.genai_type is not None and options.flavor != "static-cache":  # which it cannot drive
         found["genai_config.json"] = genai_config(
-            config, checkpoint.shape, filename=MODEL_FILE, flavor=options.flavor
+            checkpoint.path,
+            checkpoint.shape,
+            filename=MODEL_FILE,
+            context_tokens=config.max_position_embeddings,
+            flavor=options.flavor,
         )
     if len(family.stacks) == 1:
         if "auto_map" not in checkpoint.config:

@@ -20,7 +20,6 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from nirvana_deploy.base.artifact import sha256_of
-from nirvana_deploy.base.errors import NirvanaError, TokenizerError
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.model.config import PRUNED_KEYS
 from nirvana_deploy.model.families import FAMILIES, shape_from_config
@@ -36,6 +35,9 @@ from nirvana_deploy.model.family import Computation, Family
 from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import ModelFolder
+from nirvana_deploy.model.text.stops import require_settings, stop_ids
+from nirvana_deploy.model.text.tokenizer import TOKENIZER_FILES as FILES
+from nirvana_deploy.model.text.tokenizer import tokenizer_in
 from nirvana_deploy.model.weight_files import require_no_other_file, require_weight_files
 from nirvana_deploy.model.weights import (
     OffsetNorms,
@@ -46,17 +48,7 @@ from nirvana_deploy.model.weights import (
     with_own_head,
 )
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+TOKENIZER_FILES = (*FILES, "generation_config.json")
 """What travels with the weights from folder to folder, where it exists."""
 
 
@@ -84,6 +76,7 @@ class Checkpoint:
         if not (path / "config.json").is_file():
             raise NirvanaError(f"{path} is not a checkpoint: it has no config.json.")
         config = config_json(path)
+        require_settings(path)
         said = shape_from_config(config)
         require_weight_files(path)
         require_no_other_file(path, config)
@@ -91,7 +84,7 @@ class Checkpoint:
         shape = with_own_head(said, weights)
         if any(site.fused for site in shape.family.sites):
             weights = SplitWeights(weights, shape)
-        if shape != said:
+        if shape != said and not shape.family.encoder_decoder:  # whose flag says more than that
             config = {**config, "tie_word_embeddings": False}
         check_weights(weights, shape)
         checkpoint = cls(path=path, config=config, shape=shape, weights=weights)
@@ -134,7 +127,7 @@ class Checkpoint:
     @property
     def stop_token_ids(self) -> frozenset[int]:
         """The ids that end a generation."""
-        return stop_token_ids(self.pretrained_config)
+        return frozenset(stop_ids(self.path))
 
     def require_length(self, seq_len: int, *, option: str = "--seq-len") -> None:
         """Raise NirvanaError when the ``seq_len`` tokens of ``option`` are more than the model can place."""
@@ -200,16 +193,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer_config.json").is_file():
         raise NirvanaError(f"{folder} has no tokenizer (tokenizer_config.json, tokenizer.json).")
     known = {"config": read_config(folder)} if (folder / "config.json").is_file() else {}  # an ONNX folder
-    try:
-        return AutoTokenizer.from_pretrained(folder, **known)
-    except (OSError, ValueError) as error:
-        raise TokenizerError(folder, error) from error
-
-
-def stop_token_ids(config: PreTrainedConfig) -> frozenset[int]:
-    """The ids that end a generation."""
-    eos = config.eos_token_id
-    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    tokenizer: PreTrainedTokenizerBase = tokenizer_in(folder, **known)
+    return tokenizer
 
 
 def model_class(config: PreTrainedConfig, family: Family) -> type[PreTrainedModel]:

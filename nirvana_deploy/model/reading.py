@@ -27,6 +27,19 @@ def first_decoder_token(config: Mapping[str, Any], *, of: str = "config.json") -
     )
 
 
+def require_known_tokens(tokens: NDArray[np.int64], vocab_size: int) -> None:
+    """Raise NirvanaError for token ids that a model of ``vocab_size`` rows has no embedding for."""
+    if not tokens.size or (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
+        return
+    worst = int(tokens.max()) if int(tokens.max()) >= vocab_size else int(tokens.min())
+    raise NirvanaError(
+        f"Token id {worst} is beyond the model's vocabulary of {vocab_size:,} rows: its tokenizer has tokens "
+        "that the model never learned.",
+        hint="Take the tokenizer that the model was made with, or give the model more rows in transformers: "
+        "model.resize_token_embeddings(len(tokenizer))",
+    )
+
+
 def teacher_forced(
     windows: NDArray[np.int64], *, start_token: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -35,7 +35,8 @@ def rotary_frequencies(
         )
     parameters: dict[str, Any] = (config.rope_parameters[kind] if kind else config.rope_parameters) or {}
     rope_type = parameters.get("rope_type", "default")
-    if rope_type not in _FIXED:
+    same_at_every_length = parameters.get("short_factor", ()) == parameters.get("long_factor")
+    if rope_type not in _FIXED and not (rope_type == "longrope" and same_at_every_length):
         raise NirvanaError(
             f"Unsupported: rope_type {rope_type!r}; supported: {', '.join(_FIXED)}.",
             hint=_LONG if rope_type == "longrope" else None,

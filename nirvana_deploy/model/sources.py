@@ -20,15 +20,21 @@ from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import nearest_names
 from nirvana_deploy.base.resources import disk_errors
+from nirvana_deploy.base.snapshot import name_of
 from nirvana_deploy.model.families import FAMILIES
-from nirvana_deploy.model.gguf_convert import (
+from nirvana_deploy.model.gguf.convert import (
     OTHER_CACHE,
     cache_folder,
     converted,
     find_converted,
     require_gguf_extra,
 )
-from nirvana_deploy.model.weight_files import PICKLE_SUFFIXES, pickle_refused, require_weight_files
+from nirvana_deploy.model.weight_files import (
+    PICKLE_SUFFIXES,
+    pickle_refused,
+    require_no_adapter,
+    require_weight_files,
+)
 
 
 @dataclass(frozen=True)
@@ -158,9 +164,9 @@ def resolve_model(model: str, *, cache: Path | None = None, progress: Progress =
     if model in ALIASES:
         return _from_alias(model, cache=cache, progress=progress)
     path = Path(model).expanduser()
-    if path.is_dir():
+    if _is_there(path, model) and path.is_dir():
         return _from_folder(path)
-    if path.is_file():
+    if _is_there(path, model) and path.is_file():
         return _from_file(path, cache=cache, progress=progress)
     if model.count("/") != 1 or model.startswith((".", "~", "/")) or path.suffix.lower() == ".gguf":
         raise _not_found(model)
@@ -175,7 +181,15 @@ def resolve_model(model: str, *, cache: Path | None = None, progress: Progress =
 def local_paths(model: str) -> tuple[Path, ...]:
     """The file or folder that ``model`` names; none for an alias or a hub id."""
     path = Path(model).expanduser()
-    return (path,) if model not in ALIASES and path.exists() else ()
+    return (path,) if model not in ALIASES and _is_there(path, model) else ()
+
+
+def _is_there(path: Path, model: str) -> bool:
+    """Whether ``path`` exists; raises NirvanaError where its folders or its name do not let one see."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise NirvanaError(f"{model[:200]} cannot be read: {error.strerror}.") from error
 
 
 def _not_found(model: str) -> NirvanaError:
@@ -215,7 +229,7 @@ def _from_alias(name: str, *, cache: Path | None, progress: Progress) -> ModelFo
 
 def _from_folder(folder: Path) -> ModelFolder:
     folder = _checked(folder.resolve())
-    return ModelFolder(path=folder, name=folder.name, origin=f"folder {folder}", licence=None)
+    return ModelFolder(path=folder, name=name_of(folder), origin=f"folder {folder}", licence=None)
 
 
 def _from_file(file: Path, *, cache: Path | None, progress: Progress) -> ModelFolder:
@@ -235,6 +249,7 @@ def _from_file(file: Path, *, cache: Path | None, progress: Progress) -> ModelFo
 def _checked(folder: Path) -> Path:
     """``folder`` itself; raises NirvanaError unless config.json and all weights are there, in safetensors."""
     if not (folder / "config.json").is_file():
+        require_no_adapter(folder)
         raise NirvanaError(
             f"{folder} has no config.json, so it is not a Hugging Face model folder.",
             hint="Pass the folder that holds config.json, *.safetensors and tokenizer.json.",

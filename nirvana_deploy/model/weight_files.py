@@ -17,6 +17,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 """Read where there is no SINGLE_FILE, as transformers does."""
 _ADAPTER = "adapter_config.json"
+_LONGEST_NAME_BYTES = 255
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -36,13 +37,27 @@ def require_weight_files(folder: Path) -> None:
         )
     if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
         raise _unknown_name(found, pickles, folder=folder)
-    if (folder / _ADAPTER).is_file():
-        raise NirvanaError(
-            f"{folder} holds an adapter ({_ADAPTER}): transformers would apply it, and this tool would not.",
-            hint="Merge it into the model with peft (merge_and_unload, save_pretrained), or remove it.",
-        )
+    require_no_adapter(folder)
     for index in folder.glob("*.safetensors.index.json"):
         file_by_tensor(index)
+
+
+def require_no_adapter(folder: Path) -> None:
+    """Raise NirvanaError for an adapter, alone or beside weights, with the command that merges it."""
+    if not (folder / _ADAPTER).is_file():
+        return
+    settings = read_json(folder / _ADAPTER)
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    merge = _python(
+        "from peft import AutoPeftModelForCausalLM as M; "
+        f"M.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained({f'{folder}-merged'!r})"
+    )
+    raise NirvanaError(
+        f"{folder} holds an adapter ({_ADAPTER}) for {str(base)[:200]!r}: transformers would apply it, "
+        "and this tool would not.",
+        hint=f"Merge it into that model: pip install peft, {merge} (and copy the tokenizer's files), then "
+        f"pass the new folder. If the weights beside it are merged already, remove {_ADAPTER}.",
+    )
 
 
 def require_no_other_file(folder: Path, config: Mapping[str, Any]) -> None:
@@ -67,6 +82,11 @@ def file_by_tensor(index: Path) -> dict[str, Path]:
     shards = {str(shard) for shard in weight_map.values()}
     if outside := sorted(shard for shard in shards if Path(shard).name != shard):
         raise NirvanaError(f"{index} names a shard outside its folder: {outside[0]!r}.")
+    if too_long := [shard for shard in shards if len(shard.encode(errors="replace")) > _LONGEST_NAME_BYTES]:
+        raise NirvanaError(
+            f"{index} names a shard of {len(too_long[0]):,} characters, longer than any file's name: "
+            f"{too_long[0][:40]}..."
+        )
     if missing := sorted(shard for shard in shards if not (index.parent / shard).is_file()):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise NirvanaError(

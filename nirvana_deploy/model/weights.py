@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import require_file
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weight_files import INDEX_FILE, SINGLE_FILE, file_by_tensor
 
@@ -421,9 +422,12 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
 
 
 def _opened(file: Path) -> safe_open:
+    require_file(file)
     try:
         return safe_open(file, framework="pt")
-    except SafetensorError as error:
+    except MemoryError as error:
+        raise NirvanaError(f"{file} has {file.stat().st_size:,} bytes, too many for this process.") from error
+    except (SafetensorError, OSError, ValueError) as error:
         raise NirvanaError(
             f"{file} is truncated or corrupt: {error}.", hint="Download the file again."
         ) from error

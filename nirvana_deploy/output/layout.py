@@ -10,7 +10,9 @@ DATA_FILE = "model.onnx.data"
 ENCODER_FILE = "encoder_model.onnx"
 DECODER_FILE = "decoder_model_merged.onnx"
 """An encoder-decoder's graphs, named as optimum and transformers.js look for them."""
-SCHEMA_KEY, FLAVOR_KEY, DTYPE_KEY = (f"nirvana_deploy.{key}" for key in ("schema", "flavor", "dtype"))
+SCHEMA_KEY, FLAVOR_KEY, DTYPE_KEY, CONTEXT_KEY = (
+    f"nirvana_deploy.{key}" for key in ("schema", "flavor", "dtype", "context_tokens")
+)
 """What a graph says of itself, in its metadata."""
 GRAPH_SCHEMA = 1
 CALIBRATION_FILE = "calibration.safetensors"

@@ -194,6 +194,15 @@ class GreedyRecord(TypedDict):
     not_run: NotRequired[str | None]
 
 
+class TextRecord(TypedDict):
+    """One comparison of what another program's tokenizer makes of texts."""
+
+    runtime: str
+    texts: int
+    equal_texts: int
+    differs: str | None
+
+
 class VerifiedRecord(TypedDict, total=False):
     """The verification of one model."""
 
@@ -201,6 +210,7 @@ class VerifiedRecord(TypedDict, total=False):
     checks: list[LogitsRecord]
     greedy: list[GreedyRecord]
     first_departure: str | None
+    text: list[TextRecord]
 
 
 class TaskFile(TypedDict):

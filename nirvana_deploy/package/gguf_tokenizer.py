@@ -16,6 +16,7 @@ from typing import Any, Required, TypedDict
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json, read_text, typed
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.text.stops import special_ids, stop_ids
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _NUMBERS_OF = (
@@ -204,25 +205,16 @@ def _prefixes_space(tokenizer: Mapping[str, Any]) -> bool:
 def _special_ids(folder: Path, tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Ids of the special tokens, whether one goes before every text, and the chat template."""
     settings = _optional_json(folder / "tokenizer_config.json")
-    generation = _optional_json(folder / "generation_config.json")
-    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
     found: dict[str, Any] = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        value = config.get(f"{name}_token_id")
-        of_tokenizer = ids.get(_content(settings.get(f"{name}_token"), where=f"{name}_token"))
-        value = of_tokenizer if of_tokenizer is not None else value
-        if isinstance(value, list):
-            value = value[0] if value else None
-        if value is not None:
-            found[f"tokenizer.ggml.{key}_token_id"] = value
-    stops = [
-        stop
-        for source in (config, generation)
-        for stop in _listed(source.get("eos_token_id"))
-        if stop != found.get("tokenizer.ggml.eos_token_id")
-    ]
-    if stops:
-        found["tokenizer.ggml.eot_token_id"] = stops[0]
+    of_tokenizer, stops = special_ids(folder), list(stop_ids(folder))
+    ids: dict[str, Any] = {**config, **{f"{name}_token_id": value for name, value in of_tokenizer.items()}}
+    for name, key in (("bos", "bos"), ("pad", "padding"), ("unk", "unknown")):
+        if ids.get(f"{name}_token_id") is not None:
+            found[f"tokenizer.ggml.{key}_token_id"] = ids[f"{name}_token_id"]
+    if of_tokenizer.get("eos") in stops:  # llama.cpp ends texts with the first
+        stops.sort(key=lambda stop: stop != of_tokenizer["eos"])
+    for name, stop in zip(("eos", "eot", "eom"), stops, strict=False):  # it has no room for more
+        found[f"tokenizer.ggml.{name}_token_id"] = stop
     template = (tokenizer.get("post_processor") or {}).get("single") or []
     found["tokenizer.ggml.add_bos_token"] = bool(template) and "SpecialToken" in template[0]
     chat = folder / "chat_template.jinja"
@@ -234,13 +226,3 @@ def _special_ids(folder: Path, tokenizer: Mapping[str, Any], config: Mapping[str
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path, dict[str, Any]) if path.is_file() else {}
-
-
-def _content(token: Any, *, where: str) -> str | None:
-    """A token of tokenizer_config.json: its text, or a dict that holds it."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return typed(text, str | None, f"tokenizer_config.json, {where}")  # type: ignore[arg-type]
-
-
-def _listed(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]

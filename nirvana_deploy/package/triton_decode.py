@@ -62,6 +62,8 @@ class TritonPythonModel:
         return self._generate(self._encode(text, chat=chat), **options)
 
     def _encode(self, text, *, chat):
+        # a chat template writes the first token itself; a plain text gets it here, or never
+        self._tokenizer.update_options(add_special_tokens="false" if chat else "true")
         if chat:
             messages = json.dumps([{"role": "user", "content": text}])
             text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)

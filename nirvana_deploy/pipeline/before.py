@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from nirvana_deploy.base.progress import Progress
 from nirvana_deploy.base.resources import require_free_bytes, require_memory
-from nirvana_deploy.calibrate.mixture import files_of
+from nirvana_deploy.calibrate.mixture import files_of, parts_of
 from nirvana_deploy.calibrate.stage import windows_wanted
+from nirvana_deploy.calibrate.texts import read_text_file, require_source
 from nirvana_deploy.export.decoder import GraphOptions
 from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.model.checkpoint import Checkpoint
@@ -43,7 +44,14 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
     if until != "checkpoint":
         graph = GraphOptions(dtype=dtype_named(job.export.dtype), flavor=job.export.flavor)
         graph.require_fits(dense.shape)
+    if all(layer.kv_heads == 1 for layer in dense.shape.layers):
+        progress.note("Every layer has one KV head, which must stay: only FFN neurons go")
     choices = choices_of(job.calibration, job.pruning, dense.shape)
+    for corpus in choices.corpora:
+        for part in parts_of(corpus, writes_text=dense.shape.family.writes_text):
+            require_source(part.source, dense.tokenizer)
+    if job.calibration.eval_text is not None:
+        read_text_file(job.calibration.eval_text, tokenizer=dense.tokenizer)
     windows = windows_wanted(job.calibration, dense.shape)
     if by_curves(job, choices):
         require_windows(windows)

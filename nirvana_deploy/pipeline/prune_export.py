@@ -142,7 +142,7 @@ def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Unt
         _deploy(run, job, timed=timed)
     run.run(report(run))
     for name, found in reports.items():
-        found.require_passed(run.out / variant_named(name).folder)
+        found.require_passed(run.out / variant_named(name).folder, of_input=name == DENSE)
     for scheme in job.quantization.quantize:
         require_quantized(run, scheme)
     run.finish()

@@ -113,6 +113,11 @@ def removed_counts(shape: ModelShape, *, sparsity: float, gamma: float, round_to
         raise NirvanaError(f"round_to must be at least 1, got {round_to}.")
     if not (math.isfinite(gamma) and gamma > 0):
         raise NirvanaError(f"gamma must be a positive number, got {gamma}.")
+    if all(layer.kv_heads == 1 for layer in shape.layers):
+        raise NirvanaError(
+            f"Every layer has one KV head, which must stay, so its part of gamma {gamma:g} cannot go.",
+            hint="Pass --allocation curves, which takes everything from the FFN here.",
+        )
     largest = largest_sparsity(shape, gamma=gamma, round_to=round_to)
     if not 0 < sparsity <= largest:
         stays = "at least one KV group" if _removable(shape, round_to)[0] else "its KV groups"

@@ -62,6 +62,7 @@ import onnxruntime_genai as og
 
 model = og.Model("onnx")
 tokenizer = og.Tokenizer(model)
+tokenizer.update_options(add_special_tokens="true")
 parameters = og.GeneratorParams(model)
 parameters.set_search_options(max_length=64, do_sample=False)
 generator = og.Generator(model, parameters)
@@ -74,20 +75,19 @@ print(tokenizer.decode(generator.get_sequence(0)))"""
 _RUN_SEQ2SEQ = """\
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
 from nirvana_deploy.runtime.runner import greedy_tokens
+from nirvana_deploy.runtime.text import load_text_side
 
 folder = Path("onnx")
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer, stops = load_text_side(folder)
 model = OrtSeq2Seq(folder)
 prompt = tokenizer("The capital of France is", return_tensors="np")
 tokens = greedy_tokens(
     model,
     prompt["input_ids"],
     max_new_tokens=32,
-    eos_token_ids=frozenset([tokenizer.eos_token_id]),
+    eos_token_ids=stops,
 )
 print(tokenizer.decode(tokens))"""
 
@@ -316,6 +316,10 @@ def _checks(records: Records) -> tuple[tuple[str, ...], ...]:
             equal, ties, prompts = asked["equal_prompts"], asked["ties"], asked["prompts"]
             found = f"{equal} equal" + (f", {ties} parted at a tie" if ties else "")
             rows.append((model, name, found, f"{prompts} prompts", "passed" if asked["passed"] else "failed"))
+        for text in result.get("text", ()):
+            found, texts = f"{text['equal_texts']} equal", f"{text['texts']} texts"
+            verdict = f"differs: {text['differs']}" if text["differs"] else "passed"
+            rows.append((model, f"tokenizer of {text['runtime']}", found, texts, verdict))
     return tuple(rows)
 
 

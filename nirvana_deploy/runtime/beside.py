@@ -11,7 +11,6 @@ GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
 
 
 class _Model(TypedDict, total=False):
-    eos_token_id: int | list[int] | None
     context_length: int | None
 
 
@@ -25,16 +24,7 @@ class _GenaiConfig(TypedDict, total=False):
 
 
 class _Config(TypedDict, total=False):
-    eos_token_id: int | list[int] | None
     max_position_embeddings: int | None
-
-
-def end_tokens(folder: Path) -> frozenset[int] | None:
-    """The ids that end an answer; None where neither file says them."""
-    ids = _genai(folder).get("model", {}).get("eos_token_id")
-    if ids is None:
-        ids = _config(folder).get("eos_token_id")
-    return None if ids is None else frozenset(ids if isinstance(ids, list) else [ids])
 
 
 def context_tokens(folder: Path) -> int | None:

@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
-from nirvana_deploy.model.gguf_convert import cache_folder
+from nirvana_deploy.base.machine import usable_cores
+from nirvana_deploy.model.gguf.convert import cache_folder
 from nirvana_deploy.runtime.table import RUNTIMES, Runtime
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
 
@@ -191,7 +192,7 @@ def _cpu() -> str:
     }
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     name = fields.get("model name") or platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
+    cores = usable_cores()
     features = [feature for feature in _CPU_FEATURES if feature in flags]
     return f"{name}, {cores} usable of {psutil.cpu_count()} cores, {' '.join(features) or 'features unknown'}"
 

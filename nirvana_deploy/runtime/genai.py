@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,20 +22,12 @@ def genai_tokens(folder: Path) -> Iterator[Callable[[NDArray[np.int64], int], li
     """
     import onnxruntime_genai  # an optional extra: imported when it is asked for
 
-    try:
-        model = onnxruntime_genai.Model(str(folder))
-    except RuntimeError as error:
-        unknown = "It takes no key that it does not know. " if "nknown value" in str(error) else ""
-        raise NirvanaError(
-            f"onnxruntime-genai cannot load {folder}: {error}.",
-            hint=f"{unknown}genai_config.json is written anew by: "
-            f"nirvana-deploy export CHECKPOINT --out {folder} --force",
-        ) from error
+    model = _loaded(folder)
 
     def generate(prompt: NDArray[np.int64], new_tokens: int) -> list[int]:
         parameters = onnxruntime_genai.GeneratorParams(model)
         length = prompt.shape[1] + new_tokens
-        parameters.set_search_options(max_length=length, do_sample=False)
+        parameters.set_search_options(max_length=length, do_sample=False, repetition_penalty=1.0)
         generator = onnxruntime_genai.Generator(model, parameters)
         generator.append_tokens(prompt[0].astype(np.int32))
         while not generator.is_done():
@@ -42,3 +35,30 @@ def genai_tokens(folder: Path) -> Iterator[Callable[[NDArray[np.int64], int], li
         return [int(token) for token in generator.get_sequence(0)[prompt.shape[1] :]]
 
     yield generate
+
+
+@contextmanager
+def genai_encoder(folder: Path) -> Iterator[Callable[[str], list[int]]]:
+    """Load ``folder`` in onnxruntime-genai and yield text -> ids, with the special tokens of its tokenizer.
+
+    Raises NirvanaError when onnxruntime-genai refuses the folder.
+    """
+    import onnxruntime_genai
+
+    tokenizer = onnxruntime_genai.Tokenizer(_loaded(folder))
+    tokenizer.update_options(add_special_tokens="true")  # left out unless asked for
+    yield lambda text: [int(token) for token in tokenizer.encode(text)]
+
+
+def _loaded(folder: Path) -> Any:
+    import onnxruntime_genai
+
+    try:
+        return onnxruntime_genai.Model(str(folder))
+    except RuntimeError as error:
+        unknown = "It takes no key that it does not know. " if "nknown value" in str(error) else ""
+        raise NirvanaError(
+            f"onnxruntime-genai cannot load {folder}: {error}.",
+            hint=f"{unknown}genai_config.json is written anew by: "
+            f"nirvana-deploy export CHECKPOINT --out {folder} --force",
+        ) from error

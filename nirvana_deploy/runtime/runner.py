@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.model.reading import teacher_forced
+from nirvana_deploy.model.reading import require_known_tokens, teacher_forced
 
 
 class Runner(Protocol):
@@ -117,18 +117,35 @@ def checked_prompts(
     tokens: NDArray[np.int64],
     attention_mask: NDArray[np.int64] | None,
     answer: NDArray[np.int64] | None = None,
+    *,
+    vocab_size: int,
+    context_tokens: int | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Prompts [N, T] with an answer [N, A] behind them, if any, and the mask of both, int64.
 
-    Raises NirvanaError for prompts without tokens.
+    Padding beyond the vocabulary of ``vocab_size`` tokens becomes token 0. Raises NirvanaError for prompts
+    without tokens, with tokens beyond the vocabulary, or of more than ``context_tokens``.
     """
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise NirvanaError(f"Prompts must be an array [N, T] of at least one token, got {tokens.shape}.")
     mask = np.ones(tokens.shape, dtype=np.int64) if attention_mask is None else attention_mask
-    if answer is None:
-        return tokens, mask
-    more = np.ones(answer.shape, dtype=np.int64)
-    return np.concatenate([tokens, answer], axis=1), np.concatenate([mask, more], axis=1)
+    if answer is not None:
+        tokens = np.concatenate([tokens, answer], axis=1)
+        mask = np.concatenate([mask, np.ones(answer.shape, dtype=np.int64)], axis=1)
+    tokens = np.where(mask == 0, np.where(tokens < vocab_size, tokens, 0), tokens)
+    require_known_tokens(tokens, vocab_size)
+    require_context(int(mask.sum(axis=1).max()), context_tokens)
+    return tokens, mask
+
+
+def require_context(wanted_tokens: int, context_tokens: int | None) -> None:
+    """Raise NirvanaError when a sequence is longer than the positions of the model, if they have an end."""
+    if context_tokens is not None and wanted_tokens > context_tokens:
+        raise NirvanaError(
+            f"The model's context is {context_tokens:,} tokens, and {wanted_tokens:,} are asked for, "
+            "prompt and answer together.",
+            hint="Give a shorter prompt, or ask for fewer tokens.",
+        )
 
 
 def started(start_token: int, sequences: int, answer: NDArray[np.int64] | None) -> NDArray[np.int64]:

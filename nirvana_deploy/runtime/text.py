@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from nirvana_deploy.base.errors import NirvanaError, TokenizerError
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.text.chat import users_turn
+from nirvana_deploy.model.text.stops import stop_ids
+from nirvana_deploy.model.text.tokenizer import tokenizer_in
 from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE, ONNX, holds_model, is_checkpoint
-from nirvana_deploy.runtime.beside import end_tokens
-from nirvana_deploy.runtime.chat import users_turn
 from nirvana_deploy.runtime.runner import Runner, greedy_tokens
 from nirvana_deploy.runtime.table import runtime_named
 
@@ -171,14 +172,8 @@ def tokenizer_folder(path: Path, *, given: Path | None = None) -> Path:
 
 def load_text_side(folder: Path) -> tuple[Any, frozenset[int]]:
     """The tokenizer of a folder, and the ids that end an answer; needs no checkpoint beside it."""
-    try:
-        tokenizer = _tokenizer(folder)
-    except (OSError, ValueError) as error:
-        raise TokenizerError(folder, error) from error
-    found = end_tokens(folder)
-    if found is not None:
-        return tokenizer, found
-    return tokenizer, frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+    tokenizer = _tokenizer(folder)
+    return tokenizer, frozenset(stop_ids(folder))
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -186,6 +181,4 @@ def _tokenizer(folder: Path) -> Any:
         from nirvana_deploy.model.checkpoint import load_tokenizer  # imports torch
 
         return load_tokenizer(folder)  # knows configurations whose layers differ
-    from transformers import AutoTokenizer  # two seconds that other users of this module are spared
-
-    return AutoTokenizer.from_pretrained(folder)
+    return tokenizer_in(folder)

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from nirvana_deploy.export.dtypes import Dtype
 from nirvana_deploy.model.checkpoint import load_checkpoint, norm_offset
 from nirvana_deploy.model.reading import first_decoder_token
-from nirvana_deploy.runtime.runner import checked_prompts, started
+from nirvana_deploy.runtime.runner import checked_prompts, require_context, started
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class TorchDecoder:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.vocab_size: int = model.config.vocab_size
+        self.context_tokens: int | None = getattr(model.config, "max_position_embeddings", None)
         self.threads = torch.get_num_threads()
 
     def __enter__(self) -> TorchDecoder:
@@ -55,12 +56,19 @@ class TorchDecoder:
         answer: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], TorchState]:
         """Read prompts [N, T], then an answer [N, A]; returns logits [N, T + A, V] and the state."""
-        tokens, mask = checked_prompts(tokens, attention_mask, answer)
+        tokens, mask = checked_prompts(
+            tokens,
+            attention_mask,
+            answer,
+            vocab_size=self.vocab_size,
+            context_tokens=self.context_tokens,
+        )
         return self._pass(tokens, mask, None)
 
     def decode(self, tokens: NDArray[np.int64], state: TorchState) -> tuple[NDArray[np.float32], TorchState]:
         """Read more tokens [N, T]; returns logits [N, T, V] and the next state."""
         mask = np.concatenate([state.attention_mask, np.ones_like(tokens)], axis=1)
+        require_context(int(mask.sum(axis=1).max()), self.context_tokens)
         return self._pass(tokens, mask, state.cache)
 
     def _pass(
@@ -138,7 +146,7 @@ class TorchSeq2Seq:
         return output.logits.numpy(), after
 
     def _encode(self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None) -> TorchState:
-        tokens, mask = checked_prompts(tokens, attention_mask)
+        tokens, mask = checked_prompts(tokens, attention_mask, vocab_size=self.vocab_size)
         with torch.no_grad():
             output = self.model.encoder(
                 input_ids=torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask)

@@ -17,10 +17,11 @@ import onnx
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.export.dtypes import DTYPES, Dtype
-from nirvana_deploy.model.checkpoint import config_json, stop_token_ids
+from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
 from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.text.stops import stop_ids
 from nirvana_deploy.output.layout import DECODER_FILE, MODEL_FILE, is_seq2seq
-from nirvana_deploy.runtime.genai import genai_tokens
+from nirvana_deploy.runtime.genai import genai_encoder, genai_tokens
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
 from nirvana_deploy.runtime.onnxruntime.providers import open_on_cpu
@@ -32,10 +33,10 @@ from nirvana_deploy.verify.cases import (
     encoder_decoder_cases,
     prompts_for,
 )
-from nirvana_deploy.verify.compare import Continuations, generator, logits_check
+from nirvana_deploy.verify.compare import Continuations, compare_texts, generator, logits_check
 from nirvana_deploy.verify.departure import first_departure
 from nirvana_deploy.verify.folder_check import check_folder
-from nirvana_deploy.verify.report import GreedyCheck, LogitsCheck, VerifyReport
+from nirvana_deploy.verify.report import GreedyCheck, LogitsCheck, TextCheck, VerifyReport
 from nirvana_deploy.verify.tolerance import NARROWLY, RELATIVE_TOLERANCE
 from nirvana_deploy.verify.tolerance import relative_tolerance as rounding_tolerance
 
@@ -74,9 +75,10 @@ def verify_onnx(
             checks += logits_checks(reference, runner, tolerance)
         advance(1)
         prompts = prompts_for(checkpoint, runner.vocab_size)
-        if runner.max_tokens is not None:
-            new_tokens = min(new_tokens, runner.max_tokens - max(prompt.shape[1] for prompt in prompts))
-        stops = stop_token_ids(reference.model.config)
+        if (room := _room(runner)) is not None:
+            prompts = [prompt[:, : max(1, room // 2)] for prompt in prompts]
+            new_tokens = min(new_tokens, room - max(prompt.shape[1] for prompt in prompts))
+        stops = frozenset(stop_ids(checkpoint))
         wanted = Continuations.by(reference, prompts, new_tokens=new_tokens, stops=stops)
         advance(1)
         runtime = "onnxruntime" if runs_as_it_is else "onnxruntime (in float32)"
@@ -85,7 +87,12 @@ def verify_onnx(
             _genai_check(folder, wanted, tolerance, runs_as_it_is=runs_as_it_is),
         )
         advance(1)
-    report = VerifyReport(checks=tuple(checks), greedy=greedy, first_departure=None)
+    report = VerifyReport(
+        checks=tuple(checks),
+        greedy=greedy,
+        first_departure=None,
+        text=_text_checks(checkpoint, folder, asked=greedy[1].not_run is None),
+    )
     if report.passed:
         return report
     where = first_departure(reference, folder, prompts[-1], tolerance=RELATIVE_TOLERANCE)
@@ -113,7 +120,15 @@ def logits_checks(
         cases = encoder_decoder_cases(runner.vocab_size)
     else:
         cases = decoder_cases(runner.vocab_size, left_padding=not (runner.last_logits and runner.in_place))
+        room = _room(runner) or LONGEST_TOKENS
+        cases = (case for case in cases if case.tokens.shape[1] + case.answer.shape[1] <= room)
     return [logits_check(case, reference, runner, tolerance, narrowly=narrowly) for case in cases]
+
+
+def _room(runner: OrtDecoder | OrtSeq2Seq) -> int | None:
+    """Tokens that fit, prompt and answer together; None where there is no end."""
+    limits = [runner.max_tokens, runner.context_tokens] if isinstance(runner, OrtDecoder) else []
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _require_comparable(folder: Path, reference: Runner, runner: OrtDecoder | OrtSeq2Seq) -> None:
@@ -127,6 +142,15 @@ def _require_comparable(folder: Path, reference: Runner, runner: OrtDecoder | Or
         raise NirvanaError(
             f"{folder} has a vocabulary of {runner.vocab_size}, its checkpoint {reference.vocab_size}."
         )
+
+
+def _text_checks(checkpoint: Path, folder: Path, *, asked: bool) -> tuple[TextCheck, ...]:
+    """Whether onnxruntime-genai makes the same ids of texts; nothing where it was not ``asked``."""
+    if not asked or not (checkpoint / "tokenizer_config.json").is_file():
+        return ()
+    tokenizer = load_tokenizer(checkpoint)
+    with genai_encoder(folder) as encode:
+        return (compare_texts("onnxruntime-genai", tokenizer, encode),)
 
 
 def _genai_check(

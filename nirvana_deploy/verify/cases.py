@@ -20,6 +20,14 @@ PROMPTS = (
     "Once upon a time, in a small village by the sea,",
     "The three laws of thermodynamics say that",
 )
+DIFFICULT_TEXTS = (
+    " leading space",
+    "two  spaces, tab\t",
+    "line\n\nbreak",
+    "cafe\u0301 \u00e9",
+    "1,234.5 \U0001f642",
+)
+"""Prefix spaces, line ends, an accent that is a character of its own, digits, what takes several bytes."""
 LONGEST_TOKENS = 64
 """Of the comparisons with a checkpoint, prompts and answers included."""
 _LOGITS_LIMIT_BYTES = 2 << 30

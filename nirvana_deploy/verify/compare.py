@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.runtime.runner import ReadsPrompts, Runner, greedy_tokens
-from nirvana_deploy.verify.cases import Case
-from nirvana_deploy.verify.report import GreedyCheck, LogitsCheck, VerifyReport
+from nirvana_deploy.verify.cases import DIFFICULT_TEXTS, PROMPTS, Case
+from nirvana_deploy.verify.report import GreedyCheck, LogitsCheck, TextCheck, VerifyReport
 from nirvana_deploy.verify.tolerance import compare_outputs, judge_exactly
 
 Generate = Callable[[NDArray[np.int64]], list[int]]
@@ -61,6 +61,19 @@ def compare_runners(
         greedy = wanted.compare(runner.runtime, generator(runner, new_tokens, stops), tolerance)
         advance(1)
     return VerifyReport(checks=tuple(checks), greedy=(greedy,), first_departure=None)
+
+
+def compare_texts(runtime: str, tokenizer: Any, encode: Callable[[str], list[int]]) -> TextCheck:
+    """Compare the ids of PROMPTS and of texts that tokenizers like to differ on."""
+    texts = (*PROMPTS, *DIFFICULT_TEXTS)
+    pairs = [(text, list(tokenizer(text)["input_ids"]), encode(text)) for text in texts]
+    other = next(((text, ours, theirs) for text, ours, theirs in pairs if ours != theirs), None)
+    return TextCheck(
+        runtime,
+        texts=len(pairs),
+        equal_texts=sum(ours == theirs for _, ours, theirs in pairs),
+        differs=other and f"{other[0]!r} is {other[1][:12]} to transformers and {other[2][:12]} to {runtime}",
+    )
 
 
 def require_one_vocabulary(reference: Runner, runner: Runner) -> None:

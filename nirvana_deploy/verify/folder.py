@@ -56,7 +56,7 @@ class FolderCheck:
                 hint="Make them again: repeat the prune-export command with --resume.",
             )
         for name, report in self.reports.items():
-            report.require_passed(_folder(self.out, name))
+            report.require_passed(_folder(self.out, name), of_input=name != PRUNED)
         for name, coverage in self.quantized.items():
             coverage.require_whole(_folder(self.out, name))
         for name, report in self.compared.items():

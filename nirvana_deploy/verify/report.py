@@ -8,6 +8,11 @@ from typing import Any
 
 from nirvana_deploy.base.errors import VerificationError
 
+_BLAME_OF_INPUT = (
+    "Nothing was pruned here, so the input is a suspect too: a config.json that does not fit the weights, or "
+    "weights that overflow. See whether transformers alone writes sense with it. "
+)
+
 
 @dataclass(frozen=True)
 class LogitsCheck:
@@ -35,6 +40,17 @@ class GreedyCheck:
 
 
 @dataclass(frozen=True)
+class TextCheck:
+    """Texts as another program's tokenizer reads them; a difference is its own, and reported, no failure."""
+
+    runtime: str
+    texts: int
+    equal_texts: int
+    differs: str | None
+    """The first text that it reads otherwise, with both lists of ids."""
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """Everything that was compared, and the verdict."""
 
@@ -42,6 +58,7 @@ class VerifyReport:
     greedy: tuple[GreedyCheck, ...]
     first_departure: str | None
     """Where the two first differ, when they do: "layer 3", "encoder layer 3" or "final norm or head"."""
+    text: tuple[TextCheck, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -52,8 +69,13 @@ class VerifyReport:
         """For the manifest."""
         return {**asdict(self), "passed": self.passed}
 
-    def require_passed(self, folder: Path, *, against: str = "its checkpoint") -> None:
-        """Raise VerificationError (exit code 3) that names what failed and where it starts."""
+    def require_passed(
+        self, folder: Path, *, against: str = "its checkpoint", of_input: bool = False
+    ) -> None:
+        """Raise VerificationError (exit code 3) that names what failed and where it starts.
+
+        ``of_input``: the folder was exported from the user's own model, which may be to blame as well.
+        """
         if self.passed:
             return
         failed = [
@@ -69,5 +91,6 @@ class VerifyReport:
         where = f" The first departure is at: {self.first_departure}." if self.first_departure else ""
         raise VerificationError(
             f"{folder} does not compute what {against} computes. {'; '.join(failed)}.{where}",
-            hint="The artifacts are kept. 'nirvana-deploy doctor' lists the versions in use.",
+            hint=(_BLAME_OF_INPUT if of_input else "")
+            + "The artifacts are kept. 'nirvana-deploy doctor' lists the versions in use.",
         )

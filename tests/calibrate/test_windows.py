@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import tomllib
 import types
@@ -171,29 +170,6 @@ def test_pydoc_is_always_there(tokenizer: Any) -> None:
     assert "The assert statement" in " ".join(read_source("pydoc").documents).replace("**", "").replace(
         '"', ""
     )
-
-
-def test_jsonl_reads_text_or_the_only_string_field(tmp_path: Path) -> None:
-    lines = [{"text": "one", "title": "x"}, {"body": "two", "id": 3}]
-    path = write(tmp_path, "d.jsonl", "\n\n".join(json.dumps(line) for line in lines) + "\n")
-    assert read_text_file(path).documents == ("one", "two")
-
-
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("{not json", "line 2: not JSON"),
-        ('{"a": "x", "b": "y"}', r"line 2: .*string fields \['a', 'b'\]"),
-        ('{"a": 1}', "line 2: .*got '{\"a\": 1}'"),
-        ('["x"]', "line 2: expected an object"),
-        ("[" * 100_000, "line 2: not JSON .nested too deeply"),
-        ("1" * 5000, "line 2: not JSON .nested too deeply, or huge"),
-        ('{"text": "a\\ud800"}', "line 2: half of a surrogate pair"),
-    ],
-)
-def test_bad_jsonl_names_the_line(tmp_path: Path, line: str, complaint: str) -> None:
-    with pytest.raises(NirvanaError, match=complaint):
-        read_text_file(write(tmp_path, "d.jsonl", '{"text": "fine"}\n' + line))
 
 
 def test_not_utf8_names_the_byte(tmp_path: Path) -> None:

@@ -6,15 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from builders.odd import CLOSE, edit, edit_weights, far, onnx_logits, torch_logits
+from builders.odd import CLOSE, IDS, edit, edit_weights, far, onnx_logits, torch_logits
 from builders.plans import plan_for
 from builders.tiny import write_tiny
+from builders.tiny_t5 import write_t5
+from transformers import AutoModelForSeq2SeqLM
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
 
 
 def own_head(tensors: dict[str, torch.Tensor]) -> None:
@@ -55,6 +60,28 @@ def test_a_head_of_its_own_beside_a_tied_flag_is_kept_through_prune_and_export(
     assert torch.equal(pruned.weights.load("lm_head.weight"), checkpoint.weights.load("lm_head.weight"))
     theirs = torch_logits(tmp_path / "pruned")
     assert far(onnx_logits(tmp_path / "pruned", tmp_path / "pruned-onnx"), theirs) < CLOSE
+
+
+def test_an_encoder_decoder_keeps_a_head_of_its_own(tmp_path: Path) -> None:
+    folder = write_t5(tmp_path / "model", "t5")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = torch.randn_like(tensors["shared.weight"])
+
+    edit_weights(folder, change)
+    checkpoint = Checkpoint.open(folder)
+    assert not checkpoint.shape.tied_embeddings
+    onnx_from_checkpoint(checkpoint, tmp_path / "onnx")
+    prompt, answer = IDS[:, :9], IDS[:, 9:14]
+    with OrtSeq2Seq(tmp_path / "onnx", threads=1) as runner:
+        ours, _ = runner.prefill(prompt, answer=answer)
+    start = np.full((1, 1), runner.start_token)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, use_safetensors=True).eval()
+    with torch.inference_mode():
+        theirs = model(
+            torch.from_numpy(prompt), decoder_input_ids=torch.from_numpy(np.concatenate([start, answer], 1))
+        ).logits.numpy()
+    assert far(ours, theirs) < CLOSE
 
 
 def test_a_stored_copy_of_the_embedding_stays_a_tied_head(tmp_path: Path) -> None:

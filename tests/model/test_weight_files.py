@@ -163,8 +163,15 @@ def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "base_model_name_or_path": "owner/name"}'
     )
-    with pytest.raises(NirvanaError, match=r"holds an adapter \(adapter_config\.json\)"):
+    with pytest.raises(NirvanaError, match=r"holds an adapter \(adapter_config\.json\) for 'owner/name'"):
         Checkpoint.open(folder)
+
+
+def test_an_adapter_alone_names_its_model_and_the_command_that_merges(tmp_path: Path) -> None:
+    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "owner/name"})
+    with pytest.raises(NirvanaError, match=r"holds an adapter .* for 'owner/name'") as refused:
+        resolve_model(str(tmp_path))
+    assert "merge_and_unload().save_pretrained" in (refused.value.hint or "")
 
 
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": []}', "{}", "7"])

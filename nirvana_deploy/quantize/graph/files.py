@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx_ir.serde import SerdeError
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.snapshot import lies_within
 from nirvana_deploy.output.layout import SCHEMA_KEY, require_schema
 
 Part = tuple[slice, ...]
@@ -71,6 +72,7 @@ def load_model(path: Path) -> ir.Model:
         raise NirvanaError(f"{path} is not a valid ONNX model: a part of its graph is malformed.") from error
     require_schema(path, model.metadata_props.get(SCHEMA_KEY))
     _check_external_data(model, path)
+    _follow_links(model, path)
     return model
 
 
@@ -78,6 +80,23 @@ def _externals(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             yield value.const_value
+
+
+def _follow_links(model: ir.Model, path: Path) -> None:
+    """Let tensors read what a link of the hub's cache points to; onnx-ir follows none."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and (path.parent / tensor.location).is_symlink():
+            real = (path.parent / tensor.location).resolve()
+            value.const_value = ir.ExternalTensor(
+                real.name,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=str(tensor.name),
+                base_dir=real.parent,
+            )
 
 
 def data_files(model: ir.Model) -> set[str]:
@@ -90,7 +109,7 @@ def _check_external_data(model: ir.Model, path: Path) -> None:
     for tensor in _externals(model):
         location = Path(tensor.location)
         data = path.parent / location
-        if location.is_absolute() or not data.resolve().is_relative_to(path.parent.resolve()):
+        if location.is_absolute() or not lies_within(data, path.parent):
             raise NirvanaError(f"{path} places {tensor.name!r} outside its folder: {str(location)!r}.")
         if tensor.length not in (None, tensor.nbytes):
             raise NirvanaError(

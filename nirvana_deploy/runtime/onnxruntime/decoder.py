@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.output.layout import FLAVOR_KEY, MODEL_FILE
+from nirvana_deploy.output.layout import CONTEXT_KEY, FLAVOR_KEY, MODEL_FILE
 from nirvana_deploy.runtime import beside
 from nirvana_deploy.runtime.onnxruntime.session import (
     CACHE_DTYPES,
@@ -40,7 +40,7 @@ from nirvana_deploy.runtime.onnxruntime.slots import (
     ones_then_zeros,
     require_left_padding,
 )
-from nirvana_deploy.runtime.runner import checked_prompts
+from nirvana_deploy.runtime.runner import checked_prompts, require_context
 from nirvana_deploy.runtime.table import runtime_of_provider
 
 _PAST_KEY = re.compile(r"past_key_values\.(\d+)\.key")
@@ -89,6 +89,8 @@ class OrtDecoder:
     """The graph gives the logits of the last position only."""
     max_tokens: int | None
     """What the cache holds, prompt and answer together; None for a cache that grows."""
+    context_tokens: int | None
+    """Positions that the model has, where the graph says so."""
     in_place: bool
     """The KV cache is one buffer that every step writes into."""
 
@@ -149,6 +151,8 @@ class OrtDecoder:
         self.head_dim = shapes[0][1]
         self.vocab_size = static_dimension(outputs["logits"], 2, model)
         self.last_logits = outputs["logits"].shape[1] == 1
+        said = self._session.get_modelmeta().custom_metadata_map.get(CONTEXT_KEY, "")
+        self.context_tokens = int(said) if said.isdecimal() else None
 
     def __enter__(self) -> OrtDecoder:
         return self
@@ -168,7 +172,13 @@ class OrtDecoder:
         Logits are read-only. The mask is 0 where a prompt is padded on the left, and None when none is.
         A graph made with last logits only returns [N, 1, V].
         """
-        tokens, mask = checked_prompts(tokens, attention_mask, answer)
+        tokens, mask = checked_prompts(
+            tokens,
+            attention_mask,
+            answer,
+            vocab_size=self.vocab_size,
+            context_tokens=self.context_tokens,
+        )
         if self.in_place:
             return self._prefill_in_place(tokens, mask)
         empty = self._layout.arrays(len(tokens), 0)
@@ -180,6 +190,7 @@ class OrtDecoder:
         """Read one more token per sequence, [N, 1]; returns logits [N, 1, V] and the state after it."""
         grown = np.ones((len(tokens), state.attention_mask.shape[1] + 1), dtype=np.int64)
         grown[:, :-1] = state.attention_mask
+        require_context(int(grown.sum(axis=1).max()), self.context_tokens)
         if state.slots is not None:
             return self._step_in_place(tokens, grown, state.slots, state.mark)
         return self._step(tokens, grown, state.cache)

@@ -120,7 +120,7 @@ class OrtSeq2Seq:
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
     ) -> Seq2SeqState:
         """Read prompts [N, E]; returns the state ahead of the decoder's first token."""
-        tokens, prompt_mask = checked_prompts(tokens, attention_mask)
+        tokens, prompt_mask = checked_prompts(tokens, attention_mask, vocab_size=self.vocab_size)
         mask = as_ort(_int64(prompt_mask))
         feeds = {"input_ids": as_ort(_int64(tokens)), "attention_mask": mask}
         (states,) = self._encoder.run_with_ort_values(["last_hidden_state"], feeds)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.model.gguf_convert import cache_folder
+from nirvana_deploy.model.gguf.convert import cache_folder
 from nirvana_deploy.output.layout import MODEL_FILE, is_seq2seq
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq

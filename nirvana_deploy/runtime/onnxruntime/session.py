@@ -12,6 +12,7 @@ import psutil
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.machine import usable_cores
 from nirvana_deploy.output.layout import DATA_FILE, SCHEMA_KEY, require_schema
 
 try:
@@ -35,8 +36,7 @@ _FLOAT32_ACCURACY = "1"
 def default_threads() -> int:
     """Physical cores that this process may use: what decode gains from, without hyper-threads."""
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return min(physical, allowed)
+    return min(physical, usable_cores())
 
 
 def checked_threads(threads: int | None) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.model.gguf_convert import cache_folder
+from nirvana_deploy.model.gguf.convert import cache_folder
 from nirvana_deploy.runtime.onnxruntime.slots import moved_left, moved_right, require_left_padding
 from nirvana_deploy.runtime.runner import checked_prompts
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice, Driver
@@ -155,7 +155,7 @@ class TensorRTRunner:
         is read in several. Logits of padding are undefined. An engine with logits of the last position alone
         gives [N, 1, V].
         """
-        tokens, mask = checked_prompts(tokens, attention_mask, answer)
+        tokens, mask = checked_prompts(tokens, attention_mask, answer, vocab_size=self.vocab_size)
         require_left_padding(mask)
         N, T = tokens.shape
         moved = self._cache.in_place and not mask.all()

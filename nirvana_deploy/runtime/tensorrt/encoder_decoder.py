@@ -163,7 +163,7 @@ class TensorRTSeq2Seq:
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
     ) -> EngineSeq2SeqState:
         """Read prompts [N, E], padded where the mask is 0; returns the state ahead of the first token."""
-        tokens, mask = checked_prompts(tokens, attention_mask)
+        tokens, mask = checked_prompts(tokens, attention_mask, vocab_size=self.vocab_size)
         session = self._sessions[ENCODER]
         session.queue({"input_ids": tokens, _MASK: mask}, {}, {_STATES: self._states.address})
         session.wait()

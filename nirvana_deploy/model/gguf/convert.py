@@ -7,21 +7,26 @@ file in it, so an entry that is damaged or half written is noticed and built aga
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nirvana_deploy.base.artifact import sha256_of, whole_folder, write_json
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.reading import read_json, require_file
 from nirvana_deploy.base.resources import require_free_bytes
 from nirvana_deploy.model.families import FAMILIES
+from nirvana_deploy.model.gguf.facts import ROPE_DIVISORS, config_changes, require_known_keys
 
 _RECORD = "converted.json"
+_CONVERSIONS = "gguf-2"
+"""Of which kind: those under "gguf" may lack what transformers' reader leaves out."""
 _MAGIC = b"GGUF"
 
 
@@ -65,6 +70,7 @@ def converted(
     ``gguf_sha256`` saves hashing a file whose sha256 is known already. Raises NirvanaError for a file that
     is damaged or of an unsupported architecture, MissingExtraError without accelerate and gguf.
     """
+    _require_magic(gguf)  # before a file is read that may be endless
     key = gguf_sha256 or sha256_of(gguf)
     if entry := find_converted(key, cache=cache):
         return entry
@@ -97,7 +103,7 @@ def find_converted(gguf_sha256: str, *, cache: Path | None = None) -> Conversion
 
 
 def _entry_folder(gguf_sha256: str, cache: Path | None) -> Path:
-    return (cache or cache_folder()) / "gguf" / gguf_sha256
+    return (cache or cache_folder()) / _CONVERSIONS / gguf_sha256
 
 
 def _is_file(path: Path, *, size_bytes: int, sha256: str) -> bool:
@@ -112,10 +118,7 @@ def read_header(gguf: Path) -> GgufHeader:
     project does not handle; MissingExtraError without the package gguf.
     """
     require_gguf_extra()
-    with gguf.open("rb") as file:
-        magic = file.read(len(_MAGIC))
-    if magic != _MAGIC:
-        raise NirvanaError(f"{gguf} is not a GGUF file: it begins with {magic!r}, not {_MAGIC!r}.")
+    _require_magic(gguf)
     from gguf import GGUFReader
 
     try:
@@ -140,6 +143,15 @@ def read_header(gguf: Path) -> GgufHeader:
     return GgufHeader(architecture=architecture, parameters=parameters, licence=licence)
 
 
+def _require_magic(gguf: Path) -> None:
+    """Raise NirvanaError unless ``gguf`` is a file that begins as GGUF does."""
+    require_file(gguf)
+    with gguf.open("rb") as file:
+        magic = file.read(len(_MAGIC))
+    if magic != _MAGIC:
+        raise NirvanaError(f"{gguf} is not a GGUF file: it begins with {magic!r}, not {_MAGIC!r}.")
+
+
 def require_gguf_extra() -> None:
     """Raise MissingExtraError unless the packages that read GGUF are installed."""
     for package in ("gguf", "accelerate"):
@@ -155,22 +167,93 @@ def _text_field(reader: Any, key: str) -> str | None:
 def _convert(gguf: Path, out: Path, progress: Progress) -> None:
     """Write ``gguf`` as an fp32 Hugging Face folder to ``out``."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _gguf_bar(progress):
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+            config = _complete_config(gguf)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        except (ValueError, LookupError, TypeError, RuntimeError, StrictDataclassError) as error:
             raise NirvanaError(f"transformers cannot read {gguf}: {error}.") from error
+        _require_all_tensors(gguf, model, found["missing_keys"])
         # The weights are plain fp32 now; both would make save_pretrained describe them as quantized.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer = None
+        if stops := _stop_ids(gguf):
+            model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
+
+
+def _complete_config(gguf: Path) -> Any:
+    """The config object that transformers reads, with what the file says beyond that."""
+    from gguf import GGUFReader
+    from transformers import AutoConfig
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    reader = GGUFReader(gguf)
+    architecture = str(_text_field(reader, "general.architecture"))
+    values = {
+        key.removeprefix(f"{architecture}."): field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith(f"{architecture}.")
+    }
+    read = {key for key, name in GGUF_CONFIG_MAPPING.get(architecture, {}).items() if name}
+    require_known_keys(values, architecture, also=read)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    divisors = np.array(tensors[ROPE_DIVISORS].data) if ROPE_DIVISORS in tensors else None
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    for key, value in config_changes(values, divisors, tensors, settings=config.to_dict()).items():
+        setattr(config, key, value)
+    return config
+
+
+def _require_all_tensors(gguf: Path, model: Any, missing: Collection[str]) -> None:
+    """Raise NirvanaError unless every tensor of the file is in ``model`` and nothing else is.
+
+    A bias that the file leaves out beside others is zero, as it is to llama.cpp.
+    """
+    import torch
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    reader = GGUFReader(gguf)
+    processor = TENSOR_PROCESSORS.get(_text_field(reader, "general.architecture"), TensorProcessor)
+    read = {ROPE_DIVISORS, *get_gguf_hf_weights_map(model, processor(config=model.config.to_dict()))}
+    unread = [tensor.name for tensor in reader.tensors if tensor.name not in read]
+    lacking = [name for name in missing if not name.endswith(".bias")]
+    for names, what in ((unread, "that this tool has no place for"), (lacking, "missing that it needs")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise NirvanaError(
+                f"Unsupported: {gguf.name} has tensors {what}: {', '.join(sorted(names)[:3])}{more}.",
+                hint="Pass the Hugging Face folder of the model instead.",
+            )
+    with torch.no_grad():
+        for name in missing:
+            model.get_parameter(name).zero_()
+
+
+def _stop_ids(gguf: Path) -> list[int]:
+    """The tokens that end an answer: of the text, of a turn, of a message."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
+    fields = (reader.get_field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return list(dict.fromkeys(int(field.contents()) for field in fields if field is not None))
 
 
 @contextmanager

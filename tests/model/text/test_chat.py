@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.runtime import chat
-from nirvana_deploy.runtime.chat import users_turn
+from nirvana_deploy.model.text import chat
+from nirvana_deploy.model.text.chat import users_turn
 
 FAITHFUL = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content | trim }}"

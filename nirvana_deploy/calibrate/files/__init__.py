@@ -1,0 +1,1 @@
+"""Text files of users: recognized by their first bytes or their suffix, read or named."""

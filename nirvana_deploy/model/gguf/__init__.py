@@ -1,0 +1,1 @@
+"""GGUF files as models: read once, and kept as folders of safetensors."""

@@ -1,0 +1,45 @@
+"""Threads by default are no more than a container's CPU quota allows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nirvana_deploy.base import machine
+from nirvana_deploy.base.machine import keep_to_quota, usable_cores
+
+V2 = {"cpu.max": "150000 100000"}
+V1 = {"cpu.cfs_quota_us": "150000\n", "cpu.cfs_period_us": "100000\n"}
+GROUPS: dict[str, tuple[str, str, dict[str, str], int]] = {
+    "version 2": ("0::/box\n", "box", V2, 2),
+    "version 2, of a parent": ("0::/box/inner/job\n", "box", V2, 2),
+    "version 2, seen from inside": ("0::/\n", ".", V2, 2),
+    "version 1": ("4:cpu,cpuacct:/box\n2:memory:/other\n", "cpu,cpuacct/box", V1, 2),
+    "version 1, of a parent": ("4:cpu:/box/job\n", "cpu/box", V1, 2),
+    "less than a core": ("0::/box\n", "box", {"cpu.max": "5000 100000"}, 1),
+    "no limit": ("0::/box\n", "box", {"cpu.max": "max 100000"}, 64),
+    "no limit, version 1": ("4:cpu:/box\n", "cpu/box", {**V1, "cpu.cfs_quota_us": "-1"}, 64),
+    "more than there are": ("0::/box\n", "box", {"cpu.max": "9900000 100000"}, 64),
+    "damaged": ("0::/box\n", "box", {"cpu.max": "many"}, 64),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_quota_of_a_container_limits_the_cores(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, folder, files, cores = GROUPS[name]
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    (tmp_path / "groups" / folder).mkdir(parents=True)
+    for file, content in files.items():
+        (tmp_path / "groups" / folder / file).write_text(content)
+    monkeypatch.setattr(machine, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert usable_cores() == cores
+    keep_to_quota()
+    assert os.environ.pop("OMP_NUM_THREADS", None) == (None if cores == 64 else str(cores))
