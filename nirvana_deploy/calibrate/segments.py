@@ -68,13 +68,14 @@ class Segments:
 
     def _copied(self, stream: NDArray[np.int64], starts: Sequence[int]) -> NDArray[np.bool_]:
         """Whether each held-out window consists mostly of runs of tokens that calibration could draw, too."""
-        length = min(_RUN_TOKENS, self.seq_len, self.heldout_len)
-        runs = _hashed_runs(stream, length)
+        if min(self.seq_len, self.heldout_len) < _RUN_TOKENS:  # runs so short stand anywhere
+            return np.zeros(len(starts), dtype=bool)
+        runs = _hashed_runs(stream)
         drawable = np.zeros(len(runs), dtype=bool)
         for start in self.calibration_starts:
-            drawable[start : start + self.seq_len - length + 1] = True
+            drawable[start : start + self.seq_len - _RUN_TOKENS + 1] = True
         known = np.isin(runs, runs[drawable])
-        each = self.heldout_len - length + 1
+        each = self.heldout_len - _RUN_TOKENS + 1
         return np.array([known[start : start + each].mean() > _MOST_SHARED for start in starts], dtype=bool)
 
     def _starts(self, begin: int, end: int, window: int) -> list[int]:
@@ -116,10 +117,10 @@ class Segments:
         return full_blocks * self._block + begin + (last + 1) * window
 
 
-def _hashed_runs(stream: NDArray[np.int64], length: int) -> NDArray[np.uint64]:
-    """A number for every run of ``length`` consecutive tokens: equal runs, equal numbers."""
+def _hashed_runs(stream: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A number for every run of 16 consecutive tokens: equal runs, equal numbers."""
     tokens = stream.astype(np.uint64) + np.uint64(1)
-    runs = np.zeros(max(0, len(tokens) - length + 1), dtype=np.uint64)
-    for offset in range(length):
+    runs = np.zeros(max(0, len(tokens) - _RUN_TOKENS + 1), dtype=np.uint64)
+    for offset in range(_RUN_TOKENS):
         runs = runs * _MULTIPLIER + tokens[offset : offset + len(runs)]  # modulo 2 to the 64
     return runs
