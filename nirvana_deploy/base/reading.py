@@ -39,7 +39,7 @@ def read_bytes(path: Path, *, hint: str | None = None) -> bytes:
         if size > _MOST_BYTES:
             raise NirvanaError(f"{path} is not read: it has {size:,} bytes, no record is so long.", hint=hint)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(_MOST_BYTES)
+            return file.read(size + 1)  # a buffer of what is asked for is made at once
 
 
 def read_text(path: Path, *, hint: str | None = None) -> str:

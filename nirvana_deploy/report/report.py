@@ -298,16 +298,14 @@ def _snippets(records: Records) -> tuple[Snippet, ...]:
 def _checks(records: Records) -> tuple[tuple[str, ...], ...]:
     """Rows of the verification table: model, check, value found, tolerance, result."""
     rows = []
-    verified = records.result(stage.VERIFY, dict[str, VerifiedRecord]) or {}
-    for model, result in verified.items():
+    for model, result in (records.result(stage.VERIFY, dict[str, VerifiedRecord]) or {}).items():
         for check in result.get("checks", ()):
             difference, tolerance = (
                 ABSENT if value is None else format_number(value, digits=2)
                 for value in (check["max_abs_diff"], check["tolerance"])
             )
-            rows.append(
-                (model, check["name"], difference, tolerance, "passed" if check["passed"] else "failed")
-            )
+            verdict = "passed" if check["passed"] else "failed"
+            rows.append((model, check["name"], difference, tolerance, verdict))
         for asked in result.get("greedy", ()):
             name = f"{asked['new_tokens']} greedy tokens, {asked['runtime']}"
             if asked.get("not_run"):

@@ -25,7 +25,9 @@ class TableModel:
         self, tokens: NDArray[np.int64], attention_mask: Any = None, answer: Any = None
     ) -> tuple[NDArray[np.float32], Any]:
         self.windows_read += 1
-        return self.table[checked_prompts(tokens, attention_mask, answer)[0]], None
+        return self.table[
+            checked_prompts(tokens, attention_mask, answer, vocab_size=len(self.table))[0]
+        ], None
 
 
 def random_model(seed: int, vocab: int = 13, scale: float = 3.0) -> TableModel:
