@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_engine(out / "engine" / "smaller.engine", out / "onnx")
     files = {name: f"{name}/model.onnx" for name in ("dense/onnx", "onnx")}
     stages = {
-        stage: {"files": {file: sha256_of(out / file)}}
+        stage: {"files": {file: sha256_of(out / file)}, "result": {}}
         for stage, file in (("dense-onnx", files["dense/onnx"]), ("onnx", files["onnx"]))
     }
     write_json(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_a_folder_is_verified_evaluated_and_measured_in_it(finished: Path) -> No
     reports = compare_in(Run.open(finished), "torch", threads=1)
     assert set(reports) == {str(finished.parent / "model"), "checkpoint"}
     assert all(report.passed for report in reports.values())
-    before = Run.open(finished).result("quality")["variants"]["pruned"]["perplexity"]
+    before = Run.open(finished).result("quality", dict[str, Any])["variants"]["pruned"]["perplexity"]
     measured = evaluate_folder(finished, Evaluation(), Place(runtime="torch", threads=1))
     assert measured["variants"]["pruned"]["perplexity"] == pytest.approx(before, rel=1e-4)
     workload = Workload(prompt_tokens=4, new_tokens=2, repeats=1, warmup=0, threads=1)
