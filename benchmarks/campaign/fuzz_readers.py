@@ -29,7 +29,7 @@ with atheris.instrument_imports(include=["nirvana_deploy", "gguf", "tomllib"]):
 
     from nirvana_deploy.base.errors import NirvanaError
     from nirvana_deploy.base.reading import read_json, read_tensors, read_toml
-    from nirvana_deploy.model.gguf_convert import read_header
+    from nirvana_deploy.model.gguf.convert import read_header
     from nirvana_deploy.model.weight_files import file_by_tensor
     from nirvana_deploy.model.weights import SafetensorsWeights
     from nirvana_deploy.pipeline.recipe_file import read_recipe
@@ -40,7 +40,7 @@ _FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm
 
 def _weights(file: Path) -> None:
     weights = SafetensorsWeights(file.parent)
-    for name in weights.names:
+    for name in weights.names():
         weights.shape(name)
         weights.dtype(name)
         weights.load(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -181,6 +182,20 @@ def test_the_page_shows_the_record(part: Any) -> None:
     record = part("record")
     page = record.PAGE.read_text(encoding="utf-8")
     assert page == record.with_table(page, json.loads(record.RECORD.read_text(encoding="utf-8")))
+
+
+def test_what_the_fuzzer_reads_with_exists() -> None:
+    """It runs where atheris is; here its imports alone are tried."""
+    source = ast.parse((CAMPAIGN / "fuzz_readers.py").read_text(encoding="utf-8"))
+    ours = [
+        node
+        for node in ast.walk(source)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("nirvana_deploy")
+    ]
+    assert ours
+    for node in ours:
+        module = importlib.import_module(str(node.module))
+        assert all(hasattr(module, alias.name) for alias in node.names), node.module
 
 
 def test_the_fuzzer_and_the_makefile_name_the_same_readers() -> None:

@@ -25,11 +25,8 @@ AFTER = {
     ("build-engine", "out", "--max-length", "64"): "engine",
 }
 """Command on a finished folder -> the folder in it that it makes."""
-_ENDS = {
-    signal.SIGKILL: {-signal.SIGKILL},
-    signal.SIGTERM: {-signal.SIGTERM, 130, 143},
-    signal.SIGINT: {130},
-}
+_ENDS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 130, signal.SIGINT: 130}
+"""Signal -> how a command ends by it; SIGTERM is like SIGINT."""
 _EVENTS, _SECONDS = 60, 4.0
 """How far into a command a moment lies at most; the next one begins where the last one ended."""
 _KILLS = 6
@@ -76,13 +73,13 @@ def _killed(
         kill = at_event(event, folder, lambda: os.kill(os.getpid(), number))
         ended = run(*words, folder=folder, prepare=kill)
     else:
-        seconds = random.uniform(0.1, _SECONDS)
+        seconds = random.uniform(0.3, _SECONDS)
         moment = f"{number.name} after {seconds:.2f} s"
         ended = run(*words, folder=folder, kill=(seconds, number))
-    complaints = ended.complaints(allowed=frozenset({0, *_ENDS[number]}))
+    complaints = ended.complaints(allowed=frozenset({0, _ENDS[number]}))
     if ended.code:
         said.append(moment)
-        complaints += temporaries(folder, of=ended.pid) if number is signal.SIGINT else []
+        complaints += temporaries(folder, of=ended.pid) if number is not signal.SIGKILL else []
         if random.random() < 0.2 and (folder / "out/manifest.json").is_file():
             complaints += _verified(folder, world)
     return complaints, ended

@@ -29,7 +29,7 @@ _JOBS = {
     "build-engine": "onnx --max-length 64 --out new",
     "verify": "out",
     "benchmark": "out --prompt-tokens 4 --new-tokens 2 --repeats 1",
-    "evaluate": "out --text text.txt",
+    "evaluate": "out --eval-text text.txt",
     "generate": "onnx --prompt One --max-new-tokens 2",
     "package": "out --triton --out new",
     "report": "out",

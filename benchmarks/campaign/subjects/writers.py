@@ -20,7 +20,7 @@ from campaign.world import SHORT, World, temporaries
 UNIT = "parallel-writer trials"
 _WRITERS = {
     "report out": "report",
-    "evaluate out --text text.txt": "quality",
+    "evaluate out --eval-text text.txt": "quality",
     "evaluate out --tasks tasks.jsonl": "tasks",
     "package out --gguf": "gguf-f16",
     "package out --triton": "triton",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ def static_shape(value: ir.Value) -> tuple[int, ...]:
     return tuple(value.shape.numpy())
 
 
+@contextmanager
+def graph_errors(path: Path) -> Iterator[None]:
+    """Turn what onnx and onnx-ir say of the graph at ``path`` into a NirvanaError."""
+    try:
+        yield
+    except (DecodeError, ValueError) as error:
+        raise NirvanaError(f"{path} is not a valid ONNX model: {error}.") from error
+    except SerdeError as error:  # whose text is the whole graph
+        raise NirvanaError(f"{path} is not a valid ONNX model: a part of its graph is malformed.") from error
+
+
 def load_model(path: Path) -> ir.Model:
     """The graph at ``path``, quantized or not; no weight is read.
 
@@ -64,12 +76,8 @@ def load_model(path: Path) -> ir.Model:
     """
     if not path.is_file():
         raise NirvanaError(f"{path} does not exist.", hint="nirvana-deploy export CHECKPOINT --out DIR")
-    try:
+    with graph_errors(path):
         model = ir.load(path)
-    except (DecodeError, ValueError) as error:
-        raise NirvanaError(f"{path} is not a valid ONNX model: {error}.") from error
-    except SerdeError as error:  # whose text is the whole graph
-        raise NirvanaError(f"{path} is not a valid ONNX model: a part of its graph is malformed.") from error
     require_schema(path, model.metadata_props.get(SCHEMA_KEY))
     _check_external_data(model, path)
     _follow_links(model, path)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.quantize.graph.files import graph_errors, load_model
 from nirvana_deploy.quantize.graph.unpacking import split_parts, unpack
 from nirvana_deploy.runtime.onnxruntime.session import default_threads
 
@@ -157,9 +158,10 @@ class Cut:
 
 def _unpacked(path: Path) -> onnx.ModelProto:
     """The graph as quantization sees it: with one product for each linear."""
-    model = ir.load(path)
+    model = load_model(path)
     unpack(model, split_parts)
-    return ir.to_proto(model)
+    with graph_errors(path):
+        return ir.to_proto(model)
 
 
 def prompt_feeds(inputs: Sequence[Any], given: Feeds, *, where: Path) -> dict[str, NDArray[Any]]:
