@@ -225,6 +225,34 @@ def table(record: Record) -> str:
     return "\n".join(lines)
 
 
+def verdict(record: Record) -> str:
+    """Where pruning pays and where another model is both faster and nearer to dense, in a sentence."""
+    models = record["models"]
+    dense, told = models[0], []
+    best = frontier(models, dense)
+    for precision in PRECISIONS:
+        pruned = [one for one in models if one["precision"] == precision and one["removed_share"]]
+        if not pruned:
+            continue
+        pays = [f"{one['removed_share']:.0%}" for one in pruned if one in best]
+        beaten = {
+            label(next(other for other in best if _beats(other, one, dense)))
+            for one in pruned
+            if one not in best
+        }
+        what = f"in {precision} pruning is on the frontier at {', '.join(pays)}" if pays else ""
+        if beaten:
+            off = f"{' and '.join(sorted(beaten))} beat{'s' * (len(beaten) == 1)} "
+            what = f"{what}; {off}the rest" if pays else f"in {precision} {off}every pruned model"
+        told.append(what)
+    return f"Speed beside quality: {'. '.join(one[:1].upper() + one[1:] for one in told)}."
+
+
+def _beats(one: Record, other: Record, dense: Record) -> bool:
+    """Whether ``one`` is as fast and as near to dense at least."""
+    return one["p50_ms"] <= other["p50_ms"] and cost(one, dense) <= cost(other, dense)
+
+
 def draw(record: Record, path: Path) -> None:
     """One figure: decode time across, perplexity up, a line for each precision, dense at its start."""
     models = record["models"]

@@ -188,7 +188,7 @@ def planned(
     for _, index, size, loss, option in sorted(segments, key=lambda one: one[:2]):
         if left <= 0:
             break
-        share = min(1.0, left / size) if option is None else 1.0
+        share = min(1.0, left / size)  # both plans end on the budget
         total += share * loss
         left -= share * size
         if option is not None:

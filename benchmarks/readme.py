@@ -26,12 +26,16 @@ from typing import Any
 
 from consumers import section as where_it_runs  # the scripts beside this one
 from engine_promises import is_twin
+from frontier import table as frontier_table
+from frontier import verdict as frontier_verdict
 from quality import read_rows, reconstruction_table, table
 from quantization import table as quantization_table
+from query_heads import table as query_heads_table
 from recipes import read_rows as read_recipes
 from recipes import table as recipes_table
 from selection import table as selection_table
 
+from nirvana_deploy.report import tasks_page
 from nirvana_deploy.report.table import summary_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +50,9 @@ EXPORT = RESULTS / "export.json"
 DECODE_SPEED = RESULTS / "decode-speed.json"
 ENGINES = RESULTS / "engines.json"
 RECIPES = RESULTS / "recipes.jsonl"
+FRONTIER = RESULTS / "frontier.json"
+ZERO_SHOT = RESULTS / "zero-shot.json"
+QUERY_HEADS = RESULTS / "query-heads.json"
 
 
 HEADLINES = (
@@ -111,6 +118,35 @@ def consumers_section() -> str:
 def recipes_section() -> str:
     """The table of recipes.jsonl."""
     return recipes_table(read_recipes(RECIPES))
+
+
+def frontier_section() -> str:
+    """The table of frontier.json, and what it says."""
+    record = json.loads(FRONTIER.read_text())
+    where, load = record["environment"], record["workload"]
+    note = (
+        f"Perplexities are times dense's; the mean is geometric. Decode in onnxruntime-genai behind "
+        f"{load['prompt_tokens']} tokens, {load['rounds']} rounds in turns, {where['threads']} threads of "
+        f"{where['cpu']}."
+    )
+    return "\n".join([frontier_table(record), "", frontier_verdict(record), "", note])
+
+
+def verdict_section() -> str:
+    """What frontier.json says about pruning beside quantization, for the front page."""
+    return frontier_verdict(json.loads(FRONTIER.read_text()))
+
+
+def zero_shot_section() -> str:
+    """The table of zero-shot.json, the record of ``evaluate --tasks``."""
+    record = json.loads(ZERO_SHOT.read_text())
+    shown = _markdown(tasks_page.headers(record), tasks_page.rows(record))
+    return "\n".join([*shown, "", f"{tasks_page.explain(record)}."])
+
+
+def query_heads_section() -> str:
+    """The table of query-heads.json."""
+    return query_heads_table(json.loads(QUERY_HEADS.read_text())["rows"])
 
 
 def quantization_section() -> str:
@@ -276,11 +312,14 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
     """Page -> marker -> what stands between its marks."""
     benchmark = json.loads(RECORD.read_text())
     return {
-        ROOT / "README.md": {"headline": headline_section(benchmark)},
+        ROOT / "README.md": {"headline": headline_section(benchmark), "worth": verdict_section()},
         ROOT / "benchmarks" / "README.md": {
             "measured": measured_section(benchmark),
             "consumers": consumers_section(),
             "recipes": recipes_section(),
+            "zero-shot": zero_shot_section(),
+            "frontier": frontier_section(),
+            "query-heads": query_heads_section(),
             "quality": quality_section(),
             "quantization": quantization_section(),
             "export": export_section(),

@@ -51,3 +51,11 @@ def test_the_table_names_the_kind_of_text_that_suffers_most(page: ModuleType, tm
     assert "| 20% removed, w4 | 3.00 | 4.00 | 1 | 2.83x | 4.00x code | 2.00x | 4.00x | yes |" in lines
     page.draw({"models": MODELS}, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
+
+
+def test_the_verdict_names_what_beats_pruning(page: ModuleType) -> None:
+    said = page.verdict({"models": MODELS})
+    assert said == (
+        "Speed beside quality: In fp32 dense w4 beats every pruned model. "
+        "In w4 pruning is on the frontier at 20%."
+    )
