@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from nirvana_deploy.base.artifact import write_json
-from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.base.machine import environment
 from nirvana_deploy.calibrate.windows import calibration_data
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
@@ -74,7 +75,14 @@ def main() -> None:
     print(table(rows))
     if options.json:
         record = {"model": options.model, "calib": Path(options.calib).name, "windows": list(windows.shape)}
-        write_json(options.json, {**record, "rows": rows, "environment": measured_environment()})
+        write_json(
+            options.json,
+            {
+                **record,
+                "rows": rows,
+                "environment": environment() | {"load_average_1min": os.getloadavg()[0]},
+            },
+        )
 
 
 def measured(dense: Checkpoint, windows: np.ndarray) -> tuple[Curves, list[list[Option]]]:

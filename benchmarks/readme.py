@@ -30,7 +30,6 @@ from frontier import table as frontier_table
 from frontier import verdict as frontier_verdict
 from quality import read_rows, reconstruction_table, table
 from quantization import table as quantization_table
-from query_heads import table as query_heads_table
 from recipes import read_rows as read_recipes
 from recipes import table as recipes_table
 from selection import table as selection_table
@@ -52,7 +51,6 @@ ENGINES = RESULTS / "engines.json"
 RECIPES = RESULTS / "recipes.jsonl"
 FRONTIER = RESULTS / "frontier.json"
 ZERO_SHOT = RESULTS / "zero-shot.json"
-QUERY_HEADS = RESULTS / "query-heads.json"
 
 
 HEADLINES = (
@@ -142,11 +140,6 @@ def zero_shot_section() -> str:
     record = json.loads(ZERO_SHOT.read_text())
     shown = _markdown(tasks_page.headers(record), tasks_page.rows(record))
     return "\n".join([*shown, "", f"{tasks_page.explain(record)}."])
-
-
-def query_heads_section() -> str:
-    """The table of query-heads.json."""
-    return query_heads_table(json.loads(QUERY_HEADS.read_text())["rows"])
 
 
 def quantization_section() -> str:
@@ -319,7 +312,6 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "recipes": recipes_section(),
             "zero-shot": zero_shot_section(),
             "frontier": frontier_section(),
-            "query-heads": query_heads_section(),
             "quality": quality_section(),
             "quantization": quantization_section(),
             "export": export_section(),
