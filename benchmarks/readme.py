@@ -124,8 +124,8 @@ def frontier_section() -> str:
     where, load = record["environment"], record["workload"]
     note = (
         f"Perplexities are times dense's; the mean is geometric. Decode in onnxruntime-genai behind "
-        f"{load['prompt_tokens']} tokens, {load['rounds']} rounds in turns, {where['threads']} threads of "
-        f"{where['cpu']}."
+        f"{load['prompt_tokens']} tokens, {load['rounds']} rounds in turns, {where['threads']} thread(s) of "
+        f"{where['cpu']}; load average before the start {where['load_average_1min']:.1f}."
     )
     return "\n".join([frontier_table(record), "", frontier_verdict(record), "", note])
 
