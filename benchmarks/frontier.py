@@ -236,7 +236,7 @@ def verdict(record: Record) -> str:
             continue
         pays = [f"{one['removed_share']:.0%}" for one in pruned if one in best]
         beaten = {
-            label(next(other for other in best if _beats(other, one, dense)))
+            label(min((m for m in best if _beats(m, one, dense)), key=lambda m: cost(m, dense)))
             for one in pruned
             if one not in best
         }
