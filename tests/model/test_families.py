@@ -144,7 +144,7 @@ def test_what_a_gemma_may_ask_for_and_is_not_computed_is_refused(
 def test_a_phi_with_longrope_is_refused_with_the_reason(tmp_path: Path) -> None:
     factors = [1.0 + pair for pair in range(16)]
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
-    change = {"rope_parameters": {**rope, "short_factor": factors, "long_factor": factors}}
+    change = {"rope_parameters": {**rope, "short_factor": factors, "long_factor": factors[::-1]}}
     with pytest.raises(NirvanaError, match=r"rope_type 'longrope'.*\n.*in a graph with a cache"):
         changed_copy(write_tiny(tmp_path, "phi3"), change)
 
