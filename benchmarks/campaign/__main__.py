@@ -29,11 +29,11 @@ sys.path += [str(HERE.parent), str(HERE.parent.parent / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SUBJECTS = {
-    "kills": (4, 200),
+    "kills": (2, 200),
     "disks": (1, 50),
-    "permissions": (3, 200),
-    "hostile": (8, 700),
-    "odd_options": (6, 300),
+    "permissions": (2, 200),
+    "hostile": (6, 700),
+    "odd_options": (4, 300),
     "writers": (1, 20),
     "resumed": (1, 20),
     "soak": (2, 50),

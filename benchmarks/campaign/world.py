@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -207,9 +208,9 @@ def _sharded(inputs: Path) -> Outcome:
 
 def _texts(inputs: Path) -> Outcome:
     def write() -> None:
-        text = "".join(
-            f"Sentence {number} of a text that nobody has to read twice. " for number in range(900)
-        )
+        draw = random.Random(0)  # no window of it stands twice
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        text = " ".join("".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(9000))
         (inputs / "text.txt").write_text(text)
 
     return call(write, folder=inputs)
