@@ -82,7 +82,7 @@ def engines_from_checkpoint(
         name=name,
         lengths=lengths,
         shape=None if shape.family.encoder_decoder else shape,
-        checkpoint=None if quantize else checkpoint.weights,
+        checkpoint=None if quantize else checkpoint.multiplied_weights,
         options=options,
         progress=progress,
     )

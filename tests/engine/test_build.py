@@ -14,7 +14,7 @@ import pytest
 from builders.engines import CACHE_TOKENS, LENGTHS, SMALL, exported, network_of, pruned_model, write_model
 from builders.extras import needs
 from builders.plans import shape_of
-from builders.tiny import VOCABULARY
+from builders.tiny import VOCABULARY, write_tiny
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -25,6 +25,7 @@ from nirvana_deploy.engine.build import BuiltEngine, engine_from_onnx
 from nirvana_deploy.engine.network import AttentionShape, check_network, expected_linears, read_network
 from nirvana_deploy.engine.source import read_source
 from nirvana_deploy.engine.targets import BuilderOptions
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.tensorrt.record import read_engine_record, record_path
@@ -47,7 +48,7 @@ def built(checkpoint: Path, folder: Path, out: Path, **options: Any) -> BuiltEng
         out,
         lengths=LENGTHS,
         shape=shape_of(checkpoint),
-        checkpoint=SafetensorsWeights(checkpoint),
+        checkpoint=Checkpoint.open(checkpoint).multiplied_weights,
         options=SMALL,
         **options,
     )
@@ -106,6 +107,17 @@ def test_other_families_build(tmp_path: Path, kind: str) -> None:
     checkpoint = write_model(tmp_path / "model", kind)
     engine = built(checkpoint, exported(checkpoint, tmp_path / "onnx"), tmp_path / "out")
     assert engine.record.layers["ATTENTION_INPUT"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2-window", "gemma3", "olmo2", "smollm3", "granite", "phi3"])
+def test_further_families_build(tmp_path: Path, kind: str) -> None:
+    """The parsed network has the attentions, linears and weights of the model, 1 + w of a norm too."""
+    checkpoint = write_tiny(tmp_path / "model", kind)
+    for in_place in (False, True):
+        folder = exported(checkpoint, tmp_path / f"onnx-{in_place}", in_place=in_place)
+        record = built(checkpoint, folder, tmp_path / f"out-{in_place}").record
+        assert record.layers["ATTENTION_INPUT"] == 3
 
 
 def test_bfloat16_builds(qwen3: Path, tmp_path: Path) -> None:
