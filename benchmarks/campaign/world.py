@@ -11,12 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from campaign.trial import Outcome, call, run
+from nirvana_deploy.base.artifact import sha256_of
 
 SHORT = ("--preset", "paper", "--sparsity", "0.3", "--num-sequences", "4", "--seq-len", "16")
 """Options of a job of a second."""
 _CACHES = (".cache", ".config", ".triton")
 """Folders of a home that libraries keep for themselves."""
-_LEAST_ENGINE_BYTES = 1 << 20
 
 
 class World:
@@ -158,8 +158,9 @@ def _readable(path: Path) -> bool:
         with suppress(ValueError):
             return isinstance(json.loads(path.read_bytes()), dict)
         return False
-    if path.suffix == ".engine":  # whose builder chooses by timing
-        return path.stat().st_size > _LEAST_ENGINE_BYTES
+    if path.suffix == ".engine":  # whose builder chooses by timing; without a record it opens nowhere
+        record = path.with_suffix(".json")
+        return not record.is_file() or json.loads(record.read_bytes())["engine_sha256"] == sha256_of(path)
     return path.suffix != ".html" or path.read_bytes().rstrip().endswith(b"</html>")
 
 

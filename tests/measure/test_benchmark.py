@@ -274,8 +274,14 @@ def test_a_killed_worker_is_a_clear_error(worker: WorkerProcess) -> None:
 
 
 def test_a_dying_worker_passes_on_its_last_words(worker: WorkerProcess) -> None:
+    beyond_int64 = np.array([[1 << 70]], dtype=object)
+    with pytest.raises(NirvanaError, match=r"worker of 'dense' exited with 1\.(.|\n)*OverflowError"):
+        worker.measure(beyond_int64, new_tokens=4)
+
+
+def test_a_worker_names_a_token_that_its_model_never_learned(worker: WorkerProcess) -> None:
     beyond_the_vocabulary = np.array([[VOCAB + 5]], dtype=np.int64)
-    with pytest.raises(NirvanaError, match=r"worker of 'dense' exited with 1\.(.|\n)*out of data bounds"):
+    with pytest.raises(NirvanaError, match=r"^dense: Token id 16 is beyond the model's vocabulary of 11 "):
         worker.measure(beyond_the_vocabulary, new_tokens=4)
 
 

@@ -307,7 +307,7 @@ def test_the_worst_linears_stay_float(llama: Path, tmp_path: Path, tokens: NDArr
 
 def test_the_command_quantizes_an_onnx_folder(llama: Path, tmp_path: Path) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "int8"
-    text.write_text("Calibration wants prose of some length, and this is prose. " * 60)
+    text.write_text(" ".join(f"Line {number} is prose of its own." for number in range(150)))
     drawn = ["--calib", str(text), "--num-sequences", "4", "--seq-len", "32", "--smooth", "0.7"]
     command = ["quantize", str(llama), "--scheme", "int8"]
 
