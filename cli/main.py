@@ -116,6 +116,8 @@ def main() -> None:
         # Everything is unwound. An ordinary exit may be turned into death by SIGINT by the interpreter, which
         # remembers an interrupt that arrived while a module was being imported.
         os._exit(130)
+    for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing left to interrupt
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code if isinstance(code, int) else 0)
 
 

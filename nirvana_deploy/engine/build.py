@@ -16,6 +16,7 @@ from typing import Any
 from nirvana_deploy import __version__
 from nirvana_deploy.base.artifact import sha256_of, whole_file, write_bytes, write_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.interrupts import kept_interrupts
 from nirvana_deploy.base.machine import cpu_seconds, peak_rss_bytes, reset_peak_rss, system_cpu_seconds
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import require_free_bytes, require_memory
@@ -207,9 +208,10 @@ class _Job:
                 whole_file(self.engine) as partial,
                 partial.open("wb") as file,
             ):
-                config.progress_monitor = make_monitor(self.trt, advance, errors.append)
-                writer = make_writer(self.trt, file, errors.append)
-                built = builder.build_serialized_network_to_stream(network, config, writer)
+                config.progress_monitor = make_monitor(self.trt, advance, errors)
+                writer = make_writer(self.trt, file, errors)
+                with kept_interrupts(errors.append):
+                    built = builder.build_serialized_network_to_stream(network, config, writer)
                 if errors:
                     raise errors[0]
                 if not built:

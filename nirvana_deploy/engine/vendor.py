@@ -10,7 +10,6 @@ build drops its objects before it returns, so that the next one is heard.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -127,8 +126,8 @@ class PhaseTree:
         return min(1.0, (phase.done + min(within, 0.999)) / phase.steps)
 
 
-def make_monitor(trt: Any, advance: Advance, interrupted: Callable[[BaseException], None]) -> Any:
-    """A progress monitor that advances a task of PROGRESS_STEPS; an interrupt is kept and ends the build."""
+def make_monitor(trt: Any, advance: Advance, errors: list[BaseException]) -> Any:
+    """A progress monitor that advances a task of PROGRESS_STEPS, and ends the build once there are errors."""
     phases, told = PhaseTree(), [0]
 
     def tell() -> None:
@@ -145,14 +144,12 @@ def make_monitor(trt: Any, advance: Advance, interrupted: Callable[[BaseExceptio
             phases.start(phase_name, parent_phase, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            # an exception must not travel through the builder's C++
-            try:
+            try:  # an exception must not travel through the builder's C++
                 phases.step(phase_name)
                 tell()
             except BaseException as error:
-                interrupted(error)
-                return False
-            return True
+                errors.append(error)
+            return not errors
 
         def phase_finish(self, phase_name: str) -> None:
             phases.finish(phase_name)
@@ -160,7 +157,7 @@ def make_monitor(trt: Any, advance: Advance, interrupted: Callable[[BaseExceptio
     return Monitor()
 
 
-def make_writer(trt: Any, file: BinaryIO, failed: Callable[[OSError], None]) -> Any:
+def make_writer(trt: Any, file: BinaryIO, errors: list[BaseException]) -> Any:
     """A stream that the builder writes the engine into, so that it is never whole in memory twice."""
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc, name-defined, unused-ignore]
@@ -171,7 +168,7 @@ def make_writer(trt: Any, file: BinaryIO, failed: Callable[[OSError], None]) -> 
             try:
                 return file.write(data)
             except OSError as error:
-                failed(error)
+                errors.append(error)
                 return 0
 
     return Writer()

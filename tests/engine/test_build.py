@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +221,31 @@ def test_a_plan_of_other_widths_is_noticed(qwen3: Path, tmp_path: Path) -> None:
         check_network(read_network(trt, network), source, shape=shape_of(other))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_amid_a_write_drops_no_bytes_unnoticed(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """The builder's binding prints an exception of ``write``, goes on, and reports success."""
+    folder, out = exported(qwen3, tmp_path / "onnx"), tmp_path / "out"
+    make_writer = build.make_writer
+
+    class Interrupted:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: bytes) -> int:
+            signal.raise_signal(number)
+            return int(self.file.write(data))
+
+    monkeypatch.setattr(
+        build, "make_writer", lambda t, file, errors: make_writer(t, Interrupted(file), errors)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        built(qwen3, folder, out)
+    assert not list(out.glob("*.engine")) and not list(out.glob(".partial*"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 class FullDisk:
     """A file on a disk that fills up after ``room`` bytes."""
 
@@ -241,7 +267,7 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_whole(
     assert record_path(first.path).is_file()
     make_writer = build.make_writer
     monkeypatch.setattr(
-        build, "make_writer", lambda t, file, failed: make_writer(t, FullDisk(file, 100_000), failed)
+        build, "make_writer", lambda t, file, errors: make_writer(t, FullDisk(file, 100_000), errors)
     )
     with pytest.raises(NirvanaError, match="the disk is full"):
         built(qwen3, folder, out)

@@ -72,7 +72,7 @@ def test_progress_follows_nested_phases() -> None:
 
 def test_the_monitor_advances_and_never_goes_back() -> None:
     advanced: list[int] = []
-    monitor = make_monitor(FAKE, advanced.append, lambda error: None)
+    monitor = make_monitor(FAKE, advanced.append, [])
     monitor.phase_start("build", None, 2)
     monitor.phase_start("inner", "build", 1)
     assert monitor.step_complete("inner", 0)
@@ -87,10 +87,19 @@ def test_an_interrupt_ends_the_build_without_crossing_it() -> None:
     def interrupt(steps: int) -> None:
         raise KeyboardInterrupt
 
-    monitor = make_monitor(FAKE, interrupt, kept.append)
+    monitor = make_monitor(FAKE, interrupt, kept)
     monitor.phase_start("build", None, 1)
     assert monitor.step_complete("build", 0) is False
     assert isinstance(kept[0], KeyboardInterrupt)
+
+
+def test_an_error_of_the_stream_ends_the_build_at_its_next_step() -> None:
+    errors: list[BaseException] = []
+    monitor = make_monitor(FAKE, lambda steps: None, errors)
+    monitor.phase_start("build", None, 2)
+    assert monitor.step_complete("build", 0) is True
+    errors.append(OSError(28, "No space left on device"))
+    assert monitor.step_complete("build", 1) is False
 
 
 def test_a_full_disk_ends_the_stream() -> None:
@@ -98,9 +107,9 @@ def test_a_full_disk_ends_the_stream() -> None:
         def write(self, data: Any) -> int:
             raise OSError(28, "No space left on device")
 
-    kept: list[OSError] = []
-    assert make_writer(FAKE, Full(), kept.append).write(b"engine") == 0
-    assert kept[0].errno == 28
+    kept: list[BaseException] = []
+    assert make_writer(FAKE, Full(), kept).write(b"engine") == 0
+    assert isinstance(kept[0], OSError) and kept[0].errno == 28
 
 
 def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
