@@ -16,7 +16,7 @@ from typing import Any
 from nirvana_deploy import __version__
 from nirvana_deploy.base.artifact import sha256_of, whole_file, write_bytes, write_json
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.interrupts import kept_interrupts
+from nirvana_deploy.base.interrupts import kept_interrupts, late_interrupts
 from nirvana_deploy.base.machine import cpu_seconds, peak_rss_bytes, reset_peak_rss, system_cpu_seconds
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import require_free_bytes, require_memory
@@ -168,7 +168,9 @@ class _Job:
         builder = trt.Builder(logger)
         network = builder.create_network(_strongly_typed(trt))
         parser = trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(self.source.path)):
+        with late_interrupts():
+            parsed = parser.parse_from_file(str(self.source.path))
+        if not parsed:
             raise self.failure("does not parse")
         parse_seconds = time.perf_counter() - started
         facts = read_network(trt, network)
