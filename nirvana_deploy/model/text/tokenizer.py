@@ -51,6 +51,6 @@ def _without_cache(tokenizer: Any) -> None:
     tokenizers 0.23.3 keeps them by model and thread until the thread ends, though the model is gone: 3 MB for
     each tokenizer that has read 9,000 words. A text of 200,000 characters takes the same 0.3 s without.
     """
-    resize = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "_resize_cache", None)
-    if resize is not None:
-        resize(0)
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if hasattr(model, "_resize_cache"):
+        model._resize_cache(0)
