@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
-from nirvana_deploy.base.interrupts import late_interrupts
 from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.runtime.table import engine_runtimes
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
+from nirvana_deploy.runtime.tensorrt.interrupts import late_interrupts
 from nirvana_deploy.runtime.tensorrt.record import EngineRecord
 
 _NATIVE = "native"

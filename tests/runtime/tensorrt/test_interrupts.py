@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from nirvana_deploy.base.interrupts import late_interrupts
+from nirvana_deploy.runtime.tensorrt.interrupts import late_interrupts
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
