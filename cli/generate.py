@@ -46,6 +46,8 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
         echo_json({"runtime": runner.runtime, **asdict(answer)})
         return
     echo()
+    if answer.no_room:
+        echo("The answer ends here: the model's context, or the cache of its graph, is full.", err=True)
     speed = f", {1e3 / answer.tpot_ms:.1f} tokens/s" if answer.tpot_ms else ""
     echo(
         f"{answer.new_tokens} tokens after {answer.prompt_tokens}, TTFT {answer.ttft_ms:.0f} ms{speed} "

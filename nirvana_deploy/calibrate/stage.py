@@ -26,7 +26,8 @@ _TOKENS_AN_INPUT = 20
 """A refit of k inputs on n tokens errs by about k/n more than the best one."""
 _WINDOWS = (32, 256)
 """The least and the most that are drawn unasked."""
-_EVALUATION_WINDOWS = Calibration()
+WINDOW_TOKENS, _MOST_WINDOWS = Calibration.heldout_len, Calibration.heldout_sequences
+"""Of a text to measure on, unless told otherwise."""
 HELD_OUT = " (held out of calibration)"
 """What follows the source of evaluation text that calibration set aside."""
 
@@ -86,8 +87,8 @@ def text_windows(
     return windows_of_text(
         read_text_file(path, tokenizer=tokenizer, progress=progress),
         tokenizer,
-        seq_len=seq_len or _EVALUATION_WINDOWS.heldout_len,
-        max_sequences=max_sequences or _EVALUATION_WINDOWS.heldout_sequences,
+        seq_len=seq_len or WINDOW_TOKENS,
+        max_sequences=max_sequences or _MOST_WINDOWS,
         progress=progress,
     )
 

@@ -56,7 +56,7 @@ def engines_from_checkpoint(
     look_up(kv, KV_FORMS, what="KV form")
     options, lengths = options or BuilderOptions(RTX), lengths or Lengths()
     tensorrt_module(options.runtime)  # before the work of the export
-    require_lengths(lengths, context_tokens=checkpoint.config.get("max_position_embeddings"))
+    require_lengths(lengths, context_tokens=checkpoint.context_tokens)
     shape = checkpoint.shape
     if kv == "in-place" and shape.family.encoder_decoder:
         raise NirvanaError(
@@ -155,5 +155,4 @@ def _quantized(source: Path, out: Path, quantize: QuantizeInputs, progress: Prog
 
 def _cache_tokens(checkpoint: Checkpoint) -> int:
     """C where none was asked for: 2048, or the model's context when that is shorter."""
-    context = checkpoint.config.get("max_position_embeddings")
-    return min(DEFAULT_CACHE_TOKENS, context or DEFAULT_CACHE_TOKENS)
+    return min(DEFAULT_CACHE_TOKENS, checkpoint.context_tokens or DEFAULT_CACHE_TOKENS)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from nirvana_deploy.base.progress import Advance
-from nirvana_deploy.runtime.runner import Runner
+from nirvana_deploy.runtime.runner import NoRoomError, Runner
 from nirvana_deploy.runtime.text import stream_text
 
 PROMPTS = (
@@ -29,11 +30,13 @@ def continuations(
     """Continue each of PROMPTS by NEW_TOKENS greedy tokens, or up to one of ``stops``.
 
     ``tokenizer`` is the model's, from transformers. The texts are what it decodes to, unedited; one that ends
-    at once is empty.
+    at once, or whose prompt is longer than the model's context, is empty.
     """
     texts = []
     for prompt in PROMPTS:
-        answer = stream_text(runner, tokenizer, prompt, max_new_tokens=NEW_TOKENS, stops=stops)
-        texts.append(answer.text)
+        texts.append("")
+        with suppress(NoRoomError):
+            answer = stream_text(runner, tokenizer, prompt, max_new_tokens=NEW_TOKENS, stops=stops)
+            texts[-1] = answer.text
         advance(1)
     return tuple(texts)

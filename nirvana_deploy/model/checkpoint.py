@@ -129,13 +129,18 @@ class Checkpoint:
         """The ids that end a generation."""
         return frozenset(stop_ids(self.path))
 
+    @property
+    def context_tokens(self) -> int | None:
+        """The most tokens that the model can place; None where it has no end."""
+        longest: int | None = getattr(self.pretrained_config, "max_position_embeddings", None)
+        return longest
+
     def require_length(self, seq_len: int, *, option: str = "--seq-len") -> None:
         """Raise NirvanaError when the ``seq_len`` tokens of ``option`` are more than the model can place."""
-        longest_tokens = self.config.get("max_position_embeddings")
-        if longest_tokens is not None and seq_len > longest_tokens:
+        if self.context_tokens is not None and seq_len > self.context_tokens:
             raise NirvanaError(
-                f"seq_len {seq_len} is longer than the model's {longest_tokens} positions.",
-                hint=f"Pass {option} {longest_tokens} or less.",
+                f"seq_len {seq_len} is longer than the model's {self.context_tokens} positions.",
+                hint=f"Pass {option} {self.context_tokens} or less.",
             )
 
     def load(self, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -20,7 +20,6 @@ from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import nearest_names
 from nirvana_deploy.base.resources import disk_errors
-from nirvana_deploy.base.snapshot import name_of
 from nirvana_deploy.model.families import FAMILIES
 from nirvana_deploy.model.gguf.convert import (
     OTHER_CACHE,
@@ -29,6 +28,7 @@ from nirvana_deploy.model.gguf.convert import (
     find_converted,
     require_gguf_extra,
 )
+from nirvana_deploy.model.snapshot import name_of
 from nirvana_deploy.model.weight_files import (
     PICKLE_SUFFIXES,
     pickle_refused,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nirvana_deploy import __version__
-from nirvana_deploy.base.artifact import files_under, sha256_of, write_json
+from nirvana_deploy.base.artifact import files_under, sha256_of, write_bytes, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import cpu_seconds, environment, peak_rss_bytes, reset_peak_rss
 from nirvana_deploy.base.ownership.lock import FolderLock
@@ -36,7 +36,8 @@ class Run:
     """The lifecycle of one output folder; :meth:`run` runs its stages in order.
 
     It holds the folder's lock from :meth:`begin`, or the first thing that it writes, until :meth:`close`,
-    which is also what ``with`` calls.
+    which is also what ``with`` calls. A new run that is refused before its first stage is finished leaves
+    its place as it was.
     """
 
     def __init__(self, out: Path, manifest: dict[str, Any], *, progress: Progress = SILENT) -> None:
@@ -46,11 +47,15 @@ class Run:
         self._lock: FolderLock | None = None
         self._made: set[str] = set()  # stages that this run made anew
         self._passed: list[str] = []  # stages asked for so far, in order
+        self._claimed: set[str] = set()  # names that this run was the first to claim
+        self._before: dict[Path, bytes | None] | None = None  # what a new run wrote over before its stages
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if isinstance(error[1], NirvanaError):
+            self._put_back()
         self.close()
 
     @classmethod
@@ -76,6 +81,7 @@ class Run:
         """
         require_apart(out, reads=reads, replaced=False)
         _require_free(out, resume=resume, force=force)
+        new = [folder for folder in (out, *out.parents) if not folder.exists()]
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         resumed = resume and (out / MANIFEST).is_file()
@@ -88,11 +94,12 @@ class Run:
                 run.manifest |= {"environment": environment(), "complete": False}
             else:
                 _require_free(out, resume=resume, force=force)  # nobody has come in between
+                run._before = dict.fromkeys(reversed(new))
                 run._start_again(options, model, command)
             for folder in {out, *((out / name).parent for name in run.manifest["makes"])}:
                 remove_abandoned(folder)
-        except BaseException:
-            run.close()
+        except BaseException as error:
+            run.__exit__(type(error), error)
             raise
         return run
 
@@ -168,6 +175,7 @@ class Run:
         if not redo:
             self._passed.append(stage.name)
             self.manifest["stages"] = manifests.in_order(self.manifest["stages"], self._passed)
+        self._before = None
         self._write()
         return result
 
@@ -181,6 +189,7 @@ class Run:
         if others := list(owned.strangers(self.out, names, self.manifest)):
             raise foreign(self.out / others[0], others)
         if new := set(names).difference(self.manifest["makes"]):
+            self._claimed |= new
             self.manifest["makes"] = sorted(new.union(self.manifest["makes"]))
             self._write()
 
@@ -188,6 +197,7 @@ class Run:
     def writing(self, name: str) -> Iterator[Path]:
         """The place of a file that belongs to no stage; the manifest knows it afterwards."""
         self.claim([name])
+        self._remember(name)
         yield self.out / name
         self.manifest["files"][name] = sha256_of(self.out / name)
         self._write()
@@ -231,7 +241,31 @@ class Run:
                     )
 
     def _write(self) -> None:
+        self._remember(MANIFEST)
         write_json(self.out / MANIFEST, self.manifest)
+
+    def _remember(self, name: str) -> None:
+        """Keep what is about to be written over, while this run has made nothing."""
+        path = self.out / name
+        if self._before is not None and path not in self._before:
+            self._before[path] = path.read_bytes() if path.is_file() else None
+
+    def _put_back(self) -> None:
+        """Leave the place as it was, if this run has made nothing."""
+        if self._before is None:
+            return
+        before, self._before = self._before, None
+        for name in self._claimed:
+            owned.remove(self.out, name)
+        self.close()  # the lock's file lies in the folder
+        for path, content in reversed(before.items()):
+            with suppress(OSError):
+                if content is not None:
+                    write_bytes(path, content)
+                elif path.is_dir():
+                    path.rmdir()
+                else:
+                    path.unlink()
 
     @property
     def model_name(self) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import Progress
 from nirvana_deploy.base.resources import require_free_bytes, require_memory
 from nirvana_deploy.calibrate.mixture import files_of, parts_of
@@ -12,11 +14,12 @@ from nirvana_deploy.calibrate.stage import windows_wanted
 from nirvana_deploy.calibrate.texts import read_text_file, require_source
 from nirvana_deploy.export.decoder import GraphOptions
 from nirvana_deploy.export.dtypes import dtype_named
+from nirvana_deploy.measure.recipe import Measurement
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import local_paths
 from nirvana_deploy.pipeline.job import SECTIONS, Job, all_fields, plain
-from nirvana_deploy.prune.choices import Choices, choices_of
+from nirvana_deploy.prune.choices import Choices, choices_of, why_groups_stay
 from nirvana_deploy.prune.curves.measure_curves import require_windows
 from nirvana_deploy.prune.curves.operations import (
     curve_operations,
@@ -41,11 +44,13 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
     for engine in job.engine.engines:
         tensorrt_module(engine)
     dense.require_length(job.calibration.seq_len)
+    if job.measurement.run_benchmark and until != "checkpoint":
+        _require_benchmark_fits(job.measurement, dense)
     if until != "checkpoint":
         graph = GraphOptions(dtype=dtype_named(job.export.dtype), flavor=job.export.flavor)
         graph.require_fits(dense.shape)
-    if all(layer.kv_heads == 1 for layer in dense.shape.layers):
-        progress.note("Every layer has one KV head, which must stay: only FFN neurons go")
+    if why := why_groups_stay(dense.shape):
+        progress.note(f"Only FFN neurons go: {why}")
     choices = choices_of(job.calibration, job.pruning, dense.shape)
     for corpus in choices.corpora:
         for part in parts_of(corpus, writes_text=dense.shape.family.writes_text):
@@ -65,6 +70,28 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
     return choices
 
 
+def _require_benchmark_fits(measurement: Measurement, dense: Checkpoint) -> None:
+    tokens = measurement.prompt_tokens + measurement.new_tokens
+    if dense.context_tokens is not None and tokens > dense.context_tokens:
+        raise NirvanaError(
+            f"The benchmark reads and writes {tokens} tokens, and the model's context is "
+            f"{dense.context_tokens}.",
+            hint="Pass --no-benchmark, and measure less afterwards: nirvana-deploy benchmark OUT "
+            "--prompt-tokens N --new-tokens N",
+        )
+
+
+def within_context(job: Job, dense: Checkpoint) -> Job:
+    """The job with held-out windows no longer than the model's context: their length is no user's choice."""
+    if (most := dense.context_tokens) is None:
+        return job
+    asked = job.calibration
+    fitting = replace(
+        asked, heldout_len=min(asked.heldout_len, most), selection_len=min(asked.selection_len, most)
+    )
+    return replace(job, calibration=fitting)
+
+
 def by_curves(job: Job, choices: Choices) -> bool:
     """Whether curves are going to be measured."""
     return any(reads_curves(job.pruning, saliency) for saliency in choices.saliencies)
@@ -81,8 +108,8 @@ def say_cost(job: Job, choices: Choices, shape: ModelShape, progress: Progress) 
         minutes = operations / operations_per_second() / 60
         progress.note(
             f"Curves and refit on {tokens:,} calibration tokens take {operations / 1e12:,.1f} TFLOP for each "
-            f"candidate, {minutes:,.1f} minutes at the speed of this machine's products. "
-            "Quicker: --preset fast."
+            f"candidate, {minutes:,.1f} minutes at the speed of this machine's products."
+            + (" Quicker: --preset fast." if job.pruning.preset != "fast" and by_curves(job, choices) else "")
         )
 
 

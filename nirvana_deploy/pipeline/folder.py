@@ -11,7 +11,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.marker import require_apart
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
-from nirvana_deploy.calibrate.stage import text_windows
+from nirvana_deploy.calibrate.stage import WINDOW_TOKENS, text_windows
 from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
 from nirvana_deploy.engine.stage import (
     build_engine,
@@ -123,7 +123,7 @@ def _quality(run: Run, recipe: Evaluation, place: Place) -> dict[str, Any]:
     windows = None
     if recipe.eval_text is not None:
         checkpoint = Checkpoint.open(run.out / CHECKPOINT)
-        checkpoint.require_length(recipe.window_tokens or 1, option="--window")
+        checkpoint.require_length(recipe.window_tokens or WINDOW_TOKENS, option="--window")
         windows = text_windows(
             recipe.eval_text,
             checkpoint.tokenizer,

@@ -31,6 +31,7 @@ from nirvana_deploy.pipeline.before import (
     require_space,
     say_cost,
     untimed,
+    within_context,
 )
 from nirvana_deploy.pipeline.job import Job, all_fields, job_of, spelled_out
 from nirvana_deploy.pipeline.recipe_file import write_recipe
@@ -103,6 +104,7 @@ def run_job(
     """Do what a job says; as :func:`prune_export`."""
     source = resolve_model(job.model, progress=progress)
     dense = Checkpoint.open(source.path)
+    job = within_context(job, dense)
     choices = checked(job, dense, until, progress)
     out = Path(out) if out is not None else Path(f"{source.name}-s{job.pruning.sparsity:g}")
     require_space(job, out, dense.shape, until)

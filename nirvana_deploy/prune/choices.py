@@ -58,6 +58,15 @@ def choices_of(calibration: Calibration, pruning: Pruning, shape: ModelShape) ->
     )
 
 
+def why_groups_stay(shape: ModelShape) -> str | None:
+    """Why no KV group of a model can go; None where some can."""
+    if any(shape.removable_groups(position) for position in range(len(shape.layers))):
+        return None
+    if all(layer.kv_heads == 1 for layer in shape.layers):
+        return "every layer has one KV head, which must stay"
+    return "the KV heads of this model share a norm, and must stay"
+
+
 def listed(text: str) -> tuple[str, ...]:
     """The parts of a comma-separated option, each once."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
@@ -108,6 +117,11 @@ def _require_sense(recipe: Pruning, saliencies: Sequence[str]) -> None:
 def _gammas(recipe: Pruning, saliencies: Sequence[str], shape: ModelShape) -> tuple[float | None, ...]:
     if all(reads_curves(recipe, name) for name in saliencies):
         return (None,)
+    if recipe.gamma is not None and (why := why_groups_stay(shape)):
+        raise NirvanaError(
+            f"gamma {recipe.gamma} divides the budget between MLP and attention, but {why}.",
+            hint="Leave --gamma out: everything comes from the FFN here.",
+        )
     if recipe.gamma == "auto":
         gammas: tuple[float, ...] = gamma_grid(shape, sparsity=recipe.sparsity, round_to=recipe.round_to)
     else:

@@ -107,24 +107,22 @@ def removed_counts(shape: ModelShape, *, sparsity: float, gamma: float, round_to
     s_attn = s (A+M) / (A + gamma M) and s_mlp = gamma s_attn, with A and M the attention's and the MLP's
     linear weights; both counts are rounded down. Raises NirvanaError for a sparsity or gamma outside
     what this model allows, naming the largest feasible sparsity: every layer keeps at least one KV group
-    and ``round_to`` neurons.
+    and ``round_to`` neurons. Where no KV group can go, all comes from the FFNs, whatever gamma.
     """
     if round_to < 1:
         raise NirvanaError(f"round_to must be at least 1, got {round_to}.")
     if not (math.isfinite(gamma) and gamma > 0):
         raise NirvanaError(f"gamma must be a positive number, got {gamma}.")
-    if all(layer.kv_heads == 1 for layer in shape.layers):
-        raise NirvanaError(
-            f"Every layer has one KV head, which must stay, so its part of gamma {gamma:g} cannot go.",
-            hint="Pass --allocation curves, which takes everything from the FFN here.",
-        )
     largest = largest_sparsity(shape, gamma=gamma, round_to=round_to)
     if not 0 < sparsity <= largest:
-        stays = "at least one KV group" if _removable(shape, round_to)[0] else "its KV groups"
+        divided = _removable(shape, round_to)[0] > 0
+        stays = "at least one KV group" if divided else "its KV groups"
         raise NirvanaError(
-            f"sparsity must be above 0 and at most {largest:.3f} (the largest feasible for gamma {gamma:g}), "
+            f"sparsity must be above 0 and at most {largest:.3f} (the largest feasible"
+            f"{f' for gamma {gamma:g}' if divided else ''}), "
             f"got {sparsity}: every layer keeps {stays} and {round_to} FFN neurons.",
-            hint=f"Pass --sparsity {math.floor(largest * 100) / 100:g} or less, or another --gamma.",
+            hint=f"Pass --sparsity {math.floor(largest * 100) / 100:g} or less"
+            f"{', or another --gamma' if divided else ''}.",
         )
     groups, neurons = _wished_counts(shape, sparsity, gamma)
     return whole(groups), whole(neurons)

@@ -15,6 +15,10 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.reading import require_known_tokens, teacher_forced
 
 
+class NoRoomError(NirvanaError):
+    """A sequence would be longer than the model's context or its cache."""
+
+
 class Runner(Protocol):
     """A model with a KV cache, loaded, and released at the end of its block."""
 
@@ -139,9 +143,9 @@ def checked_prompts(
 
 
 def require_context(wanted_tokens: int, context_tokens: int | None) -> None:
-    """Raise NirvanaError when a sequence is longer than the positions of the model, if they have an end."""
+    """Raise NoRoomError when a sequence is longer than the positions of the model, if they have an end."""
     if context_tokens is not None and wanted_tokens > context_tokens:
-        raise NirvanaError(
+        raise NoRoomError(
             f"The model's context is {context_tokens:,} tokens, and {wanted_tokens:,} are asked for, "
             "prompt and answer together.",
             hint="Give a shorter prompt, or ask for fewer tokens.",

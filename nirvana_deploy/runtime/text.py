@@ -15,7 +15,7 @@ from nirvana_deploy.model.text.chat import users_turn
 from nirvana_deploy.model.text.stops import stop_ids
 from nirvana_deploy.model.text.tokenizer import tokenizer_in
 from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE, ONNX, holds_model, is_checkpoint
-from nirvana_deploy.runtime.runner import Runner, greedy_tokens
+from nirvana_deploy.runtime.runner import NoRoomError, Runner, greedy_tokens
 from nirvana_deploy.runtime.table import runtime_named
 
 _UNFINISHED = "�"  # what a tokenizer puts where the bytes of a character are not all there yet
@@ -34,6 +34,8 @@ class Generation:
     """Mean gap between tokens; None for fewer than two."""
     stopped: bool
     """Whether the model ended by itself, with a stop token."""
+    no_room: bool = False
+    """Whether the context or the cache was full before the model had ended."""
 
 
 def stream_text(
@@ -49,26 +51,35 @@ def stream_text(
     """Continue ``prompt`` greedily; ``on_text`` hears the text piece by piece.
 
     ``tokenizer`` is one of transformers. ``chat`` puts the prompt into its chat template as the user's turn.
-    Raises NirvanaError for a prompt of no tokens, and for a chat template that is missing or refused.
+    An answer ends where there is no room for more. Raises NirvanaError for a prompt of no tokens or without
+    room, and for a chat template that is missing or refused.
     """
     ids = _prompt_ids(tokenizer, prompt, chat=chat)
     if not ids:
         raise NirvanaError("The prompt has no tokens.", hint='Pass some text: --prompt "Once upon a time"')
     pieces = TextPieces(tokenizer, on_text or (lambda _text: None), hidden=stops)
+    new_ids: list[int] = []
     stamps: list[float] = []
+    no_room = False
 
     def heard(token: int) -> None:
         stamps.append(time.perf_counter())
+        new_ids.append(token)
         pieces.add(token)
 
     start = time.perf_counter()
-    new_ids = greedy_tokens(
-        runner,
-        np.array([ids], dtype=np.int64),
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=stops,
-        on_token=heard,
-    )
+    try:
+        greedy_tokens(
+            runner,
+            np.array([ids], dtype=np.int64),
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=stops,
+            on_token=heard,
+        )
+    except NoRoomError:
+        if not new_ids:
+            raise
+        no_room = True
     text = pieces.finish()
     gaps = np.diff(stamps)
     return Generation(
@@ -78,6 +89,7 @@ def stream_text(
         ttft_ms=1e3 * (stamps[0] - start),
         tpot_ms=1e3 * float(gaps.mean()) if len(gaps) else None,
         stopped=new_ids[-1] in stops,
+        no_room=no_room,
     )
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import onnx
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.snapshot import lies_within
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.family import DECODER
 from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.snapshot import lies_within
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE, MODEL_FILE, SCHEMA_KEY, require_schema
 
 CHECKED = "ONNX checker, external data, KV shapes, tokenizer"

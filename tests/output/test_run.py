@@ -230,6 +230,55 @@ def test_what_others_recorded_meanwhile_is_kept(tmp_path: Path) -> None:
     assert set(Run.open(tmp_path).manifest["stages"]) == {"a", "b"}
 
 
+@pytest.mark.parametrize("problem", [NirvanaError("the text is too short"), KeyboardInterrupt()])
+def test_a_run_that_is_refused_in_its_first_stage_leaves_nothing(
+    tmp_path: Path, problem: BaseException
+) -> None:
+    """One that is interrupted can be resumed."""
+
+    def fail() -> None:
+        (out / "half").write_text("half of it")
+        raise problem
+
+    out = tmp_path / "new" / "out"
+    with pytest.raises(type(problem)), begun(out) as run:
+        with run.writing("recipe.toml") as file:
+            file.write_text("recipe")
+        run.run(Stage("a", (), ("half", "whole"), fail))
+    if isinstance(problem, NirvanaError):
+        assert not list(tmp_path.iterdir())
+    else:
+        begun(out, resume=True).close()
+
+
+def test_a_run_that_begins_again_and_fails_at_once_leaves_the_one_before(tmp_path: Path) -> None:
+    run_all(tmp_path, resume=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def fail() -> None:
+        raise NirvanaError("the text is too short")
+
+    with (
+        pytest.raises(NirvanaError, match="too short"),
+        Run.begin(tmp_path, options={}, model=MODEL, command="other", force=True) as run,
+    ):
+        with run.writing("recipe.toml") as file:
+            file.write_text("recipe")
+        run.run(Stage("e", (), ("e",), fail))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert run_all(tmp_path) == []
+
+
+def test_a_run_that_fails_later_keeps_what_is_finished(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise NirvanaError("no")
+
+    with pytest.raises(NirvanaError, match="no"), begun(tmp_path) as run:
+        run.run(stages(run, [])[0])
+        run.run(Stage("b", ("a",), ("b",), fail))
+    assert run_all(tmp_path) == ["b", "d", "c"]
+
+
 PARALLEL = """
 import os, sys, time
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,19 @@ def test_without_curves_gamma_is_chosen_or_given(tiny_llama: Path) -> None:
     assert len(several.gammas) > 1 and not several.single
     mixed = choices(tiny_llama, saliency="refit,taylor", allocation="uniform", gamma=2.0)
     assert mixed.gammas == (2.0,) and mixed.saliencies == ("refit", "taylor")
+
+
+def test_gamma_has_no_say_where_no_kv_group_can_go(tiny_llama: Path) -> None:
+    shape = shape_of(tiny_llama)
+    one = replace(shape, layers=tuple(replace(layer, kv_heads=1) for layer in shape.layers))
+    plain = Pruning(sparsity=0.2, saliency="wanda-sp", allocation="uniform", reconstruct=False)
+    assert choices_of(Calibration(), plain, one).single
+    with pytest.raises(NirvanaError, match=r"gamma 2\.0 .* one KV head, which must stay\.\nLeave --gamma"):
+        choices_of(Calibration(), replace(plain, gamma=2.0), one)
+    with pytest.raises(
+        NirvanaError, match=r"\(the largest feasible\), got 0\.9.*\nPass --sparsity \S+ or less\.$"
+    ):
+        choices_of(Calibration(), replace(plain, sparsity=0.9), one)
 
 
 def test_auto_tries_saliencies_and_sources(tiny_llama: Path) -> None:

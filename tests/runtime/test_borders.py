@@ -17,7 +17,8 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
-from nirvana_deploy.runtime.runner import greedy_tokens
+from nirvana_deploy.runtime.runner import NoRoomError, greedy_tokens
+from nirvana_deploy.runtime.text import stream_text
 from nirvana_deploy.runtime.torch import open_checkpoint
 from nirvana_deploy.verify.against_torch import verify_onnx
 
@@ -47,6 +48,18 @@ def test_every_flavor_names_the_context(kind: str, short: Path, tmp_path: Path) 
         assert len(greedy_tokens(runner, ids[:, :-4], max_new_tokens=5)) == 5
         with pytest.raises(NirvanaError, match=rf"context is {CONTEXT} tokens, and {CONTEXT + 1} are asked"):
             greedy_tokens(runner, ids[:, :-4], max_new_tokens=6)
+
+
+def test_an_answer_ends_where_the_context_does(short: Path, tmp_path: Path) -> None:
+    """One letter is one token here; without room for the prompt there is no answer."""
+    with runner_of("portable", short, tmp_path / "onnx") as runner:
+        tokenizer, told = Checkpoint.open(short).tokenizer, list[str]()
+        answer = stream_text(runner, tokenizer, "a" * (CONTEXT - 4), max_new_tokens=64, on_text=told.append)
+        assert (answer.prompt_tokens, answer.new_tokens, answer.no_room) == (CONTEXT - 4, 5, True)
+        assert "".join(told) == answer.text and not answer.stopped
+        assert not stream_text(runner, tokenizer, "a" * (CONTEXT - 4), max_new_tokens=5).no_room
+        with pytest.raises(NoRoomError, match=rf"{CONTEXT + 1} are asked for"):
+            stream_text(runner, tokenizer, "a" * (CONTEXT + 1), max_new_tokens=1)
 
 
 @pytest.mark.parametrize("kind", ["torch", "portable", "gqa"])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx_ir.serde import SerdeError
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.snapshot import lies_within
+from nirvana_deploy.model.snapshot import lies_within
 from nirvana_deploy.output.layout import SCHEMA_KEY, require_schema
 
 Part = tuple[slice, ...]

@@ -40,7 +40,7 @@ from nirvana_deploy.runtime.onnxruntime.slots import (
     ones_then_zeros,
     require_left_padding,
 )
-from nirvana_deploy.runtime.runner import checked_prompts, require_context
+from nirvana_deploy.runtime.runner import NoRoomError, checked_prompts, require_context
 from nirvana_deploy.runtime.table import runtime_of_provider
 
 _PAST_KEY = re.compile(r"past_key_values\.(\d+)\.key")
@@ -274,7 +274,7 @@ class OrtDecoder:
 
     def _grown(self, buffers: SlotCache, needed: int) -> SlotCache:
         if self.max_tokens is not None:
-            raise NirvanaError(
+            raise NoRoomError(
                 f"The cache of this graph holds {self.max_tokens} tokens, and {needed} are needed.",
                 hint="Export again with a larger --cache-length, or ask for fewer tokens.",
             )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.gguf.convert import cache_folder
 from nirvana_deploy.runtime.onnxruntime.slots import moved_left, moved_right, require_left_padding
-from nirvana_deploy.runtime.runner import checked_prompts
+from nirvana_deploy.runtime.runner import NoRoomError, checked_prompts
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice, Driver
 from nirvana_deploy.runtime.tensorrt.encoder_decoder import TensorRTSeq2Seq
 from nirvana_deploy.runtime.tensorrt.kv_cache import ConcatenatedCache, InPlaceCache, KvCache, cache_heads
@@ -195,7 +195,7 @@ class TensorRTRunner:
         (N, T), total = tokens.shape, mask.shape[1]
         feeds = self._cache.token_inputs(tokens, mask, lengths)
         if total > self._plan.limits.total_tokens:
-            raise NirvanaError(
+            raise NoRoomError(
                 f"{total} tokens, prompt and answer together, exceed the "
                 f"{self._plan.limits.total_tokens} that {self._record.engine_file} has room for.",
                 hint="Ask for fewer, or: nirvana-deploy build-engine DIR --max-length N --force",

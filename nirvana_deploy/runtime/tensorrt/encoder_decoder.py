@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import start_token
-from nirvana_deploy.runtime.runner import checked_prompts, started
+from nirvana_deploy.runtime.runner import NoRoomError, checked_prompts, started
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice, Driver
 from nirvana_deploy.runtime.tensorrt.kv_cache import ConcatenatedCache, Shape
 from nirvana_deploy.runtime.tensorrt.loading import (
@@ -193,7 +193,7 @@ class TensorRTSeq2Seq:
             )
         total, longest = state.tokens + tokens.shape[1], self._plan.limits.total_tokens
         if total > longest:
-            raise NirvanaError(
+            raise NoRoomError(
                 f"{total} tokens of an answer, the start token among them, exceed the {longest} that "
                 f"{self._records[DECODER].engine_file} has room for.",
                 hint="Ask for fewer, or: nirvana-deploy build-engine DIR --max-length N --force",

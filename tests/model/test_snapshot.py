@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nirvana_deploy.base.snapshot import lies_within, name_of
+from nirvana_deploy.model.snapshot import lies_within, name_of
 
 
 @pytest.fixture

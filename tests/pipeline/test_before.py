@@ -1,0 +1,71 @@
+"""What is refused, shortened and said before the work of a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.odd import edit
+from builders.tiny import write_tiny
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SilentProgress
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.pipeline.before import checked, say_cost, within_context
+from nirvana_deploy.pipeline.job import Job, job_of
+
+CONTEXT = 100
+
+
+class Heard(SilentProgress):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = write_tiny(tmp_path_factory.mktemp("short") / "model", "llama-tied")
+    return Checkpoint.open(edit(folder, max_position_embeddings=CONTEXT))
+
+
+def job(dense: Checkpoint, **options: Any) -> Job:
+    asked = {"sparsity": 0.3, "calib": "pydoc", "seq_len": 64, "num_sequences": 32, "run_benchmark": False}
+    return within_context(job_of(str(dense.path), {**asked, **options}), dense)
+
+
+def test_held_out_windows_fit_the_context(short: Checkpoint, tiny_llama: Path) -> None:
+    assert job(short).calibration.heldout_len == job(short).calibration.selection_len == CONTEXT
+    wide = job(Checkpoint.open(tiny_llama)).calibration
+    assert (wide.heldout_len, wide.selection_len) == (256, 128)
+
+
+def test_a_benchmark_beyond_the_context_is_refused(short: Checkpoint) -> None:
+    with pytest.raises(NirvanaError, match=r"192 tokens, .* context is 100\.\nPass --no-benchmark"):
+        checked(job(short, run_benchmark=True), short, "report", Heard())
+    checked(job(short, run_benchmark=True, prompt_tokens=60, new_tokens=40), short, "report", Heard())
+    checked(job(short, run_benchmark=True), short, "checkpoint", Heard())
+
+
+@pytest.mark.parametrize(
+    ("options", "advised"),
+    [
+        ({}, True),
+        ({"saliency": "taylor"}, True),
+        ({"preset": "fast"}, False),
+        ({"preset": "fast", "allocation": "curves"}, False),
+        ({"saliency": "taylor", "allocation": "global"}, False),
+    ],
+)
+def test_a_preset_is_advised_where_it_is_quicker(
+    short: Checkpoint, options: dict[str, Any], advised: bool
+) -> None:
+    heard, asked = Heard(), job(short, **options)
+    say_cost(asked, checked(asked, short, "checkpoint", heard), short.shape, heard)
+    [said] = [note for note in heard.notes if note.startswith("Curves and refit")]
+    assert ("--preset fast" in said) == advised
