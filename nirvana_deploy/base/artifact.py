@@ -113,8 +113,8 @@ def whole_folder(target: Path, *, elsewhere: str = "choose another place with --
         remove_abandoned(place.parent, place.name)
         require_ours(place)
         partial = temporary_beside(place)
-        partial.mkdir()
         try:
+            partial.mkdir()
             yield partial
             _mark(partial)
             readable = partial.stat().st_mode & 0o666  # by the user's umask; some writers are stricter
@@ -131,31 +131,28 @@ def whole_folder(target: Path, *, elsewhere: str = "choose another place with --
 
 def _put(partial: Path, target: Path) -> None:
     """Rename ``partial`` to ``target``; what stood there is removed, or comes back if that fails."""
-    old = _moved_aside(target)
+    old = temporary_beside(target, kind="old")
     try:
+        _move_aside(target, old)
         partial.replace(target)
         _fsync(target.parent)
     except BaseException:
-        if old is not None:
+        if os.path.lexists(old):
             if target.is_dir():
                 remove(target)
             old.replace(target)
             remove(old)  # two names of one file are left as they are by replace()
         raise
-    if old is not None:
-        remove(old)
+    remove(old)
 
 
-def _moved_aside(target: Path) -> Path | None:
-    """Another name for what ``target`` is; a file keeps its own too, so that there is one at any moment."""
-    old = temporary_beside(target, kind="old")
+def _move_aside(target: Path, old: Path) -> None:
+    """Let ``old`` be what ``target`` is; a file keeps its own name too: there is one at any moment."""
     if target.is_dir():
         target.replace(old)
-        return old
+        return
     with suppress(OSError):  # none there, or a file system without links
         os.link(target, old)
-        return old
-    return None
 
 
 def _mark(folder: Path) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 from nirvana_deploy import __version__
 from nirvana_deploy.base.artifact import sha256_of, whole_file, write_bytes, write_json
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.interrupts import kept_interrupts
 from nirvana_deploy.base.machine import cpu_seconds, peak_rss_bytes, reset_peak_rss, system_cpu_seconds
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import require_free_bytes, require_memory
@@ -43,6 +42,7 @@ from nirvana_deploy.engine.vendor import (
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import WeightSource
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE, MODEL_FILE, is_seq2seq
+from nirvana_deploy.runtime.tensorrt.interrupts import kept_interrupts, late_interrupts
 from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
 from nirvana_deploy.runtime.tensorrt.record import (
     ENGINE_SUFFIX,
@@ -168,7 +168,9 @@ class _Job:
         builder = trt.Builder(logger)
         network = builder.create_network(_strongly_typed(trt))
         parser = trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(self.source.path)):
+        with late_interrupts():
+            parsed = parser.parse_from_file(str(self.source.path))
+        if not parsed:
             raise self.failure("does not parse")
         parse_seconds = time.perf_counter() - started
         facts = read_network(trt, network)

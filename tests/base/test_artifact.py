@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,10 @@ def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
 FAILING: list[tuple[Any, str]] = [(Path, "replace"), (artifact, "_fsync")]
 
 
-@pytest.mark.parametrize("error", [OSError(5, "input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("error", "late"),
+    [(OSError(5, "input/output error"), False), (KeyboardInterrupt(), False), (KeyboardInterrupt(), True)],
+)
 @pytest.mark.parametrize(("owner", "function"), FAILING)
 @pytest.mark.parametrize("write", [write_folder, write_file])
 def test_the_old_version_comes_back(
@@ -97,9 +101,10 @@ def test_the_old_version_comes_back(
     owner: Any,
     function: str,
     error: BaseException,
+    late: bool,
     write: Callable[..., None],
 ) -> None:
-    """Whichever call fails: of the renames, and of the flushes before and after them."""
+    """Whichever call fails, or is the last before an interrupt: renames, flushes around them."""
     target = tmp_path / "x"
     is_folder = write is write_folder
     write(target, **({"a": "old"} if is_folder else {"text": "old"}))
@@ -110,9 +115,11 @@ def test_the_old_version_comes_back(
         def counted(*arguments: Any, failing: int = failing) -> Any:
             nonlocal calls
             calls += 1
+            if late:
+                original(*arguments)
             if calls == failing + 1:
                 raise error
-            return original(*arguments)
+            return None if late else original(*arguments)
 
         with monkeypatch.context() as patch:
             patch.setattr(owner, function, counted)
@@ -126,6 +133,23 @@ def test_the_old_version_comes_back(
     else:
         pytest.fail("it never came through")
     assert failing > 0 and (target / "a" if is_folder else target).read_text() == "new"
+
+
+def test_an_interrupt_while_the_old_version_goes_leaves_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "x", a="old", b="old")
+    original, interrupts = os.unlink, [KeyboardInterrupt()]
+
+    def interrupted(*arguments: Any, **more: Any) -> None:
+        original(*arguments, **more)
+        if interrupts:
+            raise interrupts.pop()
+
+    monkeypatch.setattr(os, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "x", a="new")
+    assert names_in(tmp_path) == ["x"] and contents(tmp_path / "x")["a"] == "new"
 
 
 def test_a_claim_is_for_names_that_are_free_or_ours(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -221,9 +221,8 @@ def test_a_plan_of_other_widths_is_noticed(qwen3: Path, tmp_path: Path) -> None:
         check_network(read_network(trt, network), source, shape=shape_of(other))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_amid_a_write_drops_no_bytes_unnoticed(
-    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The builder's binding prints an exception of ``write``, goes on, and reports success."""
     folder, out = exported(qwen3, tmp_path / "onnx"), tmp_path / "out"
@@ -234,7 +233,7 @@ def test_an_interrupt_amid_a_write_drops_no_bytes_unnoticed(
             self.file = file
 
         def write(self, data: bytes) -> int:
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGINT)
             return int(self.file.write(data))
 
     monkeypatch.setattr(
@@ -244,6 +243,28 @@ def test_an_interrupt_amid_a_write_drops_no_bytes_unnoticed(
         built(qwen3, folder, out)
     assert not list(out.glob("*.engine")) and not list(out.glob(".partial*"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_amid_a_line_of_the_log_ends_the_build(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parser's binding prints an exception of ``log`` and goes on."""
+    folder, out = exported(qwen3, tmp_path / "onnx"), tmp_path / "out"
+    make_logger, lines = build.make_logger, []
+
+    class Lines:
+        def append(self, line: tuple[str, str]) -> None:
+            if not lines:
+                signal.raise_signal(signal.SIGINT)
+            lines.append(line)
+
+    monkeypatch.setattr(
+        build, "make_logger", lambda t, log: make_logger(t, cast(Any, SimpleNamespace(lines=Lines())))
+    )
+    monkeypatch.setattr(build, "read_network", lambda *_: pytest.fail("the build went on"))
+    with pytest.raises(KeyboardInterrupt):
+        built(qwen3, folder, out)
+    assert lines
 
 
 class FullDisk:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import struct
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -381,6 +382,14 @@ def test_truncated_gguf(tiny_gguf: Path, tmp_path: Path, kept_share: float) -> N
     cut.write_bytes(data[: int(len(data) * kept_share)])
     with pytest.raises(NirvanaError, match="truncated or corrupted"):
         resolve_model(str(cut))
+
+
+def test_gguf_with_a_list_longer_than_the_file(tmp_path: Path) -> None:
+    """Whose entries gguf's own reader would make up, one by one, as many as it says."""
+    header = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"a", 9, 10, 1 << 20)
+    (tmp_path / "long.gguf").write_bytes(header)
+    with pytest.raises(NirvanaError, match=r"its 49 bytes hold, .*\(something in it ends at byte 57\)"):
+        resolve_model(str(tmp_path / "long.gguf"))
 
 
 def test_file_that_is_not_gguf(tmp_path: Path) -> None:

@@ -65,7 +65,18 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there; what cannot be removed stays."""
+    """Remove a file or a folder, if it is there; what cannot be removed stays.
+
+    An interrupt meanwhile is raised when all is gone: what was begun has no other to finish it.
+    """
+    try:
+        _remove(path)
+    except KeyboardInterrupt:
+        _remove(path)
+        raise
+
+
+def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -79,8 +90,8 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(parent, "scratch")
     folder = temporary_beside(parent / "scratch")
-    folder.mkdir()
     try:
+        folder.mkdir()
         yield folder
     finally:
         remove(folder)

@@ -119,14 +119,13 @@ def read_header(gguf: Path) -> GgufHeader:
     """
     require_gguf_extra()
     _require_magic(gguf)
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(gguf)
+        with np.errstate(over="raise"):
+            reader = _bounded_reader(gguf)
         architecture = _text_field(reader, "general.architecture")
         parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
         licence = _text_field(reader, "general.license")
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+    except (ValueError, LookupError, ArithmeticError) as error:
         raise NirvanaError(
             f"{gguf} is truncated or corrupted: its header announces more than its "
             f"{gguf.stat().st_size:,} bytes hold, or something that GGUF does not allow ({error}).",
@@ -157,6 +156,23 @@ def require_gguf_extra() -> None:
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
             raise MissingExtraError("Reading a GGUF file", package=package, extra="gguf")
+
+
+def _bounded_reader(gguf: Path) -> Any:
+    """gguf's reader, which raises ValueError at the end of the file.
+
+    Its own goes on with empty values: a list said to have 2**40 entries takes hours, and all memory.
+    """
+    from gguf import GGUFReader
+
+    class BoundedReader(GGUFReader):  # type: ignore[misc]
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **more: Any) -> Any:
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data):
+                raise ValueError(f"something in it ends at byte {end:,}")
+            return super()._get(offset, dtype, count, *order, **more)
+
+    return BoundedReader(gguf)
 
 
 def _text_field(reader: Any, key: str) -> str | None:

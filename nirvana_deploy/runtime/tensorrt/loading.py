@@ -17,6 +17,7 @@ from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.runtime.table import engine_runtimes
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
+from nirvana_deploy.runtime.tensorrt.interrupts import late_interrupts
 from nirvana_deploy.runtime.tensorrt.record import EngineRecord
 
 _NATIVE = "native"
@@ -114,7 +115,11 @@ def load_engine(path: Path, record: EngineRecord, *, module: Any, device: CudaDe
     runtime = module.Runtime(_logger(module, log))
     if version_compatible(record):
         runtime.engine_host_code_allowed = True  # such an engine brings its own runtime along
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as blob:
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as blob,
+        late_interrupts(),
+    ):
         engine = runtime.deserialize_cuda_engine(blob)
     if engine is None:
         raise NirvanaError(

@@ -30,3 +30,18 @@ def kept_interrupts(keep: Callable[[BaseException], None]) -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+@contextmanager
+def late_interrupts() -> Iterator[None]:
+    """Raise an interrupt at the end of the block, for foreign code that takes no sign to stop.
+
+    TensorRT's bindings call a logger a thousand times while they parse: one raised there is always dropped.
+    """
+    kept: list[BaseException] = []
+    try:
+        with kept_interrupts(kept.append):
+            yield
+    finally:
+        if kept:
+            raise kept[0]
