@@ -47,8 +47,10 @@ class TokenizerError(NirvanaError):
 
     def __init__(self, folder: Path, error: Exception) -> None:
         missing = not (folder / "tokenizer.json").is_file()
-        reason = "tokenizer.json is missing" if missing else str(error).strip().partition("\n")[0]
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = "tokenizer.json is missing" if missing else said
         super().__init__(
             f"The tokenizer in {folder} cannot be loaded: {reason}.",
-            hint="Copy tokenizer.json and tokenizer_config.json there from the checkpoint.",
+            hint="Copy tokenizer.json and tokenizer_config.json there from the checkpoint, or download them "
+            "again.",
         )

@@ -17,7 +17,7 @@ import onnx
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.export.dtypes import DTYPES, Dtype
-from nirvana_deploy.model.checkpoint import config_json, load_tokenizer
+from nirvana_deploy.model.checkpoint import config_json, load_tokenizer, read_config
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.text.stops import stop_ids
 from nirvana_deploy.output.layout import DECODER_FILE, MODEL_FILE, is_seq2seq
@@ -29,6 +29,7 @@ from nirvana_deploy.runtime.runner import Runner
 from nirvana_deploy.runtime.torch import open_checkpoint
 from nirvana_deploy.verify.cases import (
     LONGEST_TOKENS,
+    LONGEST_WINDOW_TOKENS,
     decoder_cases,
     encoder_decoder_cases,
     prompts_for,
@@ -65,14 +66,17 @@ def verify_onnx(
         runner = open_on_cpu(folder, threads=threads, in_float32=dtype.half_precision)
         _require_comparable(folder, reference, runner)
         advance(1)
-        checks = logits_checks(reference, runner, relative_tolerance, narrowly=narrowly)
+        window_tokens = _window_to_look_beyond(checkpoint, progress)
+        checks = logits_checks(
+            reference, runner, relative_tolerance, narrowly=narrowly, window_tokens=window_tokens
+        )
         tolerance, runs_as_it_is = relative_tolerance, dtype.name != "bf16"
         if dtype.half_precision:
             checks = [replace(check, name=f"in float32: {check.name}") for check in checks]
         if dtype.half_precision and runs_as_it_is:
             tolerance = rounding_tolerance(dtype, layers=attentions_of(checkpoint))
             runner = open_on_cpu(folder, threads=threads)
-            checks += logits_checks(reference, runner, tolerance)
+            checks += logits_checks(reference, runner, tolerance, window_tokens=window_tokens)
         advance(1)
         prompts = prompts_for(checkpoint, runner.vocab_size)
         if (room := _room(runner)) is not None:
@@ -113,16 +117,39 @@ def attentions_of(folder: Path) -> int:
 
 
 def logits_checks(
-    reference: Runner, runner: OrtDecoder | OrtSeq2Seq, tolerance: float, *, narrowly: float | None = None
+    reference: Runner,
+    runner: OrtDecoder | OrtSeq2Seq,
+    tolerance: float,
+    *,
+    narrowly: float | None = None,
+    window_tokens: int | None = None,
 ) -> list[LogitsCheck]:
-    """Compare a graph with its checkpoint in every case that it can be asked; see ``logits_check``."""
+    """Compare a graph with its checkpoint in every case that it can be asked; see ``logits_check``.
+
+    ``window_tokens`` is a window to look beyond, of layers that have one.
+    """
     if runner.start_token is not None:
         cases = encoder_decoder_cases(runner.vocab_size)
     else:
-        cases = decoder_cases(runner.vocab_size, left_padding=not (runner.last_logits and runner.in_place))
-        room = _room(runner) or LONGEST_TOKENS
-        cases = (case for case in cases if case.tokens.shape[1] + case.answer.shape[1] <= room)
+        left_padding = not (runner.last_logits and runner.in_place)
+        cases = decoder_cases(runner.vocab_size, left_padding=left_padding, window_tokens=window_tokens)
+        if (room := _room(runner)) is not None:
+            cases = (case for case in cases if case.tokens.shape[1] + case.answer.shape[1] <= room)
     return [logits_check(case, reference, runner, tolerance, narrowly=narrowly) for case in cases]
+
+
+def _window_to_look_beyond(checkpoint: Path, progress: Progress) -> int | None:
+    """The widest window of layers that see less than the context, unless every case is longer; says aloud
+    where it is too wide for a comparison."""
+    config = read_config(checkpoint)
+    family = shape_from_config(config_json(checkpoint)).family
+    if family.computation is None:
+        return None
+    windows = [layer.window for layer in family.computation(config).layers if layer.window is not None]
+    widest = max((window for window in windows if window < config.max_position_embeddings), default=0)
+    if widest > LONGEST_WINDOW_TOKENS:
+        progress.note(f"Layers see the last {widest:,} tokens: no comparison is longer")
+    return widest if LONGEST_TOKENS // 2 <= widest <= LONGEST_WINDOW_TOKENS else None
 
 
 def _room(runner: OrtDecoder | OrtSeq2Seq) -> int | None:

@@ -29,7 +29,9 @@ DIFFICULT_TEXTS = (
 )
 """Prefix spaces, line ends, an accent that is a character of its own, digits, what takes several bytes."""
 LONGEST_TOKENS = 64
-"""Of the comparisons with a checkpoint, prompts and answers included."""
+"""Of the comparisons with a checkpoint, prompts and answers included, but the one beyond a window."""
+LONGEST_WINDOW_TOKENS = 1024
+"""Windows up to this one are looked beyond."""
 _LOGITS_LIMIT_BYTES = 2 << 30
 
 
@@ -70,8 +72,13 @@ def decoder_case(
     )
 
 
-def decoder_cases(vocab_size: int, *, left_padding: bool = True) -> Iterator[Case]:
-    """For a decoder beside its checkpoint: odd lengths, a left-padded batch, decoding with a past."""
+def decoder_cases(
+    vocab_size: int, *, left_padding: bool = True, window_tokens: int | None = None
+) -> Iterator[Case]:
+    """For a decoder beside its checkpoint: odd lengths, a left-padded batch, decoding with a past.
+
+    Where layers see the last ``window_tokens`` alone, also a prompt of which they do not see all.
+    """
     random = np.random.default_rng(11)
     for shape in ((1, 1), (1, 7), (2, 45)):
         yield decoder_case(shape, random=random, vocab_size=vocab_size)
@@ -80,6 +87,8 @@ def decoder_cases(vocab_size: int, *, left_padding: bool = True) -> Iterator[Cas
         mask = np.ones((3, 13), dtype=np.int64)
         mask[0, :11], mask[1, :4] = 0, 0
         yield decoder_case((3, 13), steps=6, padded=mask, random=random, vocab_size=vocab_size)
+    if window_tokens is not None:
+        yield decoder_case((1, window_tokens + 5), steps=3, random=random, vocab_size=vocab_size)
 
 
 def encoder_decoder_cases(vocab_size: int) -> Iterator[Case]:

@@ -15,7 +15,7 @@ from builders.odd import edit
 from builders.tiny import write_tiny
 from safetensors.torch import load_file, save_file
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, TokenizerError
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.runtime.text import load_text_side
@@ -152,6 +152,10 @@ def test_a_hostile_file_ends_in_a_sentence(name: str, whole: Path, tmp_path: Pat
         assert checkpoint.tokenizer
         load_text_side(folder)
     assert len(str(refused.value).splitlines()) <= 10 and len(str(refused.value)) < 2000
+
+
+def test_a_library_that_gives_no_reason_is_named(whole: Path) -> None:
+    assert "cannot be loaded: MemoryError." in str(TokenizerError(whole, MemoryError()))
 
 
 def test_weights_without_metadata_are_read(whole: Path, tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from builders.damaged import damaged_copy
+from builders.odd import edit
 from builders.plans import plan_for
 from builders.tiny import write_tiny
 
@@ -53,6 +55,20 @@ def test_the_pruned_graph_equals_its_checkpoint(pruned: tuple[Path, Path]) -> No
 def test_the_dense_graph_equals_its_checkpoint(tiny: Path, tmp_path: Path) -> None:
     onnx_from_checkpoint(Checkpoint.open(tiny), tmp_path / "onnx")
     assert verify_onnx(tiny, tmp_path / "onnx", new_tokens=8).passed
+
+
+@pytest.mark.parametrize(("window", "seen"), [(70, True), (511, True), (70, False)])
+def test_a_window_is_looked_beyond(tmp_path: Path, window: int, seen: bool) -> None:
+    """A graph with another window departs nowhere else: all other comparisons are shorter."""
+    model = edit(write_tiny(tmp_path / "model", "mistral-window"), sliding_window=window)
+    exported = model if seen else edit(copytree(model, tmp_path / "wrong"), sliding_window=window + 4)
+    onnx_from_checkpoint(Checkpoint.open(exported), tmp_path / "onnx")
+    report = verify_onnx(model, tmp_path / "onnx", new_tokens=2, threads=1)
+    assert report.passed == seen
+    failed = {check.name for check in report.checks if not check.passed}
+    beyond = f"prefill 1 x {window + 5}, then 3 decode steps"
+    assert failed == (set() if seen else {beyond})
+    assert (beyond in {check.name for check in report.checks}) == (window < 504)  # of a context of 512
 
 
 def test_the_graph_is_portable(pruned: tuple[Path, Path]) -> None:
