@@ -353,9 +353,11 @@ def dense_checkpoint(run: Run) -> Path:
     """The model that was pruned; raises NirvanaError when it is not where it was."""
     path = run.dense
     if not path.is_dir():
+        of_folder = str(run.manifest["model"].get("origin")).startswith("folder ")
+        again = f"nirvana-deploy prune {run.manifest['options']['model']} --sparsity 0.4 --out OTHER"
         raise NirvanaError(
             f"The dense model is no longer at {path}, and this compares with it.",
-            hint=f"Fetch it again: nirvana-deploy prune {run.manifest['options']['model']} --sparsity 0.4",
+            hint="Put it back there." if of_folder else f"Fetch it again: {again}",
         )
     return path
 

@@ -9,8 +9,8 @@ from typing import Any
 from nirvana_deploy.base.errors import VerificationError
 
 _BLAME_OF_INPUT = (
-    "Nothing was pruned here, so the input is a suspect too: a config.json that does not fit the weights, or "
-    "weights that overflow. See whether transformers alone writes sense with it. "
+    "Nothing was pruned between the two, so the input is a suspect too: a config.json that does not fit the "
+    "weights, or weights that overflow. See whether transformers alone writes sense with it. "
 )
 
 

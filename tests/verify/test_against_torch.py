@@ -23,7 +23,7 @@ from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.verify.against_torch import verify_onnx
-from nirvana_deploy.verify.report import VerifyReport
+from nirvana_deploy.verify.report import LogitsCheck, VerifyReport
 
 STANDARD_OPERATORS = {"", "ai.onnx"}
 
@@ -169,6 +169,15 @@ def test_the_first_departure_is_named(
     with pytest.raises(VerificationError, match=where) as error:
         report.require_passed(folder)
     assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_input_is_a_suspect_where_nothing_was_pruned(dense: bool) -> None:
+    check = LogitsCheck("prefill 1 x 7", max_abs_diff=1.0, tolerance=0.1, passed=False)
+    report = VerifyReport(checks=(check,), greedy=(), first_departure="layer 3")
+    with pytest.raises(VerificationError, match="departure is at: layer 3") as error:
+        report.require_passed(Path("onnx"), of_input=dense)
+    assert ("the input is a suspect" in str(error.value)) == dense
 
 
 def test_a_missing_model_names_the_next_command(tiny_llama: Path, tmp_path: Path) -> None:
