@@ -34,6 +34,7 @@ SUBJECTS = {
     "permissions": (2, 200),
     "hostile": (6, 700),
     "odd_options": (4, 300),
+    "forced": (2, 100),
     "writers": (1, 20),
     "resumed": (1, 20),
     "soak": (2, 50),
@@ -107,7 +108,10 @@ def _run(name: str, world: Any, options: argparse.Namespace) -> dict[str, Any]:
     for number in itertools.count() if options.only is None else (options.only,):
         if record["count"] >= wanted:
             break
-        result = subject.trial(world, Random(f"{name} {options.seed} {number}"), *more)
+        try:
+            result = subject.trial(world, Random(f"{name} {options.seed} {number}"), *more)
+        except KeyboardInterrupt:  # the long form takes hours: what was counted counts
+            break
         record["count"] += result.count
         record["trials"] += 1
         again = f"python benchmarks/campaign {name} --seed {options.seed} --only {number} -v"

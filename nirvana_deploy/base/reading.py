@@ -121,9 +121,13 @@ def typed(value: Any, kind: type[Kind], where: str, *, hint: str | None = None) 
 
     try:
         found = msgspec.convert(value, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
-        said = "it is nested too deeply" if isinstance(error, RecursionError) else _said(error, value, kind)
-        raise NirvanaError(f"{where}: {said}.", hint=hint) from None
+    except msgspec.ValidationError as error:
+        raise NirvanaError(f"{where}: {_said(error, value, kind)}.", hint=hint) from None
+    except RecursionError:
+        raise NirvanaError(f"{where}: it is nested too deeply.", hint=hint) from None
+    except UnicodeEncodeError as error:  # half of a surrogate pair, where msgspec tries to read a number
+        half = error.object[error.start : error.end]
+        raise NirvanaError(f"{where}: {half!r} in it is no whole character.", hint=hint) from None
     return value if is_typeddict(kind) else found
 
 

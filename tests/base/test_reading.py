@@ -77,6 +77,7 @@ def test_what_is_not_json_is_refused(tmp_path: Path, text: str | bytes, said: st
         ({}, "it has no 'name'"),
         ({"name": None}, "name is null, not a text"),
         ({"name": "m", "cuts": []}, "cuts is a list of 0, not an object"),
+        ({"name": "m", "cuts": "\ud800"}, "'\\ud800' in it is no whole character"),
         ({"name": "m", "cuts": {"a": {"layer": 0}}}, "cuts.a has no 'kept'"),
         (
             {"name": "m", "cuts": {"a": {"layer": True, "kept": []}}},

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from builders import no_network
 from builders.desk import environment_at_a_desk
+from builders.extras import needs
 from builders.jobs import write_short_recipe
 from builders.tiny import write_tiny
+
+from nirvana_deploy.cli.main import commands
 
 pytestmark = [
     pytest.mark.integration,
@@ -49,15 +53,16 @@ def run_without_network(
     )
 
 
-def test_a_job_and_every_command_after_it_stay_on_this_machine(tmp_path: Path) -> None:
-    model = write_tiny(tmp_path / "model", "llama-tied")
+def commands_on(folder: Path) -> tuple[list[list[str]], list[list[str]]]:
+    """A short job with what follows it; and the other commands."""
+    model = write_tiny(folder / "model", "llama-tied")
     (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    task = tmp_path / "task.jsonl"
+    task = folder / "task.jsonl"
     task.write_text(json.dumps({"query": "One two", "choices": [" three", " four"], "gold": 0}) + "\n")
-    recipe = write_short_recipe(model, tmp_path / "recipe.toml", sparsity=0.3, num_sequences=4, seq_len=16)
-    out, quick = str(tmp_path / "out"), ["--threads", "1"]
-    done = run_without_network(
-        tmp_path,
+    few = {"sparsity": 0.3, "num_sequences": 4, "seq_len": 16}
+    recipe = write_short_recipe(model, folder / "recipe.toml", **few)
+    out, onnx, quick = str(folder / "out"), str(folder / "onnx"), ["--threads", "1"]
+    job = [
         ["prune-export", "--recipe", str(recipe), "--out", out, "--quantize", "int8", *quick],
         ["evaluate", out, "--tasks", str(task), *quick],
         ["verify", out, *quick],
@@ -67,10 +72,40 @@ def test_a_job_and_every_command_after_it_stay_on_this_machine(tmp_path: Path) -
         ["inspect", out],
         ["models"],
         ["doctor"],
-        wait_s=_LONG_ENOUGH_S,
-    )
+        ["recipe", "--recipe", str(recipe)],
+    ]
+    words = ["--sparsity", "0.3", "--num-sequences", "4", "--seq-len", "16"]
+    others = [
+        ["prune", str(model), *words, "--preset", "paper", "--out", str(folder / "pruned")],
+        ["select-calib", str(model), *words],
+        ["export", str(model), "--out", onnx],
+        ["quantize", onnx, "--scheme", "w8", "--out", str(folder / "w8")],
+        ["package", str(model), "--gguf", "--out", str(folder / "model.gguf")],
+        ["benchmark", out, "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1", *quick],
+        ["build-engine", onnx, "--max-length", "64", "--out", str(folder / "engine")],
+    ]
+    return job, others
+
+
+def test_a_job_and_every_command_after_it_stay_on_this_machine(tmp_path: Path) -> None:
+    job, _ = commands_on(tmp_path)
+    done = run_without_network(tmp_path, *job, wait_s=_LONG_ENOUGH_S)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
     assert [path for path in (tmp_path / "home").rglob("*") if "Microsoft" in path.parts] == []
+
+
+@pytest.mark.slow
+def test_the_other_commands_stay_on_this_machine(tmp_path: Path) -> None:
+    needs("tensorrt_rtx")
+    job, others = commands_on(tmp_path)
+    done = run_without_network(tmp_path, job[0], *others, wait_s=_LONG_ENOUGH_S)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+
+
+def test_no_command_is_left_out(tmp_path: Path) -> None:
+    """Of those that ``--help`` shows; a new one joins above."""
+    job, others = commands_on(tmp_path)
+    assert {words[0] for words in (*job, *others)} == set(commands.list_commands(click.Context(commands)))
 
 
 def test_the_test_above_can_fail(tmp_path: Path) -> None:
