@@ -245,17 +245,15 @@ def _recipe(inputs: Path) -> Outcome:
     return call(write, folder=inputs)
 
 
-def _finished(inputs: Path) -> Outcome:
-    """Make the folder of a job with its packages and an engine, under the name that the trials use."""
+def _with(inputs: Path, made: str) -> Outcome:
+    """Let a command of kills.py make ``made`` in a copy of out, under the name that the trials use."""
     from campaign.subjects.kills import AFTER
 
+    command = next(command for command, folder in AFTER.items() if folder == made)
     (inputs / "out").rename(inputs / "kept")
     shutil.copytree(inputs / "kept", inputs / "out")
-    for command in AFTER:
-        done = run(*command, folder=inputs)
-        if done.code:
-            return done
-    (inputs / "out").rename(inputs / "finished")
+    done = run(*command, folder=inputs)
+    (inputs / "out").rename(inputs / f"with-{made}")
     (inputs / "kept").rename(inputs / "out")
     return done
 
@@ -276,7 +274,9 @@ _MAKERS: dict[str, tuple[Callable[[Path], Outcome], tuple[str, ...]]] = {
         lambda inputs: run("prune-export", "--recipe", "recipe.toml", "--out", "out", folder=inputs),
         ("recipe.toml", "text.txt"),
     ),
-    "finished": (_finished, ("out",)),
+    "with-gguf": (lambda inputs: _with(inputs, "gguf"), ("out",)),
+    "with-triton": (lambda inputs: _with(inputs, "triton"), ("out",)),
+    "with-engine": (lambda inputs: _with(inputs, "engine"), ("out",)),
     "engine": (
         lambda inputs: run("build-engine", "onnx", "--max-length", "64", "--out", "engine", folder=inputs),
         ("onnx",),

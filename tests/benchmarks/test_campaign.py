@@ -145,6 +145,8 @@ def test_a_lost_changed_or_half_written_file_is_seen(part: Any, tmp_path: Path) 
     (out / "plan.json").unlink()
     assert world.missing(out, reference) == ["plan.json is missing"]
     assert world.temporaries(out) and not world.temporaries(reference)
+    theirs = {out / "plan.json": b"", out / "manifest.json": b"mine", out / "model.onnx": b""}
+    assert part("subjects.forced").lost(theirs) == ["lost: plan.json", "lost: manifest.json"]
 
 
 HEADER = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'

@@ -43,7 +43,7 @@ def trial(world: World, random: Random) -> Result:
             ended = run(*words, folder=folder, prepare=at_event(event, disk, lambda: _fill(disk, room)))
             complaints = ended.complaints(allowed=frozenset({0, 1}))
             complaints += changes(before, snapshot(folder, without=("disk",)))
-            reference = world.made("finished" if after else "out")
+            reference = world.made(f"with-{AFTER[after]}" if after else "out")
             complaints += differing(out, reference)
             (disk / "others").unlink(missing_ok=True)
             again = run(*words, *([] if after or not out.exists() else ["--resume"]), folder=folder)

@@ -36,20 +36,19 @@ def trial(world: World, random: Random) -> Result:
     """A job from a model, or a package or an engine of a finished one, killed up to six times."""
     command = random.choice((*(JOB,) * len(AFTER), *AFTER))
     said: list[str] = []
+    reference = world.made(f"with-{AFTER[command]}" if command in AFTER else "out")
     with world.folder(*INPUTS, *([] if command == JOB else ["out"])) as folder:
         before = snapshot(folder, without=("out",))
         for _ in range(_KILLS):
             complaints, ended = _killed(world, command, folder, random, said)
-            complaints += differing(folder / "out", world.made("finished"))
+            complaints += differing(folder / "out", reference)
             complaints += changes(before, snapshot(folder, without=("out",)))
             if complaints or not ended.code:
                 break
         else:
             ended = run(*_again(command, folder), folder=folder)
             complaints = ended.complaints(allowed=frozenset({0}))
-        complaints += missing(folder / "out", world.made("out"))
-        if made := AFTER.get(command):
-            complaints += missing(folder / "out" / made, world.made("finished") / made)
+        complaints += missing(folder / "out", reference)
         complaints += temporaries(folder) if not ended.code else []
         kills = ", ".join(said) or "none"
         return Result(f"{' '.join(command)}: {kills}", complaints, len(said), ended.stderr)
