@@ -13,6 +13,7 @@ import pytest
 from builders import no_network
 from builders.desk import environment_at_a_desk
 from builders.extras import needs
+from builders.gguf_files import write_merges
 from builders.jobs import write_short_recipe
 from builders.tiny import write_tiny
 
@@ -98,6 +99,7 @@ def test_a_job_and_every_command_after_it_stay_on_this_machine(tmp_path: Path) -
 def test_the_other_commands_stay_on_this_machine(tmp_path: Path) -> None:
     needs("tensorrt_rtx")
     job, others = commands_on(tmp_path)
+    write_merges(tmp_path / "model")  # llama.cpp refuses a BPE without
     done = run_without_network(tmp_path, job[0], *others, wait_s=_LONG_ENOUGH_S)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
 
