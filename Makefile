@@ -45,11 +45,11 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/.demo-ready: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,genai,gguf]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,genai,gguf,recover]'
 	touch $@
 
 .venv/.test-ready: .venv/.demo-ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[cpu,eval,genai,gguf,rtx,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[cpu,eval,genai,gguf,recover,rtx,test]'
 	touch $@
 
 build/fuzz/.ready: .venv/.test-ready Makefile

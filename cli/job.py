@@ -14,6 +14,7 @@ from nirvana_deploy.export.recipe import Export
 from nirvana_deploy.measure.recipe import Measurement
 from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.quantize.recipe import Schemes
+from nirvana_deploy.recover.recipe import Recovery
 
 from .options import recipe_options, typed
 
@@ -30,7 +31,7 @@ recipe_option = click.option(
     default=None,
     help="Take options from this recipe.toml; options typed here win.",
 )
-pruning_options = recipe_options(Pruning, Calibration, required=False)
+pruning_options = recipe_options(Pruning, Calibration, Recovery, required=False)
 deployment_options = recipe_options(Export, Schemes, Engines, Measurement)
 
 

@@ -24,6 +24,7 @@ _COMMANDS = {
     "prune-export": ("prune_export", "The whole job: prune, export, verify, measure, report."),
     "recipe": ("recipe", "Show everything that a job would do, as recipe.toml, without running it."),
     "prune": ("prune", "Score a model and cut it: plan.json and a smaller checkpoint."),
+    "recover": ("recover", "Train the pruned model of an output folder toward the dense one, and go on."),
     "select-calib": ("select_calib", "Choose calibration text, gamma and saliency by KL divergence."),
     "export": ("export", "Export a checkpoint, dense or pruned, to an ONNX folder."),
     "quantize": ("quantize", "Quantize an ONNX folder: integer kernels, proved by count."),

@@ -300,6 +300,18 @@ def _drawn_from_text(
     )
 
 
+def room_for(
+    source: str, tokenizer: Any, *, seq_len: int, heldout_len: int, progress: Progress = SILENT
+) -> int:
+    """How many disjoint windows of ``seq_len`` a seed could draw from a text, beside what is held out.
+
+    Raises NirvanaError for a source that is unknown or unreadable.
+    """
+    text = read_source(source, tokenizer=tokenizer, progress=progress)
+    stream = token_stream(text.documents, tokenizer, progress)
+    return len(Segments(length=len(stream), seq_len=seq_len, heldout_len=heldout_len).calibration_starts)
+
+
 def windows_of_text(
     text: SourceText,
     tokenizer: Any,

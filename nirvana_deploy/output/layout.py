@@ -19,6 +19,9 @@ CALIBRATION_FILE = "calibration.safetensors"
 SCORES_FILE = "scores.safetensors"
 CURVES_FILE = "curves.safetensors"
 RECONSTRUCTION = "reconstruction"
+RECOVERY = "recovery"
+RECOVERY_STATE = ".nirvana-deploy.recovery"
+"""What a killed recovery goes on from; gone when it is finished."""
 QUALITY_FILE = "quality.json"
 ANSWERS_FILE = "answers.json"
 BENCHMARK_FILE = "benchmark.json"
@@ -40,6 +43,7 @@ NAMES_OF_A_RUN = (
     CURVES_FILE,
     PLAN_FILE,
     RECONSTRUCTION,
+    RECOVERY,
     CHECKPOINT,
     ONNX,
     f"{ONNX}-*",

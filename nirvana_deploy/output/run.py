@@ -154,7 +154,7 @@ class Run:
             return self.result(stage.name, dict[str, Any])
         self.claim(stage.makes)
         if not redo:
-            self._forget(stage.name)
+            self.forget(stage.name)
         self._made.add(stage.name)
         started, cpu_started = time.perf_counter(), cpu_seconds()
         reset_peak_rss()
@@ -317,8 +317,8 @@ class Run:
         stage["files"] = self._hashes(list(stage["files"]))
         self._write()
 
-    def _forget(self, name: str) -> None:
-        """Drop ``name`` and all that was made from it: it is about to be made anew."""
+    def forget(self, name: str) -> None:
+        """Drop a stage and all that was made from it: it is about to be made anew."""
         if not self.has(name):
             return
         for one in manifests.made_from(self.manifest, name):

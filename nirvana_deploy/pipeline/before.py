@@ -28,6 +28,7 @@ from nirvana_deploy.prune.curves.operations import (
 )
 from nirvana_deploy.prune.cutting import reads_curves
 from nirvana_deploy.prune.refit.reconstruct import require_tokens
+from nirvana_deploy.recover.before import require_recovery
 from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
 
 Until = Literal["checkpoint", "report"]
@@ -55,6 +56,8 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
     for corpus in choices.corpora:
         for part in parts_of(corpus, writes_text=dense.shape.family.writes_text):
             require_source(part.source, dense.tokenizer)
+    if job.recovery.recover is not None:
+        require_recovery(job.recovery, dense)
     if job.calibration.eval_text is not None:
         read_text_file(job.calibration.eval_text, tokenizer=dense.tokenizer)
     windows = windows_wanted(job.calibration, dense.shape)
@@ -144,7 +147,7 @@ def require_enough_memory(job: Job, choices: Choices, shape: ModelShape, until: 
 
 def recorded_options(job: Job, choices: Choices, shape: ModelShape, until: Until) -> dict[str, Any]:
     """The options as the manifest knows them: those that concern what is made, M/A as a number."""
-    sections = ("pruning", "calibration") if until == "checkpoint" else SECTIONS
+    sections = ("pruning", "calibration", "recovery") if until == "checkpoint" else SECTIONS
     options = job.options(sections) | {
         "candidates": choices.candidates,
         "num_sequences": windows_wanted(job.calibration, shape),
@@ -162,6 +165,7 @@ def read_files(job: Job) -> tuple[Path, ...]:
     return (
         *local_paths(job.model),
         *files_of(job.calibration.calib),
+        *files_of(job.recovery.recover_text),
         *((text,) if text is not None else ()),
     )
 

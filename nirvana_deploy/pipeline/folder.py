@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,17 @@ from nirvana_deploy.output.layout import (
     CHECKPOINT,
     ENGINES,
     MANIFEST,
+    RECIPE_FILE,
     REPORT_HTML,
     REPORT_MARKDOWN,
 )
 from nirvana_deploy.output.records import read_records
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import quantized_variant
+from nirvana_deploy.pipeline.before import Until
+from nirvana_deploy.pipeline.job import job_of
+from nirvana_deploy.pipeline.prune_export import Deployment, run_job
+from nirvana_deploy.pipeline.recipe_file import read_recipe
 from nirvana_deploy.prune.choices import listed
 from nirvana_deploy.quantize.int8.spec import read_record
 from nirvana_deploy.quantize.recipe import Quantization
@@ -64,6 +69,30 @@ def quantize_folder(out: Path, recipe: Quantization, *, progress: Progress = SIL
         run.run(report(run))
         require_quantized(run, recipe.scheme)
     return read_record(out / quantized_variant(recipe.scheme).folder)
+
+
+def recover_folder(
+    out: Path, options: Mapping[str, Any], *, command: str | None = None, progress: Progress = SILENT
+) -> Deployment:
+    """Train the pruned model of an output folder, and make anew what was made from it.
+
+    ``options`` are those of recovery, by name; all others are as the folder's recipe.toml says. Raises
+    NirvanaError as ``prune_export`` does.
+    """
+    with Run.open(out) as run:
+        until: Until = "report" if run.has(stage.ONNX) else "checkpoint"
+        if run.has(stage.PLAN) and not (out / RECIPE_FILE).is_file():
+            raise NirvanaError(
+                f"{out} was cut by a plan alone, and nothing says what its model was calibrated on.",
+                hint="Make one that can be recovered: nirvana-deploy prune-export MODEL --sparsity 0.4 "
+                "--recover 30m",
+            )
+        model = run.manifest["model"].get("path", "")
+    base = read_recipe(out / RECIPE_FILE)
+    job = job_of(base.model, options, base=base)
+    if not Path(model).is_dir():
+        progress.note(f"{model} is gone; looking for {base.model} again")
+    return run_job(job, out=out, until=until, resume=True, command=command, progress=progress)
 
 
 def benchmark_folder(

@@ -21,6 +21,7 @@ from nirvana_deploy.measure.recipe import Measurement
 from nirvana_deploy.pipeline.presets import with_preset
 from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.quantize.recipe import Schemes
+from nirvana_deploy.recover.recipe import Recovery
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Job:
     """An alias, a hub id, a folder or a .gguf file."""
     pruning: Pruning
     calibration: Calibration
+    recovery: Recovery
     export: Export
     quantization: Schemes
     engine: Engines
@@ -48,6 +50,7 @@ class Job:
 SECTIONS: dict[str, type[Any]] = {
     "pruning": Pruning,
     "calibration": Calibration,
+    "recovery": Recovery,
     "export": Export,
     "quantization": Schemes,
     "engine": Engines,

@@ -13,6 +13,7 @@ from nirvana_deploy.engine.recipe import EngineForm
 from nirvana_deploy.engine.stage import build_engine
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.stage import export
+from nirvana_deploy.measure.answers import PROMPTS
 from nirvana_deploy.measure.recipe import Measurement, Workload
 from nirvana_deploy.measure.stage import answers, quality, speed, unit_cost
 from nirvana_deploy.model.checkpoint import Checkpoint, model_record
@@ -44,6 +45,7 @@ from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
+from nirvana_deploy.recover.stage import forget_another, recover, require_same
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import report
 from nirvana_deploy.runtime.recipe import Place
@@ -121,6 +123,7 @@ def run_job(
         force=force,
         progress=progress,
     ) as run:
+        require_same(run, job.recovery)
         with run.writing(RECIPE_FILE) as file:
             write_recipe(job, file)
         if not run.finished(RECONSTRUCT):
@@ -224,6 +227,9 @@ def _prune(run: Run, job: Job, dense: Checkpoint, choices: Choices) -> PrunePlan
     plan = prune.planned(run, reconstruct=recipe.reconstruct)
     if saliency != REFIT and plan.reconstruct is not None:
         run.run(prune.reconstruct(run, cutter, plan))
+    if job.recovery.recover is not None:
+        forget_another(run, job.recovery, job.calibration)
+        run.run(recover(run, dense, plan, job.recovery, job.calibration, prompts=PROMPTS))
     run.run(prune.slice_model(run, dense, plan))
     return plan
 

@@ -48,12 +48,14 @@ def slice_checkpoint(
     out: Path,
     *,
     reconstruction: Path | None = None,
+    recovery: Path | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> ModelShape:
     """Cut the plan's units out of ``checkpoint`` and write the result to the folder ``out``.
 
-    What ``reconstruct_layers`` wrote to the folder ``reconstruction`` takes the place of the plain cut.
+    What ``reconstruct_layers`` wrote to the folder ``reconstruction`` takes the place of the plain cut, and
+    what training wrote to the folder ``recovery`` the place of both.
     The source is not touched; ``out`` appears whole or not at all. Memory is bounded by one shard of
     ``shard_bytes`` and one tensor. Returns the shape of what was written; its ``family`` is that of the
     config written, which is Mistral where a uniform Llama had to be relabelled (a note says so too).
@@ -64,6 +66,8 @@ def slice_checkpoint(
     if reconstruction is not None:
         weights = ReplacedWeights(weights, SafetensorsWeights(reconstruction))
     weights = JoinedWeights(weights, smaller)
+    if recovery is not None:
+        weights = ReplacedWeights(weights, SafetensorsWeights(recovery))
     shards = _shards(weights, list(stored_shapes(smaller)), shard_bytes)
     total_bytes = sum(_bytes(weights, name) for shard in shards for name in shard)
     require_free_bytes(out, total_bytes, what="The pruned checkpoint")

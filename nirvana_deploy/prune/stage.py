@@ -29,6 +29,7 @@ from nirvana_deploy.output.layout import (
     CURVES_FILE,
     PLAN_FILE,
     RECONSTRUCTION,
+    RECOVERY,
     SCORES_FILE,
 )
 from nirvana_deploy.output.run import Run
@@ -202,7 +203,7 @@ def reconstruct(run: Run, cutter: Cutter, plan: PrunePlan) -> Stage:
 
 
 def slice_model(run: Run, dense: Checkpoint, plan: PrunePlan) -> Stage:
-    """Write the smaller checkpoint, with what :func:`reconstruct` wrote, if anything."""
+    """Write the smaller checkpoint, with what :func:`reconstruct` and recovery wrote, if anything."""
 
     def work() -> dict[str, Any]:
         shape = slice_checkpoint(
@@ -210,11 +211,13 @@ def slice_model(run: Run, dense: Checkpoint, plan: PrunePlan) -> Stage:
             plan,
             run.out / CHECKPOINT,
             reconstruction=run.out / RECONSTRUCTION if plan.reconstruct is not None else None,
+            recovery=run.out / RECOVERY if run.has(stage.RECOVER) else None,
             progress=run.progress,
         )
         return {"linear_parameters": shape.linear_parameters}
 
-    return Stage(stage.CHECKPOINT, needs=(stage.PLAN, stage.RECONSTRUCT), makes=(CHECKPOINT,), work=work)
+    needs = (stage.PLAN, stage.RECONSTRUCT, stage.RECOVER)
+    return Stage(stage.CHECKPOINT, needs=needs, makes=(CHECKPOINT,), work=work)
 
 
 def _windows(run: Run) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ EXTRAS = {
     "hypothesis": ("hypothesis", "test"),
     "lm_eval": ("lm-eval", "eval"),
     "onnxruntime_genai": ("onnxruntime-genai", "genai"),
+    "peft": ("peft", "recover"),
     "tensorrt_rtx": ("tensorrt-rtx", "rtx"),
     "tritonclient": ("tritonclient", "test"),
 }

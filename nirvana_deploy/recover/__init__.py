@@ -1,0 +1,1 @@
+"""Training a pruned checkpoint toward the dense model."""

@@ -1,0 +1,24 @@
+"""Refuse, before any work, a recovery that cannot be done."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.calibrate.mixture import parts_of
+from nirvana_deploy.calibrate.texts import require_source
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.recover.budget import budget_of
+from nirvana_deploy.recover.recipe import Recovery
+
+
+def require_recovery(recipe: Recovery, dense: Checkpoint) -> None:
+    """Raise NirvanaError for a budget or a text that is of no use, MissingExtraError for a package."""
+    budget_of(recipe.recover or "")
+    for package in ("accelerate", *(("peft",) if recipe.recover_method == "lora" else ())):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError("Recovery", package=package, extra="recover")
+    if not recipe.learning_rate > 0:
+        raise NirvanaError(f"--learning-rate must be above 0, got {recipe.learning_rate:g}.")
+    for part in parts_of(recipe.recover_text, writes_text=dense.shape.family.writes_text):
+        require_source(part.source, dense.tokenizer)

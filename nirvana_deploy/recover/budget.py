@@ -1,0 +1,49 @@
+"""How long to train: a time or a number of tokens, and how many steps that makes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from nirvana_deploy.base.errors import NirvanaError
+
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
+_TOKENS = {"": 1, "k": 1_000, "M": 1_000_000}
+_WRITTEN = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>s|min|m|h|k|M|)")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One of the two."""
+
+    seconds: float | None = None
+    tokens: int | None = None
+
+    def steps(self, step_tokens: int, step_seconds: float) -> int:
+        """Steps of ``step_tokens`` that fit, at ``step_seconds`` each; raises NirvanaError for none."""
+        if self.tokens is not None:
+            found = self.tokens // step_tokens
+            short = f"{self.tokens:,} tokens are less than one step, which reads {step_tokens:,}"
+        else:
+            assert self.seconds is not None
+            found = int(self.seconds / step_seconds)
+            short = f"{self.seconds:g} s end within the first step, which takes {step_seconds:.1f} s here"
+        if found < 1:
+            raise NirvanaError(
+                f"--recover: {short}.", hint="Give more, or a smaller step: --recover-batch 1."
+            )
+        return found
+
+
+def budget_of(written: str) -> Budget:
+    """Read "30m", "2h", "90s" or "200k", "1.5M", "65536"; raises NirvanaError for anything else."""
+    found = _WRITTEN.fullmatch(written.strip())
+    number = float(found["number"]) if found else 0.0
+    if found is None or number <= 0:
+        raise NirvanaError(
+            f"--recover {written} is neither a time nor a number of tokens.",
+            hint="For instance: --recover 30m, --recover 2h or --recover 200k",
+        )
+    if found["unit"] in _SECONDS:
+        return Budget(seconds=number * _SECONDS[found["unit"]])
+    return Budget(tokens=int(number * _TOKENS[found["unit"]]))

@@ -1,0 +1,85 @@
+"""Windows to train on, and a few set aside that tell when to stop.
+
+They come from the segments of a text that calibration draws from, never from those held out for quality, so
+what is reported had no say. The windows that watch are of the same kinds of text as the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import Progress
+from nirvana_deploy.calibrate.mixture import parts_of
+from nirvana_deploy.calibrate.windows import TokenWindows, calibration_data, room_for
+from nirvana_deploy.model.checkpoint import Checkpoint
+
+MOST_WINDOWS = 4096
+"""Distinct windows at most; a longer training reads them again."""
+_WATCHING = 16
+"""One window of so many watches."""
+_LEAST_WATCHING, _MOST_WATCHING = 2, 32
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """What recovery reads."""
+
+    train: TokenWindows
+    """[N, T]."""
+    watch: NDArray[np.int64]
+    """[M, T]."""
+
+
+def training_text(
+    source: str,
+    dense: Checkpoint,
+    *,
+    wanted: int,
+    least: int,
+    seq_len: int,
+    segment_tokens: int,
+    seed: int,
+    progress: Progress,
+) -> TrainingText:
+    """Draw up to ``wanted`` windows of ``seq_len`` tokens, fewer where the text has no more.
+
+    ``segment_tokens`` is the longer of a calibration and a held-out window, which decides what is held out.
+    Raises NirvanaError for a text with fewer than ``least`` windows beside those that watch.
+    """
+    parts = parts_of(source, writes_text=dense.shape.family.writes_text)
+    tokenizer = dense.tokenizer
+
+    def room_of(name: str) -> int:
+        return room_for(name, tokenizer, seq_len=seq_len, heldout_len=segment_tokens, progress=progress)
+
+    room = min(
+        (int(room_of(part.source) / part.share) for part in parts if part.source != "self"),
+        default=MOST_WINDOWS,
+    )
+    fits = min(room, MOST_WINDOWS)
+    if fits < least + _LEAST_WATCHING:
+        raise NirvanaError(
+            f"--recover-text {source}: there is text for {fits} windows of {seq_len} tokens, and a step and "
+            f"the windows that watch it need {least + _LEAST_WATCHING}.",
+            hint="Give a longer text, mix others in (--recover-text mine.txt:0.5,pydoc), or pass "
+            "--recover-batch 1.",
+        )
+    watching = int(np.clip(wanted // _WATCHING, _LEAST_WATCHING, _MOST_WATCHING))
+    drawn = calibration_data(
+        source,
+        tokenizer,
+        num_sequences=max(min(wanted + watching, fits), len(parts)),
+        seq_len=seq_len,
+        seed=seed,
+        heldout_sequences=0,
+        heldout_len=segment_tokens,
+        checkpoint=dense,
+        progress=progress,
+    ).calibration
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(drawn.tokens))
+    watch, train = sorted(order[:watching]), sorted(order[watching:])
+    return TrainingText(train=drawn.taken(train), watch=drawn.tokens[watch])

@@ -1,0 +1,62 @@
+"""Options for recovery."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from nirvana_deploy.base.recipe import Option, recipe
+
+METHODS = ("distill", "lora", "full")
+
+
+@recipe
+class Recovery:
+    """How long the pruned model is trained toward the dense one, on what, and how."""
+
+    recover: Annotated[
+        str | None,
+        Option(
+            "Train the pruned model toward the dense one, for a time (30m, 2h) or a number of tokens (200k).",
+            metavar="TIME|TOKENS",
+            resumable=True,
+        ),
+    ] = None
+    recover_method: Annotated[
+        str,
+        Option(
+            "distill: all weights of the layers, by KL from the dense model; lora: adapters on their linears "
+            "alone, merged in the end; full: all weights, by the next token.",
+            choices=METHODS,
+            resumable=True,
+        ),
+    ] = "distill"
+    recover_text: Annotated[
+        str, Option("Text to train on, as --calib takes it, in windows of --seq-len.", resumable=True)
+    ] = "mix"
+    recover_batch: Annotated[int, Option("Training windows per step.", minimum=1, resumable=True)] = 4
+    recover_micro_batch: Annotated[
+        int | None,
+        Option("Training windows at a time; changes memory alone. [a step]", minimum=1, resumable=True),
+    ] = None
+    learning_rate: Annotated[float, Option("Peak, in recovery.", minimum=0, resumable=True)] = 1e-4
+    next_token_weight: Annotated[
+        float,
+        Option(
+            "Weight of the next token's cross-entropy beside the KL.",
+            minimum=0.0,
+            resumable=True,
+            command_line=False,
+        ),
+    ] = 0.0
+    states_weight: Annotated[
+        float,
+        Option(
+            "Weight of the squared error of the last hidden states, relative to their size, beside the KL.",
+            minimum=0.0,
+            resumable=True,
+            command_line=False,
+        ),
+    ] = 0.0
+    lora_rank: Annotated[
+        int, Option("Rank of the adapters.", minimum=1, resumable=True, command_line=False)
+    ] = 8

@@ -1,0 +1,170 @@
+"""From a cut to trained tensors: text, student and teacher, the loop, and what is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from nirvana_deploy.base.artifact import whole_folder, write_json
+from nirvana_deploy.base.ownership.temporary import remove
+from nirvana_deploy.base.progress import Progress
+from nirvana_deploy.base.resources import disk_errors, require_free_bytes, require_memory
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.weights import SafetensorsWeights
+from nirvana_deploy.recover.budget import budget_of
+from nirvana_deploy.recover.data import TrainingText, training_text
+from nirvana_deploy.recover.recipe import Recovery
+from nirvana_deploy.recover.states import StatesOf
+from nirvana_deploy.recover.student import Student, trainable, trained_tensors
+from nirvana_deploy.recover.training import Course, Loop, fit, probe, whole_steps
+
+_STATE_BYTES = 3 * 4
+"""A parameter that is trained, and its two moments."""
+_SAVED_STATES = 3
+"""The best one, the last one, and the one that is being written."""
+_SCHEDULE = "schedule.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What :func:`recover_checkpoint` did."""
+
+    text: TrainingText
+    loop: Loop
+    course: Course
+    writing_seconds: float
+    trained_parameters: int
+
+
+@dataclass(frozen=True)
+class TextWanted:
+    """Which windows to draw, beside the recipe's source."""
+
+    seq_len: int
+    segment_tokens: int
+    """The longer of a calibration and a held-out window."""
+    seed: int
+
+
+def recover_checkpoint(
+    cut: Checkpoint,
+    dense: Checkpoint,
+    recipe: Recovery,
+    wanted: TextWanted,
+    out: Path,
+    *,
+    state: Path,
+    identity: dict[str, Any],
+    progress: Progress,
+) -> Trained:
+    """Train ``cut`` toward ``dense``; write what changed to the folder ``out``, in the stored dtypes.
+
+    ``state`` is where a killed training left its course; it is gone on with where ``identity`` (options and
+    hashes, JSON) is the same, and removed in the end. Raises NirvanaError for too little text, time, memory
+    or disk, and for a loss that is not finite.
+    """
+    model = cut.load().train()
+    trainable(model, cut, recipe)
+    parameters = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    _require_room(out, parameters, dense)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = StatesOf(dense, dense.load().requires_grad_(False).to(device))
+    student = Student(StatesOf(cut, model.to(device)), teacher, recipe)
+    begun = _begun(state, identity)
+    loop = begun or _planned(student, recipe, wanted, dense.shape.vocab_size, device)
+    started = time.perf_counter()
+    text = training_text(
+        recipe.recover_text,
+        dense,
+        wanted=loop.steps * loop.step_windows,
+        least=recipe.recover_batch,
+        seq_len=wanted.seq_len,
+        segment_tokens=wanted.segment_tokens,
+        seed=wanted.seed,
+        progress=progress,
+    )
+    writing_seconds = time.perf_counter() - started
+    if begun is None:
+        loop = _shortened(loop, recipe, wanted.seq_len, writing_seconds)
+        _remember(state, identity, loop)
+    label = f"Recovering on {loop.steps * loop.step_windows * wanted.seq_len:,} tokens"
+    with progress.task(label, loop.steps) as advance:
+        course = fit(student, text.train.tokens, text.watch, loop, state=state, advance=advance)
+    with whole_folder(out) as folder, disk_errors(out):
+        stored = SafetensorsWeights(cut.path)  # with fused linears as they are
+        tensors = {
+            name: (tensor if course.kept_step else stored.load(name)).to("cpu", stored.dtype(name))
+            for name, tensor in trained_tensors(model)
+        }
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    remove(state)
+    return Trained(text, loop, course, round(writing_seconds, 3), parameters)
+
+
+def _planned(
+    student: Student, recipe: Recovery, wanted: TextWanted, vocab_size: int, device: torch.device
+) -> Loop:
+    """The loop of a budget, as if text cost nothing."""
+    batch = recipe.recover_batch
+    micro_batch = min(recipe.recover_micro_batch or batch, batch)
+    while batch % micro_batch:
+        micro_batch -= 1
+    budget = budget_of(recipe.recover or "")
+    seconds = 1.0
+    if budget.seconds is not None:
+        random = torch.Generator().manual_seed(0)
+        windows = torch.randint(0, vocab_size, (batch, wanted.seq_len), generator=random)
+        seconds = probe(student, windows.to(device), micro_batch=micro_batch)
+    return Loop(
+        steps=whole_steps(budget.steps(batch * wanted.seq_len, seconds)),
+        step_windows=batch,
+        micro_batch=micro_batch,
+        learning_rate=recipe.learning_rate,
+        seed=wanted.seed,
+    )
+
+
+def _shortened(loop: Loop, recipe: Recovery, seq_len: int, writing_seconds: float) -> Loop:
+    """The loop in what writing the text left of a budget in time."""
+    budget = budget_of(recipe.recover or "")
+    if budget.seconds is None:
+        return loop
+    step_seconds = budget.seconds / loop.steps
+    left = dataclasses.replace(budget, seconds=max(budget.seconds - writing_seconds, 0.0))
+    steps = left.steps(loop.step_windows * seq_len, step_seconds)
+    return dataclasses.replace(loop, steps=whole_steps(steps))
+
+
+def _require_room(out: Path, parameters: int, dense: Checkpoint) -> None:
+    """Refuse what does not fit before anything is computed."""
+    both = 2 * (dense.shape.linear_parameters + dense.shape.embedding_parameters)
+    require_memory(
+        4 * both + (4 + _STATE_BYTES) * parameters,
+        what="Recovery, with the dense and the pruned model, gradients and moments,",
+        hint="Train adapters alone: --recover-method lora.",
+    )
+    require_free_bytes(out.parent, _SAVED_STATES * _STATE_BYTES * parameters, what="Recovery")
+
+
+def _begun(state: Path, identity: dict[str, Any]) -> Loop | None:
+    """The loop that a killed run of the same identity was in; another one's state is removed."""
+    try:
+        found = json.loads((state / _SCHEDULE).read_text())
+        if found["identity"] == identity:
+            return Loop(**found["loop"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    remove(state)
+    return None
+
+
+def _remember(state: Path, identity: dict[str, Any], loop: Loop) -> None:
+    state.mkdir(parents=True, exist_ok=True)
+    write_json(state / _SCHEDULE, {"identity": identity, "loop": dataclasses.asdict(loop)})

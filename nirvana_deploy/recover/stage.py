@@ -1,0 +1,149 @@
+"""Recover: the stage between the refit and the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.ownership.temporary import scratch_folder
+from nirvana_deploy.base.recipe import fields_of
+from nirvana_deploy.calibrate.recipe import Calibration
+from nirvana_deploy.calibrate.windows_file import read_windows
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.output import stage
+from nirvana_deploy.output.layout import CALIBRATION_FILE, RECONSTRUCTION, RECOVERY, RECOVERY_STATE
+from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.stage import Stage
+from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.divergence import masked_quality
+from nirvana_deploy.prune.plan import PrunePlan
+from nirvana_deploy.recover.recipe import Recovery
+from nirvana_deploy.recover.record import Recovered
+from nirvana_deploy.recover.recovery import TextWanted, recover_checkpoint
+
+_NEW_TOKENS = 24
+
+
+def recover(
+    run: Run,
+    dense: Checkpoint,
+    plan: PrunePlan,
+    recipe: Recovery,
+    calibration: Calibration,
+    *,
+    prompts: Sequence[str] = (),
+) -> Stage:
+    """Train the cut of ``plan`` toward the dense model; keeps what changed, for the checkpoint to take.
+
+    The record holds what the cut wrote to ``prompts`` and its quality before.
+    """
+
+    def work() -> Recovered:
+        with scratch_folder(run.out) as scratch:
+            refit = run.out / RECONSTRUCTION if plan.reconstruct is not None else None
+            slice_checkpoint(dense, plan, scratch / "cut", reconstruction=refit)
+            cut = Checkpoint.open(scratch / "cut")
+            kl, perplexity = _quality_of_cut(run, dense, plan, refit)
+            answers = _answers(cut, prompts)
+            done = recover_checkpoint(
+                cut,
+                dense,
+                recipe,
+                TextWanted(
+                    seq_len=calibration.seq_len,
+                    segment_tokens=max(calibration.seq_len, calibration.heldout_len),
+                    seed=calibration.seed + 1,
+                ),
+                run.out / RECOVERY,
+                state=run.out / RECOVERY_STATE,
+                identity=identity(run, recipe, calibration),
+                progress=run.progress,
+            )
+        course, loop = done.course, done.loop
+        if not course.kept_step:
+            run.progress.note("Training made the held-out KL no better: the cut is kept as it was")
+        return Recovered(
+            options=options_of(recipe),
+            seed=calibration.seed,
+            text=done.text.train.source,
+            text_sha256=done.text.train.text_sha256,
+            train_windows=len(done.text.train.tokens),
+            watch_windows=len(done.text.watch),
+            window_tokens=calibration.seq_len,
+            step_windows=loop.step_windows,
+            steps=loop.steps,
+            steps_done=course.steps_done,
+            kept_step=course.kept_step,
+            tokens=course.steps_done * loop.step_windows * calibration.seq_len,
+            seconds=course.seconds,
+            writing_seconds=done.writing_seconds,
+            learning_rate=loop.learning_rate,
+            trained_parameters=done.trained_parameters,
+            curve=course.curve,
+            cut_kl=kl,
+            cut_perplexity=perplexity,
+            answers_of_cut=answers,
+        )
+
+    needs = (stage.PLAN, stage.RECONSTRUCT, stage.SELECT, stage.CALIBRATE)
+    return Stage(stage.RECOVER, needs=needs, makes=(RECOVERY,), work=work)
+
+
+def options_of(recipe: Recovery) -> dict[str, Any]:
+    """The options as JSON."""
+    return {field.name: getattr(recipe, field.name) for field in fields_of(Recovery)}
+
+
+def identity(run: Run, recipe: Recovery, calibration: Calibration) -> dict[str, Any]:
+    """What must be the same for a training to be gone on with: options, model, plan and refit."""
+    made = [run.manifest["stages"].get(name, {}).get("files", {}) for name in (stage.PLAN, stage.RECONSTRUCT)]
+    return {
+        "options": options_of(recipe),
+        "seed": calibration.seed,
+        "seq_len": calibration.seq_len,
+        "model": run.manifest["model"]["files"],
+        "cut": {file: sha256 for files in made for file, sha256 in files.items()},
+    }
+
+
+def forget_another(run: Run, recipe: Recovery, calibration: Calibration) -> None:
+    """Let a recovery with other options be made anew."""
+    if run.has(stage.RECOVER):
+        done = run.result(stage.RECOVER, dict[str, Any])
+        if done["options"] != options_of(recipe) or done["seed"] != calibration.seed:
+            run.forget(stage.RECOVER)
+
+
+def require_same(run: Run, recipe: Recovery) -> None:
+    """Raise NirvanaError for a resumed run whose model is recovered, and that asks for none."""
+    if recipe.recover is None and run.has(stage.RECOVER):
+        budget = run.result(stage.RECOVER, dict[str, Any])["options"]["recover"]
+        raise NirvanaError(
+            f"{run.out} holds a model that was recovered for {budget}, and --recover is missing.",
+            hint=f"Repeat the command with --recover {budget}, or with --force to start again.",
+        )
+
+
+def _quality_of_cut(run: Run, dense: Checkpoint, plan: PrunePlan, refit: Path | None) -> tuple[float, float]:
+    """(KL from dense, perplexity) on the held-out windows of quality."""
+    windows = read_windows(run.out / CALIBRATION_FILE)["heldout"]
+    [found] = masked_quality(dense, [plan], [windows], reconstructions=[refit], progress=run.progress)
+    return float(found.divergence.mean()), float(np.exp(found.loss.mean()))
+
+
+def _answers(cut: Checkpoint, prompts: Sequence[str]) -> tuple[str, ...]:
+    """What the cut writes, greedily."""
+    if not prompts or not cut.shape.family.writes_text:
+        return ()
+    model, tokenizer = cut.load(), cut.tokenizer
+    stops = sorted(cut.stop_token_ids) or None
+    texts = []
+    for prompt in prompts:
+        given = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        written = model.generate(given, max_new_tokens=_NEW_TOKENS, do_sample=False, eos_token_id=stops)
+        texts.append(str(tokenizer.decode(written[0, given.shape[1] :], skip_special_tokens=True)))
+    return tuple(texts)

@@ -1,0 +1,124 @@
+"""What is trained: the pruned model with some of its parameters, and the loss toward the dense one.
+
+Embedding and head stay: they are the dense model's, and the head's gradient would need all logits at once.
+Of an adapter (LoRA, Hu et al., arXiv 2106.09685; ``peft``) the product is added to its linear in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.recover.losses import (
+    BlockLoss,
+    divergence,
+    in_blocks,
+    next_token,
+    relative_error,
+    weighted,
+)
+from nirvana_deploy.recover.recipe import Recovery
+from nirvana_deploy.recover.states import StatesOf
+
+_ALPHA_A_RANK, _DROPOUT = 2, 0.05
+"""Of adapters: the settings of NIRVANA's authors."""
+
+
+class Student(nn.Module):
+    """The pruned model; ``forward`` is its mean loss a position on some windows.
+
+    ``teacher`` is the dense model, or None where the loss needs none.
+    """
+
+    _keys_to_ignore_on_save = None  # asked for by the Trainer
+
+    def __init__(self, pruned: StatesOf, teacher: StatesOf | None, recipe: Recovery) -> None:
+        super().__init__()
+        self.model: nn.Module = pruned.model
+        self._pruned, self._recipe = pruned, recipe
+        self._teacher = (teacher,)  # in a tuple: its parameters are not this module's
+
+    def forward(self, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss of windows [N, T] in nats, and the KL in it."""
+        states = self._pruned.states(windows).flatten(0, 1)
+        following = self._pruned.next_tokens(windows).flatten()
+        of_next = next_token(self._pruned.logits(), following)
+        if self._recipe.recover_method == "full":
+            return {"loss": _mean(states, of_next)}
+        [teacher] = self._teacher
+        assert teacher is not None
+        with torch.no_grad():
+            wanted = teacher.states(windows).flatten(0, 1)
+        kl = divergence(self._pruned.logits(), teacher.logits(), wanted)
+        loss = _mean(states, weighted((1.0, kl), (self._recipe.next_token_weight, of_next)))
+        if self._recipe.states_weight:
+            loss = loss + self._recipe.states_weight * relative_error(states, wanted)
+        return {"loss": loss}
+
+    @torch.no_grad()
+    def heldout_kl(self, windows: torch.Tensor) -> float:
+        """Sum over the positions of windows [N, T] of KL(dense || pruned), nats."""
+        [teacher] = self._teacher
+        assert teacher is not None
+        states, wanted = (one.states(windows).flatten(0, 1) for one in (self._pruned, teacher))
+        return float(in_blocks(states, divergence(self._pruned.logits(), teacher.logits(), wanted)))
+
+    def positions(self, windows: torch.Tensor) -> int:
+        """How many positions of windows [N, T] have logits."""
+        return self._pruned.read(windows)[-1].numel()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What training changes, and nothing else: what stays is in the pruned checkpoint."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        whole: dict[str, Any] = super().state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in whole.items() if name in trained}
+
+
+def trainable(model: Any, checkpoint: Checkpoint, recipe: Recovery) -> None:
+    """Set which parameters of ``model`` are trained, in place; adapters are put in."""
+    fixed = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(recipe.recover_method != "lora" and id(parameter) not in fixed)
+    if recipe.recover_method == "lora":
+        from peft import LoraConfig, inject_adapter_in_model
+
+        head = model.get_output_embeddings()
+        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+        adapters = LoraConfig(
+            r=recipe.lora_rank,
+            lora_alpha=_ALPHA_A_RANK * recipe.lora_rank,
+            lora_dropout=_DROPOUT,
+            target_modules=linears,
+        )
+        inject_adapter_in_model(adapters, model)
+
+
+def trained_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in the checkpoint, float32 tensor) of all that training may have changed; adapters are merged."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            module.merge()
+            yield f"{name}.weight", module.base_layer.weight.detach()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_" not in name:
+            yield name, parameter.detach()
+
+
+def require_finite(loss: float, *, step: int, learning_rate: float) -> None:
+    """Raise NirvanaError for a loss that is NaN or infinite."""
+    if not torch.isfinite(torch.tensor(loss)):
+        raise NirvanaError(
+            f"The loss is {loss} at step {step}, learning rate {learning_rate:.2g}: training is of no use "
+            "from there on.",
+            hint=f"Repeat the command with --resume and --learning-rate {learning_rate / 4:.1g}.",
+        )
+
+
+def _mean(states: torch.Tensor, loss: BlockLoss) -> torch.Tensor:
+    """Mean of a loss over positions [P, D], float32."""
+    return (in_blocks(states, loss) / len(states)).to(states.dtype)

@@ -1,0 +1,251 @@
+"""The loop: transformers' ``Trainer`` with the loss of ``student.py`` and a held-out KL that watches.
+
+AdamW (0.9, 0.99) without decay, gradients clipped at 1, the learning rate after a warm-up along a cosine to a
+twentieth. States are saved at each measurement; a killed run goes on from the last whole one, and its course
+is that of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from nirvana_deploy.base.ownership.temporary import remove
+from nirvana_deploy.base.progress import Advance
+from nirvana_deploy.base.resources import disk_errors
+from nirvana_deploy.recover.record import CurvePoint
+from nirvana_deploy.recover.student import Student, require_finite
+
+_MEASUREMENTS = 12
+"""Of the held-out KL, evenly spread over the steps."""
+_PATIENCE = 4
+"""Measurements without a better one after which training stops."""
+_WARM_UP, _LAST_RATE = 0.05, 0.05
+"""Share of the steps, and of the peak learning rate."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How training went."""
+
+    curve: tuple[CurvePoint, ...]
+    kept_step: int
+    steps_done: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the loop is told."""
+
+    steps: int
+    """A multiple of ``measured_every``."""
+    step_windows: int
+    micro_batch: int
+    learning_rate: float
+    seed: int
+
+    @property
+    def measured_every(self) -> int:
+        """Steps between two measurements of the held-out KL."""
+        return max(1, self.steps // _MEASUREMENTS)
+
+
+def whole_steps(steps: int) -> int:
+    """At most ``steps`` of which the last one is measured."""
+    return steps - steps % max(1, steps // _MEASUREMENTS)
+
+
+class _Windows(Dataset[dict[str, torch.Tensor]]):
+    def __init__(self, tokens: NDArray[np.int64]) -> None:
+        self._tokens = torch.from_numpy(tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"windows": self._tokens[index]}
+
+
+class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
+    """Measures the KL of watching windows in place of a loss, and says where a loss is no number."""
+
+    def __init__(self, student: Student, watch: NDArray[np.int64], *, batch: int, **kwargs: Any) -> None:
+        super().__init__(model=student, **kwargs)
+        self._student, self._batch = student, batch
+        self._watch = torch.from_numpy(watch)
+        self._before, self._started = 0.0, time.perf_counter()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        step, rate = self.state.global_step + 1, float(self.lr_scheduler.get_last_lr()[0])
+        require_finite(float(loss), step=step, learning_rate=rate)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        was_training = self._student.training
+        self._student.eval()
+        device = self.args.device
+        batches = self._watch.split(self._batch)
+        total = sum(self._student.heldout_kl(batch.to(device)) for batch in batches)
+        self._student.train(was_training)
+        metrics = {"eval_kl": total / self._student.positions(self._watch)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the time that training has taken, over all runs of it."""
+        super().log({**logs, "seconds": self.seconds}, *args, **kwargs)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start, those of a killed run included."""
+        return self._before + time.perf_counter() - self._started
+
+    def go_on(self, folder: Path | None) -> None:
+        """Train, from a saved state if there is one."""
+        if folder is not None:
+            history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+            self._before = float(history[-1]["seconds"])
+        self._started = time.perf_counter()
+        self.train(resume_from_checkpoint=None if folder is None else str(folder))
+
+
+class _Told(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Advances a task, and nothing on stdout."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._advance(1)
+
+
+def fit(
+    student: Student,
+    train: NDArray[np.int64],
+    watch: NDArray[np.int64],
+    loop: Loop,
+    *,
+    state: Path,
+    advance: Advance,
+) -> Course:
+    """Train ``student`` in place on windows [N, T]; it ends as the best state by the watching windows [M, T].
+
+    ``state`` is the folder of saved states: training goes on from the last whole one there. Raises
+    NirvanaError for a loss that is not finite (the states before stay) and a full disk.
+    """
+    every = loop.measured_every
+    arguments = TrainingArguments(
+        output_dir=str(state),
+        max_steps=loop.steps,
+        per_device_train_batch_size=loop.micro_batch,
+        gradient_accumulation_steps=loop.step_windows // loop.micro_batch,
+        learning_rate=loop.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": _LAST_RATE},
+        warmup_steps=max(1, round(_WARM_UP * loop.steps)),
+        adam_beta2=0.99,
+        max_grad_norm=1.0,
+        seed=loop.seed,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=True,
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="kl",
+        greater_is_better=False,
+        logging_steps=every,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    trainer = _Watched(
+        student,
+        watch,
+        batch=loop.micro_batch,
+        args=arguments,
+        train_dataset=_Windows(train),
+        eval_dataset=_Windows(watch),
+        callbacks=[EarlyStoppingCallback(_PATIENCE), _Told(advance)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    begin = _last_whole(state)
+    advance(0 if begin is None else int(begin.name.rpartition("-")[2]))
+    with _quiet(), disk_errors(state):
+        trainer.go_on(begin)
+    return _course(trainer.state.log_history, loop, train.shape[1], trainer.seconds)
+
+
+def probe(student: Student, windows: torch.Tensor, *, micro_batch: int) -> float:
+    """Seconds of a step on ``windows`` [N, T]; changes nothing."""
+    seconds = 0.0
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        for part in windows.split(micro_batch):
+            student(part)["loss"].backward()
+        seconds = time.perf_counter() - started
+    student.zero_grad(set_to_none=True)
+    return seconds
+
+
+def _course(history: Sequence[dict[str, Any]], loop: Loop, window_tokens: int, seconds: float) -> Course:
+    measured = {entry["step"]: entry for entry in history if "eval_kl" in entry}
+    curve = tuple(
+        CurvePoint(
+            step=step,
+            tokens=step * loop.step_windows * window_tokens,
+            seconds=round(entry["seconds"], 3),
+            kl=entry["eval_kl"],
+        )
+        for step, entry in sorted(measured.items())
+    )
+    best = min(curve, key=lambda point: point.kl)
+    return Course(curve=curve, kept_step=best.step, steps_done=curve[-1].step, seconds=round(seconds, 3))
+
+
+def _last_whole(state: Path) -> Path | None:
+    """The newest state that was written to its end, which is trainer_state.json; newer ones are removed."""
+    for folder in sorted(state.glob("checkpoint-*"), key=lambda one: int(one.name.rpartition("-")[2]))[::-1]:
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            remove(folder)
+        else:
+            return folder
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what transformers warns of and is meant so: parameters that no state holds, for one."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

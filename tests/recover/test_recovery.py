@@ -1,0 +1,192 @@
+"""Recovery: step 0 is the cut, the loss falls, what is written is what was trained, kills change nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders.extras import needs
+from builders.plans import logits_of, plan_for
+from builders.tiny import write_tiny
+from builders.tiny_t5 import write_t5
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.divergence import masked_divergences
+from nirvana_deploy.recover import training
+from nirvana_deploy.recover.recipe import Recovery
+from nirvana_deploy.recover.recovery import TextWanted, Trained, recover_checkpoint
+
+SEQ_LEN = 24
+SHORT = {"recover": "1200", "recover_batch": 4, "learning_rate": 2e-3}
+KINDS = ["llama-tied", "qwen3", "gemma3", "phi3", "flan-t5"]
+
+
+@pytest.fixture(autouse=True)
+def few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_MEASUREMENTS", 4)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "notes.txt"
+    lines = (f"Day {n}: {n * 7919 % 1000} apples and {n * 104729 % 997} pears.\n" for n in range(400))
+    file.write_text("".join(lines))
+    return file
+
+
+def model_of(kind: str, folder: Path) -> Path:
+    return write_t5(folder, kind) if "t5" in kind else write_tiny(folder, kind)
+
+
+class Cut:
+    """A model, a cut of it, and what recovering it takes."""
+
+    def __init__(self, folder: Path, kind: str, text: Path) -> None:
+        self.folder, self.text = folder, text
+        self.dense = Checkpoint.open(model_of(kind, folder / "dense"))
+        self.plan = plan_for(self.dense.path, sparsity=0.3)
+        slice_checkpoint(self.dense, self.plan, folder / "cut")
+        self.cut = Checkpoint.open(folder / "cut")
+
+    def recover(self, out: str = "recovery", **options: Any) -> Trained:
+        recipe = Recovery(**{**SHORT, "recover_text": str(self.text), **options})
+        return recover_checkpoint(
+            self.cut,
+            self.dense,
+            recipe,
+            TextWanted(seq_len=SEQ_LEN, segment_tokens=SEQ_LEN, seed=1),
+            self.folder / out,
+            state=self.folder / "state",
+            identity={"lr": recipe.learning_rate},
+            progress=SILENT,
+        )
+
+
+@pytest.fixture(params=KINDS)
+def cut(request: pytest.FixtureRequest, tmp_path: Path, text: Path) -> Cut:
+    return Cut(tmp_path, request.param, text)
+
+
+@pytest.fixture
+def llama(tmp_path: Path, text: Path) -> Cut:
+    return Cut(tmp_path, "llama-tied", text)
+
+
+def test_from_the_cut_to_a_checkpoint_that_is_what_was_trained(cut: Cut) -> None:
+    done = cut.recover(learning_rate=2e-3 if cut.dense.shape.hidden_size < 96 else 4e-4)
+    curve, watch = done.course.curve, done.text.watch
+    assert [point.step for point in curve] == [0, 3, 6, 9, 12]
+    assert curve[0].kl == pytest.approx(masked_divergences(cut.dense, [cut.plan], watch)[0].mean(), rel=1e-4)
+    best = min(point.kl for point in curve)
+    assert done.course.kept_step > 0 and best < 0.95 * curve[0].kl
+    written = load_file(cut.folder / "recovery/model.safetensors")
+    before = load_file(cut.folder / "cut/model.safetensors")
+    assert all("embed" in name or "head" in name or "shared" in name for name in set(before) - set(written))
+    slice_checkpoint(cut.dense, cut.plan, cut.folder / "after", recovery=cut.folder / "recovery")
+    assert kl_of(Checkpoint.open(cut.folder / "after"), cut.dense, watch) == pytest.approx(best, rel=1e-4)
+
+
+def kl_of(pruned: Checkpoint, dense: Checkpoint, windows: NDArray[np.int64]) -> float:
+    """KL(dense || pruned) from whole logits of transformers, in float64."""
+    if dense.shape.family.encoder_decoder:
+        from nirvana_deploy.model.reading import stack_tokens
+
+        inputs = [torch.from_numpy(t) for t in stack_tokens(dense.shape.family, dense.config, windows)]
+        given = {"input_ids": inputs[0], "decoder_input_ids": inputs[1]}
+        with torch.no_grad():
+            log_p, log_q = (one.load()(**given).logits.double().log_softmax(-1) for one in (dense, pruned))
+    else:
+        log_p, log_q = (logits_of(one.path, windows).double().log_softmax(-1) for one in (dense, pruned))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def test_merged_adapters_compute_what_unmerged_ones_do(llama: Cut) -> None:
+    needs("peft")
+    done = llama.recover(recover_method="lora", learning_rate=1e-2)
+    assert done.trained_parameters < sum(p.numel() for p in llama.cut.load().parameters()) / 2
+    slice_checkpoint(llama.dense, llama.plan, llama.folder / "after", recovery=llama.folder / "recovery")
+    kl = kl_of(Checkpoint.open(llama.folder / "after"), llama.dense, done.text.watch)
+    assert kl == pytest.approx(min(point.kl for point in done.course.curve), rel=1e-4)
+    assert done.course.curve[-1].kl < done.course.curve[0].kl
+
+
+def test_micro_batches_change_memory_alone(llama: Cut) -> None:
+    """With the next token alone as the loss, which is one too."""
+    full = {"recover_method": "full", "recover": "400"}
+    whole, parts = llama.recover("one", **full), llama.recover("two", **full, recover_micro_batch=1)
+    for one, other in zip(whole.course.curve, parts.course.curve, strict=True):
+        assert one.kl == pytest.approx(other.kl, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "after_steps", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 3, 4, 5, 6, 8, 9, 11))]
+)
+def test_a_killed_training_goes_on_as_if_nothing_had_been(
+    llama: Cut, monkeypatch: pytest.MonkeyPatch, after_steps: int
+) -> None:
+    undisturbed = llama.recover("undisturbed")
+    told = training._Told.on_step_end
+    count = 0
+
+    def kill(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == after_steps:
+            raise KeyboardInterrupt
+        told(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Told, "on_step_end", kill)
+        with pytest.raises(KeyboardInterrupt):
+            llama.recover("resumed")
+    assert not (llama.folder / "resumed").exists()
+    torn = llama.folder / "state/checkpoint-99"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"log_history": [')
+    resumed = llama.recover("resumed")
+    for one, other in zip(undisturbed.course.curve, resumed.course.curve, strict=True):
+        assert (one.step, one.kl) == (other.step, pytest.approx(other.kl, rel=1e-6))
+    second = load_file(llama.folder / "resumed/model.safetensors")
+    for name, tensor in load_file(llama.folder / "undisturbed/model.safetensors").items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-6, atol=1e-7)
+    assert not (llama.folder / "state").exists()
+
+
+def test_another_training_does_not_go_on_from_there(llama: Cut) -> None:
+    state = llama.folder / "state"
+    state.mkdir()
+    (state / "schedule.json").write_text(json.dumps({"identity": {"lr": 1.0}, "loop": {}}))
+    assert llama.recover().course.curve[0].step == 0
+
+
+def test_what_training_spoils_is_not_kept(llama: Cut) -> None:
+    done = llama.recover(learning_rate=0.3)
+    assert done.course.kept_step == 0
+    written = load_file(llama.folder / "recovery/model.safetensors")
+    before = load_file(llama.folder / "cut/model.safetensors")
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_a_loss_that_is_no_number_names_step_and_rate(llama: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "require_finite", lambda loss, **at: real(float("nan"), **at))
+    from nirvana_deploy.recover.student import require_finite as real
+
+    with pytest.raises(NirvanaError, match=r"The loss is nan at step 1, learning rate .*\n.*--learning-rate"):
+        llama.recover()
+
+
+def test_a_text_too_short_says_how_many_windows_there_are(llama: Cut) -> None:
+    short = llama.folder / "short.txt"
+    short.write_text("A few words, and no more than that.\n" * 4)
+    with pytest.raises(NirvanaError, match=r"text for \d windows of 24 tokens.*need 6.\n.*--recover-batch 1"):
+        llama.recover(recover_text=str(short))
