@@ -34,7 +34,7 @@ from recipes import read_rows as read_recipes
 from recipes import table as recipes_table
 from selection import table as selection_table
 
-from nirvana_deploy.report import tasks_page
+from nirvana_deploy.report.pages import tasks as tasks_page
 from nirvana_deploy.report.table import summary_table
 
 ROOT = Path(__file__).resolve().parent.parent

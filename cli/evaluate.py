@@ -67,13 +67,13 @@ def _show_quality(result: dict[str, Any]) -> None:
 
 
 def _show_kernel(record: dict[str, Any]) -> None:
-    from nirvana_deploy.report.ntk_page import explain, headers, rows
+    from nirvana_deploy.report.pages.ntk import explain, headers, rows
 
     echo_table(headers(record), rows(record), title="Change of the tangent kernel")
     echo("\n" + "\n\n".join(explain(record)))
 
 
 def _show_tasks(record: dict[str, Any]) -> None:
-    from nirvana_deploy.report.tasks_page import headers, rows
+    from nirvana_deploy.report.pages.tasks import headers, rows
 
     echo_table(headers(record), rows(record), title="lm-evaluation-harness")

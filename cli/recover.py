@@ -7,19 +7,17 @@ from typing import Any
 
 import click
 
-from nirvana_deploy.recover.recipe import Recovery
+from nirvana_deploy.recover.recipe import Length, Recovery
 
 from .common import TerminalProgress, command_line, echo, echo_json, echo_table
-from .options import json_option, recipe_options, typed
+from .options import json_option, recipe_options, taken, typed
 
 
 @click.command("recover")
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="How long to train.")
-@click.option("--tokens", type=click.IntRange(min=1), help="How many tokens to train on, instead.")
-@recipe_options(Recovery, without=["recover"])
+@recipe_options(Length, Recovery, without=["recover"])
 @json_option
-def recover(out: Path, minutes: float | None, tokens: int | None, as_json: bool, **options: Any) -> None:
+def recover(out: Path, as_json: bool, **options: Any) -> None:
     """Train the pruned model in OUT toward the dense one, and make anew what was made from it.
 
     A killed training goes on when the command is repeated.
@@ -30,11 +28,12 @@ def recover(out: Path, minutes: float | None, tokens: int | None, as_json: bool,
       nirvana-deploy recover smollm2-s0.4 --tokens 200000 --recover-method lora
       nirvana-deploy recover smollm2-s0.4 --minutes 60 --recover-text handbook.txt:0.5,mix
     """
-    if (minutes is None) == (tokens is None):
+    length = taken(Length, options)
+    if (length.minutes is None) == (length.tokens is None):
         raise click.UsageError("Say how long: --minutes M or --tokens N, one of them.")
     from nirvana_deploy.pipeline.folder import recover_folder
 
-    budget = f"{minutes:g}m" if minutes is not None else f"{tokens}"
+    budget = f"{length.minutes:g}m" if length.minutes is not None else f"{length.tokens}"
     done = recover_folder(
         out, {**typed(options), "recover": budget}, command=command_line(), progress=TerminalProgress()
     )

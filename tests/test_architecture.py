@@ -63,7 +63,7 @@ KNOWN: dict[str, set[str]] = {
     },
     "schemes": {
         "cli.quantize",
-        "report.deployed_page",
+        "report.pages.deployed",
         "runtime.tensorrt.memory",
     },
     "lines": set(),

@@ -57,7 +57,7 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
         for part in parts_of(corpus, writes_text=dense.shape.family.writes_text):
             require_source(part.source, dense.tokenizer)
     if job.recovery.recover is not None:
-        require_recovery(job.recovery, dense)
+        require_recovery(job.recovery, dense, seq_len=job.calibration.seq_len)
     if job.calibration.eval_text is not None:
         read_text_file(job.calibration.eval_text, tokenizer=dense.tokenizer)
     windows = windows_wanted(job.calibration, dense.shape)

@@ -12,9 +12,11 @@ from nirvana_deploy.recover.budget import budget_of
 from nirvana_deploy.recover.recipe import Recovery
 
 
-def require_recovery(recipe: Recovery, dense: Checkpoint) -> None:
+def require_recovery(recipe: Recovery, dense: Checkpoint, *, seq_len: int) -> None:
     """Raise NirvanaError for a budget or a text that is of no use, MissingExtraError for a package."""
-    budget_of(recipe.recover or "")
+    budget = budget_of(recipe.recover or "")
+    if budget.tokens is not None:
+        budget.steps(recipe.recover_batch * seq_len, step_seconds=0.0)
     for package in ("accelerate", *(("peft",) if recipe.recover_method == "lora" else ())):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("Recovery", package=package, extra="recover")

@@ -10,6 +10,14 @@ METHODS = ("distill", "lora", "full")
 
 
 @recipe
+class Length:
+    """How long to train, as one of two numbers."""
+
+    minutes: Annotated[float | None, Option("How long to train, text that the model writes included.")] = None
+    tokens: Annotated[int | None, Option("How many tokens to train on, instead.", minimum=1)] = None
+
+
+@recipe
 class Recovery:
     """How long the pruned model is trained toward the dense one, on what, and how."""
 

@@ -72,11 +72,9 @@ class Student(nn.Module):
         """How many positions of windows [N, T] have logits."""
         return self._pruned.read(windows)[-1].numel()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What training changes, and nothing else: what stays is in the pruned checkpoint."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        whole: dict[str, Any] = super().state_dict(*args, **kwargs)
-        return {name: tensor for name, tensor in whole.items() if name in trained}
+    def trained(self) -> dict[str, torch.Tensor]:
+        """What training changes, by name, and nothing else: what stays is in the pruned checkpoint."""
+        return {name: one.detach() for name, one in self.named_parameters() if one.requires_grad}
 
 
 def trainable(model: Any, checkpoint: Checkpoint, recipe: Recovery) -> None:

@@ -25,6 +25,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainingArguments,
 )
 
@@ -88,6 +89,8 @@ class _Windows(Dataset[dict[str, torch.Tensor]]):
 class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
     """Measures the KL of watching windows in place of a loss, and says where a loss is no number."""
 
+    control: TrainerControl
+
     def __init__(self, student: Student, watch: NDArray[np.int64], *, batch: int, **kwargs: Any) -> None:
         super().__init__(model=student, **kwargs)
         self._student, self._batch = student, batch
@@ -104,13 +107,15 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
         was_training = self._student.training
         self._student.eval()
         device = self.args.device
-        batches = self._watch.split(self._batch)
-        total = sum(self._student.heldout_kl(batch.to(device)) for batch in batches)
+        total = sum(self._student.heldout_kl(one.to(device)) for one in _parts(self._watch, self._batch))
         self._student.train(was_training)
         metrics = {"eval_kl": total / self._student.positions(self._watch)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=self._student.trained())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the time that training has taken, over all runs of it."""
@@ -205,11 +210,15 @@ def probe(student: Student, windows: torch.Tensor, *, micro_batch: int) -> float
     seconds = 0.0
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()
-        for part in windows.split(micro_batch):
+        for part in _parts(windows, micro_batch):
             student(part)["loss"].backward()
         seconds = time.perf_counter() - started
     student.zero_grad(set_to_none=True)
     return seconds
+
+
+def _parts(windows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    return (windows[start : start + size] for start in range(0, len(windows), size))
 
 
 def _course(history: Sequence[dict[str, Any]], loop: Loop, window_tokens: int, seconds: float) -> Course:

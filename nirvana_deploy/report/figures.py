@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from nirvana_deploy.output.records import LayerWidth
-from nirvana_deploy.report.ntk_page import headers
+from nirvana_deploy.report.pages.ntk import headers
 from nirvana_deploy.report.table import (
     format_bytes,
     format_ms,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records, model_name, verifications
-from nirvana_deploy.report.deployed_page import low_bit_source_caution, quantization_caution
+from nirvana_deploy.report.pages.deployed import low_bit_source_caution, quantization_caution
 from nirvana_deploy.report.table import (
     baseline_of,
     challengers_of,

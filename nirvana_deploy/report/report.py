@@ -34,16 +34,9 @@ from nirvana_deploy.output.records import (
     listed_files,
     read_records,
 )
-from nirvana_deploy.report import (
-    curves_page,
-    deployed_page,
-    figures,
-    findings,
-    ntk_page,
-    quality_page,
-    tasks_page,
-)
+from nirvana_deploy.report import figures, findings
 from nirvana_deploy.report.facts import details, encoder_decoder, evaluation_source
+from nirvana_deploy.report.pages import curves, deployed, ntk, quality, recovery, tasks
 from nirvana_deploy.report.table import (
     ABSENT,
     baseline_of,
@@ -201,26 +194,35 @@ def _figures_of(records: Records, out: Path) -> list[PlacedFigure]:
         caption = "Blue is kept, grey removed. A KV group is one KV head with its query heads."
         placed.append(PlacedFigure(Markup(svg), caption, wide=True))
         placed += _curves_figures(out, layer_widths(records.plan))
+    placed += _recovery_figures(records)
     selection = _selection(records)
     if selection:
         svg = figures.selection_figure(selection)
         caption = "Each candidate was scored, planned and masked; the least KL on held-out text was taken."
         placed.append(PlacedFigure(Markup(svg), caption, wide=True))
-    for layers in deployed_page.measured_layers(records):
+    for layers in deployed.measured_layers(records):
         caption = "Measured on 128 tokens with every other layer in float: where int8 loses, not how much."
         placed.append(PlacedFigure(Markup(figures.sensitivity_figure(layers)), caption, wide=True))
     return placed + _benchmark_figures(records)
 
 
 def _curves_figures(out: Path, layers: tuple[LayerWidth, ...]) -> list[PlacedFigure]:
-    curves = curves_page.curves_of(out, layers)
-    if curves is None:
+    measured = curves.curves_of(out, layers)
+    if measured is None:
         return []
     caption = (
         "Blue bars, logarithmic: what the layer alone is predicted to cost after the best refit. "
         "Orange: the share that the plan keeps. Units of other layers may be dearer, or weigh less."
     )
-    return [PlacedFigure(Markup(curves_page.curves_figure(curves, layers)), caption, wide=True)]
+    return [PlacedFigure(Markup(curves.curves_figure(measured, layers)), caption, wide=True)]
+
+
+def _recovery_figures(records: Records) -> list[PlacedFigure]:
+    done = recovery.recovery_of(records)
+    if done is None:
+        return []
+    svg = recovery.recovery_figure(done)
+    return [PlacedFigure(Markup(svg), recovery.caption(done), wide=True)]
 
 
 def _selection(records: Records) -> SelectionRecord | None:
@@ -241,9 +243,9 @@ def _kernel(records: Records) -> dict[str, Any] | None:
     if record is None:
         return None
     return {
-        "says": ntk_page.explain(record),
-        "headers": ntk_page.headers(record),
-        "rows": ntk_page.rows(record),
+        "says": ntk.explain(record),
+        "headers": ntk.headers(record),
+        "rows": ntk.rows(record),
     }
 
 
@@ -261,9 +263,9 @@ def _tasks(records: Records) -> dict[str, Any] | None:
     if record is None or not record["variants"]:
         return None
     return {
-        "says": tasks_page.explain(record),
-        "headers": tasks_page.headers(record),
-        "rows": tasks_page.rows(record),
+        "says": tasks.explain(record),
+        "headers": tasks.headers(record),
+        "rows": tasks.rows(record),
     }
 
 
@@ -359,13 +361,13 @@ def report_context(records: Records) -> dict[str, Any]:
         "cautions": findings.cautions(records),
         "gaps": findings.gaps(records),
         "summary": summary_table(records.benchmark) if records.benchmark else None,
-        "quantized_headers": deployed_page.QUANTIZED_HEADERS,
-        "quantized": deployed_page.quantized_rows(records),
-        "engine_headers": deployed_page.ENGINE_HEADERS,
-        "engines": deployed_page.engine_rows(records),
+        "quantized_headers": deployed.QUANTIZED_HEADERS,
+        "quantized": deployed.quantized_rows(records),
+        "engine_headers": deployed.ENGINE_HEADERS,
+        "engines": deployed.engine_rows(records),
         "details": details(records),
-        "kinds": quality_page.kinds(records),
-        "answers": quality_page.answers(records),
+        "kinds": quality.kinds(records),
+        "answers": quality.answers(records),
         "kernel": _kernel(records),
         "tasks": _tasks(records),
         "checks": _checks(records),

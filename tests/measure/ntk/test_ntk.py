@@ -26,7 +26,7 @@ from nirvana_deploy.prune.saliency.gradient import SALIENCIES
 from nirvana_deploy.prune.saliency.units import Kept, kept_positions, scored_tensors
 from nirvana_deploy.prune.streaming.score import score_units
 from nirvana_deploy.report.figures import kernel_figure
-from nirvana_deploy.report.ntk_page import explain, headers, rows
+from nirvana_deploy.report.pages.ntk import explain, headers, rows
 
 
 def plan_of(checkpoint: Path, tokens: NDArray[np.int64], saliency: str = "nirvana") -> PrunePlan:

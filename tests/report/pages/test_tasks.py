@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nirvana_deploy.report.tasks_page import explain, headers, rows
+from nirvana_deploy.report.pages.tasks import explain, headers, rows
 
 RECORD: dict[str, Any] = {
     "limit": 500,

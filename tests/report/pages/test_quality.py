@@ -6,7 +6,7 @@ from typing import Any
 
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.report.findings import gaps
-from nirvana_deploy.report.quality_page import answers, kinds
+from nirvana_deploy.report.pages.quality import answers, kinds
 from nirvana_deploy.report.report import markdown_lines
 
 

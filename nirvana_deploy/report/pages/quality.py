@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -11,6 +11,8 @@ from nirvana_deploy.output import stage
 from nirvana_deploy.output.record_kinds import Quality
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
+from nirvana_deploy.output.variants import PRUNED
+from nirvana_deploy.report.pages.recovery import recovery_of
 from nirvana_deploy.report.table import ABSENT, format_number, format_times
 
 _NOTHING = "(nothing)"
@@ -66,14 +68,28 @@ def answers(records: Records) -> Section | None:
         return None
     if record.skipped:
         return Section(f"Not asked: {record.skipped}")
+    variants = _with_cut(records, record.variants)
     return Section(
         f"Greedy continuations of at most {record.new_tokens} tokens, unedited",
-        headers=("Prompt", *record.variants),
+        headers=("Prompt", *variants),
         rows=tuple(
             (prompt, *(_shown(text) for text in texts))
-            for prompt, *texts in zip_longest(record.prompts, *record.variants.values(), fillvalue="")
+            for prompt, *texts in zip_longest(record.prompts, *variants.values(), fillvalue="")
         ),
     )
+
+
+def _with_cut(records: Records, variants: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """The answers; in front of a recovered model's those of the cut before."""
+    done = recovery_of(records)
+    if done is None or not done.answers_of_cut:
+        return dict(variants)
+    found: dict[str, Sequence[str]] = {}
+    for name, texts in variants.items():
+        if name == PRUNED:
+            found[f"{name}, before recovery"] = done.answers_of_cut
+        found[name] = texts
+    return found
 
 
 def _shown(text: str) -> str:

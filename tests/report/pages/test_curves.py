@@ -11,7 +11,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.output.layout import CURVES_FILE
 from nirvana_deploy.output.records import LayerWidth
 from nirvana_deploy.prune.curves.curve import Curves, curve_of, write_curves
-from nirvana_deploy.report.curves_page import curves_figure, curves_of
+from nirvana_deploy.report.pages.curves import curves_figure, curves_of
 
 NOTHING = curve_of([0], [0.0])
 

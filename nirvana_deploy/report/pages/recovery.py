@@ -1,0 +1,47 @@
+"""Figure of a recovery: held-out KL against tokens, from the cut on."""
+
+from __future__ import annotations
+
+from nirvana_deploy.output import stage
+from nirvana_deploy.output.records import Records
+from nirvana_deploy.recover.record import Recovered
+from nirvana_deploy.report.figures import COLOURS, WIDE_IN, bare, entitle, inline_svg, new_figure
+from nirvana_deploy.report.table import format_number
+
+
+def recovery_of(records: Records) -> Recovered | None:
+    """The record of a recovery, if there was one."""
+    return records.result(stage.RECOVER, Recovered)
+
+
+def recovery_figure(done: Recovered) -> str:
+    """Draw the KL of the watching windows against the tokens read; the state that was kept is marked."""
+    figure = new_figure(WIDE_IN, 2.8)
+    axes = figure.subplots()
+    bare(axes, ticks=True)
+    thousands = [point.tokens / 1000 for point in done.curve]
+    divergences = [point.kl for point in done.curve]
+    axes.plot(thousands, divergences, color=COLOURS["first"], linewidth=1.6, marker="o", markersize=4)
+    kept = next(point for point in done.curve if point.step == done.kept_step)
+    axes.plot([kept.tokens / 1000], [kept.kl], color=COLOURS["second"], marker="o", markersize=8)
+    axes.set_ylim(0, 1.1 * max(divergences))
+    axes.set_xlim(left=0)
+    axes.set_xlabel("thousands of tokens", color=COLOURS["soft"], fontsize=9)
+    axes.set_ylabel("nats per token", color=COLOURS["soft"], fontsize=9)
+    entitle(axes, "Recovery: KL to dense on text set aside")
+    alt = (
+        f"KL to the dense model on text set aside, from {format_number(divergences[0])} nats before training "
+        f"to {format_number(kept.kl)} after {kept.tokens:,} tokens."
+    )
+    return inline_svg(figure, name="recovery", alt=alt)
+
+
+def caption(done: Recovered) -> str:
+    """What was done, and what the cut was like before."""
+    of_quality = f"perplexity {format_number(done.cut_perplexity)}, KL {format_number(done.cut_kl)}"
+    return (
+        f"{done.options['recover_method']}, {done.tokens:,} tokens of {done.text} ({done.train_windows:,} "
+        f"windows of {done.window_tokens}), {done.seconds / 60:,.1f} minutes and "
+        f"{done.writing_seconds / 60:,.1f} for the text, learning rate {done.learning_rate:g}. Orange: the "
+        f"state that was kept. Before, on the text of the quality table: {of_quality}."
+    )

@@ -1,0 +1,109 @@
+"""The stage in a run: what is made anew, what a resumed run may leave out, what the report shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.jobs import SHORT
+from builders.tiny import write_tiny
+from click.testing import CliRunner, Result
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.cli.main import commands
+from nirvana_deploy.pipeline.prune_export import prune_export
+
+TRAINED = {"recover": "500", "recover_batch": 2, "learning_rate": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished folder, and the options that made it."""
+    folder = tmp_path_factory.mktemp("recovered")
+    (folder / "text.txt").write_text("".join(f"Day {n}: {n * 7919 % 1000} apples.\n" for n in range(600)))
+    options = {
+        **SHORT,
+        **TRAINED,
+        "sparsity": 0.3,
+        "calib": str(folder / "text.txt"),
+        "recover_text": str(folder / "text.txt"),
+        "num_sequences": 8,
+        "seq_len": 24,
+        "run_benchmark": False,
+    }
+    prune_export(str(write_tiny(folder / "llama", "llama-tied")), out=folder / "out", **options)
+    return folder / "out", options
+
+
+def record_of(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "manifest.json").read_text())["stages"]
+    return found
+
+
+def ran(*words: str) -> Result:
+    return CliRunner().invoke(commands, [*words])
+
+
+def test_the_record_tells_data_course_and_what_was_before(recovered: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = recovered
+    done = record_of(out)["recover"]["result"]
+    assert done["text"] == "file text.txt" and done["steps"] == done["steps_done"] == 10
+    assert done["tokens"] == 10 * 2 * 24 and done["curve"][0]["step"] == 0
+    assert done["cut_kl"] > 0 and len(done["answers_of_cut"]) == 5
+    assert not (out / ".nirvana-deploy.recovery").exists()
+    page = (out / "report.md").read_text()
+    assert "| pruned, before recovery | pruned |" in page
+    assert "Recovery: KL to dense on text set aside" in (out / "report.html").read_text()
+
+
+def test_a_resumed_run_does_nothing_again(recovered: tuple[Path, dict[str, Any]]) -> None:
+    out, options = recovered
+    before = record_of(out)
+    prune_export(str(out.parent / "llama"), out=out, resume=True, **options)
+    after = record_of(out)
+    assert all(after[name] == before[name] for name in before if name != "report")
+
+
+def test_a_resumed_run_says_that_it_was_recovered(recovered: tuple[Path, dict[str, Any]]) -> None:
+    out, options = recovered
+    without = {name: value for name, value in options.items() if name != "recover"}
+    with pytest.raises(NirvanaError, match=r"recovered for 500, and --recover is missing.\n.*--recover 500"):
+        prune_export(str(out.parent / "llama"), out=out, resume=True, **without)
+
+
+def test_the_command_trains_again_and_makes_anew_what_was_made_from_it(
+    recovered: tuple[Path, dict[str, Any]],
+) -> None:
+    out, _ = recovered
+    before = record_of(out)
+    told = ran("recover", str(out), "--tokens", "250")
+    assert told.exit_code == 0, told.output
+    assert "Held-out KL, nats" in told.stdout and "Kept: step" in told.stdout
+    after = record_of(out)
+    for stage in ("recover", "checkpoint", "onnx", "verify", "quality"):
+        assert after[stage]["files"] != before[stage]["files"] or not before[stage]["files"]
+    assert after["dense-onnx"]["files"] == before["dense-onnx"]["files"]
+    assert after["recover"]["result"]["options"]["recover"] == "250"
+    assert ran("verify", str(out)).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "Say how long: --minutes M or --tokens N, one of them."),
+        (("--minutes", "1", "--tokens", "5"), "one of them"),
+        (("--tokens", "20"), "20 tokens are less than one step, which reads 48"),
+        (("--tokens", "500", "--recover-text", "nowhere.txt"), "nowhere.txt"),
+        (("--tokens", "500", "--learning-rate", "0"), "--learning-rate must be above 0"),
+    ],
+)
+def test_bad_input_is_a_sentence(
+    recovered: tuple[Path, dict[str, Any]], words: tuple[str, ...], said: str
+) -> None:
+    out, _ = recovered
+    before = record_of(out)
+    told = ran("recover", str(out), *words)
+    assert told.exit_code != 0 and said in str(told.exception) + told.output
+    assert record_of(out)["checkpoint"] == before["checkpoint"]
