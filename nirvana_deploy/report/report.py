@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -240,13 +241,7 @@ def _selection(records: Records) -> SelectionRecord | None:
 def _kernel(records: Records) -> dict[str, Any] | None:
     """Context of the tangent kernel section; None if it wasn't measured."""
     record = records.result(stage.TANGENT_KERNEL, KernelRecord)
-    if record is None:
-        return None
-    return {
-        "says": ntk.explain(record),
-        "headers": ntk.headers(record),
-        "rows": ntk.rows(record),
-    }
+    return None if record is None else _section(ntk, record)
 
 
 def _kernel_figure(records: Records) -> PlacedFigure | None:
@@ -260,13 +255,12 @@ def _kernel_figure(records: Records) -> PlacedFigure | None:
 def _tasks(records: Records) -> dict[str, Any] | None:
     """Context of the section on tasks; None if none was run."""
     record = records.result(stage.TASKS, TasksRecord)
-    if record is None or not record["variants"]:
-        return None
-    return {
-        "says": tasks.explain(record),
-        "headers": tasks.headers(record),
-        "rows": tasks.rows(record),
-    }
+    return None if record is None or not record["variants"] else _section(tasks, record)
+
+
+def _section(page: ModuleType, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a section says, and its table."""
+    return {"says": page.explain(record), "headers": page.headers(record), "rows": page.rows(record)}
 
 
 def _stage_figure(records: Records) -> PlacedFigure | None:
