@@ -78,7 +78,7 @@ def warm() -> None:
     import nirvana_deploy
 
     for module in pkgutil.walk_packages(nirvana_deploy.__path__[:1], "nirvana_deploy."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith(("__main__", ".recover.training")):
             importlib.import_module(module.name)
     importlib.import_module("nirvana_deploy.cli.main")
     for name in (

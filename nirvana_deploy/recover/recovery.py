@@ -20,10 +20,10 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.recover.budget import budget_of
 from nirvana_deploy.recover.data import TrainingText, training_text
+from nirvana_deploy.recover.loop import Course, Loop, whole_steps
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.states import StatesOf
-from nirvana_deploy.recover.student import Student, trainable, trained_tensors
-from nirvana_deploy.recover.training import Course, Loop, fit, probe, whole_steps
+from nirvana_deploy.recover.student import Student, probe, trainable, trained_tensors
 
 _STATE_BYTES = 3 * 4
 """A parameter that is trained, and its two moments."""
@@ -70,6 +70,10 @@ def recover_checkpoint(
     hashes, JSON) is the same, and removed in the end. Raises NirvanaError for too little text, time, memory
     or disk, and for a loss that is not finite.
     """
+    from nirvana_deploy.recover.training import (
+        fit,  # transformers' Trainer: four seconds that few commands need
+    )
+
     model = cut.load().train()
     trainable(model, cut, recipe)
     parameters = sum(one.numel() for one in model.parameters() if one.requires_grad)

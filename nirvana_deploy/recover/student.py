@@ -6,6 +6,7 @@ Of an adapter (LoRA, Hu et al., arXiv 2106.09685; ``peft``) the product is added
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,6 +116,23 @@ def require_finite(loss: float, *, step: int, learning_rate: float) -> None:
             "from there on.",
             hint=f"Repeat the command with --resume and --learning-rate {learning_rate / 4:.1g}.",
         )
+
+
+def probe(student: Student, windows: torch.Tensor, *, micro_batch: int) -> float:
+    """Seconds of a step on ``windows`` [N, T]; changes nothing."""
+    seconds = 0.0
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        for part in parts_of(windows, micro_batch):
+            student(part)["loss"].backward()
+        seconds = time.perf_counter() - started
+    student.zero_grad(set_to_none=True)
+    return seconds
+
+
+def parts_of(windows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    """Windows [N, T], at most ``size`` at a time."""
+    return (windows[start : start + size] for start in range(0, len(windows), size))
 
 
 def _mean(states: torch.Tensor, loss: BlockLoss) -> torch.Tensor:

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,47 +31,14 @@ from transformers import (
 from nirvana_deploy.base.ownership.temporary import remove
 from nirvana_deploy.base.progress import Advance
 from nirvana_deploy.base.resources import disk_errors
+from nirvana_deploy.recover.loop import Course, Loop
 from nirvana_deploy.recover.record import CurvePoint
-from nirvana_deploy.recover.student import Student, require_finite
+from nirvana_deploy.recover.student import Student, parts_of, require_finite
 
-_MEASUREMENTS = 12
-"""Of the held-out KL, evenly spread over the steps."""
 _PATIENCE = 4
 """Measurements without a better one after which training stops."""
 _WARM_UP, _LAST_RATE = 0.05, 0.05
 """Share of the steps, and of the peak learning rate."""
-
-
-@dataclass(frozen=True)
-class Course:
-    """How training went."""
-
-    curve: tuple[CurvePoint, ...]
-    kept_step: int
-    steps_done: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Loop:
-    """What the loop is told."""
-
-    steps: int
-    """A multiple of ``measured_every``."""
-    step_windows: int
-    micro_batch: int
-    learning_rate: float
-    seed: int
-
-    @property
-    def measured_every(self) -> int:
-        """Steps between two measurements of the held-out KL."""
-        return max(1, self.steps // _MEASUREMENTS)
-
-
-def whole_steps(steps: int) -> int:
-    """At most ``steps`` of which the last one is measured."""
-    return steps - steps % max(1, steps // _MEASUREMENTS)
 
 
 class _Windows(Dataset[dict[str, torch.Tensor]]):
@@ -107,7 +73,7 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
         was_training = self._student.training
         self._student.eval()
         device = self.args.device
-        total = sum(self._student.heldout_kl(one.to(device)) for one in _parts(self._watch, self._batch))
+        total = sum(self._student.heldout_kl(one.to(device)) for one in parts_of(self._watch, self._batch))
         self._student.train(was_training)
         metrics = {"eval_kl": total / self._student.positions(self._watch)}
         self.log(dict(metrics))
@@ -203,22 +169,6 @@ def fit(
     with _quiet(), disk_errors(state):
         trainer.go_on(begin)
     return _course(trainer.state.log_history, loop, train.shape[1], trainer.seconds)
-
-
-def probe(student: Student, windows: torch.Tensor, *, micro_batch: int) -> float:
-    """Seconds of a step on ``windows`` [N, T]; changes nothing."""
-    seconds = 0.0
-    for _ in range(2):  # the first one warms up
-        started = time.perf_counter()
-        for part in _parts(windows, micro_batch):
-            student(part)["loss"].backward()
-        seconds = time.perf_counter() - started
-    student.zero_grad(set_to_none=True)
-    return seconds
-
-
-def _parts(windows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-    return (windows[start : start + size] for start in range(0, len(windows), size))
 
 
 def _course(history: Sequence[dict[str, Any]], loop: Loop, window_tokens: int, seconds: float) -> Course:

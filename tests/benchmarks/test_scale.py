@@ -54,7 +54,7 @@ def test_a_billion_parameters_need_no_more_than_a_layer_and_a_shard(tmp_path: Pa
     assert record["streamed"]["stages"]["score"]["peak_rss_bytes_so_far"] < 2.5e9
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_the_peak_of_an_export_is_measured(tmp_path: Path) -> None:
     script = SCRIPT.with_name("export_scale.py")
     command = [sys.executable, str(script), "tiny", "--layers", "1", "3", "--folder", str(tmp_path)]

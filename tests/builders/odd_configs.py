@@ -14,9 +14,23 @@ from safetensors.torch import load_file, save_file
 
 from builders.odd import edit
 from builders.tiny import VOCABULARY, write_tokenizer
+from nirvana_deploy.model.checkpoint import norm_offset
 
 SEED = 15
-_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma3": "Gemma3",
+    "olmo2": "Olmo2",
+    "smollm3": "SmolLM3",
+    "granite": "Granite",
+    "phi3": "Phi3",
+}
+_SQUARE = ("llama", "gemma3", "olmo2", "smollm3", "granite", "phi3")
+"""Whose hidden size is that of its heads together."""
+_CONFIGS = {"gemma3": "Gemma3TextConfig"}
 _ROPES: dict[str, dict[str, Any]] = {
     "default": {},
     "theta": {"rope_theta": 500.0},
@@ -79,14 +93,17 @@ def write_odd_model(folder: Path, number: int) -> OddModel:
     kind = str(random.choice(list(_CLASSES)))
     sizes = _sizes(random, kind)
     rope = str(random.choice(list(_ROPES), p=[0.3, 0.15, 0.15, 0.15, 0.15, 0.05, 0.05]))
-    config = getattr(transformers, f"{_CLASSES[kind]}Config")(
-        **sizes, rope_parameters={"rope_type": "default", "rope_theta": 1e4, **_ROPES[rope]}
+    config = getattr(transformers, _CONFIGS.get(kind, f"{_CLASSES[kind]}Config"))(
+        **sizes, rope_parameters=_rope_parameters(kind, rope)
     )
     dtype = random.choice(["float32", "bfloat16", "float16"])
     model = getattr(transformers, f"{_CLASSES[kind]}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0.0, 0.15)
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5).sub_(norm_offset(config))
+            else:
+                parameter.normal_(0.0, 0.15)
     shards = {"max_shard_size": "20KB"} if random.random() < 0.3 else {}
     model.to(getattr(torch, dtype)).save_pretrained(folder, **shards)
     write_tokenizer(folder)
@@ -108,9 +125,8 @@ def _sizes(random: np.random.Generator, kind: str) -> dict[str, Any]:
     kv_heads, per_group = int(random.integers(1, 5)), int(random.integers(1, 4))
     heads = kv_heads * per_group
     head_dim = int(random.choice([4, 8, 10, 16]))
-    hidden = (
-        heads * head_dim if kind == "llama" or random.random() < 0.4 else int(random.choice([24, 40, 56]))
-    )
+    square = kind in _SQUARE or random.random() < 0.4
+    hidden = heads * head_dim if square else int(random.choice([24, 40, 56]))
     sizes: dict[str, Any] = {
         "hidden_size": hidden,
         "num_attention_heads": heads,
@@ -127,11 +143,39 @@ def _sizes(random: np.random.Generator, kind: str) -> dict[str, Any]:
     }
     if kind == "mistral":
         sizes["sliding_window"] = None
+    sizes |= _own_sizes(random, kind)
     if kind in ("llama", "qwen3"):
         sizes["attention_bias"] = bool(random.random() < 0.4)
     if kind == "llama":
         sizes["mlp_bias"] = bool(random.random() < 0.3)
     return sizes
+
+
+def _own_sizes(random: np.random.Generator, kind: str) -> dict[str, Any]:
+    """What the later families add."""
+    if kind == "gemma3":
+        return {"query_pre_attn_scalar": int(random.choice([8, 24])), "sliding_window": 6}
+    if kind == "smollm3":
+        return {"no_rope_layer_interval": int(random.choice([1, 2, 4]))}
+    if kind == "granite":
+        return {
+            "embedding_multiplier": float(random.choice([1.0, 3.0])),
+            "residual_multiplier": float(random.choice([0.22, 1.0])),
+            "attention_multiplier": float(random.choice([0.1, 0.35])),
+            "logits_scaling": float(random.choice([0.5, 4.0])),
+        }
+    return {}
+
+
+def _rope_parameters(kind: str, rope: str) -> dict[str, Any]:
+    """The one rotary embedding of a model; Gemma's sliding layers have another one of their own."""
+    chosen = {"rope_type": "default", "rope_theta": 1e4, **_ROPES[rope]}
+    if kind == "phi3":  # which has no other kind than LongRoPE, and that is refused
+        return {"rope_type": "default", "rope_theta": 500.0 if rope == "theta" else 1e4}
+    if kind != "gemma3":
+        return chosen
+    sliding = {"rope_type": "default", "rope_theta": 100.0}
+    return {"sliding_attention": sliding, "full_attention": chosen}
 
 
 def _odd_weights(folder: Path, random: np.random.Generator) -> str:

@@ -137,6 +137,7 @@ def test_dense_and_pruned_are_in_the_proportion_of_their_weights(engines: Engine
     assert of_files < pruned.record.engine_bytes / dense.record.engine_bytes < of_files * 1.12
 
 
+@pytest.mark.slow
 def test_a_pruned_w4_engine_updates_its_cache_in_place(engines: Engines) -> None:
     check_engine(engines, "pruned", "w4", "in-place")
     record, shape = engines.of("pruned", "w4", "in-place").record, engines.shape("pruned")

@@ -216,7 +216,7 @@ def test_the_harness_finds_the_same_on_onnx_and_checkpoint(out: Path, tmp_path: 
     if harness_version() == "not installed":
         pytest.skip("needs lm-eval: pip install 'nirvana-deploy[eval]'")
     text = Path(choices.__file__).read_text()
-    write_choices(tmp_path / "tasks", text, questions=16, context_words=5, choice_words=2)
+    write_choices(tmp_path / "tasks", text, questions=5, context_words=5, choice_words=2)
     variants = harness_scores(out, tmp_path, "--tasks-on", "both")
     for name in ("dense", "pruned"):
         on_onnx, on_checkpoint = variants[name][TASK], variants[f"{name} checkpoint"][TASK]

@@ -132,7 +132,9 @@ def require_sense_in_both_runtimes(folder: Path) -> None:
 
 # Sanity checks on 256 tokens: a mistake in packing or scales costs several nats. What is promised is measured
 # on 2,048 tokens, by benchmarks/quantization.py.
-@pytest.mark.parametrize(("scheme", "most_kl"), [("w8", 0.05), ("w4", 0.8)])
+@pytest.mark.parametrize(
+    ("scheme", "most_kl"), [pytest.param("w8", 0.05, marks=pytest.mark.slow), ("w4", 0.8)]
+)
 def test_low_bit_models_talk_sense_in_both_runtimes(
     job: tuple[Path, object], tmp_path: Path, scheme: str, most_kl: float
 ) -> None:

@@ -21,7 +21,7 @@ from nirvana_deploy.base.progress import SILENT
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_divergences
-from nirvana_deploy.recover import training
+from nirvana_deploy.recover import loop, training
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.recovery import TextWanted, Trained, recover_checkpoint
 
@@ -32,7 +32,7 @@ KINDS = ["llama-tied", "qwen3", "gemma3", "phi3", "flan-t5"]
 
 @pytest.fixture(autouse=True)
 def few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_MEASUREMENTS", 4)
+    monkeypatch.setattr(loop, "_MEASUREMENTS", 4)
 
 
 @pytest.fixture(scope="module")

@@ -423,7 +423,7 @@ def _memory_record(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_memory_of_a_deep_tiny_model_is_that_of_a_shallow_one(tmp_path: Path) -> None:
     options = ["--scheme", "int8", "--smooth", "0.7", "--dtype", "fp32"]
     record = _memory_record(tmp_path, "tiny", "--layers", "2", "64", *options)
