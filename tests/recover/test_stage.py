@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.pipeline.prune_export import prune_export
+from nirvana_deploy.recover.recipe import Recovery
 
 TRAINED = {"recover": "500", "recover_batch": 2, "learning_rate": 2e-3}
 
@@ -85,7 +86,8 @@ def test_the_command_trains_again_and_makes_anew_what_was_made_from_it(
     for stage in ("recover", "checkpoint", "onnx", "verify", "quality"):
         assert after[stage]["files"] != before[stage]["files"] or not before[stage]["files"]
     assert after["dense-onnx"]["files"] == before["dense-onnx"]["files"]
-    assert after["recover"]["result"]["options"]["recover"] == "250"
+    asked = after["recover"]["result"]["options"]
+    assert asked["recover"] == "250" and Recovery(**asked).recover_text.endswith("text.txt")
     assert ran("verify", str(out)).exit_code == 0
 
 
