@@ -1,0 +1,47 @@
+"""The benchmark of recovery: its table, and its comparison of two models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from builders.plans import plan_for
+from builders.scripts import ROOT
+from builders.tiny import VOCABULARY, write_tiny
+
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.divergence import masked_quality
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import recover
+
+    return recover
+
+
+def test_whole_logits_give_what_streamed_states_give(page: ModuleType, tmp_path: Path) -> None:
+    dense = Checkpoint.open(write_tiny(tmp_path / "dense", "llama-tied"))
+    plan = plan_for(dense.path, sparsity=0.3)
+    slice_checkpoint(dense, plan, tmp_path / "cut")
+    windows = np.random.default_rng(3).integers(3, VOCABULARY, (3, 24))
+    [expected] = masked_quality(dense, [plan], [windows])
+    found = page.compared(dense.load(), Checkpoint.open(tmp_path / "cut").load(), {"text": windows})["text"]
+    assert found["kl"] == pytest.approx(expected.divergence[0].mean(), rel=1e-4)
+    assert found["perplexity"] == pytest.approx(np.exp(expected.loss[0].mean()), rel=1e-4)
+    assert found["dense_perplexity"] == pytest.approx(np.exp(expected.dense_loss.mean()), rel=1e-4)
+
+
+def test_the_table_has_a_line_a_budget(page: ModuleType) -> None:
+    text = {"wiki": {"perplexity": 30.0, "dense_perplexity": 20.0}}
+    cut = {"sparsity": 0.2, "method": None, "text": None, "budget": "0", "texts": text}
+    course = {"tokens": 16384, "seconds": 100.0, "writing_seconds": 20.0}
+    better = {"wiki": {"perplexity": 24.0, "dense_perplexity": 20.0}}
+    after = {"sparsity": 0.2, "method": "distill", "text": "mix", "budget": "16k", "course": course}
+    lines = page.table([{**after, "texts": better}, cut]).splitlines()
+    assert lines[2] == "| 0.2 | the cut |  | 0 | 0 | 30.0, 1.50x |"
+    assert lines[3] == "| 0.2 | distill | mix | 16,384 | 2 | 24.0, 1.20x |"
