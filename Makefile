@@ -14,7 +14,7 @@ demo: .venv/.demo-ready
 	$(BIN)/nirvana-deploy prune-export smollm2 --sparsity 0.4 --quantize int8 --quantize w4 --quantize-head --out demo --force
 
 test: .venv/.test-ready
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 unit: .venv/.test-ready
 	$(BIN)/python -m pytest -m unit

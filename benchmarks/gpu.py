@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command: the tests, then dense against pruned as engines.
 
     python benchmarks/gpu.py OUT [--work DIR] [--runtime tensorrt-rtx] [--prompt-tokens 128]
-        [--new-tokens 128] [--repeats 15] [--json FILE] [--build-only]
+        [--new-tokens 128] [--repeats 15] [--recover 200k] [--json FILE] [--build-only]
 
 OUT is a folder that `nirvana-deploy prune-export` made. For each runtime that is installed and each form of
 the KV cache, dense and pruned are exported in fp16, built for this GPU, verified against ONNX Runtime at the
@@ -16,6 +16,7 @@ the engine stores its linears a second time (engine/build.py), so its size is no
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -36,6 +37,10 @@ from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.output import stage
+from nirvana_deploy.output.run import Run
+from nirvana_deploy.pipeline.folder import recover_folder
+from nirvana_deploy.recover.record import Recovered
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.registry import open_runner
 from nirvana_deploy.runtime.table import engine_runtimes
@@ -180,6 +185,22 @@ def measured(models: list[Model], runtime: str, workload: Workload) -> dict[str,
     }
 
 
+def recovered(out: Path, work: Path, budget: str) -> dict[str, Any]:
+    """The course of a training of a copy of OUT, with tokens a second and the most device memory."""
+    import torch
+
+    shutil.copytree(out, work / "recovered", ignore=shutil.ignore_patterns("gpu", "engine"))
+    torch.cuda.reset_peak_memory_stats()
+    recover_folder(work / "recovered", {"recover": budget})
+    with Run.open(work / "recovered") as run:
+        done = run.result(stage.RECOVER, Recovered)
+    return {
+        **asdict(done),
+        "tokens_per_second": done.tokens_per_second,
+        "peak_device_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
 def all_passed(record: Mapping[str, Any]) -> bool:
     """Whether the tests and every comparison passed."""
     reports = [r for found in record["runs"].values() for r in found["verified"].values()]
@@ -197,6 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--recover", metavar="TIME|TOKENS", help="train a copy of OUT, too: 200k, for one")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--build-only", action="store_true")
     options = parser.parse_args(arguments)
@@ -220,6 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
                 )
                 if facts is not None:
                     record["runs"][f"{runtime} {form}"] = measured(models, runtime, workload)
+        if facts is not None and options.recover:
+            record["recovery"] = recovered(options.out, work, options.recover)
     except NirvanaError as error:
         print(error, file=sys.stderr)
         return 1

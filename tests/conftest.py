@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Generator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,25 @@ from numpy.typing import NDArray
 
 OTHER_TIERS = frozenset({"consumer", "gate", "gpu", "integration", "slow"})
 """Markers of the tests that are not of the tier ``unit``; see CONTRIBUTING.md."""
+
+
+LONGEST = (
+    "tests/pipeline/test_real_model.py",
+    "tests/benchmarks/test_campaign.py",
+    "tests/engine/test_real.py",
+    "tests/measure/test_evaluate.py",
+    "tests/benchmarks/test_scale.py",
+    "tests/pipeline/test_pipeline.py",
+    "tests/pipeline/test_no_network.py",
+    "tests/runtime/test_torch.py",
+    "tests/test_gates.py",
+)
+"""Files that begin first: a worker that met one of them last would keep all others waiting."""
+
+
+def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,6 +84,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONGEST)))
     no_gpu = why_no_gpu() if any(item.get_closest_marker("gpu") for item in items) else None
     for item in items:
         if OTHER_TIERS.isdisjoint(mark.name for mark in item.iter_markers()):

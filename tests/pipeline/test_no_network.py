@@ -68,6 +68,7 @@ def commands_on(folder: Path) -> tuple[list[list[str]], list[list[str]]]:
         ["evaluate", out, "--tasks", str(task), *quick],
         ["verify", out, *quick],
         ["generate", out, "--prompt", "Hello", "--max-new-tokens", "2", "--chat"],
+        ["recover", out, "--tokens", "128", "--recover-batch", "2", "--recover-text", "pydoc", "--json"],
         ["package", out, "--triton"],
         ["report", out],
         ["inspect", out],

@@ -24,7 +24,8 @@ def kept_interrupts(keep: Callable[[BaseException], None]) -> Iterator[None]:
     def handler(number: int, frame: FrameType | None) -> None:
         keep(KeyboardInterrupt())
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in wanted}
     try:
         yield
     finally:

@@ -38,3 +38,13 @@ def test_another_thread_has_none_to_wait_for() -> None:
     thread.start()
     thread.join()
     assert done == ["worked"]
+
+
+def test_an_interrupt_that_the_user_ignores_stays_ignored() -> None:
+    """As under nohup, or in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with late_interrupts():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
