@@ -60,6 +60,8 @@ def commands_on(folder: Path) -> tuple[list[list[str]], list[list[str]]]:
     (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     task = folder / "task.jsonl"
     task.write_text(json.dumps({"query": "One two", "choices": [" three", " four"], "gold": 0}) + "\n")
+    text = folder / "text.txt"
+    text.write_text("".join(f"Day {n}: {n * 7919 % 1000} apples and some pears.\n" for n in range(100)))
     few = {"sparsity": 0.3, "num_sequences": 4, "seq_len": 16}
     recipe = write_short_recipe(model, folder / "recipe.toml", **few)
     out, onnx, quick = str(folder / "out"), str(folder / "onnx"), ["--threads", "1"]
@@ -68,7 +70,7 @@ def commands_on(folder: Path) -> tuple[list[list[str]], list[list[str]]]:
         ["evaluate", out, "--tasks", str(task), *quick],
         ["verify", out, *quick],
         ["generate", out, "--prompt", "Hello", "--max-new-tokens", "2", "--chat"],
-        ["recover", out, "--tokens", "128", "--recover-batch", "2", "--recover-text", "pydoc", "--json"],
+        ["recover", out, "--tokens", "128", "--recover-batch", "2", "--recover-text", str(text)],
         ["package", out, "--triton"],
         ["report", out],
         ["inspect", out],
