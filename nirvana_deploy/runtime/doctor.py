@@ -28,6 +28,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "data": ("datasets",),
     "eval": ("accelerate", "lm-eval"),
     "gguf": ("accelerate", "gguf"),
+    "recover": ("accelerate", "peft"),
     "test": ("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "tritonclient"),
 }
 """Extras that add no runtime, and their packages, as pyproject.toml has them."""
