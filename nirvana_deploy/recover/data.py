@@ -6,6 +6,7 @@ what is reported had no say. The windows that watch are of the same kinds of tex
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import Progress
-from nirvana_deploy.calibrate.mixture import parts_of
+from nirvana_deploy.calibrate.mixture import Part, parts_of
 from nirvana_deploy.calibrate.windows import TokenWindows, calibration_data, room_for
 from nirvana_deploy.model.checkpoint import Checkpoint
 
@@ -52,15 +53,22 @@ def training_text(
     """
     parts = parts_of(source, writes_text=dense.shape.family.writes_text)
     tokenizer = dense.tokenizer
+    most = min(MOST_WINDOWS, wanted + watching_of(wanted))
 
-    def room_of(name: str) -> int:
-        return room_for(name, tokenizer, seq_len=seq_len, heldout_len=segment_tokens, progress=progress)
+    def room_of(part: Part) -> int:
+        """Windows of the whole mixture for which this part has text."""
+        enough = math.ceil(part.share * most)
+        found = room_for(
+            part.source,
+            tokenizer,
+            seq_len=seq_len,
+            heldout_len=segment_tokens,
+            enough=enough,
+            progress=progress,
+        )
+        return most if found >= enough else int(found / part.share)
 
-    room = min(
-        (int(room_of(part.source) / part.share) for part in parts if part.source != "self"),
-        default=MOST_WINDOWS,
-    )
-    fits = min(room, MOST_WINDOWS)
+    fits = min([most, *(room_of(part) for part in parts if part.source != "self")])
     if fits < least + _LEAST_WATCHING:
         raise NirvanaError(
             f"--recover-text {source}: there is text for {fits} windows of {seq_len} tokens, and a step and "
@@ -68,11 +76,10 @@ def training_text(
             hint="Give a longer text, mix others in (--recover-text mine.txt:0.5,pydoc), or pass "
             "--recover-batch 1.",
         )
-    watching = int(np.clip(wanted // _WATCHING, _LEAST_WATCHING, _MOST_WATCHING))
     drawn = calibration_data(
         source,
         tokenizer,
-        num_sequences=max(min(wanted + watching, fits), len(parts)),
+        num_sequences=max(fits, len(parts)),
         seq_len=seq_len,
         seed=seed,
         heldout_sequences=0,
@@ -81,5 +88,11 @@ def training_text(
         progress=progress,
     ).calibration
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(drawn.tokens))
+    watching = watching_of(len(order))
     watch, train = sorted(order[:watching]), sorted(order[watching:])
     return TrainingText(train=drawn.taken(train), watch=drawn.tokens[watch])
+
+
+def watching_of(windows: int) -> int:
+    """How many watch, of so many."""
+    return int(np.clip(windows // _WATCHING, _LEAST_WATCHING, _MOST_WATCHING))
