@@ -32,6 +32,7 @@ from quality import read_rows, reconstruction_table, table
 from quantization import table as quantization_table
 from recipes import read_rows as read_recipes
 from recipes import table as recipes_table
+from recover import table as recovery_table
 from selection import table as selection_table
 
 from nirvana_deploy.report.pages import tasks as tasks_page
@@ -51,6 +52,7 @@ ENGINES = RESULTS / "engines.json"
 RECIPES = RESULTS / "recipes.jsonl"
 FRONTIER = RESULTS / "frontier.json"
 ZERO_SHOT = RESULTS / "zero-shot.json"
+RECOVERY = RESULTS / "recover.jsonl"
 
 
 HEADLINES = (
@@ -140,6 +142,21 @@ def zero_shot_section() -> str:
     record = json.loads(ZERO_SHOT.read_text())
     shown = _markdown(tasks_page.headers(record), tasks_page.rows(record))
     return "\n".join([*shown, "", f"{tasks_page.explain(record)}."])
+
+
+def recovery_section() -> str:
+    """The table of recover.jsonl, and what the models of its rows write."""
+    rows = read_recipes(RECOVERY)
+    lines = [recovery_table(rows), ""]
+    for prompt in rows[0]["answers"]:
+        lines.append(f"*{prompt}*")
+        for row in rows:
+            name = f"{row['sparsity']:g}, {row['budget']} tokens" if row["method"] else "cut"
+            text = " ".join(row["answers"][prompt].split()) or "(nothing)"
+            lines.append(f"- {name}: {text}")
+        lines.append("")
+    loads = ", ".join(f"{row['environment']['load_average_1min']:.1f}" for row in rows)
+    return "\n".join([*lines, f"One thread; load of the machine {loads}."])
 
 
 def quantization_section() -> str:
@@ -311,6 +328,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "consumers": consumers_section(),
             "recipes": recipes_section(),
             "zero-shot": zero_shot_section(),
+            "recovery": recovery_section(),
             "frontier": frontier_section(),
             "quality": quality_section(),
             "quantization": quantization_section(),
