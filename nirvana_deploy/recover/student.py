@@ -53,8 +53,7 @@ class Student(nn.Module):
             return {"loss": _mean(states, of_next)}
         [teacher] = self._teacher
         assert teacher is not None
-        with torch.no_grad():
-            wanted = teacher.states(windows).flatten(0, 1)
+        wanted = self.wanted_states(windows)
         kl = divergence(self._pruned.logits(), teacher.logits(), wanted)
         loss = _mean(states, weighted((1.0, kl), (self._recipe.next_token_weight, of_next)))
         if self._recipe.states_weight:
@@ -62,11 +61,18 @@ class Student(nn.Module):
         return {"loss": loss}
 
     @torch.no_grad()
-    def heldout_kl(self, windows: torch.Tensor) -> float:
+    def wanted_states(self, windows: torch.Tensor) -> torch.Tensor:
+        """The dense model's states [P, D] at the positions of windows [N, T]."""
+        [teacher] = self._teacher
+        assert teacher is not None
+        return teacher.states(windows).flatten(0, 1)
+
+    @torch.no_grad()
+    def heldout_kl(self, windows: torch.Tensor, wanted: torch.Tensor) -> float:
         """Sum over the positions of windows [N, T] of KL(dense || pruned), nats."""
         [teacher] = self._teacher
         assert teacher is not None
-        states, wanted = (one.states(windows).flatten(0, 1) for one in (self._pruned, teacher))
+        states = self._pruned.states(windows).flatten(0, 1)
         return float(in_blocks(states, divergence(self._pruned.logits(), teacher.logits(), wanted)))
 
     def positions(self, windows: torch.Tensor) -> int:

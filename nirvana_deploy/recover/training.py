@@ -61,6 +61,7 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
         super().__init__(model=student, **kwargs)
         self._student, self._batch = student, batch
         self._watch = torch.from_numpy(watch)
+        self._wanted: list[torch.Tensor] | None = None
         self._before, self._started = 0.0, time.perf_counter()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -72,8 +73,10 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         was_training = self._student.training
         self._student.eval()
-        device = self.args.device
-        total = sum(self._student.heldout_kl(one.to(device)) for one in parts_of(self._watch, self._batch))
+        parts = [one.to(self.args.device) for one in parts_of(self._watch, self._batch)]
+        if self._wanted is None:  # the dense model stays as it is
+            self._wanted = [self._student.wanted_states(one) for one in parts]
+        total = sum(self._student.heldout_kl(*one) for one in zip(parts, self._wanted, strict=True))
         self._student.train(was_training)
         metrics = {"eval_kl": total / self._student.positions(self._watch)}
         self.log(dict(metrics))

@@ -87,7 +87,7 @@ def test_from_the_cut_to_a_checkpoint_that_is_what_was_trained(cut: Cut) -> None
     assert [point.step for point in curve] == [0, 3, 6, 9, 12]
     assert curve[0].kl == pytest.approx(masked_divergences(cut.dense, [cut.plan], watch)[0].mean(), rel=1e-4)
     best = min(point.kl for point in curve)
-    assert done.course.kept_step > 0 and best < 0.95 * curve[0].kl
+    assert done.course.kept_step > 0 and best < 0.99 * curve[0].kl
     written = load_file(cut.folder / "recovery/model.safetensors")
     before = load_file(cut.folder / "cut/model.safetensors")
     assert all("embed" in name or "head" in name or "shared" in name for name in set(before) - set(written))
