@@ -25,7 +25,7 @@ def recovery_figure(done: Recovered) -> str:
     kept = next(point for point in done.curve if point.step == done.kept_step)
     axes.plot([kept.tokens / 1000], [kept.kl], color=COLOURS["second"], marker="o", markersize=8)
     axes.set_ylim(0, 1.1 * max(divergences))
-    axes.set_xlim(left=0)
+    axes.margins(x=0.02)
     axes.set_xlabel("thousands of tokens", color=COLOURS["soft"], fontsize=9)
     axes.set_ylabel("nats per token", color=COLOURS["soft"], fontsize=9)
     entitle(axes, "Recovery: KL to dense on text set aside")
