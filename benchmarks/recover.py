@@ -37,6 +37,7 @@ from nirvana_deploy.output.layout import CHECKPOINT
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.pipeline.folder import recover_folder
 from nirvana_deploy.prune.plan_file import read_plan
+from nirvana_deploy.recover.stage import greedy_answers
 
 Row = dict[str, Any]
 _KEY = ("sparsity", "calibrated_on", "budget", "method", "text", "learning_rate", "limit")
@@ -118,7 +119,7 @@ def judged(
     pruned = Checkpoint.open(folder)
     row: Row = {
         "texts": compared(dense.load(), pruned.load(), texts),
-        "answers": written(pruned),
+        "answers": dict(zip(PROMPTS, greedy_answers(pruned, PROMPTS, NEW_TOKENS), strict=True)),
         "environment": environment() | {"load_average_1min": os.getloadavg()[0]},
     }
     return row | with_tasks(folder, options) if options.tasks else row
@@ -144,17 +145,6 @@ def compared(dense: Any, pruned: Any, texts: Mapping[str, NDArray[np.int64]]) ->
             "dense_perplexity": float(np.exp(dense_loss)),
         }
     return found
-
-
-def written(pruned: Checkpoint) -> dict[str, str]:
-    """Greedy continuations of the report's prompts."""
-    model, tokenizer = pruned.load(), pruned.tokenizer
-    texts = {}
-    for prompt in PROMPTS:
-        given = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        tokens = model.generate(given, max_new_tokens=NEW_TOKENS, do_sample=False)
-        texts[prompt] = str(tokenizer.decode(tokens[0, given.shape[1] :], skip_special_tokens=True))
-    return texts
 
 
 def key(row: Row) -> str:

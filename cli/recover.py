@@ -26,7 +26,7 @@ def recover(out: Path, as_json: bool, **options: Any) -> None:
     Examples:
       nirvana-deploy recover smollm2-s0.4 --minutes 30
       nirvana-deploy recover smollm2-s0.4 --tokens 200000 --recover-method lora
-      nirvana-deploy recover smollm2-s0.4 --minutes 60 --recover-text handbook.txt:0.5,mix
+      nirvana-deploy recover smollm2-s0.4 --minutes 60 --recover-text handbook.txt:0.5,self
     """
     length = taken(Length, options)
     if (length.minutes is None) == (length.tokens is None):

@@ -13,7 +13,7 @@ from nirvana_deploy.engine.recipe import EngineForm
 from nirvana_deploy.engine.stage import build_engine
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.stage import export
-from nirvana_deploy.measure.answers import PROMPTS
+from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS
 from nirvana_deploy.measure.recipe import Measurement, Workload
 from nirvana_deploy.measure.stage import answers, quality, speed, unit_cost
 from nirvana_deploy.model.checkpoint import Checkpoint, model_record
@@ -229,7 +229,9 @@ def _prune(run: Run, job: Job, dense: Checkpoint, choices: Choices) -> PrunePlan
         run.run(prune.reconstruct(run, cutter, plan))
     if job.recovery.recover is not None:
         forget_another(run, job.recovery, job.calibration)
-        run.run(recover(run, dense, plan, job.recovery, job.calibration, prompts=PROMPTS))
+        run.run(
+            recover(run, dense, plan, job.recovery, job.calibration, prompts=PROMPTS, new_tokens=NEW_TOKENS)
+        )
     run.run(prune.slice_model(run, dense, plan))
     return plan
 

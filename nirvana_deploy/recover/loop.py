@@ -26,6 +26,8 @@ class Loop:
 
     steps: int
     """A multiple of ``measured_every``."""
+    wanted_windows: int
+    """Text is drawn for so many; a budget in time leaves fewer steps once it is written."""
     step_windows: int
     micro_batch: int
     learning_rate: float

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from nirvana_deploy.base.artifact import whole_folder, write_json
-from nirvana_deploy.base.ownership.temporary import remove
+from nirvana_deploy.base.ownership.marker import foreign
+from nirvana_deploy.base.ownership.temporary import PREFIX, remove
 from nirvana_deploy.base.progress import Progress
 from nirvana_deploy.base.resources import disk_errors, require_free_bytes, require_memory
 from nirvana_deploy.model.checkpoint import Checkpoint
@@ -72,12 +74,10 @@ def recover_checkpoint(
     hashes, JSON) is the same, and removed in the end. Raises NirvanaError for too little text, time, memory
     or disk, and for a loss that is not finite.
     """
-    from nirvana_deploy.recover.training import (
-        fit,  # transformers' Trainer: four seconds that few commands need
-    )
+    from nirvana_deploy.recover.training import fit  # whose Trainer takes four seconds to import
 
     model = cut.load().train()
-    trainable(model, cut, recipe)
+    trainable(model, recipe)
     parameters = sum(one.numel() for one in model.parameters() if one.requires_grad)
     _require_room(out, parameters, dense)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +89,7 @@ def recover_checkpoint(
     text = training_text(
         recipe.recover_text,
         dense,
-        wanted=loop.steps * loop.step_windows,
+        wanted=loop.wanted_windows,
         least=recipe.recover_batch,
         seq_len=wanted.seq_len,
         segment_tokens=wanted.segment_tokens,
@@ -128,8 +128,10 @@ def _planned(
         random = torch.Generator().manual_seed(0)
         windows = torch.randint(0, vocab_size, (batch, wanted.seq_len), generator=random)
         seconds = _BESIDE * probe(student, windows.to(device), micro_batch=micro_batch)
+    steps = whole_steps(budget.steps(batch * wanted.seq_len, seconds))
     return Loop(
-        steps=whole_steps(budget.steps(batch * wanted.seq_len, seconds)),
+        steps=steps,
+        wanted_windows=steps * batch,
         step_windows=batch,
         micro_batch=micro_batch,
         learning_rate=recipe.learning_rate,
@@ -160,7 +162,14 @@ def _require_room(out: Path, parameters: int, dense: Checkpoint) -> None:
 
 
 def _begun(state: Path, identity: dict[str, Any]) -> Loop | None:
-    """The loop that a killed run of the same identity was in; another one's state is removed."""
+    """The loop that a killed run of the same identity was in; another one's state is removed.
+
+    Raises NirvanaError for a folder of that name with files that no training writes.
+    """
+    ours = (_SCHEDULE, "checkpoint-*", f"{PREFIX}*")
+    names = [path.name for path in state.iterdir()] if state.is_dir() else []
+    if others := [name for name in names if not any(fnmatchcase(name, one) for one in ours)]:
+        raise foreign(state, others)
     try:
         found = json.loads((state / _SCHEDULE).read_text())
         if found["identity"] == identity:

@@ -25,8 +25,6 @@ from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.record import Recovered
 from nirvana_deploy.recover.recovery import TextWanted, recover_checkpoint
 
-_NEW_TOKENS = 24
-
 
 def recover(
     run: Run,
@@ -35,7 +33,8 @@ def recover(
     recipe: Recovery,
     calibration: Calibration,
     *,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[str],
+    new_tokens: int,
 ) -> Stage:
     """Train the cut of ``plan`` toward the dense model; keeps what changed, for the checkpoint to take.
 
@@ -48,7 +47,7 @@ def recover(
             slice_checkpoint(dense, plan, scratch / "cut", reconstruction=refit)
             cut = Checkpoint.open(scratch / "cut")
             kl, perplexity = _quality_of_cut(run, dense, plan, refit)
-            answers = _answers(cut, prompts)
+            answers = greedy_answers(cut, prompts, new_tokens) if cut.shape.family.writes_text else ()
             done = recover_checkpoint(
                 cut,
                 dense,
@@ -135,15 +134,13 @@ def _quality_of_cut(run: Run, dense: Checkpoint, plan: PrunePlan, refit: Path | 
     return float(found.divergence.mean()), float(np.exp(found.loss.mean()))
 
 
-def _answers(cut: Checkpoint, prompts: Sequence[str]) -> tuple[str, ...]:
-    """What the cut writes, greedily."""
-    if not prompts or not cut.shape.family.writes_text:
-        return ()
+def greedy_answers(cut: Checkpoint, prompts: Sequence[str], new_tokens: int) -> tuple[str, ...]:
+    """What a decoder writes to ``prompts`` in transformers, at most ``new_tokens`` each."""
     model, tokenizer = cut.load(), cut.tokenizer
     stops = sorted(cut.stop_token_ids) or None
     texts = []
     for prompt in prompts:
         given = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        written = model.generate(given, max_new_tokens=_NEW_TOKENS, do_sample=False, eos_token_id=stops)
+        written = model.generate(given, max_new_tokens=new_tokens, do_sample=False, eos_token_id=stops)
         texts.append(str(tokenizer.decode(written[0, given.shape[1] :], skip_special_tokens=True)))
     return tuple(texts)

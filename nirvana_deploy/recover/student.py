@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.recover.losses import (
     BlockLoss,
     divergence,
@@ -31,30 +30,24 @@ _ALPHA_A_RANK, _DROPOUT = 2, 0.05
 
 
 class Student(nn.Module):
-    """The pruned model; ``forward`` is its mean loss a position on some windows.
-
-    ``teacher`` is the dense model, or None where the loss needs none.
-    """
+    """The pruned model, with ``teacher``, the dense one; ``forward`` is its mean loss a position."""
 
     _keys_to_ignore_on_save = None  # asked for by the Trainer
 
-    def __init__(self, pruned: StatesOf, teacher: StatesOf | None, recipe: Recovery) -> None:
+    def __init__(self, pruned: StatesOf, teacher: StatesOf, recipe: Recovery) -> None:
         super().__init__()
         self.model: nn.Module = pruned.model
-        self._pruned, self._recipe = pruned, recipe
-        self._teacher = (teacher,)  # in a tuple: its parameters are not this module's
+        self._pruned, self._teacher, self._recipe = pruned, teacher, recipe
 
     def forward(self, windows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss of windows [N, T] in nats, and the KL in it."""
+        """The loss of windows [N, T] in nats."""
         states = self._pruned.states(windows).flatten(0, 1)
         following = self._pruned.next_tokens(windows).flatten()
         of_next = next_token(self._pruned.logits(), following)
         if self._recipe.recover_method == "full":
             return {"loss": _mean(states, of_next)}
-        [teacher] = self._teacher
-        assert teacher is not None
         wanted = self.wanted_states(windows)
-        kl = divergence(self._pruned.logits(), teacher.logits(), wanted)
+        kl = divergence(self._pruned.logits(), self._teacher.logits(), wanted)
         loss = _mean(states, weighted((1.0, kl), (self._recipe.next_token_weight, of_next)))
         if self._recipe.states_weight:
             loss = loss + self._recipe.states_weight * relative_error(states, wanted)
@@ -63,17 +56,13 @@ class Student(nn.Module):
     @torch.no_grad()
     def wanted_states(self, windows: torch.Tensor) -> torch.Tensor:
         """The dense model's states [P, D] at the positions of windows [N, T]."""
-        [teacher] = self._teacher
-        assert teacher is not None
-        return teacher.states(windows).flatten(0, 1)
+        return self._teacher.states(windows).flatten(0, 1)
 
     @torch.no_grad()
     def heldout_kl(self, windows: torch.Tensor, wanted: torch.Tensor) -> float:
         """Sum over the positions of windows [N, T] of KL(dense || pruned), nats."""
-        [teacher] = self._teacher
-        assert teacher is not None
         states = self._pruned.states(windows).flatten(0, 1)
-        return float(in_blocks(states, divergence(self._pruned.logits(), teacher.logits(), wanted)))
+        return float(in_blocks(states, divergence(self._pruned.logits(), self._teacher.logits(), wanted)))
 
     def positions(self, windows: torch.Tensor) -> int:
         """How many positions of windows [N, T] have logits."""
@@ -84,7 +73,7 @@ class Student(nn.Module):
         return {name: one.detach() for name, one in self.named_parameters() if one.requires_grad}
 
 
-def trainable(model: Any, checkpoint: Checkpoint, recipe: Recovery) -> None:
+def trainable(model: Any, recipe: Recovery) -> None:
     """Set which parameters of ``model`` are trained, in place; adapters are put in."""
     fixed = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     for parameter in model.parameters():

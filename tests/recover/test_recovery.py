@@ -23,7 +23,7 @@ from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_divergences
 from nirvana_deploy.recover import loop, training
 from nirvana_deploy.recover.recipe import Recovery
-from nirvana_deploy.recover.recovery import TextWanted, Trained, recover_checkpoint
+from nirvana_deploy.recover.recovery import TextWanted, Trained, _shortened, recover_checkpoint
 
 SEQ_LEN = 24
 SHORT = {"recover": "1200", "recover_batch": 4, "learning_rate": 2e-3}
@@ -164,8 +164,34 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(
 def test_another_training_does_not_go_on_from_there(llama: Cut) -> None:
     state = llama.folder / "state"
     state.mkdir()
-    (state / "schedule.json").write_text(json.dumps({"identity": {"lr": 1.0}, "loop": {}}))
-    assert llama.recover().course.curve[0].step == 0
+    begun = {
+        "steps": 8,
+        "wanted_windows": 32,
+        "step_windows": 4,
+        "micro_batch": 4,
+        "learning_rate": 1,
+        "seed": 1,
+    }
+    (state / "schedule.json").write_text(json.dumps({"identity": {"lr": 1.0}, "loop": begun}))
+    assert llama.recover().loop.steps == 12
+
+
+def test_files_of_somebody_else_are_not_removed(llama: Cut) -> None:
+    state = llama.folder / "state"
+    state.mkdir()
+    (state / "thesis.txt").write_text("all of it")
+    with pytest.raises(NirvanaError, match=r"did not write thesis\.txt"):
+        llama.recover()
+    assert (state / "thesis.txt").read_text() == "all of it"
+
+
+def test_text_is_drawn_for_the_steps_that_were_planned_first() -> None:
+    """A resumed training draws the same windows, though writing them left fewer steps."""
+    planned = loop.Loop(
+        steps=20, wanted_windows=80, step_windows=4, micro_batch=4, learning_rate=1e-4, seed=1
+    )
+    left = _shortened(planned, Recovery(recover="100s"), 24, 50.0)
+    assert (left.steps, left.wanted_windows) == (10, 80)
 
 
 def test_what_training_spoils_is_not_kept(llama: Cut) -> None:
