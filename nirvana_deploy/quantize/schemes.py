@@ -112,6 +112,11 @@ def onnx_scheme(name: str) -> Scheme:
     return look_up(name, {name: SCHEMES[name] for name in onnx_schemes()}, what="scheme")
 
 
+def weight_schemes() -> tuple[str, ...]:
+    """Names of the schemes that round weights to integers and leave activations as they are."""
+    return tuple(name for name, scheme in SCHEMES.items() if "rounding" in scheme.options)
+
+
 def onnx_schemes() -> tuple[str, ...]:
     """Names of the schemes that ONNX Runtime runs, each with a folder ``onnx-<scheme>``."""
     return tuple(name for name, scheme in SCHEMES.items() if scheme.only_engines is None)

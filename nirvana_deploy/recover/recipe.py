@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from nirvana_deploy.base.recipe import Option, recipe
+from nirvana_deploy.quantize.schemes import weight_schemes
 
 METHODS = ("distill", "lora", "full")
+TEACHERS = ("auto", "live", "stored")
 
 
 @recipe
@@ -38,6 +40,24 @@ class Recovery:
             resumable=True,
         ),
     ] = "distill"
+    recover_teacher: Annotated[
+        str,
+        Option(
+            "live: the dense model is in memory beside the pruned one; stored: its states are computed "
+            "before, block by block, and read from disk; auto: live where both fit.",
+            choices=TEACHERS,
+            resumable=True,
+        ),
+    ] = "auto"
+    recover_for: Annotated[
+        str | None,
+        Option(
+            "Train with the weights rounded as this scheme rounds them; the checkpoint then holds what so "
+            "many bits hold.",
+            choices=weight_schemes,
+            resumable=True,
+        ),
+    ] = None
     recover_text: Annotated[
         str, Option("Text to train on, as --calib takes it, in windows of --seq-len.", resumable=True)
     ] = "mix"

@@ -45,6 +45,8 @@ class Recovered:
     """Of drawing and writing text, part of a budget in time."""
     learning_rate: float
     trained_parameters: int
+    stored_teacher: bool
+    """Whether the dense model's states were on disk."""
     curve: tuple[CurvePoint, ...]
     """At step 0 first."""
     cut_kl: float

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -17,15 +18,21 @@ from nirvana_deploy.base.artifact import whole_folder, write_json
 from nirvana_deploy.base.ownership.marker import foreign
 from nirvana_deploy.base.ownership.temporary import PREFIX, remove
 from nirvana_deploy.base.progress import Progress
-from nirvana_deploy.base.resources import disk_errors, require_free_bytes, require_memory
+from nirvana_deploy.base.resources import (
+    disk_errors,
+    free_memory_bytes,
+    require_free_bytes,
+    require_memory,
+)
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.recover.budget import budget_of
 from nirvana_deploy.recover.data import TrainingText, training_text
+from nirvana_deploy.recover.learning.states import StatesOf
+from nirvana_deploy.recover.learning.student import Student, probe, trainable, trained_tensors
+from nirvana_deploy.recover.learning.teacher import LiveTeacher, StandIn, StoredTeacher, Teacher, store_states
 from nirvana_deploy.recover.loop import Course, Loop, whole_steps
 from nirvana_deploy.recover.recipe import Recovery
-from nirvana_deploy.recover.states import StatesOf
-from nirvana_deploy.recover.student import Student, probe, trainable, trained_tensors
 
 _STATE_BYTES = 3 * 4
 """A parameter that is trained, and its two moments."""
@@ -33,7 +40,7 @@ _SAVED_STATES = 3
 """The best one, the last one, and the one that is being written."""
 _BESIDE = 1.2
 """A step with its part of the optimizer, measuring and saving, in times of its gradients; of SmolLM2."""
-_SCHEDULE = "schedule.json"
+_SCHEDULE, _TEACHER = "schedule.json", "teacher"
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Trained:
     course: Course
     writing_seconds: float
     trained_parameters: int
+    stored_teacher: bool
 
 
 @dataclass(frozen=True)
@@ -76,15 +84,14 @@ def recover_checkpoint(
     """
     from nirvana_deploy.recover.training import fit  # whose Trainer takes four seconds to import
 
-    model = cut.load().train()
-    trainable(model, recipe)
-    parameters = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    _require_room(out, parameters, dense)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = StatesOf(dense, dense.load().requires_grad_(False).to(device))
-    student = Student(StatesOf(cut, model.to(device)), teacher, recipe)
+    pruned, parameters = _trainable(cut, recipe, device)
+    stored = _stores_teacher(recipe, parameters, dense, device)
+    require_free_bytes(out.parent, _SAVED_STATES * _STATE_BYTES * parameters, what="Recovery")
     begun = _begun(state, identity)
-    loop = begun or _planned(student, recipe, wanted, dense.shape.vocab_size, device)
+    loop = begun or _planned(pruned, None if stored else dense, recipe, wanted)
+    if stored:
+        del pruned  # the dense model alone is in memory while it writes and is run
     started = time.perf_counter()
     text = training_text(
         recipe.recover_text,
@@ -96,28 +103,62 @@ def recover_checkpoint(
         seed=wanted.seed,
         progress=progress,
     )
+    if stored:
+        windows = np.concatenate([text.train.tokens, text.watch])
+        store_states(dense, windows, state / _TEACHER, progress=progress)
+        pruned, parameters = _trainable(cut, recipe, device)
     writing_seconds = time.perf_counter() - started
     if begun is None:
         loop = _shortened(loop, recipe, wanted.seq_len, writing_seconds)
         _remember(state, identity, loop)
+    teacher = StoredTeacher(state / _TEACHER, pruned) if stored else LiveTeacher(dense, device)
     label = f"Recovering on {loop.steps * loop.step_windows * wanted.seq_len:,} tokens"
     with progress.task(label, loop.steps) as advance:
+        student = Student(pruned, teacher, recipe)
         course = fit(student, text.train.tokens, text.watch, loop, state=state, advance=advance)
     with whole_folder(out) as folder, disk_errors(out):
-        stored = SafetensorsWeights(cut.path)  # with fused linears as they are
+        kept = SafetensorsWeights(cut.path)  # with fused linears as they are
         tensors = {
-            name: (tensor if course.kept_step else stored.load(name)).to("cpu", stored.dtype(name))
-            for name, tensor in trained_tensors(model)
+            name: (tensor if course.kept_step else kept.load(name)).to("cpu", kept.dtype(name))
+            for name, tensor in trained_tensors(pruned.model)
         }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     remove(state)
-    return Trained(text, loop, course, round(writing_seconds, 3), parameters)
+    return Trained(text, loop, course, round(writing_seconds, 3), parameters, stored)
 
 
-def _planned(
-    student: Student, recipe: Recovery, wanted: TextWanted, vocab_size: int, device: torch.device
-) -> Loop:
-    """The loop of a budget, as if text cost nothing."""
+def _trainable(cut: Checkpoint, recipe: Recovery, device: torch.device) -> tuple[StatesOf, int]:
+    """The model to train, and how many of its parameters are."""
+    model = cut.load().train()
+    trainable(model, recipe)
+    parameters = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    return StatesOf(cut, model.to(device)), parameters
+
+
+def _stores_teacher(recipe: Recovery, parameters: int, dense: Checkpoint, device: torch.device) -> bool:
+    """Whether the dense model's states go to the disk; raises NirvanaError where memory lets neither be."""
+    dense_bytes = 4 * (dense.shape.linear_parameters + dense.shape.embedding_parameters)
+    training_bytes = (4 + _STATE_BYTES) * parameters
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+    if recipe.recover_teacher == "auto" and free_bytes >= dense_bytes + training_bytes:
+        return False
+    if recipe.recover_teacher == "live":
+        require_memory(
+            dense_bytes + training_bytes,
+            what="Recovery, with the dense model, gradients and moments beside the pruned one,",
+            hint="Keep the dense model's states on disk: --recover-teacher stored.",
+        )
+        return False
+    require_memory(
+        training_bytes,
+        what="Recovery, with gradients and moments beside the pruned model,",
+        hint="Train adapters alone: --recover-method lora.",
+    )
+    return True
+
+
+def _planned(pruned: StatesOf, dense: Checkpoint | None, recipe: Recovery, wanted: TextWanted) -> Loop:
+    """The loop of a budget, as if text cost nothing; ``dense`` is None where its states will be on disk."""
     batch = recipe.recover_batch
     micro_batch = min(recipe.recover_micro_batch or batch, batch)
     while batch % micro_batch:
@@ -125,8 +166,11 @@ def _planned(
     budget = budget_of(recipe.recover or "")
     seconds = 1.0
     if budget.seconds is not None:
+        shape, device = pruned.shape, pruned.model.device
+        teacher: Teacher = StandIn(pruned, shape.hidden_size) if dense is None else LiveTeacher(dense, device)
         random = torch.Generator().manual_seed(0)
-        windows = torch.randint(0, vocab_size, (batch, wanted.seq_len), generator=random)
+        windows = torch.randint(0, shape.vocab_size, (batch, wanted.seq_len), generator=random)
+        student = Student(pruned, teacher, recipe)
         seconds = _BESIDE * probe(student, windows.to(device), micro_batch=micro_batch)
     steps = whole_steps(budget.steps(batch * wanted.seq_len, seconds))
     return Loop(
@@ -150,23 +194,12 @@ def _shortened(loop: Loop, recipe: Recovery, seq_len: int, writing_seconds: floa
     return dataclasses.replace(loop, steps=whole_steps(steps))
 
 
-def _require_room(out: Path, parameters: int, dense: Checkpoint) -> None:
-    """Refuse what does not fit before anything is computed."""
-    both = 2 * (dense.shape.linear_parameters + dense.shape.embedding_parameters)
-    require_memory(
-        4 * both + (4 + _STATE_BYTES) * parameters,
-        what="Recovery, with the dense and the pruned model, gradients and moments,",
-        hint="Train adapters alone: --recover-method lora.",
-    )
-    require_free_bytes(out.parent, _SAVED_STATES * _STATE_BYTES * parameters, what="Recovery")
-
-
 def _begun(state: Path, identity: dict[str, Any]) -> Loop | None:
     """The loop that a killed run of the same identity was in; another one's state is removed.
 
     Raises NirvanaError for a folder of that name with files that no training writes.
     """
-    ours = (_SCHEDULE, "checkpoint-*", f"{PREFIX}*")
+    ours = (_SCHEDULE, _TEACHER, "checkpoint-*", f"{PREFIX}*")
     names = [path.name for path in state.iterdir()] if state.is_dir() else []
     if others := [name for name in names if not any(fnmatchcase(name, one) for one in ours)]:
         raise foreign(state, others)

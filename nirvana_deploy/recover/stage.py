@@ -82,6 +82,7 @@ def recover(
             writing_seconds=done.writing_seconds,
             learning_rate=loop.learning_rate,
             trained_parameters=done.trained_parameters,
+            stored_teacher=done.stored_teacher,
             curve=course.curve,
             cut_kl=kl,
             cut_perplexity=perplexity,

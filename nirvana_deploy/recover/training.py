@@ -31,9 +31,9 @@ from transformers import (
 from nirvana_deploy.base.ownership.temporary import remove
 from nirvana_deploy.base.progress import Advance
 from nirvana_deploy.base.resources import disk_errors
+from nirvana_deploy.recover.learning.student import Student, parts_of, require_finite
 from nirvana_deploy.recover.loop import Course, Loop
 from nirvana_deploy.recover.record import CurvePoint
-from nirvana_deploy.recover.student import Student, parts_of, require_finite
 
 _PATIENCE = 4
 """Measurements without a better one after which training stops."""
@@ -48,8 +48,8 @@ class _Windows(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"windows": self._tokens[index]}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"windows": self._tokens[index], "numbers": index}
 
 
 class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
@@ -57,10 +57,13 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
 
     control: TrainerControl
 
-    def __init__(self, student: Student, watch: NDArray[np.int64], *, batch: int, **kwargs: Any) -> None:
+    def __init__(
+        self, student: Student, watch: NDArray[np.int64], *, first: int, batch: int, **kwargs: Any
+    ) -> None:
+        """``first`` is the number of the first watching window."""
         super().__init__(model=student, **kwargs)
         self._student, self._batch = student, batch
-        self._watch = torch.from_numpy(watch)
+        self._watch, self._first = torch.from_numpy(watch), first
         self._wanted: list[torch.Tensor] | None = None
         self._before, self._started = 0.0, time.perf_counter()
 
@@ -75,7 +78,8 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
         self._student.eval()
         parts = [one.to(self.args.device) for one in parts_of(self._watch, self._batch)]
         if self._wanted is None:  # the dense model stays as it is
-            self._wanted = [self._student.wanted_states(one) for one in parts]
+            numbers = torch.arange(self._first, self._first + len(self._watch)).split(self._batch)
+            self._wanted = [self._student.wanted_states(*one) for one in zip(parts, numbers, strict=True)]
         total = sum(self._student.heldout_kl(*one) for one in zip(parts, self._wanted, strict=True))
         self._student.train(was_training)
         metrics = {"eval_kl": total / self._student.positions(self._watch)}
@@ -160,6 +164,7 @@ def fit(
     trainer = _Watched(
         student,
         watch,
+        first=len(train),
         batch=loop.micro_batch,
         args=arguments,
         train_dataset=_Windows(train),

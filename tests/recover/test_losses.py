@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nirvana_deploy.recover.losses import divergence, in_blocks, next_token, relative_error, weighted
+from nirvana_deploy.recover.learning.losses import divergence, in_blocks, next_token, relative_error, weighted
 
 POSITIONS, HIDDEN, VOCABULARY = 13, 8, 40
 

@@ -6,69 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from builders.extras import needs
-from builders.plans import logits_of, plan_for
-from builders.tiny import write_tiny
-from builders.tiny_t5 import write_t5
-from numpy.typing import NDArray
+from builders.recovering import SEQ_LEN, Cut, kl_of
 from safetensors.torch import load_file
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.progress import SILENT
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_divergences
-from nirvana_deploy.recover import loop, training
+from nirvana_deploy.recover import loop, recovery, training
 from nirvana_deploy.recover.recipe import Recovery
-from nirvana_deploy.recover.recovery import TextWanted, Trained, _shortened, recover_checkpoint
+from nirvana_deploy.recover.recovery import TextWanted, _shortened
 
-SEQ_LEN = 24
-SHORT = {"recover": "1200", "recover_batch": 4, "learning_rate": 2e-3}
 KINDS = ["llama-tied", "qwen3", "gemma3", "phi3", "flan-t5"]
-
-
-@pytest.fixture(autouse=True)
-def few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_MEASUREMENTS", 4)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "notes.txt"
-    lines = (f"Day {n}: {n * 7919 % 1000} apples and {n * 104729 % 997} pears.\n" for n in range(400))
-    file.write_text("".join(lines))
-    return file
-
-
-def model_of(kind: str, folder: Path) -> Path:
-    return write_t5(folder, kind) if "t5" in kind else write_tiny(folder, kind)
-
-
-class Cut:
-    """A model, a cut of it, and what recovering it takes."""
-
-    def __init__(self, folder: Path, kind: str, text: Path) -> None:
-        self.folder, self.text = folder, text
-        self.dense = Checkpoint.open(model_of(kind, folder / "dense"))
-        self.plan = plan_for(self.dense.path, sparsity=0.3)
-        slice_checkpoint(self.dense, self.plan, folder / "cut")
-        self.cut = Checkpoint.open(folder / "cut")
-
-    def recover(self, out: str = "recovery", **options: Any) -> Trained:
-        recipe = Recovery(**{**SHORT, "recover_text": str(self.text), **options})
-        return recover_checkpoint(
-            self.cut,
-            self.dense,
-            recipe,
-            TextWanted(seq_len=SEQ_LEN, segment_tokens=SEQ_LEN, seed=1),
-            self.folder / out,
-            state=self.folder / "state",
-            identity={"lr": recipe.learning_rate},
-            progress=SILENT,
-        )
 
 
 @pytest.fixture(params=KINDS)
@@ -95,18 +47,25 @@ def test_from_the_cut_to_a_checkpoint_that_is_what_was_trained(cut: Cut) -> None
     assert kl_of(Checkpoint.open(cut.folder / "after"), cut.dense, watch) == pytest.approx(best, rel=1e-4)
 
 
-def kl_of(pruned: Checkpoint, dense: Checkpoint, windows: NDArray[np.int64]) -> float:
-    """KL(dense || pruned) from whole logits of transformers, in float64."""
-    if dense.shape.family.encoder_decoder:
-        from nirvana_deploy.model.reading import stack_tokens
+def test_a_teacher_on_disk_teaches_what_a_live_one_does(cut: Cut) -> None:
+    """Of each family: norms, heads and factors on logits are where they were."""
+    live = cut.recover("live", recover_teacher="live")
+    stored = cut.recover("stored", recover_teacher="stored")
+    assert (live.stored_teacher, stored.stored_teacher) == (False, True)
+    for one, other in zip(live.course.curve, stored.course.curve, strict=True):
+        assert one.kl == pytest.approx(other.kl, rel=2e-3)
 
-        inputs = [torch.from_numpy(t) for t in stack_tokens(dense.shape.family, dense.config, windows)]
-        given = {"input_ids": inputs[0], "decoder_input_ids": inputs[1]}
-        with torch.no_grad():
-            log_p, log_q = (one.load()(**given).logits.double().log_softmax(-1) for one in (dense, pruned))
-    else:
-        log_p, log_q = (logits_of(one.path, windows).double().log_softmax(-1) for one in (dense, pruned))
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+def test_what_does_not_fit_beside_the_student_goes_to_the_disk(
+    llama: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "free_memory_bytes", lambda: 0)
+    assert llama.recover().stored_teacher
+    monkeypatch.setattr("nirvana_deploy.base.resources.free_memory_bytes", lambda: 0)
+    with pytest.raises(NirvanaError, match=r"beside the pruned one, needs.*\n.*--recover-teacher stored"):
+        llama.recover(recover_teacher="live")
+    with pytest.raises(NirvanaError, match=r"beside the pruned model, needs.*\n.*--recover-method lora"):
+        llama.recover()
 
 
 def test_merged_adapters_compute_what_unmerged_ones_do(llama: Cut) -> None:
@@ -133,7 +92,8 @@ def test_micro_batches_change_memory_alone(llama: Cut) -> None:
 def test_a_killed_training_goes_on_as_if_nothing_had_been(
     llama: Cut, monkeypatch: pytest.MonkeyPatch, after_steps: int
 ) -> None:
-    undisturbed = llama.recover("undisturbed")
+    teacher = {"recover_teacher": "stored" if after_steps == 7 else "live"}
+    undisturbed = llama.recover("undisturbed", **teacher)
     told = training._Told.on_step_end
     count = 0
 
@@ -147,12 +107,12 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(
     with monkeypatch.context() as patch:
         patch.setattr(training._Told, "on_step_end", kill)
         with pytest.raises(KeyboardInterrupt):
-            llama.recover("resumed")
+            llama.recover("resumed", **teacher)
     assert not (llama.folder / "resumed").exists()
     torn = llama.folder / "state/checkpoint-99"
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"log_history": [')
-    resumed = llama.recover("resumed")
+    resumed = llama.recover("resumed", **teacher)
     for one, other in zip(undisturbed.course.curve, resumed.course.curve, strict=True):
         assert (one.step, one.kl) == (other.step, pytest.approx(other.kl, rel=1e-6))
     second = load_file(llama.folder / "resumed/model.safetensors")
@@ -205,7 +165,7 @@ def test_what_training_spoils_is_not_kept(llama: Cut) -> None:
 
 def test_a_loss_that_is_no_number_names_step_and_rate(llama: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "require_finite", lambda loss, **at: real(float("nan"), **at))
-    from nirvana_deploy.recover.student import require_finite as real
+    from nirvana_deploy.recover.learning.student import require_finite as real
 
     with pytest.raises(NirvanaError, match=r"The loss is nan at step 1, learning rate .*\n.*--learning-rate"):
         llama.recover()
@@ -216,3 +176,12 @@ def test_a_text_too_short_says_how_many_windows_there_are(llama: Cut) -> None:
     short.write_text("A few words, and no more than that.\n" * 4)
     with pytest.raises(NirvanaError, match=r"text for \d windows of 24 tokens.*need 6.\n.*--recover-batch 1"):
         llama.recover(recover_text=str(short))
+
+
+def test_a_budget_in_time_is_planned_without_the_dense_model(llama: Cut) -> None:
+    recipe = Recovery(recover="1h", recover_batch=2)
+    pruned, _ = recovery._trainable(llama.cut, recipe, torch.device("cpu"))
+    wanted = TextWanted(seq_len=SEQ_LEN, segment_tokens=SEQ_LEN, seed=1)
+    planned = recovery._planned(pruned, None, recipe, wanted)
+    assert planned.steps > 100 and planned.wanted_windows == 2 * planned.steps
+    assert all(one.grad is None for one in pruned.model.parameters())

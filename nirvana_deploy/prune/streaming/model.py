@@ -307,6 +307,17 @@ class StreamedModel:
         [states] = self.last_states_of([lambda weights: weights], batches)
         return states
 
+    def states_for_head(
+        self, batches: Sequence[torch.Tensor], *, advance: Advance = lambda steps: None
+    ) -> States:
+        """The normed states [n, T, D] that the head reads, for each of ``batches`` [n, T] of windows.
+
+        A factor on the logits is left out. ``advance`` counts ``shape.layers``.
+        """
+        [states] = self.last_states_of([lambda weights: weights], batches, advance=advance)
+        norm = self._norm(self._stacks[-1], scaled=False)
+        return [norm(self._on_device(one)).cpu() for one in states]
+
     def output_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Turns states that left the last block [..., D] into logits [..., V]; loaded once."""
         norm, head = self._norm(self._stacks[-1]), self._float32(head_name(self.shape))
@@ -336,8 +347,8 @@ class StreamedModel:
     def _embedded(self, stack: RunnableStack, tokens: torch.Tensor) -> torch.Tensor:
         return embedded(self._weights, self.shape, tokens, scale=stack.embedding_scale)
 
-    def _norm(self, stack: RunnableStack) -> Callable[[torch.Tensor], torch.Tensor]:
-        weight, scale = self._float32(stack.norm), stack.scale
+    def _norm(self, stack: RunnableStack, *, scaled: bool = True) -> Callable[[torch.Tensor], torch.Tensor]:
+        weight, scale = self._float32(stack.norm), stack.scale if scaled else 1.0
         if stack.offset:
             weight = weight + stack.offset
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.recover.losses import (
+from nirvana_deploy.recover.learning.losses import (
     BlockLoss,
     divergence,
     in_blocks,
@@ -22,41 +23,42 @@ from nirvana_deploy.recover.losses import (
     relative_error,
     weighted,
 )
+from nirvana_deploy.recover.learning.rounded import round_while_training, stored_name
+from nirvana_deploy.recover.learning.states import StatesOf
+from nirvana_deploy.recover.learning.teacher import Teacher
 from nirvana_deploy.recover.recipe import Recovery
-from nirvana_deploy.recover.states import StatesOf
 
 _ALPHA_A_RANK, _DROPOUT = 2, 0.05
 """Of adapters: the settings of NIRVANA's authors."""
 
 
 class Student(nn.Module):
-    """The pruned model, with ``teacher``, the dense one; ``forward`` is its mean loss a position."""
+    """The pruned model and its teacher, the dense one; ``forward`` is its mean loss a position."""
 
     _keys_to_ignore_on_save = None  # asked for by the Trainer
 
-    def __init__(self, pruned: StatesOf, teacher: StatesOf, recipe: Recovery) -> None:
+    def __init__(self, pruned: StatesOf, teacher: Teacher, recipe: Recovery) -> None:
         super().__init__()
         self.model: nn.Module = pruned.model
         self._pruned, self._teacher, self._recipe = pruned, teacher, recipe
 
-    def forward(self, windows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss of windows [N, T] in nats."""
+    def forward(self, windows: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss of windows [N, T] in nats; their ``numbers`` [N] are the teacher's."""
         states = self._pruned.states(windows).flatten(0, 1)
         following = self._pruned.next_tokens(windows).flatten()
         of_next = next_token(self._pruned.logits(), following)
         if self._recipe.recover_method == "full":
             return {"loss": _mean(states, of_next)}
-        wanted = self.wanted_states(windows)
+        wanted = self.wanted_states(windows, numbers)
         kl = divergence(self._pruned.logits(), self._teacher.logits(), wanted)
         loss = _mean(states, weighted((1.0, kl), (self._recipe.next_token_weight, of_next)))
         if self._recipe.states_weight:
             loss = loss + self._recipe.states_weight * relative_error(states, wanted)
         return {"loss": loss}
 
-    @torch.no_grad()
-    def wanted_states(self, windows: torch.Tensor) -> torch.Tensor:
+    def wanted_states(self, windows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """The dense model's states [P, D] at the positions of windows [N, T]."""
-        return self._teacher.states(windows).flatten(0, 1)
+        return self._teacher.wanted(windows, numbers)
 
     @torch.no_grad()
     def heldout_kl(self, windows: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -75,9 +77,16 @@ class Student(nn.Module):
 
 def trainable(model: Any, recipe: Recovery) -> None:
     """Set which parameters of ``model`` are trained, in place; adapters are put in."""
+    if recipe.recover_method == "lora" and recipe.recover_for is not None:
+        raise NirvanaError(
+            f"--recover-for {recipe.recover_for} trains whole weights, and LoRA trains adapters beside them.",
+            hint="Pass --recover-method distill, or leave --recover-for out.",
+        )
     fixed = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     for parameter in model.parameters():
         parameter.requires_grad_(recipe.recover_method != "lora" and id(parameter) not in fixed)
+    if recipe.recover_for is not None:
+        round_while_training(model, recipe.recover_for)
     if recipe.recover_method == "lora":
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -100,7 +109,8 @@ def trained_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{name}.weight", module.base_layer.weight.detach()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".lora_" not in name:
-            yield name, parameter.detach()
+            stored = stored_name(name)
+            yield stored, attrgetter(stored)(model).detach()
 
 
 def require_finite(loss: float, *, step: int, learning_rate: float) -> None:
@@ -119,7 +129,7 @@ def probe(student: Student, windows: torch.Tensor, *, micro_batch: int) -> float
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()
         for part in parts_of(windows, micro_batch):
-            student(part)["loss"].backward()
+            student(part, torch.arange(len(part)))["loss"].backward()
         seconds = time.perf_counter() - started
     student.zero_grad(set_to_none=True)
     return seconds

@@ -8,7 +8,7 @@ import torch
 
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.reading import stack_tokens
-from nirvana_deploy.recover.losses import Logits
+from nirvana_deploy.recover.learning.losses import Logits
 
 
 class StatesOf:
@@ -16,6 +16,7 @@ class StatesOf:
 
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
         self.model = model
+        self.shape = checkpoint.shape
         self._checkpoint = checkpoint
         self._family = checkpoint.shape.family
 
