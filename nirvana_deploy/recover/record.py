@@ -47,6 +47,8 @@ class Recovered:
     trained_parameters: int
     stored_teacher: bool
     """Whether the dense model's states were on disk."""
+    processes: int
+    """That shared the windows of each step."""
     curve: tuple[CurvePoint, ...]
     """At step 0 first."""
     cut_kl: float

@@ -29,10 +29,19 @@ from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.recover.budget import budget_of
 from nirvana_deploy.recover.data import TrainingText, training_text
 from nirvana_deploy.recover.learning.states import StatesOf
-from nirvana_deploy.recover.learning.student import Student, probe, trainable, trained_tensors
-from nirvana_deploy.recover.learning.teacher import LiveTeacher, StandIn, StoredTeacher, Teacher, store_states
+from nirvana_deploy.recover.learning.student import Student, probe, trained_tensors
+from nirvana_deploy.recover.learning.teacher import LiveTeacher, StandIn, Teacher, store_states
 from nirvana_deploy.recover.loop import Course, Loop, whole_steps
+from nirvana_deploy.recover.processes import share_of
 from nirvana_deploy.recover.recipe import Recovery
+from nirvana_deploy.recover.shared import (
+    TEACHER,
+    WINDOWS,
+    Training,
+    compute_device,
+    model_to_train,
+    trained,
+)
 
 _STATE_BYTES = 3 * 4
 """A parameter that is trained, and its two moments."""
@@ -40,7 +49,7 @@ _SAVED_STATES = 3
 """The best one, the last one, and the one that is being written."""
 _BESIDE = 1.2
 """A step with its part of the optimizer, measuring and saving, in times of its gradients; of SmolLM2."""
-_SCHEDULE, _TEACHER = "schedule.json", "teacher"
+_SCHEDULE = "schedule.json"
 
 
 @dataclass(frozen=True)
@@ -82,13 +91,11 @@ def recover_checkpoint(
     hashes, JSON) is the same, and removed in the end. Raises NirvanaError for too little text, time, memory
     or disk, and for a loss that is not finite.
     """
-    from nirvana_deploy.recover.training import fit  # whose Trainer takes four seconds to import
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pruned, parameters = _trainable(cut, recipe, device)
-    stored = _stores_teacher(recipe, parameters, dense, device)
+    pruned = model_to_train(cut, recipe)
+    parameters = sum(one.numel() for one in pruned.model.parameters() if one.requires_grad)
+    stored = _stores_teacher(recipe, parameters, dense)
     require_free_bytes(out.parent, _SAVED_STATES * _STATE_BYTES * parameters, what="Recovery")
-    begun = _begun(state, identity)
+    begun = _begun(state, identity, micro_batch=_micro_batch(recipe))
     loop = begun or _planned(pruned, None if stored else dense, recipe, wanted)
     if stored:
         del pruned  # the dense model alone is in memory while it writes and is run
@@ -103,19 +110,17 @@ def recover_checkpoint(
         seed=wanted.seed,
         progress=progress,
     )
+    train, watch = text.train.tokens, text.watch
     if stored:
-        windows = np.concatenate([text.train.tokens, text.watch])
-        store_states(dense, windows, state / _TEACHER, progress=progress)
-        pruned, parameters = _trainable(cut, recipe, device)
+        store_states(dense, np.concatenate([train, watch]), state / TEACHER, progress=progress)
+        pruned = model_to_train(cut, recipe)
     writing_seconds = time.perf_counter() - started
     if begun is None:
         loop = _shortened(loop, recipe, wanted.seq_len, writing_seconds)
         _remember(state, identity, loop)
-    teacher = StoredTeacher(state / _TEACHER, pruned) if stored else LiveTeacher(dense, device)
-    label = f"Recovering on {loop.steps * loop.step_windows * wanted.seq_len:,} tokens"
-    with progress.task(label, loop.steps) as advance:
-        student = Student(pruned, teacher, recipe)
-        course = fit(student, text.train.tokens, text.watch, loop, state=state, advance=advance)
+    course = trained(
+        Training(cut, dense, recipe, loop, state, stored), pruned, train, watch, progress=progress
+    )
     with whole_folder(out) as folder, disk_errors(out):
         kept = SafetensorsWeights(cut.path)  # with fused linears as they are
         tensors = {
@@ -127,19 +132,11 @@ def recover_checkpoint(
     return Trained(text, loop, course, round(writing_seconds, 3), parameters, stored)
 
 
-def _trainable(cut: Checkpoint, recipe: Recovery, device: torch.device) -> tuple[StatesOf, int]:
-    """The model to train, and how many of its parameters are."""
-    model = cut.load().train()
-    trainable(model, recipe)
-    parameters = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    return StatesOf(cut, model.to(device)), parameters
-
-
-def _stores_teacher(recipe: Recovery, parameters: int, dense: Checkpoint, device: torch.device) -> bool:
+def _stores_teacher(recipe: Recovery, parameters: int, dense: Checkpoint) -> bool:
     """Whether the dense model's states go to the disk; raises NirvanaError where memory lets neither be."""
     dense_bytes = 4 * (dense.shape.linear_parameters + dense.shape.embedding_parameters)
     training_bytes = (4 + _STATE_BYTES) * parameters
-    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+    free_bytes = torch.cuda.mem_get_info()[0] if compute_device().type == "cuda" else free_memory_bytes()
     if recipe.recover_teacher == "auto" and free_bytes >= dense_bytes + training_bytes:
         return False
     if recipe.recover_teacher == "live":
@@ -159,17 +156,15 @@ def _stores_teacher(recipe: Recovery, parameters: int, dense: Checkpoint, device
 
 def _planned(pruned: StatesOf, dense: Checkpoint | None, recipe: Recovery, wanted: TextWanted) -> Loop:
     """The loop of a budget, as if text cost nothing; ``dense`` is None where its states will be on disk."""
-    batch = recipe.recover_batch
-    micro_batch = min(recipe.recover_micro_batch or batch, batch)
-    while batch % micro_batch:
-        micro_batch -= 1
+    batch, micro_batch = recipe.recover_batch, _micro_batch(recipe)
     budget = budget_of(recipe.recover or "")
     seconds = 1.0
     if budget.seconds is not None:
         shape, device = pruned.shape, pruned.model.device
         teacher: Teacher = StandIn(pruned, shape.hidden_size) if dense is None else LiveTeacher(dense, device)
         random = torch.Generator().manual_seed(0)
-        windows = torch.randint(0, shape.vocab_size, (batch, wanted.seq_len), generator=random)
+        share = (share_of(batch), wanted.seq_len)
+        windows = torch.randint(0, shape.vocab_size, share, generator=random)
         student = Student(pruned, teacher, recipe)
         seconds = _BESIDE * probe(student, windows.to(device), micro_batch=micro_batch)
     steps = whole_steps(budget.steps(batch * wanted.seq_len, seconds))
@@ -183,6 +178,15 @@ def _planned(pruned: StatesOf, dense: Checkpoint | None, recipe: Recovery, wante
     )
 
 
+def _micro_batch(recipe: Recovery) -> int:
+    """Windows at a time in each process, which must divide its share of a step."""
+    share = share_of(recipe.recover_batch)
+    micro_batch = min(recipe.recover_micro_batch or share, share)
+    while share % micro_batch:
+        micro_batch -= 1
+    return micro_batch
+
+
 def _shortened(loop: Loop, recipe: Recovery, seq_len: int, writing_seconds: float) -> Loop:
     """The loop in what writing the text left of a budget in time."""
     budget = budget_of(recipe.recover or "")
@@ -194,19 +198,19 @@ def _shortened(loop: Loop, recipe: Recovery, seq_len: int, writing_seconds: floa
     return dataclasses.replace(loop, steps=whole_steps(steps))
 
 
-def _begun(state: Path, identity: dict[str, Any]) -> Loop | None:
+def _begun(state: Path, identity: dict[str, Any], *, micro_batch: int) -> Loop | None:
     """The loop that a killed run of the same identity was in; another one's state is removed.
 
     Raises NirvanaError for a folder of that name with files that no training writes.
     """
-    ours = (_SCHEDULE, _TEACHER, "checkpoint-*", f"{PREFIX}*")
+    ours = (_SCHEDULE, TEACHER, WINDOWS, "checkpoint-*", f"{PREFIX}*")
     names = [path.name for path in state.iterdir()] if state.is_dir() else []
     if others := [name for name in names if not any(fnmatchcase(name, one) for one in ours)]:
         raise foreign(state, others)
     try:
         found = json.loads((state / _SCHEDULE).read_text())
         if found["identity"] == identity:
-            return Loop(**found["loop"])
+            return Loop(**{**found["loop"], "micro_batch": micro_batch})
     except (OSError, ValueError, KeyError, TypeError):
         pass
     remove(state)

@@ -21,6 +21,7 @@ from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import PrunePlan
+from nirvana_deploy.recover import processes
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.record import Recovered
 from nirvana_deploy.recover.recovery import TextWanted, recover_checkpoint
@@ -83,6 +84,7 @@ def recover(
             learning_rate=loop.learning_rate,
             trained_parameters=done.trained_parameters,
             stored_teacher=done.stored_teacher,
+            processes=processes.count(),
             curve=course.curve,
             cut_kl=kl,
             cut_perplexity=perplexity,

@@ -33,6 +33,7 @@ from nirvana_deploy.base.progress import Advance
 from nirvana_deploy.base.resources import disk_errors
 from nirvana_deploy.recover.learning.student import Student, parts_of, require_finite
 from nirvana_deploy.recover.loop import Course, Loop
+from nirvana_deploy.recover.processes import share_of
 from nirvana_deploy.recover.record import CurvePoint
 
 _PATIENCE = 4
@@ -125,19 +126,20 @@ def fit(
     loop: Loop,
     *,
     state: Path,
+    begin: Path | None,
     advance: Advance,
 ) -> Course:
     """Train ``student`` in place on windows [N, T]; it ends as the best state by the watching windows [M, T].
 
-    ``state`` is the folder of saved states: training goes on from the last whole one there. Raises
-    NirvanaError for a loss that is not finite (the states before stay) and a full disk.
+    ``state`` is the folder of saved states, and ``begin`` the one to go on from. Raises NirvanaError for a
+    loss that is not finite (the states before stay) and a full disk.
     """
     every = loop.measured_every
     arguments = TrainingArguments(
         output_dir=str(state),
         max_steps=loop.steps,
         per_device_train_batch_size=loop.micro_batch,
-        gradient_accumulation_steps=loop.step_windows // loop.micro_batch,
+        gradient_accumulation_steps=share_of(loop.step_windows) // loop.micro_batch,
         learning_rate=loop.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": _LAST_RATE},
@@ -145,6 +147,7 @@ def fit(
         adam_beta2=0.99,
         max_grad_norm=1.0,
         seed=loop.seed,
+        use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         eval_strategy="steps",
         eval_steps=every,
@@ -160,6 +163,7 @@ def fit(
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
     )
     trainer = _Watched(
         student,
@@ -172,7 +176,6 @@ def fit(
         callbacks=[EarlyStoppingCallback(_PATIENCE), _Told(advance)],
     )
     trainer.remove_callback(PrinterCallback)
-    begin = _last_whole(state)
     advance(0 if begin is None else int(begin.name.rpartition("-")[2]))
     with _quiet(), disk_errors(state):
         trainer.go_on(begin)
@@ -194,7 +197,7 @@ def _course(history: Sequence[dict[str, Any]], loop: Loop, window_tokens: int, s
     return Course(curve=curve, kept_step=best.step, steps_done=curve[-1].step, seconds=round(seconds, 3))
 
 
-def _last_whole(state: Path) -> Path | None:
+def last_whole(state: Path) -> Path | None:
     """The newest state that was written to its end, which is trainer_state.json; newer ones are removed."""
     for folder in sorted(state.glob("checkpoint-*"), key=lambda one: int(one.name.rpartition("-")[2]))[::-1]:
         try:

@@ -180,7 +180,7 @@ def test_a_text_too_short_says_how_many_windows_there_are(llama: Cut) -> None:
 
 def test_a_budget_in_time_is_planned_without_the_dense_model(llama: Cut) -> None:
     recipe = Recovery(recover="1h", recover_batch=2)
-    pruned, _ = recovery._trainable(llama.cut, recipe, torch.device("cpu"))
+    pruned = recovery.model_to_train(llama.cut, recipe)
     wanted = TextWanted(seq_len=SEQ_LEN, segment_tokens=SEQ_LEN, seed=1)
     planned = recovery._planned(pruned, None, recipe, wanted)
     assert planned.steps > 100 and planned.wanted_windows == 2 * planned.steps

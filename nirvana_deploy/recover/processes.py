@@ -1,0 +1,103 @@
+"""One training in several processes, as ``accelerate launch`` or ``torchrun`` start them.
+
+The first process does everything; the others wait until it has something to train, take part in that, and
+end. They read the models and windows where the first one put them: on several hosts, the output folder must
+be on a disk that all of them see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from nirvana_deploy.base.errors import NirvanaError
+
+_PATIENCE = timedelta(days=2)
+"""Of those that wait, while the first one measures and writes text."""
+_told = False
+"""Whether the others have been told what to do."""
+
+
+def count() -> int:
+    """How many processes share a training."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that does everything else, too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Let the processes find each other; those that still wait at the end of the block are let go.
+
+    Raises NirvanaError for a launcher that would share one model among the processes.
+    """
+    if count() == 1:
+        yield
+        return
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise NirvanaError(
+            "Recovery shares the windows of a step among processes, not the model, and FSDP is asked for.",
+            hint="Launch it without FSDP. To take less memory: --recover-teacher stored, "
+            "--recover-method lora, --recover-micro-batch 1.",
+        )
+    from accelerate import PartialState
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        if is_first() and not _told:
+            tell(None)
+        state.destroy_process_group()
+
+
+def tell(work: dict[str, Any] | None) -> None:
+    """Give all others ``work``, JSON, or nothing to do; does nothing in a process that is alone."""
+    global _told
+    if count() > 1:
+        _told = True
+        written = torch.frombuffer(bytearray(json.dumps(work).encode()), dtype=torch.uint8).to(_device())
+        torch.distributed.broadcast(torch.tensor(len(written), device=_device()), src=0)
+        torch.distributed.broadcast(written, src=0)
+
+
+def follow(take_part: Callable[[dict[str, Any]], object]) -> None:
+    """Wait for work and do it; for all processes but the first."""
+    length = torch.tensor(0, device=_device())
+    torch.distributed.broadcast(length, src=0)
+    written = torch.empty(int(length), dtype=torch.uint8, device=_device())
+    torch.distributed.broadcast(written, src=0)
+    if (work := json.loads(bytes(written.tolist()))) is not None:
+        take_part(work)
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if count() > 1:
+        torch.distributed.barrier()
+
+
+def share_of(step_windows: int) -> int:
+    """Windows of a step that each process reads; raises NirvanaError where they do not come out even."""
+    if step_windows % count():
+        raise NirvanaError(
+            f"A step of {step_windows} windows cannot be shared evenly by {count()} processes.",
+            hint=f"Pass --recover-batch {-(-step_windows // count()) * count()}.",
+        )
+    return step_windows // count()
+
+
+def _device() -> torch.device:
+    """Where the processes exchange tensors."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
