@@ -79,7 +79,7 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
         self._student.eval()
         parts = [one.to(self.args.device) for one in parts_of(self._watch, self._batch)]
         if self._wanted is None:  # the dense model stays as it is
-            numbers = torch.arange(self._first, self._first + len(self._watch)).split(self._batch)
+            numbers = parts_of(torch.arange(self._first, self._first + len(self._watch)), self._batch)
             self._wanted = [self._student.wanted_states(*one) for one in zip(parts, numbers, strict=True)]
         total = sum(self._student.heldout_kl(*one) for one in zip(parts, self._wanted, strict=True))
         self._student.train(was_training)

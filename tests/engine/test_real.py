@@ -125,6 +125,7 @@ def check_engine(engines: Engines, variant: str, precision: str, kv: str) -> Non
     assert 0 < record.engine_bytes - int(stored[1]) < PROGRAMS_BYTES[precision]
 
 
+@pytest.mark.slow
 def test_dense_and_pruned_are_in_the_proportion_of_their_weights(engines: Engines) -> None:
     for variant in ("dense", "pruned"):
         check_engine(engines, variant, "fp16", "concat")

@@ -8,17 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from builders.jobs import SHORT
 from builders.tiny import write_tiny
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.pipeline.folder import recover_folder
 from nirvana_deploy.pipeline.prune_export import prune_export
 from nirvana_deploy.recover import processes
 
-ONE = [sys.executable]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -36,9 +35,9 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     return folder / "out"
 
 
-def recovered(launcher: list[str], out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def recovered(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*launcher, "-m", "nirvana_deploy", "recover", str(out), "--learning-rate", "0.002", *options],
+        [*TWO, "-m", "nirvana_deploy", "recover", str(out), "--learning-rate", "0.002", *options],
         capture_output=True,
         text=True,
         timeout=240,
@@ -47,23 +46,25 @@ def recovered(launcher: list[str], out: Path, *options: str) -> subprocess.Compl
 
 
 def test_two_processes_give_the_course_of_one(pruned: Path, text: Path, tmp_path: Path) -> None:
-    curves: list[list[dict[str, Any]]] = []
-    for name, launcher in (("one", ONE), ("two", TWO)):
+    for name in ("one", "two"):
         shutil.copytree(pruned, tmp_path / name)
-        done = recovered(launcher, tmp_path / name, "--tokens", "1200", "--recover-text", str(text))
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Held-out KL") == 1
-        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
-        found = manifest["stages"]["recover"]["result"]
-        assert found["processes"] == (1 if name == "one" else 2)
-        curves.append(found["curve"])
-    assert len(curves[0]) > 3
-    for one, two in zip(*curves, strict=True):
-        assert (one["step"], one["kl"]) == (two["step"], pytest.approx(two["kl"], rel=1e-4))
+    recover_folder(tmp_path / "one", {"recover": "1200", "recover_text": str(text), "learning_rate": 0.002})
+    done = recovered(tmp_path / "two", "--tokens", "1200", "--recover-text", str(text))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Held-out KL") == 1
+    one, two = (
+        json.loads((tmp_path / name / "manifest.json").read_text())["stages"]["recover"]["result"]
+        for name in ("one", "two")
+    )
+    assert (one["processes"], two["processes"]) == (1, 2) and len(one["curve"]) > 3
+    at_two = {point["step"]: point["kl"] for point in two["curve"]}
+    for point in one["curve"]:
+        assert point["kl"] == pytest.approx(at_two[point["step"]], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_the_first_process_cannot_do_ends_all_of_them(pruned: Path) -> None:
-    done = recovered(TWO, pruned, "--tokens", "1200", "--recover-text", "nowhere.txt")
+    done = recovered(pruned, "--tokens", "1200", "--recover-text", "nowhere.txt")
     assert done.returncode == 1
     assert done.stderr.count("Error: nowhere.txt does not exist.") == 1
 

@@ -38,13 +38,13 @@ class _Rounded(nn.Module):
 
 def round_rows(weight: torch.Tensor, *, bits: int, block_size: int) -> torch.Tensor:
     """The weight [N, K] that codes of ``bits`` stand for, ``block_size`` inputs of a row to a scale."""
-    inputs = weight.shape[1]
-    padded = nn.functional.pad(weight, (0, -inputs % block_size)).unflatten(1, (-1, block_size))
+    rows, inputs = weight.shape
+    padded = nn.functional.pad(weight, (0, -inputs % block_size)).view(rows, -1, block_size)
     low, high = code_range(bits)
     scales = padded.abs().amax(-1, keepdim=True) / high
     scales = torch.where(scales > 0, scales, 1.0)
     codes = (padded / scales).round().clamp(low, high)
-    return (codes * scales).flatten(1)[:, :inputs]
+    return (codes * scales).view(rows, -1)[:, :inputs]
 
 
 def round_while_training(model: Any, scheme: str) -> None:

@@ -136,7 +136,7 @@ def probe(student: Student, windows: torch.Tensor, *, micro_batch: int) -> float
 
 
 def parts_of(windows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-    """Windows [N, T], at most ``size`` at a time."""
+    """Windows [N, T], or what belongs to each, at most ``size`` at a time."""
     return (windows[start : start + size] for start in range(0, len(windows), size))
 
 

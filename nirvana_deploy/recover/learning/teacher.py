@@ -22,7 +22,7 @@ from nirvana_deploy.base.progress import Progress
 from nirvana_deploy.base.resources import disk_errors, require_free_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.reading import stack_lengths
-from nirvana_deploy.prune.streaming.model import StreamedModel
+from nirvana_deploy.prune.streaming.model import StreamedModel, micro_batches
 from nirvana_deploy.recover.learning.losses import Logits
 from nirvana_deploy.recover.learning.states import StatesOf
 
@@ -108,7 +108,7 @@ def store_states(dense: Checkpoint, windows: NDArray[np.int64], folder: Path, *,
         sizes = _array(made / "sizes.npy", np.float32, (len(windows), positions, 1))
         done = 0
         for part in parts:
-            batches = torch.from_numpy(part).split(_MICRO_BATCH)
+            batches = micro_batches(torch.from_numpy(part), _MICRO_BATCH)
             for entering in model.states_for_head(batches, advance=advance):
                 rows = slice(done, done + len(entering))
                 found = entering.cpu().numpy()
