@@ -8,7 +8,7 @@ masking are views (``prune/slicing.py``).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -363,6 +363,15 @@ class JoinedWeights:
     def rows(self, name: str, positions: Rows) -> torch.Tensor:
         """Some rows of the tensor."""
         return self.load(name)[positions] if name in self._fused else self._source.rows(name, positions)
+
+
+def joined(parts: Mapping[str, torch.Tensor], shape: ModelShape) -> dict[str, torch.Tensor]:
+    """Tensors of a model of ``shape`` as a checkpoint stores them: fused linears in place of their parts."""
+    found = dict(parts)
+    for whole, names in _fused(shape).items():
+        if names[0] in found:
+            found[whole] = torch.cat([found.pop(name) for name in names])
+    return found
 
 
 def norm_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

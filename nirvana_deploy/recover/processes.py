@@ -88,6 +88,15 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
 
 
+def alone(method: str) -> None:
+    """Raise NirvanaError for a method that has no use for several processes."""
+    if count() > 1:
+        raise NirvanaError(
+            f"--recover-method {method} runs in one process, and {count()} were launched.",
+            hint="Start nirvana-deploy without the launcher.",
+        )
+
+
 def share_of(step_windows: int) -> int:
     """Windows of a step that each process reads; raises NirvanaError where they do not come out even."""
     if step_windows % count():

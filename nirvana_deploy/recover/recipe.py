@@ -7,7 +7,7 @@ from typing import Annotated
 from nirvana_deploy.base.recipe import Option, recipe
 from nirvana_deploy.quantize.schemes import weight_schemes
 
-METHODS = ("distill", "lora", "full")
+METHODS = ("distill", "lora", "full", "layers")
 TEACHERS = ("auto", "live", "stored")
 
 
@@ -35,7 +35,8 @@ class Recovery:
         str,
         Option(
             "distill: all weights of the layers, by KL from the dense model; lora: adapters on their linears "
-            "alone, merged in the end; full: all weights, by the next token.",
+            "alone, merged in the end; full: all weights, by the next token; layers: one block at a time, by "
+            "the dense model's states behind it, with one block of each model in memory.",
             choices=METHODS,
             resumable=True,
         ),

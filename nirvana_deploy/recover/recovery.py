@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,14 +27,15 @@ from nirvana_deploy.base.resources import (
     require_memory,
 )
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.model.weights import SafetensorsWeights
+from nirvana_deploy.model.weights import SafetensorsWeights, joined
 from nirvana_deploy.recover.budget import budget_of
 from nirvana_deploy.recover.data import TrainingText, training_text
+from nirvana_deploy.recover.layers import seconds_of_step, train_layers
 from nirvana_deploy.recover.learning.states import StatesOf
 from nirvana_deploy.recover.learning.student import Student, probe, trained_tensors
 from nirvana_deploy.recover.learning.teacher import LiveTeacher, StandIn, Teacher, store_states
 from nirvana_deploy.recover.loop import Course, Loop, whole_steps
-from nirvana_deploy.recover.processes import share_of
+from nirvana_deploy.recover.processes import alone, share_of
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.shared import (
     TEACHER,
@@ -91,6 +94,8 @@ def recover_checkpoint(
     hashes, JSON) is the same, and removed in the end. Raises NirvanaError for too little text, time, memory
     or disk, and for a loss that is not finite.
     """
+    if recipe.recover_method == "layers":
+        return _by_layers(cut, dense, recipe, wanted, out, state=state, identity=identity, progress=progress)
     pruned = model_to_train(cut, recipe)
     parameters = sum(one.numel() for one in pruned.model.parameters() if one.requires_grad)
     stored = _stores_teacher(recipe, parameters, dense)
@@ -100,16 +105,7 @@ def recover_checkpoint(
     if stored:
         del pruned  # the dense model alone is in memory while it writes and is run
     started = time.perf_counter()
-    text = training_text(
-        recipe.recover_text,
-        dense,
-        wanted=loop.wanted_windows,
-        least=recipe.recover_batch,
-        seq_len=wanted.seq_len,
-        segment_tokens=wanted.segment_tokens,
-        seed=wanted.seed,
-        progress=progress,
-    )
+    text = _text(dense, recipe, wanted, loop, progress)
     train, watch = text.train.tokens, text.watch
     if stored:
         store_states(dense, np.concatenate([train, watch]), state / TEACHER, progress=progress)
@@ -121,15 +117,69 @@ def recover_checkpoint(
     course = trained(
         Training(cut, dense, recipe, loop, state, stored), pruned, train, watch, progress=progress
     )
-    with whole_folder(out) as folder, disk_errors(out):
-        kept = SafetensorsWeights(cut.path)  # with fused linears as they are
-        tensors = {
-            name: (tensor if course.kept_step else kept.load(name)).to("cpu", kept.dtype(name))
-            for name, tensor in trained_tensors(pruned.model)
-        }
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write(out, cut, trained_tensors(pruned.model), course)
     remove(state)
     return Trained(text, loop, course, round(writing_seconds, 3), parameters, stored)
+
+
+def _by_layers(
+    cut: Checkpoint,
+    dense: Checkpoint,
+    recipe: Recovery,
+    wanted: TextWanted,
+    out: Path,
+    *,
+    state: Path,
+    identity: dict[str, Any],
+    progress: Progress,
+) -> Trained:
+    """As :func:`recover_checkpoint`, with one block of each model in memory."""
+    alone(recipe.recover_method)
+    begun = _begun(state, identity, micro_batch=recipe.recover_batch)
+    loop = begun or _loop(recipe, wanted, seconds=partial(seconds_of_step, cut, dense, recipe))
+    started = time.perf_counter()
+    text = _text(dense, recipe, wanted, loop, progress)
+    writing_seconds = time.perf_counter() - started
+    if begun is None:
+        loop = _shortened(loop, recipe, wanted.seq_len, writing_seconds)
+        _remember(state, identity, loop)
+    label = f"Recovering layer by layer, {loop.steps} steps each"
+    with progress.task(label, len(cut.shape.layers)) as advance:
+        course = train_layers(
+            cut, dense, text.train.tokens, text.watch, recipe, loop, state=state, advance=advance
+        )
+    blocks = SafetensorsWeights(state)
+    parts = {name: blocks.load(name) for name in blocks.names()}
+    _write(out, cut, joined(parts, cut.shape).items(), course)
+    remove(state)
+    parameters = sum(one.numel() for one in parts.values())
+    return Trained(text, loop, course, round(writing_seconds, 3), parameters, stored_teacher=False)
+
+
+def _text(
+    dense: Checkpoint, recipe: Recovery, wanted: TextWanted, loop: Loop, progress: Progress
+) -> TrainingText:
+    return training_text(
+        recipe.recover_text,
+        dense,
+        wanted=loop.wanted_windows,
+        least=recipe.recover_batch,
+        seq_len=wanted.seq_len,
+        segment_tokens=wanted.segment_tokens,
+        seed=wanted.seed,
+        progress=progress,
+    )
+
+
+def _write(out: Path, cut: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]], course: Course) -> None:
+    """Write what was trained to the folder ``out``, or what the cut had where nothing was better."""
+    with whole_folder(out) as folder, disk_errors(out):
+        kept = SafetensorsWeights(cut.path)  # with fused linears as they are
+        written = {
+            name: (tensor if course.kept_step else kept.load(name)).to("cpu", kept.dtype(name))
+            for name, tensor in tensors
+        }
+        save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _stores_teacher(recipe: Recovery, parameters: int, dense: Checkpoint) -> bool:
@@ -156,23 +206,34 @@ def _stores_teacher(recipe: Recovery, parameters: int, dense: Checkpoint) -> boo
 
 def _planned(pruned: StatesOf, dense: Checkpoint | None, recipe: Recovery, wanted: TextWanted) -> Loop:
     """The loop of a budget, as if text cost nothing; ``dense`` is None where its states will be on disk."""
-    batch, micro_batch = recipe.recover_batch, _micro_batch(recipe)
-    budget = budget_of(recipe.recover or "")
-    seconds = 1.0
-    if budget.seconds is not None:
+
+    def seconds(*, seq_len: int) -> float:
         shape, device = pruned.shape, pruned.model.device
         teacher: Teacher = StandIn(pruned, shape.hidden_size) if dense is None else LiveTeacher(dense, device)
         random = torch.Generator().manual_seed(0)
-        share = (share_of(batch), wanted.seq_len)
+        share = (share_of(recipe.recover_batch), seq_len)
         windows = torch.randint(0, shape.vocab_size, share, generator=random)
         student = Student(pruned, teacher, recipe)
-        seconds = _BESIDE * probe(student, windows.to(device), micro_batch=micro_batch)
-    steps = whole_steps(budget.steps(batch * wanted.seq_len, seconds))
+        return _BESIDE * probe(student, windows.to(device), micro_batch=_micro_batch(recipe))
+
+    return _loop(recipe, wanted, seconds=seconds)
+
+
+class _SecondsOfStep(Protocol):
+    def __call__(self, *, seq_len: int) -> float: ...
+
+
+def _loop(recipe: Recovery, wanted: TextWanted, *, seconds: _SecondsOfStep) -> Loop:
+    """The loop of a budget; ``seconds`` measures a step, and is asked where the budget is a time."""
+    batch = recipe.recover_batch
+    budget = budget_of(recipe.recover or "")
+    step_seconds = 1.0 if budget.seconds is None else seconds(seq_len=wanted.seq_len)
+    steps = whole_steps(budget.steps(batch * wanted.seq_len, step_seconds))
     return Loop(
         steps=steps,
         wanted_windows=steps * batch,
         step_windows=batch,
-        micro_batch=micro_batch,
+        micro_batch=_micro_batch(recipe),
         learning_rate=recipe.learning_rate,
         seed=wanted.seed,
     )
@@ -203,7 +264,7 @@ def _begun(state: Path, identity: dict[str, Any], *, micro_batch: int) -> Loop |
 
     Raises NirvanaError for a folder of that name with files that no training writes.
     """
-    ours = (_SCHEDULE, TEACHER, WINDOWS, "checkpoint-*", f"{PREFIX}*")
+    ours = (_SCHEDULE, TEACHER, WINDOWS, "checkpoint-*", "layer-*.safetensors", f"{PREFIX}*")
     names = [path.name for path in state.iterdir()] if state.is_dir() else []
     if others := [name for name in names if not any(fnmatchcase(name, one) for one in ours)]:
         raise foreign(state, others)

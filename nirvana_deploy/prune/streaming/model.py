@@ -50,6 +50,20 @@ _Contexts = Sequence[torch.Tensor | None]
 _Read = TypeVar("_Read")
 
 
+@dataclass
+class Turn:
+    """One block on its way through the model; who gets it says what it leaves behind."""
+
+    layers: Sequence[int]
+    """Positions in ``shape.layers``."""
+    prefix: str
+    """Of the names of its weights in the checkpoint."""
+    block: nn.Module
+    runs: Runs
+    left: States
+    """The states that leave it, which enter the next."""
+
+
 @dataclass(frozen=True)
 class _Pass:
     """One stack on its way forward and back."""
@@ -249,6 +263,22 @@ class StreamedModel:
                             for states, read in zip((dense, made), contexts, strict=True)
                         )
                         dense, made = visit(block.layers, module, *runs)
+
+    def walk(self, windows: torch.Tensor, *, micro_batch: int) -> Iterator[Turn]:
+        """Go through the blocks on windows [N, T]; ``left`` of each must be set before the next one."""
+        left: States = []
+        for before, stack, tokens in self._in_order(self.read(windows)):
+            batches = micro_batches(tokens, micro_batch)
+            with torch.no_grad():
+                contexts = self._contexts(before, left, len(batches))
+                left = [self._embedded(stack, batch) for batch in batches]
+            for block in stack.blocks:
+                with self._loaded(block) as module:
+                    entering = zip(left, contexts, strict=True)
+                    runs = [partial(self._run, stack, module, *one) for one in entering]
+                    turn = Turn(block.layers, block.prefix, module, runs, left=[])
+                    yield turn
+                    left = turn.left
 
     def branches(self, windows: torch.Tensor, changes: Changes, *, progress: Progress = SILENT) -> States:
         """The states [N, T, D] that leave the last block for windows [N, T]: dense, then those of branches.

@@ -65,6 +65,13 @@ def round_while_training(model: Any, scheme: str) -> None:
         parametrize.register_parametrization(module, "weight", _Rounded(scheme))
 
 
+def settle(model: nn.Module) -> None:
+    """Leave the rounded weights in place of what was trained, in place."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
 def stored_name(name: str) -> str:
     """The name in the checkpoint of a parameter [that is rounded when it is read]."""
     return f"{name.removesuffix(_ORIGINAL)}.weight" if name.endswith(_ORIGINAL) else name

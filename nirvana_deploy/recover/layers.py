@@ -1,0 +1,197 @@
+"""Training with one block of each model in memory: toward the dense states behind it, block after block.
+
+Each block reads what the trained ones before it give, so it also learns to make up for them. The loss is the
+mean over positions of ``|h - h_dense|^2 / |h_dense|^2``; windows set aside decide for each block whether it
+keeps what it learnt. Blocks that are done wait on disk, and a killed training goes on behind the last one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import closing
+from operator import attrgetter
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nirvana_deploy.base.artifact import whole_file
+from nirvana_deploy.base.progress import Advance
+from nirvana_deploy.base.resources import disk_errors, require_memory
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.prune.streaming.model import States, StreamedModel, Turn, micro_batches
+from nirvana_deploy.recover.learning.losses import divergence, in_blocks, relative_error
+from nirvana_deploy.recover.learning.rounded import round_while_training, settle, stored_name
+from nirvana_deploy.recover.learning.student import require_finite
+from nirvana_deploy.recover.loop import Course, Loop
+from nirvana_deploy.recover.recipe import Recovery
+from nirvana_deploy.recover.record import CurvePoint
+
+_LAST_RATE = 0.05
+"""Share of the learning rate that is left in the end, along a cosine."""
+
+
+def block_files(state: Path) -> list[Path]:
+    """Of the blocks that are done, in order."""
+    return sorted(state.glob("layer-*.safetensors"))
+
+
+def seconds_of_step(cut: Checkpoint, dense: Checkpoint, recipe: Recovery, *, seq_len: int) -> float:
+    """Seconds in which all blocks take a step, from those of the first."""
+    random = torch.Generator().manual_seed(0)
+    windows = torch.randint(0, cut.shape.vocab_size, (recipe.recover_batch, seq_len), generator=random)
+    with closing(_side_by_side(cut, dense, windows, recipe.recover_batch)) as turns:
+        wanted, turn = next(turns)
+        seconds = 0.0
+        _prepare(turn.block, recipe)
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            with torch.no_grad():
+                target = wanted.runs[0]()
+            torch.autograd.backward(_loss(turn, 0, target))
+            seconds = time.perf_counter() - started
+        settle(turn.block)
+    return seconds * len(cut.shape.layers)
+
+
+def train_layers(
+    cut: Checkpoint,
+    dense: Checkpoint,
+    train: NDArray[np.int64],
+    watch: NDArray[np.int64],
+    recipe: Recovery,
+    loop: Loop,
+    *,
+    state: Path,
+    advance: Advance,
+) -> Course:
+    """Train each block of ``cut`` on windows [N, T]; [M, T] others watch; blocks go to the folder ``state``.
+
+    Raises NirvanaError for a loss that is not finite (blocks that are done stay), a full disk, and memory
+    that does not hold the states of all windows.
+    """
+    started, size = time.perf_counter(), loop.step_windows
+    read = train[: len(train) - len(train) % size]
+    windows = torch.from_numpy(np.concatenate([read, watch]))
+    require_memory(
+        2 * 4 * windows.numel() * dense.shape.hidden_size,
+        what=f"Recovery layer by layer, with the states of {windows.numel():,} tokens,",
+        hint="Train on fewer tokens: --recover 50k.",
+    )
+    batches = len(read) // size
+    done = {file.name for file in block_files(state)}
+    for wanted, turn in _side_by_side(cut, dense, windows, size):
+        with torch.no_grad():
+            wanted.left = [run().cpu() for run in wanted.runs]
+        file = state / f"layer-{min(turn.layers):05}.safetensors"
+        if file.name in done:
+            _take(turn, load_file(file))
+        else:
+            _prepare(turn.block, recipe)
+            _train(turn, wanted.left, batches, loop)
+            found = _stored(turn, cut)
+            with disk_errors(state), whole_file(file) as partial:
+                save_file(found, partial)
+            settle(turn.block)
+            _take(turn, found)
+        with torch.no_grad():
+            turn.left = [run().cpu() for run in turn.runs]
+        advance(len(turn.layers))
+        last = (wanted.left[batches:], turn.left[batches:])
+    before = StreamedModel(cut).last_states(micro_batches(torch.from_numpy(watch), size))
+    kl = [_watched_kl(cut, dense, last[0], states) for states in (before, last[1])]
+    seconds = round(time.perf_counter() - started, 3)
+    curve = (
+        CurvePoint(step=0, tokens=0, seconds=0.0, kl=kl[0]),
+        CurvePoint(step=loop.steps, tokens=loop.steps * size * train.shape[1], seconds=seconds, kl=kl[1]),
+    )
+    return Course(
+        curve=curve, kept_step=loop.steps if kl[1] < kl[0] else 0, steps_done=loop.steps, seconds=seconds
+    )
+
+
+def _side_by_side(
+    cut: Checkpoint, dense: Checkpoint, windows: torch.Tensor, size: int
+) -> Generator[tuple[Turn, Turn]]:
+    """The blocks of the dense model, and those of the cut, on windows [N, T]."""
+    both = (StreamedModel(one).walk(windows, micro_batch=size) for one in (dense, cut))
+    yield from zip(*both, strict=True)
+
+
+def _prepare(block: nn.Module, recipe: Recovery) -> None:
+    block.requires_grad_()
+    if recipe.recover_for is not None:
+        round_while_training(block, recipe.recover_for)
+
+
+def _loss(turn: Turn, number: int, wanted: torch.Tensor) -> torch.Tensor:
+    states = turn.runs[number]()
+    return relative_error(states.flatten(0, 1), wanted.to(states.device).flatten(0, 1))
+
+
+def _train(turn: Turn, wanted: States, batches: int, loop: Loop) -> None:
+    """Train a block in place on the first ``batches``; what does not help on the others is undone."""
+    from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+
+    before = {name: one.detach().clone() for name, one in turn.block.named_parameters()}
+    error = _watched_error(turn, wanted, batches)
+    optimizer = torch.optim.AdamW(
+        turn.block.parameters(), lr=loop.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, max(1, loop.steps // 20), loop.steps, min_lr_rate=_LAST_RATE
+    )
+    order = np.random.Generator(np.random.PCG64(loop.seed))
+    numbers: list[int] = []
+    for step in range(1, loop.steps + 1):
+        numbers = numbers or order.permutation(batches).tolist()
+        number = numbers.pop()
+        loss = _loss(turn, number, wanted[number])
+        require_finite(float(loss.detach()), step=step, learning_rate=schedule.get_last_lr()[0])
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(turn.block.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    if not _watched_error(turn, wanted, batches) < error:
+        with torch.no_grad():
+            for name, one in turn.block.named_parameters():
+                one.copy_(before[name])
+
+
+@torch.no_grad()
+def _watched_error(turn: Turn, wanted: States, batches: int) -> float:
+    numbers = range(batches, len(turn.runs))
+    return sum(float(_loss(turn, number, wanted[number])) for number in numbers)
+
+
+def _stored(turn: Turn, cut: Checkpoint) -> dict[str, torch.Tensor]:
+    """The block's weights by checkpoint name, linears apart, in their stored dtypes."""
+    names = {stored_name(name) for name, _ in turn.block.named_parameters()}
+    return {
+        f"{turn.prefix}.{name}": attrgetter(name)(turn.block)
+        .detach()
+        .to("cpu", cut.weights.dtype(f"{turn.prefix}.{name}"))
+        .contiguous()
+        for name in sorted(names)
+    }
+
+
+@torch.no_grad()
+def _take(turn: Turn, weights: dict[str, torch.Tensor]) -> None:
+    for name, one in turn.block.named_parameters():
+        one.copy_(weights[f"{turn.prefix}.{name}"])
+
+
+@torch.no_grad()
+def _watched_kl(cut: Checkpoint, dense: Checkpoint, wanted: States, states: States) -> float:
+    """Mean KL(dense || cut) behind these last states, nats a position."""
+    teacher, student = StreamedModel(dense).output_head(), StreamedModel(cut).output_head()
+    pairs = [(one.flatten(0, 1), other.flatten(0, 1)) for one, other in zip(states, wanted, strict=True)]
+    total = sum(float(in_blocks(one, divergence(student, teacher, other))) for one, other in pairs)
+    return total / sum(len(one) for one, _ in pairs)
