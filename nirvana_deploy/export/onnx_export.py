@@ -30,6 +30,7 @@ from nirvana_deploy.export.encoder_decoder import (
 from nirvana_deploy.export.genai import genai_config
 from nirvana_deploy.export.streaming import streamed_parameters
 from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, Checkpoint
+from nirvana_deploy.model.rope import limited
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE, MODEL_FILE
 
@@ -106,7 +107,7 @@ def _graphs(checkpoint: Checkpoint, options: GraphOptions) -> dict[str, ir.Model
             computation=checkpoint.computation,
             rotaries=_rotaries(checkpoint),
             norm_epsilon=config.rms_norm_eps,
-            max_positions=config.max_position_embeddings,
+            max_positions=checkpoint.context_tokens or config.max_position_embeddings,
             parameter=narrow,
         )
         return {MODEL_FILE: decoder}
@@ -141,12 +142,12 @@ def _consumer_configs(checkpoint: Checkpoint, options: GraphOptions) -> dict[str
             checkpoint.path,
             checkpoint.shape,
             filename=MODEL_FILE,
-            context_tokens=config.max_position_embeddings,
+            context_tokens=checkpoint.context_tokens or config.max_position_embeddings,
             flavor=options.flavor,
         )
     if len(family.stacks) == 1:
         if "auto_map" not in checkpoint.config:
-            found["config.json"] = checkpoint.config
+            found["config.json"] = limited(checkpoint.config, checkpoint.context_tokens)
         return found
     found["config.json"] = {**config.to_dict(), "architectures": [family.architecture]}
     found["config.json"].pop("auto_map", None)

@@ -32,7 +32,7 @@ from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.model.config import PRUNED_KEYS
 from nirvana_deploy.model.families import FAMILIES, shape_from_config
 from nirvana_deploy.model.family import Computation, Family
-from nirvana_deploy.model.rope import rotary_frequencies
+from nirvana_deploy.model.rope import context_tokens, rotary_frequencies
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import ModelFolder
 from nirvana_deploy.model.text.stops import require_settings, stop_ids
@@ -132,8 +132,7 @@ class Checkpoint:
     @property
     def context_tokens(self) -> int | None:
         """The most tokens that the model can place; None where it has no end."""
-        longest: int | None = getattr(self.pretrained_config, "max_position_embeddings", None)
-        return longest
+        return context_tokens(self.pretrained_config)
 
     def require_length(self, seq_len: int, *, option: str = "--seq-len") -> None:
         """Raise NirvanaError when the ``seq_len`` tokens of ``option`` are more than the model can place."""

@@ -23,6 +23,7 @@ from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.base.resources import require_free_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.family import GgufArchitecture
+from nirvana_deploy.model.rope import limited
 from nirvana_deploy.output.layout import SCHEMA_KEY
 from nirvana_deploy.package.gguf_layout import (
     GgufTensor,
@@ -80,9 +81,8 @@ def gguf_from_checkpoint(
     kinds = [_kind(tensor, weight_type) for tensor in tensors]
     needed_bytes = sum(_nbytes(gguf, tensor, kind) for tensor, kind in zip(tensors, kinds, strict=True))
     require_free_bytes(out, needed_bytes, what="The GGUF file")
-    values = metadata(
-        architecture, shape, {**full_config.to_dict(), "rms_norm_eps": full_config.rms_norm_eps}
-    )
+    config = limited(full_config.to_dict(), checkpoint.context_tokens)
+    values = metadata(architecture, shape, {**config, "rms_norm_eps": full_config.rms_norm_eps})
     with whole_file(out) as partial:
         writer = gguf.GGUFWriter(partial, architecture.name)
         try:

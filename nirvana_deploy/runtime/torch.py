@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from nirvana_deploy.export.dtypes import Dtype
 from nirvana_deploy.model.checkpoint import load_checkpoint, norm_offset
 from nirvana_deploy.model.reading import first_decoder_token
+from nirvana_deploy.model.rope import context_tokens
 from nirvana_deploy.runtime.runner import checked_prompts, require_context, started
 
 
@@ -40,7 +41,7 @@ class TorchDecoder:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.vocab_size: int = model.config.vocab_size
-        self.context_tokens: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.context_tokens = context_tokens(model.config)
         self.threads = torch.get_num_threads()
 
     def __enter__(self) -> TorchDecoder:

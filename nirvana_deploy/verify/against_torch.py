@@ -19,6 +19,7 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.export.dtypes import DTYPES, Dtype
 from nirvana_deploy.model.checkpoint import config_json, load_tokenizer, read_config
 from nirvana_deploy.model.families import shape_from_config
+from nirvana_deploy.model.rope import context_tokens
 from nirvana_deploy.model.text.stops import stop_ids
 from nirvana_deploy.output.layout import DECODER_FILE, MODEL_FILE, is_seq2seq
 from nirvana_deploy.runtime.genai import genai_encoder, genai_tokens
@@ -146,7 +147,8 @@ def _window_to_look_beyond(checkpoint: Path, progress: Progress) -> int | None:
     if family.computation is None:
         return None
     windows = [layer.window for layer in family.computation(config).layers if layer.window is not None]
-    widest = max((window for window in windows if window < config.max_position_embeddings), default=0)
+    context = context_tokens(config) or 0
+    widest = max((window for window in windows if window < context), default=0)
     if widest > LONGEST_WINDOW_TOKENS:
         progress.note(f"Layers see the last {widest:,} tokens: no comparison is longer")
     return widest if LONGEST_TOKENS // 2 <= widest <= LONGEST_WINDOW_TOKENS else None

@@ -94,7 +94,7 @@ def write_odd_model(folder: Path, number: int) -> OddModel:
     sizes = _sizes(random, kind)
     rope = str(random.choice(list(_ROPES), p=[0.3, 0.15, 0.15, 0.15, 0.15, 0.05, 0.05]))
     config = getattr(transformers, _CONFIGS.get(kind, f"{_CLASSES[kind]}Config"))(
-        **sizes, rope_parameters=_rope_parameters(kind, rope)
+        **sizes, rope_parameters=_rope_parameters(kind, rope, sizes["head_dim"])
     )
     dtype = random.choice(["float32", "bfloat16", "float16"])
     model = getattr(transformers, f"{_CLASSES[kind]}ForCausalLM")(config)
@@ -167,11 +167,15 @@ def _own_sizes(random: np.random.Generator, kind: str) -> dict[str, Any]:
     return {}
 
 
-def _rope_parameters(kind: str, rope: str) -> dict[str, Any]:
+def _rope_parameters(kind: str, rope: str, head_dim: int) -> dict[str, Any]:
     """The one rotary embedding of a model; Gemma's sliding layers have another one of their own."""
     chosen = {"rope_type": "default", "rope_theta": 1e4, **_ROPES[rope]}
-    if kind == "phi3":  # which has no other kind than LongRoPE, and that is refused
-        return {"rope_type": "default", "rope_theta": 500.0 if rope == "theta" else 1e4}
+    if kind == "phi3":  # which knows one other kind
+        if rope != "llama3":
+            return {"rope_type": "default", "rope_theta": chosen["rope_theta"]}
+        factors = [1.0 + 0.5 * pair for pair in range(head_dim // 2)]
+        trained = {"original_max_position_embeddings": 64, "factor": 2.0, "rope_theta": 1e4}
+        return {"rope_type": "longrope", "short_factor": factors, "long_factor": factors[::-1], **trained}
     if kind != "gemma3":
         return chosen
     sliding = {"rope_type": "default", "rope_theta": 100.0}

@@ -141,14 +141,6 @@ def test_what_a_gemma_may_ask_for_and_is_not_computed_is_refused(
         changed_copy(write_tiny(tmp_path, "gemma3"), change)
 
 
-def test_a_phi_with_longrope_is_refused_with_the_reason(tmp_path: Path) -> None:
-    factors = [1.0 + pair for pair in range(16)]
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
-    change = {"rope_parameters": {**rope, "short_factor": factors, "long_factor": factors[::-1]}}
-    with pytest.raises(NirvanaError, match=r"rope_type 'longrope'.*\n.*in a graph with a cache"):
-        changed_copy(write_tiny(tmp_path, "phi3"), change)
-
-
 def test_a_group_of_turned_elements_that_the_operator_does_not_know_is_refused(tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     checkpoint = changed_copy(write_tiny(tmp_path / "m", "phi3"), {"rope_parameters": rope})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.family import Computation, Family, LayerAttention
+from nirvana_deploy.model.rope import context_tokens
 from nirvana_deploy.model.shape import LayerShape, ModelShape, positive
 
 if TYPE_CHECKING:
@@ -41,12 +42,12 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
 
 def require_no_window(architecture: str, config: PreTrainedConfig, computation: Computation) -> None:
     """Raise NirvanaError for a layer that sees less than the context: ``architecture`` sees all of it."""
-    context_tokens = config.max_position_embeddings
+    tokens = context_tokens(config) or 0
     for layer in computation.layers:
-        if layer.window is not None and layer.window < context_tokens:
+        if layer.window is not None and layer.window < tokens:
             raise NirvanaError(
                 f"llama.cpp's architecture {architecture!r} attends to all tokens, and layers of this model "
-                f"see {layer.window} of {context_tokens}.",
+                f"see {layer.window} of {tokens}.",
                 hint=ONNX_HINT,
             )
 

@@ -1,6 +1,6 @@
 """Phi-3: q, k and v are one linear, gate and up another; heads are perhaps rotated in part.
 
-Its long-context versions and Phi-4-mini have "longrope", which is refused (``model/rope.py`` says why).
+Its long-context versions and Phi-4-mini have "longrope" (``model/rope.py``).
 """
 
 from __future__ import annotations
