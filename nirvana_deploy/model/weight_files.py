@@ -48,15 +48,17 @@ def require_no_adapter(folder: Path) -> None:
         return
     settings = read_json(folder / _ADAPTER)
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    merged = f"{folder}-merged"
     merge = _python(
-        "from peft import AutoPeftModelForCausalLM as M; "
-        f"M.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained({f'{folder}-merged'!r})"
+        "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
+        f"M.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained({merged!r}); "
+        f"T.from_pretrained({str(base)!r}).save_pretrained({merged!r})"
     )
     raise NirvanaError(
         f"{folder} holds an adapter ({_ADAPTER}) for {str(base)[:200]!r}: transformers would apply it, "
         "and this tool would not.",
-        hint=f"Merge it into that model: pip install peft, {merge} (and copy the tokenizer's files), then "
-        f"pass the new folder. If the weights beside it are merged already, remove {_ADAPTER}.",
+        hint=f"Merge it into that model: pip install peft, {merge}, then pass {merged}. If the weights "
+        f"beside it are merged already, remove {_ADAPTER}.",
     )
 
 

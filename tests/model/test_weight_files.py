@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from builders.extras import needs
+from builders.plans import logits_of
 from builders.scripts import ROOT
 from builders.tiny import write_tiny
 from safetensors.torch import load_file, save_file
@@ -192,3 +195,22 @@ def test_every_model_that_transformers_loads_is_safetensors_or_gguf() -> None:
         and not ast.unparse(node.func).startswith(("AutoTokenizer", "AutoConfig"))
     ]
     assert loading and all(keywords & {"use_safetensors", "gguf_file"} for _, keywords in loading)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft of transformers
+def test_the_command_that_merges_an_adapter_gives_the_model_with_it(tmp_path: Path) -> None:
+    peft = needs("peft")
+    base = write_tiny(tmp_path / "base", "llama-tied")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(NirvanaError) as refused:
+        Checkpoint.open(tmp_path / "adapter")
+    words = shlex.split(str(refused.value).partition("pip install peft, ")[2])
+    assert words[:2] == ["python", "-c"]
+    exec(words[2].removesuffix(","))
+    tokens = np.arange(5, 25)[None]
+    wanted = adapted(input_ids=torch.from_numpy(tokens)).logits.detach()
+    merged = Checkpoint.open(tmp_path / "adapter-merged")
+    torch.testing.assert_close(logits_of(merged.path, tokens), wanted, rtol=1e-4, atol=1e-4)
+    assert merged.tokenizer("one")["input_ids"]
