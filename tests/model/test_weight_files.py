@@ -205,10 +205,10 @@ def test_the_command_that_merges_an_adapter_gives_the_model_with_it(tmp_path: Pa
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
     adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(NirvanaError) as refused:
-        Checkpoint.open(tmp_path / "adapter")
-    words = shlex.split(str(refused.value).partition("pip install peft, ")[2])
+        resolve_model(str(tmp_path / "adapter"))
+    words = shlex.split((refused.value.hint or "").partition("pip install peft, ")[2].partition(", then")[0])
     assert words[:2] == ["python", "-c"]
-    exec(words[2].removesuffix(","))
+    exec(words[2])
     tokens = np.arange(5, 25)[None]
     wanted = adapted(input_ids=torch.from_numpy(tokens)).logits.detach()
     merged = Checkpoint.open(tmp_path / "adapter-merged")
