@@ -245,6 +245,12 @@ def _recipe(inputs: Path) -> Outcome:
     return call(write, folder=inputs)
 
 
+def _recovered(inputs: Path) -> Outcome:
+    from campaign.subjects.kills import JOB, TRAINED
+
+    return run(*JOB, *TRAINED, "--out", "recovered", folder=inputs)  # the last --out counts
+
+
 def _with(inputs: Path, made: str) -> Outcome:
     """Let a command of kills.py make ``made`` in a copy of out, under the name that the trials use."""
     from campaign.subjects.kills import AFTER
@@ -274,6 +280,7 @@ _MAKERS: dict[str, tuple[Callable[[Path], Outcome], tuple[str, ...]]] = {
         lambda inputs: run("prune-export", "--recipe", "recipe.toml", "--out", "out", folder=inputs),
         ("recipe.toml", "text.txt"),
     ),
+    "recovered": (_recovered, ("recipe.toml", "text.txt")),
     "with-gguf": (lambda inputs: _with(inputs, "gguf"), ("out",)),
     "with-triton": (lambda inputs: _with(inputs, "triton"), ("out",)),
     "with-engine": (lambda inputs: _with(inputs, "engine"), ("out",)),

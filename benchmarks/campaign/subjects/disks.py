@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 from campaign.subject import Result
-from campaign.subjects.kills import AFTER, INPUTS, JOB
+from campaign.subjects.kills import AFTER, INPUTS, JOBS
 from campaign.trial import at_event, run
 from campaign.world import World, changes, differing, missing, snapshot, temporaries
 
@@ -29,10 +29,11 @@ def why_not() -> str:
 
 def trial(world: World, random: Random) -> Result:
     """One command whose disk is full, all but some bytes, from some file on."""
-    after = random.choice(((), (), *AFTER))
+    command = random.choice((*JOBS, *AFTER))
+    after = command in AFTER
     with world.folder(*INPUTS, *(["out"] if after else [])) as folder:
         disk, out = folder / "disk", folder / "disk/out"
-        words = [str(out) if word == "out" else word for word in after or JOB]
+        words = [str(out) if word == "out" else word for word in command]
         with _mounted(disk):
             if after:
                 (folder / "out").rename(folder / "disk-out")
@@ -43,7 +44,7 @@ def trial(world: World, random: Random) -> Result:
             ended = run(*words, folder=folder, prepare=at_event(event, disk, lambda: _fill(disk, room)))
             complaints = ended.complaints(allowed=frozenset({0, 1}))
             complaints += changes(before, snapshot(folder, without=("disk",)))
-            reference = world.made(f"with-{AFTER[after]}" if after else "out")
+            reference = world.made(JOBS.get(command) or f"with-{AFTER[command]}")
             complaints += differing(out, reference)
             (disk / "others").unlink(missing_ok=True)
             again = run(*words, *([] if after or not out.exists() else ["--resume"]), folder=folder)

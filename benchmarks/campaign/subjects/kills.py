@@ -19,6 +19,18 @@ from campaign.world import World, changes, differing, missing, snapshot, tempora
 UNIT = "kill points"
 INPUTS = ("llama", "text.txt", "recipe.toml")
 JOB = ("prune-export", "--recipe", "recipe.toml", "--out", "out")
+TRAINED = (
+    "--recover",
+    "200",
+    "--recover-batch",
+    "2",
+    "--recover-text",
+    "text.txt",
+    "--learning-rate",
+    "0.001",
+)
+JOBS = {JOB: "out", (*JOB, *TRAINED): "recovered"}
+"""A whole job -> the input that it makes where nobody disturbs it."""
 AFTER = {
     ("package", "out", "--gguf"): "gguf",
     ("package", "out", "--triton"): "triton",
@@ -34,13 +46,13 @@ _KILLS = 6
 
 def trial(world: World, random: Random) -> Result:
     """A job from a model, or a package or an engine of a finished one, killed up to six times."""
-    command = random.choice((*(JOB,) * len(AFTER), *AFTER))
+    command = random.choice((*JOBS, *JOBS, *AFTER))
     said: list[str] = []
-    reference = world.made(f"with-{AFTER[command]}" if command in AFTER else "out")
-    with world.folder(*INPUTS, *([] if command == JOB else ["out"])) as folder:
+    reference = world.made(JOBS.get(command) or f"with-{AFTER[command]}")
+    with world.folder(*INPUTS, *([] if command in JOBS else ["out"])) as folder:
         before = snapshot(folder, without=("out",))
         for _ in range(_KILLS):
-            complaints, ended = _killed(world, command, folder, random, said)
+            complaints, ended = _killed(reference, command, folder, random, said)
             complaints += differing(folder / "out", reference)
             complaints += changes(before, snapshot(folder, without=("out",)))
             if complaints or not ended.code:
@@ -56,13 +68,13 @@ def trial(world: World, random: Random) -> Result:
 
 def _again(command: tuple[str, ...], folder: Path) -> tuple[str, ...]:
     """The command as its user repeats it."""
-    if command == JOB:
+    if command in JOBS:
         return (*command, "--resume") if (folder / "out/manifest.json").is_file() else command
     return (*command, "--force") if (folder / "out" / AFTER[command]).exists() else command
 
 
 def _killed(
-    world: World, command: tuple[str, ...], folder: Path, random: Random, said: list[str]
+    reference: Path, command: tuple[str, ...], folder: Path, random: Random, said: list[str]
 ) -> tuple[list[str], Outcome]:
     """Run ``command`` and kill it; what is wrong with what it left, and how it ended."""
     words, number = _again(command, folder), random.choice(list(_ENDS))
@@ -80,12 +92,12 @@ def _killed(
         said.append(moment)
         complaints += temporaries(folder, of=ended.pid) if number is not signal.SIGKILL else []
         if random.random() < 0.2 and (folder / "out/manifest.json").is_file():
-            complaints += _verified(folder, world)
+            complaints += _verified(folder, reference)
     return complaints, ended
 
 
-def _verified(folder: Path, world: World) -> list[str]:
+def _verified(folder: Path, reference: Path) -> list[str]:
     """What ``verify`` says of what a kill left: that a job is whole only if it is."""
     said = run("verify", "out", folder=folder)
-    allowed = {3} if missing(folder / "out", world.made("out")) else {0, 3}
+    allowed = {3} if missing(folder / "out", reference) else {0, 3}
     return [f"verify: {one}" for one in said.complaints(allowed=frozenset(allowed))]
