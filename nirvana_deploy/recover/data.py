@@ -7,6 +7,8 @@ what is reported had no say. The windows that watch are of the same kinds of tex
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +37,19 @@ class TrainingText:
     """[M, T]."""
 
 
+@contextmanager
+def _as_recover_text() -> Iterator[None]:
+    """Calibration's errors, with the option that the text came by."""
+    try:
+        yield
+    except NirvanaError as error:
+        message, hint = (
+            said and said.replace("--calib", "--recover-text") for said in (error.message, error.hint)
+        )
+        raise NirvanaError(str(message), hint=hint) from error
+
+
+@_as_recover_text()
 def training_text(
     source: str,
     dense: Checkpoint,

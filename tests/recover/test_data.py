@@ -82,3 +82,11 @@ def test_too_little_text_is_refused(dense: Checkpoint, tmp_path: Path) -> None:
     short.write_text("A few words, and no more than that.\n" * 3)
     with pytest.raises(NirvanaError, match=r"text for \d windows of 20 .*need 6\.\n.*--recover-batch 1"):
         drawn(str(short), dense)
+
+
+@pytest.mark.parametrize("source", ["pydoc:0.5,code:0.7", "mix:0.5,pydoc", "nobody-has-this-set"])
+def test_a_wrong_text_is_called_by_the_option_that_it_came_by(dense: Checkpoint, source: str) -> None:
+    with pytest.raises(NirvanaError) as refused:
+        drawn(source, dense)
+    said = f"{refused.value.message} {refused.value.hint}"
+    assert "--calib" not in said and source.partition(":")[0] in said
