@@ -15,6 +15,8 @@ from nirvana_deploy.base.artifact import sha256_of
 
 SHORT = ("--preset", "paper", "--sparsity", "0.3", "--num-sequences", "4", "--seq-len", "16")
 """Options of a job of a second."""
+_PASSING = (".nirvana-deploy.lock", ".nirvana-deploy.recovery")
+"""What a command keeps in its output folder until it is done."""
 _CACHES = (".cache", ".config", ".triton")
 """Folders of a home that libraries keep for themselves."""
 
@@ -137,14 +139,14 @@ def missing(out: Path, reference: Path) -> list[str]:
 
 def temporaries(folder: Path, *, of: int | None = None) -> list[str]:
     """Complaints about temporary files and locks [of the process ``of`` alone] below ``folder``."""
-    names = [".partial-*", ".nirvana-deploy.lock"] if of is None else [f".partial-*.{of}.*"]
+    names = [".partial-*", *_PASSING] if of is None else [f".partial-*.{of}.*"]
     left = [str(path.relative_to(folder)) for name in names for path in folder.rglob(name)]
     return [f"left behind: {', '.join(left)}"] if left else []
 
 
 def _is_passing(name: Path) -> bool:
     return (
-        any(part.startswith((".partial-", ".nirvana-deploy.lock")) for part in name.parts)
+        any(part.startswith((".partial-", *_PASSING)) for part in name.parts)
         or name.suffix == ".log"
     )
 
