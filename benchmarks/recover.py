@@ -2,13 +2,15 @@
 
     python benchmarks/recover.py OUT --budget 16k 64k 200k --texts DIR --out recover.jsonl
     python benchmarks/recover.py OUT --budget 64k --method lora --text self --out recover.jsonl
+    python benchmarks/recover.py OUT --budget 64k --for w4 --rounded --out recover.jsonl
     python benchmarks/recover.py --table --out recover.jsonl
 
 OUT is a folder that `nirvana-deploy prune` or `prune-export` made; it is copied, not touched. Budgets are
 those of --recover. A row holds the course, perplexity and KL of transformers' logits on each kind of text
 (--texts, one kind a file; pydoc and code held out of training), and what the model writes to the report's
-prompts; the first row of an OUT is the cut itself. Rows are appended; what is there is not measured again.
-Tasks, with --tasks DIR, are those of recipes.py.
+prompts; the first row of an OUT is the cut itself. With --rounded each row has the same texts once more, the
+linears of the layers in four bits (scales of least error), as `quantize --rounding search` deploys them. Rows
+are appended; what is there is not measured again. Tasks, with --tasks DIR, are those of recipes.py.
 """
 
 from __future__ import annotations
@@ -37,10 +39,11 @@ from nirvana_deploy.output.layout import CHECKPOINT
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.pipeline.folder import recover_folder
 from nirvana_deploy.prune.plan_file import read_plan
+from nirvana_deploy.quantize.weights.rounding import round_weight
 from nirvana_deploy.recover.stage import greedy_answers
 
 Row = dict[str, Any]
-_KEY = ("sparsity", "calibrated_on", "budget", "method", "text", "learning_rate", "limit")
+_KEY = ("sparsity", "calibrated_on", "budget", "method", "text", "learning_rate", "limit", "for", "rounded")
 
 
 def main() -> None:
@@ -51,6 +54,8 @@ def main() -> None:
     parser.add_argument("outs", type=Path, nargs="*", metavar="OUT")
     parser.add_argument("--budget", nargs="+", default=[], help="as --recover takes it")
     parser.add_argument("--method", default="distill")
+    parser.add_argument("--for", dest="rounded_for", help="as --recover-for takes it")
+    parser.add_argument("--rounded", action="store_true", help="judge in four bits, too")
     parser.add_argument("--text", default="mix", help="as --recover-text takes it")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--texts", type=Path, nargs="+", default=[], help="files or folders of texts")
@@ -83,6 +88,7 @@ def measured(out: Path, options: argparse.Namespace, work: Path, done: set[str])
         "sparsity": plan.sparsity,
         "calibrated_on": plan.calibration["source"] if plan.calibration else None,
         "limit": options.limit if options.tasks else None,
+        "rounded": True if options.rounded else None,
     }
     cut = about | {"budget": "0", "method": None, "text": None, "learning_rate": None}
     if key(cut) not in done:
@@ -93,10 +99,11 @@ def measured(out: Path, options: argparse.Namespace, work: Path, done: set[str])
             "method": options.method,
             "text": options.text,
             "learning_rate": options.learning_rate,
+            "for": options.rounded_for,
         }
         if key(row) in done:
             continue
-        folder = work / f"{out.name}-{options.method}-{budget}"
+        folder = work / f"{out.name}-{options.method}-{options.rounded_for or 'float'}-{budget}"
         shutil.copytree(out, folder)
         started = cpu_seconds()
         asked = {
@@ -104,6 +111,7 @@ def measured(out: Path, options: argparse.Namespace, work: Path, done: set[str])
             "recover_method": options.method,
             "recover_text": options.text,
             "learning_rate": options.learning_rate,
+            "recover_for": options.rounded_for,
         }
         recover_folder(folder, asked)
         spent = {"cpu_s": cpu_seconds() - started, "peak_rss_bytes": peak_rss_bytes()}
@@ -117,12 +125,26 @@ def judged(
 ) -> Row:
     """Quality, answers and accuracies of a checkpoint."""
     pruned = Checkpoint.open(folder)
+    model = pruned.load()
     row: Row = {
-        "texts": compared(dense.load(), pruned.load(), texts),
+        "texts": compared(dense.load(), model, texts),
         "answers": dict(zip(PROMPTS, greedy_answers(pruned, PROMPTS, NEW_TOKENS), strict=True)),
         "environment": environment() | {"load_average_1min": os.getloadavg()[0]},
     }
+    if options.rounded:
+        row["rounded_texts"] = compared(dense.load(), in_four_bits(model), texts)
     return row | with_tasks(folder, options) if options.tasks else row
+
+
+@torch.no_grad()
+def in_four_bits(model: Any) -> Any:
+    """``model`` with the linears of its layers rounded as w4 rounds them without calibration, in place."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            rounded = round_weight(module.weight.numpy().T, bits=4, block_size=32, search=True)
+            module.weight.copy_(torch.from_numpy(rounded.dequantized().T))
+    return model
 
 
 @torch.inference_mode()
@@ -159,7 +181,8 @@ def line(row: Row) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: perplexity and its ratio to dense, by kind of text."""
+    """Markdown: perplexity and its ratio to dense, by kind of text; rows in four bits beside their own."""
+    rows = [one for row in rows for one in (row, _rounded(row)) if one]
     kinds = list(dict.fromkeys(name for row in rows for name in row["texts"]))
     lines = [
         f"| sparsity | method | trained on | tokens | minutes | {' | '.join(kinds)} |",
@@ -175,9 +198,18 @@ def table(rows: list[Row]) -> str:
             else ""
             for kind in kinds
         ]
-        about = [f"{row['sparsity']:g}", row["method"] or "the cut", row["text"] or "", tokens, minutes]
+        method = f"{row['method'] or 'the cut'}{', for ' + row['for'] if row.get('for') else ''}"
+        method += ", in 4 bits" if row.get("in_four_bits") else ""
+        about = [f"{row['sparsity']:g}", method, row["text"] or "", tokens, minutes]
         lines.append(f"| {' | '.join([*about, *cells])} |")
     return "\n".join(lines)
+
+
+def _rounded(row: Row) -> Row | None:
+    """The row of the same model in four bits, if that was judged."""
+    if "rounded_texts" not in row:
+        return None
+    return row | {"texts": row["rounded_texts"], "in_four_bits": True}
 
 
 if __name__ == "__main__":

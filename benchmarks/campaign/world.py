@@ -145,10 +145,7 @@ def temporaries(folder: Path, *, of: int | None = None) -> list[str]:
 
 
 def _is_passing(name: Path) -> bool:
-    return (
-        any(part.startswith((".partial-", *_PASSING)) for part in name.parts)
-        or name.suffix == ".log"
-    )
+    return any(part.startswith((".partial-", *_PASSING)) for part in name.parts) or name.suffix == ".log"
 
 
 def _tells_time(path: Path) -> bool:

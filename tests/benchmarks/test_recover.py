@@ -45,3 +45,21 @@ def test_the_table_has_a_line_a_budget(page: ModuleType) -> None:
     lines = page.table([{**after, "texts": better}, cut]).splitlines()
     assert lines[2] == "| 0.2 | the cut |  | 0 | 0 | 30.0, 1.50x |"
     assert lines[3] == "| 0.2 | distill | mix | 16,384 | 2 | 24.0, 1.20x |"
+
+
+def test_a_model_in_four_bits_has_a_line_of_its_own(page: ModuleType) -> None:
+    text, worse = ({"wiki": {"perplexity": value, "dense_perplexity": 20.0}} for value in (24.0, 26.0))
+    row = {"sparsity": 0.2, "method": "distill", "for": "w4", "text": "mix", "budget": "16k", "texts": text}
+    course = {"tokens": 16384, "seconds": 100.0, "writing_seconds": 20.0}
+    lines = page.table([row | {"rounded_texts": worse, "course": course}]).splitlines()
+    assert lines[2].startswith("| 0.2 | distill, for w4 | mix |") and "24.0, 1.20x" in lines[2]
+    assert lines[3].startswith("| 0.2 | distill, for w4, in 4 bits | mix |") and "26.0, 1.30x" in lines[3]
+
+
+def test_four_bits_are_those_of_the_linears_of_layers(page: ModuleType, tmp_path: Path) -> None:
+    dense = Checkpoint.open(write_tiny(tmp_path / "dense", "llama-biased"))
+    rounded, before = page.in_four_bits(dense.load()), dense.load()
+    assert (rounded.lm_head.weight == before.lm_head.weight).all()
+    weight = rounded.model.layers[0].mlp.down_proj.weight
+    assert not (weight == before.model.layers[0].mlp.down_proj.weight).all()
+    assert len(weight[0, :32].unique()) <= 16
