@@ -35,6 +35,8 @@ LONGEST = (
     "tests/pipeline/test_pipeline.py",
     "tests/pipeline/test_no_network.py",
     "tests/runtime/test_torch.py",
+    "tests/recover/test_recovery.py",
+    "tests/recover/test_processes.py",
     "tests/test_gates.py",
 )
 """Files that begin first: a worker that met one of them last would keep all others waiting."""

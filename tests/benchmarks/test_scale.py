@@ -27,6 +27,7 @@ def record_of(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_tiny_model_is_measured(tmp_path: Path) -> None:
     options = ("--sequences", "2", "--seq-len", "16", "--in-memory", "--reconstruct", "32")
     record = record_of(tmp_path, "tiny", *options)
