@@ -199,7 +199,7 @@ def _stores_teacher(recipe: Recovery, parameters: int, dense: Checkpoint) -> boo
     require_memory(
         training_bytes,
         what="Recovery, with gradients and moments beside the pruned model,",
-        hint="Train adapters alone: --recover-method lora.",
+        hint="Train adapters alone, --recover-method lora, or block by block, --recover-method layers.",
     )
     return True
 

@@ -11,6 +11,7 @@ import numpy as np
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.base.recipe import fields_of
+from nirvana_deploy.base.resources import free_memory_bytes
 from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.model.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ def recover(
             slice_checkpoint(dense, plan, scratch / "cut", reconstruction=refit)
             cut = Checkpoint.open(scratch / "cut")
             kl, perplexity = _quality_of_cut(run, dense, plan, refit)
-            answers = greedy_answers(cut, prompts, new_tokens) if cut.shape.family.writes_text else ()
+            answers = greedy_answers(cut, prompts, new_tokens) if _can_answer(cut) else ()
             done = recover_checkpoint(
                 cut,
                 dense,
@@ -135,6 +136,13 @@ def _quality_of_cut(run: Run, dense: Checkpoint, plan: PrunePlan, refit: Path | 
     windows = read_windows(run.out / CALIBRATION_FILE)["heldout"]
     [found] = masked_quality(dense, [plan], [windows], reconstructions=[refit], progress=run.progress)
     return float(found.divergence.mean()), float(np.exp(found.loss.mean()))
+
+
+def _can_answer(cut: Checkpoint) -> bool:
+    """Whether the cut writes text, and fits in memory: what trains block by block may not."""
+    shape = cut.shape
+    whole_bytes = 4 * (shape.linear_parameters + shape.embedding_parameters)
+    return shape.family.writes_text and whole_bytes < free_memory_bytes()
 
 
 def greedy_answers(cut: Checkpoint, prompts: Sequence[str], new_tokens: int) -> tuple[str, ...]:
