@@ -48,11 +48,12 @@ def trial(world: World, random: Random) -> Result:
     """A job from a model, or a package or an engine of a finished one, killed up to six times."""
     command = random.choice((*JOBS, *JOBS, *AFTER))
     said: list[str] = []
-    reference = world.made(JOBS.get(command) or f"with-{AFTER[command]}")
+    job = world.made(JOBS.get(command, "out"))
+    reference = job if command in JOBS else world.made(f"with-{AFTER[command]}")
     with world.folder(*INPUTS, *([] if command in JOBS else ["out"])) as folder:
         before = snapshot(folder, without=("out",))
         for _ in range(_KILLS):
-            complaints, ended = _killed(reference, command, folder, random, said)
+            complaints, ended = _killed(job, command, folder, random, said)
             complaints += differing(folder / "out", reference)
             complaints += changes(before, snapshot(folder, without=("out",)))
             if complaints or not ended.code:
@@ -74,7 +75,7 @@ def _again(command: tuple[str, ...], folder: Path) -> tuple[str, ...]:
 
 
 def _killed(
-    reference: Path, command: tuple[str, ...], folder: Path, random: Random, said: list[str]
+    job: Path, command: tuple[str, ...], folder: Path, random: Random, said: list[str]
 ) -> tuple[list[str], Outcome]:
     """Run ``command`` and kill it; what is wrong with what it left, and how it ended."""
     words, number = _again(command, folder), random.choice(list(_ENDS))
@@ -92,12 +93,12 @@ def _killed(
         said.append(moment)
         complaints += temporaries(folder, of=ended.pid) if number is not signal.SIGKILL else []
         if random.random() < 0.2 and (folder / "out/manifest.json").is_file():
-            complaints += _verified(folder, reference)
+            complaints += _verified(folder, job)
     return complaints, ended
 
 
-def _verified(folder: Path, reference: Path) -> list[str]:
+def _verified(folder: Path, job: Path) -> list[str]:
     """What ``verify`` says of what a kill left: that a job is whole only if it is."""
     said = run("verify", "out", folder=folder)
-    allowed = {3} if missing(folder / "out", reference) else {0, 3}
+    allowed = {3} if missing(folder / "out", job) else {0, 3}
     return [f"verify: {one}" for one in said.complaints(allowed=frozenset(allowed))]
