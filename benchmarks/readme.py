@@ -33,6 +33,7 @@ from quantization import table as quantization_table
 from recipes import read_rows as read_recipes
 from recipes import table as recipes_table
 from recover import table as recovery_table
+from recover_bounds import on_paper
 from selection import table as selection_table
 
 from nirvana_deploy.report.pages import tasks as tasks_page
@@ -329,6 +330,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "recipes": recipes_section(),
             "zero-shot": zero_shot_section(),
             "recovery": recovery_section(),
+            "recovery-bounds": on_paper("8b"),
             "frontier": frontier_section(),
             "quality": quality_section(),
             "quantization": quantization_section(),

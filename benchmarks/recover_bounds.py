@@ -84,6 +84,15 @@ def table(shape: ModelShape, *, sparsity: float, tokens: int, share: float) -> s
     return "\n".join(lines)
 
 
+def on_paper(name: str, *, sparsity: float = 0.2, tokens: int = 10_000_000, share: float = 0.4) -> str:
+    """The table of a shape of ``scale.py``, and what it is of."""
+    shape = shape_from_config(SHAPES[name])
+    return (
+        f"Llama of the {name} shape at sparsity {sparsity:g}, {tokens:,} tokens, at {share:.0%} of each "
+        f"GPU's stated rate:\n\n{table(shape, sparsity=sparsity, tokens=tokens, share=share)}"
+    )
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
@@ -97,9 +106,7 @@ def main() -> None:
     tokens = budget_of(options.tokens).tokens
     if tokens is None:
         parser.error("--tokens takes a number of tokens: 10M")
-    shape = shape_from_config(SHAPES[options.shape])
-    print(f"{options.shape} at sparsity {options.sparsity:g}, {tokens:,} tokens, on paper:\n")
-    print(table(shape, sparsity=options.sparsity, tokens=tokens, share=options.share))
+    print(on_paper(options.shape, sparsity=options.sparsity, tokens=tokens, share=options.share))
 
 
 if __name__ == "__main__":

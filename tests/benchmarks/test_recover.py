@@ -7,11 +7,13 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from builders.plans import plan_for
 from builders.scripts import ROOT
 from builders.tiny import VOCABULARY, write_tiny
 
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_quality
 
@@ -63,3 +65,34 @@ def test_four_bits_are_those_of_the_linears_of_layers(page: ModuleType, tmp_path
     weight = rounded.model.layers[0].mlp.down_proj.weight
     assert not (weight == before.model.layers[0].mlp.down_proj.weight).all()
     assert len(weight[0, :32].unique()) <= 16
+
+
+def test_recovery_on_paper_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import recover_bounds
+    from scale import SHAPES
+
+    shape = shape_from_config(SHAPES["tiny"])
+    linear, ends = shape.linear_parameters, shape.embedding_parameters
+    live, stored, blocks = (
+        recover_bounds.cost(shape, sparsity=0.1, method=method, teacher=teacher)
+        for method, teacher in (("distill", "live"), ("distill", "stored"), ("layers", "one block"))
+    )
+    head = ends / 2  # an untied one
+    assert live.operations == pytest.approx(2 * linear + 6 * 0.9 * linear + (2 + 6) * head)
+    assert live.memory_bytes - stored.memory_bytes == 4 * (linear + ends)
+    assert stored.disk_bytes == 2 * shape.hidden_size + 4 and not blocks.disk_bytes
+    assert blocks.memory_bytes < live.memory_bytes / 4
+
+
+def test_what_the_largest_probabilities_hide_is_the_kl_within_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from teacher_cache import lost_in_rest
+
+    p, q = torch.tensor([[0.6, 0.2, 0.1, 0.1]]), torch.tensor([[0.5, 0.2, 0.2, 0.1]])
+    whole = float((p * (p / q).log()).sum())
+    seen = 0.6 * np.log(0.6 / 0.5) + 0.4 * np.log(0.4 / 0.5)  # one and the others
+    assert lost_in_rest(p.log(), q.log(), 1) == pytest.approx(1 - seen / whole, rel=1e-5)
+    assert lost_in_rest(p.log(), q.log(), 3) == pytest.approx(0, abs=1e-6)

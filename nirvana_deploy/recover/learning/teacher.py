@@ -2,8 +2,8 @@
 
 What is kept is what enters the head, D numbers a position in float16 with a float32 scale of each position's
 own: the head itself is the student's, which is not trained. So the whole distribution comes back, in 2 D + 4
-bytes. The k largest log-probabilities with the rest as one mass take 6 k bytes and hide a part of the KL:
-NOTES.md has the k at which it is a hundredth.
+bytes. The k largest log-probabilities hide less than a hundredth of the KL only beyond twenty times as many
+bytes (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
