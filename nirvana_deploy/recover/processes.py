@@ -20,18 +20,19 @@ from nirvana_deploy.base.errors import NirvanaError
 
 _PATIENCE = timedelta(days=2)
 """Of those that wait, while the first one measures and writes text."""
+_TOLD_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _told = False
 """Whether the others have been told what to do."""
 
 
 def count() -> int:
-    """How many processes share a training."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes share a training: those of a launcher that tells each of them all it must know."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TOLD_BY_LAUNCHERS) else 1
 
 
 def is_first() -> bool:
     """Whether this process is the one that does everything else, too."""
-    return os.environ.get("RANK", "0") == "0"
+    return count() == 1 or os.environ["RANK"] == "0"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.recovering import SEQ_LEN, Cut, kl_of
+from builders.recovering import SEQ_LEN, Cut, kl_of, launched
 from safetensors.torch import load_file
 
 from nirvana_deploy.base.errors import NirvanaError
@@ -93,6 +93,6 @@ def test_states_that_do_not_fit_are_refused_before_the_work(
 
 
 def test_several_processes_are_of_no_use(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched(monkeypatch, 2)
     with pytest.raises(NirvanaError, match="layers runs in one process, and 2 were launched"):
         Cut(tmp_path, "llama-tied", text).recover(**LAYERS)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from builders.jobs import SHORT
+from builders.recovering import launched
 from builders.tiny import write_tiny
 
 from nirvana_deploy.base.errors import NirvanaError
@@ -70,13 +71,21 @@ def test_what_the_first_process_cannot_do_ends_all_of_them(pruned: Path) -> None
 
 
 def test_a_step_that_does_not_come_out_even_says_which_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launched(monkeypatch, 3)
     with pytest.raises(NirvanaError, match=r"4 windows.*by 3 processes.\n.*--recover-batch 6"):
         processes.share_of(4)
 
 
 def test_a_model_in_parts_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched(monkeypatch, 2)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(NirvanaError, match="not the model, and FSDP"), processes.together():
         pass
+
+
+def test_a_number_of_processes_alone_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some clusters set it in every shell."""
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert processes.count() == 1 and processes.is_first()
