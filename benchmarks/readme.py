@@ -42,6 +42,7 @@ from nirvana_deploy.report.table import summary_table
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RECORD = RESULTS / "smollm2-s0.4.benchmark.json"
+SECOND_RECORD = RESULTS / "gemma3-270m-s0.2.benchmark.json"
 PICTURE = RESULTS / "report.png"
 QUALITY = RESULTS / "quality.jsonl"
 SELECTION = RESULTS / "selection.jsonl"
@@ -326,6 +327,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
         ROOT / "README.md": {"headline": headline_section(benchmark), "worth": verdict_section()},
         ROOT / "benchmarks" / "README.md": {
             "measured": measured_section(benchmark),
+            "second": measured_section(json.loads(SECOND_RECORD.read_text())),
             "consumers": consumers_section(),
             "recipes": recipes_section(),
             "zero-shot": zero_shot_section(),
