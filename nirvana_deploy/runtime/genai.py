@@ -45,8 +45,15 @@ def genai_encoder(folder: Path) -> Iterator[Callable[[str], list[int]]]:
     """
     import onnxruntime_genai
 
-    tokenizer = onnxruntime_genai.Tokenizer(_loaded(folder))
-    tokenizer.update_options(add_special_tokens="true")  # left out unless asked for
+    model = _loaded(folder)
+    try:
+        tokenizer = onnxruntime_genai.Tokenizer(model)
+        tokenizer.update_options(add_special_tokens="true")  # left out unless asked for
+    except RuntimeError as error:
+        raise NirvanaError(
+            f"onnxruntime-genai cannot read the tokenizer in {folder}: {error}.",
+            hint=f"Its files are copied anew by: nirvana-deploy export CHECKPOINT --out {folder} --force",
+        ) from error
     yield lambda text: [int(token) for token in tokenizer.encode(text)]
 
 
