@@ -30,7 +30,7 @@ from nirvana_deploy.export.encoder_decoder import (
 from nirvana_deploy.export.genai import genai_config
 from nirvana_deploy.export.streaming import streamed_parameters
 from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, Checkpoint
-from nirvana_deploy.model.rope import limited
+from nirvana_deploy.model.config import limited
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE, MODEL_FILE
 

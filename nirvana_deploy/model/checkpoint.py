@@ -29,10 +29,10 @@ from transformers.utils import logging as hf_logging
 from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
-from nirvana_deploy.model.config import PRUNED_KEYS
+from nirvana_deploy.model.config import PRUNED_KEYS, context_tokens
 from nirvana_deploy.model.families import FAMILIES, shape_from_config
 from nirvana_deploy.model.family import Computation, Family
-from nirvana_deploy.model.rope import context_tokens, rotary_frequencies
+from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import ModelFolder
 from nirvana_deploy.model.text.stops import require_settings, stop_ids

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.family import Family
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 PRUNED_KEYS = ("per_layer_config", "pruned_layers")
 """What config.json of a model whose layers differ says beside the keys of the dense one."""
+LONGROPE = "longrope"
 _OWN_MODULE = "modeling_nirvana."
 _MOST_LAYERS = 10_000
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
@@ -116,3 +120,28 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     words = lines[-1] if lines else type(error).__name__
     return words.removeprefix("TypeError: ").removeprefix("ValueError: ")[:300].rstrip(".")
+
+
+def context_tokens(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a model of ``config`` can place; None where it has no end.
+
+    Of LongRoPE (Ding et al., arXiv 2402.13753) it is the length that the model was first trained for: beyond
+    it all angles are others, transformers reads all tokens anew, and the keys in a cache would go stale.
+    """
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != LONGROPE or _same_at_every_length(parameters):
+        return longest
+    trained = parameters.get("original_max_position_embeddings")
+    return longest if trained is None else min(trained, longest or trained)
+
+
+def limited(config: dict[str, Any], tokens: int | None) -> dict[str, Any]:
+    """A config.json that asks for at most ``tokens``, for programs that know no other limit."""
+    if tokens is None or config.get("max_position_embeddings") in (None, tokens):
+        return config
+    return config | {"max_position_embeddings": tokens}
+
+
+def _same_at_every_length(parameters: dict[str, Any]) -> bool:
+    return bool(parameters.get("short_factor", ()) == parameters.get("long_factor"))

@@ -22,8 +22,8 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.base.resources import require_free_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.config import limited
 from nirvana_deploy.model.family import GgufArchitecture
-from nirvana_deploy.model.rope import limited
 from nirvana_deploy.output.layout import SCHEMA_KEY
 from nirvana_deploy.package.gguf_layout import (
     GgufTensor,

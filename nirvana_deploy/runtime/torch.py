@@ -16,8 +16,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from nirvana_deploy.export.dtypes import Dtype
 from nirvana_deploy.model.checkpoint import load_checkpoint, norm_offset
+from nirvana_deploy.model.config import context_tokens
 from nirvana_deploy.model.reading import first_decoder_token
-from nirvana_deploy.model.rope import context_tokens
 from nirvana_deploy.runtime.runner import checked_prompts, require_context, started
 
 

@@ -18,8 +18,8 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.export.dtypes import DTYPES, Dtype
 from nirvana_deploy.model.checkpoint import config_json, load_tokenizer, read_config
+from nirvana_deploy.model.config import context_tokens
 from nirvana_deploy.model.families import shape_from_config
-from nirvana_deploy.model.rope import context_tokens
 from nirvana_deploy.model.text.stops import stop_ids
 from nirvana_deploy.output.layout import DECODER_FILE, MODEL_FILE, is_seq2seq
 from nirvana_deploy.runtime.genai import genai_encoder, genai_tokens

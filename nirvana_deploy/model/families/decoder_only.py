@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.config import context_tokens
 from nirvana_deploy.model.family import Computation, Family, LayerAttention
-from nirvana_deploy.model.rope import context_tokens
 from nirvana_deploy.model.shape import LayerShape, ModelShape, positive
 
 if TYPE_CHECKING:
