@@ -21,7 +21,10 @@ Logits = Callable[[NDArray[np.int64]], Iterable[NDArray[np.float32]]]
 
 
 class Yardstick:
-    """The float logits of a few windows, held in memory: at most 8 windows of 128 tokens."""
+    """The float logits of a few windows, held in memory: at most 8 windows of 128 tokens.
+
+    Raises NirvanaError for a graph that gives none.
+    """
 
     def __init__(
         self,
@@ -33,6 +36,12 @@ class Yardstick:
     ) -> None:
         self.windows = windows[:max_windows, :max_tokens]
         self._float = [found.copy() for found in logits(self.windows)]
+        if not any(map(len, self._float)):
+            raise NirvanaError(
+                f"The float model gives no logits for windows of {self.windows.shape[1]} tokens: its graph is "
+                "damaged.",
+                hint="Export it again: nirvana-deploy export CHECKPOINT --out DIR",
+            )
 
     def divergence(self, logits: Logits) -> float:
         """Mean over all positions of KL(float || quantized), nats; raises NirvanaError when not finite."""

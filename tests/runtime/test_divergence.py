@@ -37,3 +37,8 @@ def test_logits_that_are_not_finite_are_refused() -> None:
     yardstick = Yardstick(answering(np.zeros((*WINDOWS.shape, 5), np.float32)), WINDOWS)
     with pytest.raises(NirvanaError, match="NaN or infinite"):
         yardstick.divergence(answering(np.full((*WINDOWS.shape, 5), np.nan, np.float32)))
+
+
+def test_a_graph_without_logits_is_damaged() -> None:
+    with pytest.raises(NirvanaError, match=r"no logits for windows of 70 tokens.*\n.*export CHECKPOINT"):
+        Yardstick(answering(np.zeros((2, 0, 5), np.float32)), WINDOWS)
