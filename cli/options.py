@@ -47,7 +47,7 @@ class Bytes(click.ParamType[Any]):
         shift = _SIZES.get(text[-1:], 0)
         try:
             return int(float(text[:-1] if shift else text) * (1 << shift))
-        except ValueError:
+        except (ValueError, OverflowError):  # "inf" is a float
             self.fail(f"{value!r} is no size; 2G, 512M and 1048576 are.", param, ctx)
 
 

@@ -42,9 +42,11 @@ class _Written:
 def sources_of(calib: str) -> tuple[str, ...]:
     """The sources to choose among: one mixture as soon as a part has a share, else every part of the list.
 
-    A file may have commas and colons in its name.
+    A file may have commas and colons in its name. Raises NirvanaError where nothing is named.
     """
     written = _written(calib)
+    if not written:
+        raise NirvanaError(f"--calib {calib!r} names no text.", hint="For instance: --calib pydoc,notes.txt")
     if any(part.share is not None for part in written):
         return (calib,)
     return tuple(dict.fromkeys(part.source for part in written))
@@ -103,7 +105,7 @@ def interleaved(counts: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _written(calib: str) -> list[_Written]:
-    if Path(calib).exists():
+    if calib.strip() and Path(calib).exists():  # nothing is the working folder to Path
         return [_Written(calib, None)]
     return [_part_written(piece.strip()) for piece in calib.split(",") if piece.strip()]
 

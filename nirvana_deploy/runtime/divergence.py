@@ -38,8 +38,8 @@ class Yardstick:
         self._float = [found.copy() for found in logits(self.windows)]
         if not any(map(len, self._float)):
             raise NirvanaError(
-                f"The float model gives no logits for windows of {self.windows.shape[1]} tokens: its graph is "
-                "damaged.",
+                f"The float model gives no logits for windows of {self.windows.shape[1]} tokens: its graph "
+                "is damaged.",
                 hint="Export it again: nirvana-deploy export CHECKPOINT --out DIR",
             )
 

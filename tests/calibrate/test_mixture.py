@@ -108,3 +108,9 @@ def test_every_prefix_of_the_windows_has_about_the_shares(counts: tuple[int, ...
         assert abs(sum(p == part for p, _ in order[:taken]) - expected) <= 1
         indices = [i for p, i in order[:taken] if p == part]
         assert indices == list(range(len(indices)))
+
+
+@pytest.mark.parametrize("calib", [",", " , ,", ""])
+def test_a_list_of_nothing_is_refused(calib: str) -> None:
+    with pytest.raises(NirvanaError, match=r"names no text\.\n.*--calib pydoc"):
+        sources_of(calib)
