@@ -36,6 +36,8 @@ def rotary_frequencies(
         known = ", ".join((*_FIXED, LONGROPE))
         raise NirvanaError(f"Unsupported: rope_type {rope_type!r}; supported: {known}.")
     if rope_type == "default":
+        if not isinstance(theta := parameters.get("rope_theta"), int | float) or not theta > 0:
+            raise NirvanaError(f"config.json: rope_theta must be a positive number, got {theta!r}.")
         exponents = torch.arange(0, turned, 2, dtype=torch.float32) / turned
         return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
     frequencies, scaling = _by_transformers(config, parameters, head_dim)

@@ -69,3 +69,13 @@ def test_beyond_that_it_is_refused(phi: Checkpoint, tmp_path: Path) -> None:
     longer = np.random.default_rng(2).integers(3, VOCABULARY, size=(1, TRAINED + 1))
     near, far = (logits_of(phi.path, one)[:, :TRAINED] for one in (longer[:, :-1], longer))
     assert not np.allclose(near.numpy(), far.numpy(), rtol=1e-2)  # all angles are others there
+
+
+@pytest.mark.parametrize("theta", ["", None, -1.0])
+def test_a_theta_that_is_no_number_is_named(tmp_path: Path, theta: object) -> None:
+    folder = write_tiny(tmp_path / "llama", "llama-tied")
+    config = config_json(folder)
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NirvanaError, match=r"rope_theta|rope_parameters"):
+        Checkpoint.open(folder).rotary_frequencies("")
