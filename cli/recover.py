@@ -27,7 +27,7 @@ def recover(out: Path, as_json: bool, **options: Any) -> None:
       nirvana-deploy recover smollm2-s0.4 --minutes 30
       nirvana-deploy recover smollm2-s0.4 --tokens 200000 --recover-method lora
       nirvana-deploy recover smollm2-s0.4 --minutes 60 --recover-text handbook.txt:0.5,self
-      accelerate launch --num_processes 2 -m nirvana_deploy recover smollm2-s0.4 --tokens 2000000
+      torchrun --nproc-per-node 2 -m nirvana_deploy recover smollm2-s0.4 --tokens 2000000
     """
     length = taken(Length, options)
     if (length.minutes is None) == (length.tokens is None):

@@ -130,10 +130,10 @@ def context_tokens(config: PreTrainedConfig) -> int | None:
     """
     longest: int | None = getattr(config, "max_position_embeddings", None)
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    if parameters.get("rope_type") != LONGROPE or _same_at_every_length(parameters):
+    if parameters.get("rope_type") != LONGROPE or same_at_every_length(parameters):
         return longest
-    trained = parameters.get("original_max_position_embeddings")
-    return longest if trained is None else min(trained, longest or trained)
+    trained: int | None = parameters.get("original_max_position_embeddings")
+    return min((tokens for tokens in (trained, longest) if tokens is not None), default=None)
 
 
 def limited(config: dict[str, Any], tokens: int | None) -> dict[str, Any]:
@@ -143,5 +143,6 @@ def limited(config: dict[str, Any], tokens: int | None) -> dict[str, Any]:
     return config | {"max_position_embeddings": tokens}
 
 
-def _same_at_every_length(parameters: dict[str, Any]) -> bool:
+def same_at_every_length(parameters: dict[str, Any]) -> bool:
+    """Whether a LongRoPE has the angles of its first length at all."""
     return bool(parameters.get("short_factor", ()) == parameters.get("long_factor"))

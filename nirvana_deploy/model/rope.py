@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.model.config import LONGROPE
+from nirvana_deploy.model.config import LONGROPE, same_at_every_length
 
 _FIXED = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the sequence length
 
@@ -32,8 +32,11 @@ def rotary_frequencies(
         )
     parameters: dict[str, Any] = (config.rope_parameters[kind] if kind else config.rope_parameters) or {}
     rope_type = parameters.get("rope_type", "default")
-    if rope_type not in (*_FIXED, LONGROPE):
-        known = ", ".join((*_FIXED, LONGROPE))
+    # one of several LongRoPEs would need a context of its own
+    if rope_type not in _FIXED and not (
+        rope_type == LONGROPE and (not kind or same_at_every_length(parameters))
+    ):
+        known = ", ".join((*_FIXED, *(() if kind else (LONGROPE,))))
         raise NirvanaError(f"Unsupported: rope_type {rope_type!r}; supported: {known}.")
     if rope_type == "default":
         if not isinstance(theta := parameters.get("rope_theta"), int | float) or not theta > 0:

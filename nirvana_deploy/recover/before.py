@@ -9,6 +9,7 @@ from nirvana_deploy.calibrate.mixture import parts_of
 from nirvana_deploy.calibrate.texts import require_source
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.recover.budget import budget_of
+from nirvana_deploy.recover.processes import require_fit
 from nirvana_deploy.recover.recipe import Recovery
 
 
@@ -20,6 +21,12 @@ def require_recovery(recipe: Recovery, dense: Checkpoint, *, seq_len: int) -> No
     for package in ("accelerate", *(("peft",) if recipe.recover_method == "lora" else ())):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("Recovery", package=package, extra="recover")
+    if recipe.recover_method == "lora" and recipe.recover_for is not None:
+        raise NirvanaError(
+            f"--recover-for {recipe.recover_for} trains whole weights, and LoRA trains adapters beside them.",
+            hint="Pass --recover-method distill, or leave --recover-for out.",
+        )
+    require_fit(method=recipe.recover_method, step_windows=recipe.recover_batch)
     if not recipe.learning_rate > 0:
         raise NirvanaError(f"--learning-rate must be above 0, got {recipe.learning_rate:g}.")
     for part in parts_of(recipe.recover_text, writes_text=dense.shape.family.writes_text):

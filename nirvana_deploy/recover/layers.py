@@ -8,7 +8,7 @@ keeps what it learnt. Blocks that are done wait on disk, and a killed training g
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from operator import attrgetter
 from pathlib import Path
@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nirvana_deploy.base.artifact import whole_file
-from nirvana_deploy.base.progress import Advance
+from nirvana_deploy.base.progress import Advance, Progress
 from nirvana_deploy.base.resources import disk_errors, require_memory
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.weights import SafetensorsWeights, joined
 from nirvana_deploy.prune.streaming.model import States, StreamedModel, Turn, micro_batches
+from nirvana_deploy.recover.data import TrainingText
 from nirvana_deploy.recover.learning.losses import divergence, in_blocks, relative_error
 from nirvana_deploy.recover.learning.rounded import round_while_training, settle, stored_name
 from nirvana_deploy.recover.learning.student import require_finite
@@ -35,27 +37,56 @@ _LAST_RATE = 0.05
 """Share of the learning rate that is left in the end, along a cosine."""
 
 
-def block_files(state: Path) -> list[Path]:
-    """Of the blocks that are done, in order."""
-    return sorted(state.glob("layer-*.safetensors"))
+class BlockByBlock:
+    """One block of each model in memory at a time."""
 
+    stored_teacher = False
 
-def seconds_of_step(cut: Checkpoint, dense: Checkpoint, recipe: Recovery, *, seq_len: int) -> float:
-    """Seconds in which all blocks take a step, from those of the first."""
-    random = torch.Generator().manual_seed(0)
-    windows = torch.randint(0, cut.shape.vocab_size, (recipe.recover_batch, seq_len), generator=random)
-    with closing(_side_by_side(cut, dense, windows, recipe.recover_batch)) as turns:
-        wanted, turn = next(turns)
-        seconds = 0.0
-        _prepare(turn.block, recipe)
-        for _ in range(2):  # the first one warms up
-            started = time.perf_counter()
-            with torch.no_grad():
-                target = wanted.runs[0]()
-            torch.autograd.backward(_loss(turn, 0, target))
-            seconds = time.perf_counter() - started
-        settle(turn.block)
-    return seconds * len(cut.shape.layers)
+    def __init__(self, cut: Checkpoint, dense: Checkpoint, recipe: Recovery, state: Path) -> None:
+        self._cut, self._dense, self._recipe, self._state = cut, dense, recipe, state
+        self.trained_parameters = cut.shape.linear_parameters
+        """Norms and biases are trained as well, and not counted."""
+
+    def seconds_of_step(self, seq_len: int) -> float:
+        """In which all blocks take a step, from those of the first."""
+        cut, recipe = self._cut, self._recipe
+        random = torch.Generator().manual_seed(0)
+        windows = torch.randint(0, cut.shape.vocab_size, (recipe.recover_batch, seq_len), generator=random)
+        with closing(_side_by_side(cut, self._dense, windows, recipe.recover_batch)) as turns:
+            wanted, turn = next(turns)
+            seconds = 0.0
+            _prepare(turn.block, recipe)
+            for _ in range(2):  # the first one warms up
+                started = time.perf_counter()
+                with torch.no_grad():
+                    target = wanted.runs[0]()
+                torch.autograd.backward(_loss(turn, 0, target))
+                seconds = time.perf_counter() - started
+            settle(turn.block)
+        return seconds * len(cut.shape.layers) / len(turn.layers)
+
+    def make_ready(self, text: TrainingText, progress: Progress) -> None:
+        """Nothing is needed."""
+
+    def train(self, text: TrainingText, loop: Loop, progress: Progress) -> Course:
+        """From the first block that no killed training left on disk."""
+        label = f"Recovering layer by layer, {loop.steps} steps each"
+        with progress.task(label, len(self._cut.shape.layers)) as advance:
+            return train_layers(
+                self._cut,
+                self._dense,
+                text.train.tokens,
+                text.watch,
+                self._recipe,
+                loop,
+                state=self._state,
+                advance=advance,
+            )
+
+    def trained_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Of all blocks, in their stored dtypes."""
+        blocks = SafetensorsWeights(self._state)
+        return joined({name: blocks.load(name) for name in blocks.names()}, self._cut.shape).items()
 
 
 def train_layers(
@@ -83,12 +114,11 @@ def train_layers(
         hint="Train on fewer tokens: --recover 50k.",
     )
     batches = len(read) // size
-    done = {file.name for file in block_files(state)}
     for wanted, turn in _side_by_side(cut, dense, windows, size):
         with torch.no_grad():
             wanted.left = [run().cpu() for run in wanted.runs]
         file = state / f"layer-{min(turn.layers):05}.safetensors"
-        if file.name in done:
+        if file.is_file():
             _take(turn, load_file(file))
         else:
             _prepare(turn.block, recipe)

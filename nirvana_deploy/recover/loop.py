@@ -1,9 +1,13 @@
-"""What the training loop is told, and what it tells; the loop itself is ``training.py``."""
+"""What the training loop is told, from a budget, and what it tells; the loop itself is ``training.py``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+from nirvana_deploy.recover.budget import budget_of
+from nirvana_deploy.recover.processes import share_of
+from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.record import CurvePoint
 
 _MEASUREMENTS = 12
@@ -42,3 +46,41 @@ class Loop:
 def whole_steps(steps: int) -> int:
     """At most ``steps`` of which the last one is measured."""
     return steps - steps % max(1, steps // _MEASUREMENTS)
+
+
+def planned(recipe: Recovery, *, seq_len: int, seed: int, seconds_of_step: Callable[[int], float]) -> Loop:
+    """The loop of a budget, as if text cost nothing.
+
+    ``seconds_of_step`` measures a step on windows of ``seq_len`` tokens, and is asked where the budget is a
+    time. Raises NirvanaError for a budget that ends within a step.
+    """
+    batch, budget = recipe.recover_batch, budget_of(recipe.recover or "")
+    step_seconds = 1.0 if budget.seconds is None else seconds_of_step(seq_len)
+    steps = whole_steps(budget.steps(batch * seq_len, step_seconds))
+    return Loop(
+        steps=steps,
+        wanted_windows=steps * batch,
+        step_windows=batch,
+        micro_batch=micro_batch_of(recipe),
+        learning_rate=recipe.learning_rate,
+        seed=seed,
+    )
+
+
+def shortened(loop: Loop, recipe: Recovery, *, seq_len: int, writing_seconds: float) -> Loop:
+    """The loop in what writing the text left of a budget in time."""
+    budget = budget_of(recipe.recover or "")
+    if budget.seconds is None:
+        return loop
+    step_seconds = budget.seconds / loop.steps
+    left = replace(budget, seconds=max(budget.seconds - writing_seconds, 0.0))
+    return replace(loop, steps=whole_steps(left.steps(loop.step_windows * seq_len, step_seconds)))
+
+
+def micro_batch_of(recipe: Recovery) -> int:
+    """Windows at a time in each process, which must divide its share of a step."""
+    share = share_of(recipe.recover_batch)
+    micro_batch = min(recipe.recover_micro_batch or share, share)
+    while share % micro_batch:
+        micro_batch -= 1
+    return micro_batch

@@ -12,27 +12,36 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.prune.streaming.loading import compute_device
 
 _PATIENCE = timedelta(days=2)
 """Of those that wait, while the first one measures and writes text."""
 _TOLD_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_count = 1
+"""Of the processes that found each other."""
 _told = False
 """Whether the others have been told what to do."""
 
 
 def count() -> int:
-    """How many processes share a training: those of a launcher that tells each of them all it must know."""
-    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TOLD_BY_LAUNCHERS) else 1
+    """How many processes share a training."""
+    return _count
 
 
 def is_first() -> bool:
     """Whether this process is the one that does everything else, too."""
-    return count() == 1 or os.environ["RANK"] == "0"
+    return _count == 1 or os.environ["RANK"] == "0"
+
+
+def _launched() -> int:
+    """How many a launcher started that tells each of them all it must know."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TOLD_BY_LAUNCHERS) else 1
 
 
 @contextmanager
@@ -41,7 +50,7 @@ def together() -> Iterator[None]:
 
     Raises NirvanaError for a launcher that would share one model among the processes.
     """
-    if count() == 1:
+    if _launched() == 1:
         yield
         return
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
@@ -50,17 +59,22 @@ def together() -> Iterator[None]:
             hint="Launch it without FSDP. To take less memory: --recover-teacher stored, "
             "--recover-method lora, --recover-micro-batch 1.",
         )
+    if find_spec("accelerate") is None:
+        raise MissingExtraError("Recovery", package="accelerate", extra="recover")
     from accelerate import PartialState
 
+    global _count
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    _count = _launched()
     try:
         yield
     finally:
         if is_first() and not _told:
             tell(None)
         state.destroy_process_group()
+        _count = 1
 
 
 def tell(work: dict[str, Any] | None) -> None:
@@ -68,16 +82,18 @@ def tell(work: dict[str, Any] | None) -> None:
     global _told
     if count() > 1:
         _told = True
-        written = torch.frombuffer(bytearray(json.dumps(work).encode()), dtype=torch.uint8).to(_device())
-        torch.distributed.broadcast(torch.tensor(len(written), device=_device()), src=0)
+        written = torch.frombuffer(bytearray(json.dumps(work).encode()), dtype=torch.uint8).to(
+            compute_device()
+        )
+        torch.distributed.broadcast(torch.tensor(len(written), device=compute_device()), src=0)
         torch.distributed.broadcast(written, src=0)
 
 
 def follow(take_part: Callable[[dict[str, Any]], object]) -> None:
     """Wait for work and do it; for all processes but the first."""
-    length = torch.tensor(0, device=_device())
+    length = torch.tensor(0, device=compute_device())
     torch.distributed.broadcast(length, src=0)
-    written = torch.empty(int(length), dtype=torch.uint8, device=_device())
+    written = torch.empty(int(length), dtype=torch.uint8, device=compute_device())
     torch.distributed.broadcast(written, src=0)
     if (work := json.loads(bytes(written.tolist()))) is not None:
         take_part(work)
@@ -89,13 +105,20 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
 
 
-def alone(method: str) -> None:
-    """Raise NirvanaError for a method that has no use for several processes."""
-    if count() > 1:
+def require_fit(*, method: str, step_windows: int) -> None:
+    """Raise NirvanaError for processes that a recovery cannot use."""
+    if _launched() > count():
+        raise NirvanaError(
+            f"{_launched()} processes were launched, and this command runs in one.",
+            hint="Start it without the launcher, and launch the training afterwards: "
+            "torchrun --nproc-per-node 2 -m nirvana_deploy recover OUT --tokens 2000000",
+        )
+    if method == "layers" and count() > 1:
         raise NirvanaError(
             f"--recover-method {method} runs in one process, and {count()} were launched.",
             hint="Start nirvana-deploy without the launcher.",
         )
+    share_of(step_windows)
 
 
 def share_of(step_windows: int) -> int:
@@ -106,8 +129,3 @@ def share_of(step_windows: int) -> int:
             hint=f"Pass --recover-batch {-(-step_windows // count()) * count()}.",
         )
     return step_windows // count()
-
-
-def _device() -> torch.device:
-    """Where the processes exchange tensors."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

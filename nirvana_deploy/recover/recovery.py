@@ -1,4 +1,4 @@
-"""From a cut to trained tensors: text, student and teacher, the loop, and what is kept of it."""
+"""From a cut to trained tensors: text, one of two ways to train, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -20,39 +18,35 @@ from nirvana_deploy.base.artifact import whole_folder, write_json
 from nirvana_deploy.base.ownership.marker import foreign
 from nirvana_deploy.base.ownership.temporary import PREFIX, remove
 from nirvana_deploy.base.progress import Progress
-from nirvana_deploy.base.resources import (
-    disk_errors,
-    free_memory_bytes,
-    require_free_bytes,
-    require_memory,
-)
+from nirvana_deploy.base.resources import disk_errors
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.model.weights import SafetensorsWeights, joined
-from nirvana_deploy.recover.budget import budget_of
+from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.recover.data import TrainingText, training_text
-from nirvana_deploy.recover.layers import seconds_of_step, train_layers
-from nirvana_deploy.recover.learning.states import StatesOf
-from nirvana_deploy.recover.learning.student import Student, probe, trained_tensors
-from nirvana_deploy.recover.learning.teacher import LiveTeacher, StandIn, Teacher, store_states
-from nirvana_deploy.recover.loop import Course, Loop, whole_steps
-from nirvana_deploy.recover.processes import alone, share_of
+from nirvana_deploy.recover.layers import BlockByBlock
+from nirvana_deploy.recover.loop import Course, Loop, micro_batch_of, planned, shortened
 from nirvana_deploy.recover.recipe import Recovery
-from nirvana_deploy.recover.shared import (
-    TEACHER,
-    WINDOWS,
-    Training,
-    compute_device,
-    model_to_train,
-    trained,
-)
+from nirvana_deploy.recover.shared import TEACHER, WINDOWS, WholeModel
 
-_STATE_BYTES = 3 * 4
-"""A parameter that is trained, and its two moments."""
-_SAVED_STATES = 3
-"""The best one, the last one, and the one that is being written."""
-_BESIDE = 1.2
-"""A step with its part of the optimizer, measuring and saving, in times of its gradients; of SmolLM2."""
 _SCHEDULE = "schedule.json"
+
+
+class Way(Protocol):
+    """How a cut is trained."""
+
+    stored_teacher: bool
+    trained_parameters: int
+
+    def seconds_of_step(self, seq_len: int) -> float:
+        """Measure a step on random windows of ``seq_len`` tokens."""
+
+    def make_ready(self, text: TrainingText, progress: Progress) -> None:
+        """Do what a budget in time counts beside the steps."""
+
+    def train(self, text: TrainingText, loop: Loop, progress: Progress) -> Course:
+        """Train; raises NirvanaError for a loss that is not finite, and a full disk."""
+
+    def trained_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """(name in the checkpoint, tensor) of all that training may have changed."""
 
 
 @dataclass(frozen=True)
@@ -94,81 +88,30 @@ def recover_checkpoint(
     hashes, JSON) is the same, and removed in the end. Raises NirvanaError for too little text, time, memory
     or disk, and for a loss that is not finite.
     """
-    if recipe.recover_method == "layers":
-        return _by_layers(cut, dense, recipe, wanted, out, state=state, identity=identity, progress=progress)
-    pruned = model_to_train(cut, recipe)
-    parameters = sum(one.numel() for one in pruned.model.parameters() if one.requires_grad)
-    stored = _stores_teacher(recipe, parameters, dense)
-    require_free_bytes(out.parent, _SAVED_STATES * _STATE_BYTES * parameters, what="Recovery")
-    begun = _begun(state, identity, micro_batch=_micro_batch(recipe))
-    loop = begun or _planned(pruned, None if stored else dense, recipe, wanted)
-    if stored:
-        del pruned  # the dense model alone is in memory while it writes and is run
+    way: Way = (BlockByBlock if recipe.recover_method == "layers" else WholeModel)(cut, dense, recipe, state)
+    begun = _begun(state, identity, micro_batch=micro_batch_of(recipe))
+    seq_len = wanted.seq_len
+    loop = begun or planned(recipe, seq_len=seq_len, seed=wanted.seed, seconds_of_step=way.seconds_of_step)
     started = time.perf_counter()
-    text = _text(dense, recipe, wanted, loop, progress)
-    train, watch = text.train.tokens, text.watch
-    if stored:
-        store_states(dense, np.concatenate([train, watch]), state / TEACHER, progress=progress)
-        pruned = model_to_train(cut, recipe)
-    writing_seconds = time.perf_counter() - started
-    if begun is None:
-        loop = _shortened(loop, recipe, wanted.seq_len, writing_seconds)
-        _remember(state, identity, loop)
-    course = trained(
-        Training(cut, dense, recipe, loop, state, stored), pruned, train, watch, progress=progress
-    )
-    _write(out, cut, trained_tensors(pruned.model), course)
-    remove(state)
-    return Trained(text, loop, course, round(writing_seconds, 3), parameters, stored)
-
-
-def _by_layers(
-    cut: Checkpoint,
-    dense: Checkpoint,
-    recipe: Recovery,
-    wanted: TextWanted,
-    out: Path,
-    *,
-    state: Path,
-    identity: dict[str, Any],
-    progress: Progress,
-) -> Trained:
-    """As :func:`recover_checkpoint`, with one block of each model in memory."""
-    alone(recipe.recover_method)
-    begun = _begun(state, identity, micro_batch=recipe.recover_batch)
-    loop = begun or _loop(recipe, wanted, seconds=partial(seconds_of_step, cut, dense, recipe))
-    started = time.perf_counter()
-    text = _text(dense, recipe, wanted, loop, progress)
-    writing_seconds = time.perf_counter() - started
-    if begun is None:
-        loop = _shortened(loop, recipe, wanted.seq_len, writing_seconds)
-        _remember(state, identity, loop)
-    label = f"Recovering layer by layer, {loop.steps} steps each"
-    with progress.task(label, len(cut.shape.layers)) as advance:
-        course = train_layers(
-            cut, dense, text.train.tokens, text.watch, recipe, loop, state=state, advance=advance
-        )
-    blocks = SafetensorsWeights(state)
-    parts = {name: blocks.load(name) for name in blocks.names()}
-    _write(out, cut, joined(parts, cut.shape).items(), course)
-    remove(state)
-    parameters = sum(one.numel() for one in parts.values())
-    return Trained(text, loop, course, round(writing_seconds, 3), parameters, stored_teacher=False)
-
-
-def _text(
-    dense: Checkpoint, recipe: Recovery, wanted: TextWanted, loop: Loop, progress: Progress
-) -> TrainingText:
-    return training_text(
+    text = training_text(
         recipe.recover_text,
         dense,
         wanted=loop.wanted_windows,
         least=recipe.recover_batch,
-        seq_len=wanted.seq_len,
+        seq_len=seq_len,
         segment_tokens=wanted.segment_tokens,
         seed=wanted.seed,
         progress=progress,
     )
+    way.make_ready(text, progress)
+    writing_seconds = round(time.perf_counter() - started, 3)
+    if begun is None:
+        loop = shortened(loop, recipe, seq_len=seq_len, writing_seconds=writing_seconds)
+        _remember(state, identity, loop)
+    course = way.train(text, loop, progress)
+    _write(out, cut, way.trained_tensors(), course)
+    remove(state)
+    return Trained(text, loop, course, writing_seconds, way.trained_parameters, way.stored_teacher)
 
 
 def _write(out: Path, cut: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]], course: Course) -> None:
@@ -180,83 +123,6 @@ def _write(out: Path, cut: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor
             for name, tensor in tensors
         }
         save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _stores_teacher(recipe: Recovery, parameters: int, dense: Checkpoint) -> bool:
-    """Whether the dense model's states go to the disk; raises NirvanaError where memory lets neither be."""
-    dense_bytes = 4 * (dense.shape.linear_parameters + dense.shape.embedding_parameters)
-    training_bytes = (4 + _STATE_BYTES) * parameters
-    free_bytes = torch.cuda.mem_get_info()[0] if compute_device().type == "cuda" else free_memory_bytes()
-    if recipe.recover_teacher == "auto" and free_bytes >= dense_bytes + training_bytes:
-        return False
-    if recipe.recover_teacher == "live":
-        require_memory(
-            dense_bytes + training_bytes,
-            what="Recovery, with the dense model, gradients and moments beside the pruned one,",
-            hint="Keep the dense model's states on disk: --recover-teacher stored.",
-        )
-        return False
-    require_memory(
-        training_bytes,
-        what="Recovery, with gradients and moments beside the pruned model,",
-        hint="Train adapters alone, --recover-method lora, or block by block, --recover-method layers.",
-    )
-    return True
-
-
-def _planned(pruned: StatesOf, dense: Checkpoint | None, recipe: Recovery, wanted: TextWanted) -> Loop:
-    """The loop of a budget, as if text cost nothing; ``dense`` is None where its states will be on disk."""
-
-    def seconds(*, seq_len: int) -> float:
-        shape, device = pruned.shape, pruned.model.device
-        teacher: Teacher = StandIn(pruned, shape.hidden_size) if dense is None else LiveTeacher(dense, device)
-        random = torch.Generator().manual_seed(0)
-        share = (share_of(recipe.recover_batch), seq_len)
-        windows = torch.randint(0, shape.vocab_size, share, generator=random)
-        student = Student(pruned, teacher, recipe)
-        return _BESIDE * probe(student, windows.to(device), micro_batch=_micro_batch(recipe))
-
-    return _loop(recipe, wanted, seconds=seconds)
-
-
-class _SecondsOfStep(Protocol):
-    def __call__(self, *, seq_len: int) -> float: ...
-
-
-def _loop(recipe: Recovery, wanted: TextWanted, *, seconds: _SecondsOfStep) -> Loop:
-    """The loop of a budget; ``seconds`` measures a step, and is asked where the budget is a time."""
-    batch = recipe.recover_batch
-    budget = budget_of(recipe.recover or "")
-    step_seconds = 1.0 if budget.seconds is None else seconds(seq_len=wanted.seq_len)
-    steps = whole_steps(budget.steps(batch * wanted.seq_len, step_seconds))
-    return Loop(
-        steps=steps,
-        wanted_windows=steps * batch,
-        step_windows=batch,
-        micro_batch=_micro_batch(recipe),
-        learning_rate=recipe.learning_rate,
-        seed=wanted.seed,
-    )
-
-
-def _micro_batch(recipe: Recovery) -> int:
-    """Windows at a time in each process, which must divide its share of a step."""
-    share = share_of(recipe.recover_batch)
-    micro_batch = min(recipe.recover_micro_batch or share, share)
-    while share % micro_batch:
-        micro_batch -= 1
-    return micro_batch
-
-
-def _shortened(loop: Loop, recipe: Recovery, seq_len: int, writing_seconds: float) -> Loop:
-    """The loop in what writing the text left of a budget in time."""
-    budget = budget_of(recipe.recover or "")
-    if budget.seconds is None:
-        return loop
-    step_seconds = budget.seconds / loop.steps
-    left = dataclasses.replace(budget, seconds=max(budget.seconds - writing_seconds, 0.0))
-    steps = left.steps(loop.step_windows * seq_len, step_seconds)
-    return dataclasses.replace(loop, steps=whole_steps(steps))
 
 
 def _begun(state: Path, identity: dict[str, Any], *, micro_batch: int) -> Loop | None:

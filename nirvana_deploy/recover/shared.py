@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,34 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.resources import disk_errors
+from nirvana_deploy.base.resources import (
+    disk_errors,
+    free_memory_bytes,
+    require_free_bytes,
+    require_memory,
+)
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.prune.streaming.loading import compute_device
 from nirvana_deploy.recover import processes
+from nirvana_deploy.recover.data import TrainingText
 from nirvana_deploy.recover.learning.states import StatesOf
-from nirvana_deploy.recover.learning.student import Student, trainable
-from nirvana_deploy.recover.learning.teacher import LiveTeacher, StoredTeacher
-from nirvana_deploy.recover.loop import Course, Loop
+from nirvana_deploy.recover.learning.student import Student, probe, trainable, trained_tensors
+from nirvana_deploy.recover.learning.teacher import (
+    LiveTeacher,
+    StandIn,
+    StoredTeacher,
+    Teacher,
+    store_states,
+)
+from nirvana_deploy.recover.loop import Course, Loop, micro_batch_of
 from nirvana_deploy.recover.recipe import Recovery
 
+_STATE_BYTES = 3 * 4
+"""A parameter that is trained, and its two moments."""
+_SAVED_STATES = 3
+"""The best one, the last one, and the one that is being written."""
+_BESIDE = 1.2
+"""A step with its part of the optimizer, measuring and saving, in times of its gradients; of SmolLM2."""
 TEACHER, WINDOWS = "teacher", "windows.safetensors"
 """In the folder of saved states: the dense model's, and what all processes read."""
 
@@ -49,11 +69,6 @@ class Training:
             "stored_teacher": self.stored_teacher,
             "begin": None if begin is None else str(begin),
         }
-
-
-def compute_device() -> torch.device:
-    """This process's GPU, if torch sees one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def model_to_train(cut: Checkpoint, recipe: Recovery) -> StatesOf:
@@ -129,3 +144,74 @@ def _run(
         course = fit(student, train, watch, training.loop, state=training.state, begin=begin, advance=advance)
     processes.wait_for_all()  # the saved states are removed next
     return course
+
+
+class WholeModel:
+    """The cut whole in memory, with gradients and moments; the dense one beside it, or its states on disk."""
+
+    def __init__(self, cut: Checkpoint, dense: Checkpoint, recipe: Recovery, state: Path) -> None:
+        self._cut, self._dense, self._recipe, self._state = cut, dense, recipe, state
+        self._pruned: StatesOf | None = model_to_train(cut, recipe)
+        trained = [one.numel() for one in self._pruned.model.parameters() if one.requires_grad]
+        self.trained_parameters = sum(trained)
+        self.stored_teacher = _stores_teacher(recipe, self.trained_parameters, dense)
+        saved_bytes = _SAVED_STATES * _STATE_BYTES * self.trained_parameters
+        require_free_bytes(state.parent, saved_bytes, what="Recovery")
+
+    @property
+    def _model(self) -> StatesOf:
+        if self._pruned is None:
+            self._pruned = model_to_train(self._cut, self._recipe)
+        return self._pruned
+
+    def seconds_of_step(self, seq_len: int) -> float:
+        """Of this process's share of a step."""
+        shape, device = self._cut.shape, compute_device()
+        teacher: Teacher = (
+            StandIn(self._model, shape.hidden_size)
+            if self.stored_teacher
+            else LiveTeacher(self._dense, device)
+        )
+        random = torch.Generator().manual_seed(0)
+        share = (processes.share_of(self._recipe.recover_batch), seq_len)
+        windows = torch.randint(0, shape.vocab_size, share, generator=random)
+        student = Student(self._model, teacher, self._recipe)
+        return _BESIDE * probe(student, windows.to(device), micro_batch=micro_batch_of(self._recipe))
+
+    def make_ready(self, text: TrainingText, progress: Progress) -> None:
+        """Write the dense model's states to disk, if they are to lie there, without the cut in memory."""
+        if self.stored_teacher:
+            self._pruned = None
+            windows = np.concatenate([text.train.tokens, text.watch])
+            store_states(self._dense, windows, self._state / TEACHER, progress=progress)
+
+    def train(self, text: TrainingText, loop: Loop, progress: Progress) -> Course:
+        """Together with all processes there are."""
+        training = Training(self._cut, self._dense, self._recipe, loop, self._state, self.stored_teacher)
+        return trained(training, self._model, text.train.tokens, text.watch, progress=progress)
+
+    def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Float32; adapters are merged."""
+        return trained_tensors(self._model.model)
+
+
+def _stores_teacher(recipe: Recovery, parameters: int, dense: Checkpoint) -> bool:
+    """Whether the dense model's states go to the disk; raises NirvanaError where memory lets neither be."""
+    dense_bytes = 4 * (dense.shape.linear_parameters + dense.shape.embedding_parameters)
+    training_bytes = (4 + _STATE_BYTES) * parameters
+    free_bytes = torch.cuda.mem_get_info()[0] if compute_device().type == "cuda" else free_memory_bytes()
+    if recipe.recover_teacher == "auto" and free_bytes >= dense_bytes + training_bytes:
+        return False
+    if recipe.recover_teacher == "live":
+        require_memory(
+            dense_bytes + training_bytes,
+            what="Recovery, with the dense model, gradients and moments beside the pruned one,",
+            hint="Keep the dense model's states on disk: --recover-teacher stored.",
+        )
+        return False
+    require_memory(
+        training_bytes,
+        what="Recovery, with gradients and moments beside the pruned model,",
+        hint="Train adapters alone, --recover-method lora, or block by block, --recover-method layers.",
+    )
+    return True

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -63,10 +62,3 @@ def kl_of(pruned: Checkpoint, dense: Checkpoint, windows: NDArray[np.int64]) -> 
     else:
         log_p, log_q = (logits_of(one.path, windows).double().log_softmax(-1) for one in (dense, pruned))
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-
-
-def launched(patch: pytest.MonkeyPatch, processes: int) -> None:
-    """Pretend that a launcher started ``processes``, of which this is the first."""
-    told = {"RANK": "0", "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for name, value in told.items():
-        patch.setenv(name, value)

@@ -79,3 +79,18 @@ def test_a_theta_that_is_no_number_is_named(tmp_path: Path, theta: object) -> No
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(NirvanaError, match=r"rope_theta|rope_parameters"):
         Checkpoint.open(folder).rotary_frequencies("")
+
+
+def test_one_of_several_rotary_embeddings_has_none(tmp_path: Path) -> None:
+    """The context is the model's, and each kind of layer would have its own."""
+    folder = write_tiny(tmp_path / "gemma", "gemma3")
+    config = config_json(folder)
+    kinds = config["rope_parameters"]
+    factors = [1.0] * (config["head_dim"] // 2)
+    longrope = {"rope_type": "longrope", "short_factor": factors, "long_factor": [3.0] * len(factors)}
+    full = kinds["full_attention"] | longrope | {"factor": 4.0, "original_max_position_embeddings": TRAINED}
+    (folder / "config.json").write_text(
+        json.dumps(config | {"rope_parameters": kinds | {"full_attention": full}})
+    )
+    with pytest.raises(NirvanaError, match="Unsupported: rope_type 'longrope'"):
+        Checkpoint.open(folder).rotary_frequencies("full_attention")

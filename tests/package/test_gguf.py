@@ -461,3 +461,21 @@ def test_a_uniform_smollm2_generates_its_tokens(llama_cpp: Path, tmp_path: Path)
         if weight_type in shares:
             share = greedy_share(tmp_path / "checkpoint", prompts, answer["tokens"])
             assert share >= shares[weight_type], weight_type
+
+
+@pytest.mark.slow
+@pytest.mark.consumer(
+    "llama.cpp",
+    artifact="GGUF of Gemma 3 270M, dense (gemma3)",
+    proof="5 x 32 greedy tokens equal torch's",
+    version=CONSUMER_VERSION,
+)
+def test_gemma3_270m_generates_its_tokens(llama_cpp: Path, tmp_path: Path) -> None:
+    dense = Checkpoint.open(resolve_model("gemma3-270m").path)
+    file = tmp_path / "gemma.gguf"
+    gguf_from_checkpoint(dense, file, weight_type="f32")
+    prompts = [dense.tokenizer(text)["input_ids"] for text in REAL_PROMPTS]
+    order = {"path": str(file), "prompts": prompts, "new_tokens": 32, "texts": REAL_PROMPTS}
+    [answer] = run_llama_cpp(llama_cpp, [order], tmp_path)
+    assert greedy_share(dense.path, prompts, answer["tokens"]) == 1
+    assert [[dense.tokenizer.bos_token_id, *ids] for ids in answer["tokenized"]] == prompts

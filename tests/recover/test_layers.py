@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.recovering import SEQ_LEN, Cut, kl_of, launched
+from builders.recovering import SEQ_LEN, Cut, kl_of
 from safetensors.torch import load_file
 
 from nirvana_deploy.base.errors import NirvanaError
@@ -80,8 +80,8 @@ def test_blocks_are_rounded_while_they_are_trained(tmp_path: Path, text: Path) -
 
 def test_a_budget_in_time_takes_the_first_block_as_an_example(tmp_path: Path, text: Path) -> None:
     llama = Cut(tmp_path, "llama-tied", text)
-    seconds = layers.seconds_of_step(llama.cut, llama.dense, Recovery(recover_batch=2), seq_len=SEQ_LEN)
-    assert 0 < seconds < 60
+    way = layers.BlockByBlock(llama.cut, llama.dense, Recovery(recover_batch=2), tmp_path / "state")
+    assert 0 < way.seconds_of_step(SEQ_LEN) < 60
 
 
 def test_states_that_do_not_fit_are_refused_before_the_work(
@@ -89,10 +89,4 @@ def test_states_that_do_not_fit_are_refused_before_the_work(
 ) -> None:
     monkeypatch.setattr("nirvana_deploy.base.resources.free_memory_bytes", lambda: 0)
     with pytest.raises(NirvanaError, match=r"states of 1,\d\d\d tokens, needs.*\n.*--recover 50k"):
-        Cut(tmp_path, "llama-tied", text).recover(**LAYERS)
-
-
-def test_several_processes_are_of_no_use(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched(monkeypatch, 2)
-    with pytest.raises(NirvanaError, match="layers runs in one process, and 2 were launched"):
         Cut(tmp_path, "llama-tied", text).recover(**LAYERS)

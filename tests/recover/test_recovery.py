@@ -16,9 +16,8 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_divergences
-from nirvana_deploy.recover import loop, recovery, training
+from nirvana_deploy.recover import loop, shared, training
 from nirvana_deploy.recover.recipe import Recovery
-from nirvana_deploy.recover.recovery import TextWanted, _shortened
 
 KINDS = ["llama-tied", "qwen3", "gemma3", "phi3", "flan-t5"]
 
@@ -59,7 +58,7 @@ def test_a_teacher_on_disk_teaches_what_a_live_one_does(cut: Cut) -> None:
 def test_what_does_not_fit_beside_the_student_goes_to_the_disk(
     llama: Cut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "free_memory_bytes", lambda: 0)
+    monkeypatch.setattr(shared, "free_memory_bytes", lambda: 0)
     assert llama.recover().stored_teacher
     monkeypatch.setattr("nirvana_deploy.base.resources.free_memory_bytes", lambda: 0)
     with pytest.raises(NirvanaError, match=r"beside the pruned one, needs.*\n.*--recover-teacher stored"):
@@ -150,7 +149,7 @@ def test_text_is_drawn_for_the_steps_that_were_planned_first() -> None:
     planned = loop.Loop(
         steps=20, wanted_windows=80, step_windows=4, micro_batch=4, learning_rate=1e-4, seed=1
     )
-    left = _shortened(planned, Recovery(recover="100s"), 24, 50.0)
+    left = loop.shortened(planned, Recovery(recover="100s"), seq_len=24, writing_seconds=50.0)
     assert (left.steps, left.wanted_windows) == (10, 80)
 
 
@@ -178,10 +177,12 @@ def test_a_text_too_short_says_how_many_windows_there_are(llama: Cut) -> None:
         llama.recover(recover_text=str(short))
 
 
-def test_a_budget_in_time_is_planned_without_the_dense_model(llama: Cut) -> None:
+def test_a_budget_in_time_is_planned_without_the_dense_model(
+    llama: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = Recovery(recover="1h", recover_batch=2)
-    pruned = recovery.model_to_train(llama.cut, recipe)
-    wanted = TextWanted(seq_len=SEQ_LEN, segment_tokens=SEQ_LEN, seed=1)
-    planned = recovery._planned(pruned, None, recipe, wanted)
-    assert planned.steps > 100 and planned.wanted_windows == 2 * planned.steps
-    assert all(one.grad is None for one in pruned.model.parameters())
+    monkeypatch.setattr(shared, "free_memory_bytes", lambda: 0)
+    way = shared.WholeModel(llama.cut, llama.dense, recipe, llama.folder / "state")
+    monkeypatch.setattr(shared, "LiveTeacher", lambda *_: pytest.fail("the dense model was loaded"))
+    assert way.stored_teacher and 0 < way.seconds_of_step(SEQ_LEN) < 60
+    assert all(one.grad is None for one in way._model.model.parameters())

@@ -15,7 +15,9 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.quantize.weights.rounding import round_weight
+from nirvana_deploy.recover.before import require_recovery
 from nirvana_deploy.recover.learning.rounded import round_rows, round_while_training
+from nirvana_deploy.recover.recipe import Recovery
 
 
 @pytest.mark.parametrize(("bits", "inputs"), [(4, 64), (4, 70), (4, 20), (8, 70)])
@@ -59,9 +61,11 @@ def test_what_is_written_is_what_was_trained_and_stays_when_it_is_rounded(
             assert error <= 4e-3 * float(weight.abs().max())
 
 
-def test_adapters_are_not_rounded(tmp_path: Path, text: Path) -> None:
+def test_adapters_are_not_rounded(tiny_llama: Path) -> None:
+    """Said before anything is cut."""
+    recipe = Recovery(recover="1k", recover_text="pydoc", recover_method="lora", recover_for="w4")
     with pytest.raises(NirvanaError, match=r"trains whole weights.*\n.*--recover-method distill"):
-        Cut(tmp_path, "llama-tied", text).recover(recover_method="lora", recover_for="w4")
+        require_recovery(recipe, Checkpoint.open(tiny_llama), seq_len=24)
 
 
 def test_a_model_of_narrow_linears_has_nothing_to_round() -> None:

@@ -119,6 +119,12 @@ def _check_external_data(model: ir.Model, path: Path) -> None:
         data = path.parent / location
         if location.is_absolute() or not lies_within(data, path.parent):
             raise NirvanaError(f"{path} places {tensor.name!r} outside its folder: {str(location)!r}.")
+        if tensor.dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):
+            raise NirvanaError(
+                f"{path} says that {tensor.name!r}, whose bytes are in {location}, is of type "
+                f"{tensor.dtype.name}.",
+                hint="Export it again.",
+            )
         if tensor.length not in (None, tensor.nbytes):
             raise NirvanaError(
                 f"{path} gives {tensor.name!r} of shape {list(tensor.shape)} {tensor.length} bytes, "

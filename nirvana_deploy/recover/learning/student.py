@@ -77,11 +77,6 @@ class Student(nn.Module):
 
 def trainable(model: Any, recipe: Recovery) -> None:
     """Set which parameters of ``model`` are trained, in place; adapters are put in."""
-    if recipe.recover_method == "lora" and recipe.recover_for is not None:
-        raise NirvanaError(
-            f"--recover-for {recipe.recover_for} trains whole weights, and LoRA trains adapters beside them.",
-            hint="Pass --recover-method distill, or leave --recover-for out.",
-        )
     fixed = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     for parameter in model.parameters():
         parameter.requires_grad_(recipe.recover_method != "lora" and id(parameter) not in fixed)

@@ -9,7 +9,6 @@ bytes (benchmarks/NOTES.md).
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.artifact import whole_folder, write_json
 from nirvana_deploy.base.progress import Progress
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.resources import disk_errors, require_free_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.reading import stack_lengths
@@ -89,7 +89,7 @@ def store_states(dense: Checkpoint, windows: NDArray[np.int64], folder: Path, *,
     NirvanaError for too little disk.
     """
     made_of = {"windows_sha256": hashlib.sha256(windows.tobytes()).hexdigest()}
-    if folder.is_dir() and json.loads((folder / _MADE_OF).read_text()) == made_of:
+    if (folder / _MADE_OF).is_file() and read_json(folder / _MADE_OF) == made_of:
         return
     needed_bytes = stored_bytes(dense, *windows.shape)
     require_free_bytes(folder.parent, needed_bytes, what="Keeping the dense model's states")
