@@ -9,6 +9,7 @@ from nirvana_deploy.calibrate.mixture import parts_of
 from nirvana_deploy.calibrate.texts import require_source
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.recover.budget import budget_of
+from nirvana_deploy.recover.data import as_recover_text
 from nirvana_deploy.recover.processes import require_fit
 from nirvana_deploy.recover.recipe import Recovery
 
@@ -29,5 +30,6 @@ def require_recovery(recipe: Recovery, dense: Checkpoint, *, seq_len: int) -> No
     require_fit(method=recipe.recover_method, step_windows=recipe.recover_batch)
     if not recipe.learning_rate > 0:
         raise NirvanaError(f"--learning-rate must be above 0, got {recipe.learning_rate:g}.")
-    for part in parts_of(recipe.recover_text, writes_text=dense.shape.family.writes_text):
-        require_source(part.source, dense.tokenizer)
+    with as_recover_text():
+        for part in parts_of(recipe.recover_text, writes_text=dense.shape.family.writes_text):
+            require_source(part.source, dense.tokenizer)

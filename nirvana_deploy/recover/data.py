@@ -38,7 +38,7 @@ class TrainingText:
 
 
 @contextmanager
-def _as_recover_text() -> Iterator[None]:
+def as_recover_text() -> Iterator[None]:
     """Calibration's errors, with the option that the text came by."""
     try:
         yield
@@ -49,7 +49,7 @@ def _as_recover_text() -> Iterator[None]:
         raise NirvanaError(str(message), hint=hint) from error
 
 
-@_as_recover_text()
+@as_recover_text()
 def training_text(
     source: str,
     dense: Checkpoint,

@@ -13,7 +13,9 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT
 from nirvana_deploy.calibrate.windows import calibration_data, room_for
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.recover.before import require_recovery
 from nirvana_deploy.recover.data import TrainingText, training_text
+from nirvana_deploy.recover.recipe import Recovery
 
 SEQ_LEN = 20
 
@@ -86,7 +88,9 @@ def test_too_little_text_is_refused(dense: Checkpoint, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["pydoc:0.5,code:0.7", "mix:0.5,pydoc", "nobody-has-this-set"])
 def test_a_wrong_text_is_called_by_the_option_that_it_came_by(dense: Checkpoint, source: str) -> None:
-    with pytest.raises(NirvanaError) as refused:
-        drawn(source, dense)
-    said = f"{refused.value.message} {refused.value.hint}"
-    assert "--calib" not in said and source.partition(":")[0] in said
+    recipe = Recovery(recover="10k", recover_text=source)
+    for refuse in (lambda: require_recovery(recipe, dense, seq_len=SEQ_LEN), lambda: drawn(source, dense)):
+        with pytest.raises(NirvanaError) as refused:
+            refuse()
+        said = f"{refused.value.message} {refused.value.hint}"
+        assert "--calib" not in said and source.partition(":")[0] in said
