@@ -13,7 +13,7 @@ from types import FrameType
 import click
 
 from nirvana_deploy import __version__
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import TRACE_VARIABLE, NirvanaError, unforeseen
 from nirvana_deploy.base.machine import keep_to_quota
 from nirvana_deploy.base.resources import exhaustion_errors
 from nirvana_deploy.base.terminal import brief
@@ -106,10 +106,10 @@ def main() -> None:
     except NirvanaError as error:
         echo(brief(f"Error: {error}"), err=True)
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in _OF_A_PLACE or error.filename is None:
+    except Exception as error:
+        if os.environ.get(TRACE_VARIABLE):
             raise
-        echo(brief(f"Error: {error.filename} cannot be used: {error.strerror}."), err=True)
+        echo(brief(f"Error: {_of_a_place(error) or unforeseen(error)}"), err=True)
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         echo("\nInterrupted. Finished stages are kept: repeat the command with --resume.", err=True)
@@ -120,6 +120,13 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing left to interrupt
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _of_a_place(error: Exception) -> str | None:
+    """What the system says of a place that a command may not use; None for other errors."""
+    if isinstance(error, OSError) and error.errno in _OF_A_PLACE and error.filename is not None:
+        return f"{error.filename} cannot be used: {error.strerror}."
+    return None
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

@@ -25,6 +25,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from nirvana_deploy.base.errors import UNFORESEEN
+
 CODES = frozenset({0, 1, 2, 3, 4, 130})
 """How a command may end: done, the user's problem, usage, verification, less than was asked, interrupted."""
 MESSAGE_LINES, MESSAGE_CHARACTERS = 10, 2000
@@ -59,6 +61,8 @@ class Outcome:
         for text in (self.stdout, self.stderr):
             if "Traceback (most recent call last)" in text:
                 found.append(f"a trace: {_cause(text)}")
+            if UNFORESEEN in text:
+                found.append(f"a failure that nobody foresaw: {text.partition(UNFORESEEN)[2].strip()[:300]}")
         lines = self.stderr.splitlines()
         starts = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
         message = lines[starts[0] :] if starts else []

@@ -1,12 +1,19 @@
 """Failures that a user sees without a traceback.
 
 An error is an instruction: what is wrong, the value found, the values allowed and, in ``hint``, the next
-command to type. Any other exception is our bug and keeps its traceback.
+command to type. Any other exception is our bug: the command line says so, and shows the trace where
+TRACE_VARIABLE is set.
 """
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
+
+TRACE_VARIABLE = "NIRVANA_DEPLOY_TRACE"
+UNFORESEEN = "This is a fault of nirvana-deploy"
+"""How the message about one begins."""
+_PACKAGE = "nirvana_deploy"
 
 
 class NirvanaError(Exception):
@@ -54,3 +61,16 @@ class TokenizerError(NirvanaError):
             hint="Copy tokenizer.json and tokenizer_config.json there from the checkpoint, or download them "
             "again.",
         )
+
+
+def unforeseen(error: Exception) -> NirvanaError:
+    """What the user is told of an exception that nobody foresaw: what, where, and what to do."""
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if _PACKAGE in frame.filename]
+    at = ""
+    if places:
+        at = f", at {places[-1].filename.rpartition(_PACKAGE)[2].lstrip('/')}:{places[-1].lineno}"
+    said = str(error).strip().partition("\n")[0][:300]
+    return NirvanaError(
+        f"{UNFORESEEN}, or a file that it does not understand: {type(error).__name__}: {said}{at}.",
+        hint=f"Please report it, with what the same command shows when {TRACE_VARIABLE}=1 is set.",
+    )

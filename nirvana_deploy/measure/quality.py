@@ -62,14 +62,15 @@ def quality_of(
             f"Quality needs windows [M, T] with M >= 1 and T >= 2 tokens, got {windows.shape}."
         )
     scores: dict[str, list[PositionScores]] = {name: [] for name in (baseline_name, *variants)}
-    parents = parents or {}
+    to_dense = [name for name, parent in (parents or {}).items() if parent == baseline_name]
+    parents = {name: parent for name, parent in (parents or {}).items() if parent != baseline_name}
     to_parent: dict[str, list[NDArray[np.float64]]] = {name: [] for name in parents}
     with progress.task("Quality", len(windows) * len(scores)) as advance:
         for index, window in enumerate(windows):
             reference = _logits(baseline, window, of=f"{baseline_name}, window {index}")
             next_tokens = window[-len(reference) :]
             scores[baseline_name].append(position_scores(reference, reference, next_tokens))
-            of_parents = {baseline_name: reference} if baseline_name in parents.values() else {}
+            of_parents: dict[str, NDArray[np.float32]] = {}
             advance(1)
             for name, variant in variants.items():
                 logits = _logits(variant, window, of=f"{name}, window {index}")
@@ -92,6 +93,8 @@ def quality_of(
             found[name]["parts"] = _by_kind(of_windows, kinds)
     for name, divergences in to_parent.items():
         found[name]["kl_vs_parent"] = float(np.concatenate(divergences).mean())
+    for name in to_dense:
+        found[name]["kl_vs_parent"] = found[name]["kl_vs_dense"]
     return found
 
 

@@ -141,7 +141,7 @@ def _qualities(
         {name: opened[name] for name in others},
         text.tokens,
         baseline_name=baseline,
-        parents={v.name: v.parent for v in models if v.parent in others},
+        parents={v.name: v.parent for v in models if v.parent is not None and v.parent in opened},
         kinds=text.kinds,
         progress=run.progress,
     )

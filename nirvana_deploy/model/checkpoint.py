@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +30,7 @@ from transformers.utils import logging as hf_logging
 from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
-from nirvana_deploy.model.config import PRUNED_KEYS, context_tokens
+from nirvana_deploy.model.config import PRUNED_KEYS, context_tokens, reason_of
 from nirvana_deploy.model.families import FAMILIES, shape_from_config
 from nirvana_deploy.model.family import Computation, Family
 from nirvana_deploy.model.rope import rotary_frequencies
@@ -144,6 +145,7 @@ class Checkpoint:
 
     def load(self, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """A runnable transformers model in eval mode, with all weights in memory."""
+        _require_generation_config(self.path)
         config = _pretrained_config(self.config, self.shape.family)  # the model changes and keeps it
         with _quiet_loading():
             model: PreTrainedModel = model_class(config, self.shape.family).from_pretrained(
@@ -217,6 +219,17 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The modules of a model without any weights: parameters live on torch's meta device."""
     with torch.device("meta"):
         return model_class(config, FAMILIES[config.model_type])(config).eval()
+
+
+def _require_generation_config(folder: Path) -> None:
+    """Raise NirvanaError for a generation_config.json that transformers does not take."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # of any kind: it compares and converts what stands there
+        raise NirvanaError(f"{path}: transformers does not take it: {reason_of(error)}.") from error
 
 
 @contextmanager

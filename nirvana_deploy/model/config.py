@@ -49,7 +49,7 @@ def completed(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
         full = getattr(transformers, family.config_class)(**copy.deepcopy(dense)).to_dict()
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise NirvanaError(
-            f"config.json: {family.config_class} of transformers refuses it: {_reason(error)}."
+            f"config.json: {family.config_class} of transformers refuses it: {reason_of(error)}."
         ) from error
     return {**full, **{key: config[key] for key in PRUNED_KEYS if key in config}}
 
@@ -115,7 +115,7 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
         yield key, value
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The last line of a validator's message says what is wrong; the ones before say who found it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     words = lines[-1] if lines else type(error).__name__

@@ -39,6 +39,11 @@ def quantized(scheme: str) -> str:
     return f"{ONNX}-{scheme}"
 
 
+def dense_quantized(scheme: str) -> str:
+    """The stage that quantizes the dense baseline by ``scheme``."""
+    return f"{DENSE_ONNX}-{scheme}"
+
+
 def engine(name: str) -> str:
     """The stage that builds the engine ``name``."""
     return f"engine-{name}"

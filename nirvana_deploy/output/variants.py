@@ -1,5 +1,5 @@
-"""The models of an output folder: ``dense`` the baseline, ``pruned`` the smaller one, ``pruned-<scheme>`` the
-smaller one quantized. Which of them exist is read from the stages of the run.
+"""The models of an output folder: ``dense`` the baseline, ``pruned`` the smaller one, ``dense-<scheme>`` and
+``pruned-<scheme>`` the two quantized. Which of them exist is read from the stages of the run.
 """
 
 from __future__ import annotations
@@ -25,34 +25,52 @@ class ModelVariant:
     scheme: str | None = None
     """How it is quantized; None for a float model."""
 
+    dense: bool = False
+    """Whether its layers are those of the dense model."""
+
     @property
     def parent(self) -> str | None:
         """The float variant that a quantized one was made from."""
-        return PRUNED if self.scheme else None
+        return (DENSE if self.dense else PRUNED) if self.scheme else None
 
 
-_FLOAT = (ModelVariant(DENSE, stage.DENSE_ONNX, DENSE_ONNX), ModelVariant(PRUNED, stage.ONNX, ONNX))
+_FLOAT = (
+    ModelVariant(DENSE, stage.DENSE_ONNX, DENSE_ONNX, dense=True),
+    ModelVariant(PRUNED, stage.ONNX, ONNX),
+)
 
 
-def quantized_variant(scheme: str) -> ModelVariant:
-    """The pruned model quantized by ``scheme``."""
+def quantized_variant(scheme: str, *, of: str = PRUNED) -> ModelVariant:
+    """The float variant ``of`` quantized by ``scheme``."""
+    if of == DENSE:
+        folder = f"{DENSE_ONNX}-{scheme}"
+        return ModelVariant(f"{DENSE}-{scheme}", stage.dense_quantized(scheme), folder, scheme, dense=True)
     made_by = stage.quantized(scheme)
     return ModelVariant(f"{PRUNED}-{scheme}", made_by, made_by, scheme)
 
 
 def variant_named(name: str) -> ModelVariant:
     """The variant called ``name``; raises KeyError for a name that is not one of a variant."""
-    if name.startswith(f"{PRUNED}-"):
-        return quantized_variant(name.removeprefix(f"{PRUNED}-"))
+    of, _, scheme = name.partition("-")
+    if scheme and of in (DENSE, PRUNED):
+        return quantized_variant(scheme, of=of)
     return {variant.name: variant for variant in _FLOAT}[name]
 
 
 def variants_of(run: Run) -> tuple[ModelVariant, ...]:
-    """The variants that ``run`` has made, the baseline first, then by falling bits."""
-    quantized = stage.quantized("")
-    schemes = [name.removeprefix(quantized) for name in run.manifest["stages"] if name.startswith(quantized)]
-    made = [variant for variant in _FLOAT if run.has(variant.stage)]
-    return (*made, *(quantized_variant(scheme) for scheme in sorted(schemes, key=_bits_first)))
+    """The variants that ``run`` has made: the float ones, the baseline first, then by falling bits."""
+    prefix = stage.quantized("")
+    stages = [name.removeprefix("dense-") for name in run.manifest["stages"]]
+    schemes = {name.removeprefix(prefix) for name in stages if name.startswith(prefix)}
+    known = [
+        *_FLOAT,
+        *(
+            quantized_variant(scheme, of=of)
+            for scheme in sorted(schemes, key=_bits_first)
+            for of in (DENSE, PRUNED)
+        ),
+    ]
+    return tuple(variant for variant in known if run.has(variant.stage))
 
 
 def _bits_first(scheme: str) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import BENCHMARK_FILE, RECIPE_FILE, REPORT_HTML
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import RECONSTRUCT
-from nirvana_deploy.output.variants import DENSE, variant_named
+from nirvana_deploy.output.variants import DENSE, PRUNED, variant_named
 from nirvana_deploy.pipeline.before import (
     Until,
     checked,
@@ -148,8 +149,8 @@ def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Unt
     run.run(report(run))
     for name, found in reports.items():
         found.require_passed(run.out / variant_named(name).folder, of_input=name == DENSE)
-    for scheme in job.quantization.quantize:
-        require_quantized(run, scheme)
+    for of, scheme in _quantized(job):
+        require_quantized(run, scheme, of=of)
     run.finish()
     return Deployment(
         out=run.out,
@@ -264,11 +265,20 @@ def _workload(measurement: Measurement) -> Workload:
     )
 
 
+def _quantized(job: Job) -> Iterator[tuple[str, str]]:
+    """What is quantized, and how."""
+    both = job.export.baseline and job.quantization.baseline_quantized
+    for scheme in dict.fromkeys(job.quantization.quantize):
+        yield PRUNED, scheme
+        if both:
+            yield DENSE, scheme
+
+
 def _deploy(run: Run, job: Job, *, timed: bool) -> None:
     """Quantize, build engines, and measure what was made."""
-    for scheme in dict.fromkeys(job.quantization.quantize):
+    for of, scheme in _quantized(job):
         recipe = Quantization(scheme=scheme, head=job.quantization.quantize_head)
-        run.run(quantize(run, recipe, draw=write_sensitivity))
+        run.run(quantize(run, recipe, draw=write_sensitivity, of=of))
     for runtime in dict.fromkeys(job.engine.engines):
         forms = [EngineForm(quantize=one) for one in (None, *dict.fromkeys(job.quantization.quantize))]
         if job.export.baseline:

@@ -12,7 +12,7 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.family import DECODER
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.output.layout import CHECKPOINT, PLAN_FILE
-from nirvana_deploy.output.variants import DENSE, ModelVariant
+from nirvana_deploy.output.variants import ModelVariant
 from nirvana_deploy.prune.plan import PrunePlan, dense_shape
 
 PLAN_SCHEMA = 1
@@ -48,4 +48,4 @@ def _require_indices(where: str, kept: tuple[int, ...], of: int) -> None:
 def shape_of(out: Path, variant: ModelVariant) -> ModelShape:
     """The shape of a variant of the output folder ``out``."""
     pruned = Checkpoint.open(out / CHECKPOINT).shape
-    return dense_shape(pruned, read_plan(out / PLAN_FILE)) if variant.name == DENSE else pruned
+    return dense_shape(pruned, read_plan(out / PLAN_FILE)) if variant.dense else pruned

@@ -22,6 +22,14 @@ class Schemes:
             resumable=True,
         ),
     ] = ()
+    baseline_quantized: Annotated[
+        bool,
+        Option(
+            "Of each scheme, measure the dense model too: what pruning adds to quantization.",
+            flag="--baseline-quantized/--no-baseline-quantized",
+            resumable=True,
+        ),
+    ] = True
     quantize_head: Annotated[
         bool,
         Option("Quantize lm_head as well, and of w8 and w4 the embedding: a large part of a small model."),

@@ -13,7 +13,7 @@ from nirvana_deploy.output.layout import CALIBRATION_FILE, ONNX
 from nirvana_deploy.output.results import Quantized
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
-from nirvana_deploy.output.variants import quantized_variant
+from nirvana_deploy.output.variants import PRUNED, quantized_variant, variant_named
 from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.int8.spec import read_record
 from nirvana_deploy.quantize.recipe import Quantization
@@ -23,21 +23,21 @@ Draw = Callable[[Path, Mapping[str, Any]], None]
 """(quantized folder, its quantization.json) -> nothing: adds a figure to the folder."""
 
 
-def quantize(run: Run, recipe: Quantization, *, draw: Draw) -> Stage:
-    """Quantize the float ONNX folder of the run into ``onnx-<scheme>``, on the windows it was pruned with.
+def quantize(run: Run, recipe: Quantization, *, draw: Draw, of: str = PRUNED) -> Stage:
+    """Quantize the float variant ``of`` of the run, on the windows it was pruned with.
 
     Fewer linears in integer kernels than promised is a result (``passed`` False), as a failed verification
     is: what was written stays for inspection.
     """
     scheme = onnx_scheme(recipe.scheme)
-    name = stage.quantized(scheme.name)
-    folder = run.out / name
+    source, made = variant_named(of), quantized_variant(scheme.name, of=of)
+    folder = run.out / made.folder
 
     def work() -> Quantized:
         problem = None
         try:
             quantize_onnx(
-                run.out / ONNX,
+                run.out / source.folder,
                 folder,
                 recipe,
                 calibration=_calibration(run, optional=not scheme.needs_calibration),
@@ -56,14 +56,16 @@ def quantize(run: Run, recipe: Quantization, *, draw: Draw) -> Stage:
             layer_kl=(record.get("sensitivity") or {}).get("layers"),
         )
 
-    return Stage(name, needs=(stage.SELECT, stage.CALIBRATE, stage.ONNX), makes=(name,), work=work)
+    needs = (stage.SELECT, stage.CALIBRATE, source.stage)
+    return Stage(made.stage, needs=needs, makes=(made.folder,), work=work)
 
 
-def require_quantized(run: Run, scheme: str) -> None:
+def require_quantized(run: Run, scheme: str, *, of: str = PRUNED) -> None:
     """Raise VerificationError (exit code 3) unless the stage passed."""
-    result = run.result(stage.quantized(scheme), Quantized)
+    made = quantized_variant(scheme, of=of)
+    result = run.result(made.stage, Quantized)
     if not result.passed:
-        folder = run.out / quantized_variant(scheme).folder
+        folder = run.out / made.folder
         raise VerificationError(
             result.problem or f"{scheme} failed.",
             hint=f"{folder} is kept. nirvana-deploy doctor lists the versions in use.",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records, model_name, verifications
+from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.report.pages.deployed import low_bit_source_caution, quantization_caution
 from nirvana_deploy.report.table import (
     baseline_of,
@@ -224,6 +225,32 @@ def _quality_caution(benchmark: Mapping[str, Any]) -> str | None:
     )
 
 
+def _worth_caution(benchmark: Mapping[str, Any]) -> str | None:
+    """Where quantizing the dense model is the better trade: as fast, and nearer to it."""
+    beaten: dict[str, list[str]] = {}
+    trades = {v["name"]: trade for v in challengers_of(benchmark) if (trade := _trade(v)) is not None}
+    alone = {name: trade for name, trade in trades.items() if str(name).startswith(f"{DENSE}-")}
+    for name, (tpot_ms, kl) in trades.items():
+        if name not in alone:
+            better = [one for one, (ms, its_kl) in alone.items() if ms <= tpot_ms and its_kl <= kl]
+            if better:
+                beaten.setdefault(min(better, key=lambda one: alone[one]), []).append(str(name))
+    if not beaten:
+        return None
+    sentences = [
+        f"{name} is as fast as {' and '.join(others)} or faster ({format_ms(alone[name][0])} a token), and "
+        f"nearer to the dense model (KL {format_number(alone[name][1])})"
+        for name, others in beaten.items()
+    ]
+    return f"Quantization alone is the better trade here: {'; '.join(sentences)}."
+
+
+def _trade(variant: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Median decode time in ms and KL to dense; None if either was not measured."""
+    tpot_ms, kl = median_of(variant, "tpot_ms"), (variant.get("quality") or {}).get("kl_vs_dense")
+    return None if tpot_ms is None or kl is None else (tpot_ms, kl)
+
+
 _SHORT_OF_BOUND = {
     True: "Usual reasons: a busy machine, or time spent outside the weights.",
     False: "The bound counts bytes read. As weights shrink, what reads none of them (attention, norms, "
@@ -248,6 +275,7 @@ def cautions(records: Records) -> tuple[str, ...]:
     found = [
         _verification_caution(records),
         quantization_caution(records),
+        _worth_caution(benchmark),
         _quality_caution(benchmark),
         low_bit_source_caution(records),
     ]

@@ -6,6 +6,7 @@ decimal units (1 MB = 10^6 bytes), as disks and downloads do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ def format_number(value: float, *, digits: int = 3) -> str:
 
     Digits left of the point are always kept: 1234 is 1,234 with any ``digits``.
     """
-    if value == 0:
-        return "0"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
     exponent = int(f"{abs(value):.{digits - 1}e}".split("e")[1])
     return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace("-", MINUS)
 

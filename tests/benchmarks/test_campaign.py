@@ -17,6 +17,8 @@ import pytest
 from builders.extras import needs
 from builders.scripts import ROOT
 
+from nirvana_deploy.base.errors import UNFORESEEN
+
 CAMPAIGN = ROOT / "benchmarks" / "campaign"
 
 
@@ -63,6 +65,7 @@ TRACE = 'Traceback (most recent call last):\n  File "/x/cli/main.py", line 9, in
         ({"code": -11}, "ended with SIGSEGV"),
         ({"code": 143}, "ended with exit code 143"),
         ({"code": 1, "stderr": TRACE}, "a trace: ValueError: no at cli/main.py:9"),
+        ({"code": 1, "stderr": f"Error: {UNFORESEEN}: no"}, "a failure that nobody foresaw"),
         ({"stdout": TRACE}, "a trace: ValueError: no at cli/main.py:9"),
         ({"code": 1}, "exit code 1 without a message"),
         ({"stderr": "Error: all is well"}, "exit code 0 with a message"),

@@ -14,6 +14,7 @@ import pytest
 from builders.tiny import write_tiny
 from click.testing import CliRunner
 
+from nirvana_deploy.base.errors import TRACE_VARIABLE, UNFORESEEN
 from nirvana_deploy.cli.main import _COMMANDS, commands, main
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib", "numpy", "rich", "jinja2")
@@ -173,5 +174,10 @@ def test_a_place_that_may_not_be_used_is_a_sentence(run: Run, monkeypatch: pytes
     assert result.returncode == 1
     assert result.stderr == "Error: secret/config.json cannot be used: Permission denied.\n"
     fails_with(FileNotFoundError(errno.ENOENT, "No such file", "ours"))  # which we should have looked for
+    result = run("inspect", "secret")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr and result.stderr.startswith(f"Error: {UNFORESEEN}")
+    assert "FileNotFoundError" in result.stderr and f"{TRACE_VARIABLE}=1" in result.stderr
+    monkeypatch.setenv(TRACE_VARIABLE, "1")
     with pytest.raises(FileNotFoundError):
         main()

@@ -55,6 +55,7 @@ def test_the_stage_asks_every_model_or_says_why_not(kind: str, tiny: Path, tmp_p
         heldout_len=24,
         threads=1,
         quantize=["w8"],
+        baseline_quantized=False,
         run_benchmark=False,
     )
     record = read_records(out).result(stage.ANSWERS, AnswersWritten)

@@ -30,7 +30,7 @@ from nirvana_deploy.runtime.tensorrt.record import encoder_beside
 from nirvana_deploy.verify.folder import verify_folder
 
 pytestmark = pytest.mark.integration
-QUANTIZED = ["--quantize", "int8", "--quantize", "w4"]
+QUANTIZED = ["--quantize", "int8", "--quantize", "w4", "--no-baseline-quantized"]
 SMALL: dict[str, Any] = {"sparsity": 0.3, "round_to": 4, "num_sequences": 4, "seq_len": 16, "threads": 1}
 
 

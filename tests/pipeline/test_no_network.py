@@ -65,8 +65,9 @@ def commands_on(folder: Path) -> tuple[list[list[str]], list[list[str]]]:
     few = {"sparsity": 0.3, "num_sequences": 4, "seq_len": 16}
     recipe = write_short_recipe(model, folder / "recipe.toml", **few)
     out, onnx, quick = str(folder / "out"), str(folder / "onnx"), ["--threads", "1"]
+    int8 = ["--quantize", "int8", "--no-baseline-quantized"]
     job = [
-        ["prune-export", "--recipe", str(recipe), "--out", out, "--quantize", "int8", *quick],
+        ["prune-export", "--recipe", str(recipe), "--out", out, *int8, *quick],
         ["evaluate", out, "--tasks", str(task), *quick],
         ["verify", out, *quick],
         ["generate", out, "--prompt", "Hello", "--max-new-tokens", "2", "--chat"],

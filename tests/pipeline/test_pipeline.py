@@ -133,16 +133,22 @@ def test_a_quantized_variant_stands_beside_its_float_model(
     done = prune_export(model, out=out, resume=True, quantize=["int8"], **OPTIONS)
     assert done.benchmark is not None
     variants = {variant["name"]: variant for variant in done.benchmark["variants"]}
-    assert list(variants) == ["dense", "pruned", "pruned-int8"]
+    assert list(variants) == ["dense", "pruned", "dense-int8", "pruned-int8"]
     quantized, pruned = variants["pruned-int8"], variants["pruned"]
+    alone, dense = variants["dense-int8"], variants["dense"]
+    assert alone["path"] == "dense/onnx-int8" and alone["linear_parameters"] == dense["linear_parameters"]
+    step_bytes = [one["decode_bytes_per_step"] for one in (quantized, alone, dense)]
+    assert step_bytes == sorted(step_bytes) and step_bytes[1] < step_bytes[2]
+    assert alone["quality"]["kl_vs_parent"] == alone["quality"]["kl_vs_dense"] > 0
     assert quantized["path"] == "onnx-int8" and (out / "onnx-int8/quantization.json").is_file()
     assert quantized["decode_bytes_per_step"] < pruned["decode_bytes_per_step"]
     assert 0 < quantized["quality"]["kl_vs_parent"] < quantized["quality"]["kl_vs_dense"]
     assert stages_of(out)["onnx"] == stages_of(finished)["onnx"]  # taken from disk, not made again
     order = list(stages_of(out))
-    assert order.index("verify") < order.index("onnx-int8") < order.index("quality")
+    assert order.index("verify") < order.index("dense-onnx-int8") < order.index("quality")
     coverage = stages_of(out)["onnx-int8"]["result"]["coverage"]
-    assert f"| int8 | {coverage['promised']} of {coverage['promised']} |" in (out / "report.md").read_text()
+    counted = f"{coverage['promised']} of {coverage['promised']}"
+    assert f"| pruned-int8 | {counted} |" in (out / "report.md").read_text()
 
 
 def test_engines_of_every_model_are_stages_of_the_run(finished: Path, model: str, tmp_path: Path) -> None:
@@ -195,7 +201,7 @@ def test_a_variant_made_later_is_measured_by_the_next_run(finished: Path, model:
     out = copied(finished, tmp_path)
     record = quantize_folder(out, Quantization(scheme="int8", smooth=0.5))
     assert record["coverage"]["found"] == record["coverage"]["promised"] > 0
-    done = prune_export(model, out=out, resume=True, quantize=["int8"], **OPTIONS)
+    done = prune_export(model, out=out, resume=True, quantize=["int8"], baseline_quantized=False, **OPTIONS)
     assert done.benchmark is not None
     assert [v["name"] for v in done.benchmark["variants"]] == ["dense", "pruned", "pruned-int8"]
     assert stages_of(out)["quality"]["result"]["variants"].keys() == {"dense", "pruned", "pruned-int8"}

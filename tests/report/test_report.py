@@ -236,14 +236,31 @@ def with_quantized(records: Records, scheme: str, **changes: Any) -> Records:
 
 def test_quantized_models_show_their_coverage_and_what_quantizing_alone_cost(tmp_path: Path) -> None:
     markdown, html = report_of(tmp_path, with_quantized(frozen_records(), "int8"))
-    assert "| int8 | 210 of 210 | 92.0 MB | 0.0123 |" in markdown
+    assert "| pruned-int8 | 210 of 210 | 92.0 MB | 0.0123 |" in markdown
     assert "210 of 210" in html
+
+
+@pytest.mark.parametrize(("its_kl", "said"), [(0.01, True), (9.0, False)])
+def test_a_dense_model_that_is_quantized_and_beats_the_cut_is_said(
+    tmp_path: Path, its_kl: float, said: bool
+) -> None:
+    records = with_quantized(frozen_records(), "int8")
+    assert records.manifest is not None and records.benchmark is not None
+    of_pruned = records.manifest["stages"]["onnx-int8"]
+    records.manifest["stages"]["dense-onnx-int8"] = of_pruned
+    variant = challenger(records.benchmark, "dense-int8")
+    variant["quality"] = {**variant["quality"], "kl_vs_dense": its_kl, "kl_vs_parent": its_kl}
+    records.benchmark["variants"].append(variant)
+    markdown, _ = report_of(tmp_path, records)
+    assert f"| dense-int8 | 210 of 210 | 92.0 MB | {format_number(its_kl)} |" in markdown
+    worth = "Quantization alone is the better trade here: dense-int8 is as fast as pruned"
+    assert (worth in markdown) == said
 
 
 def test_fewer_integer_kernels_than_promised_are_said_first(tmp_path: Path) -> None:
     records = with_quantized(frozen_records(), "int8", passed=False, problem="208/210 linears run.")
     markdown, _ = report_of(tmp_path, records)
-    caution = "Quantization did not hold its promise. int8: 208/210 linears run."
+    caution = "Quantization did not hold its promise. pruned-int8: 208/210 linears run."
     assert caution in markdown and markdown.index(caution) < markdown.index("| Headline")
 
 

@@ -23,6 +23,8 @@ _QUIET_SHARE = 0.1
 _MOST_SUBSETS = 64
 """Up to so many subsets of groups are all tried; beyond, groups go one by one."""
 _TINY = 1e-12
+_ROWS = 512
+"""Moved at once."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def eliminate(optimum: Optimum, *, keep: int, block: int) -> Elimination:
         left -= len(going)
         removed.append(removed[-1] + len(going))
         if left * 6 < 5 * len(alive):  # columns that are gone cost as much as those that stay
-            v, p = v[:, alive].contiguous(), p[alive][:, alive].contiguous()
+            stay = alive.nonzero().flatten()
+            v, p = v[:, alive], _packed(p, stay)
             names, alive = names[alive], torch.ones(left, dtype=torch.bool)
     gone = torch.cat(order) if order else torch.empty(0, dtype=torch.int64)
     return Elimination(order=gone, removed=removed, cost=cost, kept=names[alive].sort().values)
@@ -152,7 +155,16 @@ def _step(v: torch.Tensor, p: torch.Tensor, going: torch.Tensor) -> float:
     return cost
 
 
+def _packed(p: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:
+    """P of the inputs ``stay``, sorted, as a view of ``p``, which is used up: a copy takes gigabytes."""
+    left = len(stay)
+    for start in range(0, left, _ROWS):  # rows and columns only ever move toward the first
+        rows = slice(start, min(start + _ROWS, left))
+        p[rows, :left] = p[stay[rows]].index_select(1, stay)
+    return p[:left, :left]
+
+
 def _inverse(system: torch.Tensor) -> torch.Tensor:
     """The inverse of a positive definite matrix, which is used up."""
     torch.linalg.cholesky(system, out=system)
-    return torch.cholesky_inverse(system)
+    return torch.cholesky_inverse(system, out=system)

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.output.results import EnginesBuilt, QualityMeasured, Quantized
+from nirvana_deploy.output.variants import DENSE, PRUNED, quantized_variant
 from nirvana_deploy.report.table import ABSENT, format_bytes, format_number, format_seconds
 
-QUANTIZED_HEADERS = ("Scheme", "Linears in integer kernels", "Weight file", "KL to its float model")
+QUANTIZED_HEADERS = ("Model", "Linears in integer kernels", "Weight file", "KL to its float model")
 ENGINE_HEADERS = ("Engine", "For", "Size", "Weights", "Fused attentions", "Built in", "GPUs")
 _LOW_BIT_FILE = re.compile(r"[^\s/()]*\bI?Q[1-6]_\w*\.gguf", re.IGNORECASE)
 
@@ -19,12 +20,12 @@ def quantized_rows(records: Records) -> tuple[tuple[str, ...], ...]:
     """One row per quantized model; see QUANTIZED_HEADERS."""
     return tuple(
         (
-            result.scheme,
+            name,
             f"{result.coverage['found']:,} of {result.coverage['promised']:,}",
             format_bytes(result.weights_bytes),
-            ABSENT if (kl := _kl_vs_parent(records, result.scheme)) is None else format_number(kl),
+            ABSENT if (kl := _kl_vs_parent(records, name)) is None else format_number(kl),
         )
-        for result in _quantized(records)
+        for name, result in _quantized(records)
     )
 
 
@@ -48,15 +49,15 @@ def engine_rows(records: Records) -> tuple[tuple[str, ...], ...]:
 
 
 def measured_layers(records: Records) -> Iterator[dict[str, float]]:
-    """The KL of each layer alone, for every scheme whose layers were measured."""
-    for result in _quantized(records):
+    """The KL of each layer alone, for every pruned model whose layers were measured."""
+    for result in (result for name, result in _quantized(records) if name.startswith(PRUNED)):
         if result.layer_kl:
             yield result.layer_kl
 
 
 def quantization_caution(records: Records) -> str | None:
     """Caution about quantized models that break their promise, if any."""
-    broken = [f"{result.scheme}: {result.problem}" for result in _quantized(records) if not result.passed]
+    broken = [f"{name}: {result.problem}" for name, result in _quantized(records) if not result.passed]
     return f"Quantization did not hold its promise. {' '.join(broken)}" if broken else None
 
 
@@ -64,7 +65,7 @@ def low_bit_source_caution(records: Records) -> str | None:
     """Caution about w4 measured on weights from a low-bit file, if so."""
     origin = str(((records.manifest or {}).get("model") or {}).get("origin") or "")
     file = _LOW_BIT_FILE.search(origin)
-    if file is None or "w4" not in (result.scheme for result in _quantized(records)):
+    if file is None or "w4" not in (result.scheme for _, result in _quantized(records)):
         return None
     return (
         f"The loss of w4 says little about other models: these weights came from {file[0]}, so they lay on "
@@ -72,19 +73,21 @@ def low_bit_source_caution(records: Records) -> str | None:
     )
 
 
-def _quantized(records: Records) -> Iterator[Quantized]:
-    for name in records.stages(stage.quantized("")):
-        if (result := records.result(name, Quantized)) is not None:
-            yield result
+def _quantized(records: Records) -> Iterator[tuple[str, Quantized]]:
+    """Each quantized variant by name."""
+    for of, prefix in ((PRUNED, stage.quantized("")), (DENSE, stage.dense_quantized(""))):
+        for name in records.stages(prefix):
+            if (result := records.result(name, Quantized)) is not None:
+                yield quantized_variant(result.scheme, of=of).name, result
 
 
-def _kl_vs_parent(records: Records, scheme: str) -> float | None:
+def _kl_vs_parent(records: Records, variant: str) -> float | None:
     """KL to the float model, from the quality stage, else from benchmark.json."""
     quality_stage = records.result(stage.QUALITY, QualityMeasured)
     measured = quality_stage.variants if quality_stage else {}
     of_benchmark = {v["name"]: v.get("quality") for v in (records.benchmark or {}).get("variants") or ()}
     for name, quality in {**of_benchmark, **measured}.items():
-        if str(name).endswith(f"-{scheme}"):
+        if name == variant:
             value: float | None = (quality or {}).get("kl_vs_parent")
             return value
     return None
