@@ -30,7 +30,7 @@ from nirvana_deploy.output.layout import (
 from nirvana_deploy.output.results import EngineResult, EnginesBuilt
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
-from nirvana_deploy.output.variants import DENSE
+from nirvana_deploy.output.variants import DENSE, quantized_variant
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE
 from nirvana_deploy.quantize.int8.spec import read_record
 from nirvana_deploy.quantize.recipe import Quantization
@@ -100,7 +100,7 @@ def build_engine(
         return EnginesBuilt(tuple(_result(engine) for engine in engines))
 
     files = [f"{ENGINES}/{file}" for file in _files_of(name)]
-    quantized = (stage.quantized(form.quantize),) if form.quantize and not dense else ()
+    quantized = (quantized_variant(form.quantize, of=form.variant).stage,) if form.quantize else ()
     needs = (stage.SELECT, stage.CALIBRATE, *quantized) if dense else (stage.CHECKPOINT, *quantized)
     return Stage(stage.engine(name), needs=needs, makes=(*files, f"{ENGINES}/{name}-onnx"), work=work)
 
@@ -176,7 +176,7 @@ def _quantize_inputs(run: Run, form: EngineForm) -> QuantizeInputs | None:
     if form.quantize is None:
         return None
     scheme, dense = scheme_named(form.quantize), form.variant == DENSE
-    folder = run.out / (DENSE if dense else "") / stage.quantized(scheme.name)
+    folder = run.out / quantized_variant(scheme.name, of=form.variant).folder
     record = read_record(folder) if (folder / RECORD_FILE).is_file() else None
     if record is None and scheme.engine_applies_decision:
         source, calib = (folder.with_name("onnx"), " --calib TEXT") if dense else (run.out, "")

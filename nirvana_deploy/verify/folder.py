@@ -96,7 +96,7 @@ def verify_folder(
         if checkpoint.is_dir() and run.has(variant_named(name).stage) and not damaged
     }
     quantized = {
-        variant.name: _quantized_check(out / variant.folder, out / CHECKPOINT)
+        variant.name: _quantized_check(out / variant.folder, checkpoints[DENSE if variant.dense else PRUNED])
         for variant in variants_of(run)
         if variant.scheme is not None and not damaged
     }
@@ -129,7 +129,8 @@ def _folder(out: Path, name: str) -> Path:
 
 
 def _quantized_check(folder: Path, checkpoint: Path) -> Coverage:
-    check_folder(folder, checkpoint)
+    if checkpoint.is_dir():
+        check_folder(folder, checkpoint)
     return recorded_coverage(folder)
 
 
