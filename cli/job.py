@@ -58,7 +58,9 @@ def job_from(model: str | None, recipe_file: Path | None, options: dict[str, Any
         if model is None:
             raise click.UsageError("Missing argument 'MODEL', or --recipe FILE.")
         if options["sparsity"] is None:
-            raise click.UsageError("Missing option '--sparsity', for example --sparsity 0.4.")
+            raise click.UsageError(
+                "Missing option '--sparsity', for example --sparsity 0.4, or a budget, as --max-kl 0.2."
+            )
     from nirvana_deploy.pipeline.job import job_of
     from nirvana_deploy.pipeline.recipe_file import read_recipe
 

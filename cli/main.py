@@ -23,6 +23,7 @@ from nirvana_deploy.cli.common import echo
 _COMMANDS = {
     "prune-export": ("prune_export", "The whole job: prune, export, verify, measure, report."),
     "recipe": ("recipe", "Show everything that a job would do, as recipe.toml, without running it."),
+    "search": ("search", "Try sparsities and precisions, and say which to deploy under a budget."),
     "prune": ("prune", "Score a model and cut it: plan.json and a smaller checkpoint."),
     "recover": ("recover", "Train the pruned model of an output folder toward the dense one, and go on."),
     "select-calib": ("select_calib", "Choose calibration text, gamma and saliency by KL divergence."),

@@ -7,15 +7,18 @@ from typing import Any
 
 import click
 
+from nirvana_deploy.search.recipe import Target
+
 from .common import TerminalProgress, command_line, echo, echo_json, echo_table
 from .job import deployment_options, folder_options, job_from, model_argument, pruning_options, recipe_option
-from .options import json_option
+from .options import json_option, recipe_options, taken, typed
 from .recipe import show
 
 
 @click.command("prune-export")
 @model_argument
 @pruning_options
+@recipe_options(Target)
 @deployment_options
 @recipe_option
 @folder_options
@@ -40,18 +43,29 @@ def prune_export(
       nirvana-deploy prune-export smollm2 --sparsity 0.4
       nirvana-deploy prune-export smollm2 --sparsity 0.2 --quantize int8 --quantize w4 --engine tensorrt-rtx
       nirvana-deploy prune-export ./my-llama --sparsity 0.3 --calib notes.txt --out my-llama-small
+      nirvana-deploy prune-export smollm2 --max-perplexity-ratio 1.3 --quantize w4
       nirvana-deploy prune-export --recipe smollm2-s0.4/recipe.toml --out again
     """
-    job = job_from(model, recipe_file, options)
-    if dry_run:
+    target = taken(Target, options)
+    if target.asked and (recipe_file is not None or dry_run):
+        raise click.UsageError("A budget finds the sparsity: leave out --recipe and --dry-run.")
+    job = None if target.asked else job_from(model, recipe_file, options)
+    if job is not None and dry_run:
         show(job, as_json=as_json)
         return
     from nirvana_deploy.pipeline.prune_export import run_job
     from nirvana_deploy.report.table import format_seconds, summary_table
 
-    done = run_job(
-        job, out=out, resume=resume, force=force, command=command_line(), progress=TerminalProgress()
-    )
+    how: dict[str, Any] = {"resume": resume, "force": force, "command": command_line()}
+    how["progress"] = TerminalProgress()
+    if job is not None:
+        done = run_job(job, out=out, **how)
+    elif model is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
+    else:
+        from nirvana_deploy.pipeline.target import meet
+
+        done = meet(model, target, out=out, **how, **typed(options)).deployment
     if as_json:
         echo_json(
             {

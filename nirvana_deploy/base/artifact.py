@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -180,6 +181,27 @@ def unclaim(folder: Path) -> None:
         write_bytes(folder / MARKER, marker_text(there).encode())
     else:
         remove(folder / MARKER)
+
+
+def take(source: Path, target: Path) -> None:
+    """Give ``target`` what ``source`` holds, a file or a folder, whole; by links where there can be any."""
+    if source.is_dir():
+        with whole_folder(target) as folder:
+            for file in files_under(source):
+                place = folder / file.relative_to(source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _link(file, place)
+    else:
+        with whole_file(target) as partial:
+            _link(source, partial)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Both names are of one file, which nobody changes: files are replaced."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def files_under(path: Path) -> list[Path]:

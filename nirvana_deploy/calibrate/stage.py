@@ -51,7 +51,7 @@ def calibrate(run: Run, dense: Checkpoint, recipe: Calibration) -> Stage:
         write_windows(CalibrationData(data.calibration, heldout), run.out / CALIBRATION_FILE)
         return {**calibration_record(data.calibration), **evaluation_record(recipe, heldout)}
 
-    return Stage(stage.CALIBRATE, needs=(), makes=(CALIBRATION_FILE,), work=work)
+    return Stage(stage.CALIBRATE, needs=(), makes=(CALIBRATION_FILE,), work=work, shared=True)
 
 
 def windows_wanted(recipe: Calibration, shape: ModelShape) -> int:

@@ -33,4 +33,4 @@ def export(run: Run, dense: Checkpoint, recipe: Export) -> Iterator[Stage]:
         stage.ONNX, (stage.CHECKPOINT,), (ONNX,), lambda: work(Checkpoint.open(run.out / CHECKPOINT), ONNX)
     )
     if recipe.baseline:
-        yield Stage(stage.DENSE_ONNX, (), (DENSE_ONNX,), lambda: work(dense, DENSE_ONNX))
+        yield Stage(stage.DENSE_ONNX, (), (DENSE_ONNX,), lambda: work(dense, DENSE_ONNX), shared=True)

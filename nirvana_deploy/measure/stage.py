@@ -210,7 +210,7 @@ def unit_cost(
             progress=run.progress,
         )
 
-    return Stage(stage.UNIT_COST, needs=(), makes=(), work=work)
+    return Stage(stage.UNIT_COST, needs=(), makes=(), work=work, shared=True)
 
 
 def _measured(run: Run) -> tuple[str, ...]:

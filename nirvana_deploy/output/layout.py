@@ -33,6 +33,11 @@ ENGINES = "engine"
 NTK_FILE = "ntk.json"
 TASKS_FILE = "tasks.json"
 REPORT_MARKDOWN, REPORT_HTML = "report.md", "report.html"
+TARGET_FILE = "target.json"
+"""The budget that a sparsity was found for, and the cuts that were tried."""
+SEARCH_FILE, SEARCH_CSV, SEARCH_HTML = "search.json", "search.csv", "search.html"
+POINTS = "points"
+"""Results of a search, each under the hash of what its point is."""
 RECIPE_FILE = "recipe.toml"
 MANIFEST = "manifest.json"
 NAMES_OF_A_RUN = (
@@ -56,6 +61,11 @@ NAMES_OF_A_RUN = (
     TASKS_FILE,
     REPORT_MARKDOWN,
     REPORT_HTML,
+    SEARCH_FILE,
+    SEARCH_CSV,
+    SEARCH_HTML,
+    POINTS,
+    TARGET_FILE,
 )
 """What a run may write into its output folder, as patterns of the names there."""
 

@@ -74,3 +74,22 @@ def remove(out: Path, name: str) -> None:
     if path.parent != out:
         with suppress(OSError):
             path.parent.rmdir()
+
+
+def discard(out: Path) -> None:
+    """Remove a run's folder as far as it is this tool's; what else lies there stays, with the folder."""
+    manifest = our_manifest(out)
+    if manifest is None:
+        return
+    for name in manifest["makes"]:
+        if not list(strangers(out, [name], manifest)):
+            remove(out, name)
+    for name in (MANIFEST, LOCK):
+        temporary.remove(out / name)
+    remove_empty(out)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing."""
+    with suppress(OSError):
+        folder.rmdir()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nirvana_deploy import __version__
-from nirvana_deploy.base.artifact import files_under, sha256_of, write_bytes, write_json
+from nirvana_deploy.base.artifact import files_under, sha256_of, take, write_bytes, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import cpu_seconds, environment, peak_rss_bytes, reset_peak_rss
 from nirvana_deploy.base.ownership.lock import FolderLock
@@ -44,6 +44,8 @@ class Run:
         self.out = out
         self.manifest = manifest
         self.progress = progress
+        self.beside: Run | None = None
+        """A run of the same options: its shared stages are taken, and at the same sparsity all."""
         self._lock: FolderLock | None = None
         self._made: set[str] = set()  # stages that this run made anew
         self._passed: list[str] = []  # stages asked for so far, in order
@@ -159,7 +161,7 @@ class Run:
         started, cpu_started = time.perf_counter(), cpu_seconds()
         reset_peak_rss()
         with self._tidy(stage), exhaustion_errors(f"The stage {stage.name!r}"):
-            result = manifests.plain(stage.work())
+            result = manifests.plain(self._taken(stage) or stage.work())
         files = self._hashes(stage.makes)
         for file in files:  # what belongs to a stage from now on
             self.manifest["files"].pop(file, None)
@@ -178,6 +180,19 @@ class Run:
         self._before = None
         self._write()
         return result
+
+    def _taken(self, stage: Stage) -> dict[str, Any] | None:
+        """The result of a shared stage, its files taken from the run beside; None if that has not made it."""
+        other = self.beside
+        if other is None or not other.finished(stage.name):
+            return None
+        if not stage.shared and other.manifest["options"] != self.manifest["options"]:
+            return None
+        self.progress.note(f"{stage.name}: taken from {other.out}")
+        for name in stage.makes:
+            if (other.out / name).exists():
+                take(other.out / name, self.out / name)
+        return other.result(stage.name, dict[str, Any])
 
     def claim(self, names: Iterable[str]) -> None:
         """Say in the manifest that ``names`` are this tool's, before they are written.

@@ -67,3 +67,5 @@ class Stage:
     """Does it, and returns what the manifest remembers: a dataclass of ``results.py``, or a mapping."""
     always: bool = False
     """Never skipped: it is cheap, or what it read has changed."""
+    shared: bool = False
+    """Comes out the same at every sparsity: a run beside may have made it."""

@@ -18,6 +18,7 @@ from nirvana_deploy.measure.recipe import Measurement
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import local_paths
+from nirvana_deploy.output.run import Run
 from nirvana_deploy.pipeline.job import SECTIONS, Job, all_fields, plain
 from nirvana_deploy.prune.choices import Choices, choices_of, why_groups_stay
 from nirvana_deploy.prune.curves.measure_curves import require_windows
@@ -31,7 +32,7 @@ from nirvana_deploy.prune.refit.reconstruct import require_tokens
 from nirvana_deploy.recover.before import require_recovery
 from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
 
-Until = Literal["checkpoint", "report"]
+Until = Literal["checkpoint", "quality", "report"]
 _EQUATION_BYTES = 4 + 8
 """Per pair of inputs of a linear: their sum of products, and the system that is solved."""
 _VERIFIED_BYTES = 4 + 4
@@ -157,6 +158,22 @@ def recorded_options(job: Job, choices: Choices, shape: ModelShape, until: Until
     if not job.quantization.quantize:  # asked for at the first quantization, and the same from then on
         options.pop("quantize_head", None)
     return {"model": job.model} | {_RECORDED_AS.get(key, key): plain(value) for key, value in options.items()}
+
+
+def run_beside(out: Path, run: Run) -> Run:
+    """The run of a folder beside; raises NirvanaError unless it differs from ``run`` in sparsity alone."""
+    other = Run.open(out)
+    free = {"sparsity", *may_change()}
+    mine, its = (
+        {**one.manifest["options"], "weights": one.manifest["model"]["files"]} for one in (run, other)
+    )
+    differing = [key for key in mine if key in its and mine[key] != its[key] and key not in free]
+    if differing:
+        raise NirvanaError(
+            f"{out} cannot serve {run.out}: its {differing[0]} is another.",
+            hint="Search into another folder: --out DIR",
+        )
+    return other
 
 
 def read_files(job: Job) -> tuple[Path, ...]:

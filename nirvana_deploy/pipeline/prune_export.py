@@ -31,6 +31,7 @@ from nirvana_deploy.pipeline.before import (
     recorded_options,
     require_enough_memory,
     require_space,
+    run_beside,
     say_cost,
     untimed,
     within_context,
@@ -79,9 +80,10 @@ def prune_export(
     """Prune ``model``, export it to ONNX, verify it, measure it against the dense baseline, write a report.
 
     ``model`` is an alias, a hub id, a folder or a .gguf file. ``until`` "checkpoint" stops after plan.json
-    and checkpoint/; ``resume`` continues; ``force`` starts again. Raises NirvanaError for the user's problems
-    and VerificationError when the exported model does not compute what the checkpoint computes, or a
-    quantized one does not run in integer kernels. ``options``, of which ``sparsity`` is required:
+    and checkpoint/, "quality" ahead of answers and timings; ``resume`` continues; ``force`` starts again.
+    Raises NirvanaError for the user's problems and VerificationError when the exported model does not
+    compute what the checkpoint computes, or a quantized one does not run in integer kernels. ``options``, of
+    which ``sparsity`` is required:
     """
     return run_job(
         job_of(model, options),
@@ -102,9 +104,14 @@ def run_job(
     resume: bool = False,
     force: bool = False,
     command: str | None = None,
+    beside: Path | None = None,
     progress: Progress = SILENT,
 ) -> Deployment:
-    """Do what a job says; as :func:`prune_export`."""
+    """Do what a job says; as :func:`prune_export`.
+
+    ``beside`` is an output folder of the same job at another sparsity: what does not depend on the sparsity
+    is taken from there.
+    """
     source = resolve_model(job.model, progress=progress)
     dense = Checkpoint.open(source.path)
     job = within_context(job, dense)
@@ -124,6 +131,8 @@ def run_job(
         force=force,
         progress=progress,
     ) as run:
+        if beside is not None:
+            run.beside = run_beside(beside, run)
         require_same(run, job.recovery)
         with run.writing(RECIPE_FILE) as file:
             write_recipe(job, file)
@@ -143,10 +152,11 @@ def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Unt
     run.run(verify(run, dense, baseline=job.export.baseline, threads=threads))
     reports = verified(run)
     whole = all(found.passed for found in reports.values())
-    timed = job.measurement.run_benchmark and not untimed(job)
+    timed = job.measurement.run_benchmark and not untimed(job) and until == "report"
     if whole:
-        _deploy(run, job, timed=timed)
-    run.run(report(run))
+        _deploy(run, job, timed=timed, until=until)
+    if until == "report":
+        run.run(report(run))
     for name, found in reports.items():
         found.require_passed(run.out / variant_named(name).folder, of_input=name == DENSE)
     for of, scheme in _quantized(job):
@@ -157,7 +167,7 @@ def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Unt
         plan=plan,
         manifest=run.manifest,
         benchmark=read_json(run.out / BENCHMARK_FILE, dict[str, Any]) if timed else None,
-        report=run.out / REPORT_HTML,
+        report=run.out / REPORT_HTML if until == "report" else None,
     )
 
 
@@ -248,7 +258,7 @@ def _unit_cost(run: Run, job: Job, dense: Checkpoint) -> UnitCost | None:
         job.pruning.cost,
         export=job.export,
         scheme=scheme,
-        workload=_workload(job.measurement),
+        workload=workload_of(job.measurement),
     )
     run.run(cost)
     found = run.result(cost.name, UnitCost)
@@ -256,7 +266,8 @@ def _unit_cost(run: Run, job: Job, dense: Checkpoint) -> UnitCost | None:
     return found
 
 
-def _workload(measurement: Measurement) -> Workload:
+def workload_of(measurement: Measurement) -> Workload:
+    """The request that a job measures."""
     return Workload(
         prompt_tokens=measurement.prompt_tokens,
         new_tokens=measurement.new_tokens,
@@ -274,7 +285,7 @@ def _quantized(job: Job) -> Iterator[tuple[str, str]]:
             yield DENSE, scheme
 
 
-def _deploy(run: Run, job: Job, *, timed: bool) -> None:
+def _deploy(run: Run, job: Job, *, timed: bool, until: Until) -> None:
     """Quantize, build engines, and measure what was made."""
     for of, scheme in _quantized(job):
         recipe = Quantization(scheme=scheme, head=job.quantization.quantize_head)
@@ -287,9 +298,10 @@ def _deploy(run: Run, job: Job, *, timed: bool) -> None:
             run.run(build_engine(run, form, options=BuilderOptions(runtime)))
     measurement = job.measurement
     run.run(quality(run, Place(threads=measurement.threads)))
-    run.run(answers(run, Place(threads=measurement.threads)))
+    if until == "report":
+        run.run(answers(run, Place(threads=measurement.threads)))
     if timed:
-        run.run(speed(run, _workload(measurement)))
+        run.run(speed(run, workload_of(measurement)))
 
 
 prune_export.__signature__ = spelled_out(prune_export)  # type: ignore[attr-defined]

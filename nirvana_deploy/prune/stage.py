@@ -106,7 +106,7 @@ def curves(run: Run, cutter: Cutter) -> Stage:
         write_curves(cutter.curves(tokens), run.out / CURVES_FILE)
         return {"tokens": int(min(tokens.size, CURVE_TOKENS))}
 
-    return Stage(stage.CURVES, needs=(stage.CALIBRATE,), makes=(CURVES_FILE,), work=work)
+    return Stage(stage.CURVES, needs=(stage.CALIBRATE,), makes=(CURVES_FILE,), work=work, shared=True)
 
 
 def score(run: Run, dense: Checkpoint, recipe: Pruning, *, saliency: str, seed: int) -> Stage:
@@ -126,7 +126,7 @@ def score(run: Run, dense: Checkpoint, recipe: Pruning, *, saliency: str, seed: 
         write_scores(scores, run.out / SCORES_FILE)
         return {"saliency": saliency, "tokens": int(tokens.size), "micro_batch": recipe.micro_batch}
 
-    return Stage(stage.SCORE, needs=(stage.CALIBRATE,), makes=(SCORES_FILE,), work=work)
+    return Stage(stage.SCORE, needs=(stage.CALIBRATE,), makes=(SCORES_FILE,), work=work, shared=True)
 
 
 def plan(run: Run, cutter: Cutter, *, saliency: str, gamma: float | None) -> Stage:

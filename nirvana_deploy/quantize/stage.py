@@ -57,7 +57,7 @@ def quantize(run: Run, recipe: Quantization, *, draw: Draw, of: str = PRUNED) ->
         )
 
     needs = (stage.SELECT, stage.CALIBRATE, source.stage)
-    return Stage(made.stage, needs=needs, makes=(made.folder,), work=work)
+    return Stage(made.stage, needs=needs, makes=(made.folder,), work=work, shared=made.dense)
 
 
 def require_quantized(run: Run, scheme: str, *, of: str = PRUNED) -> None:

@@ -108,20 +108,26 @@ def allocate(shape: ModelShape, curves: Curves, budget: Budget) -> Allocated:
 
 def require_feasible(shape: ModelShape, budget: Budget, curves: Curves | None = None) -> None:
     """Raise the errors of :func:`allocate`; before there are curves, all but those of where these end."""
-    cost, floors = budget.cost or weight_cost(shape), _floors(shape, budget, curves)
+    floors = _floors(shape, budget, curves)
     if budget.uniform:
         _alike(shape)
-    removable = sum(
-        (layer.kv_heads - floor.groups) * cost.group + (layer.ffn_width - floor.neurons) * cost.neuron
-        for layer, floor in zip(shape.layers, floors, strict=True)
-    )
-    largest = removable / _total(shape, cost)
+    largest = largest_sparsity_of(shape, budget, curves)
     if not 0 < budget.sparsity <= largest:
         raise NirvanaError(
             f"sparsity must be above 0 and at most {largest:.3f}, got {budget.sparsity}: every layer keeps "
             f"at least {floors[0].groups} KV group(s) and {max(one.neurons for one in floors)} FFN neurons.",
             hint=f"Pass --sparsity {math.floor(largest * 100) / 100:g} or less, or smaller minimum widths.",
         )
+
+
+def largest_sparsity_of(shape: ModelShape, budget: Budget, curves: Curves | None = None) -> float:
+    """The largest share that can go, whatever the budget asks."""
+    cost, floors = budget.cost or weight_cost(shape), _floors(shape, budget, curves)
+    removable = sum(
+        (layer.kv_heads - floor.groups) * cost.group + (layer.ffn_width - floor.neurons) * cost.neuron
+        for layer, floor in zip(shape.layers, floors, strict=True)
+    )
+    return removable / _total(shape, cost)
 
 
 def _floors(shape: ModelShape, budget: Budget, curves: Curves | None) -> list[Counts]:

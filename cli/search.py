@@ -1,0 +1,70 @@
+"""``nirvana-deploy search MODEL``: the best model under a budget."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nirvana_deploy.calibrate.recipe import Calibration
+from nirvana_deploy.export.recipe import Export
+from nirvana_deploy.measure.recipe import Measurement
+from nirvana_deploy.prune.recipe import Pruning
+from nirvana_deploy.search.recipe import Search, Target
+
+from .common import TerminalProgress, command_line, echo, echo_json, echo_table
+from .options import json_option, recipe_options, taken, typed
+
+
+@click.command("search")
+@click.argument("model")
+@recipe_options(Search, Target)
+@recipe_options(Pruning, Calibration, Export, Measurement, without=("sparsity",))
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="Folder of the search. [./<model>-search]"
+)
+@click.option("--resume", is_flag=True, help="Go on with the points that --out lacks.")
+@click.option("--force", is_flag=True, help="Overwrite an earlier search in --out.")
+@json_option
+def search(model: str, out: Path | None, resume: bool, force: bool, as_json: bool, **options: Any) -> None:
+    """Try sparsities and precisions on MODEL, and say which to deploy under a budget.
+
+    The dense model in each precision is a point like any other. Calibration, curves and the dense model are
+    made once; each cut is an output folder in --out.
+
+    \\b
+    Examples:
+      nirvana-deploy search smollm2 --max-kl 0.2
+      nirvana-deploy search smollm2 --sparsity 0,0.1,0.2 --precision none,w4 --max-weights-bytes 300M
+    """
+    from nirvana_deploy.base.terminal import harmless
+    from nirvana_deploy.pipeline.search import search as run_search
+    from nirvana_deploy.report.pages.front import BRIEF, HEADERS, rows, search_record
+
+    recipe, target = taken(Search, options), taken(Target, options)
+    found = run_search(
+        model,
+        out=out,
+        recipe=recipe,
+        target=target,
+        resume=resume,
+        force=force,
+        command=command_line(),
+        progress=TerminalProgress(),
+        **typed(options),
+    )
+    record = search_record(harmless(model), found.points, found.recommendation, found.benchmark)
+    if as_json:
+        echo_json({"out": str(found.out), **record, "target": asdict(target)})
+        return
+    lines = [[row[column] for column in BRIEF] for row in rows(record)]
+    echo_table([HEADERS[column] for column in BRIEF], lines, title=f"{model}: {len(found.points)} points")
+    if found.page is None:
+        echo(f"Part {recipe.shard} is in {found.out}: copy the parts together, and repeat without --shard.")
+        return
+    echo(record["verdict"])
+    for command in record["next"]:
+        echo(f"  {command}")
+    echo(f"Page: {found.page}")

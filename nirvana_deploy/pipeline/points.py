@@ -1,0 +1,72 @@
+"""What the output folder of a cut says of a point, and how fast points are beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
+from nirvana_deploy.measure.recipe import Workload
+from nirvana_deploy.output.layout import QUALITY_FILE
+from nirvana_deploy.output.record_kinds import QualityRecord
+from nirvana_deploy.output.variants import DENSE, PRUNED, quantized_variant, variant_named
+from nirvana_deploy.prune.plan_file import shape_of
+from nirvana_deploy.search.point import SCHEMA, Found, Point
+
+
+def found_in(out: Path, folder: str, key: str, point: Point, *, failed: NirvanaError | None = None) -> Found:
+    """What is known of a point whose models lie in the output folder ``out / folder``."""
+    of = PRUNED if point.sparsity else DENSE
+    variant = quantized_variant(point.scheme, of=of) if point.scheme else variant_named(of)
+    found = Found(SCHEMA, key, point.name, point.sparsity, point.scheme, folder, variant.name)
+    if failed is not None:
+        return replace(found, failed=failed.message)
+    record = read_json(out / folder / QUALITY_FILE, QualityRecord)["variants"]
+    if variant.name not in record:
+        return replace(found, failed=f"{folder} has no {variant.name}")
+    quality, dense = record[variant.name], record[DENSE]
+    perplexity, before = quality.get("perplexity"), dense.get("perplexity")
+    return replace(
+        found,
+        kl=quality.get("kl_vs_dense"),
+        kl_standard_error=quality.get("kl_standard_error"),
+        perplexity=perplexity,
+        perplexity_ratio=perplexity / before if perplexity and before else None,
+        weights_bytes=sum(file.stat().st_size for file in (out / folder / variant.folder).glob("*.onnx*")),
+    )
+
+
+def timed_points(
+    out: Path, points: Sequence[Found], workload: Workload, *, progress: Progress = SILENT
+) -> tuple[list[Found], dict[str, Any]]:
+    """Time points in one alternating run, the float dense model among them; also returns benchmark.json."""
+    variants = [
+        variant_from_folder(
+            one.name,
+            out / one.folder / variant_named(one.variant).folder,
+            shape_of(out / one.folder, variant_named(one.variant)),
+            float_arithmetic=one.scheme is None,
+        )
+        for one in points
+    ]
+    record = benchmark(variants, workload=workload, baseline=DENSE, progress=progress)
+    gains = {one["variant"]: one for one in record["comparisons"]}
+    timed = []
+    for variant, one in zip(record["variants"], points, strict=True):
+        variant["path"] = f"{one.folder}/{variant_named(one.variant).folder}"
+        gain = gains.get(one.name, {"tpot_speedup": 1.0, "tpot_speedup_p10_p90": (1.0, 1.0)})
+        low, high = gain["tpot_speedup_p10_p90"]
+        timed.append(
+            replace(
+                one,
+                tpot_ms=variant["tpot_ms"]["p50"],
+                speedup=gain["tpot_speedup"],
+                speedup_p10_p90=(low, high),
+            )
+        )
+    return timed, record

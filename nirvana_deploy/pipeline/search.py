@@ -1,0 +1,246 @@
+"""A search: one job at several sparsities and precisions, which one to take, and why.
+
+Each sparsity is an output folder of its own, made by the same stages as any other job; what does not depend
+on the sparsity is made once and taken by the others. So a point of the search is what its recipe.toml makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.base.artifact import write_bytes, write_json
+from nirvana_deploy.base.errors import NirvanaError, VerificationError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.model.checkpoint import model_record
+from nirvana_deploy.model.sources import resolve_model
+from nirvana_deploy.output.layout import (
+    BENCHMARK_FILE,
+    MANIFEST,
+    SEARCH_CSV,
+    SEARCH_FILE,
+    SEARCH_HTML,
+)
+from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.variants import DENSE
+from nirvana_deploy.pipeline.before import read_files
+from nirvana_deploy.pipeline.job import Job, job_of, plain
+from nirvana_deploy.pipeline.points import found_in, timed_points
+from nirvana_deploy.pipeline.prune_export import run_job, workload_of
+from nirvana_deploy.report.pages.front import search_csv, search_page, search_record
+from nirvana_deploy.search.front import Recommendation, recommend, worth_timing
+from nirvana_deploy.search.point import Found, Point, file_of, key_of, read_found
+from nirvana_deploy.search.recipe import Search, Target, precisions_of, shard_of, sparsities_of
+from nirvana_deploy.search.workers import run_points
+
+_FREE = frozenset({"sparsity", "quantize", "baseline_quantized", "run_benchmark", "threads", "engines"})
+"""Options of a job that its points do not have in common, or that change no result."""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search found."""
+
+    out: Path
+    points: tuple[Found, ...]
+    recommendation: Recommendation
+    benchmark: dict[str, Any] | None
+    page: Path | None
+    """search.html; None for a part of a search."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The output folder of one sparsity, to be made."""
+
+    job: Job
+    out: Path
+    beside: Path | None
+    """The folder whose shared stages it takes."""
+
+
+def search(
+    model: str,
+    *,
+    out: Path | str | None = None,
+    recipe: Search | None = None,
+    target: Target | None = None,
+    resume: bool = False,
+    force: bool = False,
+    command: str | None = None,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> Searched:
+    """Try the points of ``recipe`` on ``model`` and say which one to take under ``target``.
+
+    ``options`` are those of :func:`prune_export`, without ``sparsity`` and ``quantize``. Writes search.json,
+    search.csv, search.html, benchmark.json and a folder for each sparsity to ``out``. A point that fails is
+    kept with its reason. Raises NirvanaError for the user's problems and when every cut fails, and
+    VerificationError when the recommended one is not verified.
+    """
+    recipe, target = recipe or Search(), target or Target()
+    for name in ("sparsity", "quantize", "baseline_quantized"):
+        if name in options:
+            raise NirvanaError(f"A search tries several: give it a recipe, not the option {name!r}.")
+    sparsities, schemes, part = sparsities_of(recipe), precisions_of(recipe), shard_of(recipe)
+    source = resolve_model(model, progress=progress)
+    out = Path(out) if out is not None else Path(f"{source.name}-search")
+    base = job_of(model, {**options, "sparsity": max(sparsities), "quantize": [s for s in schemes if s]})
+    shared = _shared(base, model_record(source))
+    with Run.begin(
+        out,
+        options={key: value for key, value in asdict(recipe).items() if key != "shard"} | shared["options"],
+        model=model_record(source),
+        command=command or "called from Python",
+        reads=(source.path, *read_files(base)),
+        may_change={"sparsities", "precisions", "processes"},
+        resume=resume,
+        force=force,
+        progress=progress,
+    ) as run:
+        key = key_of(shared)
+        points = _points(run, base, key, sparsities, schemes, part)
+        if part[1] > 1:
+            return Searched(out, tuple(points), recommend(points, target), None, None)
+        if not any(one.kl is not None for one in points):
+            raise NirvanaError(f"Every point failed. The first: {points[0].failed}")
+        timed, record = _timed(run, points, base)
+        points = [timed.get(one.name, one) for one in points]
+        advice = recommend(points, target)
+        _write_pages(run, search_record(source.name, points, advice, record))
+        run.finish()
+    if advice.point is not None:
+        _require_verified(out, advice.point)
+    return Searched(out, tuple(points), advice, record, out / SEARCH_HTML)
+
+
+def _shared(job: Job, model: Mapping[str, Any]) -> dict[str, Any]:
+    """What all points of a search have in common."""
+    options = {name: plain(value) for name, value in job.options().items() if name not in _FREE}
+    return {"files": model["files"], "options": options}
+
+
+def _points(
+    run: Run,
+    base: Job,
+    key: str,
+    sparsities: Sequence[float],
+    schemes: Sequence[str | None],
+    part: tuple[int, int],
+) -> list[Found]:
+    """Every point of this part: from disk where it is there, else made."""
+    mine = [sparsity for sparsity in sparsities if sparsity][part[0] :: part[1]]
+    if not mine:
+        raise NirvanaError(
+            f"There are {len(sparsities)} sparsities, and none is left for part {part[0] + 1}."
+        )
+    first = mine[0]
+    wanted = [Point(sparsity, scheme) for sparsity in sparsities for scheme in schemes]
+    wanted = [point for point in wanted if point.sparsity in mine or not point.sparsity]
+    known = _known(run, key, wanted)
+    missing = {point.sparsity or first for point in wanted if point not in known}
+    made = _cuts(run, [_cut(run, base, sparsity, first) for sparsity in mine if sparsity in missing])
+    for point in wanted:
+        if point not in known:
+            folder = _folder(point.sparsity or first)
+            known[point] = found_in(run.out, folder, key, point, failed=made.get(folder))
+            _write(run, known[point])
+    return [known[point] for point in wanted]
+
+
+def _known(run: Run, key: str, wanted: Sequence[Point]) -> dict[Point, Found]:
+    """The points that were found before and did not fail."""
+    known = {}
+    for point in wanted:
+        path = run.out / file_of(key, point)
+        if path.is_file():
+            found = read_found(path, key=key)
+            if found.failed is None and (run.out / found.folder / MANIFEST).is_file():
+                known[point] = found
+    return known
+
+
+def _cuts(run: Run, cuts: Sequence[_Cut]) -> dict[str, NirvanaError]:
+    """Make some folders, the one that others take from before these; returns what failed, by folder."""
+    failed: dict[str, NirvanaError] = {}
+    processes = int(run.manifest["options"]["processes"])
+    work = _Worker(run.progress if processes == 1 else SILENT)
+    with run.progress.task(f"{len(cuts)} cuts", len(cuts)) as advance:
+        for group in ([cut for cut in cuts if cut.beside is None], [cut for cut in cuts if cut.beside]):
+            for cut, result in run_points(group, work, processes=processes):
+                if isinstance(result, NirvanaError):
+                    failed[cut.out.name] = result
+                    run.progress.note(f"{cut.out.name} failed: {result.message}")
+                advance(1)
+    return failed
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Makes one cut."""
+
+    progress: Progress
+
+    def __call__(self, cut: _Cut) -> None:
+        beside = cut.beside if cut.beside is not None and (cut.beside / MANIFEST).is_file() else None
+        run_job(
+            cut.job,
+            out=cut.out,
+            until="quality",
+            resume=(cut.out / MANIFEST).is_file(),
+            beside=beside,
+            progress=self.progress,
+        )
+
+
+def _cut(run: Run, base: Job, sparsity: float, first: float) -> _Cut:
+    """The dense model is quantized and judged beside the first cut alone."""
+    job = replace(
+        base,
+        pruning=replace(base.pruning, sparsity=sparsity),
+        quantization=replace(base.quantization, baseline_quantized=sparsity == first),
+        measurement=replace(base.measurement, run_benchmark=False),
+    )
+    return _Cut(job, run.out / _folder(sparsity), None if sparsity == first else run.out / _folder(first))
+
+
+def _folder(sparsity: float) -> str:
+    return f"s{sparsity:g}"
+
+
+def _write_pages(run: Run, record: Mapping[str, Any]) -> None:
+    with run.writing(SEARCH_FILE) as path:
+        write_json(path, record)
+    with run.writing(SEARCH_CSV) as path:
+        write_bytes(path, search_csv(record).encode())
+    with run.writing(SEARCH_HTML) as path:
+        write_bytes(path, search_page(record).encode())
+
+
+def _write(run: Run, found: Found) -> None:
+    with run.writing(file_of(found.key, found.point)) as path:
+        write_json(path, asdict(found))
+
+
+def _timed(run: Run, points: Sequence[Found], base: Job) -> tuple[dict[str, Found], dict[str, Any] | None]:
+    """Time the points that are worth it against the dense model."""
+    worth = [one for one in worth_timing(points) if one.kl is not None]
+    if not base.measurement.run_benchmark or not any(one.name == DENSE for one in worth):
+        return {}, None
+    timed, record = timed_points(run.out, worth, workload_of(base.measurement), progress=run.progress)
+    with run.writing(BENCHMARK_FILE) as path:
+        write_json(path, record)
+    return {one.name: one for one in timed}, record
+
+
+def _require_verified(out: Path, found: Found) -> None:
+    """Raise VerificationError where the recommended point's folder says that it was not verified."""
+    with Run.open(out / found.folder) as cut:
+        failed = [name for name in cut.manifest["stages"] if not cut.finished(name)]
+    if failed:
+        raise VerificationError(
+            f"{found.name} is recommended, and {failed[0]} of {found.folder} did not pass.",
+            hint=f"nirvana-deploy verify {out / found.folder}",
+        )

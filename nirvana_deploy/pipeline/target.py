@@ -1,0 +1,185 @@
+"""A job with a budget in place of a sparsity: the sparsity is found by measuring cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.base.artifact import write_json
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.sources import resolve_model
+from nirvana_deploy.output import owned
+from nirvana_deploy.output.layout import MANIFEST, TARGET_FILE
+from nirvana_deploy.output.run import Run
+from nirvana_deploy.pipeline.job import Job, job_of
+from nirvana_deploy.pipeline.points import found_in, timed_points
+from nirvana_deploy.pipeline.prune_export import Deployment, run_job, workload_of
+from nirvana_deploy.prune.curves.budget import largest_sparsity_of
+from nirvana_deploy.prune.cutting import budget_of
+from nirvana_deploy.search.meeting import best_of, loads, nearest_of, next_sparsity
+from nirvana_deploy.search.point import Found, Point, said
+from nirvana_deploy.search.recipe import Target
+
+TRIALS = "-trials"
+"""What the folder of the cuts that are tried is called, behind the name of the output folder."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """A job whose sparsity was found."""
+
+    deployment: Deployment
+    chosen: Found
+    trials: tuple[Found, ...]
+
+
+def meet(
+    model: str,
+    target: Target,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    command: str | None = None,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> Met:
+    """Do the job of ``options`` at the sparsity that meets ``target``, within 5 % of its limit.
+
+    Limits on quality alone: the most sparse model that meets them; limits on time or size: the least sparse.
+    They are those of the one scheme of ``quantize``, if any. Cuts are tried in a folder beside ``out``, which
+    goes when all is done. Raises NirvanaError where no sparsity meets the target, with what comes nearest.
+    """
+    job = _job(model, target, options)
+    source = resolve_model(model, progress=progress)
+    out = Path(out) if out is not None else Path(f"{source.name}-{_named(target)}")
+    dense = Checkpoint.open(source.path)
+    if resume and (out / TARGET_FILE).is_file():
+        raise NirvanaError(
+            f"{out} is finished.", hint=f"Measure it again: nirvana-deploy benchmark {out}, or evaluate {out}"
+        )
+    most = largest_sparsity_of(dense.shape, budget_of(job.pruning))
+    trials, folder = _tried(job, target, out, most, resume=resume, force=force, progress=progress)
+    chosen = best_of(trials, target)
+    if chosen is None:
+        raise _unmet(trials, target, out)
+    progress.note(f"Sparsity {chosen.sparsity:g} meets the budget: {said(chosen)}")
+    done = run_job(
+        _at(job, chosen.sparsity),
+        out=out,
+        resume=resume,
+        force=force,
+        command=command,
+        beside=folder / chosen.folder,
+        progress=progress,
+    )
+    with Run.open(out, writing=True, progress=progress) as run, run.writing(TARGET_FILE) as path:
+        record = {
+            "schema": 1,
+            "target": target.asked,
+            "chosen": chosen.name,
+            "trials": [vars(t) for t in trials],
+        }
+        write_json(path, record)
+    _discard(folder, trials)
+    return Met(done, chosen, tuple(trials))
+
+
+def _job(model: str, target: Target, options: Mapping[str, Any]) -> Job:
+    """The job, its sparsity still to be found; raises NirvanaError for what does not go with a budget."""
+    if options.get("sparsity") is not None:
+        raise NirvanaError(
+            f"--sparsity {options['sparsity']} and a budget say two things.",
+            hint="Leave one of them out: with a budget the sparsity is found by measuring.",
+        )
+    if target.max_perplexity_ratio == 1 or target.max_kl == 0:
+        raise NirvanaError(
+            "A budget of no loss at all leaves nothing to cut.", hint="For example --max-kl 0.1"
+        )
+    given = {name: value for name, value in options.items() if name != "sparsity"}
+    job = job_of(model, {**given, "sparsity": 0.2})
+    if len(set(job.quantization.quantize)) > 1:
+        raise NirvanaError(
+            f"A budget is one model's, and --quantize names {len(job.quantization.quantize)} schemes.",
+            hint="Name one of them, or compare them: nirvana-deploy search MODEL",
+        )
+    measured = replace(job.export, baseline=True)
+    return replace(job, export=measured, quantization=replace(job.quantization, baseline_quantized=True))
+
+
+def _tried(
+    job: Job, target: Target, out: Path, most: float, *, resume: bool, force: bool, progress: Progress
+) -> tuple[list[Found], Path]:
+    """The dense model and the cuts that were tried, and the folder that they are in."""
+    if out.exists() and not (resume or force) and any(out.iterdir()):
+        raise NirvanaError(
+            f"{out} exists already.",
+            hint="Pass --resume to continue it, --force to start again, or another --out.",
+        )
+    folder = out.with_name(f"{out.name}{TRIALS}")
+    scheme = next(iter(job.quantization.quantize), None)
+    first: Path | None = None
+    trials: list[Found] = []
+    tried: float | None = min(0.2, most)
+    while tried is not None:
+        place = f"s{tried:g}"
+        run_job(
+            _at(job, tried),
+            out=folder / place,
+            until="quality",
+            resume=(folder / place / MANIFEST).is_file(),
+            beside=first,
+            progress=progress,
+        )
+        first = first or folder / place
+        points = [Point(0.0), Point(0.0, scheme), Point(tried, scheme)]
+        found = [found_in(folder, place, "", point) for point in dict.fromkeys(points)]
+        if target.on_time:
+            found, _ = timed_points(folder, found, workload_of(job.measurement), progress=progress)
+        trials = [*(trials or found[-2:-1]), found[-1]]
+        load = loads(found[-1], target)
+        used = [f"{share:.0%} of its {kind}" for kind, share in vars(load).items() if share is not None]
+        progress.note(f"Sparsity {tried:g} takes {' and '.join(used)} budget: {said(found[-1])}")
+        tried = next_sparsity(trials, target, most=most)
+    return trials, folder
+
+
+def _at(job: Job, sparsity: float) -> Job:
+    return replace(job, pruning=replace(job.pruning, sparsity=sparsity))
+
+
+def _named(target: Target) -> str:
+    """For the default name of an output folder: max-kl-0.2."""
+    return "-".join(f"{name.replace('_', '-')}-{limit:g}" for name, limit in target.asked.items())
+
+
+def _unmet(trials: list[Found], target: Target, out: Path) -> NirvanaError:
+    dense, cuts = trials[0], trials[1:]
+    asked = ", ".join(f"--{name.replace('_', '-')} {limit:g}" for name, limit in target.asked.items())
+    load = loads(dense, target)
+    if load.met and load.cost is not None:
+        return NirvanaError(
+            f"{dense.name} meets {asked} as it is ({said(dense)}): there is nothing to cut.",
+            hint="Deploy it: nirvana-deploy export MODEL, or ask for more.",
+        )
+    if load.quality is not None and load.quality > 1 and load.cost is None:
+        return NirvanaError(
+            f"No sparsity meets {asked}: without any cut, {said(dense)}.",
+            hint="Ask for less, or leave out --quantize.",
+        )
+    return NirvanaError(
+        f"No sparsity meets {asked}. Nearest: {said(nearest_of(cuts, target))}.",
+        hint=f"Ask for less, or see what there is: nirvana-deploy search MODEL. The cuts that were tried are "
+        f"in {out.name}{TRIALS}.",
+    )
+
+
+def _discard(folder: Path, trials: list[Found]) -> None:
+    """Remove the cuts that were tried, and nothing else."""
+    for name in dict.fromkeys(one.folder for one in trials):
+        owned.discard(folder / name)
+    owned.remove_empty(folder)

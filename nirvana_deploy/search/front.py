@@ -1,0 +1,124 @@
+"""Which points are worth a look, and which one to take. Pure numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nirvana_deploy.search.point import Found
+from nirvana_deploy.search.recipe import Target
+
+USUAL = Target(max_kl=0.1)
+"""Where no budget is given: about what careful quantization to four bits costs."""
+Cost = Literal["tpot_ms", "weights_bytes"]
+
+_MEETS: dict[str, Callable[[Found, float], bool | None]] = {
+    "max_kl": lambda found, limit: None if found.kl is None else found.kl <= limit,
+    "max_perplexity_ratio": lambda found, limit: (
+        None if found.perplexity_ratio is None else found.perplexity_ratio <= limit
+    ),
+    "target_tpot_ms": lambda found, limit: None if found.tpot_ms is None else found.tpot_ms <= limit,
+    "min_speedup": lambda found, limit: None if found.speedup is None else found.speedup >= limit,
+    "max_weights_bytes": lambda found, limit: (
+        None if found.weights_bytes is None else found.weights_bytes <= limit
+    ),
+}
+"""Whether a point meets a limit; None where that was not measured."""
+
+
+def front(points: Iterable[Found], cost: Cost) -> list[Found]:
+    """The points that none beats in KL and ``cost``, ascending in cost; of equals the first."""
+    known = [one for one in points if one.kl is not None and getattr(one, cost) is not None]
+    best, least = [], float("inf")
+    for found in sorted(known, key=lambda one: (getattr(one, cost), one.kl)):
+        assert found.kl is not None
+        if found.kl < least:
+            best.append(found)
+            least = found.kl
+    return best
+
+
+def worth_timing(points: Sequence[Found]) -> list[Found]:
+    """The points on the front of KL and size, and the dense model in float, which the others are compared to.
+
+    Decoding reads the weights of a model once for each token, so a larger file with a larger loss does not
+    come out ahead; between schemes it may, so each has its own front.
+    """
+    chosen = {one.name for one in points if one.name == "dense"}
+    for scheme in {one.scheme for one in points}:
+        chosen |= {one.name for one in front((p for p in points if p.scheme == scheme), "weights_bytes")}
+    return [one for one in points if one.name in chosen]
+
+
+def meets(found: Found, target: Target) -> bool:
+    """Whether a point was measured to meet every limit."""
+    return all(_MEETS[name](found, limit) is True for name, limit in target.asked.items())
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The point to take."""
+
+    point: Found | None
+    """None where no point meets the target."""
+    nearest: Found | None
+    """What comes nearest then."""
+    target: Target
+    given: bool
+    """Whether the user gave the target."""
+
+
+def recommend(points: Sequence[Found], target: Target) -> Recommendation:
+    """The fastest point within a limit on quality; else the one of least KL within those on time and size.
+
+    Points that were not timed count by their size.
+    """
+    given = bool(target.asked)
+    target = target if given else USUAL
+    measured = [one for one in points if one.failed is None and one.kl is not None]
+    within = [one for one in measured if meets(one, target)]
+    chosen = min(within, key=_quickest if target.on_quality else _truest, default=None)
+    nearest = None if chosen else min(measured, key=lambda one: _excess(one, target), default=None)
+    return Recommendation(chosen, nearest, target, given)
+
+
+def quantization_alone(points: Sequence[Found], chosen: Found) -> Found | None:
+    """A quantized dense model that is no slower than a ``chosen`` cut and no farther from the dense one."""
+    if not chosen.sparsity or chosen.kl is None:
+        return None
+    for one in points:
+        if one.sparsity == 0 and one.scheme and one.kl is not None and one.kl <= chosen.kl:
+            if one.tpot_ms is not None and chosen.tpot_ms is not None:
+                if one.tpot_ms <= chosen.tpot_ms:
+                    return one
+            elif (one.weights_bytes or 0) <= (chosen.weights_bytes or 0):
+                return one
+    return None
+
+
+def _quickest(found: Found) -> tuple[float, float, float]:
+    slow = found.tpot_ms if found.tpot_ms is not None else float("inf")
+    return slow, float(found.weights_bytes or 0), found.kl or 0.0
+
+
+def _truest(found: Found) -> tuple[float, ...]:
+    return (found.kl or 0.0, *_quickest(found)[:2])
+
+
+def _excess(found: Found, target: Target) -> float:
+    """By how much, relatively, a point misses the limit that it misses most."""
+    values = {
+        "max_kl": found.kl,
+        "max_perplexity_ratio": found.perplexity_ratio,
+        "target_tpot_ms": found.tpot_ms,
+        "max_weights_bytes": found.weights_bytes,
+    }
+    excess = []
+    for name, limit in target.asked.items():
+        if name == "min_speedup":
+            excess.append(float("inf") if not found.speedup else limit / found.speedup - 1)
+        else:
+            value = values[name]
+            excess.append(float("inf") if value is None else value / limit - 1 if limit else value)
+    return max(excess, default=0.0)

@@ -1,0 +1,145 @@
+"""The sparsity that meets a budget, by trying some. Pure numbers.
+
+A limit's *load* is the share of it that is used up: what is measured over what is allowed, 1 at the limit.
+Loads of quality grow with the sparsity, about as a power of it above what quantization alone costs; those of
+time and size fall, about linearly from the dense model's. The next sparsity is where that law, through what
+was measured, comes to the middle of the wanted band, held inside what is known to be too little and too much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nirvana_deploy.search.point import Found
+from nirvana_deploy.search.recipe import Target
+
+BAND = 0.05
+"""A load of 1 to so much less is met."""
+MOST_TRIALS = 8
+_POWER = 1.5
+"""Of the sparsity in a load of quality, before two were measured."""
+_FIRST_BY_QUALITY = 0.2
+_STEP = 0.002
+"""Sparsities closer than this cut the same units, or nearly."""
+_MARGIN = 0.1
+"""Share of the interval between too little and too much where no trial is made, on each side."""
+
+
+@dataclass(frozen=True)
+class Loads:
+    """What a point uses up of its limits: the largest of each kind, None without such a limit."""
+
+    quality: float | None
+    cost: float | None
+
+    @property
+    def met(self) -> bool:
+        """Whether every limit holds."""
+        return all(load is None or load <= 1 for load in (self.quality, self.cost))
+
+
+def loads(found: Found, target: Target) -> Loads:
+    """The loads of a point that was measured for every limit of ``target``."""
+    quality: list[float] = []
+    cost: list[float] = []
+    if target.max_kl is not None:
+        quality.append(_share(found.kl, target.max_kl))
+    if target.max_perplexity_ratio is not None:
+        ratio = max(found.perplexity_ratio or math.inf, 1.0)
+        quality.append(_share(math.log(ratio), math.log(target.max_perplexity_ratio)))
+    if target.target_tpot_ms is not None:
+        cost.append(_share(found.tpot_ms, target.target_tpot_ms))
+    if target.min_speedup is not None:
+        cost.append(math.inf if not found.speedup else target.min_speedup / found.speedup)
+    if target.max_weights_bytes is not None:
+        cost.append(_share(found.weights_bytes, target.max_weights_bytes))
+    return Loads(max(quality, default=None), max(cost, default=None))
+
+
+def next_sparsity(trials: Sequence[Found], target: Target, *, most: float) -> float | None:
+    """The next sparsity to try, at most ``most``; None where trials end: it is met, or cannot be.
+
+    ``trials`` are points of one precision, that of sparsity 0 first. With limits of both kinds the sparsity
+    is the least that meets those on time and size.
+    """
+    used = {one.sparsity: loads(one, target) for one in trials}
+    by_cost = used[0.0].cost is not None
+    known = {s: (load.cost if by_cost else load.quality) or 0.0 for s, load in used.items()}
+    if len(trials) > MOST_TRIALS or any(_in_band(s, load) for s, load in known.items()):
+        return None
+    if by_cost:
+        if known[0.0] <= 1:
+            return None  # the dense model meets it
+        below = max(s for s, load in known.items() if load > 1)
+        above = min((s for s, load in known.items() if load <= 1), default=None)
+    else:
+        if known[0.0] > 1:
+            return None  # quantization alone is too much
+        below = max(s for s, load in known.items() if load <= 1)
+        above = min((s for s, load in known.items() if load > 1), default=None)
+    end = most if above is None else above
+    if above is not None and below >= above:  # noise: it is not monotone here
+        return None
+    if end - below < _STEP:
+        return None
+    wanted = _by_line(known, below, above, most) if by_cost else _by_power(known, below, above)
+    margin = 0.0 if above is None else _MARGIN * (end - below)
+    tried = round(min(max(wanted, below + max(margin, _STEP / 2)), end - margin), 4)
+    return None if tried in known else tried
+
+
+def best_of(trials: Sequence[Found], target: Target) -> Found | None:
+    """Of the trials that meet every limit the one to take: for time and size the least cut, else the most."""
+    met = [one for one in trials if one.sparsity and loads(one, target).met]
+    by_cost = target.on_time or target.max_weights_bytes is not None
+    pick = min if by_cost else max
+    return pick(met, key=lambda one: one.sparsity, default=None)
+
+
+def nearest_of(trials: Sequence[Found], target: Target) -> Found:
+    """The trial whose largest load is least."""
+
+    def worst(found: Found) -> float:
+        load = loads(found, target)
+        return max(load.quality or 0.0, load.cost or 0.0)
+
+    return min(trials, key=worst)
+
+
+def _share(value: float | None, limit: float) -> float:
+    if value is None:
+        return math.inf
+    return value / limit if limit else (math.inf if value > 0 else 0.0)
+
+
+def _in_band(sparsity: float, load: float) -> bool:
+    return sparsity > 0 and 1 - BAND <= load <= 1
+
+
+def _by_line(known: dict[float, float], below: float, above: float | None, most: float) -> float:
+    """Where the line through two points comes to the middle of the band."""
+    aim = 1 - BAND / 2
+    if above is None:
+        others = [s for s in known if s < below]
+        if not others:
+            return min(0.3, most)
+        above, below = below, max(others)
+    fall = known[below] - known[above]
+    return most if fall <= 0 else below + (known[below] - aim) * (above - below) / fall
+
+
+def _by_power(known: dict[float, float], below: float, above: float | None) -> float:
+    """Where load = base + a s^b through what was measured comes to the middle of the band."""
+    base, aim = known[0.0], 1 - BAND / 2
+    cut = sorted(s for s in known if s > 0 and known[s] > base)
+    if not cut:
+        return _FIRST_BY_QUALITY if below == 0 else 2 * below
+    nearest = sorted(cut, key=lambda s: abs(math.log((known[s] - base) / max(aim - base, 1e-9))))[:2]
+    one = nearest[0]
+    power = _POWER
+    if len(nearest) > 1:
+        rise = math.log((known[one] - base) / (known[nearest[1]] - base)) / math.log(one / nearest[1])
+        power = min(max(rise, 0.7), 4.0)
+    return float(one * (max(aim - base, 1e-9) / (known[one] - base)) ** (1 / power))

@@ -1,0 +1,109 @@
+"""One point of a search: a sparsity and a precision, and what was found of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.output.layout import POINTS
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is deployed: the dense model or a cut, in float or quantized."""
+
+    sparsity: float
+    """0 for the dense model."""
+    scheme: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For people and records: "dense-w4", "s0.2", "s0.2-int8"."""
+        cut = f"s{self.sparsity:g}" if self.sparsity else "dense"
+        return f"{cut}-{self.scheme}" if self.scheme else cut
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a point."""
+
+    schema: int
+    key: str
+    """Of all that the search has in common: model, calibration, how is cut and exported."""
+    name: str
+    sparsity: float
+    scheme: str | None
+    folder: str
+    """The output folder of the cut, relative to the search's."""
+    variant: str
+    """Its name there."""
+    failed: str | None = None
+    """Why there is nothing more to say."""
+    kl: float | None = None
+    """Nats per token, to the dense model in float."""
+    kl_standard_error: float | None = None
+    perplexity: float | None = None
+    perplexity_ratio: float | None = None
+    """To the dense model in float."""
+    weights_bytes: int | None = None
+    tpot_ms: float | None = None
+    """Median over the rounds; None where it was not timed."""
+    speedup: float | None = None
+    """Of decoding over the dense model in float, in the same rounds."""
+    speedup_p10_p90: tuple[float, float] | None = None
+
+    @property
+    def point(self) -> Point:
+        """What was asked."""
+        return Point(self.sparsity, self.scheme)
+
+
+def key_of(common: Mapping[str, Any]) -> str:
+    """The hash of what all points of a search have in common."""
+    return _hash(common)
+
+
+def file_of(key: str, point: Point) -> str:
+    """Where the result of a point lies, relative to the search's folder."""
+    return f"{POINTS}/{_hash([key, asdict(point)])}.json"
+
+
+def read_found(path: Path, *, key: str) -> Found:
+    """A result; raises NirvanaError for one that is broken, or of another search."""
+    found = read_json(path, Found, schema=SCHEMA)
+    if found.key != key:
+        raise NirvanaError(
+            f"{path} is of another search: another model, calibration or way to cut ({found.name}).",
+            hint="Search into another folder: --out DIR",
+        )
+    return found
+
+
+def untimed(found: Found) -> Found:
+    """What two searches of the same points must agree in."""
+    return replace(found, tpot_ms=None, speedup=None, speedup_p10_p90=None)
+
+
+def said(found: Found) -> str:
+    """A point with its numbers: s0.2-w4 (KL 0.0801, 12.3 ms a token, 2.1 times as fast as dense, 95 MB)."""
+    facts = [] if found.kl is None else [f"KL {found.kl:.3g}"]
+    if found.tpot_ms is not None:
+        facts.append(f"{found.tpot_ms:.3g} ms a token")
+    if found.speedup is not None and found.name != "dense":
+        facts.append(f"{found.speedup:.3g} times as fast as dense")
+    if found.weights_bytes is not None:
+        facts.append(f"{found.weights_bytes / 1e6:,.3g} MB")
+    return f"{found.name} ({', '.join(facts)})"
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

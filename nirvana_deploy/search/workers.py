@@ -1,0 +1,42 @@
+"""One function for many pieces of work: here, one after another or in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TypeVar
+
+from nirvana_deploy.base.errors import NirvanaError
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+def run_points(
+    pieces: Sequence[Piece], work: Callable[[Piece], Result], *, processes: int = 1
+) -> Iterator[tuple[Piece, Result | NirvanaError]]:
+    """Do ``work`` on each of ``pieces``; yields each with its result as it comes, or with why it has none.
+
+    A failure of one is no failure of the others. With ``processes`` more than one, ``work`` and the pieces
+    are pickled, and each process does one piece after another.
+    """
+    if processes == 1 or len(pieces) < 2:
+        for piece in pieces:
+            try:
+                yield piece, work(piece)
+            except NirvanaError as failure:
+                yield piece, failure
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    with ProcessPoolExecutor(min(processes, len(pieces)), mp_context=context) as pool:
+        running = {pool.submit(work, piece): piece for piece in pieces}
+        try:
+            for done in as_completed(running):
+                error = done.exception()
+                if error is not None and not isinstance(error, NirvanaError):
+                    raise error
+                yield running[done], error if isinstance(error, NirvanaError) else done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
