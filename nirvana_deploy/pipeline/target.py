@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import MANIFEST, TARGET_FILE
@@ -19,7 +21,9 @@ from nirvana_deploy.pipeline.job import Job, job_of
 from nirvana_deploy.pipeline.points import found_in, timed_points
 from nirvana_deploy.pipeline.prune_export import Deployment, run_job, workload_of
 from nirvana_deploy.prune.curves.budget import largest_sparsity_of
-from nirvana_deploy.prune.cutting import budget_of
+from nirvana_deploy.prune.cutting import budget_of, reads_curves
+from nirvana_deploy.prune.plan import default_gamma, largest_sparsity
+from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.search.meeting import best_of, loads, nearest_of, next_sparsity
 from nirvana_deploy.search.point import Found, Point, said
 from nirvana_deploy.search.recipe import Target
@@ -62,7 +66,7 @@ def meet(
         raise NirvanaError(
             f"{out} is finished.", hint=f"Measure it again: nirvana-deploy benchmark {out}, or evaluate {out}"
         )
-    most = largest_sparsity_of(dense.shape, budget_of(job.pruning))
+    most = _most(job.pruning, dense.shape)
     trials, folder = _tried(job, target, out, most, resume=resume, force=force, progress=progress)
     chosen = best_of(trials, target)
     if chosen is None:
@@ -146,6 +150,16 @@ def _tried(
         progress.note(f"Sparsity {tried:g} takes {' and '.join(used)} budget: {said(found[-1])}")
         tried = next_sparsity(trials, target, most=most)
     return trials, folder
+
+
+def _most(recipe: Pruning, shape: ModelShape) -> float:
+    """The largest sparsity that the recipe allows."""
+    if reads_curves(recipe, recipe.saliency):
+        largest = largest_sparsity_of(shape, budget_of(recipe))
+    else:
+        gamma = recipe.gamma if isinstance(recipe.gamma, float) else default_gamma(shape)
+        largest = largest_sparsity(shape, gamma=gamma, round_to=recipe.round_to)
+    return math.floor(1e4 * largest) / 1e4
 
 
 def _at(job: Job, sparsity: float) -> Job:

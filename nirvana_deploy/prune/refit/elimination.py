@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +23,8 @@ _QUIET_SHARE = 0.1
 _MOST_SUBSETS = 64
 """Up to so many subsets of groups are all tried; beyond, groups go one by one."""
 _TINY = 1e-12
-_ROWS = 512
-"""Moved at once."""
+_ROWS = 1024
+"""Of a matrix, worked on at once."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,10 @@ def optimum_of(
     system = gram.to(torch.float64, copy=True).div_(scale).div_(scale[:, None])
     system.diagonal().add_(ridge)
     inverse = _inverse(system)
-    optimum = (weight.double() * scale).masked_fill_(energy == 0, 0.0)  # dead inputs: nothing to hold on to
-    if missing is not None:
-        optimum += (missing.double() / scale) @ inverse
+    optimum = weight.to(torch.float64, copy=True).mul_(scale)
+    optimum.masked_fill_(energy == 0, 0.0)  # dead inputs: nothing to hold on to
+    for rows in _rows_of(weight) if missing is not None else ():
+        optimum[rows] += (missing[rows].double() / scale) @ inverse
     return Optimum(coefficients=optimum if metric is None else metric.double() @ optimum, inverse=inverse)
 
 
@@ -91,7 +92,8 @@ def eliminate(optimum: Optimum, *, keep: int, block: int) -> Elimination:
     removed, cost = [0], [0.0]
     left = v.shape[1]
     while left > keep:
-        each = v.square().sum(0) / p.diagonal().clamp_min(_TINY)
+        energy = torch.stack([v[rows].square().sum(0) for rows in _rows_of(v)]).sum(0)
+        each = energy / p.diagonal().clamp_min(_TINY)
         each[~alive] = math.inf
         going = each.topk(min(block, left - keep), largest=False).indices
         cost.append(cost[-1] + _step(v, p, going))
@@ -158,10 +160,15 @@ def _step(v: torch.Tensor, p: torch.Tensor, going: torch.Tensor) -> float:
 def _packed(p: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:
     """P of the inputs ``stay``, sorted, as a view of ``p``, which is used up: a copy takes gigabytes."""
     left = len(stay)
-    for start in range(0, left, _ROWS):  # rows and columns only ever move toward the first
-        rows = slice(start, min(start + _ROWS, left))
+    for rows in _rows_of(stay):  # rows and columns only ever move toward the first
         p[rows, :left] = p[stay[rows]].index_select(1, stay)
     return p[:left, :left]
+
+
+def _rows_of(matrix: torch.Tensor) -> Iterator[slice]:
+    """Blocks of its rows: temporaries of all of them would take gigabytes."""
+    for start in range(0, len(matrix), _ROWS):
+        yield slice(start, min(start + _ROWS, len(matrix)))
 
 
 def _inverse(system: torch.Tensor) -> torch.Tensor:

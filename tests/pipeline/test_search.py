@@ -1,0 +1,152 @@
+"""A search on a tiny model: its points, what is shared, and that each is what its recipe makes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.jobs import SHORT, SHORT_ROUNDS
+from builders.tiny import write_tiny
+from click.testing import CliRunner
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.cli.main import commands
+from nirvana_deploy.pipeline import search as searching
+from nirvana_deploy.pipeline.prune_export import run_job
+from nirvana_deploy.pipeline.recipe_file import read_recipe
+from nirvana_deploy.pipeline.search import Searched, search
+from nirvana_deploy.search.recipe import Search, Target
+
+pytestmark = pytest.mark.integration
+OPTIONS: dict[str, Any] = {
+    **SHORT,
+    **SHORT_ROUNDS,
+    "num_sequences": 4,
+    "seq_len": 16,
+    "threads": 1,
+    "round_to": 4,
+    "gamma": 1.0,
+}
+RECIPE = Search(sparsities="0,0.2,0.4", precisions="none,w8")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny(tmp_path_factory.mktemp("model") / "tiny", "llama-tied"))
+
+
+@pytest.fixture(scope="module")
+def done(model: str, tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """A finished search; read-only."""
+    out = tmp_path_factory.mktemp("out") / "search"
+    return search(model, out=out, recipe=RECIPE, target=Target(max_weights_bytes=10**9), **OPTIONS)
+
+
+def record_of(out: Path) -> Any:
+    return json.loads((out / "search.json").read_text(encoding="utf-8"))
+
+
+def untimed(record: Any) -> Any:
+    """What two searches of the same points agree in."""
+    points = [{k: v for k, v in one.items() if k not in TIMED} for one in record["points"]]
+    return {"points": points, "recommended": record["recommended"]}
+
+
+TIMED = {"tpot_ms", "speedup", "speedup_p10_p90", "on_front"}
+
+
+def test_every_point_is_measured_and_the_dense_model_is_one_of_them(done: Searched) -> None:
+    names = [one.name for one in done.points]
+    assert names == ["dense", "dense-w8", "s0.2", "s0.2-w8", "s0.4", "s0.4-w8"]
+    assert all(one.failed is None and one.kl is not None for one in done.points)
+    kl = {one.name: one.kl for one in done.points}
+    assert kl["dense"] == 0 and 0 < (kl["dense-w8"] or 0) < (kl["s0.4"] or 0)
+    assert done.recommendation.point is not None and done.recommendation.point.name == "dense"
+    stages = json.loads((done.out / "s0.4/manifest.json").read_text())["stages"]
+    first = json.loads((done.out / "s0.2/manifest.json").read_text())["stages"]
+    assert stages["calibrate"]["files"] == first["calibrate"]["files"]  # taken, not drawn again
+    assert (done.out / "s0.4/dense/onnx/model.onnx").samefile(done.out / "s0.2/dense/onnx/model.onnx")
+    assert "dense-onnx-w8" in first and "dense-onnx-w8" not in stages
+    assert done.benchmark is not None
+    timed = {one["name"] for one in done.benchmark["variants"]}
+    assert "dense" in timed and timed == {one.name for one in done.points if one.tpot_ms is not None}
+
+
+def test_the_page_says_which_point_to_take_and_shows_all(done: Searched) -> None:
+    record = record_of(done.out)
+    page = (done.out / "search.html").read_text(encoding="utf-8")
+    assert record["verdict"].startswith("Take dense (KL 0") and record["verdict"] in page
+    assert "No cut is better under this budget: the dense model itself is." in page
+    assert all(f'<th scope="row">{one.name}</th>' in page for one in done.points)
+    assert page.count("<svg") == 2 and "<script" not in page
+    lines = (done.out / "search.csv").read_text().splitlines()
+    assert len(lines) == 7 and lines[0].startswith("name,sparsity,scheme,kl")
+
+
+def test_a_point_is_what_its_own_recipe_makes(done: Searched, tmp_path: Path) -> None:
+    """Without any folder beside: the same bytes, the same KL."""
+    job = read_recipe(done.out / "s0.4/recipe.toml")
+    alone = run_job(job, out=tmp_path / "alone", until="quality")
+    for file in ("plan.json", "onnx/model.onnx.data", "onnx-w8/model.onnx.data"):
+        assert (alone.out / file).read_bytes() == (done.out / "s0.4" / file).read_bytes()
+    found = json.loads((alone.out / "quality.json").read_text())["variants"]
+    kl = {one.name: one.kl for one in done.points}
+    assert found["pruned"]["kl_vs_dense"] == pytest.approx(kl["s0.4"], abs=1e-6)
+    assert found["pruned-w8"]["kl_vs_dense"] == pytest.approx(kl["s0.4-w8"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_parts_copied_together_are_the_whole(done: Searched, model: str, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    for part in (1, 2):
+        out = tmp_path / f"part{part}"
+        found = search(model, out=out, recipe=replace(RECIPE, shard=f"{part}/2"), **OPTIONS)
+        assert found.page is None and not (out / "search.html").exists()
+        shutil.copytree(out, whole, dirs_exist_ok=True)
+    target = Target(max_weights_bytes=10**9)
+    again = search(model, out=whole, recipe=RECIPE, target=target, resume=True, **OPTIONS)
+    assert untimed(record_of(again.out))["recommended"] == "dense"
+    kls = [(one.name, one.kl, one.weights_bytes) for one in again.points]
+    assert kls == [(one.name, one.kl, one.weights_bytes) for one in done.points]
+
+
+def test_a_killed_search_goes_on_and_a_point_that_fails_is_kept_with_its_reason(
+    done: Searched, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "search"
+    shutil.copytree(done.out, out)
+    shutil.rmtree(out / "s0.4")
+    (out / "search.json").unlink()
+
+    def refused(job: Any, **_: Any) -> None:
+        raise NirvanaError(f"{job.pruning.sparsity:g} is too much.")
+
+    options = {"recipe": RECIPE, "target": Target(max_weights_bytes=10**9), "resume": True, **OPTIONS}
+    with monkeypatch.context() as patch:
+        patch.setattr(searching, "run_job", refused)
+        search(model, out=out, **options)
+    failed = {one["name"]: one["failed"] for one in record_of(out)["points"]}
+    assert failed["s0.4"] == failed["s0.4-w8"] == "0.4 is too much." and failed["s0.2"] is None
+    assert "failed: 0.4 is too much." in (out / "search.html").read_text()
+    search(model, out=out, **options)  # what failed is tried again
+    assert untimed(record_of(out)) == untimed(record_of(done.out))
+
+
+def test_what_does_not_belong_together_is_refused(done: Searched, model: str) -> None:
+    with pytest.raises(NirvanaError, match=r"cannot be resumed: .*seed 0, not 1"):
+        search(model, out=done.out, recipe=RECIPE, resume=True, **{**OPTIONS, "seed": 1})
+    with pytest.raises(NirvanaError, match="exists already"):
+        search(model, out=done.out, recipe=RECIPE, **OPTIONS)
+    with pytest.raises(NirvanaError, match="not the option 'sparsity'"):
+        search(model, out=done.out, sparsity=0.2, **OPTIONS)
+
+
+def test_the_command_knows_its_options() -> None:
+    shown = CliRunner().invoke(commands, ["search", "--help"])
+    assert "--max-kl" in shown.output and "nirvana-deploy search smollm2 --max-kl 0.2" in shown.output
+    refused = CliRunner().invoke(commands, ["search", "smollm2", "--sparsity", "0"])
+    assert isinstance(refused.exception, NirvanaError) and "cuts nothing" in refused.exception.message

@@ -1,0 +1,79 @@
+"""A budget in place of a sparsity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.jobs import SHORT, SHORT_ROUNDS
+from builders.tiny import write_tiny
+from click.testing import CliRunner
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.cli.main import commands
+from nirvana_deploy.pipeline.target import meet
+from nirvana_deploy.search.recipe import Target
+
+pytestmark = pytest.mark.integration
+OPTIONS: dict[str, Any] = {
+    **SHORT,
+    **SHORT_ROUNDS,
+    "num_sequences": 4,
+    "seq_len": 16,
+    "threads": 1,
+    "round_to": 1,
+    "gamma": 1.0,
+    "run_benchmark": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny(tmp_path_factory.mktemp("model") / "tiny", "llama-tied"))
+
+
+def test_a_size_is_met_and_the_trials_go(model: str, tmp_path: Path) -> None:
+    whole = meet(model, Target(max_weights_bytes=200_000), out=tmp_path / "out", **OPTIONS)
+    size = whole.chosen.weights_bytes
+    assert size is not None and 0.95 * 200_000 <= size <= 200_000
+    record = json.loads((tmp_path / "out/target.json").read_text())
+    assert record["chosen"] == whole.chosen.name and len(record["trials"]) == len(whole.trials)
+    assert (tmp_path / "out/report.html").is_file()
+    stages = json.loads((tmp_path / "out/manifest.json").read_text())["stages"]
+    assert {"calibrate", "plan", "onnx", "verify", "quality", "report"} <= set(stages)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(NirvanaError, match="is finished"):
+        meet(model, Target(max_weights_bytes=200_000), out=tmp_path / "out", resume=True, **OPTIONS)
+
+
+def test_what_no_sparsity_meets_is_said_with_what_comes_nearest(model: str, tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match=r"No sparsity meets --max-weights-bytes 1000\. Nearest: s0\.\d"):
+        meet(model, Target(max_weights_bytes=1000), out=tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out-trials/s0.2/manifest.json").is_file()
+    with pytest.raises(NirvanaError, match="there is nothing to cut"):
+        meet(model, Target(max_weights_bytes=10**9), out=tmp_path / "out", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "said"),
+    [
+        (Target(max_kl=0.1), {"sparsity": 0.2}, "say two things"),
+        (Target(max_kl=0.0), {}, "leaves nothing to cut"),
+        (Target(max_kl=0.1), {"quantize": ["w4", "w8"]}, "names 2 schemes"),
+    ],
+)
+def test_what_does_not_go_with_a_budget(
+    model: str, tmp_path: Path, target: Target, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(NirvanaError, match=said):
+        meet(model, target, out=tmp_path / "out", **OPTIONS, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_takes_a_budget_and_no_recipe_beside_it() -> None:
+    result = CliRunner().invoke(commands, ["prune-export", "m", "--max-kl", "0.1", "--dry-run"])
+    assert result.exit_code == 2 and "A budget finds the sparsity" in result.output
+    result = CliRunner().invoke(commands, ["prune-export", "--max-kl", "0.1"])
+    assert result.exit_code == 2 and "Missing argument 'MODEL'" in result.output

@@ -1,0 +1,83 @@
+"""A budget is met by few trials, whatever the curve of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nirvana_deploy.search.meeting import BAND, MOST_TRIALS, best_of, loads, nearest_of, next_sparsity
+from nirvana_deploy.search.point import Found, Point
+from nirvana_deploy.search.recipe import Target
+
+MOST = 0.8
+
+
+def tried(measure: Callable[[float], dict[str, float]], target: Target) -> list[Found]:
+    """The dense model, and every cut that is tried."""
+
+    def found(sparsity: float) -> Found:
+        name = Point(sparsity).name
+        return Found(1, "", name, sparsity, None, "", "", **measure(sparsity))  # type: ignore[arg-type]
+
+    trials = [found(0.0)]
+    while (sparsity := next_sparsity(trials, target, most=MOST)) is not None:
+        assert 0 < sparsity <= MOST and sparsity not in {one.sparsity for one in trials}
+        trials.append(found(sparsity))
+        assert len(trials) <= MOST_TRIALS + 1
+    return trials
+
+
+@given(st.floats(0.8, 3), st.floats(0.3, 5), st.sampled_from([0.0, 0.02]), st.floats(0.06, 1))
+def test_a_limit_on_kl_is_met_within_the_band(power: float, factor: float, base: float, limit: float) -> None:
+    target = Target(max_kl=limit)
+    trials = tried(lambda s: {"kl": base + factor * s**power}, target)
+    chosen = best_of(trials, target)
+    assert chosen is not None and chosen.kl is not None
+    within = (1 - BAND) * limit <= chosen.kl <= limit
+    assert within or chosen.sparsity == MOST
+    assert len(trials) <= 6
+
+
+@given(st.floats(0.3, 0.95), st.floats(7, 19))
+def test_a_limit_on_time_is_met_by_the_least_cut(falls: float, limit: float) -> None:
+    target = Target(target_tpot_ms=limit)
+    trials = tried(lambda s: {"tpot_ms": 20 * (1 - falls * s)}, target)
+    chosen = best_of(trials, target)
+    if 20 * (1 - falls * MOST) > limit:
+        assert chosen is None and nearest_of(trials[1:], target).sparsity == MOST
+    else:
+        assert chosen is not None and chosen.tpot_ms is not None
+        assert (1 - BAND) * limit <= chosen.tpot_ms <= limit
+
+
+def test_a_perplexity_ratio_is_met_on_a_logarithm() -> None:
+    target = Target(max_perplexity_ratio=1.2)
+    chosen = best_of(tried(lambda s: {"perplexity_ratio": math.exp(2 * s**1.4)}, target), target)
+    assert chosen is not None and chosen.perplexity_ratio is not None
+    assert 1.2 ** (1 - BAND) <= chosen.perplexity_ratio <= 1.2
+
+
+@pytest.mark.parametrize(
+    ("measured", "target"),
+    [({"kl": 0.5}, Target(max_kl=0.1)), ({"tpot_ms": 5.0}, Target(target_tpot_ms=9.0))],
+)
+def test_where_the_dense_model_decides_nothing_is_tried(measured: dict[str, float], target: Target) -> None:
+    assert len(tried(lambda s: measured, target)) == 1
+
+
+def test_a_curve_that_is_not_monotone_ends(noise: float = 0.3) -> None:
+    target = Target(max_kl=0.2)
+    trials = tried(lambda s: {"kl": s + noise * math.sin(40 * s) ** 2}, target)
+    assert len(trials) <= MOST_TRIALS + 1
+
+
+def test_limits_of_both_kinds_are_both_looked_at() -> None:
+    target = Target(max_kl=0.1, min_speedup=1.5)
+    trials = tried(lambda s: {"kl": s, "speedup": 1 / (1 - 0.8 * s)}, target)
+    assert best_of(trials, target) is None  # fast enough is too far from dense
+    fast = [one for one in trials if (loads(one, target).cost or 2) <= 1]
+    assert fast and all((loads(one, target).quality or 0) > 1 for one in fast)

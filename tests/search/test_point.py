@@ -1,0 +1,40 @@
+"""A result lies under the hash of what its point is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from nirvana_deploy.base.artifact import write_json
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.search.point import Found, Point, file_of, key_of, read_found, said
+
+KEY = key_of({"files": {"model.safetensors": "ab"}, "options": {"seed": 0}})
+FOUND = Found(1, KEY, "s0.2-w4", 0.2, "w4", "s0.2", "pruned-w4", kl=0.25, weights_bytes=95_000_000)
+
+
+def test_a_result_is_found_by_what_was_asked() -> None:
+    places = {file_of(KEY, Point(s, scheme)) for s in (0.0, 0.2) for scheme in (None, "w4")}
+    assert len(places) == 4
+    assert file_of(KEY, FOUND.point) == file_of(KEY, Point(0.2, "w4"))
+    assert key_of({"options": {"seed": 1}}) != KEY
+
+
+def test_it_is_read_as_it_was_written_and_another_search_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    write_json(path, asdict(FOUND))
+    assert read_found(path, key=KEY) == FOUND
+    with pytest.raises(NirvanaError, match="of another search"):
+        read_found(path, key="other")
+    write_json(path, asdict(replace(FOUND, kl="much")))  # type: ignore[arg-type]
+    with pytest.raises(NirvanaError, match="kl"):
+        read_found(path, key=KEY)
+
+
+def test_what_is_said_of_a_point() -> None:
+    assert said(FOUND) == "s0.2-w4 (KL 0.25, 95 MB)"
+    assert said(replace(FOUND, tpot_ms=12.34, speedup=2.1, weights_bytes=None)) == (
+        "s0.2-w4 (KL 0.25, 12.3 ms a token, 2.1 times as fast as dense)"
+    )

@@ -1,0 +1,31 @@
+"""Many pieces of work: a failure of one is no failure of the others."""
+
+from __future__ import annotations
+
+import pytest
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.search.workers import run_points
+
+
+def halved(number: int) -> int:
+    """Work that refuses odd numbers, and does not know 13."""
+    if number == 13:
+        raise ZeroDivisionError
+    if number % 2:
+        raise NirvanaError(f"{number} is odd.", hint="Try an even one.")
+    return number // 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_piece_has_its_result_or_why_it_has_none(processes: int) -> None:
+    found = dict(run_points([2, 3, 4], halved, processes=processes))
+    assert found[2] == 1 and found[4] == 2
+    refused = found[3]
+    assert isinstance(refused, NirvanaError)
+    assert (refused.message, refused.hint) == ("3 is odd.", "Try an even one.")
+
+
+def test_a_fault_of_ours_is_no_result() -> None:
+    with pytest.raises(ZeroDivisionError):
+        dict(run_points([2, 13], halved))
