@@ -72,8 +72,9 @@ def optimum_of(
     inverse = _inverse(system)
     optimum = weight.to(torch.float64, copy=True).mul_(scale)
     optimum.masked_fill_(energy == 0, 0.0)  # dead inputs: nothing to hold on to
-    for rows in _rows_of(weight) if missing is not None else ():
-        optimum[rows] += (missing[rows].double() / scale) @ inverse
+    if missing is not None:
+        for rows in _rows_of(missing):
+            optimum[rows] += (missing[rows].double() / scale) @ inverse
     return Optimum(coefficients=optimum if metric is None else metric.double() @ optimum, inverse=inverse)
 
 
