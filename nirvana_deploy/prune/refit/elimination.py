@@ -174,5 +174,6 @@ def _rows_of(matrix: torch.Tensor) -> Iterator[slice]:
 
 def _inverse(system: torch.Tensor) -> torch.Tensor:
     """The inverse of a positive definite matrix, which is used up."""
-    torch.linalg.cholesky(system, out=system)
-    return torch.cholesky_inverse(system, out=system)
+    by_columns = system.T  # the layout of LAPACK: anything else is copied there and back
+    torch.linalg.cholesky(by_columns, out=by_columns)
+    return torch.cholesky_inverse(by_columns, out=by_columns).T

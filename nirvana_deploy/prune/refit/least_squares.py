@@ -93,6 +93,7 @@ class NormalEquations:
         system = gram.to(torch.float64, copy=True)
         system.div_(scale).div_(scale[:, None]).diagonal().add_(ridge)
         cross = cross.double() / scale
+        system = system.T  # the layout of LAPACK: anything else is copied there and back
         torch.linalg.cholesky(system, out=system)
         delta = torch.cholesky_solve(cross.T, system).T
         # ||E - Z d^T||^2 = ||E||^2 - 2 <d, E^T Z> + <d G, d>, and d G = E^T Z - ridge d

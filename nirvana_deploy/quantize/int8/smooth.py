@@ -159,9 +159,10 @@ def _rows(linear: Linear) -> tuple[ir.Value, ...]:
 
 
 def _bias(linear: Linear) -> ir.Value | None:
-    (node, _), *others = linear.node.outputs[0].uses()
-    if others or node.op_type != "Add":
+    readers = [node for node, _ in linear.node.outputs[0].uses()]
+    if len(readers) != 1 or readers[0].op_type != "Add":
         return None
+    (node,) = readers
     for value in node.inputs:
         if value is not None and value.const_value is not None and value.name == f"{linear.name}.bias":
             return value

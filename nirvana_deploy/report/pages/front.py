@@ -51,6 +51,10 @@ _COLUMNS = (
     "on_front",
     "failed",
 )
+_TICKS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+"""KL, nats."""
+_LABEL_POINTS = 55
+"""Width of a label."""
 _SERIES = ("baseline", "first", "second", "third", "fourth")
 
 
@@ -190,19 +194,23 @@ def front_figure(record: Mapping[str, Any], cost: Cost) -> str | None:
         linewidth=1,
         zorder=0,
     )
-    for one in known:
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_ylim(-0.002, 1.6 * max(one["kl"] for one in known))
+    ticks = [tick for tick in _TICKS if tick <= 1.6 * max(one["kl"] for one in known)]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    taken: list[tuple[float, float]] = []
+    for one in sorted(known, key=lambda one: (not one[flag], one[cost])):
         shown = one[flag] or one["name"] == record["recommended"]
         axes.annotate(
             one["name"],
             (one[cost] / scale, one["kl"]),
-            xytext=(6, 5),
+            **_beside(axes.transData.transform((one[cost] / scale, one["kl"])), taken),
             textcoords="offset points",
             fontsize=8.5,
             weight="bold" if one["name"] == record["recommended"] else "normal",
             color=COLOURS["ink" if shown else "baseline"],
         )
-    axes.set_yscale("symlog", linthresh=0.01)
-    axes.set_ylim(bottom=-0.002)
     axes.set_xlabel(unit, color=COLOURS["soft"], fontsize=9)
     axes.set_ylabel("KL to dense, nats a token", color=COLOURS["soft"], fontsize=9)
     axes.legend(frameon=False, fontsize=9, labelcolor=COLOURS["ink"])
@@ -211,6 +219,16 @@ def front_figure(record: Mapping[str, Any], cost: Cost) -> str | None:
     return inline_svg(
         figure, name=f"front-{cost.replace('_', '-')}", alt=f"{unit}. Front: {', '.join(parts)}."
     )
+
+
+def _beside(at: Sequence[float], taken: list[tuple[float, float]]) -> dict[str, Any]:
+    """Where the label of a point goes, so that it lies on none that is ``taken``, in points."""
+    for right, up in ((6, 5), (6, -12), (-6, 5), (-6, -12)):
+        place = (float(at[0]) + (right if right > 0 else right - _LABEL_POINTS), float(at[1]) + up)
+        if all(abs(place[0] - x) > _LABEL_POINTS or abs(place[1] - y) > 12 for x, y in taken):
+            break
+    taken.append(place)
+    return {"xytext": (right, up), "ha": "left" if right > 0 else "right"}
 
 
 def search_page(record: Mapping[str, Any]) -> str:
