@@ -221,7 +221,7 @@ def front_figure(record: Mapping[str, Any], cost: Cost) -> str | None:
     )
 
 
-def _beside(at: Sequence[float], taken: list[tuple[float, float]]) -> dict[str, Any]:
+def _beside(at: Any, taken: list[tuple[float, float]]) -> dict[str, Any]:
     """Where the label of a point goes, so that it lies on none that is ``taken``, in points."""
     for right, up in ((6, 5), (6, -12), (-6, 5), (-6, -12)):
         place = (float(at[0]) + (right if right > 0 else right - _LABEL_POINTS), float(at[1]) + up)
