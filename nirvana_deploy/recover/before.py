@@ -10,6 +10,7 @@ from nirvana_deploy.calibrate.texts import require_source
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.recover.budget import budget_of
 from nirvana_deploy.recover.data import as_recover_text
+from nirvana_deploy.recover.learning.logs import require_log
 from nirvana_deploy.recover.processes import require_fit
 from nirvana_deploy.recover.recipe import Recovery
 
@@ -22,6 +23,7 @@ def require_recovery(recipe: Recovery, dense: Checkpoint, *, seq_len: int) -> No
     for package in ("accelerate", *(("peft",) if recipe.recover_method == "lora" else ())):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("Recovery", package=package, extra="recover")
+    require_log(recipe.recover_log, method=recipe.recover_method)
     if recipe.recover_method == "lora" and recipe.recover_for is not None:
         raise NirvanaError(
             f"--recover-for {recipe.recover_for} trains whole weights, and LoRA trains adapters beside them.",

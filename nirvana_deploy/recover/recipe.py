@@ -6,6 +6,7 @@ from typing import Annotated
 
 from nirvana_deploy.base.recipe import Option, recipe
 from nirvana_deploy.quantize.schemes import weight_schemes
+from nirvana_deploy.recover.learning.logs import LOGS, NOWHERE
 
 METHODS = ("distill", "lora", "full", "layers")
 TEACHERS = ("auto", "live", "stored")
@@ -68,6 +69,15 @@ class Recovery:
         Option("Training windows at a time; changes memory alone. [a step]", minimum=1, resumable=True),
     ] = None
     learning_rate: Annotated[float, Option("Peak, in recovery.", minimum=0, resumable=True)] = 1e-4
+    recover_log: Annotated[
+        str,
+        Option(
+            "Tell the course to tensorboard, as files in OUT/recovery/log, or to wandb, which also "
+            "sends it to its server.",
+            choices=LOGS,
+            resumable=True,
+        ),
+    ] = NOWHERE
     next_token_weight: Annotated[
         float,
         Option(

@@ -23,6 +23,7 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.recover.data import TrainingText, training_text
 from nirvana_deploy.recover.layers import BlockByBlock
+from nirvana_deploy.recover.learning.logs import LOG_FOLDER, keep_log
 from nirvana_deploy.recover.loop import Course, Loop, micro_batch_of, planned, shortened
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.shared import TEACHER, WINDOWS, WholeModel
@@ -109,12 +110,14 @@ def recover_checkpoint(
         loop = shortened(loop, recipe, seq_len=seq_len, writing_seconds=writing_seconds)
         _remember(state, identity, loop)
     course = way.train(text, loop, progress)
-    _write(out, cut, way.trained_tensors(), course)
+    _write(out, cut, way.trained_tensors(), course, state)
     remove(state)
     return Trained(text, loop, course, writing_seconds, way.trained_parameters, way.stored_teacher)
 
 
-def _write(out: Path, cut: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]], course: Course) -> None:
+def _write(
+    out: Path, cut: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]], course: Course, state: Path
+) -> None:
     """Write what was trained to the folder ``out``, or what the cut had where nothing was better."""
     with whole_folder(out) as folder, disk_errors(out):
         kept = SafetensorsWeights(cut.path)  # with fused linears as they are
@@ -123,6 +126,7 @@ def _write(out: Path, cut: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor
             for name, tensor in tensors
         }
         save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
+        keep_log(state, folder)
 
 
 def _begun(state: Path, identity: dict[str, Any], *, micro_batch: int) -> Loop | None:
@@ -130,7 +134,7 @@ def _begun(state: Path, identity: dict[str, Any], *, micro_batch: int) -> Loop |
 
     Raises NirvanaError for a folder of that name with files that no training writes.
     """
-    ours = (_SCHEDULE, TEACHER, WINDOWS, "checkpoint-*", "layer-*.safetensors", f"{PREFIX}*")
+    ours = (_SCHEDULE, TEACHER, WINDOWS, LOG_FOLDER, "checkpoint-*", "layer-*.safetensors", f"{PREFIX}*")
     names = [path.name for path in state.iterdir()] if state.is_dir() else []
     if others := [name for name in names if not any(fnmatchcase(name, one) for one in ours)]:
         raise foreign(state, others)

@@ -141,7 +141,16 @@ def _run(
     )
     student = Student(pruned, teacher, training.recipe)
     with progress.task(label, training.loop.steps) as advance:
-        course = fit(student, train, watch, training.loop, state=training.state, begin=begin, advance=advance)
+        course = fit(
+            student,
+            train,
+            watch,
+            training.loop,
+            state=training.state,
+            begin=begin,
+            log=training.recipe.recover_log,
+            advance=advance,
+        )
     processes.wait_for_all()  # the saved states are removed next
     return course
 

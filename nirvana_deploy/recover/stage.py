@@ -101,11 +101,17 @@ def options_of(recipe: Recovery) -> dict[str, Any]:
     return {field.name: getattr(recipe, field.name) for field in fields_of(Recovery)}
 
 
+def _that_matter(options: dict[str, Any]) -> dict[str, Any]:
+    """The options without those that change nothing of the result; what an older record lacks is default."""
+    defaults = {field.name: field.default for field in fields_of(Recovery)}
+    return {name: value for name, value in (defaults | options).items() if name != "recover_log"}
+
+
 def identity(run: Run, recipe: Recovery, calibration: Calibration) -> dict[str, Any]:
     """What must be the same for a training to be gone on with: options, model, plan and refit."""
     made = [run.manifest["stages"].get(name, {}).get("files", {}) for name in (stage.PLAN, stage.RECONSTRUCT)]
     return {
-        "options": options_of(recipe),
+        "options": _that_matter(options_of(recipe)),
         "seed": calibration.seed,
         "seq_len": calibration.seq_len,
         "model": run.manifest["model"]["files"],
@@ -117,7 +123,8 @@ def forget_another(run: Run, recipe: Recovery, calibration: Calibration) -> None
     """Let a recovery with other options be made anew."""
     if run.has(stage.RECOVER):
         done = run.result(stage.RECOVER, dict[str, Any])
-        if done["options"] != options_of(recipe) or done["seed"] != calibration.seed:
+        same = _that_matter(done["options"]) == _that_matter(options_of(recipe))
+        if not same or done["seed"] != calibration.seed:
             run.forget(stage.RECOVER)
 
 

@@ -31,9 +31,10 @@ from transformers import (
 from nirvana_deploy.base.ownership.temporary import remove
 from nirvana_deploy.base.progress import Advance
 from nirvana_deploy.base.resources import disk_errors
+from nirvana_deploy.recover.learning.logs import LOG_FOLDER, NOWHERE, told
 from nirvana_deploy.recover.learning.student import Student, parts_of, require_finite
 from nirvana_deploy.recover.loop import Course, Loop
-from nirvana_deploy.recover.processes import share_of
+from nirvana_deploy.recover.processes import is_first, share_of
 from nirvana_deploy.recover.record import CurvePoint
 
 _PATIENCE = 4
@@ -127,12 +128,13 @@ def fit(
     *,
     state: Path,
     begin: Path | None,
+    log: str,
     advance: Advance,
 ) -> Course:
     """Train ``student`` in place on windows [N, T]; it ends as the best state by the watching windows [M, T].
 
-    ``state`` is the folder of saved states, and ``begin`` the one to go on from. Raises NirvanaError for a
-    loss that is not finite (the states before stay) and a full disk.
+    ``state`` is the folder of saved states, and ``begin`` the one to go on from; ``log`` is told the course.
+    Raises NirvanaError for a loss that is not finite (the states before stay) and a full disk.
     """
     every = loop.measured_every
     arguments = TrainingArguments(
@@ -160,24 +162,26 @@ def fit(
         logging_steps=every,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to="none",  # its callbacks are given below
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
     )
-    trainer = _Watched(
-        student,
-        watch,
-        first=len(train),
-        batch=loop.micro_batch,
-        args=arguments,
-        train_dataset=_Windows(train),
-        eval_dataset=_Windows(watch),
-        callbacks=[EarlyStoppingCallback(_PATIENCE), _Told(advance)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    advance(0 if begin is None else int(begin.name.rpartition("-")[2]))
-    with _quiet(), disk_errors(state):
+    begin_step = 0 if begin is None else int(begin.name.rpartition("-")[2])
+    advance(begin_step)
+    where = log if is_first() else NOWHERE
+    with _quiet(), disk_errors(state), told(where, state / LOG_FOLDER, begin_step=begin_step) as tellers:
+        trainer = _Watched(
+            student,
+            watch,
+            first=len(train),
+            batch=loop.micro_batch,
+            args=arguments,
+            train_dataset=_Windows(train),
+            eval_dataset=_Windows(watch),
+            callbacks=[EarlyStoppingCallback(_PATIENCE), _Told(advance), *tellers],
+        )
+        trainer.remove_callback(PrinterCallback)
         trainer.go_on(begin)
     return _course(trainer.state.log_history, loop, train.shape[1], trainer.seconds)
 

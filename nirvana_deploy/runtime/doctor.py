@@ -28,8 +28,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "data": ("datasets",),
     "eval": ("accelerate", "lm-eval"),
     "gguf": ("accelerate", "gguf"),
-    "recover": ("accelerate", "peft"),
+    "recover": ("accelerate", "peft", "tensorboard"),
     "test": ("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "tritonclient"),
+    "wandb": ("wandb",),
 }
 """Extras that add no runtime, and their packages, as pyproject.toml has them."""
 

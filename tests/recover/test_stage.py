@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.extras import needs
 from builders.jobs import SHORT
 from builders.tiny import write_tiny
 from click.testing import CliRunner, Result
@@ -60,9 +61,11 @@ def test_the_record_tells_data_course_and_what_was_before(recovered: tuple[Path,
 
 
 def test_a_resumed_run_does_nothing_again(recovered: tuple[Path, dict[str, Any]]) -> None:
+    """Where the course is told is no other recovery."""
+    needs("tensorboard")
     out, options = recovered
     before = record_of(out)
-    prune_export(str(out.parent / "llama"), out=out, resume=True, **options)
+    prune_export(str(out.parent / "llama"), out=out, resume=True, **options, recover_log="tensorboard")
     after = record_of(out)
     assert all(after[name] == before[name] for name in before if name != "report")
 
