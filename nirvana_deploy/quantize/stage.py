@@ -9,13 +9,15 @@ from typing import Any
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.layout import CALIBRATION_FILE, ONNX
+from nirvana_deploy.output.layout import CALIBRATION_FILE, ONNX, RECOVERY
 from nirvana_deploy.output.results import Quantized
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import PRUNED, quantized_variant, variant_named
 from nirvana_deploy.quantize.folder import quantize_onnx
-from nirvana_deploy.quantize.int8.spec import read_record
+from nirvana_deploy.quantize.graph.linears import RECORD_FILE
+from nirvana_deploy.quantize.int8.decide import without_head
+from nirvana_deploy.quantize.int8.spec import Int8Spec, read_record
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.schemes import onnx_scheme
 
@@ -41,6 +43,7 @@ def quantize(run: Run, recipe: Quantization, *, draw: Draw, of: str = PRUNED) ->
                 folder,
                 recipe,
                 calibration=_calibration(run, optional=not scheme.needs_calibration),
+                decided=None if made.dense else _decided_in_training(run, recipe),
                 progress=run.progress,
             )
         except VerificationError as error:
@@ -56,7 +59,8 @@ def quantize(run: Run, recipe: Quantization, *, draw: Draw, of: str = PRUNED) ->
             layer_kl=(record.get("sensitivity") or {}).get("layers"),
         )
 
-    needs = (stage.SELECT, stage.CALIBRATE, source.stage)
+    trained = () if made.dense else (stage.RECOVER,)
+    needs = (stage.SELECT, stage.CALIBRATE, *trained, source.stage)
     return Stage(made.stage, needs=needs, makes=(made.folder,), work=work, shared=made.dense)
 
 
@@ -70,6 +74,23 @@ def require_quantized(run: Run, scheme: str, *, of: str = PRUNED) -> None:
             result.problem or f"{scheme} failed.",
             hint=f"{folder} is kept. nirvana-deploy doctor lists the versions in use.",
         )
+
+
+def _decided_in_training(run: Run, recipe: Quantization) -> dict[str, Any] | None:
+    """What the model was trained for, unless the recipe asks for something else than its defaults."""
+    if not run.has(stage.RECOVER) or not (run.out / RECOVERY / RECORD_FILE).is_file():
+        return None
+    record = read_record(run.out / RECOVERY)
+    if record["scheme"] != recipe.scheme:
+        return None
+    if recipe != Quantization(scheme=recipe.scheme, head=recipe.head):
+        run.progress.note(
+            f"{recipe.scheme} is decided anew, with other options than the model was trained for"
+        )
+        return None
+    run.progress.note(f"{recipe.scheme} is applied as the model was trained for it")
+    spec = Int8Spec.from_json(record["int8"])
+    return {"int8": (spec if recipe.head else without_head(spec)).to_json()}
 
 
 def _calibration(run: Run, *, optional: bool) -> Any:

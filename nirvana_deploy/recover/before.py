@@ -8,6 +8,7 @@ from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.calibrate.mixture import parts_of
 from nirvana_deploy.calibrate.texts import require_source
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.quantize.schemes import scheme_named
 from nirvana_deploy.recover.budget import budget_of
 from nirvana_deploy.recover.data import as_recover_text
 from nirvana_deploy.recover.learning.logs import require_log
@@ -24,14 +25,32 @@ def require_recovery(recipe: Recovery, dense: Checkpoint, *, seq_len: int) -> No
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("Recovery", package=package, extra="recover")
     require_log(recipe.recover_log, method=recipe.recover_method)
-    if recipe.recover_method == "lora" and recipe.recover_for is not None:
-        raise NirvanaError(
-            f"--recover-for {recipe.recover_for} trains whole weights, and LoRA trains adapters beside them.",
-            hint="Pass --recover-method distill, or leave --recover-for out.",
-        )
+    _require_rounding(recipe)
     require_fit(method=recipe.recover_method, step_windows=recipe.recover_batch)
     if not recipe.learning_rate > 0:
         raise NirvanaError(f"--learning-rate must be above 0, got {recipe.learning_rate:g}.")
     with as_recover_text():
         for part in parts_of(recipe.recover_text, writes_text=dense.shape.family.writes_text):
             require_source(part.source, dense.tokenizer)
+
+
+def _require_rounding(recipe: Recovery) -> None:
+    """Raise NirvanaError for a method that cannot train what is rounded."""
+    if recipe.recover_for is None:
+        return
+    asked, hint = (
+        f"--recover-for {recipe.recover_for}",
+        "Pass --recover-method distill, or leave --recover-for out.",
+    )
+    if recipe.recover_method == "lora":
+        raise NirvanaError(f"{asked} trains whole weights, and LoRA trains adapters beside them.", hint=hint)
+    if scheme_named(recipe.recover_for).activation_bits is None:
+        return
+    if recipe.recover_method == "layers":
+        raise NirvanaError(
+            f"{asked} takes ranges of activations from the whole cut, and --recover-method layers has one "
+            "block of it in memory.",
+            hint=hint,
+        )
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MissingExtraError(asked, package="onnxruntime", extra="cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from nirvana_deploy.base.recipe import Option, recipe
-from nirvana_deploy.quantize.schemes import weight_schemes
+from nirvana_deploy.quantize.schemes import onnx_schemes
 from nirvana_deploy.recover.learning.logs import LOGS, NOWHERE
 
 METHODS = ("distill", "lora", "full", "layers")
@@ -54,9 +54,9 @@ class Recovery:
     recover_for: Annotated[
         str | None,
         Option(
-            "Train with the weights rounded as this scheme rounds them; the checkpoint then holds what so "
-            "many bits hold.",
-            choices=weight_schemes,
+            "Train with weights, and in int8 activations, rounded as this scheme rounds them; the checkpoint "
+            "then holds what so many bits hold.",
+            choices=onnx_schemes,
             resumable=True,
         ),
     ] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from nirvana_deploy.base.artifact import whole_folder, write_json
@@ -21,8 +24,11 @@ from nirvana_deploy.base.progress import Progress
 from nirvana_deploy.base.resources import disk_errors
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import SafetensorsWeights
+from nirvana_deploy.quantize.graph.linears import RECORD_FILE
+from nirvana_deploy.quantize.schemes import scheme_named
 from nirvana_deploy.recover.data import TrainingText, training_text
 from nirvana_deploy.recover.layers import BlockByBlock
+from nirvana_deploy.recover.learning.int8_decision import write_decision
 from nirvana_deploy.recover.learning.logs import LOG_FOLDER, keep_log
 from nirvana_deploy.recover.loop import Course, Loop, micro_batch_of, planned, shortened
 from nirvana_deploy.recover.recipe import Recovery
@@ -81,16 +87,20 @@ def recover_checkpoint(
     *,
     state: Path,
     identity: dict[str, Any],
+    calibration: NDArray[np.int64],
     progress: Progress,
 ) -> Trained:
     """Train ``cut`` toward ``dense``; write what changed to the folder ``out``, in the stored dtypes.
 
     ``state`` is where a killed training left its course; it is gone on with where ``identity`` (options and
-    hashes, JSON) is the same, and removed in the end. Raises NirvanaError for too little text, time, memory
-    or disk, and for a loss that is not finite.
+    hashes, JSON) is the same, and removed in the end. The ``calibration`` windows [N, T] tell the ranges of
+    activations to a scheme that rounds them. Raises NirvanaError for too little text, time, memory or disk,
+    and for a loss that is not finite.
     """
-    way: Way = (BlockByBlock if recipe.recover_method == "layers" else WholeModel)(cut, dense, recipe, state)
     begun = _begun(state, identity, micro_batch=micro_batch_of(recipe))
+    if recipe.recover_for is not None and scheme_named(recipe.recover_for).activation_bits is not None:
+        write_decision(cut, calibration, state, scheme=recipe.recover_for, progress=progress)
+    way: Way = (BlockByBlock if recipe.recover_method == "layers" else WholeModel)(cut, dense, recipe, state)
     seq_len = wanted.seq_len
     loop = begun or planned(recipe, seq_len=seq_len, seed=wanted.seed, seconds_of_step=way.seconds_of_step)
     started = time.perf_counter()
@@ -126,6 +136,8 @@ def _write(
             for name, tensor in tensors
         }
         save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
+        if (state / RECORD_FILE).is_file():
+            shutil.copyfile(state / RECORD_FILE, folder / RECORD_FILE)
         keep_log(state, folder)
 
 
@@ -134,7 +146,16 @@ def _begun(state: Path, identity: dict[str, Any], *, micro_batch: int) -> Loop |
 
     Raises NirvanaError for a folder of that name with files that no training writes.
     """
-    ours = (_SCHEDULE, TEACHER, WINDOWS, LOG_FOLDER, "checkpoint-*", "layer-*.safetensors", f"{PREFIX}*")
+    ours = (
+        _SCHEDULE,
+        TEACHER,
+        WINDOWS,
+        RECORD_FILE,
+        LOG_FOLDER,
+        "checkpoint-*",
+        "layer-*.safetensors",
+        f"{PREFIX}*",
+    )
     names = [path.name for path in state.iterdir()] if state.is_dir() else []
     if others := [name for name in names if not any(fnmatchcase(name, one) for one in ours)]:
         raise foreign(state, others)

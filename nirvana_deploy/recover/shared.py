@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import (
@@ -22,8 +23,12 @@ from nirvana_deploy.base.resources import (
 )
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.streaming.loading import compute_device
+from nirvana_deploy.quantize.schemes import scheme_named
 from nirvana_deploy.recover import processes
 from nirvana_deploy.recover.data import TrainingText
+from nirvana_deploy.recover.learning.int8_decision import read_decision
+from nirvana_deploy.recover.learning.int8_training import compute_in_int8
+from nirvana_deploy.recover.learning.rounded import round_while_training
 from nirvana_deploy.recover.learning.states import StatesOf
 from nirvana_deploy.recover.learning.student import Student, probe, trainable, trained_tensors
 from nirvana_deploy.recover.learning.teacher import (
@@ -71,10 +76,21 @@ class Training:
         }
 
 
-def model_to_train(cut: Checkpoint, recipe: Recovery) -> StatesOf:
-    """The cut on this process's device, with what is trained of it."""
+def model_to_train(cut: Checkpoint, recipe: Recovery, state: Path) -> StatesOf:
+    """The cut on this process's device, with what is trained of it, rounded as it is to be deployed.
+
+    For a scheme that rounds activations, the folder ``state`` says how.
+    """
     model = cut.load().train()
     trainable(model, recipe)
+    scheme = None if recipe.recover_for is None else scheme_named(recipe.recover_for)
+    if scheme is not None and scheme.activation_bits is not None:
+        head = model.get_output_embeddings()
+        linears = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear)}
+        widths = {name: one.in_features for name, one in linears.items() if one is not head}
+        compute_in_int8(model, read_decision(state, widths))
+    elif scheme is not None:
+        round_while_training(model, scheme.name)
     return StatesOf(cut, model.to(compute_device()))
 
 
@@ -113,7 +129,7 @@ def take_part(work: dict[str, Any]) -> None:
     windows = load_file(training.state / WINDOWS)
     _run(
         training,
-        model_to_train(training.cut, training.recipe),
+        model_to_train(training.cut, training.recipe, training.state),
         windows["train"],
         windows["watch"],
         begin=None if work["begin"] is None else Path(work["begin"]),
@@ -160,7 +176,7 @@ class WholeModel:
 
     def __init__(self, cut: Checkpoint, dense: Checkpoint, recipe: Recovery, state: Path) -> None:
         self._cut, self._dense, self._recipe, self._state = cut, dense, recipe, state
-        self._pruned: StatesOf | None = model_to_train(cut, recipe)
+        self._pruned: StatesOf | None = model_to_train(cut, recipe, state)
         trained = [one.numel() for one in self._pruned.model.parameters() if one.requires_grad]
         self.trained_parameters = sum(trained)
         self.stored_teacher = _stores_teacher(recipe, self.trained_parameters, dense)
@@ -170,7 +186,7 @@ class WholeModel:
     @property
     def _model(self) -> StatesOf:
         if self._pruned is None:
-            self._pruned = model_to_train(self._cut, self._recipe)
+            self._pruned = model_to_train(self._cut, self._recipe, self._state)
         return self._pruned
 
     def seconds_of_step(self, seq_len: int) -> float:

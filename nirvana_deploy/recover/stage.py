@@ -62,6 +62,7 @@ def recover(
                 run.out / RECOVERY,
                 state=run.out / RECOVERY_STATE,
                 identity=identity(run, recipe, calibration),
+                calibration=read_windows(run.out / CALIBRATION_FILE)["calibration"],
                 progress=run.progress,
             )
         course, loop = done.course, done.loop

@@ -35,6 +35,7 @@ class Cut:
         self.plan = plan_for(self.dense.path, sparsity=0.3)
         slice_checkpoint(self.dense, self.plan, folder / "cut")
         self.cut = Checkpoint.open(folder / "cut")
+        self.windows = np.random.default_rng(4).integers(3, self.dense.shape.vocab_size, (16, SEQ_LEN))
 
     def recover(self, out: str = "recovery", **options: Any) -> Trained:
         recipe = Recovery(**{**SHORT, "recover_text": str(self.text), **options})
@@ -46,6 +47,7 @@ class Cut:
             self.folder / out,
             state=self.folder / "state",
             identity={"lr": recipe.learning_rate},
+            calibration=self.windows,
             progress=SILENT,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.quantize.graph.layer_runner import Runner
 from nirvana_deploy.quantize.graph.linears import Linear, OnnxGraph, open_folder, write_folder
-from nirvana_deploy.quantize.graph.names import HEAD
+from nirvana_deploy.quantize.graph.names import HEAD, described
 from nirvana_deploy.quantize.graph.packing import is_for_ort_alone, pack, pack_floats, siblings
 from nirvana_deploy.quantize.int8.observe import Observed, observe
 from nirvana_deploy.quantize.int8.ranges import bound_of
@@ -37,6 +37,7 @@ OUTLIER_RATIO = 2.0
 """A channel is an outlier when its largest activation exceeds this many times the median channel's."""
 MAX_OUTLIERS = 16
 """Outlier channels of one linear; a linear with more is not one of a few large channels."""
+_HEAD_REASON = "head (--head includes it)"
 _OUTLIER_ROLES = frozenset({"down"})
 """Where massive activations arise; elsewhere a norm keeps them apart from the linears."""
 
@@ -68,7 +69,7 @@ class _Calibration:
 def float_reason(linear: Linear, *, head: bool) -> str | None:
     """Why a linear stays float whatever its error, or None."""
     if linear.role == HEAD and not head:
-        return "head (--head includes it)"
+        return _HEAD_REASON
     if min(linear.K, linear.N) < SMALLEST_DIMENSION:
         return f"fewer than {SMALLEST_DIMENSION} inputs or outputs"
     return None
@@ -156,6 +157,17 @@ def decide(
         alpha=alpha,
         ranges=ranges,
         kept_float=calibration.kept_float,
+    )
+
+
+def without_head(spec: Int8Spec) -> Int8Spec:
+    """``spec`` with the head left in float."""
+    heads = {name for name in spec.linears if described(name, transposed=False)[1] == HEAD}
+    return replace(
+        spec,
+        linears={name: linear for name, linear in spec.linears.items() if name not in heads},
+        smoothing={name: factors for name, factors in spec.smoothing.items() if name not in heads},
+        kept_float={**spec.kept_float, **dict.fromkeys(heads, _HEAD_REASON)},
     )
 
 

@@ -58,7 +58,7 @@ class Int8Spec:
                 for name, linear in self.linears.items()
             },
             "kept_float": dict(self.kept_float),
-            "smoothing": {name: _letters(factors) for name, factors in self.smoothing.items()},
+            "smoothing": {name: as_letters(factors) for name, factors in self.smoothing.items()},
         }
 
     @classmethod
@@ -69,7 +69,7 @@ class Int8Spec:
                 name: Int8Linear(bound=linear["bound"], outliers=tuple(linear["outliers"]))
                 for name, linear in data["linears"].items()
             },
-            smoothing={name: _factors(letters) for name, letters in data["smoothing"].items()},
+            smoothing={name: from_letters(letters) for name, letters in data["smoothing"].items()},
             alpha=data["alpha"],
             ranges=data["ranges"],
             kept_float=data["kept_float"],
@@ -155,10 +155,12 @@ def record_of(*, scheme: str, **entries: Any) -> dict[str, Any]:
     }
 
 
-def _letters(factors: NDArray[np.float32]) -> str:
+def as_letters(factors: NDArray[np.float32]) -> str:
+    """Factors [channels], powers of two, as one letter each; "m" is 1."""
     exponents = np.log2(factors).astype(np.int64)
     return "".join(chr(_ZERO_EXPONENT + int(exponent)) for exponent in exponents)
 
 
-def _factors(letters: str) -> NDArray[np.float32]:
+def from_letters(letters: str) -> NDArray[np.float32]:
+    """The factors [channels] that :func:`as_letters` wrote."""
     return np.exp2(np.array([ord(letter) - _ZERO_EXPONENT for letter in letters], dtype=np.float32))

@@ -23,7 +23,7 @@ from nirvana_deploy.recover.learning.losses import (
     relative_error,
     weighted,
 )
-from nirvana_deploy.recover.learning.rounded import round_while_training, stored_name
+from nirvana_deploy.recover.learning.rounded import stored_name
 from nirvana_deploy.recover.learning.states import StatesOf
 from nirvana_deploy.recover.learning.teacher import Teacher
 from nirvana_deploy.recover.recipe import Recovery
@@ -80,8 +80,6 @@ def trainable(model: Any, recipe: Recovery) -> None:
     fixed = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     for parameter in model.parameters():
         parameter.requires_grad_(recipe.recover_method != "lora" and id(parameter) not in fixed)
-    if recipe.recover_for is not None:
-        round_while_training(model, recipe.recover_for)
     if recipe.recover_method == "lora":
         from peft import LoraConfig, inject_adapter_in_model
 
