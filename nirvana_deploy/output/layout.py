@@ -20,6 +20,8 @@ SCORES_FILE = "scores.safetensors"
 CURVES_FILE = "curves.safetensors"
 RECONSTRUCTION = "reconstruction"
 RECOVERY = "recovery"
+STEP_FOLDERS = "step-"
+"""Followed by a number: folders of the cuts on the way to the target, each with these four."""
 RECOVERY_STATE = ".nirvana-deploy.recovery"
 """What a killed recovery goes on from; gone when it is finished."""
 QUALITY_FILE = "quality.json"
@@ -49,6 +51,7 @@ NAMES_OF_A_RUN = (
     PLAN_FILE,
     RECONSTRUCTION,
     RECOVERY,
+    f"{STEP_FOLDERS}[0-9]*",
     CHECKPOINT,
     ONNX,
     f"{ONNX}-*",

@@ -6,9 +6,12 @@ anew; what needs it is forgotten before it runs again. Names of stages stand her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nirvana_deploy.output import layout
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -69,3 +72,48 @@ class Stage:
     """Never skipped: it is cheap, or what it read has changed."""
     shared: bool = False
     """Comes out the same at every sparsity: a run beside may have made it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of several cuts to the target, each of what recovery made of the one before.
+
+    The last one is what a run in one step is. Those before have stages and a folder of their own, with the
+    same files.
+    """
+
+    number: int = 1
+    of: int = 1
+
+    @property
+    def last(self) -> bool:
+        """Whether it reaches the target."""
+        return self.number == self.of
+
+    def named(self, name: str) -> str:
+        """What the stage ``name`` of a run in one step is called here."""
+        return name if self.last else f"{name}-{self.number}"
+
+    def folder(self, out: Path) -> Path:
+        """Where its files lie in the output folder ``out``."""
+        return out if self.last else out / f"{layout.STEP_FOLDERS}{self.number}"
+
+    def stage(self, whole: Stage) -> Stage:
+        """A stage of a run in one step as one of this step, which needs the step before."""
+        before = (replace(self, number=self.number - 1).named(CHECKPOINT),) if self.number > 1 else ()
+        own = {name: self.named(name) for name in (RECONSTRUCT, RECOVER, CHECKPOINT)}
+        return replace(
+            whole,
+            name=own[whole.name],
+            needs=(*(own.get(name, name) for name in whole.needs), *before),
+            makes=tuple((self.folder(Path()) / name).as_posix() for name in whole.makes),
+        )
+
+
+WHOLE = Step()
+"""The cut of a run in one step."""
+
+
+def in_steps(count: int) -> Iterator[Step]:
+    """``count`` steps to the target."""
+    return (Step(number, count) for number in range(1, count + 1))

@@ -28,6 +28,7 @@ from nirvana_deploy.prune.curves.operations import (
     refit_operations,
 )
 from nirvana_deploy.prune.cutting import reads_curves
+from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.prune.refit.reconstruct import require_tokens
 from nirvana_deploy.recover.before import require_recovery
 from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
@@ -57,6 +58,7 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
     for corpus in choices.corpora:
         for part in parts_of(corpus, writes_text=dense.shape.family.writes_text):
             require_source(part.source, dense.tokenizer)
+    _require_steps(job, choices)
     if job.recovery.recover is not None:
         require_recovery(job.recovery, dense, seq_len=job.calibration.seq_len)
     if job.calibration.eval_text is not None:
@@ -85,6 +87,23 @@ def _require_benchmark_fits(measurement: Measurement, dense: Checkpoint) -> None
         )
 
 
+def _require_steps(job: Job, choices: Choices) -> None:
+    """Raise NirvanaError for several steps without recovery, or by scores."""
+    steps = job.recovery.recover_steps
+    if steps > 1 and job.recovery.recover is None:
+        raise NirvanaError(
+            f"--steps {steps} trains after each cut, and --recover is missing.",
+            hint="Say how long to train in all, for instance --recover 30m, or leave --steps out.",
+        )
+    if steps > 1 and choices.saliencies != (REFIT,):
+        preset = job.pruning.preset
+        raise NirvanaError(
+            f"--steps {steps} chooses units inside the refit of each step, and saliency "
+            f"{','.join(choices.saliencies)} ranks those of the dense model, once.",
+            hint=f"Leave {'--saliency' if preset == 'best' else f'--preset {preset}'} out, or --steps.",
+        )
+
+
 def within_context(job: Job, dense: Checkpoint) -> Job:
     """The job with held-out windows no longer than the model's context: their length is no user's choice."""
     if (most := dense.context_tokens) is None:
@@ -105,7 +124,7 @@ def say_cost(job: Job, choices: Choices, shape: ModelShape, progress: Progress) 
     """Say how long curves and refit are going to take."""
     recipe = job.pruning
     tokens = windows_wanted(job.calibration, shape) * job.calibration.seq_len
-    operations = refit_operations(shape, tokens) if recipe.reconstruct else 0.0
+    operations = job.recovery.recover_steps * refit_operations(shape, tokens) if recipe.reconstruct else 0.0
     if by_curves(job, choices):
         operations += curve_operations(shape, tokens)
     if operations:
@@ -125,7 +144,8 @@ def untimed(job: Job) -> bool:
 def require_space(job: Job, out: Path, shape: ModelShape, until: Until) -> None:
     """Raise NirvanaError when the disk has no room for what the job writes."""
     later = 2 + job.export.baseline + len(job.quantization.quantize)
-    copies = job.pruning.reconstruct + (1 if until == "checkpoint" else later)
+    on_the_way = 3 * (job.recovery.recover_steps - 1)
+    copies = job.pruning.reconstruct + on_the_way + (1 if until == "checkpoint" else later)
     parameters = shape.linear_parameters + shape.embedding_parameters
     require_free_bytes(out, 4 * copies * parameters, what="The output")
 

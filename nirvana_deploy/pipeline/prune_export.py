@@ -19,9 +19,9 @@ from nirvana_deploy.measure.recipe import Measurement, Workload
 from nirvana_deploy.measure.stage import answers, quality, speed, unit_cost
 from nirvana_deploy.model.checkpoint import Checkpoint, model_record
 from nirvana_deploy.model.sources import resolve_model
-from nirvana_deploy.output.layout import BENCHMARK_FILE, RECIPE_FILE, REPORT_HTML
+from nirvana_deploy.output.layout import BENCHMARK_FILE, CHECKPOINT, RECIPE_FILE, REPORT_HTML
 from nirvana_deploy.output.run import Run
-from nirvana_deploy.output.stage import RECONSTRUCT
+from nirvana_deploy.output.stage import RECONSTRUCT, WHOLE, Step, in_steps
 from nirvana_deploy.output.variants import DENSE, PRUNED, variant_named
 from nirvana_deploy.pipeline.before import (
     Until,
@@ -45,9 +45,10 @@ from nirvana_deploy.prune.cutting import Cutter, budget_of, reads_curves
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
 from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.prune.recipe import REFIT
+from nirvana_deploy.prune.slicing import in_dense_shape
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
-from nirvana_deploy.recover.stage import forget_another, recover, require_same
+from nirvana_deploy.recover.stage import Answers, Models, forget_another, recover, require_same
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import report
 from nirvana_deploy.runtime.recipe import Place
@@ -230,21 +231,39 @@ def _prune(run: Run, job: Job, dense: Checkpoint, choices: Choices) -> PrunePlan
         saliency, gamma = chosen["saliency"], chosen["gamma"]
     if saliency == REFIT:
         run.run(prune.allocate(run, cutter))
-        run.run(prune.select_inside(run, cutter))
-    else:
-        if choices.single:
-            run.run(prune.score(run, dense, recipe, saliency=saliency, seed=seed))
-        run.run(prune.plan(run, cutter, saliency=saliency, gamma=gamma))
+        return _cut_in_steps(run, job, cutter)
+    if choices.single:
+        run.run(prune.score(run, dense, recipe, saliency=saliency, seed=seed))
+    run.run(prune.plan(run, cutter, saliency=saliency, gamma=gamma))
     plan = prune.planned(run, reconstruct=recipe.reconstruct)
-    if saliency != REFIT and plan.reconstruct is not None:
+    if plan.reconstruct is not None:
         run.run(prune.reconstruct(run, cutter, plan))
-    if job.recovery.recover is not None:
-        forget_another(run, job.recovery, job.calibration)
-        run.run(
-            recover(run, dense, plan, job.recovery, job.calibration, prompts=PROMPTS, new_tokens=NEW_TOKENS)
-        )
-    run.run(prune.slice_model(run, dense, plan))
+    _recover_and_slice(run, job, Models(dense, dense), plan)
     return plan
+
+
+def _cut_in_steps(run: Run, job: Job, cutter: Cutter) -> PrunePlan:
+    """Choose units inside the refit, recover, slice; in several steps, each cuts what the one before made."""
+    dense = source = cutter.dense
+    prune.forget_other_steps(run, job.recovery.recover_steps)
+    for step in in_steps(job.recovery.recover_steps):
+        run.run(prune.select_inside(run, cutter, source, step))
+        plan = prune.planned(run, step, reconstruct=True)
+        _recover_and_slice(run, job, Models(dense, source), plan, step)
+        if not step.last:
+            made = Checkpoint.open(step.folder(run.out) / CHECKPOINT)
+            source = in_dense_shape(dense, plan, made)
+    return plan
+
+
+def _recover_and_slice(run: Run, job: Job, models: Models, plan: PrunePlan, step: Step = WHOLE) -> None:
+    """Train the cut, if asked, and write the checkpoint."""
+    recovery, text = job.recovery, job.calibration
+    if recovery.recover is not None:
+        forget_another(run, recovery, text, step)
+        asked = Answers(PROMPTS, NEW_TOKENS)
+        run.run(recover(run, models, plan, recovery, text, asked, step))
+    run.run(prune.slice_model(run, models.source, plan, step))
 
 
 def _unit_cost(run: Run, job: Job, dense: Checkpoint) -> UnitCost | None:

@@ -14,7 +14,7 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.calibrate.stage import calibration_record
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.prune.curves.budget import Allocated, Budget, UnitCost, allocate, least_neurons
+from nirvana_deploy.prune.curves.budget import Allocated, Budget, UnitCost, allocate_in_steps, least_neurons
 from nirvana_deploy.prune.curves.curve import Curves
 from nirvana_deploy.prune.curves.measure_curves import measure_curves
 from nirvana_deploy.prune.plan import Origin, PrunePlan, make_plan, plan_of
@@ -69,9 +69,14 @@ class Cutter:
             progress=self.progress,
         )
 
-    def allocated(self, curves: Curves) -> Allocated:
-        """How many units of each layer stay."""
-        return allocate(self.dense.shape, curves, budget_of(self.recipe, self.cost))
+    def allocated(self, curves: Curves, *, step: int = 1, steps: int = 1) -> Allocated:
+        """How many units of each layer stay [after one of several steps]."""
+        budget = budget_of(self.recipe, self.cost)
+        return allocate_in_steps(self.dense.shape, curves, budget, steps)[step - 1]
+
+    def at(self, source: Checkpoint, share: float) -> Cutter:
+        """The cutter of ``source``, a model of the same shape, to a share of the sparsity."""
+        return replace(self, dense=source, recipe=replace(self.recipe, sparsity=self.recipe.sparsity * share))
 
     def plan(
         self,

@@ -7,10 +7,12 @@ model needs the memory of one tensor. Neither changes the source.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import Rows, WeightSource
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
@@ -126,4 +128,13 @@ class MaskedWeights:
 
     def rows(self, name: str, positions: Rows) -> torch.Tensor:
         """Some rows of the tensor with removed units zeroed."""
-        return self.load(name)[positions] if name in self._kept else self._source.rows(name, positions)
+        return self.load(name)[positions] if name in self._kept else self._cut.rows(name, positions)
+
+
+def in_dense_shape(dense: Checkpoint, plan: PrunePlan, pruned: Checkpoint) -> Checkpoint:
+    """``pruned``, cut from ``dense`` by ``plan`` and trained, with the weights of removed units zero.
+
+    It computes what ``pruned`` does, and can be streamed and cut like ``dense``: dead units cost nothing and
+    go first. Its folder is that of ``dense``, so it cannot be loaded as a whole.
+    """
+    return replace(dense, weights=MaskedWeights(dense.weights, dense.shape, plan, pruned.weights))

@@ -33,7 +33,7 @@ from nirvana_deploy.output.layout import (
     SCORES_FILE,
 )
 from nirvana_deploy.output.run import Run
-from nirvana_deploy.output.stage import Stage
+from nirvana_deploy.output.stage import WHOLE, Stage, Step
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.choices import Choices
 from nirvana_deploy.prune.curves.curve import Curves, facts_of, read_curves, require_curves_of, write_curves
@@ -160,18 +160,30 @@ def allocate(run: Run, cutter: Cutter) -> Stage:
     return Stage(stage.PLAN, needs=needs, makes=(), work=work)
 
 
-def select_inside(run: Run, cutter: Cutter) -> Stage:
-    """Choose units and refit what stays, layer by layer, on the calibration windows."""
+def select_inside(run: Run, cutter: Cutter, source: Checkpoint, step: Step = WHOLE) -> Stage:
+    """Choose units and refit what stays, layer by layer, on the calibration windows.
+
+    They are chosen in ``source``: the dense model, or what the step before made of it, in its shape.
+    """
 
     def work() -> dict[str, Any]:
         drawn: dict[str, Any] = dict(drawn_record(run))
-        allocated = cutter.allocated(_curves(run, cutter))
-        made, done = cutter.select(allocated, _windows(run), run.out / RECONSTRUCTION, drawn)
-        write_plan(_with_candidates(made, drawn), run.out / PLAN_FILE)
-        return _reconstructed(run, done)
+        allocated = cutter.allocated(_curves(run, cutter), step=step.number, steps=step.of)
+        here, folder = cutter.at(source, step.number / step.of), step.folder(run.out)
+        made, done = here.select(allocated, _windows(run), folder / RECONSTRUCTION, drawn)
+        write_plan(_with_candidates(made, drawn), folder / PLAN_FILE)
+        return {**_reconstructed(run, done), "steps": step.of}
 
     needs = (stage.PLAN, stage.SELECT, stage.CALIBRATE)
-    return Stage(stage.RECONSTRUCT, needs=needs, makes=(PLAN_FILE, RECONSTRUCTION), work=work)
+    return step.stage(Stage(stage.RECONSTRUCT, needs=needs, makes=(PLAN_FILE, RECONSTRUCTION), work=work))
+
+
+def forget_other_steps(run: Run, count: int) -> None:
+    """Let cuts be made anew that were made in another number of steps."""
+    for name in list(run.manifest["stages"]):
+        of_step = name == stage.RECONSTRUCT or name.startswith(f"{stage.RECONSTRUCT}-")
+        if of_step and run.has(name) and run.result(name, dict[str, Any]).get("steps", 1) != count:
+            run.forget(name)
 
 
 def given_plan(run: Run, decided: PrunePlan) -> Stage:
@@ -181,9 +193,12 @@ def given_plan(run: Run, decided: PrunePlan) -> Stage:
     )
 
 
-def planned(run: Run, *, reconstruct: bool) -> PrunePlan:
-    """The plan of a run; raises NirvanaError where a resumed one knows nothing of a wanted reconstruction."""
-    found = read_plan(run.out / PLAN_FILE)
+def planned(run: Run, step: Step = WHOLE, *, reconstruct: bool) -> PrunePlan:
+    """The plan of a run [up to a step].
+
+    Raises NirvanaError where a resumed run knows nothing of a wanted reconstruction.
+    """
+    found = read_plan(step.folder(run.out) / PLAN_FILE)
     if reconstruct and found.reconstruct is None:
         raise NirvanaError(
             f"{run.out} was planned by a version that does not reconstruct.",
@@ -202,22 +217,26 @@ def reconstruct(run: Run, cutter: Cutter, plan: PrunePlan) -> Stage:
     return Stage(stage.RECONSTRUCT, needs=needs, makes=(RECONSTRUCTION,), work=work)
 
 
-def slice_model(run: Run, dense: Checkpoint, plan: PrunePlan) -> Stage:
-    """Write the smaller checkpoint, with what :func:`reconstruct` and recovery wrote, if anything."""
+def slice_model(run: Run, source: Checkpoint, plan: PrunePlan, step: Step = WHOLE) -> Stage:
+    """Write the smaller checkpoint, with what :func:`reconstruct` and recovery wrote, if anything.
+
+    It is cut from ``source``, as in :func:`select_inside`.
+    """
+    folder = step.folder(run.out)
 
     def work() -> dict[str, Any]:
         shape = slice_checkpoint(
-            dense,
+            source,
             plan,
-            run.out / CHECKPOINT,
-            reconstruction=run.out / RECONSTRUCTION if plan.reconstruct is not None else None,
-            recovery=run.out / RECOVERY if run.has(stage.RECOVER) else None,
+            folder / CHECKPOINT,
+            reconstruction=folder / RECONSTRUCTION if plan.reconstruct is not None else None,
+            recovery=folder / RECOVERY if run.has(step.named(stage.RECOVER)) else None,
             progress=run.progress,
         )
         return {"linear_parameters": shape.linear_parameters}
 
     needs = (stage.PLAN, stage.RECONSTRUCT, stage.RECOVER)
-    return Stage(stage.CHECKPOINT, needs=needs, makes=(CHECKPOINT,), work=work)
+    return step.stage(Stage(stage.CHECKPOINT, needs=needs, makes=(CHECKPOINT,), work=work))
 
 
 def _windows(run: Run) -> NDArray[np.int64]:

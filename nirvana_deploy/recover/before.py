@@ -9,7 +9,7 @@ from nirvana_deploy.calibrate.mixture import parts_of
 from nirvana_deploy.calibrate.texts import require_source
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.quantize.schemes import scheme_named
-from nirvana_deploy.recover.budget import budget_of
+from nirvana_deploy.recover.budget import budget_of, part_of
 from nirvana_deploy.recover.data import as_recover_text
 from nirvana_deploy.recover.learning.logs import require_log
 from nirvana_deploy.recover.processes import require_fit
@@ -18,7 +18,7 @@ from nirvana_deploy.recover.recipe import Recovery
 
 def require_recovery(recipe: Recovery, dense: Checkpoint, *, seq_len: int) -> None:
     """Raise NirvanaError for a budget or a text that is of no use, MissingExtraError for a package."""
-    budget = budget_of(recipe.recover or "")
+    budget = budget_of(part_of(recipe.recover or "", recipe.recover_steps))
     if budget.tokens is not None:
         budget.steps(recipe.recover_batch * seq_len, step_seconds=0.0)
     for package in ("accelerate", *(("peft",) if recipe.recover_method == "lora" else ())):
@@ -26,7 +26,9 @@ def require_recovery(recipe: Recovery, dense: Checkpoint, *, seq_len: int) -> No
             raise MissingExtraError("Recovery", package=package, extra="recover")
     require_log(recipe.recover_log, method=recipe.recover_method)
     _require_rounding(recipe)
-    require_fit(method=recipe.recover_method, step_windows=recipe.recover_batch)
+    require_fit(
+        method=recipe.recover_method, step_windows=recipe.recover_batch, trainings=recipe.recover_steps
+    )
     if not recipe.learning_rate > 0:
         raise NirvanaError(f"--learning-rate must be above 0, got {recipe.learning_rate:g}.")
     with as_recover_text():

@@ -35,6 +35,16 @@ class Budget:
         return found
 
 
+def part_of(written: str, parts: int) -> str:
+    """One of equal ``parts`` of a budget as people write it; raises NirvanaError as :func:`budget_of`."""
+    budget = budget_of(written)
+    if parts == 1:
+        return written
+    if budget.tokens is not None:
+        return f"{max(1, budget.tokens // parts)}"
+    return f"{(budget.seconds or 0.0) / parts:.3f}s"
+
+
 def budget_of(written: str) -> Budget:
     """Read "30m", "2h", "90s" or "200k", "1.5M", "65536"; raises NirvanaError for anything else."""
     found = _WRITTEN.fullmatch(written.strip())

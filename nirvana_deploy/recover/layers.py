@@ -26,7 +26,8 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import SafetensorsWeights, joined
 from nirvana_deploy.prune.streaming.model import States, StreamedModel, Turn, micro_batches
 from nirvana_deploy.recover.data import TrainingText
-from nirvana_deploy.recover.learning.losses import divergence, in_blocks, relative_error
+from nirvana_deploy.recover.learning.compared import mean_kl
+from nirvana_deploy.recover.learning.losses import relative_error
 from nirvana_deploy.recover.learning.rounded import round_while_training, settle, stored_name
 from nirvana_deploy.recover.learning.student import require_finite
 from nirvana_deploy.recover.loop import Course, Loop
@@ -132,8 +133,9 @@ def train_layers(
             turn.left = [run().cpu() for run in turn.runs]
         advance(len(turn.layers))
         last = (wanted.left[batches:], turn.left[batches:])
-    before = StreamedModel(cut).last_states(micro_batches(torch.from_numpy(watch), size))
-    kl = [_watched_kl(cut, dense, last[0], states) for states in (before, last[1])]
+    models = StreamedModel(cut), StreamedModel(dense)
+    before = models[0].last_states(micro_batches(torch.from_numpy(watch), size))
+    kl = [mean_kl(*models, states, last[0]) for states in (before, last[1])]
     seconds = round(time.perf_counter() - started, 3)
     curve = (
         CurvePoint(step=0, tokens=0, seconds=0.0, kl=kl[0]),
@@ -216,12 +218,3 @@ def _stored(turn: Turn, cut: Checkpoint) -> dict[str, torch.Tensor]:
 def _take(turn: Turn, weights: dict[str, torch.Tensor]) -> None:
     for name, one in turn.block.named_parameters():
         one.copy_(weights[f"{turn.prefix}.{name}"])
-
-
-@torch.no_grad()
-def _watched_kl(cut: Checkpoint, dense: Checkpoint, wanted: States, states: States) -> float:
-    """Mean KL(dense || cut) behind these last states, nats a position."""
-    teacher, student = StreamedModel(dense).output_head(), StreamedModel(cut).output_head()
-    pairs = [(one.flatten(0, 1), other.flatten(0, 1)) for one, other in zip(states, wanted, strict=True)]
-    total = sum(float(in_blocks(one, divergence(student, teacher, other))) for one, other in pairs)
-    return total / sum(len(one) for one, _ in pairs)

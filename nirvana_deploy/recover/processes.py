@@ -105,7 +105,7 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
 
 
-def require_fit(*, method: str, step_windows: int) -> None:
+def require_fit(*, method: str, step_windows: int, trainings: int = 1) -> None:
     """Raise NirvanaError for processes that a recovery cannot use."""
     if _launched() > count():
         raise NirvanaError(
@@ -117,6 +117,11 @@ def require_fit(*, method: str, step_windows: int) -> None:
         raise NirvanaError(
             f"--recover-method {method} runs in one process, and {count()} were launched.",
             hint="Start nirvana-deploy without the launcher.",
+        )
+    if trainings > 1 and count() > 1:
+        raise NirvanaError(
+            f"--steps {trainings} trains several times, and launched processes take part in one training.",
+            hint="Start nirvana-deploy without the launcher, or leave --steps out.",
         )
     share_of(step_windows)
 

@@ -32,6 +32,15 @@ class Recovery:
             resumable=True,
         ),
     ] = None
+    recover_steps: Annotated[
+        int,
+        Option(
+            "Cut in so many steps of the same size, and train after each for its part of --recover.",
+            minimum=1,
+            flag="--steps",
+            resumable=True,
+        ),
+    ] = 1
     recover_method: Annotated[
         str,
         Option(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.temporary import scratch_folder
@@ -18,50 +17,77 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import CALIBRATION_FILE, RECONSTRUCTION, RECOVERY, RECOVERY_STATE
 from nirvana_deploy.output.run import Run
-from nirvana_deploy.output.stage import Stage
+from nirvana_deploy.output.stage import WHOLE, Stage, Step
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.recover import processes
+from nirvana_deploy.recover.budget import part_of
+from nirvana_deploy.recover.learning.compared import streamed_quality
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.record import Recovered
 from nirvana_deploy.recover.recovery import TextWanted, recover_checkpoint
 
 
+@dataclass(frozen=True)
+class Models:
+    """What a recovery begins with."""
+
+    dense: Checkpoint
+    """The teacher."""
+    source: Checkpoint
+    """What is cut: the dense model, or what the step before made of it, in its shape."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the cut is asked for, before it is trained."""
+
+    prompts: Sequence[str]
+    new_tokens: int
+    """At most, for each."""
+
+
 def recover(
     run: Run,
-    dense: Checkpoint,
+    models: Models,
     plan: PrunePlan,
     recipe: Recovery,
     calibration: Calibration,
-    *,
-    prompts: Sequence[str],
-    new_tokens: int,
+    asked: Answers,
+    step: Step = WHOLE,
 ) -> Stage:
     """Train the cut of ``plan`` toward the dense model; keeps what changed, for the checkpoint to take.
 
-    The record holds what the cut wrote to ``prompts`` and its quality before.
+    The record holds what the cut wrote when ``asked``, and its quality before. A ``step`` before the last
+    trains without rounding, which comes in when all is cut. Each step draws text of its own.
     """
+    folder, dense = step.folder(run.out), models.dense
 
     def work() -> Recovered:
         with scratch_folder(run.out) as scratch:
-            refit = run.out / RECONSTRUCTION if plan.reconstruct is not None else None
-            slice_checkpoint(dense, plan, scratch / "cut", reconstruction=refit)
+            refit = folder / RECONSTRUCTION if plan.reconstruct is not None else None
+            slice_checkpoint(models.source, plan, scratch / "cut", reconstruction=refit)
             cut = Checkpoint.open(scratch / "cut")
-            kl, perplexity = _quality_of_cut(run, dense, plan, refit)
-            answers = greedy_answers(cut, prompts, new_tokens) if _can_answer(cut) else ()
+            heldout = read_windows(run.out / CALIBRATION_FILE)["heldout"]
+            kl, loss = streamed_quality(cut, dense, heldout, progress=run.progress)
+            told = step.last and _can_answer(cut)
+            answers = greedy_answers(cut, asked.prompts, asked.new_tokens) if told else ()
             done = recover_checkpoint(
                 cut,
                 dense,
-                recipe,
+                replace(
+                    recipe,
+                    recover=part_of(recipe.recover or "", step.of),
+                    recover_for=recipe.recover_for if step.last else None,
+                ),
                 TextWanted(
                     seq_len=calibration.seq_len,
                     segment_tokens=max(calibration.seq_len, calibration.heldout_len),
-                    seed=calibration.seed + 1,
+                    seed=calibration.seed + step.number,
                 ),
-                run.out / RECOVERY,
+                folder / RECOVERY,
                 state=run.out / RECOVERY_STATE,
-                identity=identity(run, recipe, calibration),
+                identity=identity(run, recipe, calibration, step),
                 calibration=read_windows(run.out / CALIBRATION_FILE)["calibration"],
                 progress=run.progress,
             )
@@ -89,12 +115,12 @@ def recover(
             processes=processes.count(),
             curve=course.curve,
             cut_kl=kl,
-            cut_perplexity=perplexity,
+            cut_perplexity=math.exp(loss),
             answers_of_cut=answers,
         )
 
     needs = (stage.PLAN, stage.RECONSTRUCT, stage.SELECT, stage.CALIBRATE)
-    return Stage(stage.RECOVER, needs=needs, makes=(RECOVERY,), work=work)
+    return step.stage(Stage(stage.RECOVER, needs=needs, makes=(RECOVERY,), work=work))
 
 
 def options_of(recipe: Recovery) -> dict[str, Any]:
@@ -108,9 +134,10 @@ def _that_matter(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in (defaults | options).items() if name != "recover_log"}
 
 
-def identity(run: Run, recipe: Recovery, calibration: Calibration) -> dict[str, Any]:
+def identity(run: Run, recipe: Recovery, calibration: Calibration, step: Step = WHOLE) -> dict[str, Any]:
     """What must be the same for a training to be gone on with: options, model, plan and refit."""
-    made = [run.manifest["stages"].get(name, {}).get("files", {}) for name in (stage.PLAN, stage.RECONSTRUCT)]
+    names = (stage.PLAN, step.named(stage.RECONSTRUCT))
+    made = [run.manifest["stages"].get(name, {}).get("files", {}) for name in names]
     return {
         "options": _that_matter(options_of(recipe)),
         "seed": calibration.seed,
@@ -120,13 +147,13 @@ def identity(run: Run, recipe: Recovery, calibration: Calibration) -> dict[str, 
     }
 
 
-def forget_another(run: Run, recipe: Recovery, calibration: Calibration) -> None:
+def forget_another(run: Run, recipe: Recovery, calibration: Calibration, step: Step = WHOLE) -> None:
     """Let a recovery with other options be made anew."""
-    if run.has(stage.RECOVER):
-        done = run.result(stage.RECOVER, dict[str, Any])
+    if run.has(name := step.named(stage.RECOVER)):
+        done = run.result(name, dict[str, Any])
         same = _that_matter(done["options"]) == _that_matter(options_of(recipe))
         if not same or done["seed"] != calibration.seed:
-            run.forget(stage.RECOVER)
+            run.forget(name)
 
 
 def require_same(run: Run, recipe: Recovery) -> None:
@@ -137,13 +164,6 @@ def require_same(run: Run, recipe: Recovery) -> None:
             f"{run.out} holds a model that was recovered for {budget}, and --recover is missing.",
             hint=f"Repeat the command with --recover {budget}, or with --force to start again.",
         )
-
-
-def _quality_of_cut(run: Run, dense: Checkpoint, plan: PrunePlan, refit: Path | None) -> tuple[float, float]:
-    """(KL from dense, perplexity) on the held-out windows of quality."""
-    windows = read_windows(run.out / CALIBRATION_FILE)["heldout"]
-    [found] = masked_quality(dense, [plan], [windows], reconstructions=[refit], progress=run.progress)
-    return float(found.divergence.mean()), float(np.exp(found.loss.mean()))
 
 
 def _can_answer(cut: Checkpoint) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,12 +98,32 @@ def allocate(shape: ModelShape, curves: Curves, budget: Budget) -> Allocated:
     require_feasible(shape, budget, curves)
     choose = _uniform if budget.uniform else _by_slope
     counts = choose(shape, curves, budget, _floors(shape, budget, curves))
-    loss = sum(
+    return Allocated(counts=tuple(counts), predicted_kl=_predicted_kl(shape, curves, counts))
+
+
+def allocate_in_steps(shape: ModelShape, curves: Curves, budget: Budget, steps: int) -> list[Allocated]:
+    """What stays after each of ``steps`` of the same size, the last of which meets the budget.
+
+    The share removed grows by as much at each: then equal times of recovery are equal times for a weight that
+    went. What a later step keeps, an earlier one keeps, too, also where plans are not nested (uniform ones).
+    """
+    found = [allocate(shape, curves, budget)]
+    for step in range(steps - 1, 0, -1):
+        part = allocate(shape, curves, replace(budget, sparsity=budget.sparsity * step / steps))
+        counts = [
+            Counts(max(one.groups, later.groups), max(one.neurons, later.neurons))
+            for one, later in zip(part.counts, found[0].counts, strict=True)
+        ]
+        found.insert(0, Allocated(tuple(counts), _predicted_kl(shape, curves, counts)))
+    return found
+
+
+def _predicted_kl(shape: ModelShape, curves: Curves, counts: Sequence[Counts]) -> float:
+    return sum(
         curves.groups[i].at(layer.kv_heads - kept.groups)
         + curves.neurons[i].at(layer.ffn_width - kept.neurons)
         for i, (layer, kept) in enumerate(zip(shape.layers, counts, strict=True))
     )
-    return Allocated(counts=tuple(counts), predicted_kl=loss)
 
 
 def require_feasible(shape: ModelShape, budget: Budget, curves: Curves | None = None) -> None:

@@ -50,6 +50,13 @@ def in_blocks(states: torch.Tensor, loss: BlockLoss, *, block: int = BLOCK_POSIT
     return total
 
 
+@torch.no_grad()
+def total(states: torch.Tensor, loss: BlockLoss, *, block: int = BLOCK_POSITIONS) -> float:
+    """The sum of ``loss`` over all positions of ``states`` [P, D], without a gradient."""
+    parts = (slice(start, start + block) for start in range(0, len(states), block))
+    return sum(float(loss(states[part], part)) for part in parts)
+
+
 def divergence(student: Logits, teacher: Logits, teacher_states: torch.Tensor) -> BlockLoss:
     """KL(teacher || student) in nats; ``teacher_states`` [P, D'] are of the same positions."""
 

@@ -21,6 +21,7 @@ from nirvana_deploy.recover.learning.losses import (
     in_blocks,
     next_token,
     relative_error,
+    total,
     weighted,
 )
 from nirvana_deploy.recover.learning.rounded import stored_name
@@ -64,7 +65,7 @@ class Student(nn.Module):
     def heldout_kl(self, windows: torch.Tensor, wanted: torch.Tensor) -> float:
         """Sum over the positions of windows [N, T] of KL(dense || pruned), nats."""
         states = self._pruned.states(windows).flatten(0, 1)
-        return float(in_blocks(states, divergence(self._pruned.logits(), self._teacher.logits(), wanted)))
+        return total(states, divergence(self._pruned.logits(), self._teacher.logits(), wanted))
 
     def positions(self, windows: torch.Tensor) -> int:
         """How many positions of windows [N, T] have logits."""

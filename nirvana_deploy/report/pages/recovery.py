@@ -39,9 +39,11 @@ def recovery_figure(done: Recovered) -> str:
 def caption(done: Recovered) -> str:
     """What was done, and what the cut was like before."""
     of_quality = f"perplexity {format_number(done.cut_perplexity)}, KL {format_number(done.cut_kl)}"
+    steps = done.options.get("recover_steps", 1)
+    last = f"The last of {steps} steps: " if steps > 1 else ""
     return (
-        f"{done.options['recover_method']}, {done.tokens:,} tokens of {done.text} ({done.train_windows:,} "
-        f"windows of {done.window_tokens}), {done.seconds / 60:,.1f} minutes and "
+        f"{last}{done.options['recover_method']}, {done.tokens:,} tokens of {done.text} "
+        f"({done.train_windows:,} windows of {done.window_tokens}), {done.seconds / 60:,.1f} minutes and "
         f"{done.writing_seconds / 60:,.1f} for the text, learning rate {done.learning_rate:g}. Orange: the "
         f"state that was kept. Before, on the text of the quality table: {of_quality}."
     )

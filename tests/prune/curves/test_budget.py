@@ -20,6 +20,7 @@ from nirvana_deploy.prune.curves.budget import (
     Counts,
     UnitCost,
     allocate,
+    allocate_in_steps,
     hull,
     least_neurons,
     weight_cost,
@@ -124,6 +125,25 @@ def test_plans_are_nested(shape: ModelShape, convex: bool, round_to: int) -> Non
             for larger, smaller in zip(before, counts, strict=True):
                 assert smaller.groups <= larger.groups and smaller.neurons <= larger.neurons
             before = list(counts)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_each_of_several_steps_removes_as_much_and_keeps_what_the_next_one_keeps(
+    shape: ModelShape, uniform: bool
+) -> None:
+    budget = Budget(sparsity=0.6, uniform=uniform, round_to=4)
+    for seed in range(6):
+        curves = curves_for(shape, seed=seed)
+        steps = allocate_in_steps(shape, curves, budget, 4)
+        assert steps[-1] == allocate(shape, curves, budget)
+        for one, later in itertools.pairwise(steps):
+            pairs = zip(one.counts, later.counts, strict=True)
+            assert all(a.groups >= b.groups and a.neurons >= b.neurons for a, b in pairs)
+            assert one.predicted_kl <= later.predicted_kl
+        if not uniform:
+            cost = weight_cost(shape)
+            removed = [removed_cost(shape, one.counts, cost) / total_cost(shape, cost) for one in steps]
+            assert removed == pytest.approx([0.15, 0.3, 0.45, 0.6], abs=0.06)
 
 
 def test_on_convex_curves_nothing_that_removes_as_much_loses_less(shape: ModelShape) -> None:
