@@ -1,21 +1,28 @@
 """What recovery brings back: the same cut trained for several budgets, judged on texts that had no say.
 
     python benchmarks/recover.py OUT --budget 16k 64k 200k --texts DIR --out recover.jsonl
-    python benchmarks/recover.py OUT --budget 64k --method lora --text self --out recover.jsonl
+    python benchmarks/recover.py OUT --budget 64k --learning-rate 3e-5 1e-4 3e-4 --batch 2 4 --out sweep.jsonl
+    python benchmarks/recover.py OUT --budget 64k --method lora full distill --text self mix --out it.jsonl
+    python benchmarks/recover.py OUT --budget 64k --steps 1 2 4 --out steps.jsonl
     python benchmarks/recover.py OUT --budget 64k --for w4 --rounded --out recover.jsonl
+    python benchmarks/recover.py REFIT TAYLOR RANDOM --budget 200k --out trainability.jsonl --figure FILE.png
     python benchmarks/recover.py --table --out recover.jsonl
 
-OUT is a folder that `nirvana-deploy prune` or `prune-export` made; it is copied, not touched. Budgets are
-those of --recover. A row holds the course, perplexity and KL of transformers' logits on each kind of text
-(--texts, one kind a file; pydoc and code held out of training), and what the model writes to the report's
-prompts; the first row of an OUT is the cut itself. With --rounded each row has the same texts once more, the
-linears of the layers in four bits (scales of least error), as `quantize --rounding search` deploys them. Rows
-are appended; what is there is not measured again. Tasks, with --tasks DIR, are those of recipes.py.
+OUT is a folder that `nirvana-deploy prune` or `prune-export` made, by any recipe; it is copied, not touched.
+Every combination of what is listed is one row with all its settings: the course, perplexity and KL of
+transformers' logits on each kind of text (--texts, one kind a file; pydoc and code held out of training), and
+what the model writes to the report's prompts; the first row of an OUT is the cut itself. With --rounded each
+row has the same texts once more, rounded as `quantize` deploys it: w4 and w8 by scales of least error, int8
+by the decision that the model was trained for, or one of its own. Rows are appended; what is there is not
+measured again, and a killed one goes on if --work keeps its folder. Tasks, with --tasks DIR, are those of
+recipes.py. The figure shows KL on text set aside against tokens, a line for each cut and setting.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -32,18 +39,54 @@ from recipes import read_rows, with_tasks
 
 from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.machine import cpu_seconds, environment, peak_rss_bytes
+from nirvana_deploy.base.progress import SILENT
+from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.layout import CHECKPOINT
+from nirvana_deploy.output.layout import CALIBRATION_FILE, CHECKPOINT, RECIPE_FILE, RECOVERY
 from nirvana_deploy.output.run import Run
-from nirvana_deploy.pipeline.folder import recover_folder
+from nirvana_deploy.pipeline.job import job_of
+from nirvana_deploy.pipeline.prune_export import run_job
+from nirvana_deploy.pipeline.recipe_file import read_recipe
+from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.prune.plan_file import read_plan
+from nirvana_deploy.quantize.graph.linears import RECORD_FILE
+from nirvana_deploy.quantize.schemes import onnx_schemes, scheme_named
 from nirvana_deploy.quantize.weights.rounding import round_weight
+from nirvana_deploy.recover.learning.int8_decision import read_decision, write_decision
+from nirvana_deploy.recover.learning.int8_training import compute_in_int8
+from nirvana_deploy.recover.recipe import METHODS
 from nirvana_deploy.recover.stage import greedy_answers
+from nirvana_deploy.report.figures import COLOURS, bare, entitle, new_figure
 
 Row = dict[str, Any]
-_KEY = ("sparsity", "calibrated_on", "budget", "method", "text", "learning_rate", "limit", "for", "rounded")
+SETTINGS = {
+    "budget": "recover",
+    "method": "recover_method",
+    "text": "recover_text",
+    "learning_rate": "learning_rate",
+    "batch": "recover_batch",
+    "seq_len": "recover_seq_len",
+    "steps": "recover_steps",
+    "for": "recover_for",
+}
+"""What a row is trained with -> the option of ``recover``."""
+_CUT = ("sparsity", "saliency", "allocation", "reconstruct", "seed", "calibrated_on")
+_USUAL = {
+    "saliency": "refit",
+    "allocation": "curves",
+    "reconstruct": True,
+    "seed": 0,
+    "method": "distill",
+    "learning_rate": 1e-4,
+    "batch": 4,
+    "seq_len": None,
+    "steps": 1,
+}
+"""What is not said of a row."""
+_NOT_COPIED = shutil.ignore_patterns("onnx*", "dense", "engine", "*.gguf")
+_IN_SCHEME = {"w4": "in 4 bits", "w8": "in 8 bits", "int8": "in int8"}
 
 
 def main() -> None:
@@ -53,78 +96,93 @@ def main() -> None:
     )
     parser.add_argument("outs", type=Path, nargs="*", metavar="OUT")
     parser.add_argument("--budget", nargs="+", default=[], help="as --recover takes it")
-    parser.add_argument("--method", default="distill")
-    parser.add_argument("--for", dest="rounded_for", help="as --recover-for takes it")
-    parser.add_argument("--rounded", action="store_true", help="judge in four bits, too")
-    parser.add_argument("--text", default="mix", help="as --recover-text takes it")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--method", nargs="+", default=["distill"], choices=METHODS)
+    parser.add_argument("--text", nargs="+", default=["mix"], help="as --recover-text takes it")
+    parser.add_argument("--learning-rate", type=float, nargs="+", default=[1e-4])
+    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="as --recover-batch takes it")
+    parser.add_argument("--seq-len", type=int, nargs="+", default=[None], help="of training windows")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1])
+    parser.add_argument("--for", nargs="+", default=[None], help="as --recover-for takes it")
+    parser.add_argument(
+        "--rounded", nargs="?", const="w4", choices=onnx_schemes(), help="judge as deployed in it, too [w4]"
+    )
     parser.add_argument("--texts", type=Path, nargs="+", default=[], help="files or folders of texts")
     parser.add_argument("--tasks", type=Path, default=None, help="folder of local tasks")
     parser.add_argument("--limit", type=int, default=500, help="items of each task")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the folders here [a temporary one]")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--figure", type=Path, metavar="FILE")
     options = parser.parse_args()
     rows = read_rows(options.out)
     if not options.table:
         with tempfile.TemporaryDirectory(prefix="nirvana-recover-") as temporary:
             for out in options.outs:
-                for row in measured(
-                    out, options, options.work or Path(temporary), {key(row) for row in rows}
-                ):
+                for row in measured(out, options, Path(temporary), {key(row) for row in rows}):
                     rows.append(row)
                     write_bytes(options.out, "".join(json.dumps(one) + "\n" for one in rows).encode())
                     print(line(row), flush=True)
     print(table(rows))
+    if options.figure:
+        draw(rows, options.figure)
 
 
-def measured(out: Path, options: argparse.Namespace, work: Path, done: set[str]) -> Iterator[Row]:
+def measured(out: Path, options: argparse.Namespace, temporary: Path, done: set[str]) -> Iterator[Row]:
     """The cut, and each recovery of it that is not there yet."""
     with Run.open(out) as run:
         dense = Checkpoint.open(run.dense)
-    plan = read_plan(out / "plan.json")
     texts = texts_of(dense, options.texts)
-    about = {
-        "sparsity": plan.sparsity,
-        "calibrated_on": plan.calibration["source"] if plan.calibration else None,
+    about = about_the_cut(read_plan(out / "plan.json")) | {
         "limit": options.limit if options.tasks else None,
-        "rounded": True if options.rounded else None,
+        "rounded": options.rounded,
     }
-    cut = about | {"budget": "0", "method": None, "text": None, "learning_rate": None}
+    cut = about | dict.fromkeys(("method", "text", "learning_rate")) | {"budget": "0"}
     if key(cut) not in done:
-        yield cut | judged(out / CHECKPOINT, dense, texts, options)
-    for budget in options.budget:
-        row = about | {
-            "budget": budget,
-            "method": options.method,
-            "text": options.text,
-            "learning_rate": options.learning_rate,
-            "for": options.rounded_for,
-        }
+        yield cut | judged(out, dense, texts, options)
+    listed = [vars(options)[name] for name in SETTINGS]
+    for settings in (dict(zip(SETTINGS, one, strict=True)) for one in itertools.product(*listed)):
+        row = about | settings
         if key(row) in done:
             continue
-        folder = work / f"{out.name}-{options.method}-{options.rounded_for or 'float'}-{budget}"
-        shutil.copytree(out, folder)
+        name = f"{out.name}-{hashlib.sha256(key(row).encode()).hexdigest()[:12]}"
+        folder = (options.work or temporary) / name
+        if not folder.exists():
+            copy = folder.with_name(f"{name}.copy")
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(out, copy, ignore=_NOT_COPIED)
+            copy.rename(folder)
         started = cpu_seconds()
-        asked = {
-            "recover": budget,
-            "recover_method": options.method,
-            "recover_text": options.text,
-            "learning_rate": options.learning_rate,
-            "recover_for": options.rounded_for,
-        }
-        recover_folder(folder, asked)
+        base = read_recipe(folder / RECIPE_FILE)
+        asked = {SETTINGS[name]: value for name, value in settings.items()}
+        run_job(job_of(base.model, asked, base=base), out=folder, until="checkpoint", resume=True)
         spent = {"cpu_s": cpu_seconds() - started, "peak_rss_bytes": peak_rss_bytes()}
         with Run.open(folder) as run:
-            course = {"course": run.result(stage.RECOVER, dict[str, Any])}
-        yield row | spent | course | judged(folder / CHECKPOINT, dense, texts, options)
+            courses = [
+                run.result(step.named(stage.RECOVER), Row) for step in stage.in_steps(settings["steps"])
+            ]
+        course = {"course": courses[-1], "courses_before": courses[:-1]}
+        yield row | spent | course | judged(folder, dense, texts, options)
+        if not options.work:
+            shutil.rmtree(folder)
+
+
+def about_the_cut(plan: PrunePlan) -> Row:
+    """What tells one cut from another."""
+    return {
+        "sparsity": plan.sparsity,
+        "saliency": plan.saliency,
+        "allocation": plan.allocation,
+        "reconstruct": plan.reconstruct is not None,
+        "seed": plan.seed,
+        "calibrated_on": plan.calibration["source"] if plan.calibration else None,
+    }
 
 
 def judged(
-    folder: Path, dense: Checkpoint, texts: Mapping[str, NDArray[np.int64]], options: argparse.Namespace
+    out: Path, dense: Checkpoint, texts: Mapping[str, NDArray[np.int64]], options: argparse.Namespace
 ) -> Row:
-    """Quality, answers and accuracies of a checkpoint."""
-    pruned = Checkpoint.open(folder)
+    """Quality, answers and accuracies of the checkpoint of an output folder."""
+    pruned = Checkpoint.open(out / CHECKPOINT)
     model = pruned.load()
     row: Row = {
         "texts": compared(dense.load(), model, texts),
@@ -132,17 +190,34 @@ def judged(
         "environment": environment() | {"load_average_1min": os.getloadavg()[0]},
     }
     if options.rounded:
-        row["rounded_texts"] = compared(dense.load(), in_four_bits(model), texts)
-    return row | with_tasks(folder, options) if options.tasks else row
+        row["rounded_texts"] = compared(dense.load(), in_scheme(options.rounded, model, pruned, out), texts)
+    return row | with_tasks(out / CHECKPOINT, options) if options.tasks else row
+
+
+def in_scheme(scheme: str, model: Any, pruned: Checkpoint, out: Path) -> Any:
+    """``model``, that of ``pruned`` in the folder ``out``, as it is deployed in a scheme; in place."""
+    if scheme_named(scheme).activation_bits is None:
+        return in_few_bits(model, scheme_named(scheme).weight_bits)
+    head = model.get_output_embeddings()
+    linears = {name: one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+    widths = {name: one.in_features for name, one in linears.items() if one is not head}
+    with tempfile.TemporaryDirectory(prefix="nirvana-decision-") as temporary:
+        decided = out / RECOVERY
+        if not (decided / RECORD_FILE).is_file():
+            decided, windows = Path(temporary), read_windows(out / CALIBRATION_FILE)["calibration"]
+            write_decision(pruned, windows, decided, scheme=scheme, progress=SILENT)
+        compute_in_int8(model, read_decision(decided, widths))
+    return model
 
 
 @torch.no_grad()
-def in_four_bits(model: Any) -> Any:
-    """``model`` with the linears of its layers rounded as w4 rounds them without calibration, in place."""
+def in_few_bits(model: Any, bits: int) -> Any:
+    """``model`` with the linears of its layers rounded as w4 or w8 do without calibration, in place."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
-            rounded = round_weight(module.weight.numpy().T, bits=4, block_size=32, search=True)
+            block_size = 32 if bits == 4 else module.in_features
+            rounded = round_weight(module.weight.numpy().T, bits=bits, block_size=block_size, search=True)
             module.weight.copy_(torch.from_numpy(rounded.dequantized().T))
     return model
 
@@ -170,18 +245,39 @@ def compared(dense: Any, pruned: Any, texts: Mapping[str, NDArray[np.int64]]) ->
 
 
 def key(row: Row) -> str:
-    """What makes two rows the same measurement."""
-    return json.dumps([row.get(name) for name in _KEY])
+    """What makes two rows the same measurement; older ones lack what was always usual."""
+    said = _USUAL | row | {"rounded": scheme_of(row) if row.get("rounded") else None}
+    return json.dumps([said.get(name) for name in (*_CUT, *SETTINGS, "limit", "rounded")])
+
+
+def scheme_of(row: Row) -> str:
+    """By which scheme a row was rounded to be judged."""
+    return row["rounded"] if isinstance(row.get("rounded"), str) else "w4"
 
 
 def line(row: Row) -> str:
     """One row for people who wait."""
     texts = ", ".join(f"{name} {text['perplexity']:.1f}" for name, text in row["texts"].items())
-    return f"{row['sparsity']:g} {row['method'] or 'cut'} {row['budget']}: {texts}"
+    return f"{row['sparsity']:g} {name_of(row)} {row['budget']}: {texts}"
+
+
+def name_of(row: Row) -> str:
+    """The cut and the way of training, in as far as they are not the usual ones."""
+    said = {
+        name: value for name, value in row.items() if name in _USUAL and value not in (None, _USUAL[name])
+    }
+    cut = [str(said[name]) for name in ("saliency", "allocation") if name in said]
+    cut += ["plain"] if "reconstruct" in said else []
+    cut += [f"seed {said['seed']}"] if "seed" in said else []
+    way = [row["method"] or "the cut", *([f"for {row['for']}"] if row.get("for") else [])]
+    ways = {"learning_rate": "rate {:g}", "batch": "batch {}", "seq_len": "{} tokens", "steps": "{} steps"}
+    way += [shown.format(said[name]) for name, shown in ways.items() if name in said]
+    way += [_IN_SCHEME[row["rounded_as"]]] if row.get("rounded_as") else []
+    return ", ".join([*way, *cut])
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: perplexity and its ratio to dense, by kind of text; rows in four bits beside their own."""
+    """Markdown: perplexity and its ratio to dense, by kind of text; rounded rows beside their own."""
     rows = [one for row in rows for one in (row, _rounded(row)) if one]
     kinds = list(dict.fromkeys(name for row in rows for name in row["texts"]))
     lines = [
@@ -189,27 +285,69 @@ def table(rows: list[Row]) -> str:
         "|---" * (5 + len(kinds)) + "|",
     ]
     for row in sorted(rows, key=lambda one: (one["sparsity"], one["method"] or "", str(one["budget"]))):
-        course = row.get("course")
-        tokens = f"{course['tokens']:,}" if course else "0"
-        minutes = f"{(course['seconds'] + course['writing_seconds']) / 60:.0f}" if course else "0"
+        courses = courses_of(row)
+        seconds = sum(course["seconds"] + course["writing_seconds"] for course in courses)
         cells = [
             f"{text['perplexity']:.1f}, {text['perplexity'] / text['dense_perplexity']:.2f}x"
             if (text := row["texts"].get(kind))
             else ""
             for kind in kinds
         ]
-        method = f"{row['method'] or 'the cut'}{', for ' + row['for'] if row.get('for') else ''}"
-        method += ", in 4 bits" if row.get("in_four_bits") else ""
-        about = [f"{row['sparsity']:g}", method, row["text"] or "", tokens, minutes]
+        tokens = sum(course["tokens"] for course in courses)
+        about = [
+            f"{row['sparsity']:g}",
+            name_of(row),
+            row["text"] or "",
+            f"{tokens:,}",
+            f"{seconds / 60:.0f}",
+        ]
         lines.append(f"| {' | '.join([*about, *cells])} |")
     return "\n".join(lines)
 
 
+def courses_of(row: Row) -> list[Row]:
+    """The course of each step; none of a cut."""
+    return [*row.get("courses_before", ()), row["course"]] if "course" in row else []
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """One figure: tokens across, KL to dense on text set aside up, a line for each cut and way of training.
+
+    Of several budgets the longest; of several steps the last, behind the tokens of those before.
+    """
+    longest: dict[tuple[float, str, str], Row] = {}
+    for row in (one for one in rows if "course" in one):
+        name = (row["sparsity"], name_of(row), row["text"])
+        longest[name] = max(longest.get(name, row), row, key=lambda one: one["course"]["tokens"])
+    figure = new_figure(7.2, 4.2)
+    axes = figure.subplots()
+    series = [COLOURS[name] for name in ("first", "second", "third", "fourth", "fifth")]
+    for number, ((sparsity, name, text), row) in enumerate(sorted(longest.items())):
+        before = sum(course["tokens"] for course in courses_of(row)[:-1])
+        curve = row["course"]["curve"]
+        axes.plot(
+            [(before + point["tokens"]) / 1000 for point in curve],
+            [point["kl"] for point in curve],
+            color=series[number % len(series)],
+            linestyle=("-", "--", ":")[number // len(series) % 3],
+            marker="o",
+            markersize=4,
+            label=f"{sparsity:g}, {name}, on {text}",
+        )
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("thousands of tokens")
+    axes.set_ylabel("KL to dense, nats per token")
+    axes.legend(frameon=False, fontsize=8)
+    bare(axes, ticks=True)
+    entitle(axes, "Recovery of different cuts, on text set aside")
+    figure.savefig(path, dpi=150)
+
+
 def _rounded(row: Row) -> Row | None:
-    """The row of the same model in four bits, if that was judged."""
+    """The row of the same model as deployed, if that was judged."""
     if "rounded_texts" not in row:
         return None
-    return row | {"texts": row["rounded_texts"], "in_four_bits": True}
+    return row | {"texts": row["rounded_texts"], "rounded_as": scheme_of(row)}
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
             require_source(part.source, dense.tokenizer)
     _require_steps(job, choices)
     if job.recovery.recover is not None:
-        require_recovery(job.recovery, dense, seq_len=job.calibration.seq_len)
+        text = job.calibration
+        longest = max(text.seq_len, text.heldout_len)
+        require_recovery(job.recovery, dense, seq_len=text.seq_len, longest=longest)
     if job.calibration.eval_text is not None:
         read_text_file(job.calibration.eval_text, tokenizer=dense.tokenizer)
     windows = windows_wanted(job.calibration, dense.shape)

@@ -16,8 +16,22 @@ from nirvana_deploy.recover.processes import require_fit
 from nirvana_deploy.recover.recipe import Recovery
 
 
-def require_recovery(recipe: Recovery, dense: Checkpoint, *, seq_len: int) -> None:
-    """Raise NirvanaError for a budget or a text that is of no use, MissingExtraError for a package."""
+def require_recovery(
+    recipe: Recovery, dense: Checkpoint, *, seq_len: int, longest: int | None = None
+) -> None:
+    """Raise NirvanaError for a budget or a text that is of no use, MissingExtraError for a package.
+
+    ``seq_len`` is the length of calibration windows; ``longest`` [the same] that of training windows which
+    do not reach into text that is held out.
+    """
+    longest = longest or seq_len
+    if (recipe.recover_seq_len or 0) > longest:
+        raise NirvanaError(
+            f"recover_seq_len must be at most {longest}, got {recipe.recover_seq_len}: longer windows would "
+            "reach into the text that is held out.",
+            hint="Cut with longer calibration windows: --seq-len.",
+        )
+    seq_len = recipe.recover_seq_len or seq_len
     budget = budget_of(part_of(recipe.recover or "", recipe.recover_steps))
     if budget.tokens is not None:
         budget.steps(recipe.recover_batch * seq_len, step_seconds=0.0)

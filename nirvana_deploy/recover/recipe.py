@@ -87,6 +87,10 @@ class Recovery:
             resumable=True,
         ),
     ] = NOWHERE
+    recover_seq_len: Annotated[
+        int | None,
+        Option("Tokens of a training window. [--seq-len]", minimum=2, resumable=True, command_line=False),
+    ] = None
     next_token_weight: Annotated[
         float,
         Option(

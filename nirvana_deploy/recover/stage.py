@@ -62,6 +62,7 @@ def recover(
     trains without rounding, which comes in when all is cut. Each step draws text of its own.
     """
     folder, dense = step.folder(run.out), models.dense
+    seq_len = recipe.recover_seq_len or calibration.seq_len
 
     def work() -> Recovered:
         with scratch_folder(run.out) as scratch:
@@ -81,7 +82,7 @@ def recover(
                     recover_for=recipe.recover_for if step.last else None,
                 ),
                 TextWanted(
-                    seq_len=calibration.seq_len,
+                    seq_len=seq_len,
                     segment_tokens=max(calibration.seq_len, calibration.heldout_len),
                     seed=calibration.seed + step.number,
                 ),
@@ -101,12 +102,12 @@ def recover(
             text_sha256=done.text.train.text_sha256,
             train_windows=len(done.text.train.tokens),
             watch_windows=len(done.text.watch),
-            window_tokens=calibration.seq_len,
+            window_tokens=seq_len,
             step_windows=loop.step_windows,
             steps=loop.steps,
             steps_done=course.steps_done,
             kept_step=course.kept_step,
-            tokens=course.steps_done * loop.step_windows * calibration.seq_len,
+            tokens=course.steps_done * loop.step_windows * seq_len,
             seconds=course.seconds,
             writing_seconds=done.writing_seconds,
             learning_rate=loop.learning_rate,

@@ -60,11 +60,47 @@ def test_a_model_in_four_bits_has_a_line_of_its_own(page: ModuleType) -> None:
 
 def test_four_bits_are_those_of_the_linears_of_layers(page: ModuleType, tmp_path: Path) -> None:
     dense = Checkpoint.open(write_tiny(tmp_path / "dense", "llama-biased"))
-    rounded, before = page.in_four_bits(dense.load()), dense.load()
+    rounded, before = page.in_few_bits(dense.load(), 4), dense.load()
     assert (rounded.lm_head.weight == before.lm_head.weight).all()
     weight = rounded.model.layers[0].mlp.down_proj.weight
     assert not (weight == before.model.layers[0].mlp.down_proj.weight).all()
     assert len(weight[0, :32].unique()) <= 16
+
+
+def test_what_is_unusual_is_named_and_tells_rows_apart(page: ModuleType) -> None:
+    old = {"sparsity": 0.2, "method": "distill", "text": "mix", "budget": "16k", "learning_rate": 1e-4}
+    same = {**old, "saliency": "refit", "allocation": "curves", "seed": 0, "batch": 4, "seq_len": None}
+    assert page.key(old) == page.key({**same, "reconstruct": True, "steps": 1, "for": None})
+    assert page.key(old | {"rounded": True}) == page.key({**same, "rounded": "w4"})
+    others: list[dict[str, object]] = [{"learning_rate": 3e-4}, {"steps": 2}, {"saliency": "taylor"}]
+    assert len({page.key(old | other) for other in [{}, *others]}) == 4
+    names = [page.name_of(old | other) for other in others]
+    assert names == ["distill, rate 0.0003", "distill, 2 steps", "distill, taylor"]
+
+
+def test_the_figure_has_a_line_for_each_cut(page: ModuleType, tmp_path: Path) -> None:
+    def course(tokens: int) -> dict[str, object]:
+        return {"tokens": tokens, "curve": [{"tokens": 0, "kl": 1.0}, {"tokens": tokens, "kl": 0.5}]}
+
+    row = {"sparsity": 0.2, "method": "distill", "text": "mix", "budget": "16k", "course": course(16)}
+    rows = [row, row | {"saliency": "random"}, row | {"steps": 2, "courses_before": [course(8)]}]
+    page.draw([{"sparsity": 0.2, "method": None, "text": None}, *rows], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_int8_is_judged_by_what_was_decided(page: ModuleType, tmp_path: Path) -> None:
+    write_tiny(tmp_path / "checkpoint", "llama-tied")
+    pruned = Checkpoint.open(tmp_path / "checkpoint")
+    linear = '"model.layers.0.mlp.down_proj": {"bound": 2.0, "outliers": []}'
+    about = '"alpha": 0.5, "ranges": "minmax", "kept_float": {}, "smoothing": {}'
+    spec = f'{{{about}, "linears": {{{linear}}}}}'
+    (tmp_path / "recovery").mkdir()
+    (tmp_path / "recovery/quantization.json").write_text(
+        f'{{"schema": 1, "scheme": "int8", "int8": {spec}, "factors": {{}}}}'
+    )
+    model = page.in_scheme("int8", pruned.load(), pruned, tmp_path)
+    rounded = [name for name, one in model.named_modules() if hasattr(one, "parametrizations")]
+    assert rounded == ["model.layers.0.mlp.down_proj"]
 
 
 def test_recovery_on_paper_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,13 @@ def test_too_little_text_is_refused(dense: Checkpoint, tmp_path: Path) -> None:
         drawn(str(short), dense)
 
 
+def test_training_windows_do_not_reach_into_what_is_held_out(dense: Checkpoint) -> None:
+    recipe = Recovery(recover="10k", recover_text="pydoc", recover_seq_len=32)
+    require_recovery(recipe, dense, seq_len=24, longest=32)
+    with pytest.raises(NirvanaError, match=r"recover_seq_len must be at most 24, got 32.*\n.*--seq-len"):
+        require_recovery(recipe, dense, seq_len=24)
+
+
 @pytest.mark.parametrize("source", ["pydoc:0.5,code:0.7", "mix:0.5,pydoc", "nobody-has-this-set"])
 def test_a_wrong_text_is_called_by_the_option_that_it_came_by(dense: Checkpoint, source: str) -> None:
     recipe = Recovery(recover="10k", recover_text=source)
