@@ -117,7 +117,8 @@ def test_the_table_of_stages_is_what_the_code_says() -> None:
         name: (room, *(set(re.findall(r"`([^`]*)`", cell)) for cell in cells)) for name, room, *cells in rows
     }
     fixed = {value for name, value in vars(stage).items() if name.isupper() and isinstance(value, str)}
-    assert set(told) == fixed | {stage.quantized("SCHEME"), stage.engine("NAME"), stage.gguf("TYPE")}
+    named = {stage.quantized("SCHEME"), stage.dense_quantized("SCHEME")}
+    assert set(told) == fixed | named | {stage.engine("NAME"), stage.gguf("TYPE")}
     found: dict[str, tuple[set[str], set[str]]] = {}
     for path in ROOT.glob("nirvana_deploy/*/stage.py"):
         for call, variables in _calls(ast.parse(path.read_text(encoding="utf-8"))):

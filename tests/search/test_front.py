@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nirvana_deploy.search.front import front, meets, quantization_alone, recommend, worth_timing
 from nirvana_deploy.search.point import Found, Point
@@ -28,8 +27,10 @@ CUT_W4 = found(0.2, "w4", 0.27, 3.5, 90)
 POINTS = [DENSE, W4, CUT, CUT_W4]
 
 
-@given(st.lists(st.tuples(st.floats(0, 3), st.floats(1, 100)), min_size=1, max_size=12))
-def test_no_point_of_the_front_is_beaten_and_every_other_is(pairs: list[tuple[float, float]]) -> None:
+@pytest.mark.parametrize("seed", range(40))
+def test_no_point_of_the_front_is_beaten_and_every_other_is(seed: int) -> None:
+    draw = Random(seed)
+    pairs = [(draw.choice((0, 0.5, draw.random())), draw.randint(1, 9)) for _ in range(draw.randint(1, 12))]
     points = [replace(DENSE, name=str(n), kl=kl, tpot_ms=ms) for n, (kl, ms) in enumerate(pairs)]
     best = front(points, "tpot_ms")
 

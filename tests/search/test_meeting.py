@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from random import Random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nirvana_deploy.search.meeting import BAND, MOST_TRIALS, best_of, loads, nearest_of, next_sparsity
 from nirvana_deploy.search.point import Found, Point
@@ -31,8 +30,11 @@ def tried(measure: Callable[[float], dict[str, float]], target: Target) -> list[
     return trials
 
 
-@given(st.floats(0.8, 3), st.floats(0.3, 5), st.sampled_from([0.0, 0.02]), st.floats(0.06, 1))
-def test_a_limit_on_kl_is_met_within_the_band(power: float, factor: float, base: float, limit: float) -> None:
+@pytest.mark.parametrize("seed", range(100))
+def test_a_limit_on_kl_is_met_within_the_band(seed: int) -> None:
+    draw = Random(seed)
+    power, factor, limit = draw.uniform(0.8, 3), draw.uniform(0.3, 5), draw.uniform(0.06, 1)
+    base = draw.choice((0.0, 0.02))
     target = Target(max_kl=limit)
     trials = tried(lambda s: {"kl": base + factor * s**power}, target)
     chosen = best_of(trials, target)
@@ -42,8 +44,10 @@ def test_a_limit_on_kl_is_met_within_the_band(power: float, factor: float, base:
     assert len(trials) <= 6
 
 
-@given(st.floats(0.3, 0.95), st.floats(7, 19))
-def test_a_limit_on_time_is_met_by_the_least_cut(falls: float, limit: float) -> None:
+@pytest.mark.parametrize("seed", range(60))
+def test_a_limit_on_time_is_met_by_the_least_cut(seed: int) -> None:
+    draw = Random(seed)
+    falls, limit = draw.uniform(0.3, 0.95), draw.uniform(7, 19)
     target = Target(target_tpot_ms=limit)
     trials = tried(lambda s: {"tpot_ms": 20 * (1 - falls * s)}, target)
     chosen = best_of(trials, target)
