@@ -107,17 +107,17 @@ def main() -> None:
     except NirvanaError as error:
         echo(brief(f"Error: {error}"), err=True)
         sys.exit(error.exit_code)
-    except Exception as error:
-        if os.environ.get(TRACE_VARIABLE):
-            raise
-        echo(brief(f"Error: {_of_a_place(error) or unforeseen(error)}"), err=True)
-        sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         echo("\nInterrupted. Finished stages are kept: repeat the command with --resume.", err=True)
         sys.stdout.flush()
         # Everything is unwound. An ordinary exit may be turned into death by SIGINT by the interpreter, which
         # remembers an interrupt that arrived while a module was being imported.
         os._exit(130)
+    except Exception as error:
+        if os.environ.get(TRACE_VARIABLE):
+            raise
+        echo(brief(f"Error: {_of_a_place(error) or unforeseen(error)}"), err=True)
+        sys.exit(1)
     for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing left to interrupt
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code if isinstance(code, int) else 0)

@@ -15,11 +15,13 @@ from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.search.recipe import Search, Target
 
 from .common import TerminalProgress, command_line, echo, echo_json, echo_table
+from .job import model_argument, recipe_option
 from .options import json_option, recipe_options, taken, typed
 
 
 @click.command("search")
-@click.argument("model")
+@model_argument
+@recipe_option
 @recipe_options(Search, Target)
 @recipe_options(Pruning, Calibration, Export, Measurement, without=("sparsity",))
 @click.option(
@@ -28,7 +30,15 @@ from .options import json_option, recipe_options, taken, typed
 @click.option("--resume", is_flag=True, help="Go on with the points that --out lacks.")
 @click.option("--force", is_flag=True, help="Overwrite an earlier search in --out.")
 @json_option
-def search(model: str, out: Path | None, resume: bool, force: bool, as_json: bool, **options: Any) -> None:
+def search(
+    model: str | None,
+    recipe_file: Path | None,
+    out: Path | None,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Try sparsities and precisions on MODEL, and say which to deploy under a budget.
 
     The dense model in each precision is a point like any other. Calibration, curves and the dense model are
@@ -40,12 +50,18 @@ def search(model: str, out: Path | None, resume: bool, force: bool, as_json: boo
       nirvana-deploy search smollm2 --sparsity 0,0.1,0.2 --precision none,w4 --max-weights-bytes 300M
     """
     from nirvana_deploy.base.terminal import harmless
+    from nirvana_deploy.pipeline.recipe_file import read_recipe
     from nirvana_deploy.pipeline.search import search as run_search
     from nirvana_deploy.report.pages.front import BRIEF, HEADERS, rows, search_record
 
     recipe, target = taken(Search, options), taken(Target, options)
+    base = None if recipe_file is None else read_recipe(recipe_file)
+    model = model or (base.model if base else None)
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL', or --recipe FILE.")
     found = run_search(
         model,
+        base=base,
         out=out,
         recipe=recipe,
         target=target,

@@ -250,6 +250,12 @@ def _recovered(inputs: Path) -> Outcome:
     return run(*JOB, *TRAINED, "--out", "recovered", folder=inputs)  # the last --out counts
 
 
+def _searched(inputs: Path) -> Outcome:
+    from campaign.subjects.kills import SEARCH
+
+    return run(*SEARCH, "--out", "searched", folder=inputs)
+
+
 def _with(inputs: Path, made: str) -> Outcome:
     """Let a command of kills.py make ``made`` in a copy of out, under the name that the trials use."""
     from campaign.subjects.kills import AFTER
@@ -280,6 +286,7 @@ _MAKERS: dict[str, tuple[Callable[[Path], Outcome], tuple[str, ...]]] = {
         ("recipe.toml", "text.txt"),
     ),
     "recovered": (_recovered, ("recipe.toml", "text.txt")),
+    "searched": (_searched, ("recipe.toml", "text.txt")),
     "with-gguf": (lambda inputs: _with(inputs, "gguf"), ("out",)),
     "with-triton": (lambda inputs: _with(inputs, "triton"), ("out",)),
     "with-engine": (lambda inputs: _with(inputs, "engine"), ("out",)),

@@ -67,6 +67,7 @@ def search(
     out: Path | str | None = None,
     recipe: Search | None = None,
     target: Target | None = None,
+    base: Job | None = None,
     resume: bool = False,
     force: bool = False,
     command: str | None = None,
@@ -75,7 +76,8 @@ def search(
 ) -> Searched:
     """Try the points of ``recipe`` on ``model`` and say which one to take under ``target``.
 
-    ``options`` are those of :func:`prune_export`, without ``sparsity`` and ``quantize``. Writes search.json,
+    ``options`` are those of :func:`prune_export`, without ``sparsity`` and ``quantize``; what they leave out
+    is as in ``base``. Writes search.json,
     search.csv, search.html, benchmark.json and a folder for each sparsity to ``out``. A point that fails is
     kept with its reason. Raises NirvanaError for the user's problems and when every cut fails, and
     VerificationError when the recommended one is not verified.
@@ -87,26 +89,27 @@ def search(
     sparsities, schemes, part = sparsities_of(recipe), precisions_of(recipe), shard_of(recipe)
     source = resolve_model(model, progress=progress)
     out = Path(out) if out is not None else Path(f"{source.name}-search")
-    base = job_of(model, {**options, "sparsity": max(sparsities), "quantize": [s for s in schemes if s]})
-    shared = _shared(base, model_record(source))
+    tried = {"sparsity": max(sparsities), "quantize": [scheme for scheme in schemes if scheme]}
+    job = job_of(model, {**options, **tried}, base=base)
+    shared = _shared(job, model_record(source))
     with Run.begin(
         out,
         options={key: value for key, value in asdict(recipe).items() if key != "shard"} | shared["options"],
         model=model_record(source),
         command=command or "called from Python",
-        reads=(source.path, *read_files(base)),
+        reads=(source.path, *read_files(job)),
         may_change={"sparsities", "precisions", "processes"},
         resume=resume,
         force=force,
         progress=progress,
     ) as run:
         key = key_of(shared)
-        points = _points(run, base, key, sparsities, schemes, part)
+        points = _points(run, job, key, sparsities, schemes, part)
         if part[1] > 1:
             return Searched(out, tuple(points), recommend(points, target), None, None)
         if not any(one.kl is not None for one in points):
             raise NirvanaError(f"Every point failed. The first: {points[0].failed}")
-        timed, record = _timed(run, points, base)
+        timed, record = _timed(run, points, job)
         points = [timed.get(one.name, one) for one in points]
         advice = recommend(points, target)
         _write_pages(run, search_record(source.name, points, advice, record))

@@ -29,7 +29,20 @@ TRAINED = (
     "--learning-rate",
     "0.001",
 )
-JOBS = {JOB: "out", (*JOB, *TRAINED): "recovered"}
+SEARCH = (
+    "search",
+    "--recipe",
+    "recipe.toml",
+    "--sparsity",
+    "0,0.2,0.4",
+    "--precision",
+    "none,w8",
+    "--max-weights-bytes",
+    "1G",
+    "--out",
+    "out",
+)
+JOBS = {JOB: "out", (*JOB, *TRAINED): "recovered", SEARCH: "searched"}
 """A whole job -> the input that it makes where nobody disturbs it."""
 AFTER = {
     ("package", "out", "--gguf"): "gguf",
