@@ -40,6 +40,7 @@ def test_a_tiny_model_is_measured(tmp_path: Path) -> None:
     assert 0 < sum(parts.values()) <= 1.1 * score["seconds"]  # a busy machine: more lies between the parts
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_the_default_recipe_is_measured(tmp_path: Path) -> None:
     record = record_of(tmp_path, "tiny", "--layers", "2", "--best", "48", "--seq-len", "16")

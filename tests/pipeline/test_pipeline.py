@@ -378,6 +378,7 @@ def test_verify_vouches_for_nothing_that_is_not_promised(
         assert isinstance(refused.exception, NirvanaError) and "another run" in refused.exception.message
 
 
+@pytest.mark.slow  # a short form of benchmarks/campaign runs always
 def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole(model: str, tmp_path: Path) -> None:
     """Kill the job after ever longer times; every file that the manifest lists must be whole, then finish."""
     out = tmp_path / "out"

@@ -165,6 +165,7 @@ def test_calibrated_w4_halves_the_loss(job: tuple[Path, object], tmp_path: Path)
     assert found["gptq"]["kl_vs_dense"] < 0.5 * found["plain"]["kl_vs_dense"]
 
 
+@pytest.mark.slow
 def test_int8_keeps_the_real_model(job: tuple[Path, object], tmp_path: Path) -> None:
     out = job[0]
     windows = read_windows(out / "calibration.safetensors")
