@@ -87,6 +87,7 @@ def commands_on(folder: Path) -> tuple[list[list[str]], list[list[str]]]:
         ["quantize", onnx, "--scheme", "w8", "--out", str(folder / "w8")],
         ["package", str(model), "--gguf", "--out", str(folder / "model.gguf")],
         ["benchmark", out, "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1", *quick],
+        ["search", "--recipe", str(recipe), "--sparsity", "0,0.3", "--out", str(folder / "search")],
         ["build-engine", onnx, "--max-length", "64", "--out", str(folder / "engine")],
     ]
     return job, others
