@@ -7,6 +7,7 @@ on the sparsity is made once and taken by the others. So a point of the search i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from nirvana_deploy.search.point import Found, Point, file_of, key_of, read_foun
 from nirvana_deploy.search.recipe import Search, Target, precisions_of, shard_of, sparsities_of
 from nirvana_deploy.search.workers import run_points
 
+_WHERE = frozenset({"shard", "processes", "cluster"})
+"""Options of a search that say where it is made."""
 _FREE = frozenset({"sparsity", "quantize", "baseline_quantized", "run_benchmark", "threads", "engines"})
 """Options of a job that its points do not have in common, or that change no result."""
 
@@ -94,17 +97,18 @@ def search(
     shared = _shared(job, model_record(source))
     with Run.begin(
         out,
-        options={key: value for key, value in asdict(recipe).items() if key != "shard"} | shared["options"],
+        options={key: value for key, value in asdict(recipe).items() if key not in _WHERE}
+        | shared["options"],
         model=model_record(source),
         command=command or "called from Python",
         reads=(source.path, *read_files(job)),
-        may_change={"sparsities", "precisions", "processes"},
+        may_change={"sparsities", "precisions"},
         resume=resume,
         force=force,
         progress=progress,
     ) as run:
         key = key_of(shared)
-        points = _points(run, job, key, sparsities, schemes, part)
+        points = _points(run, job, key, recipe)
         if part[1] > 1:
             return Searched(out, tuple(points), recommend(points, target), None, None)
         if not any(one.kl is not None for one in points):
@@ -125,26 +129,18 @@ def _shared(job: Job, model: Mapping[str, Any]) -> dict[str, Any]:
     return {"files": model["files"], "options": options}
 
 
-def _points(
-    run: Run,
-    base: Job,
-    key: str,
-    sparsities: Sequence[float],
-    schemes: Sequence[str | None],
-    part: tuple[int, int],
-) -> list[Found]:
+def _points(run: Run, base: Job, key: str, recipe: Search) -> list[Found]:
     """Every point of this part: from disk where it is there, else made."""
-    mine = [sparsity for sparsity in sparsities if sparsity][part[0] :: part[1]]
+    sparsities, schemes, (part, parts) = sparsities_of(recipe), precisions_of(recipe), shard_of(recipe)
+    mine = [sparsity for sparsity in sparsities if sparsity][part::parts]
     if not mine:
-        raise NirvanaError(
-            f"There are {len(sparsities)} sparsities, and none is left for part {part[0] + 1}."
-        )
+        raise NirvanaError(f"There are fewer cuts than parts: none is left for --shard {recipe.shard}.")
     first = mine[0]
     wanted = [Point(sparsity, scheme) for sparsity in sparsities for scheme in schemes]
     wanted = [point for point in wanted if point.sparsity in mine or not point.sparsity]
     known = _known(run, key, wanted)
     missing = {point.sparsity or first for point in wanted if point not in known}
-    made = _cuts(run, [_cut(run, base, sparsity, first) for sparsity in mine if sparsity in missing])
+    made = _cuts(run, [_cut(run, base, one, first) for one in mine if one in missing], recipe)
     for point in wanted:
         if point not in known:
             folder = _folder(point.sparsity or first)
@@ -165,14 +161,14 @@ def _known(run: Run, key: str, wanted: Sequence[Point]) -> dict[Point, Found]:
     return known
 
 
-def _cuts(run: Run, cuts: Sequence[_Cut]) -> dict[str, NirvanaError]:
+def _cuts(run: Run, cuts: Sequence[_Cut], recipe: Search) -> dict[str, NirvanaError]:
     """Make some folders, the one that others take from before these; returns what failed, by folder."""
     failed: dict[str, NirvanaError] = {}
-    processes = int(run.manifest["options"]["processes"])
-    work = _Worker(run.progress if processes == 1 else SILENT)
+    here = recipe.processes == 1 and recipe.cluster is None
+    work = _Worker(run.progress if here else SILENT, Path.cwd())
     with run.progress.task(f"{len(cuts)} cuts", len(cuts)) as advance:
         for group in ([cut for cut in cuts if cut.beside is None], [cut for cut in cuts if cut.beside]):
-            for cut, result in run_points(group, work, processes=processes):
+            for cut, result in run_points(group, work, processes=recipe.processes, cluster=recipe.cluster):
                 if isinstance(result, NirvanaError):
                     failed[cut.out.name] = result
                     run.progress.note(f"{cut.out.name} failed: {result.message}")
@@ -185,8 +181,14 @@ class _Worker:
     """Makes one cut."""
 
     progress: Progress
+    folder: Path
+    """Where the search was begun: the user's paths may be relative to it."""
 
     def __call__(self, cut: _Cut) -> None:
+        with chdir(self.folder):
+            self._make(cut)
+
+    def _make(self, cut: _Cut) -> None:
         beside = cut.beside if cut.beside is not None and (cut.beside / MANIFEST).is_file() else None
         run_job(
             cut.job,

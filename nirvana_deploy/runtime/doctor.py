@@ -25,6 +25,7 @@ from nirvana_deploy.runtime.table import RUNTIMES, Runtime
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
 
 EXTRAS: dict[str, tuple[str, ...]] = {
+    "cluster": ("ray",),
     "data": ("datasets",),
     "eval": ("accelerate", "lm-eval"),
     "gguf": ("accelerate", "gguf"),

@@ -1,4 +1,4 @@
-"""One function for many pieces of work: here, one after another or in processes of their own."""
+"""One function for many pieces of work: one after another, in processes of their own, or on a cluster."""
 
 from __future__ import annotations
 
@@ -8,19 +8,27 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.search.cluster import run_on_cluster
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
 def run_points(
-    pieces: Sequence[Piece], work: Callable[[Piece], Result], *, processes: int = 1
+    pieces: Sequence[Piece],
+    work: Callable[[Piece], Result],
+    *,
+    processes: int = 1,
+    cluster: str | None = None,
 ) -> Iterator[tuple[Piece, Result | NirvanaError]]:
     """Do ``work`` on each of ``pieces``; yields each with its result as it comes, or with why it has none.
 
     A failure of one is no failure of the others. With ``processes`` more than one, ``work`` and the pieces
-    are pickled, and each process does one piece after another.
+    are pickled, and each process does one piece after another; ``cluster`` sends them to nodes of Ray.
     """
+    if cluster is not None:
+        yield from run_on_cluster(pieces, work, cluster)
+        return
     if processes == 1 or len(pieces) < 2:
         for piece in pieces:
             try:

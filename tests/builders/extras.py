@@ -13,6 +13,7 @@ EXTRAS = {
     "lm_eval": ("lm-eval", "eval"),
     "onnxruntime_genai": ("onnxruntime-genai", "genai"),
     "peft": ("peft", "recover"),
+    "ray": ("ray", "cluster"),
     "tensorboard": ("tensorboard", "recover"),
     "tensorrt_rtx": ("tensorrt-rtx", "rtx"),
     "tritonclient": ("tritonclient", "test"),
