@@ -80,10 +80,9 @@ def search(
     """Try the points of ``recipe`` on ``model`` and say which one to take under ``target``.
 
     ``options`` are those of :func:`prune_export`, without ``sparsity`` and ``quantize``; what they leave out
-    is as in ``base``. Writes search.json,
-    search.csv, search.html, benchmark.json and a folder for each sparsity to ``out``. A point that fails is
-    kept with its reason. Raises NirvanaError for the user's problems and when every cut fails, and
-    VerificationError when the recommended one is not verified.
+    is as in ``base``. Writes search.json, search.csv, search.html, benchmark.json and a folder for each
+    sparsity to ``out``. A point that fails is kept with its reason. Raises NirvanaError for the user's
+    problems and when every cut fails, and VerificationError when the recommended one is not verified.
     """
     recipe, target = recipe or Search(), target or Target()
     for name in ("sparsity", "quantize", "baseline_quantized"):
@@ -135,10 +134,10 @@ def _points(run: Run, base: Job, key: str, recipe: Search) -> list[Found]:
     mine = [sparsity for sparsity in sparsities if sparsity][part::parts]
     if not mine:
         raise NirvanaError(f"There are fewer cuts than parts: none is left for --shard {recipe.shard}.")
-    first = mine[0]
     wanted = [Point(sparsity, scheme) for sparsity in sparsities for scheme in schemes]
     wanted = [point for point in wanted if point.sparsity in mine or not point.sparsity]
     known = _known(run, key, wanted)
+    first = next((point.sparsity for point in known if point.sparsity), mine[0])  # the others take from it
     missing = {point.sparsity or first for point in wanted if point not in known}
     made = _cuts(run, [_cut(run, base, one, first) for one in mine if one in missing], recipe)
     for point in wanted:

@@ -135,7 +135,8 @@ def _tried(
             _at(job, tried),
             out=folder / place,
             until="quality",
-            resume=(folder / place / MANIFEST).is_file(),
+            resume=(folder / place / MANIFEST).is_file() and not force,
+            force=force,
             beside=first,
             progress=progress,
         )

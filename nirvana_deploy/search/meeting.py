@@ -91,9 +91,15 @@ def next_sparsity(trials: Sequence[Found], target: Target, *, most: float) -> fl
 
 
 def best_of(trials: Sequence[Found], target: Target) -> Found | None:
-    """Of the trials that meet every limit the one to take: for time and size the least cut, else the most."""
+    """Of the trials that meet every limit the one to take: for time and size the least cut, else the most.
+
+    None where no cut meets them, and where the dense model, the first of ``trials``, needs none.
+    """
     met = [one for one in trials if one.sparsity and loads(one, target).met]
-    by_cost = target.on_time or target.max_weights_bytes is not None
+    dense = loads(trials[0], target).cost
+    by_cost = dense is not None
+    if dense is not None and dense <= 1:
+        return None  # there is nothing to cut for
     pick = min if by_cost else max
     return pick(met, key=lambda one: one.sparsity, default=None)
 
