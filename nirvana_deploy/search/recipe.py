@@ -64,7 +64,8 @@ class Search:
     cluster: Annotated[
         str | None,
         Option(
-            "Make cuts on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Its nodes see the same files.",
+            "Make cuts on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Its nodes see the same files. "
+            "Not yet shown on more than one node.",
             resumable=True,
         ),
     ] = None
