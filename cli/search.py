@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +48,9 @@ def search(
       nirvana-deploy search smollm2 --max-kl 0.2
       nirvana-deploy search smollm2 --sparsity 0,0.1,0.2 --precision none,w4 --max-weights-bytes 300M
     """
-    from nirvana_deploy.base.terminal import harmless
     from nirvana_deploy.pipeline.recipe_file import read_recipe
     from nirvana_deploy.pipeline.search import search as run_search
-    from nirvana_deploy.report.pages.front import BRIEF, HEADERS, rows, search_record
+    from nirvana_deploy.report.pages.front import BRIEF, HEADERS, rows
 
     recipe, target = taken(Search, options), taken(Target, options)
     base = None if recipe_file is None else read_recipe(recipe_file)
@@ -71,9 +69,9 @@ def search(
         progress=TerminalProgress(),
         **typed(options),
     )
-    record = search_record(harmless(model), found.points, found.recommendation, found.benchmark)
+    record = found.record
     if as_json:
-        echo_json({"out": str(found.out), **record, "target": asdict(target)})
+        echo_json({"out": str(found.out), **record})
         return
     lines = [[row[column] for column in BRIEF] for row in rows(record)]
     echo_table([HEADERS[column] for column in BRIEF], lines, title=f"{model}: {len(found.points)} points")

@@ -161,7 +161,8 @@ class Run:
         started, cpu_started = time.perf_counter(), cpu_seconds()
         reset_peak_rss()
         with self._tidy(stage), exhaustion_errors(f"The stage {stage.name!r}"):
-            result = manifests.plain(self._taken(stage) or stage.work())
+            taken = self._taken(stage)
+            result = manifests.plain(stage.work() if taken is None else taken)
         files = self._hashes(stage.makes)
         for file in files:  # what belongs to a stage from now on
             self.manifest["files"].pop(file, None)

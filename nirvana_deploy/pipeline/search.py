@@ -49,7 +49,8 @@ class Searched:
     out: Path
     points: tuple[Found, ...]
     recommendation: Recommendation
-    benchmark: dict[str, Any] | None
+    record: dict[str, Any]
+    """The content of search.json."""
     page: Path | None
     """search.html; None for a part of a search."""
 
@@ -109,13 +110,16 @@ def search(
         key = key_of(shared)
         points = _points(run, job, key, recipe)
         if part[1] > 1:
-            return Searched(out, tuple(points), recommend(points, target), None, None)
+            advice = recommend(points, target)
+            record = search_record(source.name, points, advice, None)
+            return Searched(out, tuple(points), advice, record, None)
         if not any(one.kl is not None for one in points):
             raise NirvanaError(f"Every point failed. The first: {points[0].failed}")
-        timed, record = _timed(run, points, job)
+        timed, benchmark = _timed(run, points, job)
         points = [timed.get(one.name, one) for one in points]
         advice = recommend(points, target)
-        _write_pages(run, search_record(source.name, points, advice, record))
+        record = search_record(source.name, points, advice, benchmark)
+        _write_pages(run, record)
         run.finish()
     if advice.point is not None:
         _require_verified(out, advice.point)

@@ -24,7 +24,8 @@ from nirvana_deploy.prune.curves.budget import largest_sparsity_of
 from nirvana_deploy.prune.cutting import budget_of, reads_curves
 from nirvana_deploy.prune.plan import default_gamma, largest_sparsity
 from nirvana_deploy.prune.recipe import Pruning
-from nirvana_deploy.search.meeting import best_of, loads, nearest_of, next_sparsity
+from nirvana_deploy.search.load import loads
+from nirvana_deploy.search.meeting import best_of, nearest_of, next_sparsity
 from nirvana_deploy.search.point import Found, Point, said
 from nirvana_deploy.search.recipe import Target
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nirvana_deploy.base.artifact import write_bytes
@@ -37,6 +36,7 @@ from nirvana_deploy.output.records import (
 )
 from nirvana_deploy.report import figures, findings
 from nirvana_deploy.report.facts import details, encoder_decoder, evaluation_source
+from nirvana_deploy.report.page import environment
 from nirvana_deploy.report.pages import curves, deployed, ntk, quality, recovery, tasks
 from nirvana_deploy.report.table import (
     ABSENT,
@@ -394,17 +394,9 @@ def markdown_lines(value: Any) -> Markup:
 
 def render_markdown(context: Mapping[str, Any]) -> str:
     """Render report.md from ``report_context``; every value is escaped for Markdown."""
-    environment = Environment(
-        loader=PackageLoader("nirvana_deploy.report"),
-        autoescape=False,  # HTML's rules; finalize applies Markdown's
-        finalize=markdown_text,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"code": markdown_code, "verbatim": Markup, "lines": markdown_lines}
-    return environment.get_template("report.md.j2").render(context)
+    templates = environment(autoescape=False, finalize=markdown_text)  # which applies Markdown's rules
+    templates.filters |= {"code": markdown_code, "verbatim": Markup, "lines": markdown_lines}
+    return templates.get_template("report.md.j2").render(context)
 
 
 def render_html(
@@ -414,15 +406,7 @@ def render_html(
     kernel_figure: PlacedFigure | None = None,
 ) -> str:
     """report.html from ``report_context`` and its figures; every value is escaped for HTML."""
-    environment = Environment(
-        loader=PackageLoader("nirvana_deploy.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    template = environment.get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     return template.render(context, figures=placed, stage_figure=stage_figure, kernel_figure=kernel_figure)
 
 

@@ -21,16 +21,16 @@ _RETRIES = 3
 
 
 def run_on_cluster(
-    pieces: Sequence[Piece], work: Callable[[Piece], Result], cluster: str, *, cpus: int = 1, gpus: float = 0
+    pieces: Sequence[Piece], work: Callable[[Piece], Result], cluster: str
 ) -> Iterator[tuple[Piece, Result | NirvanaError]]:
     """As ``run_points``, on the cluster at ``cluster``: HOST:PORT, ray://HOST:PORT, or auto for one here.
 
-    Each piece takes ``cpus`` and ``gpus``. Nodes see the same files and have this package. Raises
-    NirvanaError where Ray is not installed or the address does not answer.
+    Nodes see the same files and have this package. Raises NirvanaError where Ray is not installed or the
+    address does not answer.
     """
     ray = _ray()
     with _connected(ray, cluster):
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)(_tried)
+        remote = ray.remote(max_retries=_RETRIES)(_tried)
         running = {remote.remote(work, piece): piece for piece in pieces}
         try:
             while running:

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from nirvana_deploy.search.load import loads
 from nirvana_deploy.search.point import Found
 from nirvana_deploy.search.recipe import Target
 
 USUAL = Target(max_kl=0.1)
 """Where no budget is given: about what careful quantization to four bits costs."""
 Cost = Literal["tpot_ms", "weights_bytes"]
-
-_MEETS: dict[str, Callable[[Found, float], bool | None]] = {
-    "max_kl": lambda found, limit: None if found.kl is None else found.kl <= limit,
-    "max_perplexity_ratio": lambda found, limit: (
-        None if found.perplexity_ratio is None else found.perplexity_ratio <= limit
-    ),
-    "target_tpot_ms": lambda found, limit: None if found.tpot_ms is None else found.tpot_ms <= limit,
-    "min_speedup": lambda found, limit: None if found.speedup is None else found.speedup >= limit,
-    "max_weights_bytes": lambda found, limit: (
-        None if found.weights_bytes is None else found.weights_bytes <= limit
-    ),
-}
-"""Whether a point meets a limit; None where that was not measured."""
 
 
 def front(points: Iterable[Found], cost: Cost) -> list[Found]:
@@ -51,11 +39,6 @@ def worth_timing(points: Sequence[Found]) -> list[Found]:
     return [one for one in points if one.name in chosen]
 
 
-def meets(found: Found, target: Target) -> bool:
-    """Whether a point was measured to meet every limit."""
-    return all(_MEETS[name](found, limit) is True for name, limit in target.asked.items())
-
-
 @dataclass(frozen=True)
 class Recommendation:
     """The point to take."""
@@ -77,9 +60,9 @@ def recommend(points: Sequence[Found], target: Target) -> Recommendation:
     given = bool(target.asked)
     target = target if given else USUAL
     measured = [one for one in points if one.failed is None and one.kl is not None]
-    within = [one for one in measured if meets(one, target)]
+    within = [one for one in measured if loads(one, target).met]
     chosen = min(within, key=_quickest if target.on_quality else _truest, default=None)
-    nearest = None if chosen else min(measured, key=lambda one: _excess(one, target), default=None)
+    nearest = None if chosen else min(measured, key=lambda one: loads(one, target).most, default=None)
     return Recommendation(chosen, nearest, target, given)
 
 
@@ -104,21 +87,3 @@ def _quickest(found: Found) -> tuple[float, float, float]:
 
 def _truest(found: Found) -> tuple[float, ...]:
     return (found.kl or 0.0, *_quickest(found)[:2])
-
-
-def _excess(found: Found, target: Target) -> float:
-    """By how much, relatively, a point misses the limit that it misses most."""
-    values = {
-        "max_kl": found.kl,
-        "max_perplexity_ratio": found.perplexity_ratio,
-        "target_tpot_ms": found.tpot_ms,
-        "max_weights_bytes": found.weights_bytes,
-    }
-    excess = []
-    for name, limit in target.asked.items():
-        if name == "min_speedup":
-            excess.append(float("inf") if not found.speedup else limit / found.speedup - 1)
-        else:
-            value = values[name]
-            excess.append(float("inf") if value is None else value / limit - 1 if limit else value)
-    return max(excess, default=0.0)

@@ -1,17 +1,17 @@
 """The sparsity that meets a budget, by trying some. Pure numbers.
 
-A limit's *load* is the share of it that is used up: what is measured over what is allowed, 1 at the limit.
-Loads of quality grow with the sparsity, about as a power of it above what quantization alone costs; those of
-time and size fall, about linearly from the dense model's. The next sparsity is where that law, through what
-was measured, comes to the middle of the wanted band, held inside what is known to be too little and too much.
+Loads (``load.py``) of quality grow with the sparsity, about as a power of it above what quantization alone
+costs; those of time and size fall, about linearly from the dense model's. The next sparsity is where that
+law, through what was measured, comes to the middle of the wanted band, and inside what is known to be too
+little and too much.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from nirvana_deploy.search.load import loads
 from nirvana_deploy.search.point import Found
 from nirvana_deploy.search.recipe import Target
 
@@ -25,37 +25,6 @@ _STEP = 0.002
 """Sparsities closer than this cut the same units, or nearly."""
 _MARGIN = 0.1
 """Share of the interval between too little and too much where no trial is made, on each side."""
-
-
-@dataclass(frozen=True)
-class Loads:
-    """What a point uses up of its limits: the largest of each kind, None without such a limit."""
-
-    quality: float | None
-    cost: float | None
-
-    @property
-    def met(self) -> bool:
-        """Whether every limit holds."""
-        return all(load is None or load <= 1 for load in (self.quality, self.cost))
-
-
-def loads(found: Found, target: Target) -> Loads:
-    """The loads of a point that was measured for every limit of ``target``."""
-    quality: list[float] = []
-    cost: list[float] = []
-    if target.max_kl is not None:
-        quality.append(_share(found.kl, target.max_kl))
-    if target.max_perplexity_ratio is not None:
-        ratio = max(found.perplexity_ratio or math.inf, 1.0)
-        quality.append(_share(math.log(ratio), math.log(target.max_perplexity_ratio)))
-    if target.target_tpot_ms is not None:
-        cost.append(_share(found.tpot_ms, target.target_tpot_ms))
-    if target.min_speedup is not None:
-        cost.append(math.inf if not found.speedup else target.min_speedup / found.speedup)
-    if target.max_weights_bytes is not None:
-        cost.append(_share(found.weights_bytes, target.max_weights_bytes))
-    return Loads(max(quality, default=None), max(cost, default=None))
 
 
 def next_sparsity(trials: Sequence[Found], target: Target, *, most: float) -> float | None:
@@ -106,18 +75,7 @@ def best_of(trials: Sequence[Found], target: Target) -> Found | None:
 
 def nearest_of(trials: Sequence[Found], target: Target) -> Found:
     """The trial whose largest load is least."""
-
-    def worst(found: Found) -> float:
-        load = loads(found, target)
-        return max(load.quality or 0.0, load.cost or 0.0)
-
-    return min(trials, key=worst)
-
-
-def _share(value: float | None, limit: float) -> float:
-    if value is None:
-        return math.inf
-    return value / limit if limit else (math.inf if value > 0 else 0.0)
+    return min(trials, key=lambda one: loads(one, target).most)
 
 
 def _in_band(sparsity: float, load: float) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,6 @@ def read_found(path: Path, *, key: str) -> Found:
             hint="Search into another folder: --out DIR",
         )
     return found
-
-
-def untimed(found: Found) -> Found:
-    """What two searches of the same points must agree in."""
-    return replace(found, tpot_ms=None, speedup=None, speedup_p10_p90=None)
 
 
 def said(found: Found) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from click.testing import CliRunner
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
+from nirvana_deploy.pipeline import target as meeting
 from nirvana_deploy.pipeline.target import meet
+from nirvana_deploy.search.point import Found
 from nirvana_deploy.search.recipe import Target
 
 pytestmark = pytest.mark.integration
@@ -54,6 +57,20 @@ def test_what_no_sparsity_meets_is_said_with_what_comes_nearest(model: str, tmp_
     assert not (tmp_path / "out").exists() and (tmp_path / "out-trials/s0.2/manifest.json").is_file()
     with pytest.raises(NirvanaError, match="there is nothing to cut"):
         meet(model, Target(max_weights_bytes=10**9), out=tmp_path / "out", **OPTIONS)
+
+
+def test_a_speed_is_met_by_what_was_timed(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(folder: Path, points: list[Found], *_: Any, **__: Any) -> tuple[list[Found], None]:
+        return [
+            replace(one, tpot_ms=10 * (1 - one.sparsity), speedup=1 / (1 - one.sparsity)) for one in points
+        ], None
+
+    monkeypatch.setattr(meeting, "timed_points", timed)
+    met = meet(model, Target(min_speedup=1.22), out=tmp_path / "out", **OPTIONS)
+    assert [one.sparsity for one in met.trials] == [0.0, 0.2] and met.chosen.sparsity == 0.2
+    assert met.deployment.plan.sparsity == 0.2
 
 
 @pytest.mark.parametrize(

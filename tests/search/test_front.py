@@ -7,7 +7,8 @@ from random import Random
 
 import pytest
 
-from nirvana_deploy.search.front import front, meets, quantization_alone, recommend, worth_timing
+from nirvana_deploy.search.front import front, quantization_alone, recommend, worth_timing
+from nirvana_deploy.search.load import loads
 from nirvana_deploy.search.point import Found, Point
 from nirvana_deploy.search.recipe import Target
 
@@ -65,7 +66,7 @@ def test_what_is_larger_and_loses_more_in_its_precision_is_not_timed() -> None:
 def test_the_fastest_within_a_limit_on_quality_else_the_nearest_to_dense(target: Target, chosen: str) -> None:
     advice = recommend(POINTS, target)
     assert advice.point is not None and advice.point.name == chosen
-    assert meets(advice.point, advice.target) and advice.given == bool(target.asked)
+    assert loads(advice.point, advice.target).met and advice.given == bool(target.asked)
 
 
 def test_where_nothing_meets_the_budget_the_nearest_is_named() -> None:

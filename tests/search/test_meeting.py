@@ -8,7 +8,8 @@ from random import Random
 
 import pytest
 
-from nirvana_deploy.search.meeting import BAND, MOST_TRIALS, best_of, loads, nearest_of, next_sparsity
+from nirvana_deploy.search.load import loads
+from nirvana_deploy.search.meeting import BAND, MOST_TRIALS, best_of, nearest_of, next_sparsity
 from nirvana_deploy.search.point import Found, Point
 from nirvana_deploy.search.recipe import Target
 

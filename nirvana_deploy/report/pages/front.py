@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from nirvana_deploy.output.variants import DENSE, variant_named
 from nirvana_deploy.report.figures import COLOURS, WIDE_IN, bare, entitle, inline_svg, new_figure
+from nirvana_deploy.report.page import environment
 from nirvana_deploy.report.table import ABSENT, format_bytes, format_ms, format_number, format_times
 from nirvana_deploy.search.front import Cost, Recommendation, front, quantization_alone
 from nirvana_deploy.search.point import Found, said
@@ -233,16 +232,10 @@ def _beside(at: Any, taken: list[tuple[float, float]]) -> dict[str, Any]:
 
 def search_page(record: Mapping[str, Any]) -> str:
     """search.html from search.json; every value is escaped for HTML."""
-    environment = Environment(
-        loader=PackageLoader("nirvana_deploy.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     costs: tuple[Cost, ...] = ("tpot_ms", "weights_bytes")
     figures = [svg for cost in costs if (svg := front_figure(record, cost)) is not None]
-    return environment.get_template("search.html.j2").render(
-        record=record, headers=HEADERS, rows=rows(record), figures=figures
+    return (
+        environment()
+        .get_template("search.html.j2")
+        .render(record=record, headers=HEADERS, rows=rows(record), figures=figures)
     )
