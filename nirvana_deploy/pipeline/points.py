@@ -14,16 +14,15 @@ from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.output.layout import QUALITY_FILE
 from nirvana_deploy.output.record_kinds import QualityRecord
-from nirvana_deploy.output.variants import DENSE, PRUNED, quantized_variant, variant_named
+from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.prune.plan_file import shape_of
 from nirvana_deploy.search.point import SCHEMA, Found, Point
 
 
 def found_in(out: Path, folder: str, key: str, point: Point, *, failed: NirvanaError | None = None) -> Found:
     """What is known of a point whose models lie in the output folder ``out / folder``."""
-    of = PRUNED if point.sparsity else DENSE
-    variant = quantized_variant(point.scheme, of=of) if point.scheme else variant_named(of)
-    found = Found(SCHEMA, key, point.name, point.sparsity, point.scheme, folder, variant.name)
+    found = Found(SCHEMA, key, point.name, point.sparsity, point.scheme, folder)
+    variant = found.variant
     if failed is not None:
         return replace(found, failed=failed.message)
     record = read_json(out / folder / QUALITY_FILE, QualityRecord)["variants"]
@@ -48,8 +47,8 @@ def timed_points(
     variants = [
         variant_from_folder(
             one.name,
-            out / one.folder / variant_named(one.variant).folder,
-            shape_of(out / one.folder, variant_named(one.variant)),
+            out / one.folder / one.variant.folder,
+            shape_of(out / one.folder, one.variant),
             float_arithmetic=one.scheme is None,
         )
         for one in points
@@ -58,7 +57,7 @@ def timed_points(
     gains = {one["variant"]: one for one in record["comparisons"]}
     timed = []
     for variant, one in zip(record["variants"], points, strict=True):
-        variant["path"] = f"{one.folder}/{variant_named(one.variant).folder}"
+        variant["path"] = f"{one.folder}/{one.variant.folder}"
         gain = gains.get(one.name, {"tpot_speedup": 1.0, "tpot_speedup_p10_p90": (1.0, 1.0)})
         low, high = gain["tpot_speedup_p10_p90"]
         timed.append(

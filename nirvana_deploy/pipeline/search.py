@@ -158,7 +158,7 @@ def _known(run: Run, key: str, wanted: Sequence[Point]) -> dict[Point, Found]:
     for point in wanted:
         path = run.out / file_of(key, point)
         if path.is_file():
-            found = read_found(path, key=key)
+            found = read_found(path, key=key, point=point)
             if found.failed is None and (run.out / found.folder / MANIFEST).is_file():
                 known[point] = found
     return known

@@ -12,6 +12,7 @@ from typing import Any
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.output.layout import POINTS
+from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, quantized_variant, variant_named
 
 SCHEMA = 1
 
@@ -43,8 +44,6 @@ class Found:
     scheme: str | None
     folder: str
     """The output folder of the cut, relative to the search's."""
-    variant: str
-    """Its name there."""
     failed: str | None = None
     """Why there is nothing more to say."""
     kl: float | None = None
@@ -65,6 +64,12 @@ class Found:
         """What was asked."""
         return Point(self.sparsity, self.scheme)
 
+    @property
+    def variant(self) -> ModelVariant:
+        """The model in the folder of the cut."""
+        of = PRUNED if self.sparsity else DENSE
+        return quantized_variant(self.scheme, of=of) if self.scheme else variant_named(of)
+
 
 def key_of(common: Mapping[str, Any]) -> str:
     """The hash of what all points of a search have in common."""
@@ -76,13 +81,18 @@ def file_of(key: str, point: Point) -> str:
     return f"{POINTS}/{_hash([key, asdict(point)])}.json"
 
 
-def read_found(path: Path, *, key: str) -> Found:
-    """A result; raises NirvanaError for one that is broken, or of another search."""
+def read_found(path: Path, *, key: str, point: Point) -> Found:
+    """The result of a point; raises NirvanaError for one that is broken, or of another search or point."""
     found = read_json(path, Found, schema=SCHEMA)
     if found.key != key:
         raise NirvanaError(
             f"{path} is of another search: another model, calibration or way to cut ({found.name}).",
             hint="Search into another folder: --out DIR",
+        )
+    if (found.point, found.name) != (point, point.name) or Path(found.folder).name != found.folder:
+        raise NirvanaError(
+            f"{path} is no result of {point.name}: it says {found.name!r}, in the folder {found.folder!r}.",
+            hint="Move it away, and --resume measures the point again.",
         )
     return found
 

@@ -17,7 +17,7 @@ def found(sparsity: float, scheme: str | None, kl: float | None, ms: float | Non
     name = Point(sparsity, scheme).name
     speedup = None if ms is None else 10 / ms
     return Found(
-        1, "key", name, sparsity, scheme, "s", "v", kl=kl, tpot_ms=ms, weights_bytes=size, speedup=speedup
+        1, "key", name, sparsity, scheme, "s", kl=kl, tpot_ms=ms, weights_bytes=size, speedup=speedup
     )
 
 

@@ -21,7 +21,7 @@ def tried(measure: Callable[[float], dict[str, float]], target: Target) -> list[
 
     def found(sparsity: float) -> Found:
         name = Point(sparsity).name
-        return Found(1, "", name, sparsity, None, "", "", **measure(sparsity))  # type: ignore[arg-type]
+        return Found(1, "", name, sparsity, None, "", **measure(sparsity))  # type: ignore[arg-type]
 
     trials = [found(0.0)]
     while (sparsity := next_sparsity(trials, target, most=MOST)) is not None:

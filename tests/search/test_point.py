@@ -12,7 +12,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.search.point import Found, Point, file_of, key_of, read_found, said
 
 KEY = key_of({"files": {"model.safetensors": "ab"}, "options": {"seed": 0}})
-FOUND = Found(1, KEY, "s0.2-w4", 0.2, "w4", "s0.2", "pruned-w4", kl=0.25, weights_bytes=95_000_000)
+FOUND = Found(1, KEY, "s0.2-w4", 0.2, "w4", "s0.2", kl=0.25, weights_bytes=95_000_000)
 
 
 def test_a_result_is_found_by_what_was_asked() -> None:
@@ -25,12 +25,18 @@ def test_a_result_is_found_by_what_was_asked() -> None:
 def test_it_is_read_as_it_was_written_and_another_search_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "one.json"
     write_json(path, asdict(FOUND))
-    assert read_found(path, key=KEY) == FOUND
+    assert read_found(path, key=KEY, point=FOUND.point) == FOUND
+    assert FOUND.variant.name == "pruned-w4" and replace(FOUND, sparsity=0.0).variant.name == "dense-w4"
     with pytest.raises(NirvanaError, match="of another search"):
-        read_found(path, key="other")
+        read_found(path, key="other", point=FOUND.point)
+    with pytest.raises(NirvanaError, match=r"no result of s0\.3-w4: it says 's0\.2-w4'"):
+        read_found(path, key=KEY, point=Point(0.3, "w4"))
+    write_json(path, asdict(replace(FOUND, folder="../s0.2")))
+    with pytest.raises(NirvanaError, match="no result of"):
+        read_found(path, key=KEY, point=FOUND.point)
     write_json(path, asdict(replace(FOUND, kl="much")))  # type: ignore[arg-type]
     with pytest.raises(NirvanaError, match="kl"):
-        read_found(path, key=KEY)
+        read_found(path, key=KEY, point=FOUND.point)
 
 
 def test_what_is_said_of_a_point() -> None:

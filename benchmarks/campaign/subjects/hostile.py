@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from campaign.mutations import damage
 from campaign.subject import Result
+from campaign.subjects.kills import SEARCH
 from campaign.trial import run
 from campaign.world import INPUTS, SHORT, World, changes, snapshot
 
@@ -24,6 +26,7 @@ def _in(folder: str, *names: str) -> tuple[str, ...]:
 _MODEL = _in("llama", *_SETTINGS, "model.safetensors")
 _INDEX = _in("sharded", "model.safetensors.index.json")
 _OUT = _in("out", "manifest.json", *_in("onnx", *_GRAPH))
+_SEARCHED = _in("searched", "manifest.json", "points", *_in("s0.2", "manifest.json", "quality.json"))
 READS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("export llama --out new", _MODEL),
     ("export sharded --out new", _INDEX),
@@ -37,6 +40,7 @@ READS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("recipe --recipe recipe.toml", ("recipe.toml",)),
     ("prune-export --recipe recipe.toml --dry-run", ("recipe.toml",)),
     ("prune-export --recipe recipe.toml --out out --resume", _in("out", *_STATES)),
+    (f"{' '.join(SEARCH[:-1])} searched --resume", _SEARCHED),
     ("inspect out", _in("out", *_RECORDS)),
     ("report out", _in("out", *_RECORDS)),
     ("verify out", (*_OUT, *_in("out", "checkpoint/config.json", "onnx-int8/quantization.json"))),
@@ -52,7 +56,12 @@ READS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("build-engine onnx --max-length 64 --out new", _in("onnx", *_GRAPH)),
     ("inspect engine/onnx.engine", ("engine/onnx.engine", "engine/onnx.json")),
 )
-"""Command -> the files that it reads; a new reader joins with a row."""
+"""Command -> the files that it reads, or a folder of them; a new reader joins with a row."""
+
+
+def written_by(words: Sequence[str]) -> str:
+    """The folder that a command may write."""
+    return words[words.index("--out") + 1] if "--out" in words else "out"
 
 
 def inputs_of(command: str) -> tuple[str, ...]:
@@ -67,11 +76,13 @@ def trial(world: World, random: Random) -> Result:
     """One command that reads one damaged file; before the first such trial, with the files as they are."""
     command, files = random.choice(READS)
     words = command.split()
-    out = "out" if "out" in words else "new"
+    out = written_by(words)
     if complaints := world.without_damage(command, inputs_of(command)):
         return Result(f"nothing damaged; {command}", complaints)
     with world.folder(*inputs_of(command)) as folder:
         file = folder / random.choice(files)
+        if file.is_dir():
+            file = random.choice(sorted(file.iterdir()))
         how = damage(file, random)
         before = snapshot(folder, without=(out,))
         ended = run(*words, folder=folder)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from nirvana_deploy.output.variants import DENSE, variant_named
+from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.report.figures import COLOURS, WIDE_IN, bare, entitle, inline_svg, new_figure
 from nirvana_deploy.report.page import environment
 from nirvana_deploy.report.table import ABSENT, format_bytes, format_ms, format_number, format_times
@@ -113,7 +113,7 @@ def _limit(name: str, limit: float) -> str:
 
 def _next(chosen: Found) -> list[str]:
     """What to type in the folder of the search: run it; and complete its folder, report included."""
-    model = f"{chosen.folder}/{variant_named(chosen.variant).folder}"
+    model = f"{chosen.folder}/{chosen.variant.folder}"
     commands = [f"nirvana-deploy generate {model} --prompt 'The capital of France is'"]
     if chosen.sparsity:
         recipe = f"{chosen.folder}/recipe.toml"
