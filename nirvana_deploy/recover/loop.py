@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nirvana_deploy.recover.budget import budget_of
+from nirvana_deploy.recover.learning.dtype import in_bfloat16
 from nirvana_deploy.recover.processes import share_of
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.record import CurvePoint
@@ -36,6 +37,8 @@ class Loop:
     micro_batch: int
     learning_rate: float
     seed: int
+    bfloat16: bool = False
+    """Whether products are computed in it; decided once, for all processes and for who goes on."""
 
     @property
     def measured_every(self) -> int:
@@ -64,6 +67,7 @@ def planned(recipe: Recovery, *, seq_len: int, seed: int, seconds_of_step: Calla
         micro_batch=micro_batch_of(recipe),
         learning_rate=recipe.learning_rate,
         seed=seed,
+        bfloat16=in_bfloat16(recipe),
     )
 
 

@@ -10,6 +10,7 @@ from nirvana_deploy.recover.learning.logs import LOGS, NOWHERE
 
 METHODS = ("distill", "lora", "full", "layers")
 TEACHERS = ("auto", "live", "stored")
+AUTO, FLOAT32, BFLOAT16 = DTYPES = ("auto", "float32", "bfloat16")
 
 
 @recipe
@@ -69,6 +70,15 @@ class Recovery:
             resumable=True,
         ),
     ] = None
+    recover_dtype: Annotated[
+        str,
+        Option(
+            "Of the products in training, not of what is kept: bfloat16 takes half the time where the device "
+            "has instructions for it; auto: there.",
+            choices=DTYPES,
+            resumable=True,
+        ),
+    ] = AUTO
     recover_text: Annotated[
         str, Option("Text to train on, as --calib takes it, in windows of --seq-len.", resumable=True)
     ] = "mix"

@@ -56,6 +56,8 @@ class Recovered:
     cut_perplexity: float
     answers_of_cut: tuple[str, ...] = field(default=())
     """What the cut wrote before training, prompt by prompt as ``answers.json`` has them."""
+    bfloat16: bool = False
+    """Whether products were computed in it."""
 
     @property
     def tokens_per_second(self) -> float:

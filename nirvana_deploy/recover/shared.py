@@ -26,6 +26,7 @@ from nirvana_deploy.prune.streaming.loading import compute_device
 from nirvana_deploy.quantize.schemes import scheme_named
 from nirvana_deploy.recover import processes
 from nirvana_deploy.recover.data import TrainingText
+from nirvana_deploy.recover.learning.dtype import computing, in_bfloat16
 from nirvana_deploy.recover.learning.int8_decision import read_decision
 from nirvana_deploy.recover.learning.int8_training import compute_in_int8
 from nirvana_deploy.recover.learning.rounded import round_while_training
@@ -201,7 +202,8 @@ class WholeModel:
         share = (processes.share_of(self._recipe.recover_batch), seq_len)
         windows = torch.randint(0, shape.vocab_size, share, generator=random)
         student = Student(self._model, teacher, self._recipe)
-        return _BESIDE * probe(student, windows.to(device), micro_batch=micro_batch_of(self._recipe))
+        with computing(in_bfloat16(self._recipe)):
+            return _BESIDE * probe(student, windows.to(device), micro_batch=micro_batch_of(self._recipe))
 
     def make_ready(self, text: TrainingText, progress: Progress) -> None:
         """Write the dense model's states to disk, if they are to lie there, without the cut in memory."""

@@ -113,6 +113,7 @@ def recover(
             learning_rate=loop.learning_rate,
             trained_parameters=done.trained_parameters,
             stored_teacher=done.stored_teacher,
+            bfloat16=done.loop.bfloat16,
             processes=processes.count(),
             curve=course.curve,
             cut_kl=kl,

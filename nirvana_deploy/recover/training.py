@@ -150,7 +150,7 @@ def fit(
         max_grad_norm=1.0,
         seed=loop.seed,
         use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        bf16=loop.bfloat16,
         eval_strategy="steps",
         eval_steps=every,
         eval_on_start=True,

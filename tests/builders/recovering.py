@@ -19,7 +19,8 @@ from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.recovery import TextWanted, Trained, recover_checkpoint
 
 SEQ_LEN = 24
-SHORT = {"recover": "1200", "recover_batch": 4, "learning_rate": 2e-3}
+SHORT = {"recover": "1200", "recover_batch": 4, "learning_rate": 2e-3, "recover_dtype": "float32"}
+"""Float32, for equations."""
 
 
 def model_of(kind: str, folder: Path) -> Path:

@@ -48,8 +48,10 @@ def recovered(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def test_two_processes_give_the_course_of_one(pruned: Path, text: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         shutil.copytree(pruned, tmp_path / name)
-    recover_folder(tmp_path / "one", {"recover": "1200", "recover_text": str(text), "learning_rate": 0.002})
-    done = recovered(tmp_path / "two", "--tokens", "1200", "--recover-text", str(text))
+    exact = {"recover_text": str(text), "learning_rate": 0.002, "recover_dtype": "float32"}
+    recover_folder(tmp_path / "one", {"recover": "1200", **exact})
+    in_float32 = ("--recover-text", str(text), "--recover-dtype", "float32")
+    done = recovered(tmp_path / "two", "--tokens", "1200", *in_float32)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Held-out KL") == 1
     one, two = (

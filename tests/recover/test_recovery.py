@@ -17,6 +17,7 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_divergences
 from nirvana_deploy.recover import loop, shared, training
+from nirvana_deploy.recover.learning.dtype import in_bfloat16
 from nirvana_deploy.recover.recipe import Recovery
 
 KINDS = ["llama-tied", "qwen3", "gemma3", "phi3", "flan-t5"]
@@ -83,6 +84,25 @@ def test_micro_batches_change_memory_alone(llama: Cut) -> None:
     whole, parts = llama.recover("one", **full), llama.recover("two", **full, recover_micro_batch=1)
     for one, other in zip(whole.course.curve, parts.course.curve, strict=True):
         assert one.kl == pytest.approx(other.kl, rel=1e-4)
+
+
+def test_products_in_bfloat16_give_nearly_the_same_course(llama: Cut) -> None:
+    exact, rounded = llama.recover("one"), llama.recover("two", recover_dtype="bfloat16")
+    assert (exact.loop.bfloat16, rounded.loop.bfloat16) == (False, True)
+    assert exact.course.curve[0].kl == rounded.course.curve[0].kl  # measured in float32
+    assert exact.course.curve[-1].kl != rounded.course.curve[-1].kl
+    for one, other in zip(exact.course.curve, rounded.course.curve, strict=True):
+        assert one.kl == pytest.approx(other.kl, rel=2e-2)
+
+
+def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able in (True, False):
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able}, raising=False
+        )
+        assert in_bfloat16(Recovery()) == (able or torch.cuda.is_available())
+        assert in_bfloat16(Recovery(recover_dtype="bfloat16"))
+        assert not in_bfloat16(Recovery(recover_method="layers"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""The dtype of the products of a training; weights, moments and the measured KL stay in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from nirvana_deploy.prune.streaming.loading import compute_device
+from nirvana_deploy.recover.recipe import AUTO, BFLOAT16, Recovery
+
+
+def in_bfloat16(recipe: Recovery) -> bool:
+    """Whether this process's device is to compute in bfloat16; ``auto`` asks whether it is faster in it."""
+    if recipe.recover_method == "layers":
+        return False
+    return _faster() if recipe.recover_dtype == AUTO else recipe.recover_dtype == BFLOAT16
+
+
+def computing(bfloat16: bool) -> AbstractContextManager[object]:
+    """The context in which a step computes."""
+    return torch.autocast(compute_device().type, dtype=torch.bfloat16, enabled=bfloat16)
+
+
+def _faster() -> bool:
+    """Whether the device multiplies in bfloat16 itself; what a CPU emulates is slower than float32."""
+    if compute_device().type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    tells: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in every release
+    able = tells()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
