@@ -98,15 +98,15 @@ def main() -> None:
     try:
         signal.signal(signal.SIGTERM, _interrupted)
         with exhaustion_errors("The command"):
-            code = commands.main(standalone_mode=False)
+            code = _run()
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
         echo(brief(shown.getvalue()), err=True)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except NirvanaError as error:
         echo(brief(f"Error: {error}"), err=True)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         echo("\nInterrupted. Finished stages are kept: repeat the command with --resume.", err=True)
         sys.stdout.flush()
@@ -117,10 +117,19 @@ def main() -> None:
         if os.environ.get(TRACE_VARIABLE):
             raise
         echo(brief(f"Error: {_of_a_place(error) or unforeseen(error)}"), err=True)
-        sys.exit(1)
+        code = 1
     for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing left to interrupt
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run() -> object:
+    """Run the command, as one of several processes if a launcher says so."""
+    if "MASTER_ADDR" in os.environ:
+        from nirvana_deploy.pipeline.launched import run_launched  # torch takes a second to import
+
+        return run_launched(lambda: commands.main(standalone_mode=False))
+    return commands.main(standalone_mode=False)
 
 
 def _of_a_place(error: Exception) -> str | None:

@@ -33,17 +33,11 @@ def recover(out: Path, as_json: bool, **options: Any) -> None:
     if (length.minutes is None) == (length.tokens is None):
         raise click.UsageError("Say how long: --minutes M or --tokens N, one of them.")
     from nirvana_deploy.pipeline.folder import recover_folder
-    from nirvana_deploy.recover import processes
-    from nirvana_deploy.recover.shared import take_part
 
     budget = f"{length.minutes:g}m" if length.minutes is not None else f"{length.tokens}"
-    with processes.together():
-        if not processes.is_first():
-            processes.follow(take_part)
-            return
-        done = recover_folder(
-            out, {**typed(options), "recover": budget}, command=command_line(), progress=TerminalProgress()
-        )
+    done = recover_folder(
+        out, {**typed(options), "recover": budget}, command=command_line(), progress=TerminalProgress()
+    )
     found = done.manifest["stages"]["recover"]["result"]
     if as_json:
         echo_json(found)

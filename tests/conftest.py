@@ -123,3 +123,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens() -> NDArray[np.int64]:
     """[6, 20] random token ids."""
     return np.random.default_rng(3).integers(3, VOCABULARY, size=(6, 20))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file with little to learn in it."""
+    file = tmp_path_factory.mktemp("text") / "notes.txt"
+    lines = (f"Day {n}: {n * 7919 % 1000} apples and {n * 104729 % 997} pears.\n" for n in range(400))
+    file.write_text("".join(lines))
+    return file

@@ -40,9 +40,7 @@ def require_recovery(
             raise MissingExtraError("Recovery", package=package, extra="recover")
     require_log(recipe.recover_log, method=recipe.recover_method)
     _require_rounding(recipe)
-    require_fit(
-        method=recipe.recover_method, step_windows=recipe.recover_batch, trainings=recipe.recover_steps
-    )
+    require_fit(method=recipe.recover_method, step_windows=recipe.recover_batch)
     if not recipe.learning_rate > 0:
         raise NirvanaError(f"--learning-rate must be above 0, got {recipe.learning_rate:g}.")
     with as_recover_text():

@@ -22,9 +22,9 @@ from nirvana_deploy.base.resources import (
     require_memory,
 )
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.prune.streaming import processes
 from nirvana_deploy.prune.streaming.loading import compute_device
 from nirvana_deploy.quantize.schemes import scheme_named
-from nirvana_deploy.recover import processes
 from nirvana_deploy.recover.data import TrainingText
 from nirvana_deploy.recover.learning.dtype import computing, in_bfloat16
 from nirvana_deploy.recover.learning.int8_decision import read_decision
@@ -40,6 +40,7 @@ from nirvana_deploy.recover.learning.teacher import (
     store_states,
 )
 from nirvana_deploy.recover.loop import Course, Loop, micro_batch_of
+from nirvana_deploy.recover.processes import share_of
 from nirvana_deploy.recover.recipe import Recovery
 
 _STATE_BYTES = 3 * 4
@@ -48,6 +49,8 @@ _SAVED_STATES = 3
 """The best one, the last one, and the one that is being written."""
 _BESIDE = 1.2
 """A step with its part of the optimizer, measuring and saving, in times of its gradients; of SmolLM2."""
+RECOVER = "recover"
+"""The work that processes share."""
 TEACHER, WINDOWS = "teacher", "windows.safetensors"
 """In the folder of saved states: the dense model's, and what all processes read."""
 
@@ -67,6 +70,7 @@ class Training:
     def to_json(self, begin: Path | None) -> dict[str, Any]:
         """For the other processes; ``begin`` is the saved state to go on from."""
         return {
+            "work": RECOVER,
             "cut": str(self.cut.path),
             "dense": str(self.dense.path),
             "recipe": dataclasses.asdict(self.recipe),
@@ -199,7 +203,7 @@ class WholeModel:
             else LiveTeacher(self._dense, device)
         )
         random = torch.Generator().manual_seed(0)
-        share = (processes.share_of(self._recipe.recover_batch), seq_len)
+        share = (share_of(self._recipe.recover_batch), seq_len)
         windows = torch.randint(0, shape.vocab_size, share, generator=random)
         student = Student(self._model, teacher, self._recipe)
         with computing(in_bfloat16(self._recipe)):

@@ -20,7 +20,7 @@ from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import WHOLE, Stage, Step
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan
-from nirvana_deploy.recover import processes
+from nirvana_deploy.prune.streaming.processes import count
 from nirvana_deploy.recover.budget import part_of
 from nirvana_deploy.recover.learning.compared import streamed_quality
 from nirvana_deploy.recover.recipe import Recovery
@@ -114,7 +114,7 @@ def recover(
             trained_parameters=done.trained_parameters,
             stored_teacher=done.stored_teacher,
             bfloat16=done.loop.bfloat16,
-            processes=processes.count(),
+            processes=count(),
             curve=course.curve,
             cut_kl=kl,
             cut_perplexity=math.exp(loss),

@@ -31,10 +31,11 @@ from transformers import (
 from nirvana_deploy.base.ownership.temporary import remove
 from nirvana_deploy.base.progress import Advance
 from nirvana_deploy.base.resources import disk_errors
+from nirvana_deploy.prune.streaming.processes import is_first
 from nirvana_deploy.recover.learning.logs import LOG_FOLDER, NOWHERE, told
 from nirvana_deploy.recover.learning.student import Student, parts_of, require_finite
 from nirvana_deploy.recover.loop import Course, Loop
-from nirvana_deploy.recover.processes import is_first, share_of
+from nirvana_deploy.recover.processes import share_of
 from nirvana_deploy.recover.record import CurvePoint
 
 _PATIENCE = 4

@@ -16,7 +16,8 @@ from builders.tiny import write_tiny
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.pipeline.folder import recover_folder
 from nirvana_deploy.pipeline.prune_export import prune_export
-from nirvana_deploy.recover import processes
+from nirvana_deploy.prune.streaming import processes
+from nirvana_deploy.recover.processes import require_fit
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -81,13 +82,13 @@ def launched(patch: pytest.MonkeyPatch, number: int) -> None:
 def test_a_step_that_does_not_come_out_even_says_which_would(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_count", 3)
     with pytest.raises(NirvanaError, match=r"4 windows.*by 3 processes.\n.*--recover-batch 6"):
-        processes.require_fit(method="distill", step_windows=4)
+        require_fit(method="distill", step_windows=4)
 
 
 def test_block_by_block_has_no_use_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_count", 2)
     with pytest.raises(NirvanaError, match="layers runs in one process, and 2 were launched"):
-        processes.require_fit(method="layers", step_windows=4)
+        require_fit(method="layers", step_windows=4)
 
 
 def test_a_model_in_parts_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,20 +98,10 @@ def test_a_model_in_parts_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> No
         pass
 
 
-def test_a_whole_job_is_not_launched_several_times(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launched(monkeypatch, 2)
-    with pytest.raises(NirvanaError, match=r"2 processes were launched.*one\.\n.*torchrun .* recover OUT"):
-        prune_export(str(tiny_llama), sparsity=0.3, recover="10k", recover_text="pydoc", out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_number_of_processes_alone_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """As some clusters set it in every shell."""
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    processes.require_fit(method="distill", step_windows=4)
     with processes.together():
         assert processes.count() == 1 and processes.is_first()

@@ -28,7 +28,7 @@ from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.prune.refit.elimination import eliminate, eliminate_groups, optimum_of
 from nirvana_deploy.prune.slicing import in_dense_shape
 from nirvana_deploy.prune.streaming.model import StreamedModel
-from nirvana_deploy.recover import processes, recovery, training
+from nirvana_deploy.recover import recovery, training
 from nirvana_deploy.recover.budget import part_of
 from nirvana_deploy.recover.learning.compared import streamed_quality
 
@@ -199,9 +199,3 @@ def test_steps_that_make_no_sense_are_refused(
     with pytest.raises(NirvanaError, match=said):
         prune_export(str(tiny_llama), out=tmp_path / "out", until="checkpoint", **asked)
     assert not (tmp_path / "out").exists()
-
-
-def test_launched_processes_take_part_in_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_count", 2)
-    with pytest.raises(NirvanaError, match="--steps 3 trains several times"):
-        processes.require_fit(method="distill", step_windows=4, trainings=3)

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ from nirvana_deploy.prune.refit.least_squares import NormalEquations, add_gram
 from nirvana_deploy.prune.refit.readers import Reader, Wanted, readers_of, watched
 from nirvana_deploy.prune.refit.selection import BLOCKS
 from nirvana_deploy.prune.saliency.gradient import sampled_likelihood_gradient
-from nirvana_deploy.prune.streaming.model import StreamedModel
+from nirvana_deploy.prune.streaming.model import StreamedModel, micro_batches
+from nirvana_deploy.prune.streaming.processes import Share, is_first, share_of, tell
 
 CURVE_TOKENS = 8192
 """At most so many calibration tokens are read for curves."""
@@ -48,6 +50,8 @@ _MEASURED_NEURONS = 0.4
 _MEASURED_GROUPS = (1 / 3, 2 / 3)
 """The same of an attention's KV groups: twice, since two trials of it agree less (benchmarks/NOTES.md)."""
 _MEASURED_RIDGE = 0.3
+CURVES = "curves"
+"""The work that processes share."""
 
 
 def measure_curves(
@@ -64,21 +68,52 @@ def measure_curves(
     """The curves of a checkpoint, measured on the first of the windows [N, T].
 
     An FFN's curve ends where ``least_neurons`` stay [a 24th]; an attention's at one KV group. ``seed`` draws
-    the labels. Spilling is that of scoring. Raises NirvanaError for a single window, and for activations or
-    gradients that are not finite, naming the linear.
+    the labels. Spilling is that of scoring, and so are processes. Raises NirvanaError for a single window,
+    and for activations or gradients that are not finite, naming the linear.
     """
     require_windows(len(tokens))
     used = tokens[: max(2, CURVE_TOKENS // tokens.shape[1])]
     measured = min(max(1, MEASURED_TOKENS // tokens.shape[1]), len(used) // 2)
     windows = torch.from_numpy(used)
     model = StreamedModel(checkpoint, device=device)
-    sink = _Sink(model.shape, least_neurons)
     # the rear windows are a micro-batch of their own: the sizes are multiples of theirs
     fitted = (len(used) - measured) // measured * measured
     order = torch.cat([windows[:fitted], windows[len(used) - measured :]])
+    _, share = share_of(order, measured)
+    tell({"work": CURVES, "checkpoint": str(checkpoint.path), "measured": measured, "seed": seed}, order)
+    sink = _Sink(model.shape, least_neurons, share)
+    _run(model, order, measured, seed, sink, spill=spill, spill_folder=spill_folder, progress=progress)
+    measure(model, sink.trials, order[fitted:], progress=progress)
+    positions = model.read(order[:fitted])[-1].numel()
+    groups = scaled_by(model.shape, sink.curves(positions, attention=True), sink.trials, attention=True)
+    neurons = scaled_by(model.shape, sink.curves(positions, attention=False), sink.trials, attention=False)
+    return Curves(groups=tuple(groups), neurons=tuple(neurons), facts=facts_of(model.shape, tokens))
+
+
+def take_part(work: dict[str, Any], windows: torch.Tensor) -> None:
+    """Measure for the first process, on some of the windows [N, T]."""
+    model = StreamedModel(Checkpoint.open(Path(work["checkpoint"])))
+    sink = _Sink(model.shape, None, share_of(windows, work["measured"])[1])
+    _run(model, windows, work["measured"], work["seed"], sink, progress=SILENT)
+
+
+def _run(
+    model: StreamedModel,
+    windows: torch.Tensor,
+    measured: int,
+    seed: int,
+    sink: _Sink,
+    *,
+    progress: Progress,
+    spill: bool | None = None,
+    spill_folder: Path | None = None,
+) -> None:
+    """Take this process's part of windows [N, T], the last ``measured`` of which are, there and back."""
+    positions = (len(windows), model.read(windows)[-1].shape[1])
+    draws = torch.rand(positions, generator=torch.Generator().manual_seed(seed))
     model.visit_backward(
-        order,
-        sampled_likelihood_gradient(torch.Generator().manual_seed(seed)),
+        share_of(windows, measured)[0],
+        sampled_likelihood_gradient(iter(micro_batches(share_of(draws, measured)[0], measured))),
         sink.visit,
         micro_batch=measured,
         sequences=1,
@@ -87,11 +122,6 @@ def measure_curves(
         spill_folder=spill_folder,
         progress=progress,
     )
-    measure(model, sink.trials, order[fitted:], progress=progress)
-    positions = model.read(order[:fitted])[-1].numel()
-    groups = scaled_by(model.shape, sink.curves(positions, attention=True), sink.trials, attention=True)
-    neurons = scaled_by(model.shape, sink.curves(positions, attention=False), sink.trials, attention=False)
-    return Curves(groups=tuple(groups), neurons=tuple(neurons), facts=facts_of(model.shape, tokens))
 
 
 def tried_groups(groups: int) -> list[int]:
@@ -117,35 +147,71 @@ class _Border:
     inputs: torch.Tensor | None = None
     """On the measured windows, [N, T, k]."""
 
+    def observe(self, reader: Reader, record: _Record) -> None:
+        """Add what a micro-batch met."""
+        entered, inputs, output = record.entered, record.inputs, record.output
+        assert entered is not None and inputs is not None and output is not None
+        assert record.gradient is not None
+        states = reader.behind(entered, output)
+        weight = Wanted(states, None if reader.post_norm is None else output).importance()
+        self.metric.observe(record.gradient, weight)
+        add_gram(self.equations.gram, (inputs * weight).flatten(0, -2))
+
+    @property
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What was observed, for :meth:`add`."""
+        return *self.metric.sums, self.equations.gram
+
+    def add(self, products: torch.Tensor, positions: torch.Tensor, gram: torch.Tensor) -> None:
+        """Add the ``sums`` of other positions."""
+        self.metric.add(products, positions)
+        self.equations.gram += gram
+
 
 class _Sink:
     """Turns what passes through each block into curves and trials."""
 
-    def __init__(self, shape: ModelShape, least_neurons: int | None) -> None:
-        self._shape = shape
+    def __init__(self, shape: ModelShape, least_neurons: int | None, share: Share) -> None:
+        self._shape, self._share = shape, share
         self._least_neurons = least_neurons
         self._costs: dict[tuple[int, bool], tuple[list[int], list[float]]] = {}
         self.trials: list[Trial] = []
 
     def visit(self, positions: Sequence[int], block: nn.Module, turns: Sequence[Callable[[], None]]) -> None:
-        """Take every micro-batch there and back; the last one is the measured windows."""
+        """Take every micro-batch there and back; the last one of all is the measured windows."""
         block.requires_grad_(False)
         readers = readers_of(self._shape, positions, block)
-        borders = [
-            _Border(Metric(self._shape.hidden_size), NormalEquations(r.linear.weight.detach()))
-            for r in readers
-        ]
-        for number, turn in enumerate(turns):
+        borders = [self._border(reader) for reader in readers]
+        for number, turn in self._share.turns(turns):
             with ExitStack() as hooks:
                 seen = [hooks.enter_context(_recorded(reader)) for reader in readers]
-                turn()
+                if turn is not None:
+                    turn()
             for reader, border, record in zip(readers, borders, seen, strict=True):
-                if number == len(turns) - 1:
-                    border.inputs = record.inputs
-                else:
-                    _observe(reader, border, record)
-        for reader, border in zip(readers, borders, strict=True):
-            self._finish(reader, border)
+                self._gather(number, reader, border, None if turn is None else record)
+        if is_first():
+            for reader, border in zip(readers, borders, strict=True):
+                self._finish(reader, border)
+
+    def _gather(self, number: int, reader: Reader, border: _Border, record: _Record | None) -> None:
+        """Add what every process met in this turn to the first one's ``border``."""
+        last = self._share.batches - 1
+        own: Sequence[torch.Tensor] | None = None
+        if record is not None and number == last:
+            assert record.inputs is not None
+            own = (record.inputs,)
+        elif record is not None:
+            adding = border if is_first() else self._border(reader)
+            adding.observe(reader, record)
+            own = adding.sums
+        for sender, found in self._share.gathered(number, own):
+            if sender == last:
+                (border.inputs,) = found
+            elif sender != number:
+                border.add(*found)
+
+    def _border(self, reader: Reader) -> _Border:
+        return _Border(Metric(self._shape.hidden_size), NormalEquations(reader.linear.weight.detach()))
 
     def curves(self, positions: int, *, attention: bool) -> list[Curve]:
         """What was predicted, per position of the logits."""
@@ -236,13 +302,3 @@ class _recorded:  # noqa: N801 (a context manager)
 
     def __exit__(self, *exception: object) -> None:
         self._hooks.close()
-
-
-def _observe(reader: Reader, border: _Border, record: _Record) -> None:
-    entered, inputs, output = record.entered, record.inputs, record.output
-    assert entered is not None and inputs is not None and output is not None and record.gradient is not None
-    states = reader.behind(entered, output)
-    weight = Wanted(states, None if reader.post_norm is None else output).importance()
-    border.metric.observe(record.gradient, weight)
-    x = (inputs * weight).flatten(0, -2)
-    add_gram(border.equations.gram, x)

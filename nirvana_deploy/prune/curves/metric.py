@@ -27,8 +27,17 @@ class Metric:
         size = 1 / weight.flatten()
         usual = size <= _MASSIVE * size.median()
         g = (gradient / weight).flatten(0, -2)[usual]
-        self._sum += (g.T @ g).double().cpu()
-        self._positions += len(g)
+        self.add(g.T @ g, torch.tensor(len(g)))
+
+    @property
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was observed, for :meth:`add`: sum of (g/w)(g/w)^T [D, D], number of positions []."""
+        return self._sum, torch.tensor(self._positions)
+
+    def add(self, products: torch.Tensor, positions: torch.Tensor) -> None:
+        """Add the ``sums`` of other positions."""
+        self._sum += products.double().cpu()
+        self._positions += int(positions)
 
     def root(self) -> torch.Tensor | None:
         """M [D, D] with M^T M = G; None where the gradients were not finite, or all zero."""

@@ -10,6 +10,7 @@ import torch
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.prune.refit.least_squares import NormalEquations, Refit
 from nirvana_deploy.prune.refit.readers import Reader, Wanted
+from nirvana_deploy.prune.streaming.processes import Share, from_first, is_first
 
 RIDGES = (0.3, 1.0, 3.0, 10.0)
 """Tried on held-out windows: the fewer tokens an input has, the larger the best. Below the first, what the
@@ -21,6 +22,10 @@ _HELD_OUT = 16
 
 Pair = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Computes (states [n, T, D] that a reader adds to, its inputs [n, T, k])."""
+Choose = Callable[[Reader, NormalEquations], torch.Tensor]
+"""The inputs that stay of a reader, sorted, from the sums over all of its inputs on the repaired prefix."""
+_Observed = tuple[torch.Tensor, torch.Tensor]
+"""(inputs [P, k], what the linear should give for them [P, D])."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,18 @@ class Fit:
     plain: bool = False
     """Inputs went, and the plain cut was better on held-out windows."""
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """For other processes."""
+        numbers = torch.tensor([self.explained_share, self.ridge, self.plain], dtype=torch.float64)
+        return [self.kept, self.weight, numbers]
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[torch.Tensor]) -> Fit:
+        """Of the ``tensors`` of another one."""
+        kept, weight, (explained_share, ridge, plain) = tensors[0], tensors[1], tensors[2].tolist()
+        return cls(kept, weight, explained_share, ridge, bool(plain))
+
 
 def fitted(
     reader: Reader,
@@ -43,25 +60,63 @@ def fitted(
     wanted: Sequence[Wanted],
     *,
     kept: torch.Tensor | None,
-    choose: Callable[[Reader, NormalEquations], torch.Tensor] | None,
+    choose: Choose | None,
     ridge: float | None,
+    share: Share,
 ) -> Fit:
     """Fit a reader to what is ``wanted`` of each batch; ``choose`` decides if ``kept`` is None.
 
     With ``ridge`` None the best of several on held-out batches is taken, and all batches then fit the linear;
-    or the plain cut, if it is better there. Raises NirvanaError for inputs that are not finite.
+    or the plain cut, if it is better there. The first process does, with what all of them observed. Raises
+    NirvanaError for inputs that are not finite.
     """
+    equations, unseen = _observed(reader, pairs, wanted, kept, share, hold_out=ridge is None)
+    found = _solved(reader, equations, unseen, kept, choose, ridge) if is_first() else None
+    return Fit.from_tensors(from_first(None if found is None else found.tensors))
+
+
+def _observed(
+    reader: Reader,
+    pairs: Sequence[Pair],
+    wanted: Sequence[Wanted],
+    kept: torch.Tensor | None,
+    share: Share,
+    *,
+    hold_out: bool,
+) -> tuple[NormalEquations, list[_Observed]]:
+    """The sums over all batches but some, which are held out, in the first process."""
     weight = reader.linear.weight.detach()
     given = None if kept is None else kept.to(weight.device)
-    held_out = max(1, len(pairs) // _HELD_OUT) if ridge is None and len(pairs) > 1 else 0
-    equations = NormalEquations(weight if given is None else weight.index_select(1, given))
-    unseen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for number, (pair, dense) in enumerate(zip(pairs, wanted, strict=True)):
-        inputs, missing = _weighed(reader, pair, dense, given)
-        if number < len(pairs) - held_out:
-            equations.observe(inputs, missing)
-        else:
-            unseen.append((inputs.flatten(0, -2), missing.flatten(0, -2)))
+    narrow = weight if given is None else weight.index_select(1, given)
+    used = share.batches - (max(1, share.batches // _HELD_OUT) if hold_out and share.batches > 1 else 0)
+    equations, unseen = NormalEquations(narrow), []
+    for number, batch in share.turns(list(zip(pairs, wanted, strict=True))):
+        own: Sequence[torch.Tensor] | None = None
+        if batch is not None:
+            inputs, missing = _weighed(reader, *batch, given)
+            if number >= used:
+                own = inputs.flatten(0, -2), missing.flatten(0, -2)
+            else:
+                adding = equations if is_first() else NormalEquations(narrow)
+                adding.observe(inputs, missing)
+                own = adding.sums
+        for sender, found in share.gathered(number, own):
+            if sender >= used:
+                unseen.append((found[0], found[1]))
+            elif sender != number:
+                equations.add(*found)
+    return equations, unseen
+
+
+def _solved(
+    reader: Reader,
+    equations: NormalEquations,
+    unseen: list[_Observed],
+    kept: torch.Tensor | None,
+    choose: Choose | None,
+    ridge: float | None,
+) -> Fit:
+    weight = reader.linear.weight.detach()
     if kept is None:
         assert choose is not None
         kept = choose(reader, equations)
@@ -78,9 +133,7 @@ def fitted(
     return Fit(kept, refit.weight, refit.explained_share, ridge)
 
 
-def _best_ridge(
-    reader: Reader, equations: NormalEquations, unseen: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> float | None:
+def _best_ridge(reader: Reader, equations: NormalEquations, unseen: Sequence[_Observed]) -> float | None:
     """The ridge of least error on batches that are not in ``equations``; None if none beats the plain cut."""
     best, least = None, _error(equations.weight, unseen)
     for ridge in RIDGES:
@@ -113,6 +166,6 @@ def _weighed(
     return (inputs if kept is None else inputs.index_select(-1, kept)) * share, missing * share
 
 
-def _error(weight: torch.Tensor, unseen: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def _error(weight: torch.Tensor, unseen: Sequence[_Observed]) -> float:
     """Squared error on held-out positions."""
     return sum(float((missing - inputs @ weight.T).square().sum()) for inputs, missing in unseen)

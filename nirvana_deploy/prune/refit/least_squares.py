@@ -26,7 +26,7 @@ def add_gram(gram: torch.Tensor, x: torch.Tensor) -> None:
     for start in range(0, width, size):
         rows, upto = slice(start, start + size), min(start + size, width)
         panel = gram[rows, :upto]
-        panel.addmm_(x[:, rows].T, x[:, :upto])
+        panel += x[:, rows].T @ x[:, :upto]  # not in one go: sums must not depend on who makes the product
         gram[:start, rows] = panel[:, :start].T
 
 
@@ -59,8 +59,19 @@ class NormalEquations:
         x = inputs.flatten(0, -2)
         missing = wanted.flatten(0, -2) - x @ self.weight.T
         add_gram(self.gram, x)
-        self.cross.addmm_(missing.T, x)
+        self.cross += missing.T @ x
         self._missing += missing.square().sum(dtype=torch.float64)
+
+    @property
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What was observed, for :meth:`add`."""
+        return self.gram, self.cross, self._missing
+
+    def add(self, gram: torch.Tensor, cross: torch.Tensor, missing: torch.Tensor) -> None:
+        """Add the ``sums`` of other positions."""
+        self.gram += gram
+        self.cross += cross
+        self._missing += missing
 
     def only(self, kept: torch.Tensor) -> NormalEquations:
         """The equations of the linear without the inputs that are not in ``kept`` [k']."""

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,7 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.reading import stack_lengths
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
-from nirvana_deploy.prune.refit.fitting import Fit, fitted
-from nirvana_deploy.prune.refit.least_squares import NormalEquations
+from nirvana_deploy.prune.refit.fitting import Choose, Fit, fitted
 from nirvana_deploy.prune.refit.readers import (
     Reader,
     Wanted,
@@ -43,15 +43,15 @@ from nirvana_deploy.prune.refit.readers import (
 )
 from nirvana_deploy.prune.saliency.units import kept_positions
 from nirvana_deploy.prune.streaming.model import Runs, States, StreamedModel
+from nirvana_deploy.prune.streaming.processes import Share, share_of, tell
 from nirvana_deploy.prune.streaming.score import DEFAULT_MICRO_BATCH
 
 DEFAULT_RIDGE = 1.0
 """Share of each input's own energy."""
+REFIT = "refit"
+"""The work that processes share."""
 _REMEMBERED_BYTES = 1 << 28
 """Inputs of a reader up to this size are kept; larger ones are computed again."""
-
-Choose = Callable[[Reader, NormalEquations], torch.Tensor]
-"""The inputs that stay of a reader, sorted, from the sums over all of its inputs on the repaired prefix."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ def reconstruct_layers(
     the checkpoint; ``slice_checkpoint`` takes them in place of the plain cut. It appears whole or not at all.
     Arithmetic is float32 (the equations: float64); later blocks see the weights as stored. ``ridge`` None
     takes for each linear the best of several on a sixteenth of the windows. ``micro_batch`` is in sequences,
-    ``device`` defaults to a GPU if torch sees one. Raises NirvanaError for a plan that does not
-    fit, for too few tokens (:func:`require_tokens`), and for activations that are not finite.
+    ``device`` defaults to a GPU if torch sees one. The number of processes changes no byte. Raises
+    NirvanaError for a plan that does not fit, for too few tokens (:func:`require_tokens`), for activations
+    that are not finite, and for more processes than micro-batches.
     """
     check_plan_fits(plan, checkpoint.shape)
     positions = kept_positions(checkpoint.shape, plan.kept_groups, plan.kept_neurons)
@@ -119,38 +120,87 @@ def refit_readers(
     require_tokens(shape, *tokens.shape)
     if ridge is not None and not ridge > 0:
         raise NirvanaError(f"ridge must be a positive number, got {ridge}.")
-    fits: dict[str, Fit] = {}
+    windows = torch.from_numpy(tokens)
+    share_of(windows, micro_batch)  # said before others are told
+    tell(
+        {
+            "work": REFIT,
+            "checkpoint": str(checkpoint.path),
+            "kept": None if kept is None else list(kept),
+            "ridge": ridge,
+            "micro_batch": micro_batch,
+        },
+        windows,
+        *(kept or {}).values(),
+    )
+    model = StreamedModel(checkpoint, device=device)
     label = f"Reconstructing on {tokens.shape[0]} x {tokens.shape[1]} tokens"
     with whole_folder(out) as folder, progress.task(label, len(shape.layers)) as advance:
 
-        def visit(
-            positions: Sequence[int], block: nn.Module, dense: Runs, made: Runs
-        ) -> tuple[States, States]:
-            readers = readers_of(shape, positions, block)
-            wanted, left = _wanted(readers, dense)
-            written: dict[str, torch.Tensor] = {}
-            states: States = []
-            for reader, after in zip(readers, wanted, strict=True):
-                replay = _Replay(reader, made, states)
-                given = None if kept is None else kept[reader.name]
-                fit = fitted(reader, replay.pairs(), after, kept=given, choose=choose, ridge=ridge)
-                stored = stored_as(checkpoint.weights, reader.name, fit.weight)
-                set_columns(reader.linear, fit.kept, stored.float())
-                states = replay.states_behind()
-                written[reader.name], fits[reader.name] = stored, fit
+        def write(positions: Sequence[int], written: dict[str, torch.Tensor]) -> None:
             with disk_errors(out):
                 save_file(written, folder / f"layer-{min(positions):05}.safetensors")
             advance(len(positions))
-            return left, states
 
-        model = StreamedModel(checkpoint, device=device)
-        model.transform_blocks(torch.from_numpy(tokens), visit, micro_batch=micro_batch)
+        refitting = _Refitting(checkpoint, kept, choose, ridge, write)
+        fits = refitting.run(model, windows, micro_batch)
     return Reconstruction(
         ridge=ridge,
         tokens=int(tokens.size),
         explained_share={name: fit.explained_share for name, fit in fits.items()},
         plain=tuple(name for name, fit in fits.items() if fit.plain),
     )
+
+
+def take_part(work: dict[str, Any], windows: torch.Tensor, *kept: torch.Tensor) -> None:
+    """Refit for the first process, on some of the windows [N, T]."""
+    checkpoint = Checkpoint.open(Path(work["checkpoint"]))
+    given = None if work["kept"] is None else dict(zip(work["kept"], kept, strict=True))
+    refitting = _Refitting(checkpoint, given, None, work["ridge"], lambda positions, written: None)
+    refitting.run(StreamedModel(checkpoint), windows, work["micro_batch"])
+
+
+@dataclass(frozen=True)
+class _Refitting:
+    """Refits block by block, in every process alike; the first one decides."""
+
+    checkpoint: Checkpoint
+    kept: dict[str, torch.Tensor] | None
+    choose: Choose | None
+    ridge: float | None
+    write: Callable[[Sequence[int], dict[str, torch.Tensor]], None]
+    """What to do with the weights of a block, by name."""
+
+    def run(self, model: StreamedModel, windows: torch.Tensor, micro_batch: int) -> dict[str, Fit]:
+        """Take this process's part of windows [N, T] through all blocks; returns the fits by name."""
+        own, share = share_of(windows, micro_batch)
+        fits: dict[str, Fit] = {}
+
+        def visit(
+            positions: Sequence[int], block: nn.Module, dense: Runs, made: Runs
+        ) -> tuple[States, States]:
+            readers = readers_of(self.checkpoint.shape, positions, block)
+            wanted, left = _wanted(readers, dense)
+            written: dict[str, torch.Tensor] = {}
+            states: States = []
+            for reader, after in zip(readers, wanted, strict=True):
+                replay = _Replay(reader, made, states)
+                fit = self._fit(reader, replay, after, share)
+                stored = stored_as(self.checkpoint.weights, reader.name, fit.weight)
+                set_columns(reader.linear, fit.kept, stored.float())
+                states = replay.states_behind()
+                written[reader.name], fits[reader.name] = stored, fit
+            self.write(positions, written)
+            return left, states
+
+        model.transform_blocks(own, visit, micro_batch=micro_batch)
+        return fits
+
+    def _fit(self, reader: Reader, replay: _Replay, wanted: Sequence[Wanted], share: Share) -> Fit:
+        kept = None if self.kept is None else self.kept[reader.name]
+        return fitted(
+            reader, replay.pairs(), wanted, kept=kept, choose=self.choose, ridge=self.ridge, share=share
+        )
 
 
 def require_tokens(shape: ModelShape, num_sequences: int, seq_len: int) -> str | None:

@@ -84,10 +84,11 @@ def next_token_loss_gradient(states: torch.Tensor, tokens: torch.Tensor, head: H
     return gradient / wanted.shape[1]
 
 
-def sampled_likelihood_gradient(generator: torch.Generator) -> OutputGradient:
+def sampled_likelihood_gradient(draws: Iterator[torch.Tensor]) -> OutputGradient:
     """Of the sum over positions of log p(y), every y drawn from the model's own p; reads the head twice.
 
-    The mean of such a gradient's outer product with itself is the Fisher information: no labels are needed.
+    ``draws`` are uniform numbers from [0, 1), [n, T] for each call. The mean of such a gradient's outer
+    product with itself is the Fisher information: no labels are needed.
     """
 
     @torch.no_grad()
@@ -96,7 +97,7 @@ def sampled_likelihood_gradient(generator: torch.Generator) -> OutputGradient:
         for rows in head():
             total = torch.logaddexp(total, (states @ rows.T).logsumexp(dim=2))
         # a little below 1: the probabilities of the blocks add up to 1 but for rounding
-        drawn = torch.rand(states.shape[:2], generator=generator).to(states.device) * (1 - 1e-4)
+        drawn = next(draws).to(states.device) * (1 - 1e-4)
         gradient, below = torch.zeros_like(states), torch.zeros_like(total)
         for rows in head():
             p = (states @ rows.T).sub_(total[..., None]).exp_()  # [n, T, C]

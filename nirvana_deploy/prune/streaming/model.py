@@ -27,6 +27,7 @@ from nirvana_deploy.prune.saliency.gradient import OutputGradient
 from nirvana_deploy.prune.streaming.head import embedded, head_blocks, head_name, states_gradient
 from nirvana_deploy.prune.streaming.layer_states import LayerStates
 from nirvana_deploy.prune.streaming.loading import compute_device, loaded
+from nirvana_deploy.prune.streaming.processes import Share, count, is_first, share_of
 from nirvana_deploy.prune.streaming.stacks import Block, RunnableStack, stacks_of
 
 States = list[torch.Tensor]
@@ -126,23 +127,27 @@ class StreamedModel:
     ) -> None:
         """Hand df/dw of each block to ``use``, from last to first, for windows [N, T].
 
-        f is averaged over all N windows; unless ``together``, over each micro-batch, and ``use`` gets the
-        gradients of each of them. Spilling is that of :class:`LayerStates`.
+        f is averaged over all N windows, which all processes share (the first one's ``use`` gets the sums);
+        unless ``together``: then over each micro-batch, and ``use`` gets the gradients of each of them.
+        Spilling is that of :class:`LayerStates`. Raises NirvanaError for more processes than micro-batches.
         """
+        own, share = share_of(windows, micro_batch) if together else (windows, None)
         prefixes = {block.layers: block.prefix for stack in self._stacks for block in stack.blocks}
 
         def visit(layers: Sequence[int], block: nn.Module, turns: Sequence[Callable[[], None]]) -> None:
             parameters = dict(block.named_parameters(prefix=prefixes[tuple(layers)]))
+            if share is not None:
+                _add_up(block, turns, share)
+                if is_first():
+                    use(layers, parameters)
+                return
             for turn in turns:
                 turn()
-                if not together:
-                    use(layers, parameters)
-                    block.zero_grad(set_to_none=True)
-            if together:
                 use(layers, parameters)
+                block.zero_grad(set_to_none=True)
 
         self.visit_backward(
-            windows,
+            own,
             output_gradient,
             visit,
             micro_batch=micro_batch,
@@ -396,6 +401,22 @@ class StreamedModel:
 
     def _float32(self, name: str) -> torch.Tensor:
         return self._weights.load(name).to(self._device, torch.float32)
+
+
+def _add_up(block: nn.Module, turns: Sequence[Callable[[], None]], share: Share) -> None:
+    """Leave in the first process's ``block`` the gradients of all micro-batches, added in their order."""
+    for number, turn in share.turns(turns):
+        if turn is not None:
+            turn()
+        if count() == 1:
+            continue
+        gradients = [one.grad for one in block.parameters() if one.grad is not None]
+        for sender, found in share.gathered(number, gradients):
+            if sender != number:
+                for one, gradient in zip(gradients, found, strict=True):
+                    one += gradient
+        if not is_first():
+            block.zero_grad(set_to_none=True)
 
 
 def micro_batches(tokens: torch.Tensor, sequences: int) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,14 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.saliency.feature import FeatureScore, FeatureStatistics, merged, statistics_of
-from nirvana_deploy.prune.saliency.gradient import saliency_named
+from nirvana_deploy.prune.saliency.gradient import Saliency, saliency_named
 from nirvana_deploy.prune.saliency.units import UnitScores, scored_tensors, unit_sums
 from nirvana_deploy.prune.streaming.model import Runs, States, StreamedModel
+from nirvana_deploy.prune.streaming.processes import Share, is_first, share_of, tell
 
 DEFAULT_MICRO_BATCH = 8
+SCORE = "score"
+"""The work that processes share."""
 _Sums = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
 """Position in ``shape.layers`` -> (groups [K], neurons [F])."""
 
@@ -42,8 +46,9 @@ def score_units(
     ``tokens`` [N, T] are the calibration windows (None for saliencies that need no data), ``seed`` serves
     ``random`` alone, ``micro_batch`` is in sequences. ``spill`` keeps hidden states in a temporary file of
     ``spill_folder`` [the system's]; None spills large ones (``layer_states.py``). It does not change
-    the scores. ``device`` defaults to a GPU if torch sees one. Raises NirvanaError for NaN or infinite
-    weights, activations or gradients, naming the tensor or the layer, and for a disk too small for the file.
+    the scores, nor does the number of processes that share the windows. ``device`` defaults to a GPU if torch
+    sees one. Raises NirvanaError for NaN or infinite weights, activations or gradients, naming the tensor or
+    the layer, for a disk too small for the file, and for more processes than micro-batches.
     """
     method, shape = saliency_named(saliency), checkpoint.shape
     if not method.needs_data:
@@ -56,11 +61,41 @@ def score_units(
         )
     if tokens is None:
         raise NirvanaError(f"The saliency {saliency!r} needs calibration text.", hint="Pass --calib SOURCE.")
-    model, windows = StreamedModel(checkpoint, device=device), torch.from_numpy(tokens)
+    windows = torch.from_numpy(tokens)
+    share_of(windows, micro_batch)  # said before others are told
+    tell(
+        {"work": SCORE, "checkpoint": str(checkpoint.path), "saliency": saliency, "micro_batch": micro_batch},
+        windows,
+    )
+    model = StreamedModel(checkpoint, device=device)
+    return _unit_scores(
+        _scored(
+            model, method, windows, micro_batch, spill=spill, spill_folder=spill_folder, progress=progress
+        )
+    )
+
+
+def take_part(work: dict[str, Any], windows: torch.Tensor) -> None:
+    """Score for the first process, on some of the windows [N, T]."""
+    model = StreamedModel(Checkpoint.open(Path(work["checkpoint"])))
+    _scored(model, saliency_named(work["saliency"]), windows, work["micro_batch"], progress=SILENT)
+
+
+def _scored(
+    model: StreamedModel,
+    method: Saliency,
+    windows: torch.Tensor,
+    micro_batch: int,
+    *,
+    progress: Progress,
+    spill: bool | None = None,
+    spill_folder: Path | None = None,
+) -> _Sums:
+    """The sums over all windows, in the first process."""
     if method.features is not None:
         return _feature_scores(model, windows, method.features, micro_batch, progress)
     assert method.output_gradient is not None
-    sums: _Sums = {}
+    shape, sums = model.shape, _Sums()
 
     def use(layers: Sequence[int], parameters: Mapping[str, nn.Parameter]) -> None:
         for layer in layers:
@@ -79,7 +114,7 @@ def score_units(
         spill_folder=spill_folder,
         progress=progress,
     )
-    return _unit_scores(sums)
+    return sums
 
 
 def gradients_of(
@@ -92,9 +127,10 @@ def gradients_of(
 
 def _feature_scores(
     model: StreamedModel, windows: torch.Tensor, score: FeatureScore, micro_batch: int, progress: Progress
-) -> UnitScores:
+) -> _Sums:
     """Score units by the inputs of o and down over windows [N, T]: one forward, no gradient."""
     shape, sums = model.shape, _Sums()
+    own, share = share_of(windows, micro_batch)
     label = f"Scoring {windows.shape[0]} x {windows.shape[1]} tokens"
     with progress.task(label, len(shape.layers)) as advance:
 
@@ -103,8 +139,16 @@ def _feature_scores(
             readers = [site.o for site in sites.values()]
             readers += [site.ffn_down for site in sites.values() if site.ffn_rows]
             seen: dict[str, FeatureStatistics] = {}
-            with recorded_inputs(block, readers, seen):
-                left = [run().cpu() for run in runs]
+            left: States = []
+            for number, run in share.turns(runs):
+                of_run: dict[str, FeatureStatistics] = {}
+                if run is not None:
+                    with recorded_inputs(block, readers, of_run):
+                        left.append(run().cpu())
+                _add_statistics(seen, readers, of_run, share, number)
+            advance(len(layers))
+            if not is_first():
+                return left, left
 
             def scores(name: str, units: int, attention: bool) -> NDArray[np.float64]:
                 found = score(block.get_parameter(f"{name}.weight"), seen[name], units, attention)
@@ -117,11 +161,26 @@ def _feature_scores(
                     scores(site.ffn_down, units.ffn_width, False) if site.ffn_rows else np.zeros(0),
                 )
                 _require_finite(shape, layer, sums, "activations")
-            advance(len(layers))
             return left, left
 
-        model.transform_blocks(windows, visit, micro_batch=micro_batch)
-    return _unit_scores(sums)
+        model.transform_blocks(own, visit, micro_batch=micro_batch)
+    return sums
+
+
+def _add_statistics(
+    seen: dict[str, FeatureStatistics],
+    names: Sequence[str],
+    now: Mapping[str, FeatureStatistics],
+    share: Share,
+    number: int,
+) -> None:
+    """Add to ``seen``, in the first process, the statistics of every process's micro-batch of this turn."""
+    own = [torch.stack([now[name].total, now[name].squares]) for name in names] if now else None
+    positions = [torch.tensor(now[name].positions) for name in names] if now else []
+    for _, found in share.gathered(number, None if own is None else [*own, *positions]):
+        for name, sums, count in zip(names, found[: len(names)], found[len(names) :], strict=True):
+            one = FeatureStatistics(int(count), *sums)
+            seen[name] = merged(seen[name], one) if name in seen else one
 
 
 @contextmanager

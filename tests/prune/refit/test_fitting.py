@@ -12,6 +12,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.prune.refit.fitting import RIDGES, Fit, Pair, fitted
 from nirvana_deploy.prune.refit.least_squares import NormalEquations
 from nirvana_deploy.prune.refit.readers import Reader, Wanted, importance
+from nirvana_deploy.prune.streaming.processes import Share
 
 INPUTS, OUTPUTS = 10, 6
 KEPT = torch.tensor([0, 1, 3, 4, 6, 8])
@@ -43,7 +44,13 @@ def fit(
     reader: Reader, batches: Sequence[Batch], *, ridge: float | None = None, kept: torch.Tensor = KEPT
 ) -> Fit:
     return fitted(
-        reader, _pairs(batches), [Wanted(b[2]) for b in batches], kept=kept, choose=None, ridge=ridge
+        reader,
+        _pairs(batches),
+        [Wanted(b[2]) for b in batches],
+        kept=kept,
+        choose=None,
+        ridge=ridge,
+        share=Share(len(batches)),
     )
 
 
@@ -126,7 +133,8 @@ def test_what_is_chosen_is_fitted_as_if_it_had_been_given() -> None:
         return KEPT
 
     wanted = [Wanted(batch[2]) for batch in batches]
-    found = fitted(reader, _pairs(batches), wanted, kept=None, choose=choose, ridge=None)
+    share = Share(len(batches))
+    found = fitted(reader, _pairs(batches), wanted, kept=None, choose=choose, ridge=None, share=share)
     given = fit(reader, batches)
     torch.testing.assert_close(found.weight, given.weight, rtol=1e-4, atol=1e-5)
     assert torch.equal(found.kept, KEPT) and found.ridge == given.ridge

@@ -21,9 +21,8 @@ def head_of(rows: torch.Tensor, block: int) -> Head:
 
 def drawn(states: torch.Tensor, rows: torch.Tensor, *, block: int, seed: int = 0) -> torch.Tensor:
     tokens = torch.zeros(states.shape[:2], dtype=torch.int64)
-    return sampled_likelihood_gradient(torch.Generator().manual_seed(seed))(
-        states, tokens, head_of(rows, block)
-    )
+    draws = torch.rand(states.shape[:2], generator=torch.Generator().manual_seed(seed))
+    return sampled_likelihood_gradient(iter([draws]))(states, tokens, head_of(rows, block))
 
 
 @pytest.mark.parametrize("block", [1, 3, 7])
