@@ -92,8 +92,11 @@ def measure_curves(
 
 def take_part(work: dict[str, Any], windows: torch.Tensor) -> None:
     """Measure for the first process, on some of the windows [N, T]."""
+    own, share = share_of(windows, work["measured"])
+    if not len(own):
+        return
     model = StreamedModel(Checkpoint.open(Path(work["checkpoint"])))
-    sink = _Sink(model.shape, None, share_of(windows, work["measured"])[1])
+    sink = _Sink(model.shape, None, share)
     _run(model, windows, work["measured"], work["seed"], sink, progress=SILENT)
 
 

@@ -10,7 +10,7 @@ import torch
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.prune.refit.least_squares import NormalEquations, Refit
 from nirvana_deploy.prune.refit.readers import Reader, Wanted
-from nirvana_deploy.prune.streaming.processes import Share, from_first, is_first
+from nirvana_deploy.prune.streaming.processes import Share, is_first
 
 RIDGES = (0.3, 1.0, 3.0, 10.0)
 """Tried on held-out windows: the fewer tokens an input has, the larger the best. Below the first, what the
@@ -72,7 +72,9 @@ def fitted(
     """
     equations, unseen = _observed(reader, pairs, wanted, kept, share, hold_out=ridge is None)
     found = _solved(reader, equations, unseen, kept, choose, ridge) if is_first() else None
-    return Fit.from_tensors(from_first(None if found is None else found.tensors))
+    if found is not None:
+        share.from_first(found.tensors)
+    return found or Fit.from_tensors(share.from_first(None))
 
 
 def _observed(

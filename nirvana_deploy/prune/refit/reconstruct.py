@@ -85,8 +85,8 @@ def reconstruct_layers(
     Arithmetic is float32 (the equations: float64); later blocks see the weights as stored. ``ridge`` None
     takes for each linear the best of several on a sixteenth of the windows. ``micro_batch`` is in sequences,
     ``device`` defaults to a GPU if torch sees one. The number of processes changes no byte. Raises
-    NirvanaError for a plan that does not fit, for too few tokens (:func:`require_tokens`), for activations
-    that are not finite, and for more processes than micro-batches.
+    NirvanaError for a plan that does not fit, for too few tokens (:func:`require_tokens`), and for
+    activations that are not finite.
     """
     check_plan_fits(plan, checkpoint.shape)
     positions = kept_positions(checkpoint.shape, plan.kept_groups, plan.kept_neurons)
@@ -121,7 +121,6 @@ def refit_readers(
     if ridge is not None and not ridge > 0:
         raise NirvanaError(f"ridge must be a positive number, got {ridge}.")
     windows = torch.from_numpy(tokens)
-    share_of(windows, micro_batch)  # said before others are told
     tell(
         {
             "work": REFIT,
@@ -175,6 +174,8 @@ class _Refitting:
         """Take this process's part of windows [N, T] through all blocks; returns the fits by name."""
         own, share = share_of(windows, micro_batch)
         fits: dict[str, Fit] = {}
+        if not len(own):
+            return fits
 
         def visit(
             positions: Sequence[int], block: nn.Module, dense: Runs, made: Runs

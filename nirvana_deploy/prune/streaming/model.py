@@ -129,7 +129,7 @@ class StreamedModel:
 
         f is averaged over all N windows, which all processes share (the first one's ``use`` gets the sums);
         unless ``together``: then over each micro-batch, and ``use`` gets the gradients of each of them.
-        Spilling is that of :class:`LayerStates`. Raises NirvanaError for more processes than micro-batches.
+        Spilling is that of :class:`LayerStates`.
         """
         own, share = share_of(windows, micro_batch) if together else (windows, None)
         prefixes = {block.layers: block.prefix for stack in self._stacks for block in stack.blocks}
@@ -411,7 +411,7 @@ def _add_up(block: nn.Module, turns: Sequence[Callable[[], None]], share: Share)
         if count() == 1:
             continue
         gradients = [one.grad for one in block.parameters() if one.grad is not None]
-        for sender, found in share.gathered(number, gradients):
+        for sender, found in share.gathered(number, None if turn is None else gradients):
             if sender != number:
                 for one, gradient in zip(gradients, found, strict=True):
                     one += gradient

@@ -118,15 +118,6 @@ def wait_for_all() -> None:
         distributed.barrier()
 
 
-def from_first(tensors: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
-    """The ``tensors`` of the first process, on the CPU; others pass None."""
-    if count() == 1:
-        assert tensors is not None
-        return list(tensors)
-    number = int(_broadcast(None if tensors is None else torch.tensor(len(tensors))))
-    return [_broadcast(None if tensors is None else tensors[index]) for index in range(number)]
-
-
 @dataclass(frozen=True)
 class Share:
     """The micro-batches that this process reads: of P processes, the p-th reads every P-th from p on."""
@@ -149,28 +140,29 @@ class Share:
         """
         if not is_first():
             if tensors is not None:
-                for one in (torch.tensor(len(tensors)), *tensors):
-                    _send(one)
+                _send(tensors, receiver=0)
             return
         assert tensors is not None
         yield number, tensors
         for sender in range(1, min(count(), self.batches - number)):
-            yield number + sender, [_receive(sender) for _ in range(int(_receive(sender)))]
+            yield number + sender, _receive(sender)
+
+    def from_first(self, tensors: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
+        """The ``tensors`` of the first process, for all that have a micro-batch; others pass None."""
+        if tensors is None:
+            return [one.cpu() for one in _receive(0)]
+        for receiver in range(1, min(count(), self.batches)):
+            _send(tensors, receiver=receiver)
+        return tensors
 
 
 def share_of(windows: torch.Tensor, micro_batch: int) -> tuple[torch.Tensor, Share]:
-    """The windows [n, T] of [N, T] that this process reads; raises NirvanaError where some have none."""
+    """The windows [n, T] of [N, T] that this process reads; none where there are more processes than work."""
     starts = range(0, len(windows), micro_batch)
     if count() == 1:
         return windows, Share(len(starts))
-    if len(starts) < count():
-        raise NirvanaError(
-            f"{count()} processes share micro-batches, and {len(windows)} windows in micro-batches of "
-            f"{micro_batch} are {len(starts)}.",
-            hint=f"Launch {len(starts)} processes, or pass a larger --num-sequences.",
-        )
     own = [windows[start : start + micro_batch] for start in starts[distributed.get_rank() :: count()]]
-    return torch.cat(own), Share(len(starts))
+    return torch.cat([windows[:0], *own]), Share(len(starts))
 
 
 def _broadcast(tensor: torch.Tensor | None) -> torch.Tensor:
@@ -184,19 +176,24 @@ def _broadcast(tensor: torch.Tensor | None) -> torch.Tensor:
     return made.cpu()
 
 
-def _send(tensor: torch.Tensor) -> None:
-    """To the first process."""
-    distributed.send(_header(tensor).to(compute_device()), dst=0)
-    distributed.send(tensor.to(compute_device()).contiguous(), dst=0)
-
-
-def _receive(sender: int) -> torch.Tensor:
+def _send(tensors: Sequence[torch.Tensor], *, receiver: int) -> None:
     device = compute_device()
-    header = torch.zeros(2 + _MOST_DIMENSIONS, dtype=torch.int64, device=device)
-    distributed.recv(header, src=sender)
-    tensor = _empty(header, device)
-    distributed.recv(tensor, src=sender)
-    return tensor
+    distributed.send(torch.tensor(len(tensors), device=device), dst=receiver)
+    for tensor in tensors:
+        distributed.send(_header(tensor).to(device), dst=receiver)
+        distributed.send(tensor.to(device).contiguous(), dst=receiver)
+
+
+def _receive(sender: int) -> list[torch.Tensor]:
+    device = compute_device()
+    number, tensors = torch.tensor(0, device=device), []
+    distributed.recv(number, src=sender)
+    for _ in range(int(number)):
+        header = torch.zeros(2 + _MOST_DIMENSIONS, dtype=torch.int64, device=device)
+        distributed.recv(header, src=sender)
+        tensors.append(_empty(header, device))
+        distributed.recv(tensors[-1], src=sender)
+    return tensors
 
 
 def _header(tensor: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ def score_units(
     ``spill_folder`` [the system's]; None spills large ones (``layer_states.py``). It does not change
     the scores, nor does the number of processes that share the windows. ``device`` defaults to a GPU if torch
     sees one. Raises NirvanaError for NaN or infinite weights, activations or gradients, naming the tensor or
-    the layer, for a disk too small for the file, and for more processes than micro-batches.
+    the layer, and for a disk too small for the file.
     """
     method, shape = saliency_named(saliency), checkpoint.shape
     if not method.needs_data:
@@ -62,7 +62,6 @@ def score_units(
     if tokens is None:
         raise NirvanaError(f"The saliency {saliency!r} needs calibration text.", hint="Pass --calib SOURCE.")
     windows = torch.from_numpy(tokens)
-    share_of(windows, micro_batch)  # said before others are told
     tell(
         {"work": SCORE, "checkpoint": str(checkpoint.path), "saliency": saliency, "micro_batch": micro_batch},
         windows,
@@ -77,6 +76,8 @@ def score_units(
 
 def take_part(work: dict[str, Any], windows: torch.Tensor) -> None:
     """Score for the first process, on some of the windows [N, T]."""
+    if not len(share_of(windows, work["micro_batch"])[0]):
+        return
     model = StreamedModel(Checkpoint.open(Path(work["checkpoint"])))
     _scored(model, saliency_named(work["saliency"]), windows, work["micro_batch"], progress=SILENT)
 

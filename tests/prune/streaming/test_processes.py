@@ -13,7 +13,6 @@ import torch
 from builders.tiny import write_tiny
 from builders.tiny_t5 import write_t5
 
-from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.prune.streaming import processes
 
 CUT = ("--sparsity", "0.3", "--seq-len", "24", "--micro-batch", "2", "--seed", "3")
@@ -134,23 +133,17 @@ def test_a_lost_process_ends_all_with_one_message_and_nothing_half_written(
     assert resumed.returncode == 0 and len(bytes_of(out)) == 3
 
 
-def test_more_processes_than_micro_batches_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_count", 4)
-    with pytest.raises(
-        NirvanaError, match=r"4 processes.* 5 windows in micro-batches of 2 are 3\.\n.*3 processes"
-    ):
-        processes.share_of(torch.zeros(5, 8), 2)
-
-
 def test_processes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_count", 3)
+    monkeypatch.setattr(processes, "_count", 4)
     taken = []
-    for rank in range(3):
+    for rank in range(4):
         monkeypatch.setattr(processes.distributed, "get_rank", lambda rank=rank: rank)
         own, share = processes.share_of(torch.arange(9)[:, None], 2)
-        taken.append((own[:, 0].tolist(), list(share.turns("ab"))))
+        few, _ = processes.share_of(torch.arange(5)[:, None], 2)
+        taken.append((own[:, 0].tolist(), list(share.turns("ab")), len(few)))
     assert taken == [
-        ([0, 1, 6, 7], [(0, "a"), (3, "b")]),
-        ([2, 3, 8], [(1, "a"), (4, "b")]),
-        ([4, 5], [(2, "a"), (5, None)]),
+        ([0, 1, 8], [(0, "a"), (4, "b")], 2),
+        ([2, 3], [(1, "a"), (5, None)], 2),
+        ([4, 5], [(2, "a"), (6, None)], 1),
+        ([6, 7], [(3, "a"), (7, None)], 0),  # which has nothing to do
     ]
