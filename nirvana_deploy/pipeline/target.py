@@ -174,7 +174,7 @@ def _named(target: Target) -> str:
 
 
 def _unmet(trials: list[Found], target: Target, out: Path) -> NirvanaError:
-    dense, cuts = trials[0], trials[1:]
+    dense = trials[0]
     asked = ", ".join(f"--{name.replace('_', '-')} {limit:g}" for name, limit in target.asked.items())
     load = loads(dense, target)
     if load.met and load.cost is not None:
@@ -188,7 +188,7 @@ def _unmet(trials: list[Found], target: Target, out: Path) -> NirvanaError:
             hint="Ask for less, or leave out --quantize.",
         )
     return NirvanaError(
-        f"No sparsity meets {asked}. Nearest: {said(nearest_of(cuts, target))}.",
+        f"No sparsity meets {asked}. Nearest: {said(nearest_of(trials, target))}.",
         hint=f"Ask for less, or see what there is: nirvana-deploy search MODEL. The cuts that were tried are "
         f"in {out.name}{TRIALS}.",
     )

@@ -62,9 +62,10 @@ def next_sparsity(trials: Sequence[Found], target: Target, *, most: float) -> fl
 def best_of(trials: Sequence[Found], target: Target) -> Found | None:
     """Of the trials that meet every limit the one to take: for time and size the least cut, else the most.
 
-    None where no cut meets them, and where the dense model, the first of ``trials``, needs none.
+    None where no cut meets them, and where the dense model, the first of ``trials``, needs none. A cut that
+    is as large as the dense model removed no unit, and is none.
     """
-    met = [one for one in trials if one.sparsity and loads(one, target).met]
+    met = [one for one in trials if _is_cut(one, trials[0]) and loads(one, target).met]
     dense = loads(trials[0], target).cost
     by_cost = dense is not None
     if dense is not None and dense <= 1:
@@ -74,8 +75,14 @@ def best_of(trials: Sequence[Found], target: Target) -> Found | None:
 
 
 def nearest_of(trials: Sequence[Found], target: Target) -> Found:
-    """The trial whose largest load is least."""
-    return min(trials, key=lambda one: loads(one, target).most)
+    """The cut whose largest load is least; ``trials`` are those of :func:`best_of`."""
+    cuts = [one for one in trials if _is_cut(one, trials[0])] or trials[1:]
+    return min(cuts, key=lambda one: loads(one, target).most)
+
+
+def _is_cut(found: Found, dense: Found) -> bool:
+    smaller = None in (found.weights_bytes, dense.weights_bytes) or found.weights_bytes != dense.weights_bytes
+    return found.sparsity > 0 and smaller
 
 
 def _in_band(sparsity: float, load: float) -> bool:

@@ -64,8 +64,7 @@ class Search:
     cluster: Annotated[
         str | None,
         Option(
-            "Make cuts on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Its nodes see the same files. "
-            "Not yet shown on more than one node.",
+            "Make cuts on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Its nodes see the same files.",
             resumable=True,
         ),
     ] = None

@@ -12,14 +12,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders.extras import needs
+from builders.jobs import SHORT
+from builders.tiny import write_tiny
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.pipeline.search import search
 from nirvana_deploy.search import cluster as clusters
+from nirvana_deploy.search.recipe import Search
 from nirvana_deploy.search.workers import run_points
 
 HEAD = "127.0.0.2:26379"
@@ -78,19 +83,25 @@ def ended(node: subprocess.Popen[bytes]) -> None:
     node.wait()
 
 
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[subprocess.Popen[bytes]]]:
     needs("ray")
+    logs = tmp_path_factory.mktemp("logs")
     short = tempfile.mkdtemp(prefix="ray")  # names of its sockets may have 107 bytes
     place = ["--include-dashboard=false", f"--temp-dir={short}"]
-    head = started("--head", "--node-ip-address=127.0.0.2", "--port=26379", *place, folder=tmp_path)
+    head = started("--head", "--node-ip-address=127.0.0.2", "--port=26379", *place, folder=logs)
     running = [head]
     try:
         for _ in range(60):
             time.sleep(2)
             if alive(needs("ray")):
                 break
-        running.append(started(f"--address={HEAD}", "--node-ip-address=127.0.0.3", folder=tmp_path))
+        running.append(started(f"--address={HEAD}", "--node-ip-address=127.0.0.3", folder=logs))
+        for _ in range(60):
+            if alive(needs("ray")) == 2:
+                break
+            time.sleep(2)
+        assert alive(needs("ray")) == 2, (logs / "log").read_text()[-2000:]
         yield running
     finally:
         for node in running:
@@ -107,20 +118,29 @@ def alive(ray: Any) -> int:
 
 
 @pytest.mark.slow
+def test_a_search_on_a_cluster_finds_what_one_here_does(
+    nodes: list[subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    """To the last digit of every point."""
+    model = str(write_tiny(tmp_path / "tiny", "llama-tied"))
+    options = {**SHORT, "num_sequences": 4, "seq_len": 16, "run_benchmark": False, "gamma": 1.0}
+    points = {}
+    for cluster in (None, HEAD):
+        recipe = Search(sparsities="0.1,0.2,0.3,0.4", precisions="none,w8", cluster=cluster)
+        found = search(model, out=tmp_path / f"on-{cluster}", recipe=recipe, **options)
+        points[cluster] = [asdict(one) for one in found.points]
+    assert points[None] == points[HEAD] and all(one["failed"] is None for one in points[HEAD])
+
+
+@pytest.mark.slow
 def test_a_worker_and_a_node_are_lost_and_every_piece_has_its_result(
     nodes: list[subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    ray = needs("ray")
     traces = tmp_path / "traces"
     traces.mkdir()
     pieces = [(str(traces), number, 4.0) for number in range(6)]
     found = {}
     killed = False
-    for _ in range(60):
-        if alive(ray) == 2:
-            break
-        time.sleep(2)
-    assert alive(ray) == 2, (tmp_path / "log").read_text()[-2000:]
     for piece, result in run_points(pieces, noted, cluster=HEAD):
         found[piece[1]] = result
         if not killed:

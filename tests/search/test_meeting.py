@@ -53,7 +53,7 @@ def test_a_limit_on_time_is_met_by_the_least_cut(seed: int) -> None:
     trials = tried(lambda s: {"tpot_ms": 20 * (1 - falls * s)}, target)
     chosen = best_of(trials, target)
     if 20 * (1 - falls * MOST) > limit:
-        assert chosen is None and nearest_of(trials[1:], target).sparsity == MOST
+        assert chosen is None and nearest_of(trials, target).sparsity == MOST
     else:
         assert chosen is not None and chosen.tpot_ms is not None
         assert (1 - BAND) * limit <= chosen.tpot_ms <= limit
@@ -64,6 +64,14 @@ def test_a_perplexity_ratio_is_met_on_a_logarithm() -> None:
     chosen = best_of(tried(lambda s: {"perplexity_ratio": math.exp(2 * s**1.4)}, target), target)
     assert chosen is not None and chosen.perplexity_ratio is not None
     assert 1.2 ** (1 - BAND) <= chosen.perplexity_ratio <= 1.2
+
+
+def test_a_cut_that_removes_nothing_is_none() -> None:
+    """Of a model whose first unit costs more than is allowed."""
+    target = Target(max_kl=0.01)
+    trials = tried(lambda s: {"kl": s if s > 0.1 else 0.0, "weights_bytes": 90 if s > 0.1 else 100}, target)
+    assert min(one.sparsity for one in trials[1:]) < 0.1 and best_of(trials, target) is None
+    assert nearest_of(trials, target).sparsity > 0.1
 
 
 @pytest.mark.parametrize(
