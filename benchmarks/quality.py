@@ -42,12 +42,12 @@ from nirvana_deploy.calibrate.windows import (
 )
 from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer
 from nirvana_deploy.model.sources import resolve_model
+from nirvana_deploy.prune.choosing.select import gamma_grid
 from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import PrunePlan, default_gamma, make_plan
 from nirvana_deploy.prune.refit.reconstruct import DEFAULT_RIDGE, reconstruct_layers
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES
 from nirvana_deploy.prune.saliency.units import UnitScores
-from nirvana_deploy.prune.select import gamma_grid
 from nirvana_deploy.prune.streaming.score import score_units
 
 EVAL_LEN = 512

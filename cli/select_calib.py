@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import click
 
 from nirvana_deploy.prune.recipe import Pruning, Selection
+from nirvana_deploy.search.recipe import Where
 
 from .common import TerminalProgress, echo, echo_json, echo_table
 from .options import json_option, recipe_options, taken
@@ -16,7 +18,7 @@ from .options import json_option, recipe_options, taken
 
 @click.command("select-calib")
 @click.argument("model")
-@recipe_options(Selection)
+@recipe_options(Selection, Where)
 @json_option
 def select_calib(model: str, as_json: bool, **options: Any) -> None:
     """Try calibration sets, gammas and saliencies, and rank them by KL(dense || pruned).
@@ -33,11 +35,12 @@ def select_calib(model: str, as_json: bool, **options: Any) -> None:
     from nirvana_deploy.calibrate.windows import calibration_candidates
     from nirvana_deploy.model.checkpoint import Checkpoint
     from nirvana_deploy.model.sources import resolve_model
-    from nirvana_deploy.prune.choices import listed
+    from nirvana_deploy.prune.choosing.choices import listed
+    from nirvana_deploy.prune.choosing.select import gamma_grid, select_cut
     from nirvana_deploy.prune.cutting import Cutter
-    from nirvana_deploy.prune.select import gamma_grid, select_cut
+    from nirvana_deploy.search.workers import run_points
 
-    recipe, progress = taken(Selection, options), TerminalProgress()
+    recipe, where, progress = taken(Selection, options), taken(Where, options), TerminalProgress()
     source = resolve_model(model, progress=progress)
     checkpoint = Checkpoint.open(source.path)
     names = sources_of(recipe.corpora)
@@ -71,6 +74,7 @@ def select_calib(model: str, as_json: bool, **options: Any) -> None:
             saliencies=listed(recipe.saliencies),
             gammas=gammas,
             scratch=Path(scratch),
+            everywhere=None if where == Where() else partial(run_points, where=where),
         )
     if as_json:
         echo_json(selection.to_json())

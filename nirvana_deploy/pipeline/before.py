@@ -20,7 +20,7 @@ from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import local_paths
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.pipeline.job import SECTIONS, Job, all_fields, plain
-from nirvana_deploy.prune.choices import Choices, choices_of, why_groups_stay
+from nirvana_deploy.prune.choosing.choices import Choices, choices_of, why_groups_stay
 from nirvana_deploy.prune.curves.measure_curves import require_windows
 from nirvana_deploy.prune.curves.operations import (
     curve_operations,

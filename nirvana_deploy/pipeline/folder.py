@@ -41,7 +41,7 @@ from nirvana_deploy.pipeline.before import Until
 from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.pipeline.prune_export import Deployment, run_job
 from nirvana_deploy.pipeline.recipe_file import read_recipe
-from nirvana_deploy.prune.choices import listed
+from nirvana_deploy.prune.choosing.choices import listed
 from nirvana_deploy.quantize.int8.spec import read_record
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized

@@ -39,7 +39,7 @@ from nirvana_deploy.pipeline.before import (
 from nirvana_deploy.pipeline.job import Job, all_fields, job_of, spelled_out
 from nirvana_deploy.pipeline.recipe_file import write_recipe
 from nirvana_deploy.prune import stage as prune
-from nirvana_deploy.prune.choices import Choices
+from nirvana_deploy.prune.choosing.choices import Choices
 from nirvana_deploy.prune.curves.budget import UnitCost, require_feasible
 from nirvana_deploy.prune.cutting import Cutter, budget_of, reads_curves
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits

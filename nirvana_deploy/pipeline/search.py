@@ -15,6 +15,7 @@ from typing import Any
 from nirvana_deploy.base.artifact import write_bytes, write_json
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.recipe import fields_of
 from nirvana_deploy.model.checkpoint import model_record
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import (
@@ -33,10 +34,10 @@ from nirvana_deploy.pipeline.prune_export import run_job, workload_of
 from nirvana_deploy.report.pages.front import search_csv, search_page, search_record
 from nirvana_deploy.search.front import Recommendation, recommend, worth_timing
 from nirvana_deploy.search.point import Found, Point, file_of, key_of, read_found
-from nirvana_deploy.search.recipe import Search, Target, precisions_of, shard_of, sparsities_of
+from nirvana_deploy.search.recipe import Search, Target, Where, precisions_of, shard_of, sparsities_of
 from nirvana_deploy.search.workers import run_points
 
-_WHERE = frozenset({"shard", "processes", "cluster"})
+_WHERE = frozenset({"shard", *(field.name for field in fields_of(Where))})
 """Options of a search that say where it is made."""
 _FREE = frozenset({"sparsity", "quantize", "baseline_quantized", "run_benchmark", "threads", "engines"})
 """Options of a job that its points do not have in common, or that change no result."""
@@ -97,7 +98,7 @@ def search(
     shared = _shared(job, model_record(source))
     with Run.begin(
         out,
-        options={key: value for key, value in asdict(recipe).items() if key not in _WHERE}
+        options={name: value for name, value in asdict(recipe).items() if name not in _WHERE}
         | shared["options"],
         model=model_record(source),
         command=command or "called from Python",
@@ -164,14 +165,14 @@ def _known(run: Run, key: str, wanted: Sequence[Point]) -> dict[Point, Found]:
     return known
 
 
-def _cuts(run: Run, cuts: Sequence[_Cut], recipe: Search) -> dict[str, NirvanaError]:
+def _cuts(run: Run, cuts: Sequence[_Cut], where: Where) -> dict[str, NirvanaError]:
     """Make some folders, the one that others take from before these; returns what failed, by folder."""
     failed: dict[str, NirvanaError] = {}
-    here = recipe.processes == 1 and recipe.cluster is None
+    here = where.processes == 1 and where.cluster is None
     work = _Worker(run.progress if here else SILENT, Path.cwd())
     with run.progress.task(f"{len(cuts)} cuts", len(cuts)) as advance:
         for group in ([cut for cut in cuts if cut.beside is None], [cut for cut in cuts if cut.beside]):
-            for cut, result in run_points(group, work, processes=recipe.processes, cluster=recipe.cluster):
+            for cut, result in run_points(group, work, where):
                 if isinstance(result, NirvanaError):
                     failed[cut.out.name] = result
                     run.progress.note(f"{cut.out.name} failed: {result.message}")

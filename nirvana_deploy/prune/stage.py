@@ -35,7 +35,8 @@ from nirvana_deploy.output.layout import (
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import WHOLE, Stage, Step
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.prune.choices import Choices
+from nirvana_deploy.prune.choosing.choices import Choices
+from nirvana_deploy.prune.choosing.select import select_cut
 from nirvana_deploy.prune.curves.curve import Curves, facts_of, read_curves, require_curves_of, write_curves
 from nirvana_deploy.prune.curves.measure_curves import CURVE_TOKENS
 from nirvana_deploy.prune.cutting import Cutter, reads_curves
@@ -44,7 +45,6 @@ from nirvana_deploy.prune.plan_file import read_plan, write_plan
 from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.prune.refit.reconstruct import Reconstruction
 from nirvana_deploy.prune.scores_file import read_scores, write_scores
-from nirvana_deploy.prune.select import select_cut
 from nirvana_deploy.prune.streaming.score import score_units
 
 

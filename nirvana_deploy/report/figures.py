@@ -298,7 +298,7 @@ def quality_figure(
 def selection_figure(selection: Mapping[str, Any]) -> str:
     """Draw the KL of each candidate as a dot, one strip per saliency; mark the winner and the median.
 
-    ``selection`` is what ``Selection.to_json`` of prune/select.py gives.
+    ``selection`` is what ``Selection.to_json`` of prune/choosing/select.py gives.
     """
     candidates, best = selection["candidates"], selection["candidates"][selection["winner"]]
     names = list(dict.fromkeys(str(candidate["saliency"]) for candidate in candidates))

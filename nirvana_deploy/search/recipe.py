@@ -50,7 +50,21 @@ class Target:
 
 
 @recipe
-class Search:
+class Where:
+    """Where pieces of work that do not depend on each other are done."""
+
+    processes: Annotated[int, Option("Cuts made at the same time.", minimum=1, resumable=True)] = 1
+    cluster: Annotated[
+        str | None,
+        Option(
+            "Make cuts on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Its nodes see the same files.",
+            resumable=True,
+        ),
+    ] = None
+
+
+@recipe
+class Search(Where):
     """Which points to try, and where."""
 
     sparsities: Annotated[
@@ -60,14 +74,6 @@ class Search:
         str,
         Option("Precisions to try, separated by commas: none, int8, w8, w4.", flag="--precision"),
     ] = "none,int8,w4"
-    processes: Annotated[int, Option("Cuts made at the same time.", minimum=1, resumable=True)] = 1
-    cluster: Annotated[
-        str | None,
-        Option(
-            "Make cuts on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Its nodes see the same files.",
-            resumable=True,
-        ),
-    ] = None
     shard: Annotated[
         str | None,
         Option(

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.search.cluster import run_on_cluster
+from nirvana_deploy.search.recipe import Where
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -17,19 +18,17 @@ Result = TypeVar("Result")
 def run_points(
     pieces: Sequence[Piece],
     work: Callable[[Piece], Result],
-    *,
-    processes: int = 1,
-    cluster: str | None = None,
+    where: Where,
 ) -> Iterator[tuple[Piece, Result | NirvanaError]]:
     """Do ``work`` on each of ``pieces``; yields each with its result as it comes, or with why it has none.
 
-    A failure of one is no failure of the others. With ``processes`` more than one, ``work`` and the pieces
-    are pickled, and each process does one piece after another; ``cluster`` sends them to nodes of Ray.
+    A failure of one is no failure of the others. In more than one process, ``work`` and the pieces are
+    pickled, and each process does one piece after another; a cluster is one of Ray.
     """
-    if cluster is not None:
-        yield from run_on_cluster(pieces, work, cluster)
+    if where.cluster is not None:
+        yield from run_on_cluster(pieces, work, where.cluster)
         return
-    if processes == 1 or len(pieces) < 2:
+    if where.processes == 1 or len(pieces) < 2:
         for piece in pieces:
             try:
                 yield piece, work(piece)
@@ -37,7 +36,7 @@ def run_points(
                 yield piece, failure
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(min(processes, len(pieces)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(where.processes, len(pieces)), mp_context=context) as pool:
         running = {pool.submit(work, piece): piece for piece in pieces}
         try:
             for done in as_completed(running):

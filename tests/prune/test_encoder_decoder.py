@@ -24,6 +24,7 @@ from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkp
 from nirvana_deploy.model.reading import teacher_forced
 from nirvana_deploy.model.weights import SafetensorsWeights, expected_shapes
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.choosing.select import select_cut
 from nirvana_deploy.prune.cutting import Cutter
 from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import pruned_shape
@@ -31,7 +32,6 @@ from nirvana_deploy.prune.plan_file import read_plan, write_plan
 from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.prune.refit.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.saliency.gradient import SALIENCIES
-from nirvana_deploy.prune.select import select_cut
 from nirvana_deploy.prune.slicing import MaskedWeights
 from nirvana_deploy.prune.streaming.model import StreamedModel
 from nirvana_deploy.prune.streaming.score import score_units

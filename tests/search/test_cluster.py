@@ -24,7 +24,7 @@ from builders.tiny import write_tiny
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.pipeline.search import search
 from nirvana_deploy.search import cluster as clusters
-from nirvana_deploy.search.recipe import Search
+from nirvana_deploy.search.recipe import Search, Where
 from nirvana_deploy.search.workers import run_points
 
 HEAD = "127.0.0.2:26379"
@@ -48,15 +48,15 @@ def test_an_address_that_does_not_answer_is_a_sentence(monkeypatch: pytest.Monke
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(NirvanaError, match=f"Nothing answers at 127.0.0.1:{port}"):
-        list(run_points([1], abs, cluster=f"127.0.0.1:{port}"))
+        list(run_points([1], abs, Where(cluster=f"127.0.0.1:{port}")))
     with pytest.raises(NirvanaError, match="is no address; it takes auto, HOST:PORT"):
-        list(run_points([1], abs, cluster="somewhere"))
+        list(run_points([1], abs, Where(cluster="somewhere")))
 
 
 def test_without_ray_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError) as refused:
-        list(run_points([1], abs, cluster="auto"))
+        list(run_points([1], abs, Where(cluster="auto")))
     assert "pip install 'nirvana-deploy[cluster]'" in str(refused.value)
 
 
@@ -141,7 +141,7 @@ def test_a_worker_and_a_node_are_lost_and_every_piece_has_its_result(
     pieces = [(str(traces), number, 4.0) for number in range(6)]
     found = {}
     killed = False
-    for piece, result in run_points(pieces, noted, cluster=HEAD):
+    for piece, result in run_points(pieces, noted, Where(cluster=HEAD)):
         found[piece[1]] = result
         if not killed:
             killed = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.search.recipe import Where
 from nirvana_deploy.search.workers import run_points
 
 
@@ -19,7 +20,7 @@ def halved(number: int) -> int:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_piece_has_its_result_or_why_it_has_none(processes: int) -> None:
-    found = dict(run_points([2, 3, 4], halved, processes=processes))
+    found = dict(run_points([2, 3, 4], halved, Where(processes=processes)))
     assert found[2] == 1 and found[4] == 2
     refused = found[3]
     assert isinstance(refused, NirvanaError)
@@ -28,4 +29,4 @@ def test_every_piece_has_its_result_or_why_it_has_none(processes: int) -> None:
 
 def test_a_fault_of_ours_is_no_result() -> None:
     with pytest.raises(ZeroDivisionError):
-        dict(run_points([2, 13], halved))
+        dict(run_points([2, 13], halved, Where()))

@@ -8,8 +8,8 @@ error is far below that of each KL. One scoring serves every gamma.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,19 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.overlap import refuse_overlap
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.prune.choosing.candidates import (
+    Everywhere,
+    Piece,
+    Tried,
+    Work,
+    candidates_of,
+    pieces_of,
+)
 from nirvana_deploy.prune.curves.curve import Curves
 from nirvana_deploy.prune.cutting import Cutter, reads_curves
 from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import PrunePlan, default_gamma, largest_sparsity, removed_counts
-from nirvana_deploy.prune.recipe import REFIT
-from nirvana_deploy.prune.saliency.gradient import saliency_named
 from nirvana_deploy.prune.saliency.units import UnitScores
-from nirvana_deploy.prune.streaming.score import score_units
 
 SEPARABLE_STANDARD_ERRORS = 2.0
 """A lead of more paired standard errors than these is called separable."""
@@ -122,15 +127,6 @@ class Selection:
         }
 
 
-@dataclass(frozen=True)
-class _Tried:
-    plan: PrunePlan
-    calibration: TokenWindows | None
-    scores: UnitScores | None
-    curves: Curves | None
-    reconstruction: Path | None
-
-
 def gamma_grid(shape: ModelShape, *, sparsity: float, round_to: int = 8) -> tuple[float, ...]:
     """The grid of "gamma auto": 1, 2, M/A and 1.5 M/A, as far as the model allows them at ``sparsity``.
 
@@ -153,45 +149,44 @@ def select_cut(
     saliencies: Sequence[str],
     gammas: Sequence[float | None],
     scratch: Path,
+    everywhere: Everywhere | None = None,
 ) -> Selection:
     """Try every saliency with every calibration set and every gamma; the least held-out KL wins.
 
     Candidates are cut, and refitted if it says so, as the recipe of ``cutter`` says. ``calibrations`` are
     windows [N, T] each, ``heldout`` one or more sets [M, T'] with one T', all counted together; a gamma of
     None is M/A, and where curves decide there is none. Saliencies that need no data are tried once.
-    ``scratch`` is a folder for the refits. Raises NirvanaError, before any work, for no candidates, unknown
-    names, a gamma that the model does not allow at this sparsity, or held-out text that overlaps calibration
-    text.
+    ``scratch`` is a folder for the refits. ``everywhere`` has the candidates of each calibration set made in
+    another process, which must see the model and ``scratch``. Raises NirvanaError, before any work, for no
+    candidates, unknown names, a gamma that the model does not allow at this sparsity, or held-out text that
+    overlaps calibration text.
     """
     if not (calibrations and saliencies and gammas):
         raise NirvanaError("Nothing to choose from: give at least one calibration set, saliency and gamma.")
     _refuse_infeasible(cutter, saliencies, gammas)
     tokens = _heldout_tokens(heldout)
     refuse_overlap(calibrations, heldout)
-    measured: dict[int, Curves] = {}
-
-    def curves_of(windows: TokenWindows | None, saliency: str) -> Curves | None:
-        if not reads_curves(cutter.recipe, saliency):
-            return None
-        windows = windows or calibrations[0]
-        if id(windows) not in measured:
-            measured[id(windows)] = cutter.curves(windows.tokens)
-        return measured[id(windows)]
-
-    tried: list[_Tried] = []
-    for windows, saliency, scores in _scored(cutter, calibrations, saliencies):
-        curves = curves_of(windows, saliency)
-        for gamma in gammas if curves is None else (None,):
-            plan, refitted = cutter.candidate(
-                windows,
-                scores,
-                saliency=saliency,
-                gamma=gamma,
-                curves=curves,
-                out=scratch / f"candidate-{len(tried)}",
-            )
-            tried.append(_Tried(plan, windows, scores, curves, refitted))
+    pieces = pieces_of(calibrations, saliencies)  # refuses unknown ones before any work
+    tried: list[Tried] = []
+    for piece, found in _made(cutter, pieces, gammas, scratch, everywhere):
+        if isinstance(found, NirvanaError):
+            raise found
+        tried += [replace(one, calibration=piece.windows) for one in found]
+    tried.sort(key=lambda one: one.place)
     return _selection(tried, _divergences(cutter, tried, tokens), heldout)
+
+
+def _made(
+    cutter: Cutter,
+    pieces: Sequence[Piece],
+    gammas: Sequence[float | None],
+    scratch: Path,
+    everywhere: Everywhere | None,
+) -> Iterable[tuple[Piece, list[Tried] | NirvanaError]]:
+    if everywhere is None:
+        return ((piece, candidates_of(cutter, piece, gammas, scratch)) for piece in pieces)
+    names = {"model_name": cutter.model_name, "seed": cutter.seed, "cost": cutter.cost}
+    return everywhere(pieces, Work(cutter.dense.path, cutter.recipe, names, tuple(gammas), scratch))
 
 
 def _refuse_infeasible(cutter: Cutter, saliencies: Sequence[str], gammas: Sequence[float | None]) -> None:
@@ -207,7 +202,7 @@ def _refuse_infeasible(cutter: Cutter, saliencies: Sequence[str], gammas: Sequen
             )
 
 
-def _divergences(cutter: Cutter, tried: Sequence[_Tried], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+def _divergences(cutter: Cutter, tried: Sequence[Tried], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     """KL per window [P, M]."""
     [quality] = masked_quality(
         cutter.dense,
@@ -229,29 +224,8 @@ def _heldout_tokens(heldout: Sequence[TokenWindows]) -> NDArray[np.int64]:
     return np.concatenate([windows.tokens for windows in heldout if len(windows.tokens)])
 
 
-def _scored(
-    cutter: Cutter, calibrations: Sequence[TokenWindows], saliencies: Sequence[str]
-) -> Iterator[tuple[TokenWindows | None, str, UnitScores | None]]:
-    """Unit scores of every saliency by every calibration set; None for units chosen inside the refit."""
-    scored = [name for name in saliencies if name != REFIT]
-    methods = [saliency_named(name) for name in scored]  # refuses unknown ones before any work
-    if REFIT in saliencies:
-        yield from ((windows, REFIT, None) for windows in calibrations)
-    for name, method in zip(scored, methods, strict=True):
-        for windows in calibrations if method.needs_data else (None,):
-            scores = score_units(
-                cutter.dense,
-                None if windows is None else windows.tokens,
-                saliency=name,
-                seed=cutter.seed,
-                micro_batch=cutter.recipe.micro_batch,
-                progress=cutter.progress,
-            )
-            yield windows, name, scores
-
-
 def _selection(
-    tried: Sequence[_Tried],
+    tried: Sequence[Tried],
     divergences: NDArray[np.float64],
     heldout: Sequence[TokenWindows],
 ) -> Selection:

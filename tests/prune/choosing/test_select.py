@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from nirvana_deploy.measure.quality import position_scores
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.prune.choosing.candidates import Everywhere
+from nirvana_deploy.prune.choosing.select import Selection, gamma_grid, select_cut
 from nirvana_deploy.prune.cutting import Cutter
 from nirvana_deploy.prune.divergence import masked_divergences, masked_quality
 from nirvana_deploy.prune.plan import default_gamma, make_plan
 from nirvana_deploy.prune.recipe import Pruning
-from nirvana_deploy.prune.select import Selection, gamma_grid, select_cut
 from nirvana_deploy.prune.streaming.score import score_units
+from nirvana_deploy.search.recipe import Where
+from nirvana_deploy.search.workers import run_points
 
 
 def windows(seed: int, *, count: int = 4, length: int = 12, source: str = "noise") -> TokenWindows:
@@ -76,6 +80,7 @@ def selected(
     sparsity: float = 0.3,
     saliencies: Sequence[str] = ("nirvana",),
     gammas: Sequence[float | None] = (1.0,),
+    everywhere: Everywhere | None = None,
 ) -> Selection:
     """Of plain cuts."""
     plain = Pruning(sparsity=sparsity, allocation="global", round_to=4, reconstruct=False)
@@ -86,6 +91,7 @@ def selected(
         saliencies=saliencies,
         gammas=gammas,
         scratch=Path("nothing is refitted"),
+        everywhere=everywhere,
     )
 
 
@@ -114,6 +120,17 @@ def test_the_planted_better_candidate_wins(tmp_path: Path) -> None:
     assert worst.behind > 2 * (worst.behind_standard_error or 0)
     assert selection.plan.saliency == "taylor" and selection.calibration is not None
     assert (worst.source, worst.text_sha256) == (None, None)
+
+
+@pytest.mark.integration
+def test_candidates_made_in_other_processes_are_the_same(tiny_llama: Path) -> None:
+    tried = {"saliencies": ("taylor", "random", "wanda-sp"), "gammas": (1.0, None)}
+    sets = [windows(1), windows(2)], [windows(9, count=5)]
+    here = selected(tiny_llama, *sets, **tried)
+    there = selected(tiny_llama, *sets, **tried, everywhere=partial(run_points, where=Where(processes=2)))
+    assert there.to_json() == here.to_json() and len(here.candidates) == 10
+    assert there.plan == here.plan and there.calibration is not None and here.calibration is not None
+    assert np.array_equal(there.calibration.tokens, here.calibration.tokens)
 
 
 def test_result_is_complete_and_the_same_every_time(tiny_llama: Path) -> None:
@@ -184,7 +201,7 @@ def test_bad_input_is_refused_before_any_work(
     def no_work(*_: object, **__: object) -> None:
         raise AssertionError("scored before the input was checked")
 
-    monkeypatch.setattr("nirvana_deploy.prune.select.score_units", no_work)
+    monkeypatch.setattr("nirvana_deploy.prune.choosing.candidates.score_units", no_work)
     arguments: dict[str, Any] = {"heldout": [windows(9)]} | change
     with pytest.raises(NirvanaError, match=complaint):
         selected(tiny_llama, [windows(1)], **arguments)

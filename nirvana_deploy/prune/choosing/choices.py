@@ -9,12 +9,12 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.mixture import parts_of, sources_of
 from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.prune.choosing.select import gamma_grid
 from nirvana_deploy.prune.curves.budget import require_feasible
 from nirvana_deploy.prune.cutting import budget_of, reads_curves
 from nirvana_deploy.prune.plan import default_gamma, removed_counts
 from nirvana_deploy.prune.recipe import REFIT, Pruning
 from nirvana_deploy.prune.saliency.gradient import saliency_named
-from nirvana_deploy.prune.select import gamma_grid
 
 _AUTO_SALIENCIES = ("nirvana", "taylor")
 _AUTO_CANDIDATES = 4

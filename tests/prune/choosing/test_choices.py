@@ -11,7 +11,7 @@ from builders.plans import shape_of
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.recipe import Calibration
-from nirvana_deploy.prune.choices import Choices, choices_of
+from nirvana_deploy.prune.choosing.choices import Choices, choices_of
 from nirvana_deploy.prune.plan import default_gamma
 from nirvana_deploy.prune.recipe import Pruning
 

@@ -1,0 +1,1 @@
+"""Several ways to cut, compared: which calibration set, saliency and gamma."""
