@@ -17,8 +17,6 @@ from nirvana_deploy.report.pages.deployed import low_bit_source_caution, quantiz
 from nirvana_deploy.report.table import (
     baseline_of,
     challengers_of,
-    format_bytes,
-    format_change,
     format_count,
     format_ms,
     format_number,
@@ -65,93 +63,6 @@ def gain(
         speedup=recorded.get(f"{metric}_speedup") or before / after,
         bound=recorded.get(f"bound_{metric}_speedup"),
     )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One headline number."""
-
-    label: str
-    value: str
-    note: str
-
-
-def _removed_tile(budget: Mapping[str, Any]) -> Tile:
-    of_all = 1 - budget["parameters_kept"] / budget["parameters_dense"]
-    return Tile(
-        label="Linear weights removed",
-        value=format_share(budget["met_removed_share"]),
-        note=f"{format_share(of_all)} of all parameters, embeddings included",
-    )
-
-
-def _speed_tile(label: str, unit: str, bound_is: str, found: Gain) -> Tile:
-    note = f"{format_ms(found.before_ms)} to {format_ms(found.after_ms)} {unit}"
-    if found.bound and found.share_of_bound:
-        note += f"; {found.share_of_bound:.0%} of the {format_times(found.bound)} that {bound_is} allow"
-    return Tile(label, format_times(found.speedup), note)
-
-
-def _size_tile(
-    label: str, key: str, baseline: Mapping[str, Any] | None, variant: Mapping[str, Any]
-) -> Tile | None:
-    after, before = variant.get(key), (baseline or {}).get(key)
-    if after is None:
-        return None
-    note = f"{format_change(before, after)} from {format_bytes(before)}" if before else "no baseline measured"
-    return Tile(label, format_bytes(after), note)
-
-
-def _quality_tiles(baseline: Mapping[str, Any] | None, variant: Mapping[str, Any]) -> list[Tile]:
-    quality, dense = variant.get("quality") or {}, (baseline or {}).get("quality") or {}
-    after, before, kl = quality.get("perplexity"), dense.get("perplexity"), quality.get("kl_vs_dense")
-    tiles = []
-    if after is not None:
-        note = f"{format_times(after / before)} the dense model's {format_number(before)}" if before else ""
-        tiles.append(Tile("Perplexity", format_number(after), note))
-    if kl is not None and before is not None:
-        error = quality.get("kl_standard_error")
-        note = "nats per token" + (
-            f", standard error {format_number(error, digits=2)}" if error is not None else ""
-        )
-        tiles.append(Tile("KL to dense", format_number(kl), note))
-    return tiles
-
-
-def headline_tiles(records: Records) -> tuple[Tile, ...]:
-    """Numbers of the first screen, for the first variant besides the baseline.
-
-    Speeds are absolute without a baseline; unmeasured values have no tile.
-    """
-    tiles = []
-    budget = (records.plan or {}).get("budget")
-    if budget:
-        tiles.append(_removed_tile(budget))
-    benchmark = records.benchmark or {}
-    baseline = baseline_of(benchmark)
-    variant = next(iter(challengers_of(benchmark)), baseline)
-    if variant is None:
-        return tuple(tiles)
-    if variant is baseline:
-        baseline = None
-    decode, prefill = gain(benchmark, variant, "tpot"), gain(benchmark, variant, "prefill")
-    if baseline and decode:
-        tiles.append(_speed_tile("Decode speed-up", "per token", "fewer bytes", decode))
-    elif median_of(variant, "tpot_ms"):
-        tiles.append(Tile("Decode", format_ms(variant["tpot_ms"]["p50"]), "per token, median"))
-    if baseline and prefill:
-        prompt = (benchmark.get("workload") or {}).get("prompt_tokens")
-        unit = f"for {prompt:,} tokens" if prompt else "for the prompt"
-        tiles.append(_speed_tile("Prefill speed-up", unit, "fewer operations", prefill))
-    elif median_of(variant, "prefill_ms"):
-        tiles.append(Tile("Prefill", format_ms(variant["prefill_ms"]["p50"]), "median"))
-    sizes = (
-        ("Weight file", "weights_bytes"),
-        ("Peak memory (RSS)", "peak_rss_bytes"),
-        ("KV cache per token", "kv_cache_bytes_per_token"),
-    )
-    tiles += [tile for label, key in sizes if (tile := _size_tile(label, key, baseline, variant))]
-    return (*tiles, *_quality_tiles(baseline, variant))
 
 
 @dataclass(frozen=True)
@@ -270,11 +181,9 @@ def _speed_caution(what: str, name: str, speed: Gain | None, *, in_float: bool) 
 
 
 def cautions(records: Records) -> tuple[str, ...]:
-    """Return the caveats to the headline, if any."""
+    """Return the caveats to the headline, if any: broken promises, then the others, the shortest first."""
     benchmark = records.benchmark or {}
     found = [
-        _verification_caution(records),
-        quantization_caution(records),
         _worth_caution(benchmark),
         _quality_caution(benchmark),
         low_bit_source_caution(records),
@@ -285,7 +194,8 @@ def cautions(records: Records) -> tuple[str, ...]:
         decode, prefill = (gain(benchmark, variant, "tpot"), gain(benchmark, variant, "prefill"))
         found.append(_speed_caution("Decode", name, decode, in_float=in_float))
         found.append(_speed_caution("Prefill", name, prefill, in_float=in_float))
-    return tuple(caution for caution in found if caution)
+    broken = [_verification_caution(records), quantization_caution(records)]
+    return tuple(one for one in (*broken, *sorted(filter(None, found), key=len)) if one)
 
 
 @dataclass(frozen=True)
@@ -336,14 +246,3 @@ def title(records: Records) -> str:
     name = model_name(records) or "Unnamed model"
     share = ((records.plan or {}).get("budget") or {}).get("met_removed_share")
     return f"{name} pruned by {share:.0%}" if share is not None else name
-
-
-def compared(records: Records) -> str:
-    """Return which variants the headline compares."""
-    benchmark = records.benchmark or {}
-    names = [str(variant["name"]) for variant in challengers_of(benchmark)]
-    baseline = baseline_of(benchmark)
-    if not names or baseline is None:
-        return ""
-    others = f"; {', '.join(names[1:])} in the table below" if len(names) > 1 else ""
-    return f"{names[0]} against {baseline['name']}{others}"

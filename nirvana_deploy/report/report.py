@@ -35,9 +35,10 @@ from nirvana_deploy.output.records import (
     read_records,
 )
 from nirvana_deploy.report import figures, findings
-from nirvana_deploy.report.facts import details, encoder_decoder, evaluation_source
+from nirvana_deploy.report.facts import details, evaluation_source
 from nirvana_deploy.report.page import environment
-from nirvana_deploy.report.pages import curves, deployed, ntk, quality, recovery, tasks
+from nirvana_deploy.report.pages import curves, deployed, ntk, quality, recovery, tasks, trade
+from nirvana_deploy.report.snippets import snippets
 from nirvana_deploy.report.table import (
     ABSENT,
     baseline_of,
@@ -50,52 +51,8 @@ from nirvana_deploy.report.table import (
     summary_table,
     text_bar,
 )
-
-_RUN_GENAI = """\
-import onnxruntime_genai as og
-
-model = og.Model("onnx")
-tokenizer = og.Tokenizer(model)
-tokenizer.update_options(add_special_tokens="true")
-parameters = og.GeneratorParams(model)
-parameters.set_search_options(max_length=64, do_sample=False)
-generator = og.Generator(model, parameters)
-prompt = tokenizer.encode("The capital of France is")
-generator.append_tokens(prompt)
-while not generator.is_done():
-    generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))"""
-
-_RUN_SEQ2SEQ = """\
-from pathlib import Path
-
-from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
-from nirvana_deploy.runtime.runner import greedy_tokens
-from nirvana_deploy.runtime.text import load_text_side
-
-folder = Path("onnx")
-tokenizer, stops = load_text_side(folder)
-model = OrtSeq2Seq(folder)
-prompt = tokenizer("The capital of France is", return_tensors="np")
-tokens = greedy_tokens(
-    model,
-    prompt["input_ids"],
-    max_new_tokens=32,
-    eos_token_ids=stops,
-)
-print(tokenizer.decode(tokens))"""
-
-_RUN_TRANSFORMERS = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "checkpoint"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(
-    folder, trust_remote_code=True
-)
-prompt = tokenizer("The capital of France is", return_tensors="pt")
-tokens = model.generate(**prompt, max_new_tokens=32)
-print(tokenizer.decode(tokens[0]))"""
+from nirvana_deploy.report.tiles import headline_tiles
+from nirvana_deploy.report.verdict import verdict
 
 
 @dataclass(frozen=True)
@@ -105,15 +62,6 @@ class PlacedFigure:
     svg: Markup
     caption: str
     wide: bool = False
-
-
-@dataclass(frozen=True)
-class Snippet:
-    """Code that runs the result from inside the output folder."""
-
-    title: str
-    language: str
-    code: str
 
 
 def _bounds_ms(benchmark: Mapping[str, Any], metric: str) -> dict[str, float]:
@@ -186,6 +134,11 @@ def _benchmark_figures(records: Records) -> list[PlacedFigure]:
         svg = figures.quality_figure(judged, baseline=baseline, speedups=speedups)
         placed.append(PlacedFigure(Markup(svg), _quality_caption(records)))
     return placed
+
+
+def _deciding_figure(records: Records) -> PlacedFigure | None:
+    svg = trade.trade_figure(records, verdict(records).recommended)
+    return None if svg is None else PlacedFigure(svg, trade.CAPTION)
 
 
 def _figures_of(records: Records, out: Path) -> list[PlacedFigure]:
@@ -272,25 +225,6 @@ def _stage_figure(records: Records) -> PlacedFigure | None:
     return PlacedFigure(Markup(figures.stage_time_figure(stages)), caption)
 
 
-def _snippets(records: Records) -> tuple[Snippet, ...]:
-    verify = Snippet("Compare every file with its model again", "sh", "nirvana-deploy verify .")
-    if encoder_decoder(records):  # which onnxruntime-genai does not run
-        transformers = _RUN_TRANSFORMERS.replace("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
-        run_onnx = Snippet("Generate with ONNX Runtime", "python", _RUN_SEQ2SEQ)
-    else:
-        transformers = _RUN_TRANSFORMERS
-        run_onnx = Snippet("Generate with onnxruntime-genai", "python", _RUN_GENAI)
-    return tuple(
-        snippet
-        for needed, snippet in (
-            (stage.ONNX, run_onnx),
-            (stage.CHECKPOINT, Snippet("Generate with transformers", "python", transformers)),
-            (stage.ONNX, verify),
-        )
-        if records.stage(needed)
-    )
-
-
 def _checks(records: Records) -> tuple[tuple[str, ...], ...]:
     """Rows of the verification table: model, check, value found, tolerance, result."""
     rows = []
@@ -346,12 +280,13 @@ def _stage_rows(records: Records) -> tuple[tuple[str, ...], ...]:
 
 def report_context(records: Records) -> dict[str, Any]:
     """Return the context of both templates, a function of the records alone."""
+    decided = verdict(records)
     return {
         "title": findings.title(records),
         "headline": findings.headline(records),
-        "compared": findings.compared(records),
+        "verdict": decided,
         "badge": findings.verification_badge(records),
-        "tiles": findings.headline_tiles(records),
+        "tiles": headline_tiles(records, decided.recommended),
         "cautions": findings.cautions(records),
         "gaps": findings.gaps(records),
         "summary": summary_table(records.benchmark) if records.benchmark else None,
@@ -367,7 +302,7 @@ def report_context(records: Records) -> dict[str, Any]:
         "checks": _checks(records),
         "layers": _layer_rows(records),
         "files": listed_files(records),
-        "snippets": _snippets(records),
+        "snippets": snippets(records, decided.recommended),
         "stages": _stage_rows(records),
     }
 
@@ -402,12 +337,11 @@ def render_markdown(context: Mapping[str, Any]) -> str:
 def render_html(
     context: Mapping[str, Any],
     placed: list[PlacedFigure],
-    stage_figure: PlacedFigure | None,
-    kernel_figure: PlacedFigure | None = None,
+    **others: PlacedFigure | None,
 ) -> str:
     """report.html from ``report_context`` and its figures; every value is escaped for HTML."""
     template = environment().get_template("report.html.j2")
-    return template.render(context, figures=placed, stage_figure=stage_figure, kernel_figure=kernel_figure)
+    return template.render(context, figures=placed, **others)
 
 
 def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]:
@@ -423,7 +357,11 @@ def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]
         write_bytes(markdown, render_markdown(context).encode())
         advance(1)
         html = render_html(
-            context, _figures_of(records, out), _stage_figure(records), _kernel_figure(records)
+            context,
+            _figures_of(records, out),
+            decides=_deciding_figure(records),
+            stage_figure=_stage_figure(records),
+            kernel_figure=_kernel_figure(records),
         )
         write_bytes(page, html.encode())
         advance(1)

@@ -61,6 +61,11 @@ def quantization_caution(records: Records) -> str | None:
     return f"Quantization did not hold its promise. {' '.join(broken)}" if broken else None
 
 
+def kept_promises(records: Records) -> tuple[tuple[str, bool], ...]:
+    """(name, whether it runs as promised) of each quantized model."""
+    return tuple((name, result.passed) for name, result in _quantized(records))
+
+
 def low_bit_source_caution(records: Records) -> str | None:
     """Caution about w4 measured on weights from a low-bit file, if so."""
     origin = str(((records.manifest or {}).get("model") or {}).get("origin") or "")

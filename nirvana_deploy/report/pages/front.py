@@ -162,14 +162,14 @@ def rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return found
 
 
-def front_figure(record: Mapping[str, Any], cost: Cost) -> str | None:
+def front_figure(record: Mapping[str, Any], cost: Cost, *, width_in: float = WIDE_IN) -> str | None:
     """KL against ``cost``: a colour for each precision, the front as a line; None where that is one point."""
     known = [one for one in record["points"] if one["kl"] is not None and one[cost] is not None]
     if len(known) < 2:
         return None
     flag = "on_front" if cost == "tpot_ms" else "on_size_front"
     scale, unit = (1.0, "decode, ms a token") if cost == "tpot_ms" else (1e6, "weight file, MB")
-    figure = new_figure(WIDE_IN, 4.2)
+    figure = new_figure(width_in, 4.2)
     axes = figure.subplots()
     bare(axes, ticks=True)
     schemes = list(dict.fromkeys(one["scheme"] for one in known))

@@ -11,11 +11,12 @@ from nirvana_deploy.output import stage
 from nirvana_deploy.output.record_kinds import Quality
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
-from nirvana_deploy.output.variants import PRUNED
+from nirvana_deploy.output.variants import DENSE, PRUNED
 from nirvana_deploy.report.pages.recovery import recovery_of
 from nirvana_deploy.report.table import ABSENT, format_number, format_times
 
 _NOTHING = "(nothing)"
+_LEAST_TRIPLES, _DISTINCT = 6, 0.7
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,34 @@ def answers(records: Records) -> Section | None:
     if record.skipped:
         return Section(f"Not asked: {record.skipped}")
     variants = _with_cut(records, record.variants)
+    rows = [
+        (prompt, *(_shown(text) for text in texts))
+        for prompt, *texts in zip_longest(record.prompts, *variants.values(), fillvalue="")
+    ]
     return Section(
         f"Greedy continuations of at most {record.new_tokens} tokens, unedited",
         headers=("Prompt", *variants),
-        rows=tuple(
-            (prompt, *(_shown(text) for text in texts))
-            for prompt, *texts in zip_longest(record.prompts, *variants.values(), fillvalue="")
-        ),
+        rows=(*rows, *_rates(variants)),
     )
+
+
+def _rates(variants: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, ...]]:
+    """How many answers are the dense model's, and how many repeat themselves."""
+    dense = variants.get(DENSE)
+    if dense is not None and len(variants) > 1:
+        same = (
+            [one == other for one, other in zip(dense, texts, strict=False)] for texts in variants.values()
+        )
+        yield ("Word for word as dense", *(f"{sum(found)} of {len(found)}" for found in same))
+    repeated = ([repeats(text) for text in texts] for texts in variants.values())
+    yield ("Repeats itself", *(f"{sum(found)} of {len(found)}" for found in repeated))
+
+
+def repeats(text: str) -> bool:
+    """Whether a text goes round in circles: fewer than seven tenths of its triples of words are distinct."""
+    words = text.split()
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    return len(triples) >= _LEAST_TRIPLES and len(set(triples)) < _DISTINCT * len(triples)
 
 
 def _with_cut(records: Records, variants: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:

@@ -1,0 +1,219 @@
+"""The verdict: ship a model, ship it with care, or do not.
+
+The rules, for each model beside the dense one in float:
+
+- A model that was verified and failed does not ship. One that was not verified ships with care.
+- Perplexity on the worst kind of text: at most 1.1 times dense ships, at most 1.3 with care.
+- KL to dense, nats per token: at most 0.1 ships, at most 0.3 with care.
+- Mean accuracy on tasks, where measured: at most 1 point below dense ships, at most 3 with care.
+- A model that is neither faster beyond the spread of its rounds nor 5 % smaller does not ship.
+- One that repeats itself on two prompts more than dense does ships with care.
+
+Of the models of the best level the fastest is recommended; of equally fast ones the smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nirvana_deploy.output import stage
+from nirvana_deploy.output.record_kinds import TasksRecord
+from nirvana_deploy.output.records import Records, verifications
+from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
+from nirvana_deploy.output.variants import DENSE, PRUNED
+from nirvana_deploy.report.pages.deployed import kept_promises
+from nirvana_deploy.report.pages.quality import repeats
+from nirvana_deploy.report.table import (
+    baseline_of,
+    challengers_of,
+    format_bytes,
+    format_number,
+    format_times,
+)
+
+SHIP_RATIO, CARE_RATIO = 1.1, 1.3
+"""Perplexity in times of dense's, on the worst kind of text."""
+SHIP_KL, CARE_KL = 0.1, 0.3
+"""Nats per token."""
+SHIP_POINTS, CARE_POINTS = 1.0, 3.0
+"""Of mean accuracy below dense."""
+_SMALLER = 0.95
+"""Share of dense's bytes at which a model counts as smaller."""
+_LOOPS = 2
+"""Answers that repeat themselves, beyond dense's."""
+
+Level = Literal["ship", "care", "no", "open"]
+_ORDER: tuple[Level, ...] = ("ship", "care", "no", "open")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model under the rules."""
+
+    name: str
+    level: Level
+    facts: tuple[str, ...]
+    """What it gains and what it costs."""
+    against: tuple[str, ...]
+    """What keeps it from a better level, or what is not known."""
+    speedup: float
+    size: float
+    """Bytes."""
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do with the models of a folder."""
+
+    level: Level
+    recommended: str | None
+    title: str
+    why: str
+
+
+def verdict(records: Records) -> Verdict:
+    """Apply the rules to all models that were measured."""
+    judged = list(_judged(records))
+    known = [one for one in judged if one.level != "open"]
+    if not known:
+        missing = "; ".join(f"{one.name}: {', '.join(one.against)}" for one in judged)
+        return Verdict("open", None, "No verdict", f"{missing or 'Nothing beside the dense model'}.")
+    level = min((one.level for one in known), key=_ORDER.index)
+    of_level = [one for one in known if one.level == level]
+    if level == "no":
+        nearest = min(of_level, key=lambda one: one.ratio)
+        why = f"The best of them, {nearest.name}: {'; '.join(nearest.against)}."
+        return Verdict(level, None, "Do not ship", f"{why} {_instead(judged)}")
+    best = max(of_level, key=lambda one: (one.speedup, -one.size))
+    title = f"Ship {best.name}" + (", with care" if level == "care" else "")
+    why = f"{best.name} is {', '.join(best.facts)}."
+    if level == "care":
+        why += f" Care: {'; '.join(best.against)}."
+    if best.name.startswith(DENSE) and any(one.name.startswith(PRUNED) for one in judged):
+        why += " Quantization alone is the better trade here: no cut gains more at this quality."
+    return Verdict(level, best.name, title, why)
+
+
+def _instead(judged: list[Judged]) -> str:
+    if all(one.name.startswith(DENSE) for one in judged):
+        return ""
+    return "Remove less, or train it: nirvana-deploy recover OUT --minutes 30."
+
+
+def _judged(records: Records) -> Iterator[Judged]:
+    benchmark = records.benchmark or {}
+    baseline = baseline_of(benchmark)
+    for variant in challengers_of(benchmark):
+        if baseline is not None and variant is not baseline:
+            yield _judge(records, baseline, variant)
+
+
+def _judge(records: Records, baseline: Mapping[str, Any], variant: Mapping[str, Any]) -> Judged:
+    name = str(variant["name"])
+    facts: list[str] = []
+    care: list[str] = []
+    no: list[str] = []
+    speedup, low, high = _speedup(records, name)
+    size, dense_size = variant.get("weights_bytes"), baseline.get("weights_bytes")
+    if speedup:
+        spread = f" ({format_times(low)} to {format_times(high)})" if low and high else ""
+        facts.append(f"{format_times(speedup)} as fast as dense{spread}")
+    if size and dense_size:
+        facts.append(f"{format_bytes(size)} instead of {format_bytes(dense_size)}")
+    faster = speedup > 1 and (low is None or low > 1)
+    smaller = bool(size and dense_size and size <= _SMALLER * dense_size)
+    if not faster and not smaller:
+        no.append("neither faster nor smaller than dense")
+    kind, ratio, kl = _quality(records, variant, baseline)
+    if ratio is None or kl is None:
+        return Judged(name, "open", tuple(facts), ("quality was not measured",), speedup, size or 0, 0.0)
+    _add(ratio > CARE_RATIO, ratio > SHIP_RATIO, no, care, f"{_times(ratio)} dense's perplexity on {kind}")
+    _add(kl > CARE_KL, kl > SHIP_KL, no, care, f"KL to dense {format_number(kl)}")
+    facts.append(f"at most {_times(ratio)} dense's perplexity ({kind}), KL {format_number(kl)}")
+    if (points := _points_below(records, name)) is not None:
+        said = f"{points:.1f} points of mean accuracy below dense"
+        _add(points > CARE_POINTS, points > SHIP_POINTS, no, care, said)
+        facts.append(said if points > 0 else "as accurate as dense on tasks")
+    verified = _verified(records, name)
+    if verified is False:
+        no.append("its files do not compute what they should")
+    elif verified is None:
+        care.append("it was not verified")
+    loops = _loops(records, name)
+    if loops >= _LOOPS:
+        care.append(f"it repeats itself on {loops} more prompts than dense")
+    level: Level = "no" if no else "care" if care else "ship"
+    return Judged(name, level, tuple(facts), tuple(no or care), speedup, size or 0, ratio)
+
+
+def _add(is_no: bool, is_care: bool, no: list[str], care: list[str], said: str) -> None:
+    if is_no:
+        no.append(said)
+    elif is_care:
+        care.append(said)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} times"
+
+
+def _speedup(records: Records, name: str) -> tuple[float, float | None, float | None]:
+    """Of decoding, with its spread over the rounds; 0 where it was not measured."""
+    for one in (records.benchmark or {}).get("comparisons") or ():
+        if one["variant"] == name:
+            low, high = one.get("tpot_speedup_p10_p90") or (None, None)
+            return one.get("tpot_speedup") or 0.0, low, high
+    return 0.0, None, None
+
+
+def _quality(
+    records: Records, variant: Mapping[str, Any], baseline: Mapping[str, Any]
+) -> tuple[str, float | None, float | None]:
+    """(the kind of text where it is worst, perplexity in times of dense's there, KL over all)."""
+    record = records.result(stage.QUALITY, QualityMeasured)
+    name = str(variant["name"])
+    found: Mapping[str, Any] = variant.get("quality") or {}
+    dense: Mapping[str, Any] = baseline.get("quality") or {}
+    if record is not None and name in record.variants and DENSE in record.variants:
+        found, dense = {**found, **record.variants[name]}, {**dense, **record.variants[DENSE]}
+    ratios = {"text held out": _ratio(found, dense)}
+    for kind, part in (found.get("parts") or {}).items():
+        ratios[kind] = _ratio(part, (dense.get("parts") or {}).get(kind) or {})
+    known = {kind: ratio for kind, ratio in ratios.items() if ratio is not None}
+    if not known:
+        return "", None, None
+    kind = max(known, key=lambda one: known[one])
+    return kind, known[kind], found.get("kl_vs_dense")
+
+
+def _ratio(found: Mapping[str, Any], dense: Mapping[str, Any]) -> float | None:
+    after, before = found.get("perplexity"), dense.get("perplexity")
+    return after / before if after and before else None
+
+
+def _points_below(records: Records, name: str) -> float | None:
+    """Points of mean accuracy below the dense model; None where no local tasks were run on both."""
+    record = records.result(stage.TASKS, TasksRecord)
+    mean = record["means"]["variants"].get(name) if record is not None and "means" in record else None
+    difference = None if mean is None else mean["difference"]
+    return None if difference is None else -100 * difference
+
+
+def _verified(records: Records, name: str) -> bool | None:
+    """Whether the export, and the quantization if any, kept their promises; None where nobody looked."""
+    of = DENSE if name.startswith(DENSE) else PRUNED
+    exports = [one.passed for one in verifications(records) if one.model == of]
+    quantized = [passed for one, passed in kept_promises(records) if one == name]
+    return all([*exports, *quantized]) if exports else None
+
+
+def _loops(records: Records, name: str) -> int:
+    """On how many more prompts than dense a model repeats itself."""
+    record = records.result(stage.ANSWERS, AnswersWritten)
+    if record is None or record.skipped:
+        return 0
+    counts = {one: sum(map(repeats, texts)) for one, texts in record.variants.items()}
+    return counts.get(name, 0) - counts.get(DENSE, 0)
