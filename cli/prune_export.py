@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def prune_export(
                 "report": str(done.report),
                 "manifest": done.manifest,
                 "benchmark": done.benchmark,
+                "verdict": None if done.verdict is None else asdict(done.verdict),
             }
         )
         return
@@ -95,4 +97,6 @@ def prune_export(
         echo_table(
             table.headers, table.rows, title=f"{done.plan.model['name']}, sparsity {done.plan.sparsity:g}"
         )
+    if done.verdict is not None:
+        echo(f"{done.verdict.title}. {done.verdict.why}")
     echo(f"Report: {done.report}")

@@ -39,6 +39,12 @@ class VerificationError(NirvanaError):
     exit_code = 3
 
 
+class QualityError(NirvanaError):
+    """A model misses the quality that was required of it: exit code 3; artifacts are kept."""
+
+    exit_code = 3
+
+
 class MissingExtraError(NirvanaError):
     """An optional package is needed but not installed."""
 

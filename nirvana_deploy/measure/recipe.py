@@ -10,7 +10,25 @@ from nirvana_deploy.runtime.recipe import Threads
 
 
 @recipe
-class Measurement:
+class Gate:
+    """Quality that the pruned models must have; exit code 3 where they do not."""
+
+    require_kl: Annotated[
+        float | None,
+        Option("Fail where a KL to dense is above this, nats per token.", minimum=0, resumable=True),
+    ] = None
+    require_perplexity_ratio: Annotated[
+        float | None,
+        Option(
+            "Fail where a perplexity is above this many times the dense model's, on any kind of text.",
+            minimum=0,
+            resumable=True,
+        ),
+    ] = None
+
+
+@recipe
+class Measurement(Gate):
     """Measurements of a new output folder."""
 
     run_benchmark: Annotated[
@@ -45,7 +63,7 @@ class Workload:
 
 
 @recipe
-class Evaluation:
+class Evaluation(Gate):
     """Quality, measured again."""
 
     eval_text: Annotated[

@@ -20,6 +20,7 @@ from nirvana_deploy.engine.stage import (
     engine_name,
     engines_from_onnx_folder,
 )
+from nirvana_deploy.measure.gate import require_quality
 from nirvana_deploy.measure.recipe import Evaluation, Workload
 from nirvana_deploy.measure.stage import answers, quality, refresh_quality, speed, tangent_kernel, tasks
 from nirvana_deploy.measure.zero_shot.tasks import require_tasks
@@ -117,7 +118,7 @@ def evaluate_folder(
 
     On the text of the recipe, else on the held-out windows. The tangent kernel and the tasks are measured
     when the recipe asks for them; a folder without ONNX model is measured by these two alone. Returns
-    quality.json with ``ntk`` and ``tasks`` added.
+    quality.json with ``ntk`` and ``tasks`` added. Raises QualityError where the recipe requires more.
     """
     recipe = recipe or Evaluation()
     names = listed(recipe.tasks or "")
@@ -145,6 +146,7 @@ def _evaluated(run: Run, recipe: Evaluation, place: Place, names: Sequence[str])
         )
         result = {**result, "tasks": run.run(asked, redo=True)}
     run.run(report(run))
+    require_quality(result.get("variants", {}), recipe)
     return result
 
 

@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.reading import read_json, typed
 from nirvana_deploy.calibrate.stage import calibrate, drawn_record
 from nirvana_deploy.engine.recipe import EngineForm
 from nirvana_deploy.engine.stage import build_engine
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.stage import export
 from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS
+from nirvana_deploy.measure.gate import require_quality
 from nirvana_deploy.measure.recipe import Measurement, Workload
 from nirvana_deploy.measure.stage import answers, quality, speed, unit_cost
 from nirvana_deploy.model.checkpoint import Checkpoint, model_record
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import BENCHMARK_FILE, CHECKPOINT, RECIPE_FILE, REPORT_HTML
+from nirvana_deploy.output.results import QualityMeasured
 from nirvana_deploy.output.run import Run
-from nirvana_deploy.output.stage import RECONSTRUCT, WHOLE, Step, in_steps
+from nirvana_deploy.output.stage import QUALITY, RECONSTRUCT, REPORT, WHOLE, Step, in_steps
 from nirvana_deploy.output.variants import DENSE, PRUNED, variant_named
 from nirvana_deploy.pipeline.before import (
     Until,
@@ -51,6 +53,7 @@ from nirvana_deploy.quantize.stage import quantize, require_quantized
 from nirvana_deploy.recover.stage import Answers, Models, forget_another, recover, require_same
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import report
+from nirvana_deploy.report.verdict import Verdict
 from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.verify.stage import verified, verify
 
@@ -65,6 +68,12 @@ class Deployment:
     benchmark: dict[str, Any] | None
     report: Path | None
     """report.html"""
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Which model to ship, if any; None without a report."""
+        stage = self.manifest["stages"].get(REPORT)
+        return None if stage is None else typed(stage["result"], Verdict, "the verdict")
 
 
 def prune_export(
@@ -163,6 +172,8 @@ def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Unt
     for of, scheme in _quantized(job):
         require_quantized(run, scheme, of=of)
     run.finish()
+    if whole:
+        require_quality(run.result(QUALITY, QualityMeasured).variants, job.measurement)
     return Deployment(
         out=run.out,
         plan=plan,

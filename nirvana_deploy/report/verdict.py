@@ -1,15 +1,7 @@
 """The verdict: ship a model, ship it with care, or do not.
 
-The rules, for each model beside the dense one in float:
-
-- A model that was verified and failed does not ship. One that was not verified ships with care.
-- Perplexity on the worst kind of text: at most 1.1 times dense ships, at most 1.3 with care.
-- KL to dense, nats per token: at most 0.1 ships, at most 0.3 with care.
-- Mean accuracy on tasks, where measured: at most 1 point below dense ships, at most 3 with care.
-- A model that is neither faster beyond the spread of its rounds nor 5 % smaller does not ship.
-- One that repeats itself on two prompts more than dense does ships with care.
-
-Of the models of the best level the fastest is recommended; of equally fast ones the smaller.
+The rules stand in the map, nirvana_deploy/README.md. Of the models of the best level the fastest is
+recommended; of equally fast ones the smaller.
 """
 
 from __future__ import annotations

@@ -1,0 +1,53 @@
+"""A limit on quality that a folder must keep: for pipelines that ship what passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from nirvana_deploy.base.errors import QualityError
+from nirvana_deploy.measure.recipe import Gate
+from nirvana_deploy.output.record_kinds import Quality
+from nirvana_deploy.output.variants import DENSE
+
+
+def require_quality(variants: Mapping[str, Quality], gate: Gate) -> None:
+    """Raise QualityError where a model that is not the dense one misses a limit of ``gate``.
+
+    The perplexity ratio is held on each kind of text that was told apart. What was not measured is missed.
+    """
+    missed = [
+        said for name in variants if not name.startswith(DENSE) for said in _missed(variants, name, gate)
+    ]
+    if missed:
+        raise QualityError(
+            f"The models do not have the quality that is required: {'; '.join(missed)}.",
+            hint="They are kept. Remove less, or train the model: nirvana-deploy recover OUT --minutes 30",
+        )
+
+
+def _missed(variants: Mapping[str, Quality], name: str, gate: Gate) -> Iterator[str]:
+    found, dense = variants[name], variants.get(DENSE, {})
+    kl = found.get("kl_vs_dense")
+    if gate.require_kl is not None and (kl is None or kl > gate.require_kl):
+        had = "not measured" if kl is None else f"{kl:.3g}"
+        yield f"KL of {name} is {had}, required at most {gate.require_kl:g}"
+    if gate.require_perplexity_ratio is None:
+        return
+    dense_parts = dense.get("parts", {})
+    texts = {"held-out text": (found, dense)}
+    texts |= {kind: (part, dense_parts.get(kind, {})) for kind, part in found.get("parts", {}).items()}
+    ratios = {kind: _ratio(*pair) for kind, pair in texts.items()}
+    known = {kind: ratio for kind, ratio in ratios.items() if ratio is not None}
+    limit = f"required at most {gate.require_perplexity_ratio:g}"
+    if not known:
+        yield f"perplexity of {name} was not measured beside dense's, {limit}"
+    yield from (
+        f"perplexity of {name} is {ratio:.3g} times dense's on {kind}, {limit}"
+        for kind, ratio in known.items()
+        if ratio > gate.require_perplexity_ratio
+    )
+
+
+def _ratio(found: Quality, dense: Quality) -> float | None:
+    after, before = found.get("perplexity"), dense.get("perplexity")
+    return after / before if after and before else None
