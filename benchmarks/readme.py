@@ -152,13 +152,25 @@ def recovery_section() -> str:
     lines = [recovery_table(rows), ""]
     for prompt in rows[0]["answers"]:
         lines.append(f"*{prompt}*")
-        for row in rows:
-            name = f"{row['sparsity']:g}, {row['budget']} tokens" if row["method"] else "cut"
+        for row in _longest(rows):
+            name = f"{row['sparsity']:g}, {row['course']['tokens']:,} tokens" if row["method"] else "the cut"
+            name = name if row["method"] else f"{row['sparsity']:g}, {name}"
             text = " ".join(row["answers"][prompt].split()) or "(nothing)"
             lines.append(f"- {name}: {text}")
         lines.append("")
     loads = ", ".join(f"{row['environment']['load_average_1min']:.1f}" for row in rows)
     return "\n".join([*lines, f"One thread; load of the machine {loads}."])
+
+
+def _longest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each sparsity the cut, and the recovery that read most."""
+    found: dict[tuple[float, bool], dict[str, Any]] = {}
+    for row in rows:
+        key = row["sparsity"], bool(row["method"])
+        tokens = [one.get("course", {}).get("tokens", 0) for one in (row, found.get(key, row))]
+        if key not in found or tokens[0] > tokens[1]:
+            found[key] = row
+    return list(found.values())
 
 
 def quantization_section() -> str:
