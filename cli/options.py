@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from nirvana_deploy.base.recipe import Field, fields_of
+from nirvana_deploy.base.recipe import Field, fields_of, share_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Kind = TypeVar("Kind")
@@ -36,6 +36,19 @@ class NumberOrWord(click.ParamType[Any]):
             self.fail(f"{value!r} is neither a number nor {words}.", param, ctx)
 
 
+class Share(click.ParamType[Any]):
+    """A share of a whole: 0.4 or 40%."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse what the user typed."""
+        try:
+            return share_of(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is no share; 0.4 and 40% are.", param, ctx)
+
+
 class Bytes(click.ParamType[Any]):
     """A number of bytes, with an optional K, M or G (binary)."""
 
@@ -49,6 +62,24 @@ class Bytes(click.ParamType[Any]):
             return int(float(text[:-1] if shift else text) * (1 << shift))
         except (ValueError, OverflowError):  # "inf" is a float
             self.fail(f"{value!r} is no size; 2G, 512M and 1048576 are.", param, ctx)
+
+
+class Listed(click.ParamType[Any]):
+    """Several of one type, separated by commas."""
+
+    def __init__(self, of: click.ParamType[Any]) -> None:
+        self.of = of
+        self.name = of.name
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        """Its choices, if any."""
+        return self.of.get_metavar(param, ctx)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse what the user typed."""
+        if not isinstance(value, str):
+            return value
+        return tuple(self.of.convert(word.strip(), param, ctx) for word in value.split(",") if word.strip())
 
 
 def recipe_options(
@@ -99,8 +130,12 @@ def _option(field: Field, *, required: bool) -> Callable[[Command], Command]:
         return click.option(flag, field.name, is_flag=True, **shown)
     if option.metavar is not None:
         shown["metavar"] = option.metavar
-    if get_origin(field.type) is tuple:
+    if get_origin(field.type) is tuple and field.choices is None:  # a path may hold a comma
         return click.option(flag, field.name, multiple=True, type=_type(field), **shown)
+    if get_origin(field.type) is tuple:
+        return click.option(
+            flag, field.name, multiple=True, type=Listed(_type(field)), callback=_flat, **shown
+        )
     if field.required:
         return click.option(flag, field.name, type=_type(field), required=required, default=None, **shown)
     return click.option(
@@ -113,8 +148,15 @@ def _option(field: Field, *, required: bool) -> Callable[[Command], Command]:
     )
 
 
+def _flat(ctx: click.Context, param: click.Parameter, value: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+    """All of what an option was given, whether repeated or separated by commas."""
+    return tuple(one for several in value for one in several)
+
+
 def _type(field: Field) -> click.ParamType[Any]:
     option, types = field.option, field.types
+    if option.share:
+        return Share()
     if field.choices is not None:
         return click.Choice(field.choices)
     if option.size:

@@ -49,7 +49,7 @@ def search(
       nirvana-deploy search smollm2 --sparsity 0,0.1,0.2 --precision none,w4 --max-weights-bytes 300M
     """
     from nirvana_deploy.pipeline.recipe_file import read_recipe
-    from nirvana_deploy.pipeline.search import search as run_search
+    from nirvana_deploy.pipeline.search import search_points
     from nirvana_deploy.report.pages.front import BRIEF, HEADERS, rows
 
     recipe, target = taken(Search, options), taken(Target, options)
@@ -57,7 +57,7 @@ def search(
     model = model or (base.model if base else None)
     if model is None:
         raise click.UsageError("Missing argument 'MODEL', or --recipe FILE.")
-    found = run_search(
+    found = search_points(
         model,
         base=base,
         out=out,

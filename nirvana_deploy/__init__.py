@@ -23,21 +23,63 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "cli" / "main.py").
 
 _PUBLIC = {
     "NirvanaError": "nirvana_deploy.base.errors",
-    "VerificationError": "nirvana_deploy.base.errors",
     "PrunePlan": "nirvana_deploy.prune.plan",
+    "QualityError": "nirvana_deploy.base.errors",
+    "Search": "nirvana_deploy.search.recipe",
+    "Target": "nirvana_deploy.search.recipe",
+    "VerificationError": "nirvana_deploy.base.errors",
+    "benchmark_folder": "nirvana_deploy.pipeline.folder",
+    "evaluate_folder": "nirvana_deploy.pipeline.folder",
     "load_checkpoint": "nirvana_deploy.model.checkpoint",
     "prune_export": "nirvana_deploy.pipeline.prune_export",
+    "quantize_folder": "nirvana_deploy.pipeline.folder",
+    "recover_folder": "nirvana_deploy.pipeline.folder",
+    "report_folder": "nirvana_deploy.pipeline.folder",
+    "search_points": "nirvana_deploy.pipeline.search",
+    "verify_folder": "nirvana_deploy.verify.folder",
 }
-__all__ = ["NirvanaError", "PrunePlan", "VerificationError", "load_checkpoint", "prune_export"]
+"""The library, by name: what the command line does, as functions. Where each comes from."""
+__all__ = [
+    "NirvanaError",
+    "PrunePlan",
+    "QualityError",
+    "Search",
+    "Target",
+    "VerificationError",
+    "benchmark_folder",
+    "evaluate_folder",
+    "load_checkpoint",
+    "prune_export",
+    "quantize_folder",
+    "recover_folder",
+    "report_folder",
+    "search_points",
+    "verify_folder",
+]
 
 if TYPE_CHECKING:
-    from nirvana_deploy.base.errors import NirvanaError, VerificationError
+    from nirvana_deploy.base.errors import NirvanaError, QualityError, VerificationError
     from nirvana_deploy.model.checkpoint import load_checkpoint
+    from nirvana_deploy.pipeline.folder import (
+        benchmark_folder,
+        evaluate_folder,
+        quantize_folder,
+        recover_folder,
+        report_folder,
+    )
     from nirvana_deploy.pipeline.prune_export import prune_export
+    from nirvana_deploy.pipeline.search import search_points
     from nirvana_deploy.prune.plan import PrunePlan
+    from nirvana_deploy.search.recipe import Search, Target
+    from nirvana_deploy.verify.folder import verify_folder
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    """What completion shows: the library, and not the rooms behind it."""
+    return [*__all__, "__version__"]

@@ -9,6 +9,7 @@ A recipe checks itself: whoever holds one holds allowed values.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,16 @@ class Option:
     """A path that must be a folder."""
     size: bool = False
     """A number of bytes, on the command line also as 512M or 2G."""
+    share: bool = False
+    """A share of a whole, on the command line also as 40%."""
+
+
+def share_of(text: str) -> float:
+    """The number that "0.4" or "40%" stands for; raises ValueError for neither."""
+    number = float(text.strip().removesuffix("%"))
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number / 100 if text.strip().endswith("%") else number
 
 
 @dataclass(frozen=True)

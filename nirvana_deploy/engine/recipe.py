@@ -17,8 +17,8 @@ class Engines:
     engines: Annotated[
         tuple[str, ...],
         Option(
-            "Build float16 engines too, of dense, pruned and quantized models; may be repeated. tensorrt-rtx "
-            "builds without a GPU. 'build-engine' has all options.",
+            "Build float16 engines too, of dense, pruned and quantized models; several separated by commas. "
+            "tensorrt-rtx builds without a GPU. 'build-engine' has all options.",
             choices=engine_runtimes,
             flag="--engine",
             resumable=True,

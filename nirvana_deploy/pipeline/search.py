@@ -66,7 +66,7 @@ class _Cut:
     """The folder whose shared stages it takes."""
 
 
-def search(
+def search_points(
     model: str,
     *,
     out: Path | str | None = None,

@@ -94,6 +94,17 @@ class PrunePlan:
         """Per layer, the kept FFN neurons."""
         return [layer.kept_neurons for layer in self.layers]
 
+    def __repr__(self) -> str:
+        """What stays, in one line."""
+        groups, neurons = (
+            (sum(map(len, kept)), sum(getattr(layer, of) for layer in self.layers))
+            for kept, of in ((self.kept_groups, "of_groups"), (self.kept_neurons, "of_neurons"))
+        )
+        return (
+            f"PrunePlan(sparsity={self.sparsity:g}, {groups[0]:,} of {groups[1]:,} groups, "
+            f"{neurons[0]:,} of {neurons[1]:,} neurons)"
+        )
+
 
 def default_gamma(shape: ModelShape) -> float:
     """M/A, the ratio of the MLP's to the attention's share of the linear weights."""

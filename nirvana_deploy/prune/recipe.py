@@ -12,7 +12,9 @@ COSTS = ("weights", "bytes", "ms")
 PRESETS = ("best", "paper", "fast")
 REFIT = "refit"
 """The saliency that is none: units are chosen inside the refit."""
-Sparsity = Annotated[float, Option("Share of the decoder's linear weights to remove, for example 0.4.")]
+Sparsity = Annotated[
+    float, Option("Share of the decoder's linear weights to remove, for example 0.4 or 40%.", share=True)
+]
 Allocation = Annotated[
     str,
     Option(

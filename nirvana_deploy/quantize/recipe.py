@@ -16,7 +16,7 @@ class Schemes:
     quantize: Annotated[
         tuple[str, ...],
         Option(
-            "Quantize the pruned model too, on the same calibration set; may be repeated. "
+            "Quantize the pruned model too, on the same calibration set; several separated by commas. "
             "int8: weights and activations; w8, w4: weights alone.",
             choices=onnx_schemes,
             resumable=True,

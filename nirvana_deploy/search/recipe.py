@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.recipe import Option, fields_of, recipe
+from nirvana_deploy.base.recipe import Option, fields_of, recipe, share_of
 from nirvana_deploy.quantize.schemes import onnx_schemes
 
 FLOAT = "none"
@@ -88,7 +88,7 @@ def sparsities_of(recipe: Search) -> tuple[float, ...]:
     found = set()
     for word in _words(recipe.sparsities):
         try:
-            value = float(word)
+            value = share_of(word)
         except ValueError:
             value = -1.0
         if not 0 <= value < 1:

@@ -86,8 +86,10 @@ def test_help_is_instant() -> None:
 def test_the_package_resolves_its_public_names_on_use() -> None:
     import nirvana_deploy
 
+    assert set(nirvana_deploy.__all__) == set(nirvana_deploy._PUBLIC)
     for name in nirvana_deploy.__all__:
-        assert getattr(nirvana_deploy, name) is not None
+        assert getattr(nirvana_deploy, name).__doc__
+    assert set(dir(nirvana_deploy)) == {*nirvana_deploy.__all__, "__version__"}
     with pytest.raises(AttributeError, match="no attribute 'prune_exprot'"):
         _ = nirvana_deploy.prune_exprot
 

@@ -18,7 +18,7 @@ from nirvana_deploy.cli.main import commands
 from nirvana_deploy.pipeline import search as searching
 from nirvana_deploy.pipeline.prune_export import run_job
 from nirvana_deploy.pipeline.recipe_file import read_recipe
-from nirvana_deploy.pipeline.search import Searched, search
+from nirvana_deploy.pipeline.search import Searched, search_points
 from nirvana_deploy.search.recipe import Search, Target
 
 pytestmark = pytest.mark.integration
@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def done(model: str, tmp_path_factory: pytest.TempPathFactory) -> Searched:
     """A finished search; read-only."""
     out = tmp_path_factory.mktemp("out") / "search"
-    return search(model, out=out, recipe=RECIPE, target=Target(max_weights_bytes=10**9), **OPTIONS)
+    return search_points(model, out=out, recipe=RECIPE, target=Target(max_weights_bytes=10**9), **OPTIONS)
 
 
 def record_of(out: Path) -> Any:
@@ -105,11 +105,11 @@ def test_parts_copied_together_are_the_whole(done: Searched, model: str, tmp_pat
     whole = tmp_path / "whole"
     for part in (1, 2):
         out = tmp_path / f"part{part}"
-        found = search(model, out=out, recipe=replace(RECIPE, shard=f"{part}/2"), **OPTIONS)
+        found = search_points(model, out=out, recipe=replace(RECIPE, shard=f"{part}/2"), **OPTIONS)
         assert found.page is None and not (out / "search.html").exists()
         shutil.copytree(out, whole, dirs_exist_ok=True)
     target = Target(max_weights_bytes=10**9)
-    again = search(model, out=whole, recipe=RECIPE, target=target, resume=True, **OPTIONS)
+    again = search_points(model, out=whole, recipe=RECIPE, target=target, resume=True, **OPTIONS)
     assert untimed(record_of(again.out))["recommended"] == "dense"
     kls = [(one.name, one.kl, one.weights_bytes) for one in again.points]
     assert kls == [(one.name, one.kl, one.weights_bytes) for one in done.points]
@@ -129,21 +129,21 @@ def test_a_killed_search_goes_on_and_a_point_that_fails_is_kept_with_its_reason(
     options = {"recipe": RECIPE, "target": Target(max_weights_bytes=10**9), "resume": True, **OPTIONS}
     with monkeypatch.context() as patch:
         patch.setattr(searching, "run_job", refused)
-        search(model, out=out, **options)
+        search_points(model, out=out, **options)
     failed = {one["name"]: one["failed"] for one in record_of(out)["points"]}
     assert failed["s0.4"] == failed["s0.4-w8"] == "0.4 is too much." and failed["s0.2"] is None
     assert "failed: 0.4 is too much." in (out / "search.html").read_text()
-    search(model, out=out, **options)  # what failed is tried again
+    search_points(model, out=out, **options)  # what failed is tried again
     assert untimed(record_of(out)) == untimed(record_of(done.out))
 
 
 def test_what_does_not_belong_together_is_refused(done: Searched, model: str) -> None:
     with pytest.raises(NirvanaError, match=r"cannot be resumed: .*seed 0, not 1"):
-        search(model, out=done.out, recipe=RECIPE, resume=True, **{**OPTIONS, "seed": 1})
+        search_points(model, out=done.out, recipe=RECIPE, resume=True, **{**OPTIONS, "seed": 1})
     with pytest.raises(NirvanaError, match="exists already"):
-        search(model, out=done.out, recipe=RECIPE, **OPTIONS)
+        search_points(model, out=done.out, recipe=RECIPE, **OPTIONS)
     with pytest.raises(NirvanaError, match="not the option 'sparsity'"):
-        search(model, out=done.out, sparsity=0.2, **OPTIONS)
+        search_points(model, out=done.out, sparsity=0.2, **OPTIONS)
 
 
 def test_the_command_knows_its_options() -> None:

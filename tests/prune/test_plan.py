@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.plans import plan_for
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.families import FAMILIES, shape_from_config
@@ -283,3 +284,12 @@ def test_uniform_of_layers_that_differ_is_refused() -> None:
 def test_an_unknown_allocation_is_named() -> None:
     with pytest.raises(NirvanaError, match="Did you mean 'uniform'"):
         make_plan(SMALL, random_scores(SMALL), sparsity=0.2, allocation="uniforn", saliency="x")
+
+
+def test_a_plan_says_what_stays_in_one_line(tiny_llama: Path) -> None:
+    plan = plan_for(tiny_llama, sparsity=0.3)
+    groups, neurons = (sum(map(len, kept)) for kept in (plan.kept_groups, plan.kept_neurons))
+    of_groups = sum(layer.of_groups for layer in plan.layers)
+    of_neurons = sum(layer.of_neurons for layer in plan.layers)
+    said = f"PrunePlan(sparsity=0.3, {groups} of {of_groups} groups, {neurons} of {of_neurons} neurons)"
+    assert repr(plan) == said

@@ -22,7 +22,7 @@ from builders.jobs import SHORT
 from builders.tiny import write_tiny
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
-from nirvana_deploy.pipeline.search import search
+from nirvana_deploy.pipeline.search import search_points
 from nirvana_deploy.search import cluster as clusters
 from nirvana_deploy.search.recipe import Search, Where
 from nirvana_deploy.search.workers import run_points
@@ -127,7 +127,7 @@ def test_a_search_on_a_cluster_finds_what_one_here_does(
     points = {}
     for cluster in (None, HEAD):
         recipe = Search(sparsities="0.1,0.2,0.3,0.4", precisions="none,w8", cluster=cluster)
-        found = search(model, out=tmp_path / f"on-{cluster}", recipe=recipe, **options)
+        found = search_points(model, out=tmp_path / f"on-{cluster}", recipe=recipe, **options)
         points[cluster] = [asdict(one) for one in found.points]
     assert points[None] == points[HEAD] and all(one["failed"] is None for one in points[HEAD])
 
