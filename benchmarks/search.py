@@ -5,7 +5,8 @@
 
 A search and some of the `prune-export` commands that would find the same points one at a time, each in a
 process of its own; --singles names points, as SPARSITY:PRECISION, or "all". What was not run is taken to cost
-what the others of its precision did on average, and the record says how many were run. Each single command
+what the others of its precision did on average, or all others where none of it was run, and the record says
+how many were. With --work what was run before is not run again. Each single command
 must find its point's KL (to 1e-6) and its bytes: the point is what its recipe makes. The promise: the search
 costs at most a third. Exits with 1 where one of them is broken. Neither times its models (--no-benchmark):
 that part is the same for both.
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -62,18 +64,25 @@ def measured(options: argparse.Namespace, work: Path) -> Row:
     load = os.getloadavg()[0]
     grid = ["--sparsity", options.sparsity, "--precision", options.precision]
     where = ["--out", str(work / "search"), "--processes", options.processes]
-    search = command("search", options.model, *grid, *where, *common)
+    search = once(work / "search.cost.json", lambda: command("search", options.model, *grid, *where, *common))
     points = json.loads((work / "search/search.json").read_text())["points"]
     names = {f"{one['sparsity']:g}:{one['scheme'] or FLOAT}": one for one in points if one["sparsity"]}
     wanted = list(names) if options.singles == ["all"] else options.singles
-    singles = [single(options.model, name, names[name], work, common) for name in wanted]
+    singles = [
+        once(
+            work / f"{name.replace(':', '-')}.cost.json",
+            lambda name=name: single(options.model, name, names[name], work, common),
+        )
+        for name in wanted
+    ]
     by_precision = {
         precision: fmean(one["cpu_s"] for one in singles if one["precision"] == precision)
         for precision in {one["precision"] for one in singles}
     }
     # the dense model in some precision is a by-product of any of its commands
     cuts = [name.partition(":")[2] for name in names]
-    total = sum(by_precision[precision] for precision in cuts)
+    usual = fmean(by_precision.values())
+    total = sum(by_precision.get(precision, usual) for precision in cuts)
     share = search["cpu_s"] / total
     return {
         "schema": 1,
@@ -92,6 +101,13 @@ def measured(options: argparse.Namespace, work: Path) -> Row:
         "kept": share <= PROMISED_SHARE and all(one["same_kl"] and one["same_bytes"] for one in singles),
         "environment": environment() | {"load_average_1min_before": load},
     }
+
+
+def once(path: Path, measure: Callable[[], Row]) -> Row:
+    """What was measured into ``path`` before, or now."""
+    if not path.is_file():
+        write_json(path, measure())
+    return dict(json.loads(path.read_text()))
 
 
 def single(model: str, name: str, point: Row, work: Path, common: list[str]) -> Row:
