@@ -11,7 +11,7 @@ TOOLS := build/tools/bin
 .PHONY: demo test unit lint campaign fuzz sbom audit clean
 
 demo: .venv/.demo-ready
-	$(BIN)/nirvana-deploy prune-export smollm2 --sparsity 0.4 --quantize int8 --quantize w4 --quantize-head --out demo --force
+	$(BIN)/nirvana-deploy prune-export smollm2 --sparsity 0.2 --preset fast --quantize w4 --quantize-head --out demo --force
 
 test: .venv/.test-ready
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -1,11 +1,11 @@
 """Refresh the tables of README.md and benchmarks/README.md, and the picture.
 
-    make demo
+    nirvana-deploy prune-export smollm2 --sparsity 0.4 --quantize int8,w4 --quantize-head --out FOLDER
     python benchmarks/recipes.py smollm2 --calib A --texts DIR --out benchmarks/results/recipes.jsonl
     python benchmarks/quality.py smollm2 --calib A --eval-text B --out benchmarks/results/quality.jsonl
     python benchmarks/selection.py smollm2 --calib A --eval-text B \\
         --quality benchmarks/results/quality.jsonl --out benchmarks/results/selection.jsonl
-    python benchmarks/readme.py demo
+    python benchmarks/readme.py FOLDER
 
 With a folder, copies the records of the main job to benchmarks/results/ and, if Chromium is installed, takes
 the picture of its report. Then rewrites the tables between the pages' markers from the records. A test checks

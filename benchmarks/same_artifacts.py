@@ -1,7 +1,7 @@
 """Proof that a refactoring changed nothing for users: what two checkouts write and say, compared.
 
 ``record CHECKOUT OUT.json`` runs the commands of the README with the code of CHECKOUT: on a tiny random model
-of every family, then (unless ``--families-only``) the command of ``make demo``. It keeps exit codes, stdout,
+of every family, then (unless ``--families-only``) the main job on a real one. It keeps exit codes, stdout,
 stderr, the sha256 of every file a command wrote or changed, manifests and quality as data, and the options of
 all commands. ``compare OLD.json NEW.json`` prints one line a case and exits 1 on a difference. Both records
 must be made with one interpreter, on one machine, from the same ``--models``.
@@ -112,7 +112,7 @@ verify another folder: verify models
 verify damaged: verify damaged --json
 """
 DEMO = """
-make demo: prune-export smollm2 --sparsity 0.4 --preset paper --reconstruct --quantize int8 --quantize w4
+the main job: prune-export smollm2 --sparsity 0.4 --preset paper --reconstruct --quantize int8 --quantize w4
     --quantize-head --out demo --force --no-benchmark
 """
 BEST = "--round-to 4 --num-sequences 8 --seq-len 32 --calib models/notes.txt"
@@ -178,7 +178,7 @@ def main() -> None:
     recording.add_argument("checkout", type=Path)
     recording.add_argument("out", type=Path)
     recording.add_argument("--models", type=Path, default=Path("same-models"), help="made where missing")
-    recording.add_argument("--families-only", action="store_true", help="without the command of make demo")
+    recording.add_argument("--families-only", action="store_true", help="without the main job")
     comparing = todo.add_parser("compare")
     comparing.add_argument("old", type=Path)
     comparing.add_argument("new", type=Path)

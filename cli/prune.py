@@ -44,6 +44,7 @@ def prune(
       nirvana-deploy prune smollm2 --sparsity 0.4 --out smollm2-small
       nirvana-deploy prune smollm2 --sparsity 0.4 --preset paper --out smollm2-nirvana
       nirvana-deploy prune smollm2 --plan smollm2-small/plan.json --out again
+      torchrun --nproc-per-node 2 -m nirvana_deploy prune ./my-llama --sparsity 0.4
     """
     if plan_file is not None and out is None:
         raise click.UsageError("--plan needs --out DIR.")
