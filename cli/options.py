@@ -79,7 +79,7 @@ class Listed(click.ParamType[Any]):
         """Parse what the user typed."""
         if not isinstance(value, str):
             return value
-        return tuple(self.of.convert(word.strip(), param, ctx) for word in value.split(",") if word.strip())
+        return tuple(self.of.convert(word.strip(), param, ctx) for word in value.split(","))
 
 
 def recipe_options(

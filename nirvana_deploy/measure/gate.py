@@ -33,11 +33,7 @@ def _missed(variants: Mapping[str, Quality], name: str, gate: Gate) -> Iterator[
         yield f"KL of {name} is {had}, required at most {gate.require_kl:g}"
     if gate.require_perplexity_ratio is None:
         return
-    dense_parts = dense.get("parts", {})
-    texts = {"held-out text": (found, dense)}
-    texts |= {kind: (part, dense_parts.get(kind, {})) for kind, part in found.get("parts", {}).items()}
-    ratios = {kind: _ratio(*pair) for kind, pair in texts.items()}
-    known = {kind: ratio for kind, ratio in ratios.items() if ratio is not None}
+    known = perplexity_ratios(found, dense)
     limit = f"required at most {gate.require_perplexity_ratio:g}"
     if not known:
         yield f"perplexity of {name} was not measured beside dense's, {limit}"
@@ -46,6 +42,15 @@ def _missed(variants: Mapping[str, Quality], name: str, gate: Gate) -> Iterator[
         for kind, ratio in known.items()
         if ratio > gate.require_perplexity_ratio
     )
+
+
+def perplexity_ratios(found: Quality, dense: Quality) -> dict[str, float]:
+    """Perplexity in times of dense's, on all held-out text and by kind where kinds were told apart."""
+    dense_parts = dense.get("parts", {})
+    texts = {"held-out text": (found, dense)}
+    texts |= {kind: (part, dense_parts.get(kind, {})) for kind, part in found.get("parts", {}).items()}
+    ratios = {kind: _ratio(*pair) for kind, pair in texts.items()}
+    return {kind: ratio for kind, ratio in ratios.items() if ratio is not None}
 
 
 def _ratio(found: Quality, dense: Quality) -> float | None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from nirvana_deploy.measure.gate import perplexity_ratios
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.record_kinds import TasksRecord
+from nirvana_deploy.output.record_kinds import Quality, TasksRecord
 from nirvana_deploy.output.records import Records, verifications
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
 from nirvana_deploy.output.variants import DENSE, PRUNED
@@ -167,23 +168,14 @@ def _quality(
     """(the kind of text where it is worst, perplexity in times of dense's there, KL over all)."""
     record = records.result(stage.QUALITY, QualityMeasured)
     name = str(variant["name"])
-    found: Mapping[str, Any] = variant.get("quality") or {}
-    dense: Mapping[str, Any] = baseline.get("quality") or {}
+    found, dense = (cast(Quality, one.get("quality") or {}) for one in (variant, baseline))
     if record is not None and name in record.variants and DENSE in record.variants:
         found, dense = {**found, **record.variants[name]}, {**dense, **record.variants[DENSE]}
-    ratios = {"text held out": _ratio(found, dense)}
-    for kind, part in (found.get("parts") or {}).items():
-        ratios[kind] = _ratio(part, (dense.get("parts") or {}).get(kind) or {})
-    known = {kind: ratio for kind, ratio in ratios.items() if ratio is not None}
+    known = perplexity_ratios(found, dense)
     if not known:
         return "", None, None
     kind = max(known, key=lambda one: known[one])
     return kind, known[kind], found.get("kl_vs_dense")
-
-
-def _ratio(found: Mapping[str, Any], dense: Mapping[str, Any]) -> float | None:
-    after, before = found.get("perplexity"), dense.get("perplexity")
-    return after / before if after and before else None
 
 
 def _points_below(records: Records, name: str) -> float | None:

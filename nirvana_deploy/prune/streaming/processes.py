@@ -54,7 +54,7 @@ def together() -> Iterator[None]:
     """Let the processes find each other; those that wait at the end of the block are let go.
 
     Raises NirvanaError for a launcher that would share one model among the processes, and in place of what
-    torch says of a process that is gone.
+    torch says of a process that is gone; others end without a word where the first one is.
     """
     if launched() == 1:
         yield
@@ -74,12 +74,11 @@ def together() -> Iterator[None]:
         yield
         if is_first():
             tell(None)
-    except distributed.DistBackendError as error:
-        raise _lost(error) from None
     except RuntimeError as error:
-        if "gloo" not in str(error):
+        if not isinstance(error, distributed.DistBackendError) and "gloo" not in str(error):
             raise
-        raise _lost(error) from None
+        if is_first():  # which has said itself why it is gone; the launcher tells of one that was killed
+            raise _lost(error) from None
     finally:
         distributed.destroy_process_group()
         _count = 1
