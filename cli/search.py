@@ -47,10 +47,11 @@ def search(
     Examples:
       nirvana-deploy search smollm2 --max-kl 0.2
       nirvana-deploy search smollm2 --sparsity 0,0.1,0.2 --precision none,w4 --max-weights-bytes 300M
+      nirvana-deploy search smollm2 --sparsity 0,0.2 --try recover=20m --try "saliency=flap cost=bytes"
     """
     from nirvana_deploy.pipeline.recipe_file import read_recipe
     from nirvana_deploy.pipeline.search import search_points
-    from nirvana_deploy.report.pages.front import BRIEF, HEADERS, rows
+    from nirvana_deploy.report.pages.front import BRIEF, columns, rows
 
     recipe, target = taken(Search, options), taken(Target, options)
     base = None if recipe_file is None else read_recipe(recipe_file)
@@ -73,8 +74,8 @@ def search(
     if as_json:
         echo_json({"out": str(found.out), **record})
         return
-    lines = [[row[column] for column in BRIEF] for row in rows(record)]
-    echo_table([HEADERS[column] for column in BRIEF], lines, title=f"{model}: {len(found.points)} points")
+    title = f"{model}: {len(found.points)} points"
+    echo_table(columns(record, BRIEF), rows(record, BRIEF), title=title)
     if found.page is None:
         echo(f"Part {recipe.shard} is in {found.out}: copy the parts together, and repeat without --shard.")
         return

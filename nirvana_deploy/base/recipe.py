@@ -115,14 +115,17 @@ class Field:
         least = "" if self.option.minimum is None else f" of at least {self.option.minimum}"
         return " or ".join(said) + least
 
-    def check(self, value: Any) -> Any:
-        """``value`` as the field's type; raises NirvanaError with the key, the value and what is allowed."""
+    def check(self, value: Any, *, text: bool = False) -> Any:
+        """``value`` as the field's type; raises NirvanaError with the key, the value and what is allowed.
+
+        ``text``: it was typed, and "0.5" may be a number.
+        """
         import msgspec
 
         if value is None and self.default is None:
             return None
         try:
-            found = msgspec.convert(value, self.type, dec_hook=_as_path)
+            found = msgspec.convert(value, self.type, strict=not text, dec_hook=_as_path)
         except msgspec.ValidationError:
             raise self._refused(value) from None
         option = self.option
@@ -168,6 +171,11 @@ def fields_of(kind: type[Any]) -> Iterator[Field]:
             raise TypeError(f"{kind.__name__}.{field.name} says no Option")
         base, option = get_args(hint)
         yield Field(field.name, base, field.default, option)
+
+
+def names_of(kind: type[Any]) -> tuple[str, ...]:
+    """The names of the options of a recipe class, in order."""
+    return tuple(field.name for field in fields_of(kind))
 
 
 def make(kind: type[Kind], values: Mapping[str, Any], *, where: str) -> Kind:

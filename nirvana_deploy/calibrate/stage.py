@@ -10,6 +10,7 @@ from typing import Any, Required, TypedDict
 import numpy as np
 
 from nirvana_deploy.base.progress import Progress
+from nirvana_deploy.base.recipe import names_of
 from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.calibrate.texts import read_text_file
 from nirvana_deploy.calibrate.windows import CalibrationData, TokenWindows, calibration_data, windows_of_text
@@ -51,7 +52,7 @@ def calibrate(run: Run, dense: Checkpoint, recipe: Calibration) -> Stage:
         write_windows(CalibrationData(data.calibration, heldout), run.out / CALIBRATION_FILE)
         return {**calibration_record(data.calibration), **evaluation_record(recipe, heldout)}
 
-    return Stage(stage.CALIBRATE, needs=(), makes=(CALIBRATION_FILE,), work=work, shared=True)
+    return Stage(stage.CALIBRATE, needs=(), makes=(CALIBRATION_FILE,), work=work, reads=names_of(Calibration))
 
 
 def windows_wanted(recipe: Calibration, shape: ModelShape) -> int:

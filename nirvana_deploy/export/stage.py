@@ -29,8 +29,13 @@ def export(run: Run, dense: Checkpoint, recipe: Export) -> Iterator[Stage]:
             flavor=recipe.flavor,
         )
 
+    reads = ("dtype", "flavor")
     yield Stage(
-        stage.ONNX, (stage.CHECKPOINT,), (ONNX,), lambda: work(Checkpoint.open(run.out / CHECKPOINT), ONNX)
+        stage.ONNX,
+        (stage.CHECKPOINT,),
+        (ONNX,),
+        lambda: work(Checkpoint.open(run.out / CHECKPOINT), ONNX),
+        reads=reads,
     )
     if recipe.baseline:
-        yield Stage(stage.DENSE_ONNX, (), (DENSE_ONNX,), lambda: work(dense, DENSE_ONNX), shared=True)
+        yield Stage(stage.DENSE_ONNX, (), (DENSE_ONNX,), lambda: work(dense, DENSE_ONNX), reads=reads)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.recipe import names_of
 from nirvana_deploy.calibrate.stage import drawn_record
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.calibrate.windows_file import read_windows
@@ -33,7 +34,7 @@ from nirvana_deploy.measure.evaluation_text import (
 )
 from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
-from nirvana_deploy.measure.recipe import Evaluation, Workload
+from nirvana_deploy.measure.recipe import Evaluation, Measurement, Workload
 from nirvana_deploy.measure.unit_cost import bytes_cost, measured_cost
 from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
@@ -210,7 +211,8 @@ def unit_cost(
             progress=run.progress,
         )
 
-    return Stage(stage.UNIT_COST, needs=(), makes=(), work=work, shared=True)
+    reads = ("cost", "quantize", *names_of(Export), *names_of(Measurement))
+    return Stage(stage.UNIT_COST, needs=(), makes=(), work=work, reads=reads)
 
 
 def _measured(run: Run) -> tuple[str, ...]:

@@ -44,8 +44,8 @@ class Run:
         self.out = out
         self.manifest = manifest
         self.progress = progress
-        self.beside: Run | None = None
-        """A run of the same options: its shared stages are taken, and at the same sparsity all."""
+        self.beside: tuple[Run, ...] = ()
+        """Runs on the same model, whose stages are taken where they would come out the same."""
         self._lock: FolderLock | None = None
         self._made: set[str] = set()  # stages that this run made anew
         self._passed: list[str] = []  # stages asked for so far, in order
@@ -183,17 +183,29 @@ class Run:
         return result
 
     def _taken(self, stage: Stage) -> dict[str, Any] | None:
-        """The result of a shared stage, its files taken from the run beside; None if that has not made it."""
-        other = self.beside
-        if other is None or not other.finished(stage.name):
-            return None
-        if not stage.shared and other.manifest["options"] != self.manifest["options"]:
-            return None
-        self.progress.note(f"{stage.name}: taken from {other.out}")
-        for name in stage.makes:
-            if (other.out / name).exists():
-                take(other.out / name, self.out / name)
-        return other.result(stage.name, dict[str, Any])
+        """The result of a stage, its files taken from a run beside; None if none has made the same."""
+        for other in self.beside:
+            if not (other.has(stage.name) and self._same(stage, other) and other.finished(stage.name)):
+                continue
+            self.progress.note(f"{stage.name}: taken from {other.out}")
+            for name in stage.makes:
+                if (other.out / name).exists():
+                    take(other.out / name, self.out / name)
+            return other.result(stage.name, dict[str, Any])
+        return None
+
+    def _same(self, stage: Stage, other: Run) -> bool:
+        """Whether ``other`` made a stage of the same options, and of the same files and results."""
+        mine, its = self.manifest, other.manifest
+        names = {*mine["options"], *its["options"]} if stage.reads is None else stage.reads
+        if any(mine["options"].get(name) != its["options"].get(name) for name in names):
+            return False
+        needs = [name for name in stage.needs if self.has(name)]
+        return its["stages"][stage.name]["needs"] == needs and all(
+            mine["stages"][name][key] == its["stages"][name][key]
+            for name in needs
+            for key in ("files", "result")
+        )
 
     def claim(self, names: Iterable[str]) -> None:
         """Say in the manifest that ``names`` are this tool's, before they are written.

@@ -70,8 +70,11 @@ class Stage:
     """Does it, and returns what the manifest remembers: a dataclass of ``results.py``, or a mapping."""
     always: bool = False
     """Never skipped: it is cheap, or what it read has changed."""
-    shared: bool = False
-    """Comes out the same at every sparsity: a run beside may have made it."""
+    reads: tuple[str, ...] | None = None
+    """The options that decide what it makes, beside what it needs; None: any may.
+
+    Where they and what it needs are the same, it is taken from a run beside.
+    """
 
 
 @dataclass(frozen=True)

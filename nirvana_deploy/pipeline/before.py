@@ -183,16 +183,11 @@ def recorded_options(job: Job, choices: Choices, shape: ModelShape, until: Until
 
 
 def run_beside(out: Path, run: Run) -> Run:
-    """The run of a folder beside; raises NirvanaError unless it differs from ``run`` in sparsity alone."""
+    """The run of a folder beside; raises NirvanaError unless it is of the same model."""
     other = Run.open(out)
-    free = {"sparsity", *may_change()}
-    mine, its = (
-        {**one.manifest["options"], "weights": one.manifest["model"]["files"]} for one in (run, other)
-    )
-    differing = [key for key in mine if key in its and mine[key] != its[key] and key not in free]
-    if differing:
+    if other.manifest["model"]["files"] != run.manifest["model"]["files"]:
         raise NirvanaError(
-            f"{out} cannot serve {run.out}: its {differing[0]} is another.",
+            f"{out} cannot serve {run.out}: its model is another.",
             hint="Search into another folder: --out DIR",
         )
     return other

@@ -12,16 +12,17 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
 from nirvana_deploy.measure.recipe import Workload
+from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.output.layout import QUALITY_FILE
 from nirvana_deploy.output.record_kinds import QualityRecord
 from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.prune.plan_file import shape_of
-from nirvana_deploy.search.point import SCHEMA, Found, Point
+from nirvana_deploy.search.point import Found, Point, nothing_found
 
 
 def found_in(out: Path, folder: str, key: str, point: Point, *, failed: NirvanaError | None = None) -> Found:
     """What is known of a point whose models lie in the output folder ``out / folder``."""
-    found = Found(SCHEMA, key, point.name, point.sparsity, point.scheme, folder)
+    found = nothing_found(key, point, folder)
     variant = found.variant
     if failed is not None:
         return replace(found, failed=failed.message)
@@ -69,3 +70,25 @@ def timed_points(
             )
         )
     return timed, record
+
+
+def points_on_tasks(
+    out: Path,
+    points: Sequence[Found],
+    tasks: Sequence[str],
+    *,
+    limit: int | None,
+    progress: Progress = SILENT,
+) -> tuple[list[Found], dict[str, Any]]:
+    """Zero-shot accuracy of points, the dense model first; also returns tasks.json."""
+    models = {one.name: out / one.folder / one.variant.folder for one in points}
+    record = evaluate_tasks(models, tasks, limit=limit, progress=progress)
+    means = record["means"]["variants"]
+    return [
+        replace(
+            one,
+            accuracy=means[one.name]["mean"],
+            accuracy_standard_error=means[one.name]["standard_error"],
+        )
+        for one in points
+    ], record

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,13 +114,12 @@ def run_job(
     resume: bool = False,
     force: bool = False,
     command: str | None = None,
-    beside: Path | None = None,
+    beside: Sequence[Path] = (),
     progress: Progress = SILENT,
 ) -> Deployment:
     """Do what a job says; as :func:`prune_export`.
 
-    ``beside`` is an output folder of the same job at another sparsity: what does not depend on the sparsity
-    is taken from there.
+    ``beside`` are output folders of the same model: what would come out the same is taken from there.
     """
     source = resolve_model(job.model, progress=progress)
     dense = Checkpoint.open(source.path)
@@ -141,8 +140,7 @@ def run_job(
         force=force,
         progress=progress,
     ) as run:
-        if beside is not None:
-            run.beside = run_beside(beside, run)
+        run.beside = tuple(run_beside(folder, run) for folder in beside)
         require_same(run, job.recovery)
         with run.writing(RECIPE_FILE) as file:
             write_recipe(job, file)

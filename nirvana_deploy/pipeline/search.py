@@ -7,7 +7,6 @@ on the sparsity is made once and taken by the others. So a point of the search i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import chdir
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from nirvana_deploy.base.artifact import write_bytes, write_json
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.recipe import fields_of
+from nirvana_deploy.measure.zero_shot.local_tasks import is_local
+from nirvana_deploy.measure.zero_shot.tasks import require_tasks
 from nirvana_deploy.model.checkpoint import model_record
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import (
@@ -24,18 +25,21 @@ from nirvana_deploy.output.layout import (
     SEARCH_CSV,
     SEARCH_FILE,
     SEARCH_HTML,
+    TASKS_FILE,
 )
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.pipeline.before import read_files
+from nirvana_deploy.pipeline.cuts import cuts_of, job_in, make_cuts, tried_options
 from nirvana_deploy.pipeline.job import Job, job_of, plain
-from nirvana_deploy.pipeline.points import found_in, timed_points
-from nirvana_deploy.pipeline.prune_export import run_job, workload_of
+from nirvana_deploy.pipeline.points import found_in, points_on_tasks, timed_points
+from nirvana_deploy.pipeline.prune_export import workload_of
+from nirvana_deploy.prune.choosing.choices import listed
 from nirvana_deploy.report.pages.front import search_csv, search_page, search_record
 from nirvana_deploy.search.front import Recommendation, recommend, worth_timing
 from nirvana_deploy.search.point import Found, Point, file_of, key_of, read_found
 from nirvana_deploy.search.recipe import Search, Target, Where, precisions_of, shard_of, sparsities_of
-from nirvana_deploy.search.workers import run_points
+from nirvana_deploy.search.ways import ways_of
 
 _WHERE = frozenset({"shard", *(field.name for field in fields_of(Where))})
 """Options of a search that say where it is made."""
@@ -54,16 +58,6 @@ class Searched:
     """The content of search.json."""
     page: Path | None
     """search.html; None for a part of a search."""
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """The output folder of one sparsity, to be made."""
-
-    job: Job
-    out: Path
-    beside: Path | None
-    """The folder whose shared stages it takes."""
 
 
 def search_points(
@@ -91,6 +85,8 @@ def search_points(
         if name in options:
             raise NirvanaError(f"A search tries several: give it a recipe, not the option {name!r}.")
     sparsities, schemes, part = sparsities_of(recipe), precisions_of(recipe), shard_of(recipe)
+    if recipe.tasks is not None:
+        _require_local(listed(recipe.tasks))
     source = resolve_model(model, progress=progress)
     out = Path(out) if out is not None else Path(f"{source.name}-search")
     tried = {"sparsity": max(sparsities), "quantize": [scheme for scheme in schemes if scheme]}
@@ -103,7 +99,7 @@ def search_points(
         model=model_record(source),
         command=command or "called from Python",
         reads=(source.path, *read_files(job)),
-        may_change={"sparsities", "precisions"},
+        may_change={"sparsities", "precisions", "ways", "tasks", "limit"},
         resume=resume,
         force=force,
         progress=progress,
@@ -117,7 +113,7 @@ def search_points(
         if not any(one.kl is not None for one in points):
             raise NirvanaError(f"Every point failed. The first: {points[0].failed}")
         timed, benchmark = _timed(run, points, job)
-        points = [timed.get(one.name, one) for one in points]
+        points = _on_tasks(run, [timed.get(one.name, one) for one in points], recipe)
         advice = recommend(points, target)
         record = search_record(source.name, points, advice, benchmark)
         _write_pages(run, record)
@@ -135,20 +131,25 @@ def _shared(job: Job, model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _points(run: Run, base: Job, key: str, recipe: Search) -> list[Found]:
     """Every point of this part: from disk where it is there, else made."""
-    sparsities, schemes, (part, parts) = sparsities_of(recipe), precisions_of(recipe), shard_of(recipe)
-    mine = [sparsity for sparsity in sparsities if sparsity][part::parts]
-    if not mine:
+    schemes, (part, parts) = precisions_of(recipe), shard_of(recipe)
+    ways = ways_of(recipe.ways, tried_options())
+    dense = [Point(0.0, scheme) for scheme in schemes if 0.0 in sparsities_of(recipe)]
+    cuts = [Point(one, None, way) for way in ways for one in sparsities_of(recipe) if one][part::parts]
+    if not cuts:
         raise NirvanaError(f"There are fewer cuts than parts: none is left for --shard {recipe.shard}.")
-    wanted = [Point(sparsity, scheme) for sparsity in sparsities for scheme in schemes]
-    wanted = [point for point in wanted if point.sparsity in mine or not point.sparsity]
+    for way in ways:
+        job_in(base, way)  # before any work
+    wanted = [*dense, *(replace(cut, scheme=scheme) for cut in cuts for scheme in schemes)]
     known = _known(run, key, wanted)
-    first = next((point.sparsity for point in known if point.sparsity), mine[0])  # the others take from it
-    missing = {point.sparsity or first for point in wanted if point not in known}
-    made = _cuts(run, [_cut(run, base, one, first) for one in mine if one in missing], recipe)
+    first = next((replace(point, scheme=None) for point in known if point.sparsity), cuts[0])
+    missing = dict.fromkeys(
+        replace(point, scheme=None) if point.sparsity else first for point in wanted if point not in known
+    )
+    failed = make_cuts(cuts_of(run.out, base, cuts, missing, first), recipe, run.progress)
     for point in wanted:
         if point not in known:
-            folder = _folder(point.sparsity or first)
-            known[point] = found_in(run.out, folder, key, point, failed=made.get(folder))
+            folder = point.cut if point.sparsity else first.cut
+            known[point] = found_in(run.out, folder, key, point, failed=failed.get(folder))
             _write(run, known[point])
     return [known[point] for point in wanted]
 
@@ -163,60 +164,6 @@ def _known(run: Run, key: str, wanted: Sequence[Point]) -> dict[Point, Found]:
             if found.failed is None and (run.out / found.folder / MANIFEST).is_file():
                 known[point] = found
     return known
-
-
-def _cuts(run: Run, cuts: Sequence[_Cut], where: Where) -> dict[str, NirvanaError]:
-    """Make some folders, the one that others take from before these; returns what failed, by folder."""
-    failed: dict[str, NirvanaError] = {}
-    here = where.processes == 1 and where.cluster is None
-    work = _Worker(run.progress if here else SILENT, Path.cwd())
-    with run.progress.task(f"{len(cuts)} cuts", len(cuts)) as advance:
-        for group in ([cut for cut in cuts if cut.beside is None], [cut for cut in cuts if cut.beside]):
-            for cut, result in run_points(group, work, where):
-                if isinstance(result, NirvanaError):
-                    failed[cut.out.name] = result
-                    run.progress.note(f"{cut.out.name} failed: {result.message}")
-                advance(1)
-    return failed
-
-
-@dataclass(frozen=True)
-class _Worker:
-    """Makes one cut."""
-
-    progress: Progress
-    folder: Path
-    """Where the search was begun: the user's paths may be relative to it."""
-
-    def __call__(self, cut: _Cut) -> None:
-        with chdir(self.folder):
-            self._make(cut)
-
-    def _make(self, cut: _Cut) -> None:
-        beside = cut.beside if cut.beside is not None and (cut.beside / MANIFEST).is_file() else None
-        run_job(
-            cut.job,
-            out=cut.out,
-            until="quality",
-            resume=(cut.out / MANIFEST).is_file(),
-            beside=beside,
-            progress=self.progress,
-        )
-
-
-def _cut(run: Run, base: Job, sparsity: float, first: float) -> _Cut:
-    """The dense model is quantized and judged beside the first cut alone."""
-    job = replace(
-        base,
-        pruning=replace(base.pruning, sparsity=sparsity),
-        quantization=replace(base.quantization, baseline_quantized=sparsity == first),
-        measurement=replace(base.measurement, run_benchmark=False),
-    )
-    return _Cut(job, run.out / _folder(sparsity), None if sparsity == first else run.out / _folder(first))
-
-
-def _folder(sparsity: float) -> str:
-    return f"s{sparsity:g}"
 
 
 def _write_pages(run: Run, record: Mapping[str, Any]) -> None:
@@ -242,6 +189,29 @@ def _timed(run: Run, points: Sequence[Found], base: Job) -> tuple[dict[str, Foun
     with run.writing(BENCHMARK_FILE) as path:
         write_json(path, record)
     return {one.name: one for one in timed}, record
+
+
+def _on_tasks(run: Run, points: list[Found], recipe: Search) -> list[Found]:
+    """The points, those that are worth it with their zero-shot accuracy, if that is asked for."""
+    if recipe.tasks is None:
+        return points
+    worth = [one for one in worth_timing(points) if one.kl is not None]
+    asked = listed(recipe.tasks)
+    found, record = points_on_tasks(run.out, worth, asked, limit=recipe.limit, progress=run.progress)
+    with run.writing(TASKS_FILE) as path:
+        write_json(path, record)
+    scored = {one.name: one for one in found}
+    return [scored.get(one.name, one) for one in points]
+
+
+def _require_local(tasks: Sequence[str]) -> None:
+    """Raise NirvanaError before any work for tasks whose examples cannot be averaged, or not be read."""
+    require_tasks(tasks)
+    if others := [name for name in tasks if not is_local(name)]:
+        raise NirvanaError(
+            f"--tasks {others[0]}: a search averages over .jsonl files, and this is none.",
+            hint=f"Afterwards: nirvana-deploy evaluate OUT/s0.2 --tasks {others[0]}",
+        )
 
 
 def _require_verified(out: Path, found: Found) -> None:

@@ -79,7 +79,7 @@ def meet(
         resume=resume,
         force=force,
         command=command,
-        beside=folder / chosen.folder,
+        beside=(folder / chosen.folder,),
         progress=progress,
     )
     with Run.open(out, writing=True, progress=progress) as run, run.writing(TARGET_FILE) as path:
@@ -138,7 +138,7 @@ def _tried(
             until="quality",
             resume=(folder / place / MANIFEST).is_file() and not force,
             force=force,
-            beside=first,
+            beside=(first,) if first else (),
             progress=progress,
         )
         first = first or folder / place

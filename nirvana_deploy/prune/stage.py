@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.temporary import scratch_folder
+from nirvana_deploy.base.recipe import names_of
 from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.calibrate.stage import (
     calibration_record,
@@ -46,6 +47,9 @@ from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.prune.refit.reconstruct import Reconstruction
 from nirvana_deploy.prune.scores_file import read_scores, write_scores
 from nirvana_deploy.prune.streaming.score import score_units
+
+_CUT = (*(name for name in names_of(Pruning) if name != "preset"), "seed")
+"""The options that decide which units stay."""
 
 
 def select(run: Run, cutter: Cutter, choices: Choices, calibration: Calibration) -> Stage:
@@ -106,7 +110,8 @@ def curves(run: Run, cutter: Cutter) -> Stage:
         write_curves(cutter.curves(tokens), run.out / CURVES_FILE)
         return {"tokens": int(min(tokens.size, CURVE_TOKENS))}
 
-    return Stage(stage.CURVES, needs=(stage.CALIBRATE,), makes=(CURVES_FILE,), work=work, shared=True)
+    reads = ("seed", "round_to", "min_neurons")
+    return Stage(stage.CURVES, needs=(stage.CALIBRATE,), makes=(CURVES_FILE,), work=work, reads=reads)
 
 
 def score(run: Run, dense: Checkpoint, recipe: Pruning, *, saliency: str, seed: int) -> Stage:
@@ -126,7 +131,8 @@ def score(run: Run, dense: Checkpoint, recipe: Pruning, *, saliency: str, seed: 
         write_scores(scores, run.out / SCORES_FILE)
         return {"saliency": saliency, "tokens": int(tokens.size), "micro_batch": recipe.micro_batch}
 
-    return Stage(stage.SCORE, needs=(stage.CALIBRATE,), makes=(SCORES_FILE,), work=work, shared=True)
+    reads = ("seed", "saliency", "micro_batch")
+    return Stage(stage.SCORE, needs=(stage.CALIBRATE,), makes=(SCORES_FILE,), work=work, reads=reads)
 
 
 def plan(run: Run, cutter: Cutter, *, saliency: str, gamma: float | None) -> Stage:
@@ -145,7 +151,7 @@ def plan(run: Run, cutter: Cutter, *, saliency: str, gamma: float | None) -> Sta
         return dataclasses.asdict(made.budget)
 
     needs = (stage.SELECT, stage.CALIBRATE, stage.CURVES, stage.SCORE, stage.UNIT_COST)
-    return Stage(stage.PLAN, needs=needs, makes=(PLAN_FILE,), work=work)
+    return Stage(stage.PLAN, needs=needs, makes=(PLAN_FILE,), work=work, reads=_CUT)
 
 
 def allocate(run: Run, cutter: Cutter) -> Stage:
@@ -157,7 +163,7 @@ def allocate(run: Run, cutter: Cutter) -> Stage:
         return {"predicted_kl": allocated.predicted_kl, "counts": counts}
 
     needs = (stage.SELECT, stage.CALIBRATE, stage.CURVES, stage.UNIT_COST)
-    return Stage(stage.PLAN, needs=needs, makes=(), work=work)
+    return Stage(stage.PLAN, needs=needs, makes=(), work=work, reads=_CUT)
 
 
 def select_inside(run: Run, cutter: Cutter, source: Checkpoint, step: Step = WHOLE) -> Stage:
@@ -174,8 +180,9 @@ def select_inside(run: Run, cutter: Cutter, source: Checkpoint, step: Step = WHO
         write_plan(_with_candidates(made, drawn), folder / PLAN_FILE)
         return {**_reconstructed(run, done), "steps": step.of}
 
-    needs = (stage.PLAN, stage.SELECT, stage.CALIBRATE)
-    return step.stage(Stage(stage.RECONSTRUCT, needs=needs, makes=(PLAN_FILE, RECONSTRUCTION), work=work))
+    needs, makes = (stage.PLAN, stage.SELECT, stage.CALIBRATE), (PLAN_FILE, RECONSTRUCTION)
+    reads = (*_CUT, "recover_steps")
+    return step.stage(Stage(stage.RECONSTRUCT, needs=needs, makes=makes, work=work, reads=reads))
 
 
 def forget_other_steps(run: Run, count: int) -> None:
@@ -214,7 +221,7 @@ def reconstruct(run: Run, cutter: Cutter, plan: PrunePlan) -> Stage:
         return _reconstructed(run, cutter.refit(plan, _windows(run), run.out / RECONSTRUCTION))
 
     needs = (stage.PLAN, stage.SELECT, stage.CALIBRATE)
-    return Stage(stage.RECONSTRUCT, needs=needs, makes=(RECONSTRUCTION,), work=work)
+    return Stage(stage.RECONSTRUCT, needs=needs, makes=(RECONSTRUCTION,), work=work, reads=_CUT)
 
 
 def slice_model(run: Run, source: Checkpoint, plan: PrunePlan, step: Step = WHOLE) -> Stage:
@@ -236,7 +243,7 @@ def slice_model(run: Run, source: Checkpoint, plan: PrunePlan, step: Step = WHOL
         return {"linear_parameters": shape.linear_parameters}
 
     needs = (stage.PLAN, stage.RECONSTRUCT, stage.RECOVER)
-    return step.stage(Stage(stage.CHECKPOINT, needs=needs, makes=(CHECKPOINT,), work=work))
+    return step.stage(Stage(stage.CHECKPOINT, needs=needs, makes=(CHECKPOINT,), work=work, reads=()))
 
 
 def _windows(run: Run) -> NDArray[np.int64]:

@@ -13,8 +13,9 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.output.layout import POINTS
 from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, quantized_variant, variant_named
+from nirvana_deploy.search.ways import OWN, Way
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,20 @@ class Point:
     sparsity: float
     """0 for the dense model."""
     scheme: str | None = None
+    way: Way = OWN
+    """How is cut; of no concern to the dense model."""
+
+    @property
+    def cut(self) -> str:
+        """The cut, whatever its precision: "dense", "s0.2", "s0.2-nirvana"."""
+        if not self.sparsity:
+            return DENSE
+        return "-".join(word for word in (f"s{self.sparsity:g}", self.way.name) if word)
 
     @property
     def name(self) -> str:
-        """For people and records: "dense-w4", "s0.2", "s0.2-int8"."""
-        cut = f"s{self.sparsity:g}" if self.sparsity else "dense"
-        return f"{cut}-{self.scheme}" if self.scheme else cut
+        """For people and records: "dense-w4", "s0.2", "s0.2-int8", "s0.2-nirvana-int8"."""
+        return f"{self.cut}-{self.scheme}" if self.scheme else self.cut
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,10 @@ class Found:
     name: str
     sparsity: float
     scheme: str | None
+    way: str
+    """The name of the way to cut, empty for the search's own."""
+    options: dict[str, Any]
+    """What that way sets, by name."""
     folder: str
     """The output folder of the cut, relative to the search's."""
     failed: str | None = None
@@ -53,6 +66,9 @@ class Found:
     perplexity_ratio: float | None = None
     """To the dense model in float."""
     weights_bytes: int | None = None
+    accuracy: float | None = None
+    """Zero-shot, the mean over tasks; None where none was asked for."""
+    accuracy_standard_error: float | None = None
     tpot_ms: float | None = None
     """Median over the rounds; None where it was not timed."""
     speedup: float | None = None
@@ -62,7 +78,7 @@ class Found:
     @property
     def point(self) -> Point:
         """What was asked."""
-        return Point(self.sparsity, self.scheme)
+        return Point(self.sparsity, self.scheme, Way(self.way, tuple(sorted(self.options.items()))))
 
     @property
     def variant(self) -> ModelVariant:
@@ -74,6 +90,12 @@ class Found:
 def key_of(common: Mapping[str, Any]) -> str:
     """The hash of what all points of a search have in common."""
     return _hash(common)
+
+
+def nothing_found(key: str, point: Point, folder: str) -> Found:
+    """A point that nothing is known of yet."""
+    way = point.way
+    return Found(SCHEMA, key, point.name, point.sparsity, point.scheme, way.name, dict(way.options), folder)
 
 
 def file_of(key: str, point: Point) -> str:

@@ -74,6 +74,23 @@ class Search(Where):
         str,
         Option("Precisions to try, separated by commas: none, int8, w8, w4.", flag="--precision"),
     ] = "none,int8,w4"
+    ways: Annotated[
+        tuple[str, ...],
+        Option(
+            "Cut each sparsity in this way too: options of the cut, its calibration or its recovery that "
+            "replace those of the search, as 'saliency=nirvana allocation=global'. Repeat it for more.",
+            flag="--try",
+            metavar="'OPTION=VALUE ...'",
+        ),
+    ] = ()
+    tasks: Annotated[
+        str | None,
+        Option(
+            "Zero-shot accuracy of the points that are timed, on these tasks: .jsonl files as evaluate takes "
+            "them, or folders of them, separated by commas."
+        ),
+    ] = None
+    limit: Annotated[int | None, Option("Examples per task, from its start. [all]", minimum=1)] = None
     shard: Annotated[
         str | None,
         Option(

@@ -15,11 +15,15 @@ from click.testing import CliRunner
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
-from nirvana_deploy.pipeline import search as searching
+from nirvana_deploy.pipeline import cuts as cutting
+from nirvana_deploy.pipeline.cuts import cuts_of, tried_options
+from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.pipeline.prune_export import run_job
 from nirvana_deploy.pipeline.recipe_file import read_recipe
 from nirvana_deploy.pipeline.search import Searched, search_points
+from nirvana_deploy.search.point import Point
 from nirvana_deploy.search.recipe import Search, Target
+from nirvana_deploy.search.ways import ways_of
 
 pytestmark = pytest.mark.integration
 OPTIONS: dict[str, Any] = {
@@ -85,7 +89,7 @@ def test_the_page_says_which_point_to_take_and_shows_all(done: Searched) -> None
     assert all(f'<th scope="row">{one.name}</th>' in page for one in done.points)
     assert page.count("<svg") == 2 and "<script" not in page
     lines = (done.out / "search.csv").read_text().splitlines()
-    assert len(lines) == 7 and lines[0].startswith("name,sparsity,scheme,kl")
+    assert len(lines) == 7 and lines[0].startswith("name,sparsity,scheme,way,kl")
 
 
 def test_a_point_is_what_its_own_recipe_makes(done: Searched, tmp_path: Path) -> None:
@@ -98,6 +102,50 @@ def test_a_point_is_what_its_own_recipe_makes(done: Searched, tmp_path: Path) ->
     kl = {one.name: one.kl for one in done.points}
     assert found["pruned"]["kl_vs_dense"] == pytest.approx(kl["s0.4"], abs=1e-6)
     assert found["pruned-w8"]["kl_vs_dense"] == pytest.approx(kl["s0.4-w8"], abs=1e-6)
+
+
+def test_other_ways_to_cut_are_points_like_any_other(model: str, tmp_path: Path) -> None:
+    """What they have in common is made once; each is what its recipe makes; the accuracy stands beside."""
+    tasks = tmp_path / "letters.jsonl"
+    rows = [{"query": f"a {n}", "choices": [" b", " c"], "gold": n % 2} for n in range(4)]
+    tasks.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    ways = ("ridge=10", "recover=1k")
+    recipe = Search(sparsities="0,0.4", precisions="none", ways=ways, tasks=str(tasks))
+    best = {**OPTIONS, "preset": "best", "num_sequences": 32}
+    del best["gamma"]
+    found = search_points(model, out=tmp_path / "search", recipe=recipe, **best)
+    assert [one.name for one in found.points] == ["dense", "s0.4", "s0.4-ridge10", "s0.4-recover1k"]
+    assert all(one.failed is None for one in found.points)
+    assert len({one.kl for one in found.points}) == 4, {one.name: one.kl for one in found.points}
+    cut, other, trained = (found.out / one.folder for one in found.points[1:])
+    matrix = min((cut / "reconstruction").glob("*.safetensors")).relative_to(cut)
+    assert (cut / matrix).samefile(trained / matrix) and not (cut / matrix).samefile(other / matrix)
+    assert (cut / "curves.safetensors").samefile(other / "curves.safetensors")
+    alone = run_job(read_recipe(other / "recipe.toml"), out=tmp_path / "alone", until="quality")
+    for file in ("plan.json", "onnx/model.onnx.data"):
+        assert (alone.out / file).read_bytes() == (other / file).read_bytes()
+    timed = [one for one in found.points if one.tpot_ms is not None]
+    assert timed and all(one.accuracy is not None for one in timed)
+    page = (found.out / "search.html").read_text(encoding="utf-8")
+    assert "<b>ridge10</b> sets ridge = 10.0" in page and "Zero-shot" in page and page.count("<svg") == 3
+    with pytest.raises(NirvanaError, match=r"judged on what its own text holds back\."):
+        search_points(model, out=tmp_path / "x", recipe=Search(ways=("calib=code",)), **OPTIONS)
+
+
+def test_the_first_cut_of_all_serves_the_first_of_each_way_and_these_the_rest(tmp_path: Path) -> None:
+    base = job_of("a model", {**OPTIONS, "sparsity": 0.4})
+    own, way = ways_of(["ridge=10"], tried_options())
+    points = [Point(sparsity, None, way) for way in (own, way) for sparsity in (0.2, 0.4)]
+    cuts = cuts_of(tmp_path, base, points, points, points[0])
+    assert [(cut.folder.name, cut.turn, [one.name for one in cut.beside]) for cut in cuts] == [
+        ("s0.2", 0, []),
+        ("s0.4", 1, ["s0.2"]),
+        ("s0.2-ridge10", 1, ["s0.2"]),
+        ("s0.4-ridge10", 2, ["s0.2", "s0.2-ridge10", "s0.4"]),
+    ]
+    made = [(cut.job.pruning.sparsity, cut.job.pruning.ridge) for cut in cuts]
+    assert made == [(0.2, 1.0), (0.4, 1.0), (0.2, 10.0), (0.4, 10.0)]
+    assert [cut.job.quantization.baseline_quantized for cut in cuts] == [True, False, False, False]
 
 
 @pytest.mark.slow
@@ -128,7 +176,7 @@ def test_a_killed_search_goes_on_and_a_point_that_fails_is_kept_with_its_reason(
 
     options = {"recipe": RECIPE, "target": Target(max_weights_bytes=10**9), "resume": True, **OPTIONS}
     with monkeypatch.context() as patch:
-        patch.setattr(searching, "run_job", refused)
+        patch.setattr(cutting, "run_job", refused)
         search_points(model, out=out, **options)
     failed = {one["name"]: one["failed"] for one in record_of(out)["points"]}
     assert failed["s0.4"] == failed["s0.4-w8"] == "0.4 is too much." and failed["s0.2"] is None

@@ -9,16 +9,14 @@ import pytest
 
 from nirvana_deploy.search.front import front, quantization_alone, recommend, worth_timing
 from nirvana_deploy.search.load import loads
-from nirvana_deploy.search.point import Found, Point
+from nirvana_deploy.search.point import Found, Point, nothing_found
 from nirvana_deploy.search.recipe import Target
 
 
 def found(sparsity: float, scheme: str | None, kl: float | None, ms: float | None, size: int) -> Found:
-    name = Point(sparsity, scheme).name
     speedup = None if ms is None else 10 / ms
-    return Found(
-        1, "key", name, sparsity, scheme, "s", kl=kl, tpot_ms=ms, weights_bytes=size, speedup=speedup
-    )
+    known = nothing_found("key", Point(sparsity, scheme), "s")
+    return replace(known, kl=kl, tpot_ms=ms, weights_bytes=size, speedup=speedup)
 
 
 DENSE = found(0, None, 0.0, 10.0, 400)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from nirvana_deploy.search.load import loads
 from nirvana_deploy.search.meeting import BAND, MOST_TRIALS, best_of, nearest_of, next_sparsity
-from nirvana_deploy.search.point import Found, Point
+from nirvana_deploy.search.point import Found, Point, nothing_found
 from nirvana_deploy.search.recipe import Target
 
 MOST = 0.8
@@ -20,8 +21,7 @@ def tried(measure: Callable[[float], dict[str, float]], target: Target) -> list[
     """The dense model, and every cut that is tried."""
 
     def found(sparsity: float) -> Found:
-        name = Point(sparsity).name
-        return Found(1, "", name, sparsity, None, "", **measure(sparsity))  # type: ignore[arg-type]
+        return replace(nothing_found("", Point(sparsity), ""), **measure(sparsity))  # type: ignore[arg-type]
 
     trials = [found(0.0)]
     while (sparsity := next_sparsity(trials, target, most=MOST)) is not None:

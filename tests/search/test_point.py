@@ -9,10 +9,10 @@ import pytest
 
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.search.point import Found, Point, file_of, key_of, read_found, said
+from nirvana_deploy.search.point import Point, Way, file_of, key_of, nothing_found, read_found, said
 
 KEY = key_of({"files": {"model.safetensors": "ab"}, "options": {"seed": 0}})
-FOUND = Found(1, KEY, "s0.2-w4", 0.2, "w4", "s0.2", kl=0.25, weights_bytes=95_000_000)
+FOUND = replace(nothing_found(KEY, Point(0.2, "w4"), "s0.2"), kl=0.25, weights_bytes=95_000_000)
 
 
 def test_a_result_is_found_by_what_was_asked() -> None:
@@ -20,6 +20,15 @@ def test_a_result_is_found_by_what_was_asked() -> None:
     assert len(places) == 4
     assert file_of(KEY, FOUND.point) == file_of(KEY, Point(0.2, "w4"))
     assert key_of({"options": {"seed": 1}}) != KEY
+    ways = [
+        Way("ridge1", (("ridge", 1.0),)),
+        Way("ridge1", (("ridge", 1),)),
+        Way("ridge2", (("ridge", 2.0),)),
+    ]
+    tried = [Point(0.2, "w4", way) for way in ways]
+    assert len({file_of(KEY, point) for point in (FOUND.point, *tried)}) == 4
+    assert [point.name for point in tried] == ["s0.2-ridge1-w4", "s0.2-ridge1-w4", "s0.2-ridge2-w4"]
+    assert nothing_found(KEY, tried[0], "f").point == tried[0]
 
 
 def test_it_is_read_as_it_was_written_and_another_search_is_refused(tmp_path: Path) -> None:

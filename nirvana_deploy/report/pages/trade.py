@@ -39,6 +39,7 @@ def _point(variant: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "name": name,
         "scheme": name.partition("-")[2] or None,
+        "way": "",
         "kl": kl,
         "kl_standard_error": quality.get("kl_standard_error"),
         "tpot_ms": tpot_ms,

@@ -1,0 +1,132 @@
+"""The cuts of a search: an output folder for each sparsity and way, what does not differ made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import chdir
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.recipe import Field, fields_of
+from nirvana_deploy.calibrate.recipe import Calibration
+from nirvana_deploy.output.layout import MANIFEST
+from nirvana_deploy.pipeline.job import Job, job_of
+from nirvana_deploy.pipeline.presets import PRESETS
+from nirvana_deploy.pipeline.prune_export import run_job
+from nirvana_deploy.prune.recipe import Pruning
+from nirvana_deploy.recover.recipe import Recovery
+from nirvana_deploy.search.point import Point
+from nirvana_deploy.search.recipe import Where
+from nirvana_deploy.search.ways import OWN, Way
+from nirvana_deploy.search.workers import run_points
+
+_JUDGING = frozenset({"sparsity", "eval_text", "heldout_sequences", "heldout_len"})
+"""Options of the rooms below that all points have in common."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An output folder to be made."""
+
+    job: Job
+    folder: Path
+    beside: tuple[Path, ...]
+    """Folders whose stages it takes where they would come out the same."""
+    turn: int
+    """It is made after those of a lower one."""
+
+
+def tried_options() -> list[Field]:
+    """The options that a way to cut may set."""
+    fields = [field for kind in (Pruning, Calibration, Recovery) for field in fields_of(kind)]
+    return [field for field in fields if field.name not in _JUDGING and field.type != tuple[str, ...]]
+
+
+def job_in(base: Job, way: Way) -> Job:
+    """The job with the options of a way; raises NirvanaError for what cannot be judged beside the others."""
+    options = dict(way.options)
+    if not options:
+        return base
+    reads = {field.name for field in fields_of(Calibration)} & options.keys()
+    if reads and base.calibration.eval_text is None:
+        raise NirvanaError(
+            f"--try {way.name} calibrates on other text, and each cut would be judged on what its own "
+            "text holds back.",
+            hint="Name a text that judges all of them: --eval-text FILE",
+        )
+    own = base.options()
+    if "preset" in options:
+        for name in {name for preset in PRESETS.values() for name in preset}:
+            own.pop(name)
+    return job_of(base.model, {**own, **options})
+
+
+def cuts_of(
+    out: Path, base: Job, points: Sequence[Point], missing: Iterable[Point], first: Point
+) -> list[Cut]:
+    """What is to be made for ``missing`` ones of the cut ``points``, ``first`` before all others.
+
+    The first cut of each way serves those of the same way; those of the job's own way serve the same
+    sparsity of the others. The dense model is quantized and judged beside the first cut alone.
+    """
+    firsts: dict[Way, Point] = {}
+    for point in (first, *points):
+        firsts.setdefault(point.way, point)
+    cuts = {}
+    for point in missing:
+        sources = [first, firsts[point.way], replace(point, way=OWN)]
+        others = dict.fromkeys(one.cut for one in sources if one.cut != point.cut)
+        turn = 0 if point.cut == first.cut else 1 if point.way == OWN or point == firsts[point.way] else 2
+        cuts[point.cut] = Cut(
+            _job_at(job_in(base, point.way), point.sparsity, judges_dense=point.cut == first.cut),
+            out / point.cut,
+            tuple(out / name for name in others),
+            turn,
+        )
+    return sorted(cuts.values(), key=lambda cut: cut.turn)
+
+
+def _job_at(job: Job, sparsity: float, *, judges_dense: bool) -> Job:
+    return replace(
+        job,
+        pruning=replace(job.pruning, sparsity=sparsity),
+        quantization=replace(job.quantization, baseline_quantized=judges_dense),
+        measurement=replace(job.measurement, run_benchmark=False),
+    )
+
+
+def make_cuts(cuts: Sequence[Cut], where: Where, progress: Progress) -> Mapping[str, NirvanaError]:
+    """Make the folders, turn by turn; returns what failed, by folder."""
+    failed: dict[str, NirvanaError] = {}
+    here = where.processes == 1 and where.cluster is None
+    work = _Worker(progress if here else SILENT, Path.cwd())
+    with progress.task(f"{len(cuts)} cuts", len(cuts)) as advance:
+        for turn in sorted({cut.turn for cut in cuts}):
+            for cut, result in run_points([cut for cut in cuts if cut.turn == turn], work, where):
+                if isinstance(result, NirvanaError):
+                    failed[cut.folder.name] = result
+                    progress.note(f"{cut.folder.name} failed: {result.message}")
+                advance(1)
+    return failed
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Makes one cut."""
+
+    progress: Progress
+    here: Path
+    """Where the search was begun: the user's paths may be relative to it."""
+
+    def __call__(self, cut: Cut) -> None:
+        with chdir(self.here):
+            run_job(
+                cut.job,
+                out=cut.folder,
+                until="quality",
+                resume=(cut.folder / MANIFEST).is_file(),
+                beside=[folder for folder in cut.beside if (folder / MANIFEST).is_file()],
+                progress=self.progress,
+            )

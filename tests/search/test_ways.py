@@ -1,0 +1,63 @@
+"""What --try means, and what is said of a text that means nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.pipeline.cuts import tried_options
+from nirvana_deploy.search.ways import OWN, Way, ways_of
+
+
+def way(text: str) -> Way:
+    own, other = ways_of([text], tried_options())
+    assert own == OWN
+    return other
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "options"),
+    [
+        ("saliency=nirvana", "nirvana", {"saliency": "nirvana"}),
+        (
+            "--saliency=nirvana --allocation=global",
+            "nirvana-global",
+            {"saliency": "nirvana", "allocation": "global"},
+        ),
+        ("recover=10m", "recover10m", {"recover": "10m"}),
+        ("recover=10m steps=2", "recover10m-recover-steps2", {"recover": "10m", "recover_steps": 2}),
+        ("ridge=0.5", "ridge0.5", {"ridge": 0.5}),
+        ("ridge=auto", "auto", {"ridge": "auto"}),
+        ("reconstruct=false", "reconstructFalse", {"reconstruct": False}),
+        ("round-to=32", "round-to32", {"round_to": 32}),
+        ("calib=pydoc:0.5,code:0.5", "pydoc-0.5-code-0.5", {"calib": "pydoc:0.5,code:0.5"}),
+        ("'calib=/my texts/handbook.txt'", "handbook.txt", {"calib": "/my texts/handbook.txt"}),
+        ("gamma=0.5 saliency=taylor", "gamma0.5-taylor", {"gamma": 0.5, "saliency": "taylor"}),
+        ("preset=paper", "paper", {"preset": "paper"}),
+    ],
+)
+def test_a_text_says_which_options_are_tried(text: str, name: str, options: dict[str, object]) -> None:
+    found = way(text)
+    assert (found.name, dict(found.options)) == (name, options)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["saliencyy=taylor"], "cannot try 'saliencyy'. Did you mean 'saliency'"),
+        (["sparsity=0.3"], "cannot try 'sparsity'"),
+        (["eval-text=x.txt"], "cannot try 'eval-text'"),
+        (["ridge"], "'ridge' sets nothing"),
+        (["ridge="], "'ridge=' sets nothing"),
+        (["ridge=much"], "ridge = 'much' is not allowed; it takes a number or 'auto'"),
+        (["round_to=0"], "round_to = '0' is not allowed"),
+        (["allocation=globl"], "Did you mean 'global'"),
+        ([""], "--try is empty"),
+        (["calib='x"], "cannot be read"),
+        (["calib=a/x.txt", "calib=b/x.txt"], "is called 'x.txt', as another one is"),
+    ],
+)
+def test_what_cannot_be_tried_is_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(NirvanaError) as caught:
+        ways_of(texts, tried_options())
+    assert message in caught.value.message
