@@ -17,7 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.quantize.weights.rounding import RoundedWeight, block_scales, checked, code_range, per_row
+from nirvana_deploy.quantize.weights.rounding import (
+    RoundedWeight,
+    block_scales,
+    checked,
+    nearest_codes,
+    per_row,
+    to_codes,
+)
 
 DAMPING = 0.05
 """Added to the diagonal of H, as a share of it: what 8192 tokens cannot know about correlations."""
@@ -83,14 +90,16 @@ def feedback_codes(W: torch.Tensor, inputs: Inputs, steps: torch.Tensor, *, bits
     order, U = inputs.order, inputs.U
     rest, steps = W[order], steps[order]
     codes = torch.empty_like(rest)
-    low, high = code_range(bits)
+    stored = np.empty(W.shape[1], dtype=np.float32)
     for chunk in _chunks(len(rest)):
         here, factor = rest[chunk], U[chunk, chunk]
         errors = torch.empty_like(here)
-        for i in range(len(here)):
-            code = (here[i] / steps[chunk.start + i]).round_().clamp_(low, high)
-            codes[chunk.start + i] = code
-            errors[i] = (here[i] - code * steps[chunk.start + i]) / factor[i, i]
+        rows = zip(_rows(here), _rows(steps[chunk]), _rows(codes[chunk]), _rows(errors), strict=True)
+        for i, (weight, step, code, error) in enumerate(rows):
+            nearest_codes(weight, step, bits=bits, out=code)
+            np.multiply(code, step, out=stored)
+            np.subtract(weight, stored, out=error)
+            error /= factor[i, i].item()
             here[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
         rest[chunk.stop :].addmm_(U[chunk, chunk.stop :].T, errors, alpha=-1)
     unordered = torch.empty_like(codes)
@@ -115,21 +124,32 @@ def descended_codes(
 ) -> torch.Tensor:
     """Step 3: ``codes`` [K, N] improved one input at a time, ``sweeps`` times over all K."""
     codes = codes.clone()
-    low, high = code_range(bits)
     left = W - codes * steps
+    curvature = H.diagonal()[:, None] * steps
+    better, change = np.empty((2, W.shape[1]), dtype=np.float32)
+    changed = torch.from_numpy(change)
     for _ in range(sweeps):
         gradient = H @ left
         for chunk in _chunks(len(W)):
-            before, here = left[chunk].clone(), gradient[chunk].clone()
-            within = H[chunk, chunk]
-            for i, k in enumerate(range(chunk.start, chunk.stop)):
-                code = (codes[k] + here[i] / (H[k, k] * steps[k])).round_().clamp_(low, high)
-                change = (codes[k] - code) * steps[k]
-                codes[k] = code
-                left[k] += change
-                here.addr_(within[i], change)
-            gradient.addmm_(H[:, chunk], left[chunk] - before)
+            before, here, within = left[chunk].clone(), gradient[chunk], H[chunk, chunk]
+            several = (here, curvature[chunk], codes[chunk], steps[chunk], left[chunk])
+            for i, (slope, curve, code, step, rest) in enumerate(zip(*map(_rows, several), strict=True)):
+                np.divide(slope, curve, out=better)
+                to_codes(np.add(better, code, out=better), bits=bits)
+                np.subtract(code, better, out=change)
+                change *= step
+                code[:] = better
+                rest += change
+                here[i + 1 :].addr_(within[i, i + 1 :], changed)
+            later = slice(chunk.stop, None)
+            gradient[later].addmm_(H[later, chunk], left[chunk] - before)
     return codes
+
+
+def _rows(values: torch.Tensor) -> NDArray[np.float32]:
+    """The rows of a tensor, to be changed in place by numpy, which calls its loops sooner than torch."""
+    rows: NDArray[np.float32] = values.numpy()
+    return rows
 
 
 def _energy(hessian: NDArray[np.float32]) -> NDArray[np.float32]:

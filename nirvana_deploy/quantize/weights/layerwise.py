@@ -22,6 +22,7 @@ from nirvana_deploy.quantize.graph.layer_parts import Cut, Feeds, Values
 from nirvana_deploy.quantize.graph.linears import Linear, OnnxGraph
 from nirvana_deploy.quantize.weights.rounding import RoundedWeight
 
+_TOKENS_AT_ONCE = 2048
 Rounding = Callable[[Sequence[Linear], NDArray[np.float32]], Iterable[RoundedWeight]]
 """(linears that read one value, its X^T X [K, K] to do with as it likes) -> rounded weights in this order."""
 
@@ -44,6 +45,7 @@ def round_layerwise(
     """
     cut = Cut(graph.path, threads=threads)
     known: Values = {}
+    prompts = _batches(prompts)
     with progress.task("Rounding layer by layer", len(linears)) as advance:
         for groups, end in zip(_groups(cut, linears), cut.ends, strict=True):
             wanted = end or ((then,) if then is not None else ())
@@ -60,7 +62,17 @@ def round_layerwise(
             if wanted:
                 leaving = zip(*cut.values(wanted, known, prompts, weights), strict=True)
                 known = {name: list(several) for name, several in zip(wanted, leaving, strict=True)}
-    return known[then] if then is not None else []
+    return [state[None] for batch in known[then] for state in batch] if then is not None else []
+
+
+def _batches(prompts: Sequence[Feeds]) -> list[Feeds]:
+    """Prompts of one length, several to a run: a weight that is fed is laid out anew for every run."""
+    several = max(1, _TOKENS_AT_ONCE // prompts[0]["input_ids"].size)
+    return [
+        {name: np.concatenate([one[name] for one in some]) for name in some[0]}
+        for start in range(0, len(prompts), several)
+        if (some := prompts[start : start + several])
+    ]
 
 
 def _groups(cut: Cut, linears: Sequence[Linear]) -> list[list[list[Linear]]]:
@@ -79,8 +91,9 @@ def _hessian(linear: Linear, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float
     """X^T X [K, K] of what ``linear`` reads, over all tokens of all prompts."""
     total = torch.zeros((linear.K, linear.K))
     for value in inputs:
-        rows = torch.from_numpy(value.reshape(-1, linear.K).astype(np.float32, copy=False))
-        total.addmm_(rows.T, rows)
+        for window in value:
+            rows = torch.from_numpy(window.reshape(-1, linear.K).astype(np.float32, copy=False))
+            total.addmm_(rows.T, rows)
     energy = total.diagonal()
     if not energy.isfinite().all() or not energy.any():
         state = "zero throughout" if energy.isfinite().all() else "NaN or infinite"

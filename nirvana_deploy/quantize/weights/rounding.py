@@ -115,6 +115,7 @@ def block_scales(
     K, N = weight.shape
     dtype = np.dtype(np.float32) if dtype is None else dtype
     scales: NDArray[Any] = np.empty((-(-K // block_size), N), dtype=dtype)
+    buffer = np.empty((min(K, block_size), N), dtype=np.float32)
     for index, rows in blocks_of(K, block_size):
         block = weight[rows]
         widest = np.abs(block).max(axis=0) / code_range(bits)[1]
@@ -127,22 +128,33 @@ def block_scales(
         for share in _SEARCHED_SHARES:
             candidate = _positive(widest * np.float32(share), dtype)
             steps = candidate.astype(np.float32)
-            error = nearest_codes(block, steps, bits=bits) * steps - block
+            error = nearest_codes(block, steps, bits=bits, out=buffer[: len(block)])
+            error *= steps
+            error -= block
             with np.errstate(over="ignore"):
-                squared = weights @ (error * error)
-            better = squared < least
-            least[better] = squared[better]
-            scales[index, better] = candidate[better]
+                error *= error
+                squared = weights @ error
+            np.copyto(scales[index], candidate, where=squared < least)
+            np.fmin(least, squared, out=least)  # no overflow is better
     return scales
 
 
 def nearest_codes(
-    weight: NDArray[np.float32], steps: NDArray[np.float32], *, bits: int
+    weight: NDArray[np.float32],
+    steps: NDArray[np.float32],
+    *,
+    bits: int,
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """round_half_even(weight / steps), clipped to the codes of ``bits``; still float32."""
-    low, high = code_range(bits)
-    codes: NDArray[np.float32] = np.clip(np.rint(weight / steps), low, high)
-    return codes
+    """round_half_even(weight / steps), clipped to the codes of ``bits``; float32, in ``out`` [new]."""
+    codes: NDArray[np.float32] = np.divide(weight, steps, out=out)
+    return to_codes(codes, bits=bits)
+
+
+def to_codes(values: NDArray[np.float32], *, bits: int) -> NDArray[np.float32]:
+    """``values``, which are changed in place to the nearest codes of ``bits``."""
+    low, high = map(np.float32, code_range(bits))
+    return np.rint(values, out=values).clip(low, high, out=values)
 
 
 def checked(weight: NDArray[Any]) -> NDArray[np.float32]:
