@@ -25,6 +25,7 @@ def benchmark(out: Path, runtime: str | None, as_json: bool, **options: Any) -> 
     \b
     Example:
       nirvana-deploy benchmark smollm2-s0.4 --prompt-tokens 512 --repeats 21
+      nirvana-deploy benchmark smollm2-s0.4 --precision 3% --wait-until-idle
     """
     from nirvana_deploy.pipeline.folder import benchmark_folder
     from nirvana_deploy.report.table import summary_table
@@ -34,6 +35,8 @@ def benchmark(out: Path, runtime: str | None, as_json: bool, **options: Any) -> 
     if as_json:
         echo_json(result)
         return
+    for caution in result["watch"]["cautions"]:
+        echo(click.style(caution, fg="red"))
     table = summary_table(result)
     echo_table(table.headers, table.rows)
     echo(f"Report: {out / 'report.html'}")

@@ -2,12 +2,14 @@
 
 Variants take turns round by round, in an order that flips each round, so that a machine that warms up or
 gets busy slows all of them alike. A speed-up is the median over rounds of baseline over variant within
-the same round: drift cancels, one disturbed round does not count. Its p10 and p90 stand beside it.
+the same round: drift cancels, one disturbed round does not count. Beside it stand its p10 and p90, and an
+interval that holds the true median (``rounds/ratios.py``); what else the machine did is watched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,12 +25,16 @@ from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.measure.bounds import Work, work_of
 from nirvana_deploy.measure.recipe import Workload
+from nirvana_deploy.measure.rounds.ratios import Ratio, ratio_of
+from nirvana_deploy.measure.rounds.watch import Watch, wait_until_idle
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.output.layout import is_checkpoint
 from nirvana_deploy.runtime.tensorrt.record import engine_files
 
 SCHEMA = 1
+_ROUNDS_MORE = 6
+"""At a time, where intervals are not tight enough; even, since the order flips each round."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,8 @@ def benchmark(
     if len(set(names)) < len(names) or baseline not in names:
         raise NirvanaError(f"Variants need distinct names, and one must be {baseline!r}; got {names}.")
     require_memory_for(variant.path for variant in variants)
+    if workload.wait_until_idle:
+        wait_until_idle(max_minutes=workload.max_minutes, progress=progress)
     with ExitStack() as stack:
         workers: dict[str, WorkerProcess] = {}
         for variant in variants:
@@ -119,10 +127,13 @@ def benchmark(
             workers[variant.name] = stack.enter_context(worker)
         threads = workers[baseline].loaded.threads
         environment = measured_environment(threads=threads)
+        watch = Watch()
         samples = alternate(
             workers,
             workload=workload,
             vocab_size=_common_vocab_size({n: w.loaded.vocab_size for n, w in workers.items()}),
+            baseline=baseline,
+            watch=watch,
             progress=progress,
         )
         records = {
@@ -132,6 +143,7 @@ def benchmark(
     return {
         "schema": SCHEMA,
         "environment": environment,
+        "watch": watch.record(),
         "workload": asdict(replace(workload, threads=threads)),
         "variants": list(records.values()),
         "comparisons": [
@@ -161,20 +173,43 @@ def alternate(
     *,
     workload: Workload,
     vocab_size: int,
+    baseline: str | None = None,
+    watch: Watch | None = None,
+    clock: Callable[[], float] = time.monotonic,
     progress: Progress = SILENT,
 ) -> dict[str, list[RoundSample]]:
-    """Let the runners take turns; returns each one's counted rounds, warm-up left out."""
+    """Let the runners take turns; returns each one's counted rounds, warm-up left out.
+
+    With ``workload.precision`` there are as many rounds more as the intervals of all decode speed-ups over
+    ``baseline`` need, until its minutes are over.
+    """
     samples: dict[str, list[RoundSample]] = {name: [] for name in runners}
-    rounds = workload.warmup + workload.repeats
-    with progress.task("Benchmark", rounds * len(runners)) as advance:
-        for index in range(rounds):
-            tokens = prompt_of(workload, index, vocab_size=vocab_size)
-            for name in list(runners) if index % 2 == 0 else reversed(list(runners)):
-                sample = runners[name].measure(tokens, new_tokens=workload.new_tokens)
-                if index >= workload.warmup:
-                    samples[name].append(sample)
-                advance(1)
+    ends = clock() + 60 * workload.max_minutes
+    rounds, first, label = workload.warmup + workload.repeats, 0, "Benchmark"
+    while first < rounds:
+        with progress.task(label, (rounds - first) * len(runners)) as advance:
+            for index in range(first, rounds):
+                tokens = prompt_of(workload, index, vocab_size=vocab_size)
+                for name in list(runners) if index % 2 == 0 else reversed(list(runners)):
+                    sample = runners[name].measure(tokens, new_tokens=workload.new_tokens)
+                    if index >= workload.warmup:
+                        samples[name].append(sample)
+                    advance(1)
+                if watch is not None:
+                    watch.sample()
+        first = rounds
+        if baseline is not None and workload.precision is not None and clock() < ends:
+            widest = max((ratio.width for ratio in _decode_ratios(samples, baseline)), default=0.0)
+            if widest > workload.precision:
+                rounds, label = first + _ROUNDS_MORE, f"Benchmark, ±{widest:.1%} so far"
     return samples
+
+
+def _decode_ratios(samples: Mapping[str, Sequence[RoundSample]], baseline: str) -> Iterator[Ratio]:
+    of_dense = [sample.tpot_ms for sample in samples[baseline]]
+    for name, of_one in samples.items():
+        if name != baseline:
+            yield ratio_of(of_dense, [sample.tpot_ms for sample in of_one])
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
@@ -192,14 +227,15 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def speedups(before: Sequence[RoundSample], after: Sequence[RoundSample]) -> dict[str, Any]:
-    """Speed-ups of ``after`` over ``before`` from rounds paired by position, with their p10 and p90."""
+    """Speed-ups of ``after`` over ``before`` from rounds paired by position, with p10, p90 and interval."""
     result: dict[str, Any] = {}
     for metric in ("prefill", "ttft", "tpot"):
-        pairs = zip(before, after, strict=True)
-        paired = [getattr(b, f"{metric}_ms") / getattr(a, f"{metric}_ms") for b, a in pairs]
-        p10, p50, p90 = (float(value) for value in np.percentile(paired, (10, 50, 90)))
-        result[f"{metric}_speedup"] = p50
+        of_before, of_after = ([getattr(one, f"{metric}_ms") for one in some] for some in (before, after))
+        ratio = ratio_of(of_before, of_after)
+        p10, p90 = (float(value) for value in np.percentile(np.divide(of_before, of_after), (10, 90)))
+        result[f"{metric}_speedup"] = ratio.p50
         result[f"{metric}_speedup_p10_p90"] = [p10, p90]
+        result[f"{metric}_speedup_interval"] = asdict(ratio)
     return result
 
 

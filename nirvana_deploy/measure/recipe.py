@@ -50,6 +50,17 @@ class Workload:
     new_tokens: Annotated[int, Option("Tokens decoded.", minimum=2)] = 64
     batch_size: Annotated[int, Option("Batch size.", minimum=1)] = 1
     repeats: Annotated[int, Option("Number of measured rounds.", minimum=1)] = 11
+    precision: Annotated[
+        float | None,
+        Option(
+            "More rounds until every decode speed-up is known so well, for example 3%: the longer side of "
+            "the interval that holds its true median with a confidence of 95 %.",
+            minimum=0,
+            share=True,
+        ),
+    ] = None
+    max_minutes: Annotated[float, Option("When --precision and --wait-until-idle give up.", minimum=0)] = 10.0
+    wait_until_idle: Annotated[bool, Option("Begin when other programs leave the machine alone.")] = False
     warmup: Annotated[int, Option("Number of warm-up rounds.", minimum=0, command_line=False)] = 1
     threads: Threads = None
     seed: Annotated[

@@ -94,6 +94,21 @@ class TimedVariant(TypedDict, total=False):
     quality: Quality | None
 
 
+class Interval(TypedDict):
+    """Where the true median of a ratio is, with a confidence."""
+
+    p50: float
+    low: float
+    high: float
+    confidence: float
+
+
+class WatchRecord(TypedDict, total=False):
+    """What else the machine did, among others of its facts."""
+
+    cautions: list[str]
+
+
 class Comparison(TypedDict, total=False):
     """One model of a benchmark against the baseline: ratios of milliseconds."""
 
@@ -103,6 +118,8 @@ class Comparison(TypedDict, total=False):
     prefill_speedup: Positive
     tpot_speedup_p10_p90: tuple[float, float] | None
     prefill_speedup_p10_p90: tuple[float, float] | None
+    tpot_speedup_interval: Interval | None
+    prefill_speedup_interval: Interval | None
     bound_tpot_speedup: float | None
     bound_prefill_speedup: float | None
 
@@ -131,6 +148,7 @@ class BenchmarkRecord(TypedDict, total=False):
 
     schema: int
     environment: Environment
+    watch: WatchRecord
     workload: WorkloadRecord
     evaluation: EvaluationRecord
     variants: Required[list[TimedVariant]]

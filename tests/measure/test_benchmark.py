@@ -83,6 +83,17 @@ class DriftingRunner:
         return RoundSample(prefill_ms=3 * gap, ttft_ms=4 * gap, itl_ms=(gap,) * (new_tokens - 1))
 
 
+class SteadyRunner:
+    """A runner whose rounds take what it is told."""
+
+    def __init__(self, tpot_ms: list[float]) -> None:
+        self.tpot_ms = iter(tpot_ms if len(tpot_ms) > 1 else tpot_ms * 100)
+
+    def measure(self, tokens: NDArray[np.int64], *, new_tokens: int) -> RoundSample:
+        gap = next(self.tpot_ms)
+        return RoundSample(prefill_ms=gap, ttft_ms=gap, itl_ms=(gap,) * (new_tokens - 1))
+
+
 def tiny_variant(folder: Path, name: str = "dense", *, linear_parameters: int = 288) -> Variant:
     work = DecoderWork(
         linear_parameters=linear_parameters,
@@ -154,6 +165,19 @@ def test_drift_cancels_from_paired_speedups() -> None:
         assert (low, high) == (pytest.approx(2 / 1.2), pytest.approx(2 * 1.2))
 
 
+@pytest.mark.parametrize(("minutes", "rounds"), [(10.0, 18), (0.0, 6)])
+def test_rounds_go_on_until_the_interval_is_tight_or_the_time_is_over(minutes: float, rounds: int) -> None:
+    """Six rounds with one that is disturbed give a wide interval; twelve more of a steady model do not."""
+    runners = {"dense": SteadyRunner([20.0]), "pruned": SteadyRunner([10.0, 13.0] * 3 + [10.0] * 90)}
+    workload = Workload(
+        prompt_tokens=1, new_tokens=3, repeats=6, warmup=0, precision=0.01, max_minutes=minutes
+    )
+    samples = alternate(runners, workload=workload, vocab_size=7, baseline="dense")
+    assert len(samples["pruned"]) == len(samples["dense"]) == rounds
+    interval = speedups(samples["dense"], samples["pruned"])["tpot_speedup_interval"]
+    assert (interval["low"] == interval["high"] == 2.0) == (minutes > 0)
+
+
 def test_summary_by_hand() -> None:
     assert summary([4.0, 1.0, 3.0, 2.0, 5.0]) == {
         "p50": 3.0,
@@ -201,10 +225,14 @@ def test_benchmark_end_to_end(folder: Path, tmp_path: Path) -> None:
         "new_tokens": 5,
         "batch_size": 1,
         "repeats": 3,
+        "precision": None,
+        "max_minutes": 10.0,
+        "wait_until_idle": False,
         "warmup": 1,
         "threads": 1,
         "seed": 0,
     }
+    assert len(result["watch"]["samples"]) == 4 and isinstance(result["watch"]["cautions"], list)
     environment = result["environment"]
     assert environment["threads"] == 1
     assert environment["memory_bandwidth_gb_per_s"] > 0.1

@@ -1,0 +1,57 @@
+"""How sure the median of a few paired rounds is.
+
+For the true median m of n independent rounds, P(x_(k) <= m <= x_(n+1-k)) = sum of C(n, i) / 2^n over
+i = k .. n-k whatever their distribution, so the interval between two order statistics needs no draws and no
+assumption on the noise, whose spikes fool a mean. A bootstrap of the median is narrower and covers less than
+it says of so few rounds (benchmarks/NOTES.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+from statistics import median
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of milliseconds over paired rounds."""
+
+    p50: float
+    low: float
+    high: float
+    confidence: float
+    """Of the true median being from ``low`` to ``high``: at least 0.95, less for fewer than six rounds."""
+
+    @property
+    def shows_difference(self) -> bool:
+        """Whether 1 is not in the interval, which has the confidence that is asked for."""
+        return self.confidence >= CONFIDENCE and not self.low <= 1 <= self.high
+
+    @property
+    def width(self) -> float:
+        """The longer side of the interval as a share of the median."""
+        return max(self.high - self.p50, self.p50 - self.low) / self.p50
+
+
+def ratio_of(before: Sequence[float], after: Sequence[float]) -> Ratio:
+    """``before`` over ``after``, milliseconds of the same rounds in the same order."""
+    ratios = sorted(b / a for b, a in zip(before, after, strict=True))
+    rank, confidence = _rank(len(ratios))
+    return Ratio(median(ratios), ratios[rank], ratios[-1 - rank], confidence)
+
+
+def _rank(count: int) -> tuple[int, float]:
+    """The innermost order statistic that still covers (counted from 0), and its confidence."""
+    best = (0, _coverage(count, 0))
+    for rank in range(1, count // 2):
+        if _coverage(count, rank) >= CONFIDENCE:
+            best = (rank, _coverage(count, rank))
+    return best
+
+
+def _coverage(count: int, rank: int) -> float:
+    return float(sum(comb(count, i) for i in range(rank + 1, count - rank)) / 2**count)

@@ -1,0 +1,48 @@
+"""The interval of a median covers what it says, and tells a slow-down from noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, Ratio, ratio_of
+
+
+def noisy(random: np.random.Generator, rounds: int) -> np.ndarray:
+    """Milliseconds with a spread of 3 %, every seventh round disturbed by something else."""
+    spikes = (random.random(rounds) < 1 / 7) * random.exponential(0.5, rounds)
+    return 10 * np.exp(0.03 * random.standard_normal(rounds)) * (1 + spikes)
+
+
+def share(slower: float, rounds: int) -> float:
+    """Of 400 benchmarks, how many show a difference between two models, one of them ``slower``."""
+    random = np.random.default_rng(7)
+    found = [ratio_of(slower * noisy(random, rounds), noisy(random, rounds)) for _ in range(400)]
+    return float(np.mean([ratio.shows_difference for ratio in found]))
+
+
+@pytest.mark.parametrize("rounds", [6, 11, 21, 41])
+def test_the_same_model_twice_is_seldom_found_different(rounds: int) -> None:
+    assert share(1.0, rounds) <= 1 - CONFIDENCE + 0.02
+
+
+def test_a_model_slower_by_a_twentieth_is_found_with_enough_rounds() -> None:
+    assert share(1.05, 41) >= 0.95
+    assert share(1.05, 11) < share(1.05, 21) < share(1.05, 41)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "low", "high", "confidence"),
+    [(2, 1, 2, 0.5), (5, 1, 5, 1 - 2 / 2**5), (6, 1, 6, 1 - 2 / 2**6), (11, 2, 10, 1 - 24 / 2**11)],
+)
+def test_the_order_statistics_are_the_exact_ones(
+    rounds: int, low: float, high: float, confidence: float
+) -> None:
+    found = ratio_of(range(1, rounds + 1), [1] * rounds)
+    assert found == Ratio((rounds + 1) / 2, low, high, pytest.approx(confidence))
+    assert found.width == pytest.approx((high - found.p50) / found.p50)
+
+
+def test_few_rounds_show_nothing() -> None:
+    assert not ratio_of([20, 21, 22], [1, 1, 1]).shows_difference
+    assert ratio_of([20.0] * 6, [1.0] * 6).shows_difference
