@@ -19,7 +19,8 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.runtime.divergence import kl_terms, log_softmax
 from nirvana_deploy.runtime.runner import Runner, window_logits
 
-_BLOCK_TOKENS = 32
+_BLOCK_BYTES = 1 << 19
+"""Of logits in float64 at a time: what a core's own cache holds, so that no pass over them waits for memory."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,9 @@ def position_scores(
     """Compare two sets of logits [T - 1, V] position by position, given the true next tokens [T - 1]."""
     count = len(next_tokens)
     kl, likelihood = np.empty(count), np.empty(count)
-    for start in range(0, count, _BLOCK_TOKENS):
-        block = slice(start, start + _BLOCK_TOKENS)
+    rows = max(1, _BLOCK_BYTES // (8 * logits.shape[1]))
+    for start in range(0, count, rows):
+        block = slice(start, start + rows)
         log_q = log_softmax(logits[block].astype(np.float64))
         log_p = log_q if logits is baseline_logits else log_softmax(baseline_logits[block].astype(np.float64))
         likelihood[block] = np.take_along_axis(log_q, next_tokens[block, None], axis=1)[:, 0]
