@@ -20,7 +20,7 @@ from nirvana_deploy.runtime.divergence import kl_terms, log_softmax
 from nirvana_deploy.runtime.runner import Runner, window_logits
 
 _BLOCK_BYTES = 1 << 19
-"""Of logits in float64 at a time: what a core's own cache holds, so that no pass over them waits for memory."""
+"""Of logits in float64 at a time: what a core's own cache holds; passes over more wait for memory."""
 
 
 @dataclass(frozen=True)

@@ -90,21 +90,38 @@ def _externals(model: ir.Model) -> Iterator[ir.ExternalTensor]:
             yield value.const_value
 
 
+class _Linked(ir.ExternalTensor):
+    """Bytes in a file that has several names; onnx-ir looks at none of them where there is no base folder."""
+
+    def __init__(self, tensor: ir.ExternalTensor, file: Path) -> None:
+        super().__init__(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=str(tensor.name),
+            base_dir="",
+        )
+        self._file = file
+
+    @property
+    def path(self) -> str:
+        return str(self._file)
+
+
 def _follow_links(model: ir.Model, path: Path) -> None:
-    """Let tensors read what a link of the hub's cache points to; onnx-ir follows none."""
+    """Let tensors read through links, which onnx-ir refuses: it cannot know who made them.
+
+    The hub's cache is made of symbolic ones; folders of one search share their files by hard ones. Where the
+    files lie was checked before.
+    """
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and (path.parent / tensor.location).is_symlink():
-            real = (path.parent / tensor.location).resolve()
-            value.const_value = ir.ExternalTensor(
-                real.name,
-                tensor.offset,
-                tensor.length,
-                tensor.dtype,
-                shape=tensor.shape,
-                name=str(tensor.name),
-                base_dir=real.parent,
-            )
+        if isinstance(tensor, ir.ExternalTensor):
+            file = path.parent / tensor.location
+            if file.is_symlink() or file.stat().st_nlink > 1:
+                value.const_value = _Linked(tensor, file.resolve())
 
 
 def data_files(model: ir.Model) -> set[str]:

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from nirvana_deploy.base.artifact import take
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
@@ -337,6 +338,19 @@ def test_what_is_quantized_already_is_refused(llama: Path, tmp_path: Path) -> No
     once = quantize_onnx(llama, tmp_path / "once", Quantization(scheme="w4")).path
     with pytest.raises(NirvanaError, match=r"is quantized already: node .* is a MatMulNBits"):
         quantize_onnx(once, tmp_path / "twice", Quantization(scheme="w8"))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "w4"])
+def test_weights_are_read_where_a_file_has_two_names(scheme: str, llama: Path, tmp_path: Path) -> None:
+    """The folders of a search share the files of the dense model."""
+    made, windows = [], np.random.default_rng(0).integers(3, 272, size=(8, 24))
+    take(llama, tmp_path / "linked")
+    for source in (llama, tmp_path / "linked"):
+        out = tmp_path / f"quantized-{len(made)}"
+        quantize_onnx(source, out, Quantization(scheme=scheme), calibration=windows)
+        made.append({file.name: file.read_bytes() for file in out.iterdir() if file.suffix != ".json"})
+    assert (tmp_path / "linked/model.onnx.data").stat().st_nlink > 1
+    assert made[0] == made[1]
 
 
 def test_a_graph_of_small_linears_is_refused(tmp_path: Path) -> None:
