@@ -1,5 +1,7 @@
 """From a Hugging Face model to a smaller, verified, measured deployment, in one command.
 
+    done = prune_export("smollm2", sparsity=0.4, quantize=("w4",), progress=ShownProgress())
+
 Importing this package imports nothing heavy (the public names resolve on first use) and switches the
 telemetry of the libraries off that are imported after it.
 """

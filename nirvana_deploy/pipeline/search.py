@@ -87,8 +87,9 @@ def search_points(
 
     ``options`` are those of :func:`prune_export`, without ``sparsity`` and ``quantize``; what they leave out
     is as in ``base``. Writes search.json, search.csv, search.html, benchmark.json and a folder for each
-    sparsity to ``out``. A point that fails is kept with its reason. Raises NirvanaError for the user's
-    problems and when every cut fails, and VerificationError when the recommended one is not verified.
+    sparsity to ``out``. A point that fails is kept with its reason. A script that asks for several processes
+    does so under ``if __name__ == "__main__"``: they are spawned. Raises NirvanaError for the user's problems
+    and when every cut fails, and VerificationError when the recommended one is not verified.
     """
     recipe, target = recipe or Search(), target or Target()
     for name in ("sparsity", "quantize", "baseline_quantized"):

@@ -26,7 +26,8 @@ def select_calibration(
 ) -> Selection:
     """Rank calibration sets, gammas and saliencies by KL(dense || pruned) on held-out windows.
 
-    Each candidate is scored, planned and masked, never built. Raises NirvanaError for a gamma that is neither
+    Each candidate is scored, planned and masked, never built. A script that asks for several processes does
+    so under ``if __name__ == "__main__"``: they are spawned. Raises NirvanaError for a gamma that is neither
     a number nor M/A, an unknown saliency, and text that does not suffice.
     """
     where = where or Where()
