@@ -191,7 +191,7 @@ def recovered(out: Path, work: Path, budget: str) -> dict[str, Any]:
 
     shutil.copytree(out, work / "recovered", ignore=shutil.ignore_patterns("gpu", "engine"))
     torch.cuda.reset_peak_memory_stats()
-    recover_folder(work / "recovered", {"recover": budget})
+    recover_folder(work / "recovered", recover=budget)
     with Run.open(work / "recovered") as run:
         done = run.result(stage.RECOVER, Recovered)
     return {

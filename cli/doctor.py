@@ -20,9 +20,9 @@ def doctor(as_json: bool) -> None:
       nirvana-deploy doctor
       nirvana-deploy doctor --json | jq '.findings[] | select(.usable | not)'
     """
-    from nirvana_deploy.runtime.doctor import examine
+    from nirvana_deploy.runtime.doctor import examine_machine
 
-    findings = examine()
+    findings = examine_machine()
     if as_json:
         echo_json({"findings": [dataclasses.asdict(f) for f in findings]})
         return

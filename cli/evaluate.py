@@ -53,17 +53,10 @@ def evaluate(out: Path, as_json: bool, **options: Any) -> None:
 
 
 def _show_quality(result: dict[str, Any]) -> None:
-    from nirvana_deploy.report.table import format_number
+    from nirvana_deploy.report.table import quality_table
 
-    rows = []
-    for name, found in result["variants"].items():
-        kl = (
-            "-"
-            if found["kl_vs_dense"] is None
-            else f"{found['kl_vs_dense']:.3f} ± {found['kl_standard_error'] or 0:.3f}"
-        )
-        rows.append([name, format_number(found["perplexity"]), kl, f"{found['tokens']:,}"])
-    echo_table(["Variant", "Perplexity", "KL vs dense, nats", "Tokens"], rows, title=result["source"])
+    table = quality_table(result)
+    echo_table(table.headers, table.rows, title=result["source"])
 
 
 def _show_kernel(record: dict[str, Any]) -> None:

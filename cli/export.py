@@ -10,7 +10,7 @@ import click
 from nirvana_deploy.export.recipe import Graph
 
 from .common import TerminalProgress, echo, echo_json
-from .options import json_option, recipe_options
+from .options import json_option, recipe_options, taken
 
 
 @click.command("export")
@@ -34,28 +34,16 @@ def export(
       nirvana-deploy export smollm2 --out my-onnx-fp16 --dtype fp16 --flavor gqa
       nirvana-deploy export smollm2 --out for-engines --dtype fp16 --flavor static-cache --cache-length 1024
     """
-    from nirvana_deploy.base.ownership.held import held
-    from nirvana_deploy.base.ownership.marker import require_apart
-    from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-    from nirvana_deploy.model.checkpoint import Checkpoint
-    from nirvana_deploy.model.sources import local_paths, resolve_model
+    from nirvana_deploy.pipeline.alone.onnx import export_onnx
 
-    progress = TerminalProgress()
-    with held(out, force=force, reads=local_paths(model)):
-        source = resolve_model(model, progress=progress)
-        require_apart(out, reads=[source.path])
-        exported = onnx_from_checkpoint(
-            Checkpoint.open(source.path),
-            out,
-            **options,
-            progress=progress,
-        )
+    graph = taken(Graph, options)
+    exported = export_onnx(model, out, graph, force=force, progress=TerminalProgress())
     if as_json:
         echo_json(
             {
                 "out": str(out),
-                "dtype": options["dtype"],
-                "flavor": options["flavor"],
+                "dtype": graph.dtype,
+                "flavor": graph.flavor,
                 "nodes": exported.nodes,
                 "weights_bytes": exported.weights_bytes,
             }

@@ -26,24 +26,12 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
       nirvana-deploy generate smollm2-s0.4 --prompt "The capital of France is"
       nirvana-deploy generate smollm2-s0.4/engine/pruned.engine --prompt "Hello" --chat
     """
-    from nirvana_deploy.runtime.registry import open_runner
-    from nirvana_deploy.runtime.text import load_text_side, model_in, stream_text, tokenizer_folder
+    from nirvana_deploy.pipeline.alone.text import generate_text
 
-    asked, place = taken(Generation, options), taken(Place, options)
-    model = model_in(path, runtime=place.runtime)
-    text_side, stops = load_text_side(tokenizer_folder(model, given=asked.tokenizer))
-    with open_runner(model, runtime=place.runtime, threads=place.threads) as runner:
-        answer = stream_text(
-            runner,
-            text_side,
-            asked.prompt,
-            max_new_tokens=asked.max_new_tokens,
-            stops=stops,
-            chat=asked.chat,
-            on_text=None if as_json else echo_piece,
-        )
+    place = taken(Place, options)
+    answer = generate_text(path, place=place, on_text=None if as_json else echo_piece, **options)
     if as_json:
-        echo_json({"runtime": runner.runtime, **asdict(answer)})
+        echo_json(asdict(answer))
         return
     echo()
     if answer.no_room:
@@ -51,6 +39,6 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
     speed = f", {1e3 / answer.tpot_ms:.1f} tokens/s" if answer.tpot_ms else ""
     echo(
         f"{answer.new_tokens} tokens after {answer.prompt_tokens}, TTFT {answer.ttft_ms:.0f} ms{speed} "
-        f"({runner.runtime})",
+        f"({answer.runtime})",
         err=True,
     )

@@ -94,6 +94,7 @@ _OF_A_PLACE = {
 
 def main() -> None:
     """Run the command line; the user's problems end with one message and no trace."""
+    _take_any_character()
     keep_to_quota()
     try:
         signal.signal(signal.SIGTERM, _interrupted)
@@ -121,6 +122,13 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing left to interrupt
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _take_any_character() -> None:
+    """What a stream cannot encode is a question mark, no failure: a pipe of Windows takes 256 characters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _run() -> object:

@@ -64,9 +64,9 @@ def prune_export(
     elif model is None:
         raise click.UsageError("Missing argument 'MODEL'.")
     else:
-        from nirvana_deploy.pipeline.target import meet
+        from nirvana_deploy.pipeline.target import meet_target
 
-        done = meet(model, target, out=out, **how, **typed(options)).deployment
+        done = meet_target(model, target, out=out, **how, **typed(options)).deployment
     if as_json:
         echo_json(
             {

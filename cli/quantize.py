@@ -39,14 +39,11 @@ def quantize(
       nirvana-deploy quantize my-onnx --scheme w4 --block-size 64 --out my-onnx-w4
       nirvana-deploy quantize my-onnx --scheme int8 --calib handbook.txt --out my-onnx-int8
     """
-    from nirvana_deploy.base.ownership.held import held
     from nirvana_deploy.base.ownership.marker import require_free
-    from nirvana_deploy.calibrate.mixture import files_of
     from nirvana_deploy.output.layout import MANIFEST, ONNX
+    from nirvana_deploy.pipeline.alone.onnx import quantize_onnx_folder
     from nirvana_deploy.pipeline.folder import quantize_folder
     from nirvana_deploy.quantize.coverage import Coverage
-    from nirvana_deploy.quantize.folder import quantize_onnx
-    from nirvana_deploy.report.sensitivity import write_sensitivity
 
     progress = TerminalProgress()
     recipe, text = taken(Quantization, options), taken(CalibrationText, options)
@@ -59,16 +56,11 @@ def quantize(
     if out is None and not whole_run:
         raise click.UsageError("DIR is an ONNX folder, not an output folder: say where to write with --out.")
     target = out or folder / f"onnx-{recipe.scheme}"
-    source = folder / ONNX if whole_run else folder
-    reads = [source, *files_of(text.calib or "")]
     if whole_run:
-        require_free(target, force=force, reads=reads)
-        record = quantize_folder(folder, recipe, progress=progress)
+        require_free(target, force=force, reads=[folder / ONNX])
+        record: dict[str, Any] = quantize_folder(folder, recipe, progress=progress)
     else:
-        with held(target, force=force, reads=reads):
-            windows = {} if text.calib is None else _drawn(folder, text, progress)
-            record = quantize_onnx(folder, target, recipe, progress=progress, **windows).record
-            write_sensitivity(target, record)
+        record = quantize_onnx_folder(folder, target, recipe, text, force=force, progress=progress).record
     if as_json:
         echo_json({"out": str(target), **record})
         return
@@ -79,26 +71,6 @@ def quantize(
     size, float_size = record["weights_bytes"] / 1e6, record["float_bytes"] / 1e6
     echo(f"{target}: {Coverage(**record['coverage']).line}")
     echo(f"{size:,.1f} MB of weights, {float_size:,.1f} MB in float")
-
-
-def _drawn(source: Path, text: CalibrationText, progress: TerminalProgress) -> dict[str, Any]:
-    """Calibration and held-out windows of a text, by the folder's own tokenizer."""
-    from nirvana_deploy.calibrate.windows import calibration_data
-    from nirvana_deploy.model.checkpoint import load_tokenizer
-    from nirvana_deploy.quantize.graph.linears import open_folder
-
-    open_folder(source)  # what cannot be quantized is refused before any text is read
-    data = calibration_data(
-        text.calib or "",
-        load_tokenizer(source),
-        num_sequences=text.num_sequences,
-        seq_len=text.seq_len,
-        seed=text.seed,
-        heldout_sequences=8,
-        heldout_len=max(text.seq_len, 2),
-        progress=progress,
-    )
-    return {"calibration": data.calibration.tokens, "heldout": data.heldout.tokens}
 
 
 def _sensitivity_lines(sensitivity: dict[str, dict[str, float]] | None) -> list[str]:

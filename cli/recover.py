@@ -35,9 +35,8 @@ def recover(out: Path, as_json: bool, **options: Any) -> None:
     from nirvana_deploy.pipeline.folder import recover_folder
 
     budget = f"{length.minutes:g}m" if length.minutes is not None else f"{length.tokens}"
-    done = recover_folder(
-        out, {**typed(options), "recover": budget}, command=command_line(), progress=TerminalProgress()
-    )
+    chosen: dict[str, Any] = {**typed(options), "recover": budget}
+    done = recover_folder(out, command=command_line(), progress=TerminalProgress(), **chosen)
     found = done.manifest["stages"]["recover"]["result"]
     if as_json:
         echo_json(found)

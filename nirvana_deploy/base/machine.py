@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import platform
-import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,35 +29,80 @@ _PROBE_PASSES = 5
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
+def unix_module(name: str) -> Any:
+    """A module that Python has on Unix alone, such as ``fcntl``; None on Windows."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+_resource = unix_module("resource")
+
+
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process, since the last reset if the system supports one."""
     status = Path("/proc/self/status")
     if status.exists():
-        for line in status.read_text().splitlines():
+        for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if _resource is None:
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
+    peak: int = _resource.getrusage(_resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def reset_peak_rss() -> None:
     """Reset the peak, so that each stage shows its own. Linux only; elsewhere the peak covers the run."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return
 
 
 def cpu_seconds() -> float:
     """CPU time of this process and its finished children."""
-    usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(u.ru_utime + u.ru_stime for u in usage)
+    return sum(_cpu_times_seconds())
 
 
 def system_cpu_seconds() -> float:
     """The share of :func:`cpu_seconds` spent in the kernel, on memory pages and files."""
-    usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(u.ru_stime for u in usage)
+    return _cpu_times_seconds()[1]
+
+
+def _cpu_times_seconds() -> tuple[float, float]:
+    """CPU time of this process and its finished children, in programs and in the kernel."""
+    if _resource is None:
+        import psutil
+
+        times = psutil.Process().cpu_times()  # Windows counts no children
+        return times.user + times.children_user, times.system + times.children_system
+    usage = [_resource.getrusage(who) for who in (_resource.RUSAGE_SELF, _resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime for u in usage), sum(u.ru_stime for u in usage)
+
+
+def address_space_limit_bytes() -> int | None:
+    """What a limit of this process (``ulimit -v``) lets it map; None without one."""
+    if _resource is None:
+        return None
+    limit: int = _resource.getrlimit(_resource.RLIMIT_AS)[0]
+    return None if limit == _resource.RLIM_INFINITY else limit
+
+
+def limit_process(*, mapped_bytes: int, cpu_seconds: int) -> None:
+    """Let this process map and compute no more than that, in all, where the system enforces limits."""
+    if limits_are_enforced():
+        _resource.setrlimit(_resource.RLIMIT_AS, (mapped_bytes, mapped_bytes))
+        _resource.setrlimit(_resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
+
+
+def limits_are_enforced() -> bool:
+    """Whether the system enforces :func:`limit_process`; macOS takes a limit on memory and forgets it."""
+    return _resource is not None and sys.platform != "darwin"
 
 
 def usable_cores() -> int:

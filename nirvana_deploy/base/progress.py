@@ -29,6 +29,9 @@ class Progress(Protocol):
 class SilentProgress:
     """The default: drops everything."""
 
+    def __repr__(self) -> str:
+        return "SILENT"
+
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Advance]:
         """Open a task without showing it."""

@@ -131,11 +131,19 @@ def typed(value: Any, kind: type[Kind], where: str, *, hint: str | None = None) 
     return value if is_typeddict(kind) else found
 
 
+def open_flags(*names: str) -> int:
+    """The flags of ``os.open`` of these names; Windows lacks some, and has O_BINARY to leave bytes alone."""
+    flags = 0
+    for name in (*names, "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    return flags
+
+
 @contextmanager
 def _opened(path: Path, hint: str | None) -> Iterator[int]:
     """A descriptor of a regular file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, open_flags("O_RDONLY", "O_NONBLOCK"))
         try:
             mode = os.fstat(descriptor).st_mode
             if not stat.S_ISREG(mode):

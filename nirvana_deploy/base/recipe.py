@@ -9,6 +9,7 @@ A recipe checks itself: whoever holds one holds allowed values.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -80,6 +81,14 @@ class Field:
     def required(self) -> bool:
         """Whether it has no default."""
         return self.default is dataclasses.MISSING
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """The keyword that it is, for help() and editors."""
+        default = inspect.Parameter.empty if self.required else self.default
+        return inspect.Parameter(
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=self.type
+        )
 
     @property
     def types(self) -> tuple[Any, ...]:
@@ -159,7 +168,11 @@ def recipe(kind: type[Kind]) -> type[Kind]:
             object.__setattr__(self, field.name, field.check(getattr(self, field.name)))
 
     kind.__post_init__ = check  # type: ignore[attr-defined]
-    return dataclass(frozen=True, kw_only=True)(kind)
+    made = dataclass(frozen=True, kw_only=True)(kind)
+    fields = list(fields_of(made))
+    made.__doc__ = "\n".join([f"{made.__doc__}\n", *(f"{f.name}: {f.option.help}" for f in fields)])
+    made.__signature__ = inspect.Signature([field.parameter for field in fields])  # type: ignore[attr-defined]
+    return made
 
 
 def fields_of(kind: type[Any]) -> Iterator[Field]:

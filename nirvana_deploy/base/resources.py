@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import address_space_limit_bytes
 
 _DISK_REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -96,8 +97,7 @@ def free_memory_bytes() -> int:
     import psutil
 
     left = [psutil.virtual_memory().available + psutil.swap_memory().free, *_left_to_groups()]
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
+    if (limit := address_space_limit_bytes()) is not None:
         left.append(limit - psutil.Process().memory_info().vms)
     return int(max(0, min(left)))
 
@@ -120,7 +120,7 @@ def exhaustion_errors(doing: str) -> Iterator[None]:
                 hint=_LESS_MEMORY,
             ) from error
         if number in _USED_UP:
-            path = getattr(error, "filename", None) or os.environ.get("TMPDIR", "/tmp")
+            path = getattr(error, "filename", None) or tempfile.gettempdir()
             raise _cannot_write(Path(path), _DISK_REASONS[number], number, _TEMPORARY) from error
         raise
 

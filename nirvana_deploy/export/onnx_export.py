@@ -48,6 +48,11 @@ class OnnxFolder:
     """Size of the external-data file."""
     nodes: int
 
+    def __repr__(self) -> str:
+        return (
+            f"OnnxFolder({str(self.path)!r}, {self.nodes:,} nodes, {self.weights_bytes:,} bytes of weights)"
+        )
+
 
 def onnx_from_checkpoint(
     checkpoint: Checkpoint,

@@ -139,7 +139,7 @@ class WorkerProcess:
         try:
             self._process.stdin.write(request.encode() + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
+        except OSError:  # a closed pipe: EPIPE, or EINVAL on Windows
             raise self._died() from None
         answer = self._answer()
         device_ms = answer["device_ms"]
@@ -178,7 +178,7 @@ class WorkerProcess:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._stderr):
             assert pipe is not None
-            with suppress(BrokenPipeError):  # an unsent request
+            with suppress(OSError):  # an unsent request
                 pipe.close()
 
 

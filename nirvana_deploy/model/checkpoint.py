@@ -67,6 +67,13 @@ class Checkpoint:
     weights: WeightSource
     """Fused linears apart."""
 
+    def __repr__(self) -> str:
+        parameters = self.shape.linear_parameters + self.shape.embedding_parameters
+        return (
+            f"Checkpoint({str(self.path)!r}, {self.shape.family.name}, {len(self.shape.layers)} layers, "
+            f"{parameters:,} parameters)"
+        )
+
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Open the folder ``path``.

@@ -186,6 +186,9 @@ class Family:
     """Weights that the whole arrow was tried on: "real" ones, "relabelled" (a real Llama's under this name),
     or "random" alone."""
 
+    def __repr__(self) -> str:
+        return f"Family({self.name!r}, {self.architecture})"
+
     @property
     def sites(self) -> tuple[Site, ...]:
         """All kinds of sites, in the order in which plans list them."""

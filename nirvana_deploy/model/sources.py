@@ -178,6 +178,14 @@ def resolve_model(model: str, *, cache: Path | None = None, progress: Progress =
     )
 
 
+def known_models() -> dict[str, Alias]:
+    """The aliases that ``model`` may be: hub id, parameters, family, licence, and whether it works today.
+
+    A hub id, a folder with safetensors and a .gguf file are models too.
+    """
+    return dict(ALIASES)
+
+
 def local_paths(model: str) -> tuple[Path, ...]:
     """The file or folder that ``model`` names; none for an alias or a hub id."""
     path = Path(model).expanduser()

@@ -8,6 +8,7 @@ from typing import Any
 
 from nirvana_deploy.base.artifact import files_under
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.shown.html import html_table
 from nirvana_deploy.output.layout import PLAN_FILE
 from nirvana_deploy.output.records import (
     LayerWidth,
@@ -39,6 +40,24 @@ class Inspection:
     missing_files: tuple[str, ...]
     """Files the manifest lists that are not on disk."""
 
+    def __repr__(self) -> str:
+        return (
+            f"Inspection({self.path!r}, {self.model or 'no model'}, {len(self.layers)} layers, "
+            f"{len(self.stages)} stages)"
+        )
+
+    def _repr_html_(self) -> str:
+        """What was kept of each layer, for a notebook."""
+        rows = [
+            (
+                one.label,
+                f"{len(one.kept_groups):,} of {one.of_groups:,}",
+                f"{one.kept_neurons:,} of {one.of_neurons:,}" if one.of_neurons else "",
+            )
+            for one in self.layers
+        ]
+        return html_table(["Layer", "KV groups", "FFN neurons"], rows, title=repr(self))
+
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
@@ -52,11 +71,12 @@ def _folder_bytes(out: Path) -> dict[str, int]:
     return sizes
 
 
-def inspect_path(path: Path) -> Inspection:
+def inspect_path(path: Path | str) -> Inspection:
     """Describe an output folder, or a plan.json alone.
 
     Raises NirvanaError when ``path`` does not exist, is no output folder, or holds a broken record.
     """
+    path = Path(path)
     if not path.exists():
         raise NirvanaError(f"{path} does not exist.", hint="Give an output folder or a plan.json.")
     is_folder = path.is_dir()

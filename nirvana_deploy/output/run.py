@@ -52,6 +52,9 @@ class Run:
         self._claimed: set[str] = set()  # names that this run was the first to claim
         self._before: dict[Path, bytes | None] | None = None  # what a new run wrote over before its stages
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.out)!r}, stages: {', '.join(self.manifest.get('stages', ())) or 'none'})"
+
     def __enter__(self) -> Run:
         return self
 

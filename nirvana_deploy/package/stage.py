@@ -33,8 +33,8 @@ TRITON_FOLDER = "triton"
 
 
 def package_gguf(
-    source: Path,
-    target: Path | None = None,
+    source: Path | str,
+    target: Path | str | None = None,
     *,
     weight_type: str = "f16",
     force: bool = False,
@@ -46,11 +46,12 @@ def package_gguf(
     is no checkpoint or it is damaged, when ``target`` exists and is not ours or ``force`` is not given, and
     as :func:`gguf_from_checkpoint` does.
     """
+    source = Path(source)
     checkpoint = _part(
         source, CHECKPOINT, "config.json", "nirvana-deploy prune MODEL --sparsity 0.4 --out DIR"
     )
     name = f"{_name_of(source)}-{weight_type}.gguf"
-    target = target or _own_place(source) / GGUF_FOLDER / name
+    target = Path(target or _own_place(source) / GGUF_FOLDER / name)
     made: list[GgufFile] = []
 
     def work() -> dict[str, Any]:
@@ -71,8 +72,8 @@ def gguf_record(file: GgufFile) -> dict[str, Any]:
 
 
 def package_triton(
-    source: Path,
-    target: Path | None = None,
+    source: Path | str,
+    target: Path | str | None = None,
     *,
     name: str | None = None,
     force: bool = False,
@@ -84,6 +85,7 @@ def package_triton(
     there is no ONNX model or it is damaged, when ``target`` exists and ``force`` is not given, and as
     :func:`triton_from_onnx` does.
     """
+    source = Path(source)
     if is_seq2seq(source) or is_seq2seq(source / ONNX):
         raise NirvanaError(
             "The ONNX model of an encoder-decoder cannot be packaged for Triton: "
@@ -92,7 +94,7 @@ def package_triton(
             "OUT/engine/NAME-decoder.engine",
         )
     onnx = _part(source, ONNX, MODEL_FILE, "nirvana-deploy export CHECKPOINT --out DIR")
-    target = target or _own_place(source) / TRITON_FOLDER
+    target = Path(target or _own_place(source) / TRITON_FOLDER)
     made: list[TritonRepository] = []
 
     def work() -> dict[str, Any]:
@@ -107,8 +109,8 @@ def package_triton(
 
 def package_engines(
     engines: Sequence[str],
-    source: Path,
-    target: Path | None = None,
+    source: Path | str,
+    target: Path | str | None = None,
     *,
     name: str | None = None,
     force: bool = False,
@@ -121,7 +123,8 @@ def package_engines(
     Raises NirvanaError for a target named twice or not at all, when ``target`` exists and ``force`` is not
     given, and as :func:`triton_from_engines` and :func:`triton_from_seq2seq_engines` do.
     """
-    target = target or _own_place(source) / TRITON_FOLDER
+    source = Path(source)
+    target = Path(target or _own_place(source) / TRITON_FOLDER)
     files = [Path(one.rpartition("=")[2]) for one in engines]
     with _held(source, target, force=force, reads=files):
         if any(is_part_of_seq2seq(read_engine_record(file, check_bytes=False)) for file in files):

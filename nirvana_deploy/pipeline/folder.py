@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from nirvana_deploy.base.artifact import claim
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.marker import require_apart
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.shown.html import Record, html_table
 from nirvana_deploy.calibrate.stage import WINDOW_TOKENS, text_windows
 from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
 from nirvana_deploy.engine.stage import (
@@ -39,27 +40,30 @@ from nirvana_deploy.output.records import read_records
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import quantized_variant
 from nirvana_deploy.pipeline.before import Until
-from nirvana_deploy.pipeline.job import job_of
+from nirvana_deploy.pipeline.job import JobOptions, job_of
 from nirvana_deploy.pipeline.prune_export import Deployment, run_job
 from nirvana_deploy.pipeline.recipe_file import read_recipe
 from nirvana_deploy.prune.choosing.choices import listed
+from nirvana_deploy.quantize.coverage import Coverage
 from nirvana_deploy.quantize.int8.spec import read_record
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
 from nirvana_deploy.report.report import write_report
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import report
+from nirvana_deploy.report.table import Table, quality_table, summary_table
 from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.runtime.tensorrt.record import ENGINE_SUFFIX
 
 
-def quantize_folder(out: Path, recipe: Quantization, *, progress: Progress = SILENT) -> dict[str, Any]:
+def quantize_folder(out: Path | str, recipe: Quantization, *, progress: Progress = SILENT) -> Record:
     """Quantize the pruned model of an output folder into ``onnx-<scheme>``, in place of an earlier one.
 
     Calibrates on the windows that the folder was pruned with. Returns the content of quantization.json;
     ``benchmark`` and ``evaluate`` measure the new variant. Raises NirvanaError for a folder without ONNX
     model, VerificationError as ``quantize_onnx`` does.
     """
+    out = Path(out)
     with Run.open(out, writing=True, progress=progress) as run:
         if not run.has(stage.ONNX):
             raise NirvanaError(
@@ -69,17 +73,24 @@ def quantize_folder(out: Path, recipe: Quantization, *, progress: Progress = SIL
         run.run(quantize(run, recipe, draw=write_sensitivity), redo=True)
         run.run(report(run))
         require_quantized(run, recipe.scheme)
-    return read_record(out / quantized_variant(recipe.scheme).folder)
+    record = read_record(out / quantized_variant(recipe.scheme).folder)
+    line = Coverage(**record["coverage"]).line
+    return Record(record, line=line, html=lambda: html_table((), (), title=line))
 
 
 def recover_folder(
-    out: Path, options: Mapping[str, Any], *, command: str | None = None, progress: Progress = SILENT
+    out: Path | str,
+    *,
+    command: str | None = None,
+    progress: Progress = SILENT,
+    **options: Unpack[JobOptions],
 ) -> Deployment:
     """Train the pruned model of an output folder, and make anew what was made from it.
 
-    ``options`` are those of recovery, by name; all others are as the folder's recipe.toml says. Raises
-    NirvanaError as ``prune_export`` does.
+    ``options`` are those of recovery, of which ``recover`` says how long; all others are as the folder's
+    recipe.toml says. Raises NirvanaError as ``prune_export`` does.
     """
+    out = Path(out)
     with Run.open(out) as run:
         until: Until = "report" if run.has(stage.ONNX) else "checkpoint"
         if run.has(stage.PLAN) and not (out / RECIPE_FILE).is_file():
@@ -97,22 +108,38 @@ def recover_folder(
 
 
 def benchmark_folder(
-    out: Path, workload: Workload, *, runtime: str | None = None, progress: Progress = SILENT
-) -> dict[str, Any]:
+    out: Path | str,
+    workload: Workload | None = None,
+    *,
+    runtime: str | None = None,
+    progress: Progress = SILENT,
+) -> Record:
     """Measure an output folder again in ``runtime`` [onnxruntime-cpu]; returns benchmark.json."""
+    out = Path(out)
     with Run.open(out, writing=True, progress=progress) as run:
-        run.run(speed(run, workload, runtime=runtime), redo=True)
+        run.run(speed(run, workload or Workload(), runtime=runtime), redo=True)
         run.run(report(run))
-    return read_json(out / BENCHMARK_FILE, dict[str, Any])
+    record = read_json(out / BENCHMARK_FILE, dict[str, Any])
+    return _shown([one["name"] for one in record["variants"]], record, summary_table)
+
+
+def _shown(names: Iterable[str], record: Mapping[str, Any], table: Callable[[Any], Table]) -> Record:
+    """A record that prints as the names of its models, and in a notebook as a table."""
+
+    def html() -> str:
+        cells = table(record)
+        return html_table(cells.headers, cells.rows)
+
+    return Record(record, line=", ".join(names), html=html)
 
 
 def evaluate_folder(
-    out: Path,
+    out: Path | str,
     recipe: Evaluation | None = None,
     place: Place | None = None,
     *,
     progress: Progress = SILENT,
-) -> dict[str, Any]:
+) -> Record:
     """Measure quality of an output folder again; rewrites quality.json, answers.json,
     benchmark.json and the report.
 
@@ -124,11 +151,11 @@ def evaluate_folder(
     names = listed(recipe.tasks or "")
     if names:
         require_tasks(names)
-    with Run.open(out, writing=True, progress=progress) as run:
+    with Run.open(Path(out), writing=True, progress=progress) as run:
         return _evaluated(run, recipe, place or Place(), names)
 
 
-def _evaluated(run: Run, recipe: Evaluation, place: Place, names: Sequence[str]) -> dict[str, Any]:
+def _evaluated(run: Run, recipe: Evaluation, place: Place, names: Sequence[str]) -> Record:
     result: dict[str, Any] = {}
     if run.has(stage.ONNX) or not (recipe.ntk or names):
         result = _quality(run, recipe, place)
@@ -147,7 +174,7 @@ def _evaluated(run: Run, recipe: Evaluation, place: Place, names: Sequence[str])
         result = {**result, "tasks": run.run(asked, redo=True)}
     run.run(report(run))
     require_quality(result.get("variants", {}), recipe)
-    return result
+    return _shown(result.get("variants", {}), result, quality_table)
 
 
 def _quality(run: Run, recipe: Evaluation, place: Place) -> dict[str, Any]:
@@ -168,12 +195,13 @@ def _quality(run: Run, recipe: Evaluation, place: Place) -> dict[str, Any]:
     return result
 
 
-def report_folder(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]:
+def report_folder(out: Path | str, *, progress: Progress = SILENT) -> tuple[Path, Path]:
     """Write report.md and report.html of a folder again; returns both paths.
 
     A folder without manifest, of records alone, has its report marked. Raises NirvanaError for a folder
     without records, and for a report that somebody else wrote.
     """
+    out = Path(out)
     if not (out / MANIFEST).is_file():
         read_records(out)
         claim(out, (REPORT_MARKDOWN, REPORT_HTML))
@@ -189,12 +217,12 @@ def report_folder(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path
 
 
 def build_engines(
-    folder: Path,
-    form: EngineForm,
-    lengths: Lengths,
-    build: EngineBuild,
+    folder: Path | str,
+    form: EngineForm | None = None,
+    lengths: Lengths | None = None,
+    build: EngineBuild | None = None,
     *,
-    out: Path | None = None,
+    out: Path | str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Path, ...]:
@@ -203,6 +231,8 @@ def build_engines(
     Returns the engine files: two of an encoder-decoder. Raises NirvanaError when one of that name is there
     and ``force`` is not given.
     """
+    folder, out = Path(folder), None if out is None else Path(out)
+    form, lengths, build = form or EngineForm(), lengths or Lengths(), build or EngineBuild()
     options = builder_options(build)
     is_output = (folder / MANIFEST).is_file()
     if is_output and out is not None:

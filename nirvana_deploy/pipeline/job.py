@@ -9,11 +9,12 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Required, TypedDict
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.recipe import Field, fields_of, make
 from nirvana_deploy.base.registry import nearest_names
+from nirvana_deploy.base.shown.html import html_table
 from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.engine.recipe import Engines
 from nirvana_deploy.export.recipe import Export
@@ -38,6 +39,21 @@ class Job:
     engine: Engines
     measurement: Measurement
 
+    def __repr__(self) -> str:
+        """The model, and what is not as it would be anyway."""
+        usual = {field.name: field.default for field in all_fields()}
+        chosen = (f"{name}={value!r}" for name, value in self.options().items() if value != usual[name])
+        return f"Job({', '.join([repr(self.model), *chosen])})"
+
+    def _repr_html_(self) -> str:
+        """Every option with its value, for a notebook."""
+        rows = [
+            (section, name, plain(value))
+            for section in SECTIONS
+            for name, value in self.options([section]).items()
+        ]
+        return html_table(["Section", "Option", "Value"], rows, title=self.model)
+
     def options(self, sections: Iterable[str] | None = None) -> dict[str, Any]:
         """The options of some sections [all], flat, by name."""
         return {
@@ -45,6 +61,67 @@ class Job:
             for section in sections or SECTIONS
             for field in fields_of(SECTIONS[section])
         }
+
+
+class JobOptions(TypedDict, total=False):
+    """The options of a job but its sparsity, by type; the recipes say what they mean."""
+
+    preset: str
+    saliency: str
+    gamma: float | Literal["auto"] | None
+    allocation: str
+    round_to: int
+    min_groups: int
+    min_neurons: int | None
+    cost: str
+    micro_batch: int
+    reconstruct: bool
+    ridge: float | Literal["auto"]
+    calib: str
+    candidates: int | None
+    num_sequences: int | None
+    seq_len: int
+    seed: int
+    eval_text: Path | None
+    heldout_sequences: int
+    heldout_len: int
+    selection_sequences: int
+    selection_len: int
+    recover: str | None
+    recover_steps: int
+    recover_method: str
+    recover_teacher: str
+    recover_for: str | None
+    recover_dtype: str
+    recover_text: str
+    recover_batch: int
+    recover_micro_batch: int | None
+    learning_rate: float
+    recover_log: str
+    recover_seq_len: int | None
+    next_token_weight: float
+    states_weight: float
+    lora_rank: int
+    dtype: str
+    flavor: str
+    baseline: bool
+    quantize: tuple[str, ...]
+    baseline_quantized: bool
+    quantize_head: bool
+    engines: tuple[str, ...]
+    require_kl: float | None
+    require_perplexity_ratio: float | None
+    run_benchmark: bool
+    threads: int | None
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+
+
+class CutOptions(JobOptions, total=False):
+    """The options of a job."""
+
+    sparsity: Required[float]
 
 
 SECTIONS: dict[str, type[Any]] = {
@@ -109,13 +186,5 @@ def spelled_out(function: Callable[..., Any]) -> inspect.Signature:
     """The signature of a function of ``**options`` with every option spelled out, for help() and editors."""
     own = inspect.signature(function)
     fixed = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.required else field.default,
-            annotation=field.type,
-        )
-        for field in all_fields()
-    ]
+    options = [field.parameter for field in all_fields()]
     return own.replace(parameters=[fixed[0], *options, *fixed[1:]])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json, typed
+from nirvana_deploy.base.shown.html import html_table
 from nirvana_deploy.calibrate.stage import calibrate, drawn_record
 from nirvana_deploy.engine.recipe import EngineForm
 from nirvana_deploy.engine.stage import build_engine
@@ -38,7 +39,7 @@ from nirvana_deploy.pipeline.before import (
     untimed,
     within_context,
 )
-from nirvana_deploy.pipeline.job import Job, all_fields, job_of, spelled_out
+from nirvana_deploy.pipeline.job import CutOptions, Job, all_fields, job_of, spelled_out
 from nirvana_deploy.pipeline.recipe_file import write_recipe
 from nirvana_deploy.prune import stage as prune
 from nirvana_deploy.prune.choosing.choices import Choices
@@ -53,6 +54,7 @@ from nirvana_deploy.quantize.stage import quantize, require_quantized
 from nirvana_deploy.recover.stage import Answers, Models, forget_another, recover, require_same
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import report
+from nirvana_deploy.report.table import summary_table
 from nirvana_deploy.report.verdict import Verdict
 from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.verify.stage import verified, verify
@@ -68,6 +70,18 @@ class Deployment:
     benchmark: dict[str, Any] | None
     report: Path | None
     """report.html"""
+
+    def __repr__(self) -> str:
+        told = "no report" if self.verdict is None else self.verdict.title
+        return f"Deployment({str(self.out)!r}, sparsity {self.plan.sparsity:g}, {told})"
+
+    def _repr_html_(self) -> str:
+        """The verdict and the measured models, or the plan, for a notebook."""
+        if self.benchmark is None:
+            return html_table((), (), title=repr(self)) + self.plan._repr_html_()
+        table = summary_table(self.benchmark)
+        why = "" if self.verdict is None else self.verdict.why
+        return html_table(table.headers, table.rows, title=repr(self), note=why)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -85,7 +99,7 @@ def prune_export(
     force: bool = False,
     command: str | None = None,
     progress: Progress = SILENT,
-    **options: Any,
+    **options: Unpack[CutOptions],
 ) -> Deployment:
     """Prune ``model``, export it to ONNX, verify it, measure it against the dense baseline, write a report.
 
@@ -184,8 +198,8 @@ def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Unt
 def prune_by_plan(
     model: str,
     *,
-    plan: Path,
-    out: Path,
+    plan: Path | str,
+    out: Path | str,
     force: bool = False,
     command: str | None = None,
     progress: Progress = SILENT,
@@ -195,6 +209,7 @@ def prune_by_plan(
     Does not reconstruct (no calibration text); logs a note if the plan's model was. Raises NirvanaError when
     the plan is damaged or was made for a model of another shape.
     """
+    plan, out = Path(plan), Path(out)
     decided = read_plan(plan)
     source = resolve_model(model, progress=progress)
     dense = Checkpoint.open(source.path)

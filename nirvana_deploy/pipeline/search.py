@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from nirvana_deploy.base.artifact import write_bytes, write_json
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.recipe import fields_of
+from nirvana_deploy.base.shown.html import html_table
 from nirvana_deploy.measure.zero_shot.local_tasks import is_local
 from nirvana_deploy.measure.zero_shot.tasks import require_tasks
 from nirvana_deploy.model.checkpoint import model_record
@@ -31,11 +32,11 @@ from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.pipeline.before import read_files
 from nirvana_deploy.pipeline.cuts import cuts_of, job_in, make_cuts, tried_options
-from nirvana_deploy.pipeline.job import Job, job_of, plain
+from nirvana_deploy.pipeline.job import Job, JobOptions, job_of, plain
 from nirvana_deploy.pipeline.points import found_in, points_on_tasks, timed_points
 from nirvana_deploy.pipeline.prune_export import workload_of
 from nirvana_deploy.prune.choosing.choices import listed
-from nirvana_deploy.report.pages.front import search_csv, search_page, search_record
+from nirvana_deploy.report.pages.front import BRIEF, columns, rows, search_csv, search_page, search_record
 from nirvana_deploy.search.front import Recommendation, recommend, worth_timing
 from nirvana_deploy.search.point import Found, Point, file_of, key_of, read_found
 from nirvana_deploy.search.recipe import Search, Target, Where, precisions_of, shard_of, sparsities_of
@@ -59,6 +60,15 @@ class Searched:
     page: Path | None
     """search.html; None for a part of a search."""
 
+    def __repr__(self) -> str:
+        taken = "none" if self.recommendation.point is None else self.recommendation.point.name
+        return f"Searched({str(self.out)!r}, {len(self.points)} points, recommended: {taken})"
+
+    def _repr_html_(self) -> str:
+        """The points and which one to take, for a notebook."""
+        headers, cells = columns(self.record, BRIEF), rows(self.record, BRIEF)
+        return html_table(headers, cells, title=repr(self), note=self.record["verdict"])
+
 
 def search_points(
     model: str,
@@ -71,14 +81,15 @@ def search_points(
     force: bool = False,
     command: str | None = None,
     progress: Progress = SILENT,
-    **options: Any,
+    **options: Unpack[JobOptions],
 ) -> Searched:
     """Try the points of ``recipe`` on ``model`` and say which one to take under ``target``.
 
     ``options`` are those of :func:`prune_export`, without ``sparsity`` and ``quantize``; what they leave out
     is as in ``base``. Writes search.json, search.csv, search.html, benchmark.json and a folder for each
-    sparsity to ``out``. A point that fails is kept with its reason. Raises NirvanaError for the user's
-    problems and when every cut fails, and VerificationError when the recommended one is not verified.
+    sparsity to ``out``. A point that fails is kept with its reason. A script that asks for several processes
+    does so under ``if __name__ == "__main__"``: they are spawned. Raises NirvanaError for the user's problems
+    and when every cut fails, and VerificationError when the recommended one is not verified.
     """
     recipe, target = recipe or Search(), target or Target()
     for name in ("sparsity", "quantize", "baseline_quantized"):

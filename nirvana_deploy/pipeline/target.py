@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
@@ -17,7 +17,7 @@ from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import MANIFEST, TARGET_FILE
 from nirvana_deploy.output.run import Run
-from nirvana_deploy.pipeline.job import Job, job_of
+from nirvana_deploy.pipeline.job import Job, JobOptions, job_of
 from nirvana_deploy.pipeline.points import found_in, timed_points
 from nirvana_deploy.pipeline.prune_export import Deployment, run_job, workload_of
 from nirvana_deploy.prune.curves.budget import largest_sparsity_of
@@ -41,8 +41,14 @@ class Met:
     chosen: Found
     trials: tuple[Found, ...]
 
+    def __repr__(self) -> str:
+        return f"Met({said(self.chosen)}, {len(self.trials)} tried, {self.deployment!r})"
 
-def meet(
+    def _repr_html_(self) -> str:
+        return self.deployment._repr_html_()
+
+
+def meet_target(
     model: str,
     target: Target,
     *,
@@ -51,7 +57,7 @@ def meet(
     force: bool = False,
     command: str | None = None,
     progress: Progress = SILENT,
-    **options: Any,
+    **options: Unpack[JobOptions],
 ) -> Met:
     """Do the job of ``options`` at the sparsity that meets ``target``, within 5 % of its limit.
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.registry import look_up
+from nirvana_deploy.base.shown.html import html_table
 from nirvana_deploy.model.family import DECODER
 from nirvana_deploy.model.shape import LayerShape, ModelShape
 from nirvana_deploy.prune.allocation import ALLOCATIONS, Wish, whole
@@ -104,6 +105,18 @@ class PrunePlan:
             f"PrunePlan(sparsity={self.sparsity:g}, {groups[0]:,} of {groups[1]:,} groups, "
             f"{neurons[0]:,} of {neurons[1]:,} neurons)"
         )
+
+    def _repr_html_(self) -> str:
+        """What stays of each layer, for a notebook."""
+        rows = [
+            (
+                f"{one.layer} {one.site}" if one.site != DECODER else one.layer,
+                f"{len(one.kept_groups):,} of {one.of_groups:,}",
+                f"{len(one.kept_neurons):,} of {one.of_neurons:,}",
+            )
+            for one in self.layers
+        ]
+        return html_table(["Layer", "KV groups", "FFN neurons"], rows, title=repr(self))
 
 
 def default_gamma(shape: ModelShape) -> float:

@@ -32,6 +32,9 @@ class QuantizedFolder:
     record: dict[str, Any]
     """Content of its quantization.json."""
 
+    def __repr__(self) -> str:
+        return f"QuantizedFolder({str(self.path)!r}, {self.coverage.line})"
+
 
 @dataclass(frozen=True)
 class WrittenFolder:

@@ -228,3 +228,13 @@ def _change(
     if measure.speedup is not None and measure.speedup in recorded:
         return format_faster(recorded[measure.speedup], 1.0)
     return measure.change(before, after)
+
+
+def quality_table(record: Mapping[str, Any]) -> Table:
+    """Perplexity and KL of each model in a parsed quality.json."""
+    rows = []
+    for name, found in (record.get("variants") or {}).items():
+        kl, error = found["kl_vs_dense"], found["kl_standard_error"] or 0
+        written = "-" if kl is None else f"{kl:.3f} \N{PLUS-MINUS SIGN} {error:.3f}"
+        rows.append((name, format_number(found["perplexity"]), written, f"{found['tokens']:,}"))
+    return Table(("Variant", "Perplexity", "KL vs dense, nats", "Tokens"), tuple(rows))

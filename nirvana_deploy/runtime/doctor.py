@@ -30,7 +30,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("accelerate", "lm-eval"),
     "gguf": ("accelerate", "gguf"),
     "recover": ("accelerate", "peft", "tensorboard"),
-    "test": ("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "tritonclient"),
+    "test": ("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools", "tritonclient"),
     "wandb": ("wandb",),
 }
 """Extras that add no runtime, and their packages, as pyproject.toml has them."""
@@ -53,7 +53,7 @@ class Finding:
     """The command to type where it is not usable."""
 
 
-def examine() -> list[Finding]:
+def examine_machine() -> list[Finding]:
     """Look at runtimes, extras and the machine; takes about two seconds, changes nothing."""
     device = _device()
     return [*_runtimes(), *_runners(device), *_extras(), *_machine(), device]

@@ -25,6 +25,7 @@ _UNFINISHED = "�"  # what a tokenizer puts where the bytes of a character are 
 class Generation:
     """One streamed answer."""
 
+    runtime: str
     text: str
     prompt_tokens: int
     new_tokens: int
@@ -83,6 +84,7 @@ def stream_text(
     text = pieces.finish()
     gaps = np.diff(stamps)
     return Generation(
+        runtime=runner.runtime,
         text=text,
         prompt_tokens=len(ids),
         new_tokens=len(new_ids),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.shown.html import html_table
 from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
@@ -46,6 +47,30 @@ class FolderCheck:
     unlisted: list[str] = field(default_factory=list)
     """Files under the names of a run that the manifest does not list."""
 
+    @property
+    def passed(self) -> bool:
+        """Whether :meth:`require_passed` would raise nothing."""
+        try:
+            self.require_passed()
+        except VerificationError:
+            return False
+        return True
+
+    def __repr__(self) -> str:
+        names = ", ".join([*self.reports, *self.quantized, *self.compared])
+        word = "passed" if self.passed else "FAILED"
+        return f"FolderCheck({str(self.out)!r}, {word}: {names or 'no model'})"
+
+    def _repr_html_(self) -> str:
+        """The comparisons, for a notebook."""
+        rows = [
+            (name, check.name, f"{check.max_abs_diff:.1e}", f"{check.tolerance:.1e}", check.passed)
+            for name, report in {**self.reports, **self.compared}.items()
+            for check in report.checks
+        ]
+        headers = ["Model", "Check", "Largest difference", "Allowed", "Passed"]
+        return html_table(headers, rows, title=repr(self), note=self.incomplete or "")
+
     def require_passed(self) -> None:
         """Raise VerificationError unless every file, record and comparison is as it should be."""
         if self.damaged:
@@ -76,12 +101,13 @@ class FolderCheck:
 
 
 def verify_folder(
-    out: Path, *, threads: int | None = None, runtime: str | None = None, progress: Progress = SILENT
+    out: Path | str, *, threads: int | None = None, runtime: str | None = None, progress: Progress = SILENT
 ) -> FolderCheck:
     """Check an output folder: files and records against its manifest, then ONNX against checkpoint.
 
     Changes nothing. ``runtime`` also runs the models there, and compares it with ONNX Runtime on the CPU.
     """
+    out = Path(out)
     _require_output_folder(out)
     run = Run.open(out, progress=progress)
     damaged, missing, more = run.damaged(), incomplete(run), unlisted(run)
@@ -112,9 +138,10 @@ def verify_folder(
 
 
 def verify_onnx_folder(
-    folder: Path, *, model: str, threads: int | None = None, progress: Progress = SILENT
+    folder: Path | str, *, model: str, threads: int | None = None, progress: Progress = SILENT
 ) -> FolderCheck:
     """Check an ONNX folder that stands alone against the checkpoint ``model``; changes nothing."""
+    folder = Path(folder)
     source = resolve_model(model, progress=progress)
     if (folder / RECORD_FILE).is_file():
         coverage = _quantized_check(folder, source.path)

@@ -60,6 +60,10 @@ class VerifyReport:
     """Where the two first differ, when they do: "layer 3", "encoder layer 3" or "final norm or head"."""
     text: tuple[TextCheck, ...] = ()
 
+    def __repr__(self) -> str:
+        word = "passed" if self.passed else "FAILED"
+        return f"VerifyReport({word}, {len(self.checks)} of logits, {len(self.greedy)} of greedy tokens)"
+
     @property
     def passed(self) -> bool:
         """Whether every comparison that was run passed."""

@@ -10,6 +10,7 @@ from typing import Any, Required, TypedDict
 
 import numpy as np
 import pytest
+from builders.unix import named_pipe
 from safetensors.numpy import save
 
 from nirvana_deploy.base.artifact import write_json
@@ -144,7 +145,7 @@ def make_endless(path: Path) -> None:
     ("make", "said"),
     [
         (make_folder, "it is a folder, not a file"),
-        (os.mkfifo, "it is a pipe or a device, not a file"),
+        (named_pipe, "it is a pipe or a device, not a file"),
         (make_dangling_link, "it is a link to gone, which does not exist"),
         (make_circle, "too many levels of symbolic links"),
         (make_endless, "1,099,511,627,776 bytes"),
@@ -181,7 +182,7 @@ def test_a_text_comes_without_its_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_what_is_no_text_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    named_pipe(tmp_path / "pipe")  # opening it would wait for a writer
     assert "a pipe or a device" in refusal(lambda: read_text(tmp_path / "pipe"))
     assert "a folder, not a file" in refusal(lambda: read_text(tmp_path))
     (tmp_path / "t.txt").write_bytes(b"abc\xe9")
@@ -226,7 +227,7 @@ def test_tensors_are_read_or_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         assert str(path) in refusal(lambda: read_tensors(path))
     path.unlink()
-    os.mkfifo(path)
+    named_pipe(path)
     assert "a pipe or a device" in refusal(lambda: read_tensors(path))
 
 

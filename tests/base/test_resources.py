@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from builders.unix import resource_limits
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
@@ -101,6 +101,7 @@ def test_memory_is_compared_with_what_is_free(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_limit_of_the_process_counts() -> None:
+    resource_limits()
     code = (
         "import resource; from nirvana_deploy.base.resources import free_memory_bytes\n"
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); print(free_memory_bytes())"
@@ -129,6 +130,7 @@ def test_a_full_disk_is_a_sentence(within: Callable[[Path], AbstractContextManag
 def test_a_file_that_grows_beyond_what_may_be_is_a_sentence_and_gone(
     tmp_path: Path, write: Callable[[Path], None]
 ) -> None:
+    resource = resource_limits()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from builders.tiny import write_tiny
+from builders.unix import resource_limits
 from click.testing import CliRunner
 
 from nirvana_deploy.base.errors import TRACE_VARIABLE, UNFORESEEN
@@ -72,13 +72,15 @@ def test_every_command_has_help_with_an_example_and_json(command: str) -> None:
 
 @pytest.mark.gate
 def test_help_is_instant() -> None:
+    resource = resource_limits()
+
     def cpu_s() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "nirvana_deploy", "--help"]
         page = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert "prune-export" in page
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return float(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
     assert min(cpu_s() for _ in range(3)) < 0.3
 

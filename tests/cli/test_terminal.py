@@ -15,6 +15,7 @@ from builders.scripts import ROOT
 from builders.tiny import write_tiny
 
 from nirvana_deploy.base.artifact import write_json
+from nirvana_deploy.base.child import child_environment
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.cli.common import TerminalProgress, echo_piece, echo_table
 from nirvana_deploy.cli.main import main
@@ -122,3 +123,16 @@ def test_commands_print_through_one_place() -> None:
         if any(map(prints, ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
     }
     assert printing == {"common.py"}
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_what_a_pipe_cannot_encode_is_a_question_mark(encoding: str) -> None:
+    plan = ROOT / "tests/report/data/plan.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "nirvana_deploy", "inspect", str(plan)],
+        env={**child_environment(), "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b" of " in done.stdout and b"???" in done.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from builders.odd import edit
 from builders.tiny import write_tiny
+from builders.unix import named_pipe
 from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.base.errors import NirvanaError, TokenizerError
@@ -74,12 +74,12 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "config: not UTF-8": written("config.json", b"\xff\xfe{}"),
     "config: empty": written("config.json", ""),
     "config: a folder": replaced("config.json", Path.mkdir),
-    "config: a pipe": replaced("config.json", os.mkfifo),
+    "config: a pipe": replaced("config.json", named_pipe),
     "config: dangling": replaced("config.json", dangling),
     "generation: a list": written(GENERATION, "[1]"),
     "generation: text for an id": written(GENERATION, '{"eos_token_id": "</s>"}'),
     "generation: nested": written(GENERATION, '{"a":' * 10**5),
-    "generation: a pipe": replaced(GENERATION, os.mkfifo),
+    "generation: a pipe": replaced(GENERATION, named_pipe),
     "generation: a folder": replaced(GENERATION, Path.mkdir),
     "generation: dangling": replaced(GENERATION, dangling),
     "weights: empty": written(WEIGHTS, b""),
@@ -93,7 +93,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "weights: another model": written(WEIGHTS, header({"a": TENSOR})),
     "weights: a name of 10,000 letters": written(WEIGHTS, header({"a" * 10**4: TENSOR})),
     "weights: a folder": replaced(WEIGHTS, Path.mkdir),
-    "weights: a pipe": replaced(WEIGHTS, os.mkfifo),
+    "weights: a pipe": replaced(WEIGHTS, named_pipe),
     "weights: dangling": replaced(WEIGHTS, dangling),
     "index: a shard that is missing": index_of({"model.norm.weight": "model-00002-of-00002.safetensors"}),
     "index: a name of 300 letters": index_of({"model.norm.weight": "a" * 300 + ".safetensors"}),
@@ -128,13 +128,13 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
             }
         )
     ),
-    "tokenizer: a pipe": replaced(TOKENIZER, os.mkfifo),
+    "tokenizer: a pipe": replaced(TOKENIZER, named_pipe),
     "tokenizer: a folder": replaced(TOKENIZER, Path.mkdir),
     "tokenizer: dangling": replaced(TOKENIZER, dangling),
     "settings: a list": written(SETTINGS, "[]"),
     "settings: an unknown class": written(SETTINGS, '{"tokenizer_class": 5}'),
     "settings: tokens of another form": written(SETTINGS, '{"eos_token": [1], "added_tokens_decoder": 3}'),
-    "settings: a pipe": replaced(SETTINGS, os.mkfifo),
+    "settings: a pipe": replaced(SETTINGS, named_pipe),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -310,6 +311,7 @@ for trial in range(int(sys.argv[2])):
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
 def test_no_record_is_lost_to_another_writer(tmp_path: Path) -> None:
     """20 trials of four writers at once: who came through stands in the manifest, the others were told."""
     command = [sys.executable, "-c", PARALLEL, str(tmp_path), "20"]

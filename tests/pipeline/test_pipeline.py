@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import torch
 from builders.extras import needs
 from builders.jobs import SHORT, SHORT_ROUNDS
 from builders.tiny import INTERRUPTIBLE, write_tiny
+from builders.unix import is_root
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -469,7 +469,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert sorted(written) in ([], ["manifest.json", "recipe.toml"])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(is_root(), reason="root may write anywhere")
 def test_a_read_only_place_is_named(model: str, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(NirvanaError, match="permission is denied"):

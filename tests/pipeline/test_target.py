@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.pipeline import target as meeting
-from nirvana_deploy.pipeline.target import meet
+from nirvana_deploy.pipeline.target import meet_target
 from nirvana_deploy.search.point import Found
 from nirvana_deploy.search.recipe import Target
 
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_size_is_met_and_the_trials_go(model: str, tmp_path: Path) -> None:
-    whole = meet(model, Target(max_weights_bytes=200_000), out=tmp_path / "out", **OPTIONS)
+    whole = meet_target(model, Target(max_weights_bytes=200_000), out=tmp_path / "out", **OPTIONS)
     size = whole.chosen.weights_bytes
     assert size is not None and 0.95 * 200_000 <= size <= 200_000
     record = json.loads((tmp_path / "out/target.json").read_text())
@@ -48,15 +48,15 @@ def test_a_size_is_met_and_the_trials_go(model: str, tmp_path: Path) -> None:
     assert {"calibrate", "plan", "onnx", "verify", "quality", "report"} <= set(stages)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(NirvanaError, match="is finished"):
-        meet(model, Target(max_weights_bytes=200_000), out=tmp_path / "out", resume=True, **OPTIONS)
+        meet_target(model, Target(max_weights_bytes=200_000), out=tmp_path / "out", resume=True, **OPTIONS)
 
 
 def test_what_no_sparsity_meets_is_said_with_what_comes_nearest(model: str, tmp_path: Path) -> None:
     with pytest.raises(NirvanaError, match=r"No sparsity meets --max-weights-bytes 1000\. Nearest: s0\.\d"):
-        meet(model, Target(max_weights_bytes=1000), out=tmp_path / "out", **OPTIONS)
+        meet_target(model, Target(max_weights_bytes=1000), out=tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists() and (tmp_path / "out-trials/s0.2/manifest.json").is_file()
     with pytest.raises(NirvanaError, match="there is nothing to cut"):
-        meet(model, Target(max_weights_bytes=10**9), out=tmp_path / "out", **OPTIONS)
+        meet_target(model, Target(max_weights_bytes=10**9), out=tmp_path / "out", **OPTIONS)
 
 
 def test_a_speed_is_met_by_what_was_timed(
@@ -68,7 +68,7 @@ def test_a_speed_is_met_by_what_was_timed(
         ], None
 
     monkeypatch.setattr(meeting, "timed_points", timed)
-    met = meet(model, Target(min_speedup=1.22), out=tmp_path / "out", **OPTIONS)
+    met = meet_target(model, Target(min_speedup=1.22), out=tmp_path / "out", **OPTIONS)
     assert [one.sparsity for one in met.trials] == [0.0, 0.2] and met.chosen.sparsity == 0.2
     assert met.deployment.plan.sparsity == 0.2
 
@@ -85,7 +85,7 @@ def test_what_does_not_go_with_a_budget(
     model: str, tmp_path: Path, target: Target, options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(NirvanaError, match=said):
-        meet(model, target, out=tmp_path / "out", **OPTIONS, **options)
+        meet_target(model, target, out=tmp_path / "out", **OPTIONS, **options)
     assert not list(tmp_path.iterdir())
 
 

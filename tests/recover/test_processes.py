@@ -50,7 +50,7 @@ def test_two_processes_give_the_course_of_one(pruned: Path, text: Path, tmp_path
     for name in ("one", "two"):
         shutil.copytree(pruned, tmp_path / name)
     exact = {"recover_text": str(text), "learning_rate": 0.002, "recover_dtype": "float32"}
-    recover_folder(tmp_path / "one", {"recover": "1200", **exact})
+    recover_folder(tmp_path / "one", recover="1200", **exact)
     in_float32 = ("--recover-text", str(text), "--recover-dtype", "float32")
     done = recovered(tmp_path / "two", "--tokens", "1200", *in_float32)
     assert done.returncode == 0, done.stderr

@@ -178,7 +178,7 @@ def test_a_kill_changes_nothing_and_one_step_takes_the_place_of_two(
     before, plan = stages_of(whole), read_plan(whole / "plan.json")
     prune_export(model, out=whole, **asked, resume=True)
     assert stages_of(whole) == before
-    recover_folder(whole, {"recover": "100", "recover_steps": 1})
+    recover_folder(whole, recover="100", recover_steps=1)
     assert not list(whole.glob("step-*")) and "recover-1" not in stages_of(whole)
     assert kept(read_plan(whole / "plan.json")) != kept(plan)
 

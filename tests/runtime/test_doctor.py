@@ -15,7 +15,7 @@ from builders.scripts import ROOT
 from click.testing import CliRunner
 
 from nirvana_deploy.runtime import doctor
-from nirvana_deploy.runtime.doctor import EXTRAS, Finding, examine
+from nirvana_deploy.runtime.doctor import EXTRAS, Finding, examine_machine
 from nirvana_deploy.runtime.table import RUNTIMES
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
 
@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_reports_what_is_really_here(cache: Path) -> None:
-    found = by_name(examine())
+    found = by_name(examine_machine())
     assert found["onnxruntime"].usable
     assert found["onnxruntime"].detail.startswith(onnxruntime.__version__)
     assert "CPUExecutionProvider" in found["onnxruntime"].detail
@@ -43,13 +43,13 @@ def test_reports_what_is_really_here(cache: Path) -> None:
 
 
 def test_everything_that_is_missing_has_a_command(cache: Path) -> None:
-    assert all(finding.fix for finding in examine() if not finding.usable)
-    assert not any(finding.fix for finding in examine() if finding.usable)
+    assert all(finding.fix for finding in examine_machine() if not finding.usable)
+    assert not any(finding.fix for finding in examine_machine() if finding.usable)
 
 
 def test_missing_runtime(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    finding = by_name(examine())["onnxruntime"]
+    finding = by_name(examine_machine())["onnxruntime"]
     assert finding == Finding(
         "runtimes", "onnxruntime", False, "not installed", "pip install 'nirvana-deploy[cpu]'"
     )
@@ -74,14 +74,14 @@ def test_runtime_whose_native_library_does_not_load(
         return real(name)
 
     monkeypatch.setattr(doctor.importlib, "import_module", broken)
-    finding = by_name(examine())["tensorrt"]
+    finding = by_name(examine_machine())["tensorrt"]
     assert (
         not finding.usable and detail in finding.detail and finding.fix == "pip install 'nirvana-deploy[gpu]'"
     )
 
 
 def test_every_runner_says_what_it_lacks(cache: Path) -> None:
-    found = by_name(examine())
+    found = by_name(examine_machine())
     assert found["--runtime onnxruntime-cpu"].usable
     for name in RUNTIMES:
         finding = found[f"--runtime {name}"]
@@ -97,7 +97,7 @@ def test_a_gpu_makes_engines_usable(cache: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "tensorrt", FAKE_TENSORRT)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", FAKE_TENSORRT)
     monkeypatch.setattr(doctor, "CudaDevice", lambda: CudaDevice(driver=FakeDriver()))
-    found = by_name(examine())
+    found = by_name(examine_machine())
     assert found["gpu"] == Finding("machine", "gpu", True, "Fake L4, sm89, 1.1 of 1.1 GB free")
     assert found["--runtime tensorrt"].detail.startswith("engine files, on Fake L4")
     assert not found["--runtime onnxruntime-nvtensorrtrtx"].usable
@@ -107,7 +107,7 @@ def test_without_a_gpu_its_absence_is_the_reason(cache: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "tensorrt", FAKE_TENSORRT)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", FAKE_TENSORRT)
     monkeypatch.setattr(doctor, "CudaDevice", lambda: CudaDevice(driver=FakeDriver(devices=0)))
-    finding = by_name(examine())["--runtime tensorrt-rtx"]
+    finding = by_name(examine_machine())["--runtime tensorrt-rtx"]
     assert finding.detail == ("installed, for engine files; The NVIDIA driver of this machine sees no GPU.")
 
 
@@ -116,20 +116,20 @@ def test_missing_extra(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(doctor, "version", nothing)
-    finding = by_name(examine())["datasets [data]"]
+    finding = by_name(examine_machine())["datasets [data]"]
     assert (finding.usable, finding.fix) == (False, "pip install 'nirvana-deploy[data]'")
 
 
 def test_cache_that_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
-    finding = by_name(examine())["cache"]
+    finding = by_name(examine_machine())["cache"]
     assert (finding.usable, finding.fix) == (False, "export NIRVANA_DEPLOY_CACHE=DIR")
 
 
 def test_used_bytes_of_the_cache_are_counted(cache: Path) -> None:
     cache.mkdir()
     (cache / "weights").write_bytes(bytes(20_000_000))
-    assert "0.02 GB used" in by_name(examine())["cache"].detail
+    assert "0.02 GB used" in by_name(examine_machine())["cache"].detail
 
 
 def test_extras_are_those_of_pyproject() -> None:
@@ -137,7 +137,7 @@ def test_extras_are_those_of_pyproject() -> None:
     declared = pyproject["project"]["optional-dependencies"]
     for extra, packages in EXTRAS.items():
         assert {requirement.split(">")[0].split("[")[0] for requirement in declared[extra]} == set(packages)
-    for finding in examine():
+    for finding in examine_machine():
         if finding.fix and "[" in finding.fix:
             assert finding.fix.split("[")[1].split("]")[0] in declared
 
@@ -149,6 +149,6 @@ def test_command_prints_the_findings(cache: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = CliRunner().invoke(command, ["--json"])
     findings = json.loads(result.stdout)["findings"]
-    assert {finding["name"] for finding in findings} == by_name(examine()).keys()
+    assert {finding["name"] for finding in findings} == by_name(examine_machine()).keys()
     table = CliRunner().invoke(command).stdout
     assert "onnxruntime" in table and "pip install 'nirvana-deploy[cpu]'" in table

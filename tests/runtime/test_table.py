@@ -16,7 +16,7 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.worker import serve
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.run import Run
-from nirvana_deploy.runtime.doctor import examine
+from nirvana_deploy.runtime.doctor import examine_machine
 from nirvana_deploy.runtime.models import models_for
 from nirvana_deploy.runtime.registry import open_runner
 from nirvana_deploy.runtime.table import RUNTIMES, engine_runtimes, runtime_of_provider
@@ -60,7 +60,7 @@ def test_one_row_adds_a_runtime(finished: Path, fake: str) -> None:
     """It is opened, listed, verified against ONNX Runtime and measured."""
     with open_runner(finished / "onnx", runtime=fake, threads=1) as runner:
         assert (runner.runtime, runner.threads) == ("fake", 1)
-    finding = next(finding for finding in examine() if finding.name == "--runtime fake")
+    finding = next(finding for finding in examine_machine() if finding.name == "--runtime fake")
     assert (finding.usable, finding.detail) == (True, "ONNX folders, on the CPU")
     run = Run(finished, read_json(finished / "manifest.json"))
     assert {variant.name: path for variant, path in models_for(run, fake).items()} == {

@@ -7,7 +7,7 @@ removed at the end, and one that a killed process left behind locks nothing.
 from __future__ import annotations
 
 import errno
-import fcntl
+import importlib
 import json
 import os
 import shlex
@@ -20,11 +20,17 @@ from pathlib import Path
 from typing import TypedDict
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.reading import parse_json, typed
+from nirvana_deploy.base.machine import unix_module
+from nirvana_deploy.base.reading import open_flags, parse_json, typed
+
+_fcntl = unix_module("fcntl")
 
 LOCK = ".nirvana-deploy.lock"
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """What file systems say that know no locks; there nobody is kept out."""
+_FLAGS = open_flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_NONBLOCK")
+_BEYOND_BYTES = 1 << 30
+"""What is locked where a locked part of a file cannot be read: one byte, behind all that is written."""
 _SHOWN = 200
 
 
@@ -60,7 +66,7 @@ class FolderLock:
         while True:
             descriptor = _open(self._path)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _keep_others_out(descriptor)
             except OSError as error:
                 if error.errno not in _WITHOUT_LOCKS:
                     holder = _read(descriptor)
@@ -68,15 +74,26 @@ class FolderLock:
                     raise _held(self._folder, holder) from None
             if _is_at(descriptor, self._path):
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "command": _command()}).encode(), 0)
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                os.write(descriptor, json.dumps({"pid": os.getpid(), "command": _command()}).encode())
                 return descriptor
             os.close(descriptor)  # its holder removed the file between the two calls
+
+
+def _keep_others_out(descriptor: int) -> None:
+    """Lock the open file; raises OSError when it is locked by another open file, of this process or not."""
+    if _fcntl is not None:
+        _fcntl.flock(descriptor, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+        return
+    msvcrt = importlib.import_module("msvcrt")  # Windows; tried with a stand-in alone, never there
+    os.lseek(descriptor, _BEYOND_BYTES, os.SEEK_SET)
+    msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
 
 def _open(path: Path) -> int:
     """The lock's file, which this tool wrote or writes: nothing that stands under its name is emptied."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        descriptor = os.open(path, _FLAGS, 0o644)
     except OSError as error:
         if error.errno in {errno.ELOOP, errno.EISDIR, errno.ENXIO}:
             raise _no_lock(path) from None
@@ -97,13 +114,19 @@ def _no_lock(path: Path) -> NirvanaError:
 def _read(descriptor: int) -> bytes:
     """What the file says; its holder may be about to write it."""
     for _ in range(10):
-        if holder := os.pread(descriptor, 4096, 0):
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        if holder := os.read(descriptor, 4096):
             return holder
         time.sleep(0.01)
     return b""
 
 
 def _let_go(path: Path, descriptor: int, owner: int) -> None:
+    if _fcntl is None:  # Windows removes no open file, and has no forks
+        os.close(descriptor)
+        with suppress(OSError):  # another process may have it by now
+            path.unlink()
+        return
     if os.getpid() == owner:  # and no fork of it
         with suppress(OSError):
             path.unlink()

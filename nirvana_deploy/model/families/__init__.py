@@ -37,6 +37,11 @@ _REFUSED = {
 }
 
 
+def known_families() -> dict[str, Family]:
+    """The families that are handled, by their ``model_type`` in config.json: what each says of a model."""
+    return dict(FAMILIES)
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a parsed ``config.json``.
 

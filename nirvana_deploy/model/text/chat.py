@@ -7,10 +7,10 @@ sends one JSON request to ``python -m nirvana_deploy.model.text.chat`` and reads
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +18,17 @@ import psutil
 
 from nirvana_deploy.base.child import child_environment
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import cpu_seconds, limit_process, limits_are_enforced
 
 MEMORY_BYTES = 256 << 20
 """What a template may allocate, beyond the interpreter and its libraries."""
 CPU_SECONDS = 5
 _WALL_SECONDS = 60
 """Imports on a busy machine included."""
+_LOOK_SECONDS = 0.05
+"""How often a child is looked after that no limit of the system holds."""
+_RESIDENT_BYTES = 1 << 30
+"""What such a child may hold in memory, the interpreter and its libraries included."""
 MOST_CHARACTERS = 1 << 20
 """What a template may write."""
 _COPIES = 16
@@ -76,25 +81,51 @@ def _template(tokenizer: Any, hint: str) -> str:
 
 def _asked(request: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-P", "-m", __spec__.name]
+    piped: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, env=child_environment(), **piped) as child:
+        try:
+            answer, errors = _heard(child, json.dumps(request).encode())
+        except _TakenTooMuchError as error:
+            return {"problem": str(error)}
+        finally:
+            child.kill()
+    if child.returncode < 0:
+        name = signal.Signals(-child.returncode).name
+        over = f"it took longer than {CPU_SECONDS} s of CPU time"
+        return {"problem": over if name == "SIGXCPU" else f"it was ended by {name}"}
+    if child.returncode:
+        raise RuntimeError(errors.decode(errors="replace"))
+    return dict(json.loads(answer))
+
+
+class _TakenTooMuchError(Exception):
+    """What a child takes more of than its share, as a sentence."""
+
+
+def _heard(child: subprocess.Popen[bytes], request: bytes) -> tuple[bytes, bytes]:
+    """What the child writes; raises _TakenTooMuchError for one that takes too long, or too much memory.
+
+    The system keeps it from that, or this process looks after it where the system enforces no limits.
+    """
+    pause_s = _WALL_SECONDS if limits_are_enforced() else _LOOK_SECONDS
+    end = time.monotonic() + _WALL_SECONDS
+    said: bytes | None = request
+    while True:
+        try:
+            return child.communicate(said, timeout=pause_s)
+        except subprocess.TimeoutExpired:
+            said = None
+            if time.monotonic() >= end:
+                raise _TakenTooMuchError(f"it took longer than {_WALL_SECONDS} s") from None
+            if _resident_bytes(child.pid) > _RESIDENT_BYTES + _COPIES * len(request):
+                raise _TakenTooMuchError("it needs too much memory") from None
+
+
+def _resident_bytes(process: int) -> int:
     try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(request).encode(),
-            capture_output=True,
-            env=child_environment(),
-            timeout=_WALL_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"problem": f"it took longer than {_WALL_SECONDS} s"}
-    if done.returncode == -signal.SIGXCPU:
-        return {"problem": f"it took longer than {CPU_SECONDS} s of CPU time"}
-    if done.returncode < 0:
-        return {"problem": f"it was ended by {signal.Signals(-done.returncode).name}"}
-    if done.returncode:
-        raise RuntimeError(done.stderr.decode(errors="replace"))
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+        return int(psutil.Process(process).memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def answered(request: dict[str, Any]) -> dict[str, Any]:
@@ -103,11 +134,8 @@ def answered(request: dict[str, Any]) -> dict[str, Any]:
 
     given = len(json.dumps(request["conversations"]))
     most_bytes = psutil.Process().memory_info().vms + MEMORY_BYTES + _COPIES * given
-    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
-    used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = CPU_SECONDS + len(request["conversations"]) // _CONVERSATIONS_PER_SECOND
-    most_seconds = int(used.ru_utime + used.ru_stime) + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (most_seconds, most_seconds + 1))
+    limit_process(mapped_bytes=most_bytes, cpu_seconds=int(cpu_seconds()) + seconds)
     try:
         texts, _ = render_jinja_template(**request)
     except MemoryError:

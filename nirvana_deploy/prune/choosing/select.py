@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.shown.html import html_table
 from nirvana_deploy.calibrate.overlap import refuse_overlap
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.model.shape import ModelShape
@@ -87,6 +88,15 @@ class Selection:
     heldout_sources: tuple[str, ...]
     heldout_windows: int
     heldout_tokens: int
+
+    def __repr__(self) -> str:
+        return f"Selection({self.verdict})"
+
+    def _repr_html_(self) -> str:
+        """The candidates, best first, for a notebook."""
+        ranked = sorted(self.candidates, key=lambda one: one.kl)
+        rows = [(one.name, f"{one.kl:.4f}", f"{one.behind:.4f}") for one in ranked]
+        return html_table(["Candidate", "KL, nats", "Behind"], rows, title=self.verdict)
 
     @property
     def separable(self) -> bool:

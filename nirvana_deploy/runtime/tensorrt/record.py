@@ -113,6 +113,12 @@ class EngineRecord:
     notes: tuple[str, ...]
     """What the build wants its user to know."""
 
+    def __repr__(self) -> str:
+        return (
+            f"EngineRecord({self.name!r}, {self.part}, {self.runtime} {self.runtime_version} for "
+            f"{', '.join(self.targets)}, {self.dtype}, {self.engine_bytes:,} bytes)"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"schema": ENGINE_SCHEMA, **dataclasses.asdict(self)}
@@ -140,12 +146,13 @@ def engine_files(engine: Path) -> tuple[Path, ...]:
     return (engine,)
 
 
-def read_engine_record(engine: Path, *, check_bytes: bool = True) -> EngineRecord:
+def read_engine_record(engine: Path | str, *, check_bytes: bool = True) -> EngineRecord:
     """Read the record of an engine file, and prove that the file is the one it describes.
 
     ``check_bytes`` False compares the size alone, not the sha256 (a large engine takes seconds to read).
     Raises NirvanaError when either file is missing, or they do not belong together.
     """
+    engine = Path(engine)
     again = "Build it again: nirvana-deploy build-engine DIR --force"
     if not engine.is_file():
         raise NirvanaError(f"{engine} does not exist.", hint=again)

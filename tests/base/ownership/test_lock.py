@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from builders.unix import forked, named_pipe
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.lock import LOCK, FolderLock
@@ -41,7 +42,7 @@ def test_it_is_let_go_once(tmp_path: Path) -> None:
 
 def test_a_fork_does_not_let_go(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
-    if not (child := os.fork()):
+    if not (child := forked()):
         lock.release()
         os._exit(0)
     os.waitpid(child, 0)
@@ -62,7 +63,7 @@ def test_what_stands_in_the_file_is_not_trusted(tmp_path: Path) -> None:
                 FolderLock(tmp_path)
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("thesis.txt")])
+@pytest.mark.parametrize("make", [Path.mkdir, named_pipe, lambda path: path.symlink_to("thesis.txt")])
 def test_nothing_that_stands_under_its_name_is_emptied(tmp_path: Path, make: Callable[[Path], None]) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     make(tmp_path / LOCK)

@@ -73,6 +73,17 @@ def test_a_template_that_only_waits_is_ended(tokenizer: Any, monkeypatch: pytest
         users_turn(tokenizer, "Hi")
 
 
+def test_where_the_system_enforces_no_limit_the_parent_does(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "limits_are_enforced", lambda: False)
+    tokenizer.chat_template = FAITHFUL
+    assert users_turn(tokenizer, "Hi") == "<s>[user] Hi<bot>"
+    monkeypatch.setattr(chat, "_RESIDENT_BYTES", 1 << 20)
+    with pytest.raises(NirvanaError, match="it needs too much memory"):
+        users_turn(tokenizer, "Hi")
+
+
 def test_several_templates_without_a_default_are_a_sentence(tokenizer: Any) -> None:
     tokenizer.chat_template = {"rag": FAITHFUL, "tool_use": FAITHFUL}
     with pytest.raises(NirvanaError, match="No chat template can be chosen"):
