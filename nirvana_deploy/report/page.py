@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+_OPTION = re.compile(r"--\w[\w-]*(?: \d+)?")
 
 
 def environment(**settings: Any) -> Environment:
@@ -17,4 +21,11 @@ def environment(**settings: Any) -> Environment:
         "lstrip_blocks": True,
         "keep_trailing_newline": True,
     }
-    return Environment(**{**usual, **settings})
+    templates = Environment(**{**usual, **settings})
+    templates.filters["unbroken"] = unbroken
+    return templates
+
+
+def unbroken(text: str) -> Markup:
+    """``text`` for HTML, in which no line ends after the dashes of an option."""
+    return Markup(_OPTION.sub(r'<span class="option">\g<0></span>', str(escape(text))))

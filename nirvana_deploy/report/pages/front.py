@@ -6,31 +6,38 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from nirvana_deploy.output.variants import DENSE
-from nirvana_deploy.report.figures import COLOURS, WIDE_IN, bare, entitle, inline_svg, new_figure
+from nirvana_deploy.report.drawing import (
+    COLOURS,
+    TEXT_POINTS,
+    bare,
+    entitle,
+    inline_svg,
+    label_points,
+    name_axes,
+    new_figure,
+)
 from nirvana_deploy.report.page import environment
 from nirvana_deploy.report.table import ABSENT, format_bytes, format_ms, format_number, format_times
 from nirvana_deploy.search.front import Cost, Recommendation, front, quantization_alone
 from nirvana_deploy.search.point import Found, said
 
-SCHEMA = 2
+SCHEMA = 1
+BRIEF = (0, 1, 3, 4, 5, 7, 8)
+"""The columns that fit a terminal."""
 HEADERS = (
     "Point",
     "KL to dense",
     "Perplexity",
     "to dense's",
-    "Zero-shot",
     "Decode",
     "Speed-up",
     "p10 to p90",
     "Weight file",
     "",
 )
-BRIEF = ("Point", "KL to dense", "to dense's", "Zero-shot", "Decode", "Speed-up", "Weight file", "")
-"""The columns that fit a terminal."""
 _LIMITS: dict[str, tuple[str, Callable[[float], str]]] = {
     "max_kl": ("KL to dense", format_number),
     "max_perplexity_ratio": ("perplexity", lambda limit: f"{format_times(limit)} dense's"),
@@ -42,31 +49,19 @@ _COLUMNS = (
     "name",
     "sparsity",
     "scheme",
-    "way",
     "kl",
     "kl_standard_error",
     "perplexity",
     "perplexity_ratio",
-    "accuracy",
-    "accuracy_standard_error",
     "weights_bytes",
     "tpot_ms",
     "speedup",
     "on_front",
     "failed",
 )
-Quality = Literal["kl", "accuracy"]
-_QUALITIES: dict[Quality, str] = {
-    "kl": "KL to dense, nats a token",
-    "accuracy": "zero-shot accuracy, mean over tasks",
-}
-_ERRORS: dict[Quality, str] = {"kl": "kl_standard_error", "accuracy": "accuracy_standard_error"}
 _TICKS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 """KL, nats."""
-_LETTER_POINTS = 4.6
-"""Width of a letter of a label."""
 _SERIES = ("baseline", "first", "second", "third", "fourth")
-_MARKERS = "os^Dv<>pX"
 
 
 def search_record(
@@ -84,7 +79,6 @@ def search_record(
         "recommended": None if chosen is None else chosen.name,
         "verdict": verdict(points, advice),
         "next": [] if chosen is None else _next(chosen),
-        "ways": {one.way: one.options for one in points if one.way},
         "points": [
             {
                 **asdict(one),
@@ -143,159 +137,101 @@ def search_csv(record: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
-def columns(record: Mapping[str, Any], wanted: Sequence[str] = HEADERS) -> list[str]:
-    """The headers of the ``wanted`` columns that say something."""
-    asked = any(one["accuracy"] is not None for one in record["points"])
-    return [header for header in wanted if header != "Zero-shot" or asked]
-
-
-def rows(record: Mapping[str, Any], wanted: Sequence[str] = HEADERS) -> list[list[str]]:
-    """A row for each point, a cell for each of :func:`columns`."""
-    headers = columns(record, wanted)
-    return [
-        [cells[header] for header in headers] for cells in (_row(record, one) for one in record["points"])
-    ]
-
-
-def _row(record: Mapping[str, Any], one: Mapping[str, Any]) -> dict[str, str]:
-    """The cells of a point, by header."""
+def rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each point; see HEADERS."""
 
     def cell(value: float | None, write: Any) -> str:
         return ABSENT if value is None else str(write(value))
 
-    def spread(value: float | None, error: float | None, digits: int = 3) -> str:
-        words = cell(value, partial(format_number, digits=digits))
-        return f"{words} \N{PLUS-MINUS SIGN} {format_number(error, digits=2)}" if error else words
+    found: list[tuple[str, ...]] = []
+    for one in record["points"]:
+        spread = None if one["name"] == DENSE else one["speedup_p10_p90"]
+        note = "recommended" if one["name"] == record["recommended"] else ""
+        if one["failed"]:
+            note = f"failed: {one['failed']}"
+        elif not note and not one["on_front"]:
+            note = "dominated" if one["tpot_ms"] is not None else "not timed"
+        error = one["kl_standard_error"]
+        kl = cell(one["kl"], format_number)
+        found.append(
+            (
+                one["name"],
+                f"{kl} \N{PLUS-MINUS SIGN} {format_number(error, digits=2)}" if error else kl,
+                cell(one["perplexity"], format_number),
+                cell(one["perplexity_ratio"], format_times),
+                cell(one["tpot_ms"], format_ms),
+                cell(one["speedup"], format_times),
+                f"{format_times(spread[0])} to {format_times(spread[1])}" if spread else ABSENT,
+                cell(one["weights_bytes"], format_bytes),
+                note,
+            )
+        )
+    return found
 
-    low_high = None if one["name"] == DENSE else one["speedup_p10_p90"]
-    note = "recommended" if one["name"] == record["recommended"] else ""
-    if one["failed"]:
-        note = f"failed: {one['failed']}"
-    elif not note and not one["on_front"]:
-        note = "dominated" if one["tpot_ms"] is not None else "not timed"
-    return {
-        "Point": one["name"],
-        "KL to dense": spread(one["kl"], one["kl_standard_error"]),
-        "Perplexity": cell(one["perplexity"], format_number),
-        "to dense's": cell(one["perplexity_ratio"], format_times),
-        "Zero-shot": spread(one["accuracy"], one["accuracy_standard_error"]),
-        "Decode": cell(one["tpot_ms"], format_ms),
-        "Speed-up": cell(one["speedup"], format_times),
-        "p10 to p90": f"{format_times(low_high[0])} to {format_times(low_high[1])}" if low_high else ABSENT,
-        "Weight file": cell(one["weights_bytes"], format_bytes),
-        "": note,
-    }
 
-
-def front_figure(
-    record: Mapping[str, Any], cost: Cost, quality: Quality = "kl", *, width_in: float = WIDE_IN
-) -> str | None:
-    """Quality against ``cost``: a colour for each precision, a mark for each way to cut, the front as a line.
-
-    None where fewer than two points are known.
-    """
-    known = [one for one in record["points"] if one[quality] is not None and one[cost] is not None]
+def front_figure(record: Mapping[str, Any], cost: Cost) -> str | None:
+    """KL against ``cost``: a colour for each precision, the front as a line; None where that is one point."""
+    known = [one for one in record["points"] if one["kl"] is not None and one[cost] is not None]
     if len(known) < 2:
         return None
     flag = "on_front" if cost == "tpot_ms" else "on_size_front"
-    scale, unit = (1.0, "decode, ms a token") if cost == "tpot_ms" else (1e6, "weight file, MB")
-    figure = new_figure(width_in, 4.2)
+    scale, unit = (1.0, "decode, ms per token") if cost == "tpot_ms" else (1e6, "weight file, MB")
+    figure = new_figure(3.6)
     axes = figure.subplots()
     bare(axes, ticks=True)
-    kinds = list(dict.fromkeys((one["scheme"], one["way"]) for one in known))
-    colours = dict(zip(dict.fromkeys(scheme for scheme, _ in kinds), _SERIES, strict=False))
-    ways = dict.fromkeys(one["way"] for one in record["points"])  # the same marks in every figure
-    marks = dict(zip(ways, _MARKERS * len(ways), strict=False))
-    for scheme, way in kinds:
-        here = [one for one in known if (one["scheme"], one["way"]) == (scheme, way)]
+    schemes = list(dict.fromkeys(one["scheme"] for one in known))
+    for scheme, series in zip(schemes, _SERIES, strict=False):
+        here = [one for one in known if one["scheme"] == scheme]
         axes.errorbar(
             [one[cost] / scale for one in here],
-            [one[quality] for one in here],
-            yerr=[one[_ERRORS[quality]] or 0.0 for one in here],
-            fmt=marks[way],
+            [one["kl"] for one in here],
+            yerr=[one["kl_standard_error"] or 0.0 for one in here],
+            fmt="o",
             markersize=6,
             linewidth=1,
-            color=COLOURS[colours[scheme]],
-            label=", ".join(word for word in (scheme or "float", way) if word),
+            color=COLOURS[series],
+            label=scheme or "float",
         )
     best = sorted((one for one in known if one[flag]), key=lambda one: one[cost])
     axes.plot(
         [one[cost] / scale for one in best],
-        [one[quality] for one in best],
+        [one["kl"] for one in best],
         color=COLOURS["soft"],
         linewidth=1,
         zorder=0,
     )
-    if quality == "kl":
-        _from_zero(axes, 1.6 * max(one["kl"] for one in known))
-    _name_points(axes, record, known, (cost, scale, flag), quality)
-    axes.set_xlabel(unit, color=COLOURS["soft"], fontsize=9)
-    axes.set_ylabel(_QUALITIES[quality], color=COLOURS["soft"], fontsize=9)
-    axes.legend(frameon=False, fontsize=9, labelcolor=COLOURS["ink"])
-    better = "lower" if quality == "kl" else "higher"
-    entitle(axes, f"The front: nearer to dense is {better}, cheaper is to the left")
-    name = "KL" if quality == "kl" else "accuracy"
-    parts = [f"{one['name']} {one[cost] / scale:.4g} and {name} {one[quality]:.3g}" for one in best]
-    return inline_svg(
-        figure,
-        name="-".join(("front", *(["accuracy"] if quality == "accuracy" else []), cost.replace("_", "-"))),
-        alt=f"{unit}. Front: {', '.join(parts)}.",
-    )
-
-
-def _from_zero(axes: Any, most: float) -> None:
-    """A scale of KL that holds 0 and is logarithmic above."""
     axes.set_yscale("symlog", linthresh=0.01)
-    axes.set_ylim(-0.002, most)
-    ticks = [tick for tick in _TICKS if tick <= most]
+    highest = 1.6 * max(one["kl"] for one in known)
+    axes.set_ylim(-0.002, max(highest, 0.01))
+    ticks = [tick for tick in _TICKS if tick <= max(highest, 0.01)]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-
-
-def _name_points(
-    axes: Any,
-    record: Mapping[str, Any],
-    known: Sequence[Mapping[str, Any]],
-    by: tuple[Cost, float, str],
-    quality: Quality,
-) -> None:
-    """A label at every point, those on the front placed first."""
-    cost, scale, flag = by
-    taken: list[tuple[float, float, float]] = []
-    for one in sorted(known, key=lambda one: (not one[flag], one[cost])):
-        shown = one[flag] or one["name"] == record["recommended"]
-        at = (one[cost] / scale, one[quality])
-        axes.annotate(
-            one["name"],
-            at,
-            **_beside(axes.transData.transform(at), len(one["name"]) * _LETTER_POINTS, taken),
-            textcoords="offset points",
-            fontsize=8.5,
-            weight="bold" if one["name"] == record["recommended"] else "normal",
-            color=COLOURS["ink" if shown else "baseline"],
-        )
-
-
-def _beside(at: Any, width: float, taken: list[tuple[float, float, float]]) -> dict[str, Any]:
-    """Where a label ``width`` points wide goes, so that it lies on none that is ``taken``, in points."""
-    for right, up in ((6, 5), (6, -12), (-6, 5), (-6, -12), (6, 17), (6, -24), (-6, 17), (-6, -24)):
-        left, y = float(at[0]) + (right if right > 0 else right - width), float(at[1]) + up
-        if all(left > x + w or x > left + width or abs(y - other) > 12 for x, other, w in taken):
-            break
-    taken.append((left, y, width))
-    return {"xytext": (right, up), "ha": "left" if right > 0 else "right"}
+    axes.locator_params(axis="x", nbins=5)
+    axes.margins(x=0.08)
+    name_axes(axes, x=unit, y="KL to dense, nats per token")
+    if len(schemes) > 1:
+        how = {"ncols": len(_SERIES), "columnspacing": 1.0, "handletextpad": 0.2, "frameon": False}
+        figure.legend(loc="outside lower center", fontsize=TEXT_POINTS, labelcolor=COLOURS["ink"], **how)
+    entitle(axes, "Nearer to dense is lower, cheaper is to the left")
+    ranked = sorted(known, key=lambda one: (one["name"] != record["recommended"], not one[flag], one[cost]))
+    label_points(
+        axes,
+        [(one[cost] / scale, one["kl"], one["name"]) for one in ranked],
+        strong={one["name"] for one in best},
+        bold=record["recommended"],
+    )
+    parts = [f"{one['name']} {one[cost] / scale:.4g} and KL {one['kl']:.3g}" for one in best]
+    return inline_svg(
+        figure, name=f"front-{cost.replace('_', '-')}", alt=f"{unit}. Front: {', '.join(parts)}."
+    )
 
 
 def search_page(record: Mapping[str, Any]) -> str:
     """search.html from search.json; every value is escaped for HTML."""
-    wanted: tuple[tuple[Cost, Quality], ...] = (
-        ("tpot_ms", "kl"),
-        ("weights_bytes", "kl"),
-        ("tpot_ms", "accuracy"),
-    )
-    figures = [svg for axes in wanted if (svg := front_figure(record, *axes)) is not None]
+    costs: tuple[Cost, ...] = ("tpot_ms", "weights_bytes")
+    figures = [svg for cost in costs if (svg := front_figure(record, cost)) is not None]
     return (
         environment()
         .get_template("search.html.j2")
-        .render(record=record, headers=columns(record), rows=rows(record), figures=figures)
+        .render(record=record, headers=HEADERS, rows=rows(record), figures=figures)
     )

@@ -16,9 +16,6 @@ CAPTION = (
     "bold is recommended. Bars: standard error over the windows of text."
 )
 
-_WIDTH_IN = 6.2
-"""Legible on a phone."""
-
 
 def trade_figure(records: Records, recommended: str | None) -> Markup | None:
     """KL against milliseconds per token; None for fewer than two models with both."""
@@ -26,7 +23,7 @@ def trade_figure(records: Records, recommended: str | None) -> Markup | None:
     points = [point for one in variants if (point := _point(one)) is not None]
     for one in points:
         one["on_front"] = not any(_beats(other, one) for other in points)
-    svg = front_figure({"points": points, "recommended": recommended}, "tpot_ms", width_in=_WIDTH_IN)
+    svg = front_figure({"points": points, "recommended": recommended}, "tpot_ms")
     return None if svg is None else Markup(svg)
 
 
@@ -39,7 +36,6 @@ def _point(variant: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "name": name,
         "scheme": name.partition("-")[2] or None,
-        "way": "",
         "kl": kl,
         "kl_standard_error": quality.get("kl_standard_error"),
         "tpot_ms": tpot_ms,
