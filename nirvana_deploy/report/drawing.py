@@ -10,10 +10,12 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from itertools import pairwise, product
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -37,6 +39,8 @@ WIDTH_IN = 4.4
 TITLE_POINTS, TEXT_POINTS = 11, 10
 _AROUND = ((8, 0), (-8, 0), (6, 11), (-6, 11), (6, -11), (-6, -11), (0, 13), (0, -13), (6, 22), (6, -22))
 """Where the name of a point may stand, in points from it."""
+_STEPS = 40
+"""Of a piece of a line, when names keep off it."""
 
 
 def inline_svg(figure: Figure, *, name: str, alt: str) -> str:
@@ -95,26 +99,41 @@ def label(axes: Any, x: float, y: float, text: str, **options: Any) -> None:
 
 
 def label_points(
-    axes: Any, points: Sequence[tuple[float, float, str]], *, strong: Collection[str], bold: str | None
+    axes: Any,
+    points: Sequence[tuple[float, float, str]],
+    *,
+    line: Sequence[tuple[float, float]],
+    bold: str | None,
 ) -> None:
     """Name points (x, y, name) where there is room, the first ones first; the ``bold`` one in any case.
 
-    Names beside no point, text or edge of the figure; the ``strong`` ones are in ink, the others soft.
+    A name stands on no point, name or axis, and not on ``line`` where it can. Those on the line are in ink,
+    the others soft.
     """
     figure = axes.figure
     figure.draw_without_rendering()  # now the layout is known
-    points_per_pixel = 72 / figure.dpi
+    to_points = 72 / figure.dpi
     width, height = (72 * side for side in figure.get_size_inches())
-    places = [axes.transData.transform((x, y)) * points_per_pixel for x, y, _ in points]
+    inner = axes.get_window_extent()
+    left_edge, low_edge = inner.x0 * to_points, inner.y0 * to_points - TEXT_POINTS
+
+    def place(x: float, y: float) -> Any:
+        return axes.transData.transform((x, y)) * to_points
+
+    places = [place(x, y) for x, y, _ in points]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    steps = np.linspace(0, 1, _STEPS)
+    corners = [place(*corner) for corner in line]
+    crossed = [a + (b - a) * step for a, b in pairwise(corners) for step in steps]
+    thin = [(x - 1, y - 1, x + 1, y + 1) for x, y in crossed]
     for (x, y), (at_x, at_y, name) in zip(places, points, strict=True):
         text = short(name)
         long = 0.62 * TEXT_POINTS * len(text)
-        for right, up in _AROUND:
+        for avoided, (right, up) in product(([*taken, *thin], taken), _AROUND):
             left = x + right - (0 if right > 0 else long if right < 0 else long / 2)
             box = (left, y + up - 6, left + long, y + up + 6)
-            inside = box[0] > 0 and box[1] > 0 and box[2] < width and box[3] < height
-            if inside and not any(_meet(box, other) for other in taken):
+            inside = box[0] > left_edge and box[1] > low_edge and box[2] < width and box[3] < height
+            if inside and not any(_meet(box, other) for other in avoided):
                 break
         else:
             if name != bold:
@@ -128,7 +147,7 @@ def label_points(
             offset=(right, up),
             ha="left" if right > 0 else "right" if right < 0 else "center",
             weight="bold" if name == bold else "normal",
-            color=COLOURS["ink" if name in strong or name == bold else "soft"],
+            color=COLOURS["ink" if (at_x, at_y) in line or name == bold else "soft"],
         )
 
 

@@ -27,7 +27,7 @@ from nirvana_deploy.report.table import (
     format_share,
 )
 
-MAX_DOTS = 300
+MAX_DOTS = 150
 """Samples drawn per variant; more would only make the page heavy."""
 
 
@@ -61,7 +61,7 @@ def latency_figure(
     p99 are counted at the edge instead of drawn.
     """
     names = [str(v["name"]) for v in variants]
-    figure = new_figure(0.95 + 0.72 * len(variants))
+    figure = new_figure(0.95 + 0.58 * len(variants))
     axes = figure.subplots()
     bare(axes, ticks=True)
     limit = 1.3 * max(v[metric].get("p99") or v[metric]["p50"] for v in variants)
@@ -92,8 +92,11 @@ def latency_figure(
                 [bound, bound], [row - 0.3, row + 0.3], color=COLOURS["ink"], linewidth=1, linestyle=":"
             )
             text = f"bound {format_number(bound)}"
-            outside = {"ha": "right", "offset": (-4, 0)} if bound > 0.3 * limit else {"offset": (4, 0)}
-            label(axes, bound, row + 0.22, text, color=COLOURS["soft"], **outside)
+            how = {"color": COLOURS["soft"]}
+            if bound > 0.3 * limit:
+                label(axes, bound, row + 0.22, text, ha="right", offset=(-4, 0), **how)
+            else:  # no room on the left
+                label(axes, max(bound, median), row + 0.22, text, offset=(6, 0), **how)
         beyond = sum(x > limit for x in samples)
         if beyond:
             label(axes, limit, row + 0.22, f"{beyond} slower \N{RIGHTWARDS ARROW}", ha="right")

@@ -16,6 +16,7 @@ from nirvana_deploy.output.record_kinds import Quality, TasksRecord
 from nirvana_deploy.output.records import Records, verifications
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
 from nirvana_deploy.output.variants import DENSE, PRUNED
+from nirvana_deploy.report.findings import gain
 from nirvana_deploy.report.pages.deployed import kept_promises
 from nirvana_deploy.report.pages.quality import repeats
 from nirvana_deploy.report.table import (
@@ -109,7 +110,7 @@ def _judge(records: Records, baseline: Mapping[str, Any], variant: Mapping[str, 
     facts: list[str] = []
     care: list[str] = []
     no: list[str] = []
-    speedup, low, high = _speedup(records, name)
+    speedup, low, high = _speedup(records.benchmark or {}, variant)
     size, dense_size = variant.get("weights_bytes"), baseline.get("weights_bytes")
     if speedup:
         spread = f" ({format_times(low)} to {format_times(high)})" if low and high else ""
@@ -153,13 +154,13 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f} times"
 
 
-def _speedup(records: Records, name: str) -> tuple[float, float | None, float | None]:
+def _speedup(
+    benchmark: Mapping[str, Any], variant: Mapping[str, Any]
+) -> tuple[float, float | None, float | None]:
     """Of decoding, with its spread over the rounds; 0 where it was not measured."""
-    for one in (records.benchmark or {}).get("comparisons") or ():
-        if one["variant"] == name:
-            low, high = one.get("tpot_speedup_p10_p90") or (None, None)
-            return one.get("tpot_speedup") or 0.0, low, high
-    return 0.0, None, None
+    found = gain(benchmark, variant, "tpot")
+    low, high = (found.spread if found else None) or (None, None)
+    return found.speedup if found else 0.0, low, high
 
 
 def _quality(

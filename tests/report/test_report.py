@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.reports import FROZEN, RECORDS, frozen, frozen_records, write_records
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.output.records import Records
@@ -36,25 +37,10 @@ from nirvana_deploy.report.table import (
     text_bar,
 )
 
-FROZEN = Path(__file__).parent / "data"
-RECORDS = ("manifest", "plan", "benchmark")
-
-
-def frozen(name: str) -> dict[str, Any]:
-    return dict(json.loads((FROZEN / f"{name}.json").read_text(encoding="utf-8")))
-
-
-def frozen_records() -> Records:
-    return Records(*(frozen(name) for name in RECORDS))
-
 
 def report_of(out: Path, records: Records) -> tuple[str, str]:
     """Write ``records`` into ``out`` and return (markdown, html)."""
-    for name in RECORDS:
-        record = getattr(records, name)
-        if record is not None:
-            (out / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
-    markdown, page = write_report(out)
+    markdown, page = write_report(write_records(out, records))
     return markdown.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
 
 

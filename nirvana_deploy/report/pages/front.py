@@ -217,7 +217,7 @@ def front_figure(record: Mapping[str, Any], cost: Cost) -> str | None:
     label_points(
         axes,
         [(one[cost] / scale, one["kl"], one["name"]) for one in ranked],
-        strong={one["name"] for one in best},
+        line=[(one[cost] / scale, one["kl"]) for one in best],
         bold=record["recommended"],
     )
     parts = [f"{one['name']} {one[cost] / scale:.4g} and KL {one['kl']:.3g}" for one in best]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from matplotlib.collections import PolyCollection
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
 
 from nirvana_deploy.output.records import LayerWidth
 from nirvana_deploy.report.drawing import (
@@ -84,8 +85,13 @@ def kept_width_figure(layers: Sequence[LayerWidth]) -> str:
 
 def _boxes(axes: Any, boxes: Iterable[_Box], colour: str) -> None:
     """Draw boxes of one colour as one shape: hundreds of layers keep the page light."""
-    corners = [[(x, y), (x + dx, y), (x + dx, y + dy), (x, y + dy)] for x, y, dx, dy in boxes]
-    axes.add_collection(PolyCollection(corners, facecolors=COLOURS[colour], edgecolors="none"))
+    paths = [
+        Path([(x, y), (x + dx, y), (x + dx, y + dy), (x, y + dy), (x, y)], closed=True)
+        for x, y, dx, dy in boxes
+        if dy
+    ]
+    if paths:
+        axes.add_patch(PathPatch(Path.make_compound_path(*paths), facecolor=COLOURS[colour], linewidth=0))
 
 
 def sensitivity_figure(layers: Mapping[str, float]) -> str:
