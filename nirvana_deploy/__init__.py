@@ -29,6 +29,7 @@ _PUBLIC = {
     "Target": "nirvana_deploy.search.recipe",
     "VerificationError": "nirvana_deploy.base.errors",
     "benchmark_folder": "nirvana_deploy.pipeline.folder",
+    "compare_folders": "nirvana_deploy.pipeline.compare",
     "evaluate_folder": "nirvana_deploy.pipeline.folder",
     "load_checkpoint": "nirvana_deploy.model.checkpoint",
     "prune_export": "nirvana_deploy.pipeline.prune_export",
@@ -47,6 +48,7 @@ __all__ = [
     "Target",
     "VerificationError",
     "benchmark_folder",
+    "compare_folders",
     "evaluate_folder",
     "load_checkpoint",
     "prune_export",
@@ -60,6 +62,7 @@ __all__ = [
 if TYPE_CHECKING:
     from nirvana_deploy.base.errors import NirvanaError, QualityError, VerificationError
     from nirvana_deploy.model.checkpoint import load_checkpoint
+    from nirvana_deploy.pipeline.compare import compare_folders
     from nirvana_deploy.pipeline.folder import (
         benchmark_folder,
         evaluate_folder,

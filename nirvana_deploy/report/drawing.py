@@ -10,7 +10,9 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise, product
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from nirvana_deploy.base.terminal import harmless
 from nirvana_deploy.output.records import LayerWidth
 
 # Okabe and Ito's palette, which stays apart under the common colour blindnesses; grey is the baseline.
@@ -49,7 +52,7 @@ def inline_svg(figure: Figure, *, name: str, alt: str) -> str:
         text.set_parse_math(False)  # a "$" in a name is a dollar
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), _any_script():
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -59,8 +62,16 @@ def inline_svg(figure: Figure, *, name: str, alt: str) -> str:
     svg = re.sub(r" font-family: [^;]*;", "", svg)  # the page's
     for colour, value in COLOURS.items():
         svg = svg.replace(f": {value}", f": var(--{colour}, {value})")
-    label = html.escape(alt, quote=True)
+    label = html.escape(harmless(alt), quote=True)
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """Lay out text in letters that the font of the metrics lacks: the page's font is another."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
 def new_figure(height_in: float, *, width_in: float = WIDTH_IN) -> Figure:
@@ -103,19 +114,21 @@ def label_points(
     points: Sequence[tuple[float, float, str]],
     *,
     line: Sequence[tuple[float, float]],
-    bold: str | None,
+    bold: int,
 ) -> None:
-    """Name points (x, y, name) where there is room, the first ones first; the ``bold`` one in any case.
+    """Name points (x, y, name) where there is room, the first ones first; the first ``bold`` in any case.
 
     A name stands on no point, name or axis, and not on ``line`` where it can. Those on the line are in ink,
     the others soft.
     """
     figure = axes.figure
-    figure.draw_without_rendering()  # now the layout is known
+    with _any_script():
+        figure.draw_without_rendering()  # now the layout is known
     to_points = 72 / figure.dpi
-    width, height = (72 * side for side in figure.get_size_inches())
+    width = 72 * figure.get_figwidth()
     inner = axes.get_window_extent()
     left_edge, low_edge = inner.x0 * to_points, inner.y0 * to_points - TEXT_POINTS
+    high_edge = inner.y1 * to_points + TEXT_POINTS / 2
 
     def place(x: float, y: float) -> Any:
         return axes.transData.transform((x, y)) * to_points
@@ -126,17 +139,17 @@ def label_points(
     corners = [place(*corner) for corner in line]
     crossed = [a + (b - a) * step for a, b in pairwise(corners) for step in steps]
     thin = [(x - 1, y - 1, x + 1, y + 1) for x, y in crossed]
-    for (x, y), (at_x, at_y, name) in zip(places, points, strict=True):
+    for rank, ((x, y), (at_x, at_y, name)) in enumerate(zip(places, points, strict=True)):
         text = short(name)
         long = 0.62 * TEXT_POINTS * len(text)
         for avoided, (right, up) in product(([*taken, *thin], taken), _AROUND):
             left = x + right - (0 if right > 0 else long if right < 0 else long / 2)
             box = (left, y + up - 6, left + long, y + up + 6)
-            inside = box[0] > left_edge and box[1] > low_edge and box[2] < width and box[3] < height
+            inside = box[0] > left_edge and box[1] > low_edge and box[2] < width and box[3] < high_edge
             if inside and not any(_meet(box, other) for other in avoided):
                 break
         else:
-            if name != bold:
+            if rank >= bold:
                 continue
         taken.append(box)
         label(
@@ -146,8 +159,8 @@ def label_points(
             text,
             offset=(right, up),
             ha="left" if right > 0 else "right" if right < 0 else "center",
-            weight="bold" if name == bold else "normal",
-            color=COLOURS["ink" if (at_x, at_y) in line or name == bold else "soft"],
+            weight="bold" if rank < bold else "normal",
+            color=COLOURS["ink" if (at_x, at_y) in line or rank < bold else "soft"],
         )
 
 
@@ -156,7 +169,8 @@ def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def short(name: str, longest: int = 22) -> str:
-    """A name as it fits into a figure: at most ``longest`` characters."""
+    """A name as it fits into a figure: at most ``longest`` characters, none of them a command."""
+    name = harmless(name)
     return name if len(name) <= longest else f"{name[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 

@@ -6,9 +6,7 @@ nothing else. The Markdown has the same numbers as tables.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +16,6 @@ from markupsafe import Markup
 from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.terminal import harmless
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.record_kinds import (
     KernelRecord,
@@ -36,7 +33,7 @@ from nirvana_deploy.output.records import (
 )
 from nirvana_deploy.report import figures, findings
 from nirvana_deploy.report.facts import details
-from nirvana_deploy.report.page import environment
+from nirvana_deploy.report.page import PlacedFigure, environment, markdown_environment
 from nirvana_deploy.report.pages import curves, deployed, layers, ntk, quality, recovery, tasks, trade
 from nirvana_deploy.report.snippets import snippets
 from nirvana_deploy.report.table import (
@@ -53,14 +50,6 @@ from nirvana_deploy.report.table import (
 )
 from nirvana_deploy.report.tiles import headline_tiles
 from nirvana_deploy.report.verdict import verdict
-
-
-@dataclass(frozen=True)
-class PlacedFigure:
-    """A figure with its caption."""
-
-    svg: Markup
-    caption: str
 
 
 def _bounds_ms(benchmark: Mapping[str, Any], metric: str) -> dict[str, float]:
@@ -289,31 +278,9 @@ def report_context(records: Records) -> dict[str, Any]:
     }
 
 
-_MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#])")
-
-
-def markdown_text(value: Any) -> str:
-    """Escape ``value`` for Markdown, on one line; Markup passes unchanged."""
-    if isinstance(value, Markup):
-        return str(value)
-    return _MARKDOWN_SPECIAL.sub(r"\\\1", harmless(" ".join(str(value).split())))
-
-
-def markdown_code(value: Any) -> Markup:
-    """Format ``value`` as inline code for a table cell: one line, without backticks and bars."""
-    return Markup("`" + harmless(" ".join(str(value).split())).replace("`", "'").replace("|", "/") + "`")
-
-
-def markdown_lines(value: Any) -> Markup:
-    """Escape ``value`` for a Markdown table cell that keeps its line breaks."""
-    return Markup("<br>".join(markdown_text(line) for line in str(value).split("\n")))
-
-
 def render_markdown(context: Mapping[str, Any]) -> str:
     """Render report.md from ``report_context``; every value is escaped for Markdown."""
-    templates = environment(autoescape=False, finalize=markdown_text)  # which applies Markdown's rules
-    templates.filters |= {"code": markdown_code, "verbatim": Markup, "lines": markdown_lines}
-    return templates.get_template("report.md.j2").render(context)
+    return markdown_environment().get_template("report.md.j2").render(context)
 
 
 def render_html(

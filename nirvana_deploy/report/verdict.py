@@ -6,7 +6,7 @@ recommended; of equally fast ones the smaller.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -70,39 +70,54 @@ class Verdict:
 
 def verdict(records: Records) -> Verdict:
     """Apply the rules to all models that were measured."""
-    judged = list(_judged(records))
-    known = [one for one in judged if one.level != "open"]
-    if not known:
-        missing = "; ".join(f"{one.name}: {', '.join(one.against)}" for one in judged)
+    found = judged(records)
+    best = best_of(found)
+    if best is None:
+        missing = "; ".join(f"{one.name}: {', '.join(one.against)}" for one in found)
         return Verdict("open", None, "No verdict", f"{missing or 'Nothing beside the dense model'}.")
-    level = min((one.level for one in known), key=_ORDER.index)
-    of_level = [one for one in known if one.level == level]
-    if level == "no":
-        nearest = min(of_level, key=lambda one: one.ratio)
-        why = f"The best of them, {nearest.name}: {'; '.join(nearest.against)}."
-        return Verdict(level, None, "Do not ship", f"{why} {_instead(judged)}")
-    best = max(of_level, key=lambda one: (one.speedup, -one.size))
-    title = f"Ship {best.name}" + (", with care" if level == "care" else "")
-    why = f"{best.name} is {', '.join(best.facts)}."
-    if level == "care":
-        why += f" Care: {'; '.join(best.against)}."
-    if best.name.startswith(DENSE) and any(one.name.startswith(PRUNED) for one in judged):
+    if best.level == "no":
+        why = f"The best of them, {best.name}: {'; '.join(best.against)}."
+        return Verdict(best.level, None, "Do not ship", f"{why} {_instead(found)}".rstrip())
+    title = f"Ship {best.name}" + (", with care" if best.level == "care" else "")
+    why = f"{best.name} is {reasons(best)}"
+    if best.name.startswith(DENSE) and any(one.name.startswith(PRUNED) for one in found):
         why += " Quantization alone is the better trade here: no cut gains more at this quality."
-    return Verdict(level, best.name, title, why)
+    return Verdict(best.level, best.name, title, why)
 
 
-def _instead(judged: list[Judged]) -> str:
-    if all(one.name.startswith(DENSE) for one in judged):
-        return ""
-    return "Remove less, or train it: nirvana-deploy recover OUT --minutes 30."
-
-
-def _judged(records: Records) -> Iterator[Judged]:
+def judged(records: Records) -> tuple[Judged, ...]:
+    """Every model beside the dense one under the rules; none without a dense one."""
     benchmark = records.benchmark or {}
     baseline = baseline_of(benchmark)
-    for variant in challengers_of(benchmark):
-        if baseline is not None and variant is not baseline:
-            yield _judge(records, baseline, variant)
+    if baseline is None:
+        return ()
+    return tuple(_judge(records, baseline, variant) for variant in challengers_of(benchmark))
+
+
+def best_of(found: Sequence[Judged]) -> Judged | None:
+    """Of the best level the fastest, then the smallest; of those that do not ship the nearest to dense.
+
+    None if the quality of none was measured.
+    """
+    level = min((one.level for one in found), key=_ORDER.index, default="open")
+    if level == "open":
+        return None
+    of_level = [one for one in found if one.level == level]
+    if level == "no":
+        return min(of_level, key=lambda one: one.ratio)
+    return max(of_level, key=lambda one: (one.speedup, -one.size))
+
+
+def reasons(one: Judged) -> str:
+    """What it gains and costs, and what it needs care for, as the end of a sentence."""
+    care = f" Care: {'; '.join(one.against)}." if one.level == "care" else ""
+    return f"{', '.join(one.facts)}.{care}"
+
+
+def _instead(found: Sequence[Judged]) -> str:
+    if all(one.name.startswith(DENSE) for one in found):
+        return ""
+    return "Remove less, or train it: nirvana-deploy recover OUT --minutes 30."
 
 
 def _judge(records: Records, baseline: Mapping[str, Any], variant: Mapping[str, Any]) -> Judged:

@@ -65,7 +65,8 @@ def with_models(models: Mapping[str, tuple[float, float, float]], records: Recor
         answers["variants"][name] = [f"{text} ({name})" for text in answers["variants"]["dense"]]
         if scheme:
             prefix = "dense-onnx-" if of == "dense" else "onnx-"
-            stages[f"{prefix}{scheme}"] = {"files": {}, "result": quantized(scheme, megabytes)}
+            result = quantized(scheme, megabytes)
+            stages[f"{prefix}{scheme}"] = {"run": stages["plan"]["run"], "files": {}, "result": result}
     return records
 
 

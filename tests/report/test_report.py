@@ -24,7 +24,8 @@ from nirvana_deploy.output.records import Records
 from nirvana_deploy.output.results import Quantized
 from nirvana_deploy.report import findings
 from nirvana_deploy.report.figures import latency_figure
-from nirvana_deploy.report.report import markdown_text, write_report
+from nirvana_deploy.report.page import markdown_text
+from nirvana_deploy.report.report import write_report
 from nirvana_deploy.report.table import (
     format_bytes,
     format_change,

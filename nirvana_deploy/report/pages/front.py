@@ -9,17 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from nirvana_deploy.output.variants import DENSE
-from nirvana_deploy.report.drawing import (
-    COLOURS,
-    TEXT_POINTS,
-    bare,
-    entitle,
-    inline_svg,
-    label_points,
-    name_axes,
-    new_figure,
-)
 from nirvana_deploy.report.page import environment
+from nirvana_deploy.report.pages.plane import MEGABYTES, MILLISECONDS, Point, plane_figure
 from nirvana_deploy.report.table import ABSENT, format_bytes, format_ms, format_number, format_times
 from nirvana_deploy.search.front import Cost, Recommendation, front, quantization_alone
 from nirvana_deploy.search.point import Found, said
@@ -59,9 +50,6 @@ _COLUMNS = (
     "on_front",
     "failed",
 )
-_TICKS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
-"""KL, nats."""
-_SERIES = ("baseline", "first", "second", "third", "fourth")
 
 
 def search_record(
@@ -171,59 +159,22 @@ def rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def front_figure(record: Mapping[str, Any], cost: Cost) -> str | None:
     """KL against ``cost``: a colour for each precision, the front as a line; None where that is one point."""
-    known = [one for one in record["points"] if one["kl"] is not None and one[cost] is not None]
-    if len(known) < 2:
-        return None
+    scale, unit = (1.0, MILLISECONDS) if cost == "tpot_ms" else (1e6, MEGABYTES)
     flag = "on_front" if cost == "tpot_ms" else "on_size_front"
-    scale, unit = (1.0, "decode, ms per token") if cost == "tpot_ms" else (1e6, "weight file, MB")
-    figure = new_figure(3.6)
-    axes = figure.subplots()
-    bare(axes, ticks=True)
-    schemes = list(dict.fromkeys(one["scheme"] for one in known))
-    for scheme, series in zip(schemes, _SERIES, strict=False):
-        here = [one for one in known if one["scheme"] == scheme]
-        axes.errorbar(
-            [one[cost] / scale for one in here],
-            [one["kl"] for one in here],
-            yerr=[one["kl_standard_error"] or 0.0 for one in here],
-            fmt="o",
-            markersize=6,
-            linewidth=1,
-            color=COLOURS[series],
-            label=scheme or "float",
+    known = [one for one in record["points"] if one["kl"] is not None and one[cost] is not None]
+    points = {
+        one["name"]: Point(
+            one["name"],
+            one["scheme"] or "float",
+            one["kl"],
+            one["kl_standard_error"],
+            one[cost] / scale,
+            recommended=one["name"] == record["recommended"],
         )
-    best = sorted((one for one in known if one[flag]), key=lambda one: one[cost])
-    axes.plot(
-        [one[cost] / scale for one in best],
-        [one["kl"] for one in best],
-        color=COLOURS["soft"],
-        linewidth=1,
-        zorder=0,
-    )
-    axes.set_yscale("symlog", linthresh=0.01)
-    highest = 1.6 * max(one["kl"] for one in known)
-    axes.set_ylim(-0.002, max(highest, 0.01))
-    ticks = [tick for tick in _TICKS if tick <= max(highest, 0.01)]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.locator_params(axis="x", nbins=5)
-    axes.margins(x=0.08)
-    name_axes(axes, x=unit, y="KL to dense, nats per token")
-    if len(schemes) > 1:
-        how = {"ncols": len(_SERIES), "columnspacing": 1.0, "handletextpad": 0.2, "frameon": False}
-        figure.legend(loc="outside lower center", fontsize=TEXT_POINTS, labelcolor=COLOURS["ink"], **how)
-    entitle(axes, "Nearer to dense is lower, cheaper is to the left")
-    ranked = sorted(known, key=lambda one: (one["name"] != record["recommended"], not one[flag], one[cost]))
-    label_points(
-        axes,
-        [(one[cost] / scale, one["kl"], one["name"]) for one in ranked],
-        line=[(one[cost] / scale, one["kl"]) for one in best],
-        bold=record["recommended"],
-    )
-    parts = [f"{one['name']} {one[cost] / scale:.4g} and KL {one['kl']:.3g}" for one in best]
-    return inline_svg(
-        figure, name=f"front-{cost.replace('_', '-')}", alt=f"{unit}. Front: {', '.join(parts)}."
-    )
+        for one in known
+    }
+    front = sorted((points[one["name"]] for one in known if one[flag]), key=lambda one: one.cost)
+    return plane_figure(list(points.values()), front=front, unit=unit, name=f"front-{cost.replace('_', '-')}")
 
 
 def search_page(record: Mapping[str, Any]) -> str:

@@ -78,25 +78,37 @@ def answers(records: Records) -> Written | None:
     if record.skipped:
         return Written(f"Not asked: {record.skipped}")
     variants = _with_cut(records, record.variants)
+    beside = dict.fromkeys(variants, DENSE)
+    return written(record.prompts, variants, new_tokens=record.new_tokens, beside=beside)
+
+
+def written(
+    prompts: Sequence[str],
+    variants: Mapping[str, Sequence[str]],
+    *,
+    new_tokens: int,
+    beside: Mapping[str, str],
+) -> Written:
+    """Continuations of the prompts; ``beside`` names the dense model of each."""
     rows = [
         (prompt, *(_shown(text) for text in texts))
-        for prompt, *texts in zip_longest(record.prompts, *variants.values(), fillvalue="")
+        for prompt, *texts in zip_longest(prompts, *variants.values(), fillvalue="")
     ]
     return Written(
-        f"Greedy continuations of at most {record.new_tokens} tokens, unedited",
+        f"Greedy continuations of at most {new_tokens} tokens, unedited",
         headers=("Prompt", *variants),
         rows=tuple(rows),
         rate_headers=("Answers", "word for word as dense", "repeats itself"),
-        rates=tuple(_rates(variants)),
+        rates=tuple(_rates(variants, beside)),
     )
 
 
-def _rates(variants: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, ...]]:
+def _rates(variants: Mapping[str, Sequence[str]], beside: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
     """How many answers of each model are the dense one's, and how many repeat themselves."""
-    dense = variants.get(DENSE)
     for name, texts in variants.items():
+        dense = variants.get(beside[name])
         same = [one == other for one, other in zip(dense or (), texts, strict=False)]
-        as_dense = ABSENT if name == DENSE or dense is None else f"{sum(same)} of {len(same)}"
+        as_dense = ABSENT if name == beside[name] or dense is None else f"{sum(same)} of {len(same)}"
         yield name, as_dense, f"{sum(map(repeats, texts))} of {len(texts)}"
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.report.findings import gaps
+from nirvana_deploy.report.page import markdown_lines
 from nirvana_deploy.report.pages.quality import answers, kinds
-from nirvana_deploy.report.report import markdown_lines
 
 
 def records(result: dict[str, Any] | None, name: str = "answers") -> Records:
