@@ -23,6 +23,7 @@ from matplotlib.text import Text
 
 from nirvana_deploy.base.terminal import harmless
 from nirvana_deploy.output.records import LayerWidth
+from nirvana_deploy.report.table import short
 
 # Okabe and Ito's palette, which stays apart under the common colour blindnesses; grey is the baseline.
 # Keys are the CSS custom properties that the page may redefine, values the fallback.
@@ -166,12 +167,6 @@ def label_points(
 
 def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def short(name: str, longest: int = 22) -> str:
-    """A name as it fits into a figure: at most ``longest`` characters, none of them a command."""
-    name = harmless(name)
-    return name if len(name) <= longest else f"{name[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def colours_of(names: Sequence[str], baseline: str | None) -> dict[str, str]:

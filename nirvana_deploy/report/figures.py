@@ -16,7 +16,6 @@ from nirvana_deploy.report.drawing import (
     name_axes,
     name_rows,
     new_figure,
-    short,
 )
 from nirvana_deploy.report.pages.ntk import headers
 from nirvana_deploy.report.table import (
@@ -25,6 +24,7 @@ from nirvana_deploy.report.table import (
     format_number,
     format_seconds,
     format_share,
+    short,
 )
 
 MAX_DOTS = 150
@@ -68,6 +68,7 @@ def latency_figure(
     axes.set_xlim(0, limit)
     axes.locator_params(axis="x", nbins=5)
     name_rows(axes, names)
+    axes.set_ylim(len(names) - 0.5, -0.75)  # the first row's label stands clear of the title
     colours = colours_of(names, baseline)
     for row, variant in enumerate(variants):
         name, samples = names[row], variant[metric].get("samples") or []

@@ -13,7 +13,11 @@ from typing import Any, Literal
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records, model_name, verifications
 from nirvana_deploy.output.variants import DENSE
-from nirvana_deploy.report.pages.deployed import low_bit_source_caution, quantization_caution
+from nirvana_deploy.report.pages.deployed import (
+    kept_promises,
+    low_bit_source_caution,
+    quantization_caution,
+)
 from nirvana_deploy.report.table import (
     baseline_of,
     challengers_of,
@@ -23,8 +27,11 @@ from nirvana_deploy.report.table import (
     format_share,
     format_times,
     median_of,
+    short,
 )
 
+_LONGEST_TITLE = 60
+"""Characters of a model's name; Details has the whole of it."""
 PERPLEXITY_ALARM = 1.5
 """Perplexity ratio to dense above which the report warns."""
 BOUND_SHARE_ALARM = 0.9
@@ -91,8 +98,11 @@ def verification_badge(records: Records) -> Badge:
     compared = [v.greedy_equal for v in found if v.greedy_equal is not None]
     if compared:
         parts.append("greedy tokens equal" if all(compared) else "greedy tokens differ")
-    text = f"Verification failed: {', '.join(failed)}" if failed else "Verified against torch"
-    return Badge("failed" if failed else "passed", text, ", ".join(parts))
+    broken = [name for name, kept in kept_promises(records) if not kept]
+    text = "Verified against torch" + (f", but not {', '.join(broken)}" if broken else "")
+    if failed:
+        text = f"Verification failed: {', '.join([*failed, *broken])}"
+    return Badge("failed" if failed or broken else "passed", text, ", ".join(parts))
 
 
 def headline(records: Records) -> str:
@@ -225,6 +235,9 @@ def gaps(records: Records) -> tuple[Gap, ...]:
     """Return the missing parts; their commands run inside the output folder."""
     options = (records.manifest or {}).get("options") or {}
     benchmark = records.benchmark
+    if (last := unfinished(records)) is not None:
+        again = "nirvana-deploy prune-export --recipe recipe.toml --resume --out ."
+        return (Gap(f"The job is not finished: {last}.", again),)
     found = []
     if records.plan is None:
         found.append(
@@ -256,8 +269,25 @@ def gaps(records: Records) -> tuple[Gap, ...]:
     return tuple(found)
 
 
+def unfinished(records: Records) -> str | None:
+    """How far a job came that was killed, has failed or still runs; None for a finished one.
+
+    A job that has measured all it was to measure is finished but for its report.
+    """
+    manifest = records.manifest or {}
+    if manifest.get("complete") is not False:
+        return None
+    wanted = [stage.ONNX]
+    if (manifest.get("options") or {}).get("benchmark") is not False:
+        wanted.append(stage.BENCHMARK)
+    if all(records.stage(one) for one in wanted):
+        return None
+    made = [one for one in records.stages() if one != stage.REPORT]
+    return f"its last stage is {made[-1]}" if made else "none of its stages is"
+
+
 def title(records: Records) -> str:
     """Title of the report: the model and the share removed."""
-    name = model_name(records) or "Unnamed model"
+    name = short(model_name(records) or "Unnamed model", _LONGEST_TITLE)
     share = ((records.plan or {}).get("budget") or {}).get("met_removed_share")
     return f"{name} pruned by {share:.0%}" if share is not None else name

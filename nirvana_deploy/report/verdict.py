@@ -16,7 +16,7 @@ from nirvana_deploy.output.record_kinds import Quality, TasksRecord
 from nirvana_deploy.output.records import Records, verifications
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
 from nirvana_deploy.output.variants import DENSE, PRUNED
-from nirvana_deploy.report.findings import gain
+from nirvana_deploy.report.findings import gain, unfinished
 from nirvana_deploy.report.pages.deployed import kept_promises
 from nirvana_deploy.report.pages.quality import repeats
 from nirvana_deploy.report.table import (
@@ -73,8 +73,7 @@ def verdict(records: Records) -> Verdict:
     found = judged(records)
     best = best_of(found)
     if best is None:
-        missing = "; ".join(f"{one.name}: {', '.join(one.against)}" for one in found)
-        return Verdict("open", None, "No verdict", f"{missing or 'Nothing beside the dense model'}.")
+        return Verdict("open", None, "No verdict", _unknown(records, found))
     if best.level == "no":
         why = f"The best of them, {best.name}: {'; '.join(best.against)}."
         return Verdict(best.level, None, "Do not ship", f"{why} {_instead(found)}".rstrip())
@@ -112,6 +111,19 @@ def reasons(one: Judged) -> str:
     """What it gains and costs, and what it needs care for, as the end of a sentence."""
     care = f" Care: {'; '.join(one.against)}." if one.level == "care" else ""
     return f"{', '.join(one.facts)}.{care}"
+
+
+def _unknown(records: Records, found: Sequence[Judged]) -> str:
+    """Why there is no verdict."""
+    if (last := unfinished(records)) is not None:
+        return f"The job is not finished: {last}."
+    if records.benchmark is None:
+        return "Speed and size were not measured."
+    if baseline_of(records.benchmark) is None:
+        return "The dense model was not measured, and the rules are about what a model loses against it."
+    if not found:
+        return "Nothing was measured beside the dense model."
+    return "; ".join(f"{one.name}: {', '.join(one.against)}" for one in found) + "."
 
 
 def _instead(found: Sequence[Judged]) -> str:

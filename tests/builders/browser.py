@@ -37,7 +37,7 @@ class Chromium:
         self._pid = os.posix_spawn(
             program,
             [program, *options, "about:blank"],
-            os.environ,
+            {**os.environ, "TMPDIR": str(home)},
             file_actions=[
                 *((os.POSIX_SPAWN_DUP2, quiet, ours) for ours in (0, 1, 2)),
                 *((os.POSIX_SPAWN_DUP2, end, number) for number, end in enumerate(ends, start=3)),
@@ -89,7 +89,7 @@ class Chromium:
         return base64.b64decode(self._call("Page.printToPDF", printBackground=True, **A4_INCHES)["data"])
 
     def close(self) -> None:
-        """End the browser with all its processes."""
+        """End the browser with all its processes; its files lie in its home."""
         with suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)

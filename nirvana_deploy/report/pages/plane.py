@@ -15,8 +15,8 @@ from nirvana_deploy.report.drawing import (
     label_points,
     name_axes,
     new_figure,
-    short,
 )
+from nirvana_deploy.report.table import short
 
 MILLISECONDS, MEGABYTES = "decode, ms per token", "weight file, MB"
 _TICKS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
