@@ -6,29 +6,38 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.report.page import environment
-from nirvana_deploy.report.pages.plane import MEGABYTES, MILLISECONDS, Point, plane_figure
+from nirvana_deploy.report.pages.plane import (
+    ACCURACY,
+    KL,
+    MEGABYTES,
+    MILLISECONDS,
+    Point,
+    plane_figure,
+)
 from nirvana_deploy.report.table import ABSENT, format_bytes, format_ms, format_number, format_times
 from nirvana_deploy.search.front import Cost, Recommendation, front, quantization_alone
 from nirvana_deploy.search.point import Found, said
 
-SCHEMA = 1
-BRIEF = (0, 1, 3, 4, 5, 7, 8)
-"""The columns that fit a terminal."""
+SCHEMA = 2
 HEADERS = (
     "Point",
     "KL to dense",
     "Perplexity",
     "to dense's",
+    "Zero-shot",
     "Decode",
     "Speed-up",
     "p10 to p90",
     "Weight file",
     "",
 )
+BRIEF = ("Point", "KL to dense", "to dense's", "Zero-shot", "Decode", "Speed-up", "Weight file", "")
+"""The columns that fit a terminal."""
 _LIMITS: dict[str, tuple[str, Callable[[float], str]]] = {
     "max_kl": ("KL to dense", format_number),
     "max_perplexity_ratio": ("perplexity", lambda limit: f"{format_times(limit)} dense's"),
@@ -40,16 +49,21 @@ _COLUMNS = (
     "name",
     "sparsity",
     "scheme",
+    "way",
     "kl",
     "kl_standard_error",
     "perplexity",
     "perplexity_ratio",
+    "accuracy",
+    "accuracy_standard_error",
     "weights_bytes",
     "tpot_ms",
     "speedup",
     "on_front",
     "failed",
 )
+Quality = Literal["kl", "accuracy"]
+_ERRORS: dict[Quality, str] = {"kl": "kl_standard_error", "accuracy": "accuracy_standard_error"}
 
 
 def search_record(
@@ -67,6 +81,7 @@ def search_record(
         "recommended": None if chosen is None else chosen.name,
         "verdict": verdict(points, advice),
         "next": [] if chosen is None else _next(chosen),
+        "ways": {one.way: one.options for one in points if one.way},
         "points": [
             {
                 **asdict(one),
@@ -125,64 +140,87 @@ def search_csv(record: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
-def rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each point; see HEADERS."""
+def columns(record: Mapping[str, Any], wanted: Sequence[str] = HEADERS) -> list[str]:
+    """The headers of the ``wanted`` columns that say something."""
+    asked = any(one["accuracy"] is not None for one in record["points"])
+    return [header for header in wanted if header != "Zero-shot" or asked]
+
+
+def rows(record: Mapping[str, Any], wanted: Sequence[str] = HEADERS) -> list[list[str]]:
+    """A row for each point, a cell for each of :func:`columns`."""
+    headers = columns(record, wanted)
+    return [
+        [cells[header] for header in headers] for cells in (_row(record, one) for one in record["points"])
+    ]
+
+
+def _row(record: Mapping[str, Any], one: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of a point, by header."""
 
     def cell(value: float | None, write: Any) -> str:
         return ABSENT if value is None else str(write(value))
 
-    found: list[tuple[str, ...]] = []
-    for one in record["points"]:
-        spread = None if one["name"] == DENSE else one["speedup_p10_p90"]
-        note = "recommended" if one["name"] == record["recommended"] else ""
-        if one["failed"]:
-            note = f"failed: {one['failed']}"
-        elif not note and not one["on_front"]:
-            note = "dominated" if one["tpot_ms"] is not None else "not timed"
-        error = one["kl_standard_error"]
-        kl = cell(one["kl"], format_number)
-        found.append(
-            (
-                one["name"],
-                f"{kl} \N{PLUS-MINUS SIGN} {format_number(error, digits=2)}" if error else kl,
-                cell(one["perplexity"], format_number),
-                cell(one["perplexity_ratio"], format_times),
-                cell(one["tpot_ms"], format_ms),
-                cell(one["speedup"], format_times),
-                f"{format_times(spread[0])} to {format_times(spread[1])}" if spread else ABSENT,
-                cell(one["weights_bytes"], format_bytes),
-                note,
-            )
-        )
-    return found
+    def spread(value: float | None, error: float | None, digits: int = 3) -> str:
+        words = cell(value, partial(format_number, digits=digits))
+        return f"{words} \N{PLUS-MINUS SIGN} {format_number(error, digits=2)}" if error else words
+
+    low_high = None if one["name"] == DENSE else one["speedup_p10_p90"]
+    note = "recommended" if one["name"] == record["recommended"] else ""
+    if one["failed"]:
+        note = f"failed: {one['failed']}"
+    elif not note and not one["on_front"]:
+        note = "dominated" if one["tpot_ms"] is not None else "not timed"
+    return {
+        "Point": one["name"],
+        "KL to dense": spread(one["kl"], one["kl_standard_error"]),
+        "Perplexity": cell(one["perplexity"], format_number),
+        "to dense's": cell(one["perplexity_ratio"], format_times),
+        "Zero-shot": spread(one["accuracy"], one["accuracy_standard_error"]),
+        "Decode": cell(one["tpot_ms"], format_ms),
+        "Speed-up": cell(one["speedup"], format_times),
+        "p10 to p90": f"{format_times(low_high[0])} to {format_times(low_high[1])}" if low_high else ABSENT,
+        "Weight file": cell(one["weights_bytes"], format_bytes),
+        "": note,
+    }
 
 
-def front_figure(record: Mapping[str, Any], cost: Cost) -> str | None:
-    """KL against ``cost``: a colour for each precision, the front as a line; None where that is one point."""
+def front_figure(record: Mapping[str, Any], cost: Cost, quality: Quality = "kl") -> str | None:
+    """Quality against ``cost``: a colour for each precision, a mark for each way to cut, the front as a line.
+
+    None where fewer than two points are known.
+    """
     scale, unit = (1.0, MILLISECONDS) if cost == "tpot_ms" else (1e6, MEGABYTES)
     flag = "on_front" if cost == "tpot_ms" else "on_size_front"
-    known = [one for one in record["points"] if one["kl"] is not None and one[cost] is not None]
+    known = [one for one in record["points"] if one[quality] is not None and one[cost] is not None]
     points = {
         one["name"]: Point(
             one["name"],
             one["scheme"] or "float",
-            one["kl"],
-            one["kl_standard_error"],
+            one[quality],
+            one[_ERRORS[quality]],
             one[cost] / scale,
             recommended=one["name"] == record["recommended"],
+            way=one["way"],
         )
         for one in known
     }
     front = sorted((points[one["name"]] for one in known if one[flag]), key=lambda one: one.cost)
-    return plane_figure(list(points.values()), front=front, unit=unit, name=f"front-{cost.replace('_', '-')}")
+    name = "-".join(("front", *(["accuracy"] if quality == "accuracy" else []), cost.replace("_", "-")))
+    axis = KL if quality == "kl" else ACCURACY
+    ways = dict.fromkeys(one["way"] for one in record["points"])  # the same marks in every figure
+    return plane_figure(list(points.values()), front=front, axis=axis, unit=unit, name=name, ways=ways)
 
 
 def search_page(record: Mapping[str, Any]) -> str:
     """search.html from search.json; every value is escaped for HTML."""
-    costs: tuple[Cost, ...] = ("tpot_ms", "weights_bytes")
-    figures = [svg for cost in costs if (svg := front_figure(record, cost)) is not None]
+    wanted: tuple[tuple[Cost, Quality], ...] = (
+        ("tpot_ms", "kl"),
+        ("weights_bytes", "kl"),
+        ("tpot_ms", "accuracy"),
+    )
+    figures = [svg for axes in wanted if (svg := front_figure(record, *axes)) is not None]
     return (
         environment()
         .get_template("search.html.j2")
-        .render(record=record, headers=HEADERS, rows=rows(record), figures=figures)
+        .render(record=record, headers=columns(record), rows=rows(record), figures=figures)
     )
