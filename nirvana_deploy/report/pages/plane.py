@@ -20,7 +20,7 @@ from nirvana_deploy.report.drawing import (
 from nirvana_deploy.report.table import short
 
 MILLISECONDS, MEGABYTES = "decode, ms per token", "weight file, MB"
-KL, ACCURACY = "KL to dense, nats per token", "zero-shot accuracy, mean over tasks"
+KL, ACCURACY = "KL to dense, nats per token", "zero-shot accuracy, share of examples"
 _MARKS = "os^Dv<>pX"
 _TICKS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 """KL, nats."""
