@@ -38,7 +38,7 @@ from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.recipe import Quantization
-from nirvana_deploy.report.figures import COLOURS, bare, entitle, new_figure
+from nirvana_deploy.report.drawing import COLOURS, bare, entitle, new_figure
 from nirvana_deploy.runtime.onnxruntime.session import default_threads
 from nirvana_deploy.runtime.registry import open_runner
 
@@ -257,7 +257,7 @@ def draw(record: Record, path: Path) -> None:
     """One figure: decode time across, perplexity up, a line for each precision, dense at its start."""
     models = record["models"]
     dense = models[0]
-    figure = new_figure(7.2, 4.2)
+    figure = new_figure(4.2, width_in=7.2)
     axes = figure.subplots()
     for precision, colour in zip(PRECISIONS, ("first", "second", "third"), strict=True):
         line = [model for model in models if model["precision"] == precision]

@@ -58,7 +58,7 @@ from nirvana_deploy.recover.learning.int8_decision import read_decision, write_d
 from nirvana_deploy.recover.learning.int8_training import compute_in_int8
 from nirvana_deploy.recover.recipe import METHODS
 from nirvana_deploy.recover.stage import greedy_answers
-from nirvana_deploy.report.figures import COLOURS, bare, entitle, new_figure
+from nirvana_deploy.report.drawing import COLOURS, bare, entitle, new_figure
 
 Row = dict[str, Any]
 SETTINGS = {
@@ -319,7 +319,7 @@ def draw(rows: list[Row], path: Path) -> None:
     for row in (one for one in rows if "course" in one):
         name = (row["sparsity"], name_of(row), row["text"])
         longest[name] = max(longest.get(name, row), row, key=lambda one: one["course"]["tokens"])
-    figure = new_figure(7.2, 4.2)
+    figure = new_figure(4.2, width_in=7.2)
     axes = figure.subplots()
     series = [COLOURS[name] for name in ("first", "second", "third", "fourth", "fifth")]
     for number, ((sparsity, name, text), row) in enumerate(sorted(longest.items())):

@@ -35,7 +35,7 @@ _COMMANDS = {
     "evaluate": ("evaluate", "Measure perplexity and KL of an output folder again, on any text."),
     "generate": ("generate", "Stream text from an output folder, an ONNX folder or an engine."),
     "package": ("package", "Package an output folder: GGUF for llama.cpp, a repository for Triton."),
-    "report": ("report", "Write the report again from the records of an output folder."),
+    "report": ("report", "Write the report again from its records, or set finished folders side by side."),
     "inspect": ("inspect", "Show what was kept, and where."),
     "models": ("models", "List the model aliases."),
     "doctor": ("doctor", "Show which runtimes, devices and extras are usable here."),

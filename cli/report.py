@@ -1,4 +1,4 @@
-"""``nirvana-deploy report OUT``: write the report again from the records of an output folder."""
+"""``nirvana-deploy report OUT``: write the report again, or set finished folders side by side."""
 
 from __future__ import annotations
 
@@ -7,26 +7,75 @@ from pathlib import Path
 
 import click
 
-from .common import echo
+from nirvana_deploy.cli.common import echo, echo_json, echo_table
+
+_PAGES = (".html", ".md")
 
 
 @click.command("report")
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument(
+    "outs",
+    metavar="OUT...",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+)
+@click.option("--compare", is_flag=True, help="Set several finished folders side by side.")
+@click.option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="With --compare: write the page into FILE, which ends in .html or .md.",
+)
+@click.option("--force", is_flag=True, help="Replace FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
-def report(out: Path, as_json: bool) -> None:
+def report(outs: tuple[Path, ...], compare: bool, out: Path | None, force: bool, as_json: bool) -> None:
     """Write report.md and report.html into OUT.
 
     Reads OUT's manifest.json, plan.json and benchmark.json. Nothing is measured again; a part that is
     missing is named in the report with the command that makes it.
 
+    With --compare, finished folders of one model or of several stand side by side: a row for each model,
+    what differs in their recipes, what they write, and the one to take. What does not compare is said.
+
     \b
-    Example:
+    Examples:
       nirvana-deploy report smollm2-s0.4
+      nirvana-deploy report --compare smollm2-s0.2 smollm2-s0.4 --out compared.html
     """
+    if compare:
+        _compare(outs, out, force=force, as_json=as_json)
+        return
+    if out is not None or force:
+        raise click.UsageError("--out and --force go with --compare: a report lies in its folder.")
+    if len(outs) > 1:
+        raise click.UsageError("Several folders: add --compare to set them side by side.")
     from nirvana_deploy.pipeline.folder import report_folder
 
-    markdown, page = report_folder(out)
+    markdown, page = report_folder(outs[0])
     if as_json:
         echo(json.dumps({"schema": 1, "markdown": str(markdown), "html": str(page)}))
     else:
         echo(f"{page}\n{markdown}")
+
+
+def _compare(outs: tuple[Path, ...], out: Path | None, *, force: bool, as_json: bool) -> None:
+    if out is not None and out.suffix not in _PAGES:
+        raise click.BadParameter(f"{out} ends in neither .html nor .md.", param_hint="--out")
+    from nirvana_deploy.pipeline.compare import compare_folders, write_comparison
+    from nirvana_deploy.report.compare.page import BRIEF, brief_rows
+
+    found = compare_folders(outs)
+    if out is not None:
+        write_comparison(found, out, reads=outs, force=force)
+    if as_json:
+        echo_json(found.as_json())
+        return
+    echo_table(BRIEF, brief_rows(found))
+    for caution in found.alike.cautions:
+        echo(f"Caution: {caution}")
+    if found.recipe.rows:
+        echo_table(found.recipe.headers, found.recipe.rows, title="What differs in their recipes")
+    if out is not None:
+        echo(f"Page: {out}")
+    echo(f"{found.title}. {found.why}")

@@ -46,6 +46,7 @@ _PUBLIC = {
     "Workload": "nirvana_deploy.measure.recipe",
     "benchmark_folder": "nirvana_deploy.pipeline.folder",
     "build_engines": "nirvana_deploy.pipeline.folder",
+    "compare_folders": "nirvana_deploy.pipeline.compare",
     "evaluate_folder": "nirvana_deploy.pipeline.folder",
     "examine_machine": "nirvana_deploy.runtime.doctor",
     "export_onnx": "nirvana_deploy.pipeline.alone.onnx",
@@ -99,6 +100,7 @@ __all__ = [
     "Workload",
     "benchmark_folder",
     "build_engines",
+    "compare_folders",
     "evaluate_folder",
     "examine_machine",
     "export_onnx",
@@ -144,6 +146,7 @@ if TYPE_CHECKING:
     from nirvana_deploy.pipeline.alone.calibration import select_calibration
     from nirvana_deploy.pipeline.alone.onnx import export_onnx, quantize_onnx_folder
     from nirvana_deploy.pipeline.alone.text import generate_text
+    from nirvana_deploy.pipeline.compare import compare_folders
     from nirvana_deploy.pipeline.folder import (
         benchmark_folder,
         build_engines,

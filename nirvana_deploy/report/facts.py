@@ -52,11 +52,13 @@ def _speed_facts(benchmark: Mapping[str, Any]) -> Facts:
     """Spread of the speed-ups over rounds."""
     facts = []
     for comparison in benchmark.get("comparisons") or ():
-        for metric, label in (("tpot", "Decode"), ("prefill", "Prefill")):
-            spread = comparison.get(f"{metric}_speedup_p10_p90")
-            if spread:
-                name = f"{label} speed-up of {comparison['variant']}, p10 to p90"
-                facts.append((name, f"{format_times(spread[0])} to {format_times(spread[1])}"))
+        spreads = [
+            f"{label} {format_times(spread[0])} to {format_times(spread[1])}"
+            for metric, label in (("tpot", "decode"), ("prefill", "prefill"))
+            if (spread := comparison.get(f"{metric}_speedup_p10_p90"))
+        ]
+        if spreads:
+            facts.append((f"Speed-up of {comparison['variant']}, p10 to p90", ", ".join(spreads)))
     return tuple(facts)
 
 

@@ -6,14 +6,18 @@ headline: speed and its cost stand on the same screen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records, model_name, verifications
 from nirvana_deploy.output.variants import DENSE
-from nirvana_deploy.report.pages.deployed import low_bit_source_caution, quantization_caution
+from nirvana_deploy.report.pages.deployed import (
+    kept_promises,
+    low_bit_source_caution,
+    quantization_caution,
+)
 from nirvana_deploy.report.table import (
     baseline_of,
     challengers_of,
@@ -23,8 +27,11 @@ from nirvana_deploy.report.table import (
     format_share,
     format_times,
     median_of,
+    short,
 )
 
+_LONGEST_TITLE = 60
+"""Characters of a model's name; Details has the whole of it."""
 PERPLEXITY_ALARM = 1.5
 """Perplexity ratio to dense above which the report warns."""
 BOUND_SHARE_ALARM = 0.9
@@ -40,6 +47,8 @@ class Gain:
     speedup: float
     bound: float | None
     """Speed-up allowed by fewer bytes (decode) or operations (prefill); None if not recorded."""
+    spread: tuple[float, float] | None = None
+    """10th and 90th percentile of the speed-up over the rounds; None if not recorded."""
 
     @property
     def share_of_bound(self) -> float | None:
@@ -51,17 +60,19 @@ def gain(
     benchmark: Mapping[str, Any], variant: Mapping[str, Any], metric: Literal["tpot", "prefill"]
 ) -> Gain | None:
     """Speed-up of ``variant`` over the baseline; None if either wasn't measured."""
+    comparisons = benchmark.get("comparisons") or ()
+    recorded: Mapping[str, Any] = next((c for c in comparisons if c.get("variant") == variant["name"]), {})
     baseline = baseline_of(benchmark)
     before, after = (median_of(v, f"{metric}_ms") if v else None for v in (baseline, variant))
     if not before or not after:
         return None
-    comparisons = benchmark.get("comparisons") or ()
-    recorded: Mapping[str, Any] = next((c for c in comparisons if c.get("variant") == variant["name"]), {})
+    low_high = recorded.get(f"{metric}_speedup_p10_p90")
     return Gain(
         before_ms=before,
         after_ms=after,
         speedup=recorded.get(f"{metric}_speedup") or before / after,
         bound=recorded.get(f"bound_{metric}_speedup"),
+        spread=(low_high[0], low_high[1]) if low_high else None,
     )
 
 
@@ -87,8 +98,11 @@ def verification_badge(records: Records) -> Badge:
     compared = [v.greedy_equal for v in found if v.greedy_equal is not None]
     if compared:
         parts.append("greedy tokens equal" if all(compared) else "greedy tokens differ")
-    text = f"Verification failed: {', '.join(failed)}" if failed else "Verified against torch"
-    return Badge("failed" if failed else "passed", text, ", ".join(parts))
+    broken = [name for name, kept in kept_promises(records) if not kept]
+    text = "Verified against torch" + (f", but not {', '.join(broken)}" if broken else "")
+    if failed:
+        text = f"Verification failed: {', '.join([*failed, *broken])}"
+    return Badge("failed" if failed or broken else "passed", text, ", ".join(parts))
 
 
 def headline(records: Records) -> str:
@@ -170,14 +184,29 @@ _SHORT_OF_BOUND = {
 """The usual reason, by whether the variant computes in float."""
 
 
-def _speed_caution(what: str, name: str, speed: Gain | None, *, in_float: bool) -> str | None:
-    if speed is None or not speed.bound or speed.speedup >= BOUND_SHARE_ALARM * speed.bound:
-        return None
-    return (
-        f"{what} of {name} reached {format_share(speed.speedup / speed.bound)} of its bound: "
-        f"{format_times(speed.speedup)} where {format_times(speed.bound)} is possible. "
-        f"{_SHORT_OF_BOUND[in_float]}"
-    )
+def _speed_cautions(
+    benchmark: Mapping[str, Any], what: str, metric: Literal["tpot", "prefill"]
+) -> Iterator[str]:
+    """At most two sentences: on models that compute in float, and on those that do not."""
+    gains = [(variant, gain(benchmark, variant, metric)) for variant in challengers_of(benchmark)]
+    for in_float, reason in _SHORT_OF_BOUND.items():
+        short = {
+            str(variant["name"]): speed
+            for variant, speed in gains
+            if variant.get("float_arithmetic", True) == in_float and speed and _is_short(speed)
+        }
+        shares = {name: format_share(speed.share_of_bound or 0.0) for name, speed in short.items()}
+        if len(short) == 1:
+            ((name, speed),) = short.items()
+            possible = f"{format_times(speed.speedup)} where {format_times(speed.bound or 0.0)} is possible"
+            yield f"{what} of {name} reached {shares[name]} of its bound: {possible}. {reason}"
+        elif short:
+            found = ", ".join(f"{name} {share}" for name, share in shares.items())
+            yield f"{what} stayed below {BOUND_SHARE_ALARM:.0%} of its bound: {found}. {reason}"
+
+
+def _is_short(speed: Gain) -> bool:
+    return speed.share_of_bound is not None and speed.share_of_bound < BOUND_SHARE_ALARM
 
 
 def cautions(records: Records) -> tuple[str, ...]:
@@ -187,13 +216,9 @@ def cautions(records: Records) -> tuple[str, ...]:
         _worth_caution(benchmark),
         _quality_caution(benchmark),
         low_bit_source_caution(records),
+        *_speed_cautions(benchmark, "Decode", "tpot"),
+        *_speed_cautions(benchmark, "Prefill", "prefill"),
     ]
-    for variant in challengers_of(benchmark):
-        name = str(variant["name"])
-        in_float = variant.get("float_arithmetic", True)
-        decode, prefill = (gain(benchmark, variant, "tpot"), gain(benchmark, variant, "prefill"))
-        found.append(_speed_caution("Decode", name, decode, in_float=in_float))
-        found.append(_speed_caution("Prefill", name, prefill, in_float=in_float))
     broken = [_verification_caution(records), quantization_caution(records)]
     return tuple(one for one in (*broken, *sorted(filter(None, found), key=len)) if one)
 
@@ -210,6 +235,9 @@ def gaps(records: Records) -> tuple[Gap, ...]:
     """Return the missing parts; their commands run inside the output folder."""
     options = (records.manifest or {}).get("options") or {}
     benchmark = records.benchmark
+    if (last := unfinished(records)) is not None:
+        again = "nirvana-deploy prune-export --recipe recipe.toml --resume --out ."
+        return (Gap(f"The job is not finished: {last}.", again),)
     found = []
     if records.plan is None:
         found.append(
@@ -241,8 +269,25 @@ def gaps(records: Records) -> tuple[Gap, ...]:
     return tuple(found)
 
 
+def unfinished(records: Records) -> str | None:
+    """How far a job came that was killed, has failed or still runs; None for a finished one.
+
+    A job that has measured all it was to measure is finished but for its report.
+    """
+    manifest = records.manifest or {}
+    if manifest.get("complete") is not False:
+        return None
+    wanted = [stage.ONNX]
+    if (manifest.get("options") or {}).get("benchmark") is not False:
+        wanted.append(stage.BENCHMARK)
+    if all(records.stage(one) for one in wanted):
+        return None
+    made = [one for one in records.stages() if one != stage.REPORT]
+    return f"its last stage is {made[-1]}" if made else "none of its stages is"
+
+
 def title(records: Records) -> str:
     """Title of the report: the model and the share removed."""
-    name = model_name(records) or "Unnamed model"
+    name = short(model_name(records) or "Unnamed model", _LONGEST_TITLE)
     share = ((records.plan or {}).get("budget") or {}).get("met_removed_share")
     return f"{name} pruned by {share:.0%}" if share is not None else name

@@ -6,9 +6,7 @@ nothing else. The Markdown has the same numbers as tables.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +16,6 @@ from markupsafe import Markup
 from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.terminal import harmless
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.record_kinds import (
     KernelRecord,
@@ -35,9 +32,9 @@ from nirvana_deploy.output.records import (
     read_records,
 )
 from nirvana_deploy.report import figures, findings
-from nirvana_deploy.report.facts import details, evaluation_source
-from nirvana_deploy.report.page import environment
-from nirvana_deploy.report.pages import curves, deployed, ntk, quality, recovery, tasks, trade
+from nirvana_deploy.report.facts import details
+from nirvana_deploy.report.page import PlacedFigure, environment, markdown_environment
+from nirvana_deploy.report.pages import curves, deployed, layers, ntk, quality, recovery, tasks, trade
 from nirvana_deploy.report.snippets import snippets
 from nirvana_deploy.report.table import (
     ABSENT,
@@ -53,15 +50,6 @@ from nirvana_deploy.report.table import (
 )
 from nirvana_deploy.report.tiles import headline_tiles
 from nirvana_deploy.report.verdict import verdict
-
-
-@dataclass(frozen=True)
-class PlacedFigure:
-    """A figure with its caption."""
-
-    svg: Markup
-    caption: str
-    wide: bool = False
 
 
 def _bounds_ms(benchmark: Mapping[str, Any], metric: str) -> dict[str, float]:
@@ -101,17 +89,6 @@ def _latency_figures(benchmark: Mapping[str, Any], baseline: str | None) -> list
     return placed
 
 
-def _quality_caption(records: Records) -> str:
-    source = evaluation_source(records) or "not recorded"
-    qualities = [q for v in (records.benchmark or {}).get("variants") or () if (q := v.get("quality"))]
-    tokens = next((q["tokens"] for q in qualities if q.get("tokens")), None)
-    size = f", {tokens:,} predicted tokens" if tokens else ""
-    return (
-        f"Evaluation text: {source}{size}. Lower perplexity and KL are better. "
-        "One text says little about other texts and tasks."
-    )
-
-
 def _benchmark_figures(records: Records) -> list[PlacedFigure]:
     benchmark = records.benchmark or {}
     variants = benchmark.get("variants") or []
@@ -127,12 +104,6 @@ def _benchmark_figures(records: Records) -> list[PlacedFigure]:
             "KV cache: bytes that one token adds.",
         )
     )
-    judged = [v for v in variants if v.get("quality")]
-    if judged:
-        gains = {str(v["name"]): findings.gain(benchmark, v, "tpot") for v in challengers_of(benchmark)}
-        speedups = {name: found.speedup for name, found in gains.items() if found}
-        svg = figures.quality_figure(judged, baseline=baseline, speedups=speedups)
-        placed.append(PlacedFigure(Markup(svg), _quality_caption(records)))
     return placed
 
 
@@ -144,31 +115,31 @@ def _deciding_figure(records: Records) -> PlacedFigure | None:
 def _figures_of(records: Records, out: Path) -> list[PlacedFigure]:
     placed = []
     if records.plan:
-        svg = figures.kept_width_figure(layer_widths(records.plan))
+        svg = layers.kept_width_figure(layer_widths(records.plan))
         caption = "Blue is kept, grey removed. A KV group is one KV head with its query heads."
-        placed.append(PlacedFigure(Markup(svg), caption, wide=True))
+        placed.append(PlacedFigure(Markup(svg), caption))
         placed += _curves_figures(out, layer_widths(records.plan))
     placed += _recovery_figures(records)
     selection = _selection(records)
     if selection:
         svg = figures.selection_figure(selection)
         caption = "Each candidate was scored, planned and masked; the least KL on held-out text was taken."
-        placed.append(PlacedFigure(Markup(svg), caption, wide=True))
-    for layers in deployed.measured_layers(records):
+        placed.append(PlacedFigure(Markup(svg), caption))
+    for losses in deployed.measured_layers(records):
         caption = "Measured on 128 tokens with every other layer in float: where int8 loses, not how much."
-        placed.append(PlacedFigure(Markup(figures.sensitivity_figure(layers)), caption, wide=True))
+        placed.append(PlacedFigure(Markup(layers.sensitivity_figure(losses)), caption))
     return placed + _benchmark_figures(records)
 
 
-def _curves_figures(out: Path, layers: tuple[LayerWidth, ...]) -> list[PlacedFigure]:
-    measured = curves.curves_of(out, layers)
+def _curves_figures(out: Path, widths: tuple[LayerWidth, ...]) -> list[PlacedFigure]:
+    measured = curves.curves_of(out, widths)
     if measured is None:
         return []
     caption = (
         "Blue bars, logarithmic: what the layer alone is predicted to cost after the best refit. "
         "Orange: the share that the plan keeps. Units of other layers may be dearer, or weigh less."
     )
-    return [PlacedFigure(Markup(curves.curves_figure(measured, layers)), caption, wide=True)]
+    return [PlacedFigure(Markup(curves.curves_figure(measured, widths)), caption)]
 
 
 def _recovery_figures(records: Records) -> list[PlacedFigure]:
@@ -176,7 +147,7 @@ def _recovery_figures(records: Records) -> list[PlacedFigure]:
     if done is None:
         return []
     svg = recovery.recovery_figure(done)
-    return [PlacedFigure(Markup(svg), recovery.caption(done), wide=True)]
+    return [PlacedFigure(Markup(svg), recovery.caption(done))]
 
 
 def _selection(records: Records) -> SelectionRecord | None:
@@ -307,31 +278,9 @@ def report_context(records: Records) -> dict[str, Any]:
     }
 
 
-_MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#])")
-
-
-def markdown_text(value: Any) -> str:
-    """Escape ``value`` for Markdown, on one line; Markup passes unchanged."""
-    if isinstance(value, Markup):
-        return str(value)
-    return _MARKDOWN_SPECIAL.sub(r"\\\1", harmless(" ".join(str(value).split())))
-
-
-def markdown_code(value: Any) -> Markup:
-    """Format ``value`` as inline code for a table cell: one line, without backticks and bars."""
-    return Markup("`" + harmless(" ".join(str(value).split())).replace("`", "'").replace("|", "/") + "`")
-
-
-def markdown_lines(value: Any) -> Markup:
-    """Escape ``value`` for a Markdown table cell that keeps its line breaks."""
-    return Markup("<br>".join(markdown_text(line) for line in str(value).split("\n")))
-
-
 def render_markdown(context: Mapping[str, Any]) -> str:
     """Render report.md from ``report_context``; every value is escaped for Markdown."""
-    templates = environment(autoescape=False, finalize=markdown_text)  # which applies Markdown's rules
-    templates.filters |= {"code": markdown_code, "verbatim": Markup, "lines": markdown_lines}
-    return templates.get_template("report.md.j2").render(context)
+    return markdown_environment().get_template("report.md.j2").render(context)
 
 
 def render_html(

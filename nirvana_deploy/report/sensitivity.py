@@ -19,7 +19,7 @@ def write_sensitivity(folder: Path, record: Mapping[str, Any]) -> None:
     """Draw the KL per layer beside quantization.json, if it was measured."""
     layers = (record.get("sensitivity") or {}).get("layers")
     if layers:
-        from nirvana_deploy.report.figures import sensitivity_figure  # imports matplotlib
+        from nirvana_deploy.report.pages.layers import sensitivity_figure  # imports matplotlib
 
         drawing = sensitivity_figure(layers).replace("<svg", f'<svg xmlns="{_SVG}"', 1)
         claim(folder, (SENSITIVITY_FIGURE,))

@@ -11,10 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nirvana_deploy.base.terminal import harmless
+
 TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"
 ABSENT = "\N{EM DASH}"
 """Table cell of an unmeasured value."""
+
+
+def short(name: str, longest: int = 22) -> str:
+    """A name as it fits into a figure or a title: at most ``longest`` characters, none of them a command."""
+    name = harmless(name)
+    return name if len(name) <= longest else f"{name[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def format_number(value: float, *, digits: int = 3) -> str:

@@ -6,7 +6,7 @@ recommended; of equally fast ones the smaller.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -16,6 +16,7 @@ from nirvana_deploy.output.record_kinds import Quality, TasksRecord
 from nirvana_deploy.output.records import Records, verifications
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
 from nirvana_deploy.output.variants import DENSE, PRUNED
+from nirvana_deploy.report.findings import gain, unfinished
 from nirvana_deploy.report.pages.deployed import kept_promises
 from nirvana_deploy.report.pages.quality import repeats
 from nirvana_deploy.report.table import (
@@ -69,39 +70,66 @@ class Verdict:
 
 def verdict(records: Records) -> Verdict:
     """Apply the rules to all models that were measured."""
-    judged = list(_judged(records))
-    known = [one for one in judged if one.level != "open"]
-    if not known:
-        missing = "; ".join(f"{one.name}: {', '.join(one.against)}" for one in judged)
-        return Verdict("open", None, "No verdict", f"{missing or 'Nothing beside the dense model'}.")
-    level = min((one.level for one in known), key=_ORDER.index)
-    of_level = [one for one in known if one.level == level]
-    if level == "no":
-        nearest = min(of_level, key=lambda one: one.ratio)
-        why = f"The best of them, {nearest.name}: {'; '.join(nearest.against)}."
-        return Verdict(level, None, "Do not ship", f"{why} {_instead(judged)}")
-    best = max(of_level, key=lambda one: (one.speedup, -one.size))
-    title = f"Ship {best.name}" + (", with care" if level == "care" else "")
-    why = f"{best.name} is {', '.join(best.facts)}."
-    if level == "care":
-        why += f" Care: {'; '.join(best.against)}."
-    if best.name.startswith(DENSE) and any(one.name.startswith(PRUNED) for one in judged):
+    found = judged(records)
+    best = best_of(found)
+    if best is None:
+        return Verdict("open", None, "No verdict", _unknown(records, found))
+    if best.level == "no":
+        why = f"The best of them, {best.name}: {'; '.join(best.against)}."
+        return Verdict(best.level, None, "Do not ship", f"{why} {_instead(found)}".rstrip())
+    title = f"Ship {best.name}" + (", with care" if best.level == "care" else "")
+    why = f"{best.name} is {reasons(best)}"
+    if best.name.startswith(DENSE) and any(one.name.startswith(PRUNED) for one in found):
         why += " Quantization alone is the better trade here: no cut gains more at this quality."
-    return Verdict(level, best.name, title, why)
+    return Verdict(best.level, best.name, title, why)
 
 
-def _instead(judged: list[Judged]) -> str:
-    if all(one.name.startswith(DENSE) for one in judged):
-        return ""
-    return "Remove less, or train it: nirvana-deploy recover OUT --minutes 30."
-
-
-def _judged(records: Records) -> Iterator[Judged]:
+def judged(records: Records) -> tuple[Judged, ...]:
+    """Every model beside the dense one under the rules; none without a dense one."""
     benchmark = records.benchmark or {}
     baseline = baseline_of(benchmark)
-    for variant in challengers_of(benchmark):
-        if baseline is not None and variant is not baseline:
-            yield _judge(records, baseline, variant)
+    if baseline is None:
+        return ()
+    return tuple(_judge(records, baseline, variant) for variant in challengers_of(benchmark))
+
+
+def best_of(found: Sequence[Judged]) -> Judged | None:
+    """Of the best level the fastest, then the smallest; of those that do not ship the nearest to dense.
+
+    None if the quality of none was measured.
+    """
+    level = min((one.level for one in found), key=_ORDER.index, default="open")
+    if level == "open":
+        return None
+    of_level = [one for one in found if one.level == level]
+    if level == "no":
+        return min(of_level, key=lambda one: one.ratio)
+    return max(of_level, key=lambda one: (one.speedup, -one.size))
+
+
+def reasons(one: Judged) -> str:
+    """What it gains and costs, and what it needs care for, as the end of a sentence."""
+    care = f" Care: {'; '.join(one.against)}." if one.level == "care" else ""
+    return f"{', '.join(one.facts)}.{care}"
+
+
+def _unknown(records: Records, found: Sequence[Judged]) -> str:
+    """Why there is no verdict."""
+    if (last := unfinished(records)) is not None:
+        return f"The job is not finished: {last}."
+    if records.benchmark is None:
+        return "Speed and size were not measured."
+    if baseline_of(records.benchmark) is None:
+        return "The dense model was not measured, and the rules are about what a model loses against it."
+    if not found:
+        return "Nothing was measured beside the dense model."
+    return "; ".join(f"{one.name}: {', '.join(one.against)}" for one in found) + "."
+
+
+def _instead(found: Sequence[Judged]) -> str:
+    if all(one.name.startswith(DENSE) for one in found):
+        return ""
+    return "Remove less, or train it: nirvana-deploy recover OUT --minutes 30."
 
 
 def _judge(records: Records, baseline: Mapping[str, Any], variant: Mapping[str, Any]) -> Judged:
@@ -109,7 +137,7 @@ def _judge(records: Records, baseline: Mapping[str, Any], variant: Mapping[str, 
     facts: list[str] = []
     care: list[str] = []
     no: list[str] = []
-    speedup, low, high = _speedup(records, name)
+    speedup, low, high = _speedup(records.benchmark or {}, variant)
     size, dense_size = variant.get("weights_bytes"), baseline.get("weights_bytes")
     if speedup:
         spread = f" ({format_times(low)} to {format_times(high)})" if low and high else ""
@@ -153,13 +181,13 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f} times"
 
 
-def _speedup(records: Records, name: str) -> tuple[float, float | None, float | None]:
+def _speedup(
+    benchmark: Mapping[str, Any], variant: Mapping[str, Any]
+) -> tuple[float, float | None, float | None]:
     """Of decoding, with its spread over the rounds; 0 where it was not measured."""
-    for one in (records.benchmark or {}).get("comparisons") or ():
-        if one["variant"] == name:
-            low, high = one.get("tpot_speedup_p10_p90") or (None, None)
-            return one.get("tpot_speedup") or 0.0, low, high
-    return 0.0, None, None
+    found = gain(benchmark, variant, "tpot")
+    low, high = (found.spread if found else None) or (None, None)
+    return found.speedup if found else 0.0, low, high
 
 
 def _quality(

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.reports import FROZEN, RECORDS, frozen, frozen_records, write_records
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.output.results import Quantized
 from nirvana_deploy.report import findings
 from nirvana_deploy.report.figures import latency_figure
-from nirvana_deploy.report.report import markdown_text, write_report
+from nirvana_deploy.report.page import markdown_text
+from nirvana_deploy.report.report import write_report
 from nirvana_deploy.report.table import (
     format_bytes,
     format_change,
@@ -36,25 +38,10 @@ from nirvana_deploy.report.table import (
     text_bar,
 )
 
-FROZEN = Path(__file__).parent / "data"
-RECORDS = ("manifest", "plan", "benchmark")
-
-
-def frozen(name: str) -> dict[str, Any]:
-    return dict(json.loads((FROZEN / f"{name}.json").read_text(encoding="utf-8")))
-
-
-def frozen_records() -> Records:
-    return Records(*(frozen(name) for name in RECORDS))
-
 
 def report_of(out: Path, records: Records) -> tuple[str, str]:
     """Write ``records`` into ``out`` and return (markdown, html)."""
-    for name in RECORDS:
-        record = getattr(records, name)
-        if record is not None:
-            (out / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
-    markdown, page = write_report(out)
+    markdown, page = write_report(write_records(out, records))
     return markdown.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
 
 
@@ -120,7 +107,7 @@ def test_the_page_is_well_formed_and_loads_nothing(tmp_path: Path) -> None:
 def test_figures_have_alternative_text_and_headers_a_scope(tmp_path: Path) -> None:
     page = Page(report_of(tmp_path, frozen_records())[1])
     figures = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(figures) == 7
+    assert len(figures) == 6
     assert all(attrs["role"] == "img" and len(attrs["aria-label"] or "") > 30 for attrs in figures)
     headers = [attrs for tag, attrs in page.tags if tag == "th"]
     assert headers

@@ -17,12 +17,18 @@ def decided(*, passed: bool | None = True, texts: dict[str, Any] | None = None, 
     """Of models as GOOD says, but for what is given."""
     found = {name: GOOD | changes for name, changes in models.items()}
     variants = [
-        {"name": "dense", "weights_bytes": 500e6, "quality": {"perplexity": 10.0, "kl_vs_dense": 0.0}}
+        {
+            "name": "dense",
+            "weights_bytes": 500e6,
+            "quality": {"perplexity": 10.0, "kl_vs_dense": 0.0},
+            "tpot_ms": {"p50": 20.0},
+        }
     ]
     variants += [
         {
             "name": name,
             "weights_bytes": one["megabytes"] * 1e6,
+            "tpot_ms": {"p50": 20.0 / one["speedup"]} if one["speedup"] else None,
             "quality": {"perplexity": 10 * one["ratio"], "kl_vs_dense": one["kl"]} if one["ratio"] else None,
         }
         for name, one in found.items()

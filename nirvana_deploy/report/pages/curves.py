@@ -9,18 +9,23 @@ from typing import Any
 from nirvana_deploy.output.layout import CURVES_FILE
 from nirvana_deploy.output.records import LayerWidth
 from nirvana_deploy.prune.curves.curve import Curve, Curves, read_curves
-from nirvana_deploy.report.figures import (
+from nirvana_deploy.report.drawing import (
     COLOURS,
-    WIDE_IN,
+    TEXT_POINTS,
     bare,
     entitle,
     inline_svg,
+    layer_ticks,
+    name_axes,
     new_figure,
 )
 from nirvana_deploy.report.table import format_number
 
 _FFN_SHARE = 0.3
 """Share of an FFN's neurons whose loss is drawn."""
+_TICKS = 8
+_FEWEST = 6
+"""Layers that a figure has room for at least: a single one is no wall."""
 _FLOOR = 1e-6
 """Least KL that a logarithmic axis shows, nats."""
 
@@ -46,7 +51,7 @@ def curves_figure(curves: Curves, layers: Sequence[LayerWidth]) -> str:
             [_share(len(layer.kept_groups), layer.of_groups) for layer in layers],
         ),
         (
-            f"FFN: predicted KL without {_FFN_SHARE:.0%} of the neurons",
+            f"FFN: predicted KL without {_FFN_SHARE:.0%} of neurons",
             [
                 _loss(curve, _FFN_SHARE * layer.of_neurons)
                 for curve, layer in zip(curves.neurons, layers, strict=True)
@@ -54,15 +59,13 @@ def curves_figure(curves: Curves, layers: Sequence[LayerWidth]) -> str:
             [_share(layer.kept_neurons, layer.of_neurons) for layer in layers],
         ),
     )
-    figure = new_figure(WIDE_IN, 4.6)
+    figure = new_figure(4.0)
     drawn = figure.subplots(2, 1, sharex=True)
     for axes, (title, losses, kept) in zip(drawn, panels, strict=True):
         _panel(axes, title, losses, kept)
-    names = [layer.label if layer.site and not layer.layer else str(layer.layer) for layer in layers]
-    step = max(1, len(layers) // 12)
-    ticks = [place for place, layer in enumerate(layers) if layer.layer % step == 0]
-    drawn[-1].set_xticks(ticks, [names[place] for place in ticks])
-    drawn[-1].set_xlabel("layer, input on the left", color=COLOURS["soft"], fontsize=9)
+    ticks = layer_ticks(layers, _TICKS)
+    drawn[-1].set_xticks(list(ticks), list(ticks.values()))
+    name_axes(drawn[-1], x="layer, input on the left")
     said = ". ".join(f"{title}: {_extremes(losses, layers)}" for title, losses, _ in panels)
     return inline_svg(figure, name="curves", alt=f"What each layer is worth. {said}.")
 
@@ -81,7 +84,7 @@ def _panel(axes: Any, title: str, losses: Sequence[float | None], kept: Sequence
     places = [place for place, loss in enumerate(losses) if loss is not None]
     values = [max(loss, _FLOOR) for loss in losses if loss is not None]
     axes.set_yscale("log")
-    axes.set_xlim(-0.6, len(losses) - 0.4)
+    axes.set_xlim(-0.6, max(len(losses), _FEWEST) - 0.4)
     if values:
         low = min(values) / 2
         heights = [value - low for value in values]
@@ -89,7 +92,7 @@ def _panel(axes: Any, title: str, losses: Sequence[float | None], kept: Sequence
         axes.set_ylim(low, max(values) * 1.5)
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda nats, _: f"{nats:g}")
-    axes.set_ylabel("nats per token", color=COLOURS["soft"], fontsize=9)
+    name_axes(axes, y="nats per token")
     _kept_line(axes.twinx(), kept)
     entitle(axes, title)
 
@@ -102,7 +105,7 @@ def _kept_line(axes: Any, kept: Sequence[float | None]) -> None:
     axes.plot(places, shares, color=COLOURS["second"], linewidth=1.4, marker="o", markersize=4)
     axes.set_ylim(0, 1.05)
     axes.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
-    axes.set_ylabel("kept", color=COLOURS["second"], fontsize=9)
+    axes.set_ylabel("kept (orange)", color=COLOURS["soft"], fontsize=TEXT_POINTS)
 
 
 def _extremes(losses: Sequence[float | None], layers: Sequence[LayerWidth]) -> str:

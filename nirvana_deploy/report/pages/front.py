@@ -10,8 +10,15 @@ from functools import partial
 from typing import Any, Literal
 
 from nirvana_deploy.output.variants import DENSE
-from nirvana_deploy.report.figures import COLOURS, WIDE_IN, bare, entitle, inline_svg, new_figure
 from nirvana_deploy.report.page import environment
+from nirvana_deploy.report.pages.plane import (
+    ACCURACY,
+    KL,
+    MEGABYTES,
+    MILLISECONDS,
+    Point,
+    plane_figure,
+)
 from nirvana_deploy.report.table import ABSENT, format_bytes, format_ms, format_number, format_times
 from nirvana_deploy.search.front import Cost, Recommendation, front, quantization_alone
 from nirvana_deploy.search.point import Found, said
@@ -56,17 +63,7 @@ _COLUMNS = (
     "failed",
 )
 Quality = Literal["kl", "accuracy"]
-_QUALITIES: dict[Quality, str] = {
-    "kl": "KL to dense, nats a token",
-    "accuracy": "zero-shot accuracy, mean over tasks",
-}
 _ERRORS: dict[Quality, str] = {"kl": "kl_standard_error", "accuracy": "accuracy_standard_error"}
-_TICKS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
-"""KL, nats."""
-_LETTER_POINTS = 4.6
-"""Width of a letter of a label."""
-_SERIES = ("baseline", "first", "second", "third", "fourth")
-_MARKERS = "os^Dv<>pX"
 
 
 def search_record(
@@ -187,103 +184,31 @@ def _row(record: Mapping[str, Any], one: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def front_figure(
-    record: Mapping[str, Any], cost: Cost, quality: Quality = "kl", *, width_in: float = WIDE_IN
-) -> str | None:
+def front_figure(record: Mapping[str, Any], cost: Cost, quality: Quality = "kl") -> str | None:
     """Quality against ``cost``: a colour for each precision, a mark for each way to cut, the front as a line.
 
     None where fewer than two points are known.
     """
-    known = [one for one in record["points"] if one[quality] is not None and one[cost] is not None]
-    if len(known) < 2:
-        return None
+    scale, unit = (1.0, MILLISECONDS) if cost == "tpot_ms" else (1e6, MEGABYTES)
     flag = "on_front" if cost == "tpot_ms" else "on_size_front"
-    scale, unit = (1.0, "decode, ms a token") if cost == "tpot_ms" else (1e6, "weight file, MB")
-    figure = new_figure(width_in, 4.2)
-    axes = figure.subplots()
-    bare(axes, ticks=True)
-    kinds = list(dict.fromkeys((one["scheme"], one["way"]) for one in known))
-    colours = dict(zip(dict.fromkeys(scheme for scheme, _ in kinds), _SERIES, strict=False))
-    ways = dict.fromkeys(one["way"] for one in record["points"])  # the same marks in every figure
-    marks = dict(zip(ways, _MARKERS * len(ways), strict=False))
-    for scheme, way in kinds:
-        here = [one for one in known if (one["scheme"], one["way"]) == (scheme, way)]
-        axes.errorbar(
-            [one[cost] / scale for one in here],
-            [one[quality] for one in here],
-            yerr=[one[_ERRORS[quality]] or 0.0 for one in here],
-            fmt=marks[way],
-            markersize=6,
-            linewidth=1,
-            color=COLOURS[colours[scheme]],
-            label=", ".join(word for word in (scheme or "float", way) if word),
-        )
-    best = sorted((one for one in known if one[flag]), key=lambda one: one[cost])
-    axes.plot(
-        [one[cost] / scale for one in best],
-        [one[quality] for one in best],
-        color=COLOURS["soft"],
-        linewidth=1,
-        zorder=0,
-    )
-    if quality == "kl":
-        _from_zero(axes, 1.6 * max(one["kl"] for one in known))
-    _name_points(axes, record, known, (cost, scale, flag), quality)
-    axes.set_xlabel(unit, color=COLOURS["soft"], fontsize=9)
-    axes.set_ylabel(_QUALITIES[quality], color=COLOURS["soft"], fontsize=9)
-    axes.legend(frameon=False, fontsize=9, labelcolor=COLOURS["ink"])
-    better = "lower" if quality == "kl" else "higher"
-    entitle(axes, f"The front: nearer to dense is {better}, cheaper is to the left")
-    name = "KL" if quality == "kl" else "accuracy"
-    parts = [f"{one['name']} {one[cost] / scale:.4g} and {name} {one[quality]:.3g}" for one in best]
-    return inline_svg(
-        figure,
-        name="-".join(("front", *(["accuracy"] if quality == "accuracy" else []), cost.replace("_", "-"))),
-        alt=f"{unit}. Front: {', '.join(parts)}.",
-    )
-
-
-def _from_zero(axes: Any, most: float) -> None:
-    """A scale of KL that holds 0 and is logarithmic above."""
-    axes.set_yscale("symlog", linthresh=0.01)
-    axes.set_ylim(-0.002, most)
-    ticks = [tick for tick in _TICKS if tick <= most]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-
-
-def _name_points(
-    axes: Any,
-    record: Mapping[str, Any],
-    known: Sequence[Mapping[str, Any]],
-    by: tuple[Cost, float, str],
-    quality: Quality,
-) -> None:
-    """A label at every point, those on the front placed first."""
-    cost, scale, flag = by
-    taken: list[tuple[float, float, float]] = []
-    for one in sorted(known, key=lambda one: (not one[flag], one[cost])):
-        shown = one[flag] or one["name"] == record["recommended"]
-        at = (one[cost] / scale, one[quality])
-        axes.annotate(
+    known = [one for one in record["points"] if one[quality] is not None and one[cost] is not None]
+    points = {
+        one["name"]: Point(
             one["name"],
-            at,
-            **_beside(axes.transData.transform(at), len(one["name"]) * _LETTER_POINTS, taken),
-            textcoords="offset points",
-            fontsize=8.5,
-            weight="bold" if one["name"] == record["recommended"] else "normal",
-            color=COLOURS["ink" if shown else "baseline"],
+            one["scheme"] or "float",
+            one[quality],
+            one[_ERRORS[quality]],
+            one[cost] / scale,
+            recommended=one["name"] == record["recommended"],
+            way=one["way"],
         )
-
-
-def _beside(at: Any, width: float, taken: list[tuple[float, float, float]]) -> dict[str, Any]:
-    """Where a label ``width`` points wide goes, so that it lies on none that is ``taken``, in points."""
-    for right, up in ((6, 5), (6, -12), (-6, 5), (-6, -12), (6, 17), (6, -24), (-6, 17), (-6, -24)):
-        left, y = float(at[0]) + (right if right > 0 else right - width), float(at[1]) + up
-        if all(left > x + w or x > left + width or abs(y - other) > 12 for x, other, w in taken):
-            break
-    taken.append((left, y, width))
-    return {"xytext": (right, up), "ha": "left" if right > 0 else "right"}
+        for one in known
+    }
+    front = sorted((points[one["name"]] for one in known if one[flag]), key=lambda one: one.cost)
+    name = "-".join(("front", *(["accuracy"] if quality == "accuracy" else []), cost.replace("_", "-")))
+    axis = KL if quality == "kl" else ACCURACY
+    ways = dict.fromkeys(one["way"] for one in record["points"])  # the same marks in every figure
+    return plane_figure(list(points.values()), front=front, axis=axis, unit=unit, name=name, ways=ways)
 
 
 def search_page(record: Mapping[str, Any]) -> str:

@@ -28,6 +28,14 @@ class Section:
     rows: tuple[tuple[str, ...], ...] = ()
 
 
+@dataclass(frozen=True)
+class Written(Section):
+    """What the models write, and a table of rates with a row for each of them."""
+
+    rate_headers: tuple[str, ...] = ()
+    rates: tuple[tuple[str, ...], ...] = ()
+
+
 def kinds(records: Records) -> Section | None:
     """Section on perplexity and KL for each kind of text; None if they were not told apart."""
     record = records.result(stage.QUALITY, QualityMeasured)
@@ -62,35 +70,46 @@ def _kl(part: Quality) -> str:
     return format_number(value) + (f" \N{PLUS-MINUS SIGN} {format_number(error, digits=2)}" if error else "")
 
 
-def answers(records: Records) -> Section | None:
+def answers(records: Records) -> Written | None:
     """Section on what the models write; None if they were not asked."""
     record = records.result(stage.ANSWERS, AnswersWritten)
     if record is None:
         return None
     if record.skipped:
-        return Section(f"Not asked: {record.skipped}")
+        return Written(f"Not asked: {record.skipped}")
     variants = _with_cut(records, record.variants)
+    beside = dict.fromkeys(variants, DENSE)
+    return written(record.prompts, variants, new_tokens=record.new_tokens, beside=beside)
+
+
+def written(
+    prompts: Sequence[str],
+    variants: Mapping[str, Sequence[str]],
+    *,
+    new_tokens: int,
+    beside: Mapping[str, str],
+) -> Written:
+    """Continuations of the prompts; ``beside`` names the dense model of each."""
     rows = [
         (prompt, *(_shown(text) for text in texts))
-        for prompt, *texts in zip_longest(record.prompts, *variants.values(), fillvalue="")
+        for prompt, *texts in zip_longest(prompts, *variants.values(), fillvalue="")
     ]
-    return Section(
-        f"Greedy continuations of at most {record.new_tokens} tokens, unedited",
+    return Written(
+        f"Greedy continuations of at most {new_tokens} tokens, unedited",
         headers=("Prompt", *variants),
-        rows=(*rows, *_rates(variants)),
+        rows=tuple(rows),
+        rate_headers=("Answers", "word for word as dense", "repeats itself"),
+        rates=tuple(_rates(variants, beside)),
     )
 
 
-def _rates(variants: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, ...]]:
-    """How many answers are the dense model's, and how many repeat themselves."""
-    dense = variants.get(DENSE)
-    if dense is not None and len(variants) > 1:
-        same = (
-            [one == other for one, other in zip(dense, texts, strict=False)] for texts in variants.values()
-        )
-        yield ("Word for word as dense", *(f"{sum(found)} of {len(found)}" for found in same))
-    repeated = ([repeats(text) for text in texts] for texts in variants.values())
-    yield ("Repeats itself", *(f"{sum(found)} of {len(found)}" for found in repeated))
+def _rates(variants: Mapping[str, Sequence[str]], beside: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
+    """How many answers of each model are the dense one's, and how many repeat themselves."""
+    for name, texts in variants.items():
+        dense = variants.get(beside[name])
+        same = [one == other for one, other in zip(dense or (), texts, strict=False)]
+        as_dense = ABSENT if name == beside[name] or dense is None else f"{sum(same)} of {len(same)}"
+        yield name, as_dense, f"{sum(map(repeats, texts))} of {len(texts)}"
 
 
 def repeats(text: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.recover.record import Recovered
-from nirvana_deploy.report.figures import COLOURS, WIDE_IN, bare, entitle, inline_svg, new_figure
+from nirvana_deploy.report.drawing import COLOURS, bare, entitle, inline_svg, name_axes, new_figure
 from nirvana_deploy.report.table import format_number
 
 
@@ -16,7 +16,7 @@ def recovery_of(records: Records) -> Recovered | None:
 
 def recovery_figure(done: Recovered) -> str:
     """Draw the KL of the watching windows against the tokens read; the state that was kept is marked."""
-    figure = new_figure(WIDE_IN, 2.8)
+    figure = new_figure(2.8)
     axes = figure.subplots()
     bare(axes, ticks=True)
     thousands = [point.tokens / 1000 for point in done.curve]
@@ -26,8 +26,7 @@ def recovery_figure(done: Recovered) -> str:
     axes.plot([kept.tokens / 1000], [kept.kl], color=COLOURS["second"], marker="o", markersize=8)
     axes.set_ylim(0, 1.1 * max(divergences))
     axes.margins(x=0.02)
-    axes.set_xlabel("thousands of tokens", color=COLOURS["soft"], fontsize=9)
-    axes.set_ylabel("nats per token", color=COLOURS["soft"], fontsize=9)
+    name_axes(axes, x="thousands of tokens", y="nats per token")
     entitle(axes, "Recovery: KL to dense on text set aside")
     alt = (
         f"KL to the dense model on text set aside, from {format_number(divergences[0])} nats before training "

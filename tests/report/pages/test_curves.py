@@ -35,7 +35,7 @@ def test_it_is_well_formed_and_names_the_extremes() -> None:
     assert "Attention: predicted KL without one KV group: least in layer 1 (0.0100 nats)" in svg
     assert "most in layer 0 (0.0300 nats)" in svg
     # 12 of 40 neurons: half way between the points at 8 and 16
-    assert "FFN: predicted KL without 30% of the neurons: least in layer 1 (0.00300 nats)" in svg
+    assert "FFN: predicted KL without 30% of neurons: least in layer 1 (0.00300 nats)" in svg
     assert "var(--first," in svg and "var(--second," in svg
     assert curves_figure(found, layers) == svg
 

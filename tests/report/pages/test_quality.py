@@ -6,8 +6,8 @@ from typing import Any
 
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.report.findings import gaps
+from nirvana_deploy.report.page import markdown_lines
 from nirvana_deploy.report.pages.quality import answers, kinds
-from nirvana_deploy.report.report import markdown_lines
 
 
 def records(result: dict[str, Any] | None, name: str = "answers") -> Records:
@@ -22,9 +22,8 @@ def test_a_row_per_prompt_and_a_column_per_variant() -> None:
     assert found.rows == (
         ("2 + 2", "\n  4 | <b>", "(nothing)"),
         ("a", "x", "\N{REPLACEMENT CHARACTER}\ty"),
-        ("Word for word as dense", "2 of 2", "0 of 2"),
-        ("Repeats itself", "0 of 2", "0 of 2"),
     )
+    assert found.rates == (("dense", "\N{EM DASH}", "0 of 2"), ("pruned", "0 of 2", "0 of 2"))
 
 
 def test_a_model_that_was_not_asked_has_a_reason_and_no_table() -> None:

@@ -1,0 +1,1 @@
+"""Finished output folders side by side."""
