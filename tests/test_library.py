@@ -36,7 +36,7 @@ DOES = {
     "quantize": ["quantize_folder", "quantize_onnx_folder"],
     "recipe": ["job_of", "recipe_toml"],
     "recover": ["recover_folder"],
-    "report": ["report_folder"],
+    "report": ["report_folder", "compare_folders"],
     "search": ["search_points"],
     "select-calib": ["select_calibration"],
     "verify": ["verify_folder", "verify_onnx_folder"],
