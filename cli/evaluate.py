@@ -53,7 +53,7 @@ def evaluate(out: Path, as_json: bool, **options: Any) -> None:
 
 
 def _show_quality(result: dict[str, Any]) -> None:
-    from nirvana_deploy.report.table import format_number
+    from nirvana_deploy.base.units import format_number
 
     rows = []
     for name, found in result["variants"].items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.export.recipe import Graph
 
 from .common import TerminalProgress, echo, echo_json
@@ -61,4 +62,4 @@ def export(
             }
         )
     else:
-        echo(f"{out}: {exported.nodes} nodes, {exported.weights_bytes / 1e6:,.1f} MB of weights")
+        echo(f"{out}: {exported.nodes} nodes, {format_bytes(exported.weights_bytes)} of weights")

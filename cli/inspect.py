@@ -57,7 +57,8 @@ def _print_plan(console: Console, inspection: Inspection) -> None:
     from rich import box
     from rich.table import Table
 
-    from nirvana_deploy.report.table import ABSENT, format_count, format_share, text_bar
+    from nirvana_deploy.base.units import format_count, format_share
+    from nirvana_deploy.report.table import ABSENT, text_bar
 
     budget = inspection.plan.get("budget")
     if budget:
@@ -92,7 +93,8 @@ def _print_folder(console: Console, inspection: Inspection) -> None:
     from rich import box
     from rich.table import Table
 
-    from nirvana_deploy.report.table import ABSENT, format_bytes, format_number, format_seconds
+    from nirvana_deploy.base.units import format_bytes, format_number, format_seconds
+    from nirvana_deploy.report.table import ABSENT
 
     if inspection.folder_bytes:
         sizes = Table("folder", "size", box=box.SIMPLE_HEAD)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.package.recipe import Package
 
 from .common import TerminalProgress, echo, echo_json
@@ -58,7 +59,7 @@ def package(
         if as_json:
             echo_json(packaging.gguf_record(file))
             return
-        echo(f"{file.path}: {file.architecture}, {file.size_bytes / 1e6:,.1f} MB of {recipe.weight_type}")
+        echo(f"{file.path}: {file.architecture}, {format_bytes(file.size_bytes)} of {recipe.weight_type}")
         if file.left_in_f16:
             echo(f"{file.left_in_f16} matrices stay f16: their rows are no multiple of 32.")
     else:

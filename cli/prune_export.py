@@ -54,8 +54,9 @@ def prune_export(
     if job is not None and dry_run:
         show(job, as_json=as_json)
         return
+    from nirvana_deploy.base.units import format_seconds
     from nirvana_deploy.pipeline.prune_export import run_job
-    from nirvana_deploy.report.table import format_seconds, summary_table
+    from nirvana_deploy.report.table import summary_table
 
     how: dict[str, Any] = {"resume": resume, "force": force, "command": command_line()}
     how["progress"] = TerminalProgress()

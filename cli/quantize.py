@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.quantize.recipe import CalibrationText, Quantization
 
 from .common import TerminalProgress, echo, echo_json
@@ -76,9 +77,10 @@ def quantize(
         echo(line)
     for name, reason in record.get("int8", {}).get("kept_float", {}).items():
         echo(f"in float: {name} ({reason})")
-    size, float_size = record["weights_bytes"] / 1e6, record["float_bytes"] / 1e6
     echo(f"{target}: {Coverage(**record['coverage']).line}")
-    echo(f"{size:,.1f} MB of weights, {float_size:,.1f} MB in float")
+    echo(
+        f"{format_bytes(record['weights_bytes'])} of weights, {format_bytes(record['float_bytes'])} in float"
+    )
 
 
 def _drawn(source: Path, text: CalibrationText, progress: TerminalProgress) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, pip_install
 from nirvana_deploy.base.reading import read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -57,7 +57,7 @@ def require_no_adapter(folder: Path) -> None:
     raise NirvanaError(
         f"{folder} holds an adapter ({_ADAPTER}) for {str(base)[:200]!r}: transformers would apply it, "
         "and this tool would not.",
-        hint=f"Merge it into that model: pip install peft, {merge}, then pass {merged}. If the weights "
+        hint=f"Merge it into that model: {pip_install()} peft, {merge}, then pass {merged}. If the weights "
         f"beside it are merged already, remove {_ADAPTER}.",
     )
 

@@ -16,16 +16,10 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from nirvana_deploy.base.units import format_bytes, format_ms, format_number, format_seconds, format_share
 from nirvana_deploy.output.records import LayerWidth
 from nirvana_deploy.report.pages.ntk import headers
-from nirvana_deploy.report.table import (
-    format_bytes,
-    format_ms,
-    format_number,
-    format_seconds,
-    format_share,
-    format_times,
-)
+from nirvana_deploy.report.table import format_times
 
 # Okabe and Ito's palette, which stays apart under the common colour blindnesses; grey is the baseline.
 # Keys are the CSS custom properties that the page may redefine, values the fallback.

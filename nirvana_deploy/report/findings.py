@@ -10,20 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nirvana_deploy.base.units import format_count, format_ms, format_number, format_share
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records, model_name, verifications
 from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.report.pages.deployed import low_bit_source_caution, quantization_caution
-from nirvana_deploy.report.table import (
-    baseline_of,
-    challengers_of,
-    format_count,
-    format_ms,
-    format_number,
-    format_share,
-    format_times,
-    median_of,
-)
+from nirvana_deploy.report.table import baseline_of, challengers_of, format_times, median_of
 
 PERPLEXITY_ALARM = 1.5
 """Perplexity ratio to dense above which the report warns."""

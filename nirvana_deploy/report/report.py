@@ -19,6 +19,7 @@ from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.terminal import harmless
+from nirvana_deploy.base.units import format_bytes, format_number, format_seconds, format_share
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.record_kinds import (
     KernelRecord,
@@ -43,10 +44,6 @@ from nirvana_deploy.report.table import (
     ABSENT,
     baseline_of,
     challengers_of,
-    format_bytes,
-    format_number,
-    format_seconds,
-    format_share,
     median_of,
     summary_table,
     text_bar,

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
+from nirvana_deploy.base.units import format_bytes, format_ms, format_number
 from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.report.figures import COLOURS, WIDE_IN, bare, entitle, inline_svg, new_figure
 from nirvana_deploy.report.page import environment
-from nirvana_deploy.report.table import ABSENT, format_bytes, format_ms, format_number, format_times
+from nirvana_deploy.report.table import ABSENT, format_times
 from nirvana_deploy.search.front import Cost, Recommendation, front, quantization_alone
 from nirvana_deploy.search.point import Found, said
 
