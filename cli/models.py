@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from .common import echo_json, terminal
+from .common import echo, echo_json, echo_table
 
 
 @click.command("models")
@@ -53,27 +53,20 @@ def models(as_json: bool) -> None:
         echo_json({"models": rows, "families": families})
         return
 
-    from rich import box
-    from rich.table import Table
-
-    console = terminal(width_of_a_pipe=160)
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("alias", "hub id", "parameters", "family", "licence", "supported"):
-        table.add_column(column, overflow="fold")
-    for name, alias in ALIASES.items():
-        supported = "[green]yes[/]" if alias.supported else "[yellow]not yet[/]"
-        table.add_row(name, alias.hub_id, alias.parameters, alias.family, alias.licence, supported)
-    console.print(table)
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("family", "architecture", "removes", "onnxruntime-genai", "llama.cpp", "tried on"):
-        table.add_column(column, overflow="fold")
-    for name, family in FAMILIES.items():
-        table.add_row(
+    names = (
+        [name, alias.hub_id, alias.parameters, alias.licence if alias.supported else "not supported yet"]
+        for name, alias in ALIASES.items()
+    )
+    echo_table(["alias", "hub id", "size", "licence"], names, texts=4)
+    echo()
+    handled = (
+        [
             name,
-            family.architecture,
             ", ".join(family.units),
             "yes" if family.genai_type else "no",
             family.gguf.name if family.gguf else "no",
-            f"{family.tried_on} weights",
-        )
-    console.print(table)
+            family.tried_on,
+        ]
+        for name, family in FAMILIES.items()
+    )
+    echo_table(["family", "removes", "genai", "llama.cpp", "weights tried"], handled, texts=5)

@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from .common import TerminalProgress, command_line, echo, echo_json
+from .common import TerminalProgress, echo, echo_json
 from .job import folder_options, job_from, model_argument, pruning_options, recipe_option
 from .options import json_option, typed
+from .talk import command_line
 
 
 @click.command("prune")

@@ -10,10 +10,11 @@ import click
 
 from nirvana_deploy.search.recipe import Target
 
-from .common import TerminalProgress, command_line, echo, echo_json, echo_table
+from .common import TerminalProgress, echo, echo_json, echo_table
 from .job import deployment_options, folder_options, job_from, model_argument, pruning_options, recipe_option
 from .options import json_option, recipe_options, taken, typed
 from .recipe import show
+from .talk import command_line
 
 
 @click.command("prune-export")
@@ -54,7 +55,7 @@ def prune_export(
     if job is not None and dry_run:
         show(job, as_json=as_json)
         return
-    from nirvana_deploy.base.units import format_seconds
+    from nirvana_deploy.base.units import format_bytes, format_seconds
     from nirvana_deploy.pipeline.prune_export import run_job
     from nirvana_deploy.report.table import summary_table
 
@@ -81,23 +82,23 @@ def prune_export(
         return
     stages = done.manifest["stages"]
     echo_table(
-        ["Stage", "Seconds", "CPU seconds", "Peak RSS MB"],
+        ["Stage", "Time", "CPU time", "Peak memory"],
         [
             [
                 name,
                 format_seconds(s["seconds"]),
                 format_seconds(s["cpu_seconds"]),
-                f"{s['peak_rss_bytes'] / 1e6:,.0f}",
+                format_bytes(s["peak_rss_bytes"]),
             ]
             for name, s in stages.items()
         ],
         title="Where the time went",
+        beside=True,
     )
     if done.benchmark is not None:
         table = summary_table(done.benchmark)
-        echo_table(
-            table.headers, table.rows, title=f"{done.plan.model['name']}, sparsity {done.plan.sparsity:g}"
-        )
+        title = f"{done.plan.model['name']}, sparsity {done.plan.sparsity:g}"
+        echo_table(table.headers, table.rows, title=title, beside=True)
     if done.verdict is not None:
         echo(f"{done.verdict.title}. {done.verdict.why}")
     echo(f"Report: {done.report}")

@@ -9,8 +9,9 @@ import click
 
 from nirvana_deploy.recover.recipe import Length, Recovery
 
-from .common import TerminalProgress, command_line, echo, echo_json, echo_table
+from .common import TerminalProgress, echo, echo_json, echo_table
 from .options import json_option, recipe_options, taken, typed
+from .talk import command_line
 
 
 @click.command("recover")
@@ -46,5 +47,10 @@ def recover(out: Path, as_json: bool, **options: Any) -> None:
         [f"{one['step']:,}", f"{one['tokens']:,}", f"{one['seconds'] / 60:.1f}", f"{one['kl']:.3f}"]
         for one in found["curve"]
     ]
-    echo_table(["Step", "Tokens", "Minutes", "Held-out KL, nats"], rows, title=f"Trained on {found['text']}")
+    echo_table(
+        ["Step", "Tokens", "Minutes", "Held-out KL, nats"],
+        rows,
+        title=f"Trained on {found['text']}",
+        beside=True,
+    )
     echo(f"Kept: step {found['kept_step']:,}" + (f". Report: {done.report}" if done.report else ""))

@@ -13,9 +13,10 @@ from nirvana_deploy.measure.recipe import Measurement
 from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.search.recipe import Search, Target
 
-from .common import TerminalProgress, command_line, echo, echo_json, echo_table
+from .common import TerminalProgress, echo, echo_json, echo_table
 from .job import model_argument, recipe_option
 from .options import json_option, recipe_options, taken, typed
+from .talk import command_line
 
 
 @click.command("search")
@@ -75,7 +76,7 @@ def search(
         echo_json({"out": str(found.out), **record})
         return
     title = f"{model}: {len(found.points)} points"
-    echo_table(columns(record, BRIEF), rows(record, BRIEF), title=title)
+    echo_table(columns(record, BRIEF), rows(record, BRIEF), title=title, beside=True)
     if found.page is None:
         echo(f"Part {recipe.shard} is in {found.out}: copy the parts together, and repeat without --shard.")
         return

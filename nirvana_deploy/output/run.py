@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from nirvana_deploy.base.ownership.temporary import remove_abandoned
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import typed
 from nirvana_deploy.base.resources import disk_errors, exhaustion_errors
+from nirvana_deploy.base.units import format_bytes, format_seconds
 from nirvana_deploy.output import manifest as manifests
 from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import MANIFEST
@@ -46,6 +47,8 @@ class Run:
         self.progress = progress
         self.beside: tuple[Run, ...] = ()
         """Runs on the same model, whose stages are taken where they would come out the same."""
+        self.expected: tuple[str, ...] = ()
+        """Names of the stages that this command is going to ask for, in order, where they are known."""
         self._lock: FolderLock | None = None
         self._made: set[str] = set()  # stages that this run made anew
         self._passed: list[str] = []  # stages asked for so far, in order
@@ -149,7 +152,19 @@ class Run:
         ``redo`` runs it although it is finished, and leaves what was made from it as it is.
         """
         self._take_lock()
-        redo = redo or stage.always
+        with ExitStack() as headings:
+            for heading in self._headings(stage):
+                headings.enter_context(self.progress.within(heading, otherwise=stage.name))
+            return self._run(stage, redo=redo or stage.always)
+
+    def _headings(self, stage: Stage) -> Iterator[str]:
+        """Which of how many stages, and which model it is about."""
+        if stage.name in self.expected:
+            yield f"{self.expected.index(stage.name) + 1} of {len(self.expected)}"
+        if stage.of is not None:
+            yield stage.of
+
+    def _run(self, stage: Stage, *, redo: bool) -> dict[str, Any]:
         if not redo and self._made.isdisjoint(stage.needs) and self.finished(stage.name):
             self._passed.append(stage.name)
             self.progress.note(f"{stage.name}: finished before, sha256 checked")
@@ -180,7 +195,18 @@ class Run:
             self.manifest["stages"] = manifests.in_order(self.manifest["stages"], self._passed)
         self._before = None
         self._write()
+        self.progress.detail(self._said(stage))
         return result
+
+    def _said(self, stage: Stage) -> str:
+        """What a stage that has just run took and wrote."""
+        done = self.manifest["stages"][stage.name]
+        wrote = [name for name in stage.makes if (self.out / name).exists()]
+        took, cpu = format_seconds(done["seconds"]), format_seconds(done["cpu_seconds"])
+        at_most = format_bytes(done["peak_rss_bytes"])
+        return f"{stage.name} took {took}, {cpu} of CPU, at most {at_most}" + (
+            f"; wrote {', '.join(wrote)}" if wrote else ""
+        )
 
     def _taken(self, stage: Stage) -> dict[str, Any] | None:
         """The result of a stage, its files taken from a run beside; None if none has made the same."""

@@ -347,7 +347,7 @@ def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]
     Reads manifest.json, plan.json and benchmark.json; a part whose record is missing is named in the report
     with the command that makes it. Raises NirvanaError when OUT holds none of them or a broken one.
     """
-    with progress.task("report", total=2) as advance:
+    with progress.task("Writing the report", total=2) as advance:
         records = read_records(out)
         context = report_context(records)
         markdown, page = out / "report.md", out / "report.html"
