@@ -135,9 +135,10 @@ def echo_table(
         click.echo("\n".join(plain))
         return
     console = terminal(markup=False, highlight=False)
+    if title is not None:
+        console.print(title, style="bold", soft_wrap=True)
     for part in _fitting(names, cells, texts, console.width):
-        console.print(_table(names, cells, part, texts, title))
-        title = None
+        console.print(_table(names, cells, part, texts))
 
 
 def _separated_by_tabs(headers: list[str], rows: list[list[str]], title: str | None) -> Iterator[str]:
@@ -161,14 +162,12 @@ def _fitting(headers: list[str], rows: list[list[str]], texts: int, width: int) 
     yield part
 
 
-def _table(
-    headers: list[str], rows: list[list[str]], part: list[int], texts: int, title: str | None
-) -> Table:
+def _table(headers: list[str], rows: list[list[str]], part: list[int], texts: int) -> Table:
     """Some columns of a table, for a terminal; of several texts the last one is folded where it must."""
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
     for index in part:
         left = index < texts or not headers[index]
         table.add_column(

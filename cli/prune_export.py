@@ -11,9 +11,9 @@ import click
 from nirvana_deploy.search.recipe import Target
 
 from .common import TerminalProgress, echo, echo_json, echo_table
+from .forecast_page import show_forecast
 from .job import deployment_options, folder_options, job_from, model_argument, pruning_options, recipe_option
 from .options import json_option, recipe_options, taken, typed
-from .recipe import show
 from .talk import command_line
 
 
@@ -24,7 +24,6 @@ from .talk import command_line
 @deployment_options
 @recipe_option
 @folder_options
-@click.option("--dry-run", is_flag=True, help="Show the recipe, checked, and do nothing.")
 @json_option
 def prune_export(
     model: str | None,
@@ -43,7 +42,8 @@ def prune_export(
     \b
     Examples:
       nirvana-deploy prune-export smollm2 --sparsity 0.4
-      nirvana-deploy prune-export smollm2 --sparsity 0.2 --quantize int8 --quantize w4 --engine tensorrt-rtx
+      nirvana-deploy prune-export smollm2 --sparsity 0.2 --quantize int8,w4 --dry-run
+      nirvana-deploy prune-export smollm2 --sparsity 0.2 --quantize int8,w4 --engine tensorrt-rtx
       nirvana-deploy prune-export ./my-llama --sparsity 0.3 --calib notes.txt --out my-llama-small
       nirvana-deploy prune-export smollm2 --max-perplexity-ratio 1.3 --quantize w4
       nirvana-deploy prune-export --recipe smollm2-s0.4/recipe.toml --out again
@@ -53,7 +53,10 @@ def prune_export(
         raise click.UsageError("A budget finds the sparsity: leave out --recipe and --dry-run.")
     job = None if target.asked else job_from(model, recipe_file, options)
     if job is not None and dry_run:
-        show(job, as_json=as_json)
+        from nirvana_deploy.pipeline.forecast.forecast import forecast
+
+        planned = forecast(job, out=out, resume=resume, force=force, progress=TerminalProgress())
+        show_forecast(planned, as_json=as_json)
         return
     from nirvana_deploy.base.units import format_bytes, format_seconds
     from nirvana_deploy.pipeline.prune_export import run_job

@@ -10,6 +10,8 @@ import click
 from nirvana_deploy.recover.recipe import Length, Recovery
 
 from .common import TerminalProgress, echo, echo_json, echo_table
+from .forecast_page import show_forecast
+from .job import dry_run_option
 from .options import json_option, recipe_options, taken, typed
 from .talk import command_line
 
@@ -17,8 +19,9 @@ from .talk import command_line
 @click.command("recover")
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @recipe_options(Length, Recovery, without=["recover"])
+@dry_run_option
 @json_option
-def recover(out: Path, as_json: bool, **options: Any) -> None:
+def recover(out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train the pruned model in OUT toward the dense one, and make anew what was made from it.
 
     A killed training goes on when the command is repeated.
@@ -33,12 +36,14 @@ def recover(out: Path, as_json: bool, **options: Any) -> None:
     length = taken(Length, options)
     if (length.minutes is None) == (length.tokens is None):
         raise click.UsageError("Say how long: --minutes M or --tokens N, one of them.")
-    from nirvana_deploy.pipeline.folder import recover_folder
+    from nirvana_deploy.pipeline.folder import forecast_recovery, recover_folder
 
     budget = f"{length.minutes:g}m" if length.minutes is not None else f"{length.tokens}"
-    done = recover_folder(
-        out, {**typed(options), "recover": budget}, command=command_line(), progress=TerminalProgress()
-    )
+    asked, progress = {**typed(options), "recover": budget}, TerminalProgress()
+    if dry_run:
+        show_forecast(forecast_recovery(out, asked, progress=progress), as_json=as_json)
+        return
+    done = recover_folder(out, asked, command=command_line(), progress=progress)
     found = done.manifest["stages"]["recover"]["result"]
     if as_json:
         echo_json(found)

@@ -85,7 +85,7 @@ class Run:
         contains or lies in what the run ``reads``; nothing is touched then.
         """
         require_apart(out, reads=reads, replaced=False)
-        _require_free(out, resume=resume, force=force)
+        require_free(out, resume=resume, force=force)
         new = [folder for folder in (out, *out.parents) if not folder.exists()]
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -94,11 +94,11 @@ class Run:
         try:
             run._take_lock()
             if resumed:
-                run._require_same(options, model, may_change)
+                run.require_same(options, model, may_change)
                 run.manifest["options"].update(options)
                 run.manifest |= {"environment": environment(), "complete": False}
             else:
-                _require_free(out, resume=resume, force=force)  # nobody has come in between
+                require_free(out, resume=resume, force=force)  # nobody has come in between
                 run._before = dict.fromkeys(reversed(new))
                 run._start_again(options, model, command)
             for folder in {out, *((out / name).parent for name in run.manifest["makes"])}:
@@ -383,9 +383,10 @@ class Run:
         files = [file for output in outputs for file in files_under(self.out / output)]
         return {file.relative_to(self.out).as_posix(): sha256_of(file) for file in files}
 
-    def _require_same(
+    def require_same(
         self, options: Mapping[str, Any], model: Mapping[str, Any], may_change: Collection[str]
     ) -> None:
+        """Raise NirvanaError unless the folder was made with these options, of the same weights."""
         before = {**self.manifest["options"], "model files": self.manifest["model"]["files"]}
         now = {**options, "model files": model["files"]}
         differing = [
@@ -400,7 +401,7 @@ class Run:
             )
 
 
-def _require_free(out: Path, *, resume: bool, force: bool) -> None:
+def require_free(out: Path, *, resume: bool, force: bool) -> None:
     """Raise NirvanaError if something stands in the way of a new run."""
     if resume and (out / MANIFEST).is_file():
         return

@@ -36,9 +36,9 @@ from nirvana_deploy.pipeline.before import (
     say_cost,
     within_context,
 )
+from nirvana_deploy.pipeline.forecast.stages import engine_forms, is_timed, quantized_models, stages_of
 from nirvana_deploy.pipeline.job import Job, all_fields, job_of, spelled_out
 from nirvana_deploy.pipeline.recipe_file import write_recipe
-from nirvana_deploy.pipeline.stages import engine_forms, is_timed, quantized_models, stages_of
 from nirvana_deploy.prune import stage as prune
 from nirvana_deploy.prune.choosing.choices import Choices
 from nirvana_deploy.prune.curves.budget import UnitCost, require_feasible

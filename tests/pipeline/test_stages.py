@@ -10,9 +10,9 @@ from builders.jobs import SHORT, SHORT_ROUNDS
 
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.run import Run
+from nirvana_deploy.pipeline.forecast.stages import stages_of
 from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.pipeline.prune_export import prune_export
-from nirvana_deploy.pipeline.stages import stages_of
 from nirvana_deploy.prune.choosing.choices import choices_of
 
 TINY: dict[str, Any] = {
