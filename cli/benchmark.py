@@ -10,12 +10,13 @@ import click
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.runtime.recipe import Place
 
+from .arguments import OUTPUT
 from .common import TerminalProgress, echo, echo_json, echo_table
 from .options import json_option, recipe_options, taken
 
 
 @click.command("benchmark")
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=OUTPUT)
 @recipe_options(Workload)
 @recipe_options(Place, without=("threads",))
 @json_option

@@ -10,12 +10,13 @@ import click
 from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.export.recipe import Graph
 
+from .arguments import Model
 from .common import TerminalProgress, echo, echo_json
 from .options import json_option, recipe_options
 
 
 @click.command("export")
-@click.argument("model")
+@click.argument("model", type=Model())
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="ONNX folder to write.")
 @recipe_options(Graph)
 @click.option("--force", is_flag=True, help="Replace an existing folder.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .arguments import DESCRIBED
 from .common import echo, echo_json, echo_table
 from .engine_page import engine_lines
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=DESCRIBED)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
 def inspect(path: Path, as_json: bool) -> None:
     """Show what was kept and where.

@@ -16,6 +16,7 @@ from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.quantize.recipe import Schemes
 from nirvana_deploy.recover.recipe import Recovery
 
+from .arguments import Model
 from .options import recipe_options, typed
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-model_argument = click.argument("model", required=False)
+model_argument = click.argument("model", type=Model(), required=False)
 recipe_option = click.option(
     "--recipe",
     "recipe_file",
@@ -51,7 +52,8 @@ def folder_options(command: Command) -> Command:
             "--out",
             type=click.Path(path_type=Path),
             default=None,
-            help="Output folder. [./<model>-s<sparsity>]",
+            help="Output folder.",
+            show_default="./<model>-s<sparsity>",
         ),
         click.option("--resume", is_flag=True, help="Continue after the last finished stage in --out."),
         click.option("--force", is_flag=True, help="Overwrite an earlier run in --out."),

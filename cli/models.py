@@ -54,7 +54,12 @@ def models(as_json: bool) -> None:
         return
 
     names = (
-        [name, alias.hub_id, alias.parameters, alias.licence if alias.supported else "not supported yet"]
+        [
+            name,
+            alias.hub_id,
+            alias.parameters,
+            alias.licence + ("" if alias.supported else ", not supported yet"),
+        ]
         for name, alias in ALIASES.items()
     )
     echo_table(["alias", "hub id", "size", "licence"], names, texts=4)

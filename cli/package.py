@@ -10,19 +10,21 @@ import click
 from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.package.recipe import Package
 
+from .arguments import OUTPUT_OR_MODEL
 from .common import TerminalProgress, echo, echo_json
 from .options import json_option, recipe_options, taken
 
 
 @click.command("package")
-@click.argument("out", metavar="OUT", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", metavar="OUT", type=OUTPUT_OR_MODEL)
 @recipe_options(Package)
 @click.option(
     "--out",
     "target",
     type=click.Path(path_type=Path),
     default=None,
-    help="What to write. [OUT/gguf/NAME-TYPE.gguf, OUT/triton; no default for a part of OUT alone]",
+    help="What to write.",
+    show_default="OUT/gguf/NAME-TYPE.gguf, OUT/triton; no default for a part of OUT alone",
 )
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @json_option

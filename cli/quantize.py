@@ -10,18 +10,20 @@ import click
 from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.quantize.recipe import CalibrationText, Quantization
 
+from .arguments import OUTPUT_OR_ONNX
 from .common import TerminalProgress, echo, echo_json
 from .options import json_option, recipe_options, taken
 
 
 @click.command("quantize")
-@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", metavar="DIR", type=OUTPUT_OR_ONNX)
 @recipe_options(Quantization, CalibrationText)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=None,
-    help="ONNX folder to write. [DIR/onnx-<scheme> in an output folder]",
+    help="ONNX folder to write.",
+    show_default="DIR/onnx-<scheme> in an output folder",
 )
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @json_option

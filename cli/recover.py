@@ -9,6 +9,7 @@ import click
 
 from nirvana_deploy.recover.recipe import Length, Recovery
 
+from .arguments import OUTPUT
 from .common import TerminalProgress, echo, echo_json, echo_table
 from .forecast_page import show_forecast
 from .job import dry_run_option
@@ -17,7 +18,7 @@ from .talk import command_line
 
 
 @click.command("recover")
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=OUTPUT)
 @recipe_options(Length, Recovery, without=["recover"])
 @dry_run_option
 @json_option

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from .arguments import OUTPUT
 from .common import echo
 
 
 @click.command("report")
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=OUTPUT)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
 def report(out: Path, as_json: bool) -> None:
     """Write report.md and report.html into OUT.

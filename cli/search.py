@@ -26,7 +26,11 @@ from .talk import command_line
 @recipe_options(Search, Target)
 @recipe_options(Pruning, Calibration, Export, Measurement, without=("sparsity",))
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=None, help="Folder of the search. [./<model>-search]"
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder of the search.",
+    show_default="./<model>-search",
 )
 @click.option("--resume", is_flag=True, help="Go on with the points that --out lacks.")
 @click.option("--force", is_flag=True, help="Overwrite an earlier search in --out.")

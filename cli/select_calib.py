@@ -12,12 +12,13 @@ import click
 from nirvana_deploy.prune.recipe import Pruning, Selection
 from nirvana_deploy.search.recipe import Where
 
+from .arguments import Model
 from .common import TerminalProgress, echo, echo_json, echo_table
 from .options import json_option, recipe_options, taken
 
 
 @click.command("select-calib")
-@click.argument("model")
+@click.argument("model", type=Model())
 @recipe_options(Selection, Where)
 @json_option
 def select_calib(model: str, as_json: bool, **options: Any) -> None:

@@ -139,7 +139,9 @@ class Run:
         if not (out / MANIFEST).is_file():
             raise NirvanaError(
                 f"{out} is not an output folder of this tool: it has no {MANIFEST}.",
-                hint="Make one: nirvana-deploy prune-export MODEL --sparsity 0.4 --out DIR",
+                hint=f"Did you mean {out.parent}?"
+                if (out.parent / MANIFEST).is_file()
+                else "Make one: nirvana-deploy prune-export MODEL --sparsity 0.4 --out DIR",
             )
         run = cls(out, manifests.read_manifest(out), progress=progress)
         if writing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from nirvana_deploy.base.recipe import Option, recipe
-from nirvana_deploy.calibrate.recipe import Seed
+from nirvana_deploy.calibrate.recipe import Seed, source_names
 from nirvana_deploy.quantize.schemes import onnx_schemes
 
 
@@ -85,7 +85,8 @@ class CalibrationText:
     calib: Annotated[
         str | None,
         Option(
-            "Calibration text, as prune-export takes it. [the windows that an output folder was pruned with]"
+            "Calibration text, as prune-export takes it. [the windows that an output folder was pruned with]",
+            suggests=source_names,
         ),
     ] = None
     num_sequences: Annotated[int, Option("Number of windows drawn from --calib.", minimum=1)] = 32

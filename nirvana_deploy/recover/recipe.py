@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from nirvana_deploy.base.recipe import Option, recipe
+from nirvana_deploy.calibrate.recipe import source_names
 from nirvana_deploy.quantize.schemes import onnx_schemes
 from nirvana_deploy.recover.learning.logs import LOGS, NOWHERE
 
@@ -80,7 +81,12 @@ class Recovery:
         ),
     ] = AUTO
     recover_text: Annotated[
-        str, Option("Text to train on, as --calib takes it, in windows of --seq-len.", resumable=True)
+        str,
+        Option(
+            "Text to train on, as --calib takes it, in windows of --seq-len.",
+            suggests=source_names,
+            resumable=True,
+        ),
     ] = "mix"
     recover_batch: Annotated[int, Option("Training windows per step.", minimum=1, resumable=True)] = 4
     recover_micro_batch: Annotated[
