@@ -7,15 +7,16 @@ import dataclasses
 import click
 
 from .common import echo_json, echo_table
+from .options import json_option
 
 
 @click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+@json_option
 def doctor(as_json: bool) -> None:
     """List runtimes, extras, CPU, memory and disk: what is usable here, and how to get the rest.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy doctor
       nirvana-deploy doctor --json | jq '.findings[] | select(.usable | not)'
     """

@@ -27,7 +27,7 @@ def evaluate(out: Path, as_json: bool, **options: Any) -> None:
     continuation, gold; or context, continuation (every token of it must be the likeliest).
 
     \b
-    Example:
+    Examples:
       nirvana-deploy evaluate smollm2-s0.4 --eval-text handbook.txt --window 512
       nirvana-deploy evaluate smollm2-s0.4 --ntk
       nirvana-deploy evaluate smollm2-s0.4 --tasks piqa.jsonl,winogrande.jsonl --limit 100

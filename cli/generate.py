@@ -23,7 +23,7 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
     """Stream an answer from PATH: an output folder, an ONNX folder, a checkpoint or an engine file. Greedy.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy generate smollm2-s0.4 --prompt "The capital of France is"
       nirvana-deploy generate smollm2-s0.4/engine/pruned.engine --prompt "Hello" --chat
     """

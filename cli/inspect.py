@@ -11,6 +11,7 @@ import click
 from .arguments import DESCRIBED
 from .common import echo, echo_json, echo_table
 from .engine_page import engine_lines
+from .options import json_option
 
 if TYPE_CHECKING:
     from nirvana_deploy.output.inspection import Inspection
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command("inspect")
 @click.argument("path", type=DESCRIBED)
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+@json_option
 def inspect(path: Path, as_json: bool) -> None:
     """Show what was kept and where.
 
@@ -27,7 +28,7 @@ def inspect(path: Path, as_json: bool) -> None:
     its JSON says, once its bytes are proved to be those described.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy inspect smollm2-s0.4
       nirvana-deploy inspect smollm2-s0.4/plan.json --json | jq .plan.budget
       nirvana-deploy inspect smollm2-s0.4/engine/pruned.engine

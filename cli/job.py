@@ -17,7 +17,7 @@ from nirvana_deploy.quantize.recipe import Schemes
 from nirvana_deploy.recover.recipe import Recovery
 
 from .arguments import Model
-from .options import recipe_options, typed
+from .options import ShownOption, recipe_options, typed
 
 if TYPE_CHECKING:
     from nirvana_deploy.pipeline.job import Job
@@ -53,6 +53,7 @@ def folder_options(command: Command) -> Command:
             type=click.Path(path_type=Path),
             default=None,
             help="Output folder.",
+            cls=ShownOption,
             show_default="./<model>-s<sparsity>",
         ),
         click.option("--resume", is_flag=True, help="Continue after the last finished stage in --out."),

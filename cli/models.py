@@ -7,21 +7,22 @@ import dataclasses
 import click
 
 from .common import echo, echo_json, echo_table
+from .options import json_option
 
 
 @click.command("models")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+@json_option
 def models(as_json: bool) -> None:
     """List the aliases of models, and the families that are handled.
 
-    Of an alias: hub id, parameters, family, licence, and whether it works today. Of a family: what can be
-    removed, who else runs what is made of it, and on which weights the whole way was tried: real ones,
-    relabelled ones (a real Llama's under the name of the family), or random ones alone.
+    Of an alias: hub id, size, licence. Of a family: what can be removed, whether onnxruntime-genai and
+    llama.cpp run what is made of it, and on which weights the whole way was tried: real ones, relabelled ones
+    (a real Llama's under the name of the family), or random ones alone. --json says more.
 
     Besides an alias, MODEL may be a hub id, a folder with safetensors, or a .gguf file.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy models
       nirvana-deploy prune-export smollm2 --sparsity 0.4
     """

@@ -17,6 +17,24 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Kind = TypeVar("Kind")
 _SIZES = {"k": 10, "m": 20, "g": 30}
 
+
+class ShownOption(click.Option):
+    """An option whose default, if it is told in words, stands in its help as any other."""
+
+    def get_help_extra(self, ctx: click.Context) -> click.types.OptionHelpExtra:
+        """What stands in brackets."""
+        extra = super().get_help_extra(ctx)
+        if isinstance(self.show_default, str):
+            extra["default"] = self.show_default
+        return extra
+
+
+class AtLeast(click.IntRange):
+    """A whole number."""
+
+    name = "integer"
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
 force_option = click.option("--force", is_flag=True, help="Overwrite an existing target.")
 
@@ -134,7 +152,7 @@ def typed(values: dict[str, Any]) -> dict[str, Any]:
 def _option(field: Field, *, required: bool) -> Callable[[Command], Command]:
     option = field.option
     flag = option.flag or f"--{field.name.replace('_', '-')}"
-    shown: dict[str, Any] = _help_of(field)
+    shown: dict[str, Any] = {"cls": ShownOption, **_help_of(field)}
     if option.suggests is not None:
         shown["shell_complete"] = suggesting(option.suggests)
     if field.type is bool:
@@ -189,5 +207,5 @@ def _type(field: Field) -> click.ParamType[Any]:
     if Path in types:
         return click.Path(path_type=Path)
     if int in types:
-        return click.INT if option.minimum is None else click.IntRange(min=int(option.minimum))
+        return click.INT if option.minimum is None else AtLeast(min=int(option.minimum))
     return click.FLOAT if float in types else click.STRING

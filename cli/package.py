@@ -12,7 +12,7 @@ from nirvana_deploy.package.recipe import Package
 
 from .arguments import OUTPUT_OR_MODEL
 from .common import TerminalProgress, echo, echo_json
-from .options import json_option, recipe_options, taken
+from .options import ShownOption, json_option, recipe_options, taken
 
 
 @click.command("package")
@@ -24,6 +24,7 @@ from .options import json_option, recipe_options, taken
     type=click.Path(path_type=Path),
     default=None,
     help="What to write.",
+    cls=ShownOption,
     show_default="OUT/gguf/NAME-TYPE.gguf, OUT/triton; no default for a part of OUT alone",
 )
 @click.option("--force", is_flag=True, help="Replace what is there.")
@@ -40,7 +41,7 @@ def package(
     --gguf also takes a checkpoint folder, --triton an ONNX folder.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy package smollm2-s0.4 --gguf --type q8_0
       nirvana-deploy package smollm2-s0.4 --triton --out repository
       nirvana-deploy package smollm2-s0.4 --triton --engine sm89=l4.engine --engine sm86=a10.engine

@@ -12,7 +12,7 @@ from nirvana_deploy.quantize.recipe import CalibrationText, Quantization
 
 from .arguments import OUTPUT_OR_ONNX
 from .common import TerminalProgress, echo, echo_json
-from .options import json_option, recipe_options, taken
+from .options import ShownOption, json_option, recipe_options, taken
 
 
 @click.command("quantize")
@@ -23,6 +23,7 @@ from .options import json_option, recipe_options, taken
     type=click.Path(path_type=Path),
     default=None,
     help="ONNX folder to write.",
+    cls=ShownOption,
     show_default="DIR/onnx-<scheme> in an output folder",
 )
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
@@ -37,7 +38,7 @@ def quantize(
     """Quantize DIR, an output folder or an ONNX folder of this tool, and prove what runs in integers.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy quantize smollm2-s0.4 --scheme int8
       nirvana-deploy quantize my-onnx --scheme w4 --block-size 64 --out my-onnx-w4
       nirvana-deploy quantize my-onnx --scheme int8 --calib handbook.txt --out my-onnx-int8

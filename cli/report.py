@@ -9,11 +9,12 @@ import click
 
 from .arguments import OUTPUT
 from .common import echo
+from .options import json_option
 
 
 @click.command("report")
 @click.argument("out", type=OUTPUT)
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+@json_option
 def report(out: Path, as_json: bool) -> None:
     """Write report.md and report.html into OUT.
 

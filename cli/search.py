@@ -16,7 +16,7 @@ from nirvana_deploy.search.recipe import Search, Target
 from .common import TerminalProgress, echo, echo_json, echo_table
 from .forecast_page import show_search
 from .job import dry_run_option, model_argument, recipe_option
-from .options import json_option, recipe_options, taken, typed
+from .options import ShownOption, json_option, recipe_options, taken, typed
 from .talk import command_line
 
 
@@ -30,6 +30,7 @@ from .talk import command_line
     type=click.Path(path_type=Path),
     default=None,
     help="Folder of the search.",
+    cls=ShownOption,
     show_default="./<model>-search",
 )
 @click.option("--resume", is_flag=True, help="Go on with the points that --out lacks.")

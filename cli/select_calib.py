@@ -28,7 +28,7 @@ def select_calib(model: str, as_json: bool, **options: Any) -> None:
     every corpus, which no candidate contains. Writes nothing.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy select-calib smollm2 --sparsity 0.4 --candidates 4 --corpora pydoc,self
       nirvana-deploy select-calib smollm2 --sparsity 0.4 --candidates 1 --gamma auto --saliency nirvana,taylor
     """

@@ -119,7 +119,9 @@ class Selection:
         str,
         Option("Numbers or M/A to try, separated by commas, or 'auto' for a small grid.", flag="--gamma"),
     ] = "M/A"
-    allocation: Annotated[str, Option("global, uniform or curves.")] = "global"
+    allocation: Annotated[
+        str, Option("How what goes is divided among layers, as for prune-export.", choices=ALLOCATIONS)
+    ] = "global"
     round_to: RoundTo = 8
     num_sequences: NumSequences = 32
     seq_len: Annotated[int, Option("Tokens per window.", minimum=2)] = 128

@@ -74,7 +74,8 @@ class Recovery:
     recover_dtype: Annotated[
         str,
         Option(
-            "Of the products in training, not of what is kept: bfloat16 takes half the time where the device "
+            "Type of the products in training, not of what is kept: bfloat16 takes half the time where the "
+            "device "
             "has instructions for it; auto: there.",
             choices=DTYPES,
             resumable=True,
@@ -93,12 +94,14 @@ class Recovery:
         int | None,
         Option("Training windows at a time; changes memory alone. [a step]", minimum=1, resumable=True),
     ] = None
-    learning_rate: Annotated[float, Option("Peak, in recovery.", minimum=0, resumable=True)] = 1e-4
+    learning_rate: Annotated[float, Option("Peak learning rate of recovery.", minimum=0, resumable=True)] = (
+        1e-4
+    )
     recover_log: Annotated[
         str,
         Option(
-            "Tell the course to tensorboard, as files in OUT/recovery/log, or to wandb, which also "
-            "sends it to its server.",
+            "Where the course of training is logged: tensorboard, as files in OUT/recovery/log; wandb, which "
+            "also sends it to its server; or nowhere.",
             choices=LOGS,
             resumable=True,
         ),
