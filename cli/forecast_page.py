@@ -75,9 +75,9 @@ def _lines(found: Forecast) -> list[str]:
     spilled = f", and {format_bytes(found.spilled_bytes)} on the way" if found.spilled_bytes else ""
     largest = found.largest
     assert largest is not None
+    written = f"{format_bytes(found.written_bytes)} of files" if found.written_bytes else "records alone"
     return [
-        f"Disk: {format_bytes(found.written_bytes)} of files{spilled}; "
-        f"{format_bytes(found.free_disk_bytes)} are free.",
+        f"Disk: {written}{spilled}; {format_bytes(found.free_disk_bytes)} are free.",
         f"Memory: about {format_bytes(largest.memory_bytes)} at most, in {largest.name}; "
         f"{format_bytes(found.free_memory_bytes)} are free.",
         time_line(*found.seconds, found.speed),

@@ -61,7 +61,7 @@ def search(
     from nirvana_deploy.pipeline.forecast.search import forecast_search
     from nirvana_deploy.pipeline.recipe_file import read_recipe
     from nirvana_deploy.pipeline.search import search_points
-    from nirvana_deploy.report.pages.front import BRIEF, columns, rows
+    from nirvana_deploy.report.pages.front import BRIEF, BRIEF_NAMES, columns, rows
 
     recipe, target = taken(Search, options), taken(Target, options)
     base = None if recipe_file is None else read_recipe(recipe_file)
@@ -79,7 +79,8 @@ def search(
         echo_json({"out": str(found.out), **record})
         return
     title = f"{model}: {len(found.points)} points"
-    echo_table(columns(record, BRIEF), rows(record, BRIEF), title=title, beside=True)
+    headers = [BRIEF_NAMES.get(header, header) for header in columns(record, BRIEF)]
+    echo_table(headers, rows(record, BRIEF), title=title, beside=True)
     if found.page is None:
         echo(f"Part {recipe.shard} is in {found.out}: copy the parts together, and repeat without --shard.")
         return

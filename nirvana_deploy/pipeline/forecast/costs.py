@@ -114,7 +114,8 @@ class Costs:
 
     def of(self, name: str) -> Cost:
         """What the stage ``name`` costs."""
-        return self._by_name[name]
+        cost = self._by_name[name]
+        return replace(cost, memory_bytes=max(cost.memory_bytes, self._program(0)))
 
     @cached_property
     def _by_name(self) -> dict[str, Cost]:

@@ -32,6 +32,8 @@ HEADERS = (
 )
 BRIEF = ("Point", "KL to dense", "to dense's", "Zero-shot", "Decode", "Speed-up", "Weight file", "")
 """The columns that fit a terminal."""
+BRIEF_NAMES = {"to dense's": "Perplexity", "": "Note"}
+"""What some of them are called there, where none stands beside them."""
 _LIMITS: dict[str, tuple[str, Callable[[float], str]]] = {
     "max_kl": ("KL to dense", format_number),
     "max_perplexity_ratio": ("perplexity", lambda limit: f"{format_times(limit)} dense's"),
