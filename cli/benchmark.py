@@ -24,7 +24,7 @@ def benchmark(out: Path, runtime: str | None, as_json: bool, **options: Any) -> 
     """Measure OUT again, dense and pruned in turn, and rewrite its benchmark.json and report.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy benchmark smollm2-s0.4 --prompt-tokens 512 --repeats 21
       nirvana-deploy benchmark smollm2-s0.4 --precision 3% --wait-until-idle
     """
