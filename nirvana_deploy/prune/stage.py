@@ -180,7 +180,8 @@ def select_inside(run: Run, cutter: Cutter, source: Checkpoint, step: Step = WHO
         write_plan(_with_candidates(made, drawn), folder / PLAN_FILE)
         return {**_reconstructed(run, done), "steps": step.of}
 
-    needs, makes = (stage.PLAN, stage.SELECT, stage.CALIBRATE), (PLAN_FILE, RECONSTRUCTION)
+    needs = (stage.PLAN, stage.SELECT, stage.CALIBRATE)
+    makes = (PLAN_FILE, RECONSTRUCTION)
     reads = (*_CUT, "recover_steps")
     return step.stage(Stage(stage.RECONSTRUCT, needs=needs, makes=makes, work=work, reads=reads))
 
