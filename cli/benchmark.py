@@ -10,12 +10,13 @@ import click
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.runtime.recipe import Place
 
+from .arguments import OUTPUT
 from .common import TerminalProgress, echo, echo_json, echo_table
 from .options import json_option, recipe_options, taken
 
 
 @click.command("benchmark")
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=OUTPUT)
 @recipe_options(Workload)
 @recipe_options(Place, without=("threads",))
 @json_option
@@ -23,7 +24,7 @@ def benchmark(out: Path, runtime: str | None, as_json: bool, **options: Any) -> 
     """Measure OUT again, dense and pruned in turn, and rewrite its benchmark.json and report.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy benchmark smollm2-s0.4 --prompt-tokens 512 --repeats 21
       nirvana-deploy benchmark smollm2-s0.4 --precision 3% --wait-until-idle
     """

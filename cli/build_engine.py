@@ -10,21 +10,29 @@ import click
 from nirvana_deploy.base.recipe import fields_of
 from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
 
+from .arguments import OUTPUT_OR_ONNX
 from .common import TerminalProgress, echo, echo_json
 from .engine_page import engine_lines
-from .options import json_option, recipe_options, taken, typed
+from .options import ShownOption, json_option, recipe_options, taken, typed
 
 
 @click.command("build-engine")
-@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", metavar="DIR", type=OUTPUT_OR_ONNX)
 @recipe_options(EngineForm, Lengths, EngineBuild)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write to. [DIR/engine]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder to write to.",
+    cls=ShownOption,
+    show_default="DIR/engine",
+)
 @click.option("--force", is_flag=True, help="Replace an existing engine.")
 @json_option
 def build_engine(folder: Path, out: Path | None, force: bool, as_json: bool, **options: Any) -> None:
     """Build a TensorRT engine from DIR, an output folder (its checkpoint is exported) or an ONNX folder.
 
-    The engine lies in DIR/engine with its log and a JSON that says what it is; ``inspect`` shows it.
+    The engine lies in DIR/engine with its log and a JSON that says what it is: 'nirvana-deploy inspect' shows
+    it.
 
     \b
     Examples:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,18 @@ import click
 
 from nirvana_deploy.base.progress import Advance
 from nirvana_deploy.base.terminal import harmless
+from nirvana_deploy.base.units import format_seconds
+
+from .talk import talk
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+_COLOURS = {"yes": "green", "passed": "green", "no": "yellow", "not yet": "yellow", "FAILED": "red"}
+"""Of words that fill a cell."""
+_BETWEEN = 3
+"""Characters between two columns."""
 
 
 class TerminalProgress:
@@ -24,6 +32,9 @@ class TerminalProgress:
 
     def __init__(self) -> None:
         self._console = terminal(stderr=True, highlight=False)
+        self._talk = talk()
+        self._headings: list[str] = []
+        self._lines = 0
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Advance]:
@@ -31,28 +42,51 @@ class TerminalProgress:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         started = time.perf_counter()
+        self.detail(f"{label} begins")
         words = TextColumn("{task.description}", markup=False)
         columns = (words, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._talk.quiet:
             with Progress(*columns, console=self._console, transient=True) as bars:
-                bar = bars.add_task(harmless(label), total=total)
+                bar = bars.add_task(harmless(self._line(label)), total=total)
                 yield lambda steps: bars.advance(bar, steps)
         else:
             yield lambda steps: None
-        self.note(f"{label}: {time.perf_counter() - started:.1f} s")
+        self.note(f"{label}: {format_seconds(time.perf_counter() - started)}")
+
+    @contextmanager
+    def within(self, heading: str, otherwise: str | None = None) -> Iterator[None]:
+        """Put ``heading`` before every line inside, and say ``otherwise`` if there is none."""
+        started, lines = time.perf_counter(), self._lines
+        self._headings.append(heading)
+        try:
+            yield
+            if otherwise is not None and self._lines == lines:
+                self.note(f"{otherwise}: {format_seconds(time.perf_counter() - started)}")
+        finally:
+            self._headings.pop()
 
     def note(self, text: str) -> None:
         """Print one line of log."""
-        self._console.print(text, style="dim", markup=False, soft_wrap=True)
+        self._lines += 1
+        self._say(text, shown=not self._talk.quiet)
 
+    def detail(self, text: str) -> None:
+        """Print one line of log if asked for more."""
+        self._say(text, shown=self._talk.verbose)
 
-def command_line() -> str:
-    """Return the command line, for the manifest."""
-    return shlex.join(["nirvana-deploy", *sys.argv[1:]])
+    def _say(self, text: str, *, shown: bool) -> None:
+        line = self._line(text)
+        self._talk.log(line)
+        if shown:
+            self._console.print(line, style="dim", markup=False, soft_wrap=True)
+
+    def _line(self, text: str) -> str:
+        return f"{', '.join(self._headings)}: {text}" if self._headings else text
 
 
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     """Print text, which may hold names and words of strangers."""
+    talk().log(text)
     click.echo(harmless(text), err=err, nl=nl)
 
 
@@ -63,14 +97,11 @@ def echo_piece(text: str) -> None:
 
 def echo_json(value: Any) -> None:
     """Print a result for machines."""
-    echo(json.dumps({"schema": 1, **value}, indent=1))
+    click.echo(harmless(json.dumps({"schema": 1, **value}, indent=1)))
 
 
-def terminal(*, width_of_a_pipe: int | None = None, **settings: Any) -> Console:
-    """Return a console for tables and coloured lines; cells and lines may hold words of strangers.
-
-    A pipe has no width to fold for, so it may get one.
-    """
+def terminal(**settings: Any) -> Console:
+    """Return a console for tables and coloured lines; cells and lines may hold words of strangers."""
     from rich.console import Console
     from rich.text import Text
 
@@ -78,19 +109,79 @@ def terminal(*, width_of_a_pipe: int | None = None, **settings: Any) -> Console:
         def render_str(self, text: str, **how: Any) -> Text:
             return super().render_str(harmless(text), **how)
 
-    console = HarmlessConsole(**settings)
-    if width_of_a_pipe is not None and not console.is_terminal:
-        console.width = width_of_a_pipe
-    return console
+    return HarmlessConsole(**settings)
 
 
-def echo_table(headers: Any, rows: Any, *, title: str | None = None) -> None:
-    """Print a table for people; the first column is text, the others numbers."""
+def echo_table(
+    headers: Sequence[object],
+    rows: Iterable[Sequence[object]],
+    *,
+    title: str | None = None,
+    texts: int = 1,
+    beside: bool = False,
+) -> None:
+    """Print a table: for people on a terminal, else separated by tabs with a line of headers.
+
+    The first ``texts`` columns are text, the others numbers. A column without a header is a picture, which
+    only people get. A table ``beside`` the result is left out with ``--quiet``.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    names = [str(header) for header in headers]
+    plain = list(_separated_by_tabs(names, cells, title))
+    talk().log("\n".join(plain))
+    if beside and talk().quiet:
+        return
+    if not sys.stdout.isatty():
+        click.echo("\n".join(plain))
+        return
+    console = terminal(markup=False, highlight=False)
+    if title is not None:
+        console.print(title, style="bold", soft_wrap=True)
+    for part in _fitting(names, cells, texts, console.width):
+        console.print(_table(names, cells, part, texts))
+
+
+def _separated_by_tabs(headers: list[str], rows: list[list[str]], title: str | None) -> Iterator[str]:
+    told = [index for index, header in enumerate(headers) if header]
+    if title is not None:
+        yield harmless(f"# {title}")
+    for row in (headers, *rows):
+        yield "\t".join("; ".join(harmless(row[index]).replace("\t", " ").splitlines()) for index in told)
+
+
+def _fitting(headers: list[str], rows: list[list[str]], texts: int, width: int) -> Iterator[list[int]]:
+    """The columns of each part of a table: numbers that find no room go on below, beside the texts again."""
+    widths = [max(map(len, column)) + _BETWEEN for column in zip(headers, *rows, strict=True)]
+    first = list(range(texts))
+    part = list(first)
+    for index in range(texts, len(headers)):
+        if len(part) > texts and sum(widths[one] for one in (*part, index)) > width:
+            yield part
+            part = list(first)
+        part.append(index)
+    yield part
+
+
+def _table(headers: list[str], rows: list[list[str]], part: list[int], texts: int) -> Table:
+    """Some columns of a table, for a terminal; of several texts the last one is folded where it must."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for index, header in enumerate(headers):
-        table.add_column(str(header), justify="left" if index == 0 else "right")
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
+    for index in part:
+        left = index < texts or not headers[index]
+        table.add_column(
+            headers[index],
+            justify="left" if left else "right",
+            overflow="fold",
+            no_wrap=index < texts - 1,
+        )
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    terminal(markup=False).print(table)
+        table.add_row(*(_coloured(row[index]) for index in part))
+    return table
+
+
+def _coloured(cell: str) -> Any:
+    from rich.text import Text
+
+    return Text(harmless(cell), style=_COLOURS.get(cell, ""))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import click
 
-from .common import echo_json, terminal
+from .common import echo_json, echo_table
+from .options import json_option
 
 
 @click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+@json_option
 def doctor(as_json: bool) -> None:
     """List runtimes, extras, CPU, memory and disk: what is usable here, and how to get the rest.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy doctor
       nirvana-deploy doctor --json | jq '.findings[] | select(.usable | not)'
     """
@@ -27,17 +27,8 @@ def doctor(as_json: bool) -> None:
         echo_json({"findings": [dataclasses.asdict(f) for f in findings]})
         return
 
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = terminal(width_of_a_pipe=160)
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "name", "found", "to get it"):
-        table.add_column(column, overflow="fold")
-    for _, section in itertools.groupby(findings, key=lambda finding: finding.section):
-        for finding in section:
-            mark = "[green]yes[/]" if finding.usable else "[yellow]no[/]"
-            table.add_row(mark, escape(finding.name), escape(finding.detail), escape(finding.fix or ""))
-        table.add_section()
-    console.print(table)
+    rows = (
+        ["yes" if one.usable else "no", one.name, f"{one.detail}\n{one.fix}" if one.fix else one.detail]
+        for one in findings
+    )
+    echo_table(["usable", "name", "found, and how to get it"], rows, texts=3)

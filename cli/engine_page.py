@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nirvana_deploy.base.units import format_bytes, format_seconds
+
 if TYPE_CHECKING:
     from nirvana_deploy.runtime.tensorrt.record import EngineRecord, ProfileRecord, TensorRecord
 
@@ -32,9 +34,9 @@ def engine_lines(path: Path, record: EngineRecord) -> Iterator[str]:
         f"{record.dtype}{stored}, cache {record.kv}{''.join(f', {extra}' for extra in extras)}"
     )
     yield (
-        f"  {record.engine_bytes / 1e6:,.1f} MB, {record.weights_bytes / 1e6:,.1f} MB of it weights; built "
-        f"in {record.build.seconds:.1f} s ({record.build.cpu_seconds:.1f} s of CPU), at most "
-        f"{record.build.peak_rss_bytes / 1e6:,.0f} MB of host memory"
+        f"  {format_bytes(record.engine_bytes)}, {format_bytes(record.weights_bytes)} of it weights; built "
+        f"in {format_seconds(record.build.seconds)} ({format_seconds(record.build.cpu_seconds)} of CPU), at "
+        f"most {format_bytes(record.build.peak_rss_bytes)} of host memory"
     )
     layers = ", ".join(f"{record.layers[kind]} {kind}" for kind in _SHOWN_LAYERS if kind in record.layers)
     yield f"  layers: {layers}, {sum(record.layers.values())} in all"

@@ -10,12 +10,13 @@ import click
 from nirvana_deploy.measure.recipe import Evaluation
 from nirvana_deploy.runtime.recipe import Place
 
+from .arguments import OUTPUT
 from .common import TerminalProgress, echo, echo_json, echo_table
 from .options import json_option, recipe_options, taken
 
 
 @click.command("evaluate")
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=OUTPUT)
 @recipe_options(Evaluation, Place)
 @json_option
 def evaluate(out: Path, as_json: bool, **options: Any) -> None:
@@ -26,7 +27,7 @@ def evaluate(out: Path, as_json: bool, **options: Any) -> None:
     continuation, gold; or context, continuation (every token of it must be the likeliest).
 
     \b
-    Example:
+    Examples:
       nirvana-deploy evaluate smollm2-s0.4 --eval-text handbook.txt --window 512
       nirvana-deploy evaluate smollm2-s0.4 --ntk
       nirvana-deploy evaluate smollm2-s0.4 --tasks piqa.jsonl,winogrande.jsonl --limit 100

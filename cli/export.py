@@ -7,14 +7,16 @@ from typing import Any
 
 import click
 
+from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.export.recipe import Graph
 
+from .arguments import Model
 from .common import TerminalProgress, echo, echo_json
 from .options import json_option, recipe_options, taken
 
 
 @click.command("export")
-@click.argument("model")
+@click.argument("model", type=Model())
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="ONNX folder to write.")
 @recipe_options(Graph)
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
@@ -49,4 +51,4 @@ def export(
             }
         )
     else:
-        echo(f"{out}: {exported.nodes} nodes, {exported.weights_bytes / 1e6:,.1f} MB of weights")
+        echo(f"{out}: {exported.nodes} nodes, {format_bytes(exported.weights_bytes)} of weights")

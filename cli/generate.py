@@ -10,19 +10,20 @@ import click
 
 from nirvana_deploy.runtime.recipe import Generation, Place
 
+from .arguments import OUTPUT_MODEL_OR_ENGINE
 from .common import echo, echo_json, echo_piece
 from .options import json_option, recipe_options, taken
 
 
 @click.command("generate")
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=OUTPUT_MODEL_OR_ENGINE)
 @recipe_options(Generation, Place)
 @json_option
 def generate(path: Path, as_json: bool, **options: Any) -> None:
     """Stream an answer from PATH: an output folder, an ONNX folder, a checkpoint or an engine file. Greedy.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy generate smollm2-s0.4 --prompt "The capital of France is"
       nirvana-deploy generate smollm2-s0.4/engine/pruned.engine --prompt "Hello" --chat
     """

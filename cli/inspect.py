@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import echo, echo_json, terminal
+from .arguments import DESCRIBED
+from .common import echo, echo_json, echo_table
 from .engine_page import engine_lines
+from .options import json_option
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from nirvana_deploy.output.inspection import Inspection
 
 
 @click.command("inspect")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+@click.argument("path", type=DESCRIBED)
+@json_option
 def inspect(path: Path, as_json: bool) -> None:
     """Show what was kept and where.
 
@@ -28,7 +28,7 @@ def inspect(path: Path, as_json: bool) -> None:
     its JSON says, once its bytes are proved to be those described.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy inspect smollm2-s0.4
       nirvana-deploy inspect smollm2-s0.4/plan.json --json | jq .plan.budget
       nirvana-deploy inspect smollm2-s0.4/engine/pruned.engine
@@ -48,72 +48,61 @@ def inspect(path: Path, as_json: bool) -> None:
     if as_json:
         echo_json(inspection.as_json())
         return
-    console = terminal(highlight=False, markup=False, soft_wrap=True)
-    _print_plan(console, inspection)
-    _print_folder(console, inspection)
+    _print_plan(inspection)
+    _print_folder(inspection)
 
 
-def _print_plan(console: Console, inspection: Inspection) -> None:
-    from rich import box
-    from rich.table import Table
-
-    from nirvana_deploy.report.table import ABSENT, format_count, format_share, text_bar
+def _print_plan(inspection: Inspection) -> None:
+    from nirvana_deploy.base.units import format_count, format_share
+    from nirvana_deploy.report.table import ABSENT, text_bar
 
     budget = inspection.plan.get("budget")
     if budget:
         removed, asked = budget["met_removed_share"], budget["asked_removed_share"]
         dense, kept = budget["parameters_dense"], budget["parameters_kept"]
-        console.print(
+        echo(
             f"{inspection.model or inspection.path}: {format_share(removed)} of the linear weights removed "
             f"(asked {format_share(asked)}), {format_count(dense)} parameters to {format_count(kept)}"
         )
         settings = ("saliency", "gamma", "allocation", "round_to", "seed")
-        console.print(
-            ", ".join(f"{s} {inspection.plan[s]}" for s in settings if inspection.plan.get(s) is not None)
-        )
+        echo(", ".join(f"{s} {inspection.plan[s]}" for s in settings if inspection.plan.get(s) is not None))
     if not inspection.layers:
         return
-    table = Table("layer", "KV groups", "", "FFN neurons", "", box=box.SIMPLE_HEAD)
-    for column in table.columns[:1] + table.columns[1:4:2]:
-        column.justify = "right"
-    for layer in inspection.layers:
-        table.add_row(
+    rows = [
+        [
             layer.label,
             f"{len(layer.kept_groups)} of {layer.of_groups}",
             text_bar(len(layer.kept_groups), layer.of_groups, width=min(8, layer.of_groups)),
             # a cross-attention has no FFN
             f"{layer.kept_neurons:,} of {layer.of_neurons:,}" if layer.of_neurons else ABSENT,
             text_bar(layer.kept_neurons, layer.of_neurons, width=24) if layer.of_neurons else "",
-        )
-    console.print(table)
+        ]
+        for layer in inspection.layers
+    ]
+    echo_table(["layer", "KV groups", "", "FFN neurons", ""], rows)
 
 
-def _print_folder(console: Console, inspection: Inspection) -> None:
-    from rich import box
-    from rich.table import Table
-
-    from nirvana_deploy.report.table import ABSENT, format_bytes, format_number, format_seconds
+def _print_folder(inspection: Inspection) -> None:
+    from nirvana_deploy.base.units import format_bytes, format_number, format_seconds
+    from nirvana_deploy.report.table import ABSENT
 
     if inspection.folder_bytes:
-        sizes = Table("folder", "size", box=box.SIMPLE_HEAD)
-        for folder, size_bytes in inspection.folder_bytes.items():
-            sizes.add_row(folder, format_bytes(size_bytes))
-        console.print(sizes)
+        echo()
+        sizes = [[name, format_bytes(size_bytes)] for name, size_bytes in inspection.folder_bytes.items()]
+        echo_table(["folder", "size"], sizes)
     if inspection.stages:
-        stages = Table("stage", "time", "peak memory", box=box.SIMPLE_HEAD)
+        rows = []
         for name, stage in inspection.stages.items():
             seconds, peak = stage["seconds"], stage["peak_rss_bytes"]
-            stages.add_row(
-                name,
-                ABSENT if seconds is None else format_seconds(seconds),
-                ABSENT if peak is None else format_bytes(peak),
-            )
-        console.print(stages)
+            time = ABSENT if seconds is None else format_seconds(seconds)
+            rows.append([name, time, ABSENT if peak is None else format_bytes(peak)])
+        echo()
+        echo_table(["stage", "time", "peak memory"], rows)
     for found in inspection.verification:
         difference = (
             "" if found.max_abs_diff is None else f", up to {format_number(found.max_abs_diff, digits=2)}"
         )
         verdict = "passed" if found.passed else "FAILED"
-        console.print(f"verification of {found.model}: {verdict}, {found.num_checks} checks{difference}")
+        echo(f"verification of {found.model}: {verdict}, {found.num_checks} checks{difference}")
     if inspection.missing_files:
-        console.print(f"missing, though the manifest lists them: {', '.join(inspection.missing_files)}")
+        echo(f"missing, though the manifest lists them: {', '.join(inspection.missing_files)}")

@@ -16,14 +16,15 @@ from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.quantize.recipe import Schemes
 from nirvana_deploy.recover.recipe import Recovery
 
-from .options import recipe_options, typed
+from .arguments import Model
+from .options import ShownOption, recipe_options, typed
 
 if TYPE_CHECKING:
     from nirvana_deploy.pipeline.job import Job
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-model_argument = click.argument("model", required=False)
+model_argument = click.argument("model", type=Model(), required=False)
 recipe_option = click.option(
     "--recipe",
     "recipe_file",
@@ -35,6 +36,15 @@ pruning_options = recipe_options(Pruning, Calibration, Recovery, required=False)
 deployment_options = recipe_options(Export, Schemes, Engines, Measurement)
 
 
+dry_run_option = click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print which stages would run, what they would write, and about how much time, memory and disk "
+    "they would take; write nothing. Recorded runs took 0.7 to 2 times the time counted. A model that is not "
+    "on this machine is fetched.",
+)
+
+
 def folder_options(command: Command) -> Command:
     """Add the options for a job's output folder."""
     options = [
@@ -42,10 +52,13 @@ def folder_options(command: Command) -> Command:
             "--out",
             type=click.Path(path_type=Path),
             default=None,
-            help="Output folder. [./<model>-s<sparsity>]",
+            help="Output folder.",
+            cls=ShownOption,
+            show_default="./<model>-s<sparsity>",
         ),
         click.option("--resume", is_flag=True, help="Continue after the last finished stage in --out."),
         click.option("--force", is_flag=True, help="Overwrite an earlier run in --out."),
+        dry_run_option,
     ]
     for option in reversed(options):
         command = option(command)

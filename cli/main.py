@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 
 import click
@@ -17,7 +18,9 @@ from nirvana_deploy.base.errors import TRACE_VARIABLE, NirvanaError, unforeseen
 from nirvana_deploy.base.machine import keep_to_quota
 from nirvana_deploy.base.resources import exhaustion_errors
 from nirvana_deploy.base.terminal import brief
-from nirvana_deploy.cli.common import echo
+
+from .common import echo
+from .talk import Talk, also_talking, talking
 
 # name -> (module, attribute, help line); spelled out so that --help imports none of them
 _COMMANDS = {
@@ -55,6 +58,7 @@ class _LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"nirvana_deploy.cli.{_COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        also_talking(command)
         return command
 
     def resolve_command(
@@ -76,7 +80,8 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="nirvana-deploy")
+@click.version_option(__version__, prog_name="nirvana-deploy", help="Show the version and exit.")
+@talking
 def commands() -> None:
     """From a Hugging Face model to a smaller, verified, measured deployment, in one command.
 
@@ -96,31 +101,34 @@ def main() -> None:
     """Run the command line; the user's problems end with one message and no trace."""
     _take_any_character()
     keep_to_quota()
+    talk = Talk()
     try:
         signal.signal(signal.SIGTERM, _interrupted)
         with exhaustion_errors("The command"):
-            code = _run()
+            code = _run(talk)
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
-        echo(brief(shown.getvalue()), err=True)
+        _complain(brief(shown.getvalue()), talk)
         code = error.exit_code
     except NirvanaError as error:
-        echo(brief(f"Error: {error}"), err=True)
+        _complain(brief(f"Error: {error}"), talk)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        echo("\nInterrupted. Finished stages are kept: repeat the command with --resume.", err=True)
+        _complain("\nInterrupted. Finished stages are kept: repeat the command with --resume.", talk)
         sys.stdout.flush()
         # Everything is unwound. An ordinary exit may be turned into death by SIGINT by the interpreter, which
         # remembers an interrupt that arrived while a module was being imported.
         os._exit(130)
     except Exception as error:
-        if os.environ.get(TRACE_VARIABLE):
+        talk.log(traceback.format_exc())
+        if os.environ.get(TRACE_VARIABLE) or talk.verbose:
             raise
-        echo(brief(f"Error: {_of_a_place(error) or unforeseen(error)}"), err=True)
+        _complain(brief(f"Error: {_of_a_place(error) or unforeseen(error)}"), talk)
         code = 1
     for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing left to interrupt
         signal.signal(number, signal.SIG_IGN)
+    talk.log(f"Exit code {code if isinstance(code, int) else 0}")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -131,13 +139,18 @@ def _take_any_character() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _run() -> object:
+def _complain(message: str, talk: Talk) -> None:
+    talk.log(message)
+    echo(message, err=True)
+
+
+def _run(talk: Talk) -> object:
     """Run the command, as one of several processes if a launcher says so."""
     if "MASTER_ADDR" in os.environ:
         from nirvana_deploy.pipeline.launched import run_launched  # torch takes a second to import
 
-        return run_launched(lambda: commands.main(standalone_mode=False))
-    return commands.main(standalone_mode=False)
+        return run_launched(lambda: commands.main(standalone_mode=False, obj=talk))
+    return commands.main(standalone_mode=False, obj=talk)
 
 
 def _of_a_place(error: Exception) -> str | None:

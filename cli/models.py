@@ -6,22 +6,23 @@ import dataclasses
 
 import click
 
-from .common import echo_json, terminal
+from .common import echo, echo_json, echo_table
+from .options import json_option
 
 
 @click.command("models")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+@json_option
 def models(as_json: bool) -> None:
     """List the aliases of models, and the families that are handled.
 
-    Of an alias: hub id, parameters, family, licence, and whether it works today. Of a family: what can be
-    removed, who else runs what is made of it, and on which weights the whole way was tried: real ones,
-    relabelled ones (a real Llama's under the name of the family), or random ones alone.
+    Of an alias: hub id, size, licence. Of a family: what can be removed, whether onnxruntime-genai and
+    llama.cpp run what is made of it, and on which weights the whole way was tried: real ones, relabelled ones
+    (a real Llama's under the name of the family), or random ones alone. --json says more.
 
     Besides an alias, MODEL may be a hub id, a folder with safetensors, or a .gguf file.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy models
       nirvana-deploy prune-export smollm2 --sparsity 0.4
     """
@@ -53,27 +54,25 @@ def models(as_json: bool) -> None:
         echo_json({"models": rows, "families": families})
         return
 
-    from rich import box
-    from rich.table import Table
-
-    console = terminal(width_of_a_pipe=160)
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("alias", "hub id", "parameters", "family", "licence", "supported"):
-        table.add_column(column, overflow="fold")
-    for name, alias in ALIASES.items():
-        supported = "[green]yes[/]" if alias.supported else "[yellow]not yet[/]"
-        table.add_row(name, alias.hub_id, alias.parameters, alias.family, alias.licence, supported)
-    console.print(table)
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("family", "architecture", "removes", "onnxruntime-genai", "llama.cpp", "tried on"):
-        table.add_column(column, overflow="fold")
-    for name, family in FAMILIES.items():
-        table.add_row(
+    names = (
+        [
             name,
-            family.architecture,
+            alias.hub_id,
+            alias.parameters,
+            alias.licence + ("" if alias.supported else ", not supported yet"),
+        ]
+        for name, alias in ALIASES.items()
+    )
+    echo_table(["alias", "hub id", "size", "licence"], names, texts=4)
+    echo()
+    handled = (
+        [
+            name,
             ", ".join(family.units),
             "yes" if family.genai_type else "no",
             family.gguf.name if family.gguf else "no",
-            f"{family.tried_on} weights",
-        )
-    console.print(table)
+            family.tried_on,
+        ]
+        for name, family in FAMILIES.items()
+    )
+    echo_table(["family", "removes", "genai", "llama.cpp", "weights tried"], handled, texts=5)

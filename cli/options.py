@@ -7,12 +7,33 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 
 from nirvana_deploy.base.recipe import Field, fields_of, share_of
+
+from .arguments import suggesting
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Kind = TypeVar("Kind")
 _SIZES = {"k": 10, "m": 20, "g": 30}
+
+
+class ShownOption(click.Option):
+    """An option whose default, if it is told in words, stands in its help as any other."""
+
+    def get_help_extra(self, ctx: click.Context) -> click.types.OptionHelpExtra:
+        """What stands in brackets."""
+        extra = super().get_help_extra(ctx)
+        if isinstance(self.show_default, str):
+            extra["default"] = self.show_default
+        return extra
+
+
+class AtLeast(click.IntRange):
+    """A whole number."""
+
+    name = "integer"
+
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
 force_option = click.option("--force", is_flag=True, help="Overwrite an existing target.")
@@ -75,6 +96,14 @@ class Listed(click.ParamType[Any]):
         """Its choices, if any."""
         return self.of.get_metavar(param, ctx)
 
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Complete the last one."""
+        before, comma, last = incomplete.rpartition(",")
+        found = self.of.shell_complete(ctx, param, last)
+        return [CompletionItem(f"{before}{comma}{item.value}", type=item.type) for item in found]
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse what the user typed."""
         if not isinstance(value, str):
@@ -123,10 +152,12 @@ def typed(values: dict[str, Any]) -> dict[str, Any]:
 def _option(field: Field, *, required: bool) -> Callable[[Command], Command]:
     option = field.option
     flag = option.flag or f"--{field.name.replace('_', '-')}"
-    shown: dict[str, Any] = {"help": option.help}
+    shown: dict[str, Any] = {"cls": ShownOption, **_help_of(field)}
+    if option.suggests is not None:
+        shown["shell_complete"] = suggesting(option.suggests)
     if field.type is bool:
         if "/" in flag:
-            return click.option(flag, field.name, default=field.default, show_default=True, **shown)
+            return click.option(flag, field.name, default=field.default, **({"show_default": True} | shown))
         return click.option(flag, field.name, is_flag=True, **shown)
     if option.metavar is not None:
         shown["metavar"] = option.metavar
@@ -143,9 +174,16 @@ def _option(field: Field, *, required: bool) -> Callable[[Command], Command]:
         field.name,
         type=_type(field),
         default=field.default,
-        show_default=field.default is not None,
-        **shown,
+        **({"show_default": field.default is not None} | shown),
     )
+
+
+def _help_of(field: Field) -> dict[str, Any]:
+    """Help, and a default that is found out later, which the help text has in brackets at its end."""
+    text, bracket, default = field.option.help.rpartition(" [")
+    if not bracket or not default.endswith("]"):
+        return {"help": field.option.help}
+    return {"help": text, "show_default": default.removesuffix("]")}
 
 
 def _flat(ctx: click.Context, param: click.Parameter, value: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
@@ -169,5 +207,5 @@ def _type(field: Field) -> click.ParamType[Any]:
     if Path in types:
         return click.Path(path_type=Path)
     if int in types:
-        return click.INT if option.minimum is None else click.IntRange(min=int(option.minimum))
+        return click.INT if option.minimum is None else AtLeast(min=int(option.minimum))
     return click.FLOAT if float in types else click.STRING

@@ -7,21 +7,25 @@ from typing import Any
 
 import click
 
+from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.package.recipe import Package
 
+from .arguments import OUTPUT_OR_MODEL
 from .common import TerminalProgress, echo, echo_json
-from .options import json_option, recipe_options, taken
+from .options import ShownOption, json_option, recipe_options, taken
 
 
 @click.command("package")
-@click.argument("out", metavar="OUT", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", metavar="OUT", type=OUTPUT_OR_MODEL)
 @recipe_options(Package)
 @click.option(
     "--out",
     "target",
     type=click.Path(path_type=Path),
     default=None,
-    help="What to write. [OUT/gguf/NAME-TYPE.gguf, OUT/triton; no default for a part of OUT alone]",
+    help="What to write.",
+    cls=ShownOption,
+    show_default="OUT/gguf/NAME-TYPE.gguf, OUT/triton; no default for a part of OUT alone",
 )
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @json_option
@@ -37,7 +41,7 @@ def package(
     --gguf also takes a checkpoint folder, --triton an ONNX folder.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy package smollm2-s0.4 --gguf --type q8_0
       nirvana-deploy package smollm2-s0.4 --triton --out repository
       nirvana-deploy package smollm2-s0.4 --triton --engine sm89=l4.engine --engine sm86=a10.engine
@@ -58,7 +62,7 @@ def package(
         if as_json:
             echo_json(packaging.gguf_record(file))
             return
-        echo(f"{file.path}: {file.architecture}, {file.size_bytes / 1e6:,.1f} MB of {recipe.weight_type}")
+        echo(f"{file.path}: {file.architecture}, {format_bytes(file.size_bytes)} of {recipe.weight_type}")
         if file.left_in_f16:
             echo(f"{file.left_in_f16} matrices stay f16: their rows are no multiple of 32.")
     else:

@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
-from .common import TerminalProgress, command_line, echo, echo_json
+from .common import TerminalProgress, echo, echo_json
+from .forecast_page import show_forecast
 from .job import folder_options, job_from, model_argument, pruning_options, recipe_option
 from .options import json_option, typed
+from .talk import command_line
 
 
 @click.command("prune")
@@ -32,6 +34,7 @@ def prune(
     out: Path | None,
     resume: bool,
     force: bool,
+    dry_run: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -54,8 +57,16 @@ def prune(
         )
     if plan_file is not None and model is None:
         raise click.UsageError("Missing argument 'MODEL'.")
+    if plan_file is not None and dry_run:
+        raise click.UsageError("--plan takes seconds: leave out --dry-run.")
     shared: dict[str, Any] = {"force": force, "command": command_line(), "progress": TerminalProgress()}
     job = None if plan_file is not None else job_from(model, recipe_file, options)
+    if job is not None and dry_run:
+        from nirvana_deploy.pipeline.forecast.forecast import forecast
+
+        how: dict[str, Any] = {"resume": resume, "force": force, "progress": shared["progress"]}
+        show_forecast(forecast(job, out=out, until="checkpoint", **how), as_json=as_json)
+        return
     from nirvana_deploy.pipeline.prune_export import prune_by_plan, run_job
 
     if job is None:

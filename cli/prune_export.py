@@ -10,10 +10,11 @@ import click
 
 from nirvana_deploy.search.recipe import Target
 
-from .common import TerminalProgress, command_line, echo, echo_json, echo_table
+from .common import TerminalProgress, echo, echo_json, echo_table
+from .forecast_page import show_forecast
 from .job import deployment_options, folder_options, job_from, model_argument, pruning_options, recipe_option
 from .options import json_option, recipe_options, taken, typed
-from .recipe import show
+from .talk import command_line
 
 
 @click.command("prune-export")
@@ -23,7 +24,6 @@ from .recipe import show
 @deployment_options
 @recipe_option
 @folder_options
-@click.option("--dry-run", is_flag=True, help="Show the recipe, checked, and do nothing.")
 @json_option
 def prune_export(
     model: str | None,
@@ -42,7 +42,8 @@ def prune_export(
     \b
     Examples:
       nirvana-deploy prune-export smollm2 --sparsity 0.4
-      nirvana-deploy prune-export smollm2 --sparsity 0.2 --quantize int8 --quantize w4 --engine tensorrt-rtx
+      nirvana-deploy prune-export smollm2 --sparsity 0.2 --quantize int8,w4 --dry-run
+      nirvana-deploy prune-export smollm2 --sparsity 0.2 --quantize int8,w4 --engine tensorrt-rtx
       nirvana-deploy prune-export ./my-llama --sparsity 0.3 --calib notes.txt --out my-llama-small
       nirvana-deploy prune-export smollm2 --max-perplexity-ratio 1.3 --quantize w4
       nirvana-deploy prune-export --recipe smollm2-s0.4/recipe.toml --out again
@@ -52,10 +53,14 @@ def prune_export(
         raise click.UsageError("A budget finds the sparsity: leave out --recipe and --dry-run.")
     job = None if target.asked else job_from(model, recipe_file, options)
     if job is not None and dry_run:
-        show(job, as_json=as_json)
+        from nirvana_deploy.pipeline.forecast.forecast import forecast
+
+        planned = forecast(job, out=out, resume=resume, force=force, progress=TerminalProgress())
+        show_forecast(planned, as_json=as_json)
         return
+    from nirvana_deploy.base.units import format_bytes, format_seconds
     from nirvana_deploy.pipeline.prune_export import run_job
-    from nirvana_deploy.report.table import format_seconds, summary_table
+    from nirvana_deploy.report.table import summary_table
 
     how: dict[str, Any] = {"resume": resume, "force": force, "command": command_line()}
     how["progress"] = TerminalProgress()
@@ -80,23 +85,23 @@ def prune_export(
         return
     stages = done.manifest["stages"]
     echo_table(
-        ["Stage", "Seconds", "CPU seconds", "Peak RSS MB"],
+        ["Stage", "Time", "CPU time", "Peak memory"],
         [
             [
                 name,
                 format_seconds(s["seconds"]),
                 format_seconds(s["cpu_seconds"]),
-                f"{s['peak_rss_bytes'] / 1e6:,.0f}",
+                format_bytes(s["peak_rss_bytes"]),
             ]
             for name, s in stages.items()
         ],
         title="Where the time went",
+        beside=True,
     )
     if done.benchmark is not None:
         table = summary_table(done.benchmark)
-        echo_table(
-            table.headers, table.rows, title=f"{done.plan.model['name']}, sparsity {done.plan.sparsity:g}"
-        )
+        title = f"{done.plan.model['name']}, sparsity {done.plan.sparsity:g}"
+        echo_table(table.headers, table.rows, title=title, beside=True)
     if done.verdict is not None:
         echo(f"{done.verdict.title}. {done.verdict.why}")
     echo(f"Report: {done.report}")

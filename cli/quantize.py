@@ -7,20 +7,24 @@ from typing import Any
 
 import click
 
+from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.quantize.recipe import CalibrationText, Quantization
 
+from .arguments import OUTPUT_OR_ONNX
 from .common import TerminalProgress, echo, echo_json
-from .options import json_option, recipe_options, taken
+from .options import ShownOption, json_option, recipe_options, taken
 
 
 @click.command("quantize")
-@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", metavar="DIR", type=OUTPUT_OR_ONNX)
 @recipe_options(Quantization, CalibrationText)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=None,
-    help="ONNX folder to write. [DIR/onnx-<scheme> in an output folder]",
+    help="ONNX folder to write.",
+    cls=ShownOption,
+    show_default="DIR/onnx-<scheme> in an output folder",
 )
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @json_option
@@ -34,7 +38,7 @@ def quantize(
     """Quantize DIR, an output folder or an ONNX folder of this tool, and prove what runs in integers.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy quantize smollm2-s0.4 --scheme int8
       nirvana-deploy quantize my-onnx --scheme w4 --block-size 64 --out my-onnx-w4
       nirvana-deploy quantize my-onnx --scheme int8 --calib handbook.txt --out my-onnx-int8
@@ -68,9 +72,10 @@ def quantize(
         echo(line)
     for name, reason in record.get("int8", {}).get("kept_float", {}).items():
         echo(f"in float: {name} ({reason})")
-    size, float_size = record["weights_bytes"] / 1e6, record["float_bytes"] / 1e6
     echo(f"{target}: {Coverage(**record['coverage']).line}")
-    echo(f"{size:,.1f} MB of weights, {float_size:,.1f} MB in float")
+    echo(
+        f"{format_bytes(record['weights_bytes'])} of weights, {format_bytes(record['float_bytes'])} in float"
+    )
 
 
 def _sensitivity_lines(sensitivity: dict[str, dict[str, float]] | None) -> list[str]:

@@ -9,15 +9,20 @@ import click
 
 from nirvana_deploy.recover.recipe import Length, Recovery
 
-from .common import TerminalProgress, command_line, echo, echo_json, echo_table
+from .arguments import OUTPUT
+from .common import TerminalProgress, echo, echo_json, echo_table
+from .forecast_page import show_forecast
+from .job import dry_run_option
 from .options import json_option, recipe_options, taken, typed
+from .talk import command_line
 
 
 @click.command("recover")
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=OUTPUT)
 @recipe_options(Length, Recovery, without=["recover"])
+@dry_run_option
 @json_option
-def recover(out: Path, as_json: bool, **options: Any) -> None:
+def recover(out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train the pruned model in OUT toward the dense one, and make anew what was made from it.
 
     A killed training goes on when the command is repeated.
@@ -32,11 +37,15 @@ def recover(out: Path, as_json: bool, **options: Any) -> None:
     length = taken(Length, options)
     if (length.minutes is None) == (length.tokens is None):
         raise click.UsageError("Say how long: --minutes M or --tokens N, one of them.")
-    from nirvana_deploy.pipeline.folder import recover_folder
+    from nirvana_deploy.pipeline.folder import forecast_recovery, recover_folder
 
     budget = f"{length.minutes:g}m" if length.minutes is not None else f"{length.tokens}"
     chosen: dict[str, Any] = {**typed(options), "recover": budget}
-    done = recover_folder(out, command=command_line(), progress=TerminalProgress(), **chosen)
+    progress = TerminalProgress()
+    if dry_run:
+        show_forecast(forecast_recovery(out, progress=progress, **chosen), as_json=as_json)
+        return
+    done = recover_folder(out, command=command_line(), progress=progress, **chosen)
     found = done.manifest["stages"]["recover"]["result"]
     if as_json:
         echo_json(found)
@@ -45,5 +54,10 @@ def recover(out: Path, as_json: bool, **options: Any) -> None:
         [f"{one['step']:,}", f"{one['tokens']:,}", f"{one['seconds'] / 60:.1f}", f"{one['kl']:.3f}"]
         for one in found["curve"]
     ]
-    echo_table(["Step", "Tokens", "Minutes", "Held-out KL, nats"], rows, title=f"Trained on {found['text']}")
+    echo_table(
+        ["Step", "Tokens", "Minutes", "Held-out KL, nats"],
+        rows,
+        title=f"Trained on {found['text']}",
+        beside=True,
+    )
     echo(f"Kept: step {found['kept_step']:,}" + (f". Report: {done.report}" if done.report else ""))

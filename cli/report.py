@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
-from nirvana_deploy.cli.common import echo, echo_json, echo_table
+from .arguments import OUTPUT
+from .common import echo, echo_json, echo_table
+from .options import json_option
 
 _PAGES = (".html", ".md")
 
@@ -18,7 +20,7 @@ _PAGES = (".html", ".md")
     metavar="OUT...",
     nargs=-1,
     required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=OUTPUT,
 )
 @click.option("--compare", is_flag=True, help="Set several finished folders side by side.")
 @click.option(
@@ -28,7 +30,7 @@ _PAGES = (".html", ".md")
     help="With --compare: write the page into FILE, which ends in .html or .md.",
 )
 @click.option("--force", is_flag=True, help="Replace FILE.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+@json_option
 def report(outs: tuple[Path, ...], compare: bool, out: Path | None, force: bool, as_json: bool) -> None:
     """Write report.md and report.html into OUT.
 

@@ -9,12 +9,13 @@ import click
 from nirvana_deploy.prune.recipe import Selection
 from nirvana_deploy.search.recipe import Where
 
+from .arguments import Model
 from .common import TerminalProgress, echo, echo_json, echo_table
 from .options import json_option, recipe_options, taken
 
 
 @click.command("select-calib")
-@click.argument("model")
+@click.argument("model", type=Model())
 @recipe_options(Selection, Where)
 @json_option
 def select_calib(model: str, as_json: bool, **options: Any) -> None:
@@ -24,7 +25,7 @@ def select_calib(model: str, as_json: bool, **options: Any) -> None:
     every corpus, which no candidate contains. Writes nothing.
 
     \b
-    Example:
+    Examples:
       nirvana-deploy select-calib smollm2 --sparsity 0.4 --candidates 4 --corpora pydoc,self
       nirvana-deploy select-calib smollm2 --sparsity 0.4 --candidates 1 --gamma auto --saliency nirvana,taylor
     """

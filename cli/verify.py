@@ -8,12 +8,13 @@ import click
 
 from nirvana_deploy.runtime.recipe import Place
 
+from .arguments import OUTPUT_OR_ONNX
 from .common import TerminalProgress, echo_json, echo_table
 from .options import json_option, recipe_options
 
 
 @click.command("verify")
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=OUTPUT_OR_ONNX)
 @click.option(
     "--checkpoint",
     "model",

@@ -253,15 +253,20 @@ def test_what_a_report_reads_is_made_by_a_stage() -> None:
 
 
 ABOUT_THE_COMMAND = {
-    "as_json",
-    "compare",
-    "dry_run",
-    "force",
-    "model",
-    "out",
-    "plan_file",
-    "recipe_file",
-    "resume",
+    *(
+        "as_json",
+        "compare",
+        "dry_run",
+        "force",
+        "log_file",
+        "model",
+        "out",
+        "plan_file",
+        "quiet",
+        "recipe_file",
+        "resume",
+    ),
+    "verbose",
 }
 """Options that say where to read and write, not what to do."""
 

@@ -7,13 +7,18 @@ TRACE_VARIABLE is set.
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 import traceback
 from pathlib import Path
 
 TRACE_VARIABLE = "NIRVANA_DEPLOY_TRACE"
 UNFORESEEN = "This is a fault of nirvana-deploy"
 """How the message about one begins."""
-_PACKAGE = "nirvana_deploy"
+_PACKAGE, _DISTRIBUTION = "nirvana_deploy", "nirvana-deploy"
+_ROOT = Path(__file__).parents[2]
+"""Holds the package: a checkout of the repository, or a site-packages folder."""
 
 
 class NirvanaError(Exception):
@@ -51,8 +56,41 @@ class MissingExtraError(NirvanaError):
     def __init__(self, what_for: str, *, package: str, extra: str) -> None:
         super().__init__(
             f"{what_for} needs the package {package!r}, which is not installed.",
-            hint=f"pip install 'nirvana-deploy[{extra}]'",
+            hint=install_extra(extra),
         )
+
+
+def install_extra(extra: str) -> str:
+    """The command that installs an extra of this package for the Python that runs it, from this folder."""
+    where = _checkout()
+    if where is None:
+        return f"{pip_install()} {shlex.quote(f'{_DISTRIBUTION}[{extra}]')}"
+    return f"{pip_install()} -e {shlex.quote(f'{where}[{extra}]')}"
+
+
+def upgrade() -> str:
+    """The command that brings a newer version of this package."""
+    where = _checkout()
+    if where is None:
+        return f"{pip_install()} --upgrade {_DISTRIBUTION}"
+    return "git pull" if where == "." else f"git -C {shlex.quote(where)} pull"
+
+
+def pip_install() -> str:
+    """How the Python that runs this is told to install something."""
+    found = shutil.which("pip")
+    if found is not None and Path(found).parent.resolve() == Path(sys.executable).parent.resolve():
+        return "pip install"
+    return f"{shlex.quote(sys.executable)} -m pip install"
+
+
+def _checkout() -> str | None:
+    """The checkout that this package runs from, as seen from the current folder; None if it was installed."""
+    try:
+        ours = f'name = "{_DISTRIBUTION}"' in (_ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        return None if not ours else "." if Path.cwd() == _ROOT else str(_ROOT)
+    except OSError:
+        return None
 
 
 class TokenizerError(NirvanaError):

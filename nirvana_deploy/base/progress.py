@@ -21,8 +21,16 @@ class Progress(Protocol):
         """Open a task of ``total`` equal steps; the yielded function advances it."""
         ...
 
+    def within(self, heading: str, otherwise: str | None = None) -> AbstractContextManager[None]:
+        """Put ``heading`` ("3 of 11") before every line inside, and say ``otherwise`` if there is none."""
+        ...
+
     def note(self, text: str) -> None:
         """Log one line."""
+        ...
+
+    def detail(self, text: str) -> None:
+        """Log one line for those who asked for more."""
         ...
 
 
@@ -37,7 +45,15 @@ class SilentProgress:
         """Open a task without showing it."""
         yield lambda steps: None
 
+    @contextmanager
+    def within(self, heading: str, otherwise: str | None = None) -> Iterator[None]:
+        """Drop the heading."""
+        yield
+
     def note(self, text: str) -> None:
+        """Drop the line."""
+
+    def detail(self, text: str) -> None:
         """Drop the line."""
 
 

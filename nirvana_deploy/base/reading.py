@@ -19,7 +19,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, is_typeddict, overload
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, upgrade
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -208,7 +208,7 @@ def _require_schema(value: Any, schema: int, where: str, hint: str | None) -> No
     if type(found) is not int or found != schema:
         raise NirvanaError(
             f"{where} has schema {found!r:.{_SHOWN}}; this version reads schema {schema}.",
-            hint=hint or "pip install --upgrade nirvana-deploy",
+            hint=hint or upgrade(),
         )
 
 

@@ -56,6 +56,8 @@ class Option:
     """A number of bytes, on the command line also as 512M or 2G."""
     share: bool = False
     """A share of a whole, on the command line also as 40%."""
+    suggests: Callable[[], Iterable[str]] | None = None
+    """Names that a shell may complete, among other texts that are allowed."""
 
 
 def share_of(text: str) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import address_space_limit_bytes
+from nirvana_deploy.base.units import format_bytes
 
 _DISK_REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -67,8 +68,8 @@ def require_free_bytes(path: Path, needed_bytes: int, *, what: str) -> None:
     free_bytes = free_disk_bytes(path)
     if free_bytes < needed_bytes:
         raise NirvanaError(
-            f"{what} needs about {needed_bytes / 1e9:.1f} GB on the disk of {path}, "
-            f"which has {free_bytes / 1e9:.1f} GB free.",
+            f"{what} needs about {format_bytes(needed_bytes)} on the disk of {path}, "
+            f"which has {format_bytes(free_bytes)} free.",
             hint="Free some space, or choose another place with --out DIR.",
         )
 
@@ -86,8 +87,8 @@ def require_memory(needed_bytes: float, *, what: str, hint: str = _LESS_MEMORY) 
     free_bytes = free_memory_bytes()
     if free_bytes < needed_bytes:
         raise NirvanaError(
-            f"{what} needs at least {needed_bytes / 1e9:.1f} GB of memory, and {free_bytes / 1e9:.1f} GB "
-            "are free.",
+            f"{what} needs at least {format_bytes(needed_bytes)} of memory, "
+            f"and {format_bytes(free_bytes)} are free.",
             hint=hint,
         )
 
@@ -116,7 +117,7 @@ def exhaustion_errors(doing: str) -> Iterator[None]:
         number = _number_of(error)
         if isinstance(error, MemoryError) or number == errno.ENOMEM or _says(error, _MEMORY_SIGNS):
             raise NirvanaError(
-                f"{doing} ran out of memory: {free_memory_bytes() / 1e9:.1f} GB are free now.",
+                f"{doing} ran out of memory: {format_bytes(free_memory_bytes())} are free now.",
                 hint=_LESS_MEMORY,
             ) from error
         if number in _USED_UP:
@@ -132,7 +133,7 @@ def _cannot_write(path: Path, reason: str, number: int | None, elsewhere: str) -
     free = ""
     if number in _USED_UP:
         with suppress(OSError):
-            free = f" ({free_disk_bytes(path) / 1e6:,.1f} MB are free)"
+            free = f" ({format_bytes(free_disk_bytes(path))} are free)"
     return NirvanaError(f"Cannot write {path}: {reason}{free}.", hint=f"Free some space, or {elsewhere}.")
 
 

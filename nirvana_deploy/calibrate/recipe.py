@@ -7,6 +7,14 @@ from typing import Annotated
 
 from nirvana_deploy.base.recipe import Option, recipe
 
+
+def source_names() -> tuple[str, ...]:
+    """What ``calib`` may name, files apart."""
+    import nirvana_deploy.calib_sets as calib_sets
+
+    return ("mix", "auto", "self", "pydoc", "code", *calib_sets.names())
+
+
 NumSequences = Annotated[int, Option("Number of calibration windows.", minimum=1)]
 Seed = Annotated[int, Option("Random seed for sampling calibration windows.", minimum=0)]
 
@@ -21,7 +29,8 @@ class Calibration:
             "Calibration text: a file (text, JSON, JSON lines, CSV, parquet; chats, packed ones), "
             "pydoc, code (Python's own), self (the model writes), "
             "c4, bookcorpus, wikitext, lambada; with shares, a mixture (pydoc:0.7,code:0.3), or 'mix' of "
-            "self, pydoc and code; several without shares, or 'auto' (pydoc, self), are chosen among by KL."
+            "self, pydoc and code; several without shares, or 'auto' (pydoc, self), are chosen among by KL.",
+            suggests=source_names,
         ),
     ] = "mix"
     candidates: Annotated[

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.source import OnnxSource
 from nirvana_deploy.runtime.tensorrt.record import ProfileRecord
@@ -106,7 +107,7 @@ def notes_on_rows(profiles: Sequence[ProfileRecord], weights_bytes: int, engine_
     beside_bytes = engine_bytes - weights_bytes
     if 1 in rows and max(rows) > 1 and beside_bytes > weights_bytes / 2:
         yield (
-            f"{beside_bytes / 1e6:,.0f} MB lie beside {weights_bytes / 1e6:,.0f} MB of weights: decode is "
+            f"{format_bytes(beside_bytes)} lie beside {format_bytes(weights_bytes)} of weights: decode is "
             "fixed to one row, for which linears are stored a second time, in another layout. --max-batch 2 "
             "stores them once."
         )

@@ -75,7 +75,8 @@ class EngineBuild:
     runtime: Annotated[
         str,
         Option(
-            "tensorrt-rtx builds without a GPU, for GPUs named by --target; tensorrt for this machine's GPU.",
+            "What runs the engine: tensorrt-rtx, built without a GPU, for GPUs named by --target; or "
+            "tensorrt, for the GPU of this machine.",
             choices=engine_runtimes,
             flag="--engine",
         ),

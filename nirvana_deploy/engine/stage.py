@@ -102,7 +102,9 @@ def build_engine(
     files = [f"{ENGINES}/{file}" for file in _files_of(name)]
     quantized = (quantized_variant(form.quantize, of=form.variant).stage,) if form.quantize else ()
     needs = (stage.SELECT, stage.CALIBRATE, *quantized) if dense else (stage.CHECKPOINT, *quantized)
-    return Stage(stage.engine(name), needs=needs, makes=(*files, f"{ENGINES}/{name}-onnx"), work=work)
+    return Stage(
+        stage.engine(name), needs=needs, makes=(*files, f"{ENGINES}/{name}-onnx"), work=work, of=name
+    )
 
 
 def _files_of(name: str) -> list[str]:

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, pip_install
 from nirvana_deploy.base.progress import Advance
 
 PROGRESS_STEPS = 1000
@@ -69,7 +69,7 @@ def require_builder(runtime: str, installed: str) -> None:
         raise NirvanaError(
             f"TensorRT {installed} has no layers for Attention and RotaryEmbedding, which these graphs are "
             f"made of; {oldest} and newer have.",
-            hint=f"pip install 'tensorrt>={oldest}'",
+            hint=f"{pip_install()} 'tensorrt>={oldest}'",
         )
 
 

@@ -12,6 +12,7 @@ from nirvana_deploy.output.layout import CHECKPOINT, DENSE_ONNX, ONNX
 from nirvana_deploy.output.results import Exported
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
+from nirvana_deploy.output.variants import DENSE, PRUNED
 
 
 def export(run: Run, dense: Checkpoint, recipe: Export) -> Iterator[Stage]:
@@ -36,6 +37,9 @@ def export(run: Run, dense: Checkpoint, recipe: Export) -> Iterator[Stage]:
         (ONNX,),
         lambda: work(Checkpoint.open(run.out / CHECKPOINT), ONNX),
         reads=reads,
+        of=PRUNED,
     )
     if recipe.baseline:
-        yield Stage(stage.DENSE_ONNX, (), (DENSE_ONNX,), lambda: work(dense, DENSE_ONNX), reads=reads)
+        yield Stage(
+            stage.DENSE_ONNX, (), (DENSE_ONNX,), lambda: work(dense, DENSE_ONNX), reads=reads, of=DENSE
+        )

@@ -89,12 +89,12 @@ def bytes_cost(shape: ModelShape, *, scheme: str | None, dtype: str, context_tok
     those of a decoder. Raises NirvanaError for an unknown scheme or dtype.
     """
     element_bytes = dtype_named(dtype).element_bytes
-    weight_bytes = _weight_bytes(scheme, element_bytes)
+    per_weight = weight_bytes(scheme, element_bytes)
     weights = weight_cost(shape)
     cache_bytes = 2 * shape.head_dim * element_bytes * context_tokens
     return UnitCost(
-        group=weights.group * weight_bytes + cache_bytes,
-        neuron=weights.neuron * weight_bytes,
+        group=weights.group * per_weight + cache_bytes,
+        neuron=weights.neuron * per_weight,
         measure="bytes",
     )
 
@@ -283,7 +283,7 @@ def _quickest(scheme: str) -> Quantization:
     )
 
 
-def _weight_bytes(scheme: str | None, element_bytes: int) -> float:
+def weight_bytes(scheme: str | None, element_bytes: int) -> float:
     """Bytes of one weight of a linear, with its share of a block's scale."""
     if scheme is None:
         return float(element_bytes)

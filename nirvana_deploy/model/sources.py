@@ -170,6 +170,8 @@ def resolve_model(model: str, *, cache: Path | None = None, progress: Progress =
         return _from_file(path, cache=cache, progress=progress)
     if model.count("/") != 1 or model.startswith((".", "~", "/")) or path.suffix.lower() == ".gguf":
         raise _not_found(model)
+    if nearest_names(path.name, list(_models_beside(path))):  # no hub id: a folder here has such a model
+        raise _not_found(model)
     from nirvana_deploy.model.hub import hub_snapshot
 
     folder, licence = hub_snapshot(model, progress=progress)
@@ -201,14 +203,27 @@ def _is_there(path: Path, model: str) -> bool:
 
 
 def _not_found(model: str) -> NirvanaError:
-    if "/" in model or "\\" in model or Path(model).suffix.lower() in (".gguf", ".safetensors"):
-        return NirvanaError(f"{model} does not exist: no such file or folder.")
-    close = nearest_names(model, list(ALIASES))
+    beside = _models_beside(Path(model))
+    names = [*([] if "/" in model else ALIASES), *beside]
+    close = [beside.get(name, name) for name in nearest_names(Path(model).name, names)]
     guess = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    if "/" in model or "\\" in model or Path(model).suffix.lower() in (".gguf", ".safetensors"):
+        return NirvanaError(f"{model} does not exist: no such file or folder.{guess}")
     return NirvanaError(
         f"Unknown model {model!r}: no alias, file or folder of that name.{guess}",
         hint="List the aliases: nirvana-deploy models. A hub id has the form owner/name.",
     )
+
+
+def _models_beside(path: Path) -> dict[str, str]:
+    """Folders and files with a model where ``path`` would be, by name, and how they are written."""
+    try:
+        beside = sorted(path.expanduser().parent.iterdir())
+    except OSError:
+        return {}
+    found = [one for one in beside if one.suffix.lower() == ".gguf" or (one / "config.json").is_file()]
+    start = "./" if str(path) == path.name else ""
+    return {one.name: start + str(path.with_name(one.name)) for one in found}
 
 
 def _from_alias(name: str, *, cache: Path | None, progress: Progress) -> ModelFolder:
@@ -258,9 +273,11 @@ def _checked(folder: Path) -> Path:
     """``folder`` itself; raises NirvanaError unless config.json and all weights are there, in safetensors."""
     if not (folder / "config.json").is_file():
         require_no_adapter(folder)
+        inside = [str(one.parent) for one in sorted(folder.glob("*/config.json"))]
+        hint = f"Did you mean {' or '.join(inside[:3])}?" if inside else None
         raise NirvanaError(
             f"{folder} has no config.json, so it is not a Hugging Face model folder.",
-            hint="Pass the folder that holds config.json, *.safetensors and tokenizer.json.",
+            hint=hint or "Pass the folder that holds config.json, *.safetensors and tokenizer.json.",
         )
     require_weight_files(folder)
     return folder

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, pip_install
 from nirvana_deploy.base.reading import read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -49,15 +49,16 @@ def require_no_adapter(folder: Path) -> None:
     settings = read_json(folder / _ADAPTER)
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     merged = f"{folder}-merged"
+    known = f" for {base[:200]!r}" if isinstance(base, str) else ", and does not say of which model"
     merge = _python(
         "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
         f"M.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained({merged!r}); "
         f"T.from_pretrained({str(base)!r}).save_pretrained({merged!r})"
     )
     raise NirvanaError(
-        f"{folder} holds an adapter ({_ADAPTER}) for {str(base)[:200]!r}: transformers would apply it, "
-        "and this tool would not.",
-        hint=f"Merge it into that model: pip install peft, {merge}, then pass {merged}. If the weights "
+        f"{folder} holds an adapter ({_ADAPTER}){known}: transformers would apply it, and this tool "
+        "would not.",
+        hint=f"Merge it into that model: {pip_install()} peft, {merge}, then pass {merged}. If the weights "
         f"beside it are merged already, remove {_ADAPTER}.",
     )
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, upgrade
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -93,5 +93,5 @@ def require_schema(model: Path, found: str | None) -> None:
     if found not in (None, str(GRAPH_SCHEMA)):
         raise NirvanaError(
             f"{model} was written with schema {found}; this version reads schema {GRAPH_SCHEMA}.",
-            hint="pip install --upgrade nirvana-deploy",
+            hint=upgrade(),
         )

@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from nirvana_deploy.base.ownership.temporary import remove_abandoned
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import typed
 from nirvana_deploy.base.resources import disk_errors, exhaustion_errors
+from nirvana_deploy.base.units import format_bytes, format_seconds
 from nirvana_deploy.output import manifest as manifests
 from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import MANIFEST
@@ -46,6 +47,8 @@ class Run:
         self.progress = progress
         self.beside: tuple[Run, ...] = ()
         """Runs on the same model, whose stages are taken where they would come out the same."""
+        self.expected: tuple[str, ...] = ()
+        """Names of the stages that this command is going to ask for, in order, where they are known."""
         self._lock: FolderLock | None = None
         self._made: set[str] = set()  # stages that this run made anew
         self._passed: list[str] = []  # stages asked for so far, in order
@@ -85,7 +88,7 @@ class Run:
         contains or lies in what the run ``reads``; nothing is touched then.
         """
         require_apart(out, reads=reads, replaced=False)
-        _require_free(out, resume=resume, force=force)
+        require_free(out, resume=resume, force=force)
         new = [folder for folder in (out, *out.parents) if not folder.exists()]
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -94,11 +97,11 @@ class Run:
         try:
             run._take_lock()
             if resumed:
-                run._require_same(options, model, may_change)
+                run.require_same(options, model, may_change)
                 run.manifest["options"].update(options)
                 run.manifest |= {"environment": environment(), "complete": False}
             else:
-                _require_free(out, resume=resume, force=force)  # nobody has come in between
+                require_free(out, resume=resume, force=force)  # nobody has come in between
                 run._before = dict.fromkeys(reversed(new))
                 run._start_again(options, model, command)
             for folder in {out, *((out / name).parent for name in run.manifest["makes"])}:
@@ -139,7 +142,9 @@ class Run:
         if not (out / MANIFEST).is_file():
             raise NirvanaError(
                 f"{out} is not an output folder of this tool: it has no {MANIFEST}.",
-                hint="Make one: nirvana-deploy prune-export MODEL --sparsity 0.4 --out DIR",
+                hint=f"Did you mean {out.parent}?"
+                if (out.parent / MANIFEST).is_file()
+                else "Make one: nirvana-deploy prune-export MODEL --sparsity 0.4 --out DIR",
             )
         run = cls(out, manifests.read_manifest(out), progress=progress)
         if writing:
@@ -152,7 +157,19 @@ class Run:
         ``redo`` runs it although it is finished, and leaves what was made from it as it is.
         """
         self._take_lock()
-        redo = redo or stage.always
+        with ExitStack() as headings:
+            for heading in self._headings(stage):
+                headings.enter_context(self.progress.within(heading, otherwise=stage.name))
+            return self._run(stage, redo=redo or stage.always)
+
+    def _headings(self, stage: Stage) -> Iterator[str]:
+        """Which of how many stages, and which model it is about."""
+        if stage.name in self.expected:
+            yield f"{self.expected.index(stage.name) + 1} of {len(self.expected)}"
+        if stage.of is not None:
+            yield stage.of
+
+    def _run(self, stage: Stage, *, redo: bool) -> dict[str, Any]:
         if not redo and self._made.isdisjoint(stage.needs) and self.finished(stage.name):
             self._passed.append(stage.name)
             self.progress.note(f"{stage.name}: finished before, sha256 checked")
@@ -183,7 +200,18 @@ class Run:
             self.manifest["stages"] = manifests.in_order(self.manifest["stages"], self._passed)
         self._before = None
         self._write()
+        self.progress.detail(self._said(stage))
         return result
+
+    def _said(self, stage: Stage) -> str:
+        """What a stage that has just run took and wrote."""
+        done = self.manifest["stages"][stage.name]
+        wrote = [name for name in stage.makes if (self.out / name).exists()]
+        took, cpu = format_seconds(done["seconds"]), format_seconds(done["cpu_seconds"])
+        at_most = format_bytes(done["peak_rss_bytes"])
+        return f"{stage.name} took {took}, {cpu} of CPU, at most {at_most}" + (
+            f"; wrote {', '.join(wrote)}" if wrote else ""
+        )
 
     def _taken(self, stage: Stage) -> dict[str, Any] | None:
         """The result of a stage, its files taken from a run beside; None if none has made the same."""
@@ -360,9 +388,10 @@ class Run:
         files = [file for output in outputs for file in files_under(self.out / output)]
         return {file.relative_to(self.out).as_posix(): sha256_of(file) for file in files}
 
-    def _require_same(
+    def require_same(
         self, options: Mapping[str, Any], model: Mapping[str, Any], may_change: Collection[str]
     ) -> None:
+        """Raise NirvanaError unless the folder was made with these options, of the same weights."""
         before = {**self.manifest["options"], "model files": self.manifest["model"]["files"]}
         now = {**options, "model files": model["files"]}
         differing = [
@@ -377,7 +406,7 @@ class Run:
             )
 
 
-def _require_free(out: Path, *, resume: bool, force: bool) -> None:
+def require_free(out: Path, *, resume: bool, force: bool) -> None:
     """Raise NirvanaError if something stands in the way of a new run."""
     if resume and (out / MANIFEST).is_file():
         return

@@ -75,6 +75,8 @@ class Stage:
 
     Where they and what it needs are the same, it is taken from a run beside.
     """
+    of: str | None = None
+    """The model that it is about, where the folder has several alike."""
 
 
 @dataclass(frozen=True)

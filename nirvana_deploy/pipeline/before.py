@@ -9,6 +9,7 @@ from typing import Any, Literal
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import Progress
 from nirvana_deploy.base.resources import require_free_bytes, require_memory
+from nirvana_deploy.base.units import format_seconds
 from nirvana_deploy.calibrate.mixture import files_of, parts_of
 from nirvana_deploy.calibrate.stage import windows_wanted
 from nirvana_deploy.calibrate.texts import read_text_file, require_source
@@ -130,10 +131,10 @@ def say_cost(job: Job, choices: Choices, shape: ModelShape, progress: Progress) 
     if by_curves(job, choices):
         operations += curve_operations(shape, tokens)
     if operations:
-        minutes = operations / operations_per_second() / 60
+        takes = format_seconds(operations / operations_per_second())
         progress.note(
-            f"Curves and refit on {tokens:,} calibration tokens take {operations / 1e12:,.1f} TFLOP for each "
-            f"candidate, {minutes:,.1f} minutes at the speed of this machine's products."
+            f"Curves and refit on {tokens:,} calibration tokens take about {takes} for each "
+            "candidate at the speed of this machine's products."
             + (" Quicker: --preset fast." if job.pruning.preset != "fast" and by_curves(job, choices) else "")
         )
 

@@ -121,7 +121,7 @@ class _Worker:
     """Where the search was begun: the user's paths may be relative to it."""
 
     def __call__(self, cut: Cut) -> None:
-        with chdir(self.here):
+        with chdir(self.here), self.progress.within(cut.folder.name):
             run_job(
                 cut.job,
                 out=cut.folder,

@@ -38,9 +38,11 @@ from nirvana_deploy.output.layout import (
 )
 from nirvana_deploy.output.records import read_records
 from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.stage import in_steps
 from nirvana_deploy.output.variants import quantized_variant
 from nirvana_deploy.pipeline.before import Until
-from nirvana_deploy.pipeline.job import JobOptions, job_of
+from nirvana_deploy.pipeline.forecast.forecast import Planned, forecast
+from nirvana_deploy.pipeline.job import Job, JobOptions, job_of
 from nirvana_deploy.pipeline.prune_export import Deployment, run_job
 from nirvana_deploy.pipeline.recipe_file import read_recipe
 from nirvana_deploy.prune.choosing.choices import listed
@@ -91,6 +93,22 @@ def recover_folder(
     recipe.toml says. Raises NirvanaError as ``prune_export`` does.
     """
     out = Path(out)
+    job, until = _recovery(out, options, progress)
+    return run_job(job, out=out, until=until, resume=True, command=command, progress=progress)
+
+
+def forecast_recovery(
+    out: Path | str, *, progress: Progress = SILENT, **options: Unpack[JobOptions]
+) -> Planned:
+    """What :func:`recover_folder` is going to take; writes nothing."""
+    out = Path(out)
+    job, until = _recovery(out, options, progress)
+    steps = in_steps(job.recovery.recover_steps)
+    again = [step.named(stage.RECOVER) for step in steps]
+    return forecast(job, out=out, until=until, resume=True, again=again, progress=progress)
+
+
+def _recovery(out: Path, options: Mapping[str, Any], progress: Progress) -> tuple[Job, Until]:
     with Run.open(out) as run:
         until: Until = "report" if run.has(stage.ONNX) else "checkpoint"
         if run.has(stage.PLAN) and not (out / RECIPE_FILE).is_file():
@@ -104,7 +122,7 @@ def recover_folder(
     job = job_of(base.model, options, base=base)
     if not Path(model).is_dir():
         progress.note(f"{model} is gone; looking for {base.model} again")
-    return run_job(job, out=out, until=until, resume=True, command=command, progress=progress)
+    return job, until
 
 
 def benchmark_folder(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -11,7 +11,6 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json, typed
 from nirvana_deploy.base.shown.html import html_table
 from nirvana_deploy.calibrate.stage import calibrate, drawn_record
-from nirvana_deploy.engine.recipe import EngineForm
 from nirvana_deploy.engine.stage import build_engine
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.stage import export
@@ -25,7 +24,7 @@ from nirvana_deploy.output.layout import BENCHMARK_FILE, CHECKPOINT, RECIPE_FILE
 from nirvana_deploy.output.results import QualityMeasured
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import QUALITY, RECONSTRUCT, REPORT, WHOLE, Step, in_steps
-from nirvana_deploy.output.variants import DENSE, PRUNED, variant_named
+from nirvana_deploy.output.variants import DENSE, variant_named
 from nirvana_deploy.pipeline.before import (
     Until,
     checked,
@@ -36,9 +35,9 @@ from nirvana_deploy.pipeline.before import (
     require_space,
     run_beside,
     say_cost,
-    untimed,
     within_context,
 )
+from nirvana_deploy.pipeline.forecast.stages import engine_forms, is_timed, quantized_models, stages_of
 from nirvana_deploy.pipeline.job import CutOptions, Job, all_fields, job_of, spelled_out
 from nirvana_deploy.pipeline.recipe_file import write_recipe
 from nirvana_deploy.prune import stage as prune
@@ -154,6 +153,7 @@ def run_job(
         force=force,
         progress=progress,
     ) as run:
+        run.expected = stages_of(job, choices, until)
         run.beside = tuple(run_beside(folder, run) for folder in beside)
         require_same(run, job.recovery)
         with run.writing(RECIPE_FILE) as file:
@@ -174,14 +174,14 @@ def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Unt
     run.run(verify(run, dense, baseline=job.export.baseline, threads=threads))
     reports = verified(run)
     whole = all(found.passed for found in reports.values())
-    timed = job.measurement.run_benchmark and not untimed(job) and until == "report"
+    timed = is_timed(job, until)
     if whole:
         _deploy(run, job, timed=timed, until=until)
     if until == "report":
         run.run(report(run))
     for name, found in reports.items():
         found.require_passed(run.out / variant_named(name).folder, of_input=name == DENSE)
-    for of, scheme in _quantized(job):
+    for of, scheme in quantized_models(job):
         require_quantized(run, scheme, of=of)
     run.finish()
     if whole:
@@ -319,25 +319,13 @@ def workload_of(measurement: Measurement) -> Workload:
     )
 
 
-def _quantized(job: Job) -> Iterator[tuple[str, str]]:
-    """What is quantized, and how."""
-    both = job.export.baseline and job.quantization.baseline_quantized
-    for scheme in dict.fromkeys(job.quantization.quantize):
-        yield PRUNED, scheme
-        if both:
-            yield DENSE, scheme
-
-
 def _deploy(run: Run, job: Job, *, timed: bool, until: Until) -> None:
     """Quantize, build engines, and measure what was made."""
-    for of, scheme in _quantized(job):
+    for of, scheme in quantized_models(job):
         recipe = Quantization(scheme=scheme, head=job.quantization.quantize_head)
         run.run(quantize(run, recipe, draw=write_sensitivity, of=of))
     for runtime in dict.fromkeys(job.engine.engines):
-        forms = [EngineForm(quantize=one) for one in (None, *dict.fromkeys(job.quantization.quantize))]
-        if job.export.baseline:
-            forms.append(EngineForm(variant=DENSE))
-        for form in forms:
+        for form in engine_forms(job):
             run.run(build_engine(run, form, options=BuilderOptions(runtime)))
     measurement = job.measurement
     run.run(quality(run, Place(threads=measurement.threads)))

@@ -92,16 +92,9 @@ def search_points(
     and when every cut fails, and VerificationError when the recommended one is not verified.
     """
     recipe, target = recipe or Search(), target or Target()
-    for name in ("sparsity", "quantize", "baseline_quantized"):
-        if name in options:
-            raise NirvanaError(f"A search tries several: give it a recipe, not the option {name!r}.")
-    sparsities, schemes, part = sparsities_of(recipe), precisions_of(recipe), shard_of(recipe)
-    if recipe.tasks is not None:
-        _require_local(listed(recipe.tasks))
+    job, part = job_of_search(model, recipe, options, base=base), shard_of(recipe)
     source = resolve_model(model, progress=progress)
     out = Path(out) if out is not None else Path(f"{source.name}-search")
-    tried = {"sparsity": max(sparsities), "quantize": [scheme for scheme in schemes if scheme]}
-    job = job_of(model, {**options, **tried}, base=base)
     shared = _shared(job, model_record(source))
     with Run.begin(
         out,
@@ -134,6 +127,30 @@ def search_points(
     return Searched(out, tuple(points), advice, record, out / SEARCH_HTML)
 
 
+def job_of_search(model: str, recipe: Search, options: Mapping[str, Any], *, base: Job | None = None) -> Job:
+    """The job of a search, at its largest sparsity and in all precisions; refuses what cannot be searched."""
+    for name in ("sparsity", "quantize", "baseline_quantized"):
+        if name in options:
+            raise NirvanaError(f"A search tries several: give it a recipe, not the option {name!r}.")
+    if recipe.tasks is not None:
+        _require_local(listed(recipe.tasks))
+    schemes = [scheme for scheme in precisions_of(recipe) if scheme]
+    tried = {"sparsity": max(sparsities_of(recipe)), "quantize": schemes}
+    return job_of(model, {**options, **tried}, base=base)
+
+
+def cuts_in(base: Job, recipe: Search) -> list[Point]:
+    """The cuts of this part, in float; raises NirvanaError for none, and for a way that cannot be tried."""
+    part, parts = shard_of(recipe)
+    ways = ways_of(recipe.ways, tried_options())
+    cuts = [Point(one, None, way) for way in ways for one in sparsities_of(recipe) if one][part::parts]
+    if not cuts:
+        raise NirvanaError(f"There are fewer cuts than parts: none is left for --shard {recipe.shard}.")
+    for way in ways:
+        job_in(base, way)
+    return cuts
+
+
 def _shared(job: Job, model: Mapping[str, Any]) -> dict[str, Any]:
     """What all points of a search have in common."""
     options = {name: plain(value) for name, value in job.options().items() if name not in _FREE}
@@ -142,14 +159,8 @@ def _shared(job: Job, model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _points(run: Run, base: Job, key: str, recipe: Search) -> list[Found]:
     """Every point of this part: from disk where it is there, else made."""
-    schemes, (part, parts) = precisions_of(recipe), shard_of(recipe)
-    ways = ways_of(recipe.ways, tried_options())
+    schemes, cuts = precisions_of(recipe), cuts_in(base, recipe)  # before any work
     dense = [Point(0.0, scheme) for scheme in schemes if 0.0 in sparsities_of(recipe)]
-    cuts = [Point(one, None, way) for way in ways for one in sparsities_of(recipe) if one][part::parts]
-    if not cuts:
-        raise NirvanaError(f"There are fewer cuts than parts: none is left for --shard {recipe.shard}.")
-    for way in ways:
-        job_in(base, way)  # before any work
     wanted = [*dense, *(replace(cut, scheme=scheme) for cut in cuts for scheme in schemes)]
     known = _known(run, key, wanted)
     first = next((replace(point, scheme=None) for point in known if point.sparsity), cuts[0])

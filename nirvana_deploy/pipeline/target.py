@@ -138,15 +138,16 @@ def _tried(
     tried: float | None = min(0.2, most)
     while tried is not None:
         place = f"s{tried:g}"
-        run_job(
-            _at(job, tried),
-            out=folder / place,
-            until="quality",
-            resume=(folder / place / MANIFEST).is_file() and not force,
-            force=force,
-            beside=(first,) if first else (),
-            progress=progress,
-        )
+        with progress.within(place):
+            run_job(
+                _at(job, tried),
+                out=folder / place,
+                until="quality",
+                resume=(folder / place / MANIFEST).is_file() and not force,
+                force=force,
+                beside=(first,) if first else (),
+                progress=progress,
+            )
         first = first or folder / place
         points = [Point(0.0), Point(0.0, scheme), Point(tried, scheme)]
         found = [found_in(folder, place, "", point) for point in dict.fromkeys(points)]

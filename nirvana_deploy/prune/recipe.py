@@ -5,13 +5,25 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from nirvana_deploy.base.recipe import Option, recipe
-from nirvana_deploy.calibrate.recipe import NumSequences, Seed
+from nirvana_deploy.calibrate.recipe import NumSequences, Seed, source_names
 
 ALLOCATIONS = ("curves", "global", "uniform")
 COSTS = ("weights", "bytes", "ms")
 PRESETS = ("best", "paper", "fast")
 REFIT = "refit"
 """The saliency that is none: units are chosen inside the refit."""
+SALIENCY_NAMES = ("nirvana", "nirvana-vocab", "taylor", "wanda-sp", "flap", "magnitude", "random")
+"""Those of ``saliency/``, whose import takes a second."""
+
+
+def _of_a_job() -> tuple[str, ...]:
+    return (REFIT, "auto", *SALIENCY_NAMES)
+
+
+def _of_a_selection() -> tuple[str, ...]:
+    return SALIENCY_NAMES
+
+
 Sparsity = Annotated[
     float, Option("Share of the decoder's linear weights to remove, for example 0.4 or 40%.", share=True)
 ]
@@ -44,7 +56,8 @@ class Pruning:
         Option(
             "refit: units are chosen inside the refit; or nirvana, nirvana-vocab, taylor, wanda-sp, flap, "
             "magnitude, random; several, separated by commas, or 'auto' (nirvana and taylor) are chosen "
-            "among by KL."
+            "among by KL.",
+            suggests=_of_a_job,
         ),
     ] = REFIT
     gamma: Annotated[
@@ -94,15 +107,21 @@ class Selection:
     corpora: Annotated[
         str,
         Option(
-            "Comma-separated: text or .jsonl files, pydoc, code, self, c4, bookcorpus, wikitext, lambada."
+            "Calibration sources to try, separated by commas, as --calib of prune-export takes them.",
+            suggests=source_names,
         ),
     ] = "pydoc"
-    saliencies: Annotated[str, Option("Comma-separated saliencies to try.", flag="--saliency")] = "nirvana"
+    saliencies: Annotated[
+        str,
+        Option("Saliencies to try, separated by commas.", flag="--saliency", suggests=_of_a_selection),
+    ] = "nirvana"
     gammas: Annotated[
         str,
-        Option("Comma-separated numbers or M/A to try, or 'auto' for a small grid.", flag="--gamma"),
+        Option("Numbers or M/A to try, separated by commas, or 'auto' for a small grid.", flag="--gamma"),
     ] = "M/A"
-    allocation: Annotated[str, Option("global, uniform or curves.")] = "global"
+    allocation: Annotated[
+        str, Option("How what goes is divided among layers, as for prune-export.", choices=ALLOCATIONS)
+    ] = "global"
     round_to: RoundTo = 8
     num_sequences: NumSequences = 32
     seq_len: Annotated[int, Option("Tokens per window.", minimum=2)] = 128

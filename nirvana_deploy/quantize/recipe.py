@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from nirvana_deploy.base.recipe import Option, recipe
-from nirvana_deploy.calibrate.recipe import Seed
+from nirvana_deploy.calibrate.recipe import Seed, source_names
 from nirvana_deploy.quantize.schemes import onnx_schemes
 
 
@@ -40,14 +40,16 @@ class Schemes:
 class Quantization:
     """A single quantized ONNX folder."""
 
-    scheme: Annotated[str, Option("int8: weights and activations; w8, w4: weights alone.")]
+    scheme: Annotated[
+        str, Option("int8: weights and activations; w8, w4: weights alone.", metavar="[int8|w8|w4]")
+    ]
     smooth: Annotated[
         float | Literal["auto", "none"] | None,
         Option("SmoothQuant's alpha, folded into the weights; auto chooses it by KL. [auto]"),
     ] = None
-    ranges: Annotated[str, Option("How far activations are quantized: minmax, percentile, entropy, mse.")] = (
-        "minmax"
-    )
+    ranges: Annotated[
+        str, Option("How far activations are quantized.", metavar="[minmax|percentile|entropy|mse]")
+    ] = "minmax"
     keep_fp: Annotated[int, Option("Keep the N most sensitive linears in float.", minimum=0)] = 0
     sensitivity: Annotated[bool, Option("Measure, print and draw the KL of each layer alone in int8.")] = (
         False
@@ -63,11 +65,16 @@ class Quantization:
         str | None,
         Option(
             "w8, w4: plain, search (scales of least error) or gptq (fitted to the calibration windows). "
-            "[gptq with calibration windows, else search]"
+            "[gptq with calibration windows, else search]",
+            metavar="[plain|search|gptq]",
         ),
     ] = None
     writing: Annotated[
-        str, Option("w8, w4: ort (MatMulNBits) or tensorrt (DequantizeLinear), the same numbers.")
+        str,
+        Option(
+            "w8, w4: ort (MatMulNBits) or tensorrt (DequantizeLinear), the same numbers.",
+            metavar="[ort|tensorrt]",
+        ),
     ] = "ort"
     head: Annotated[
         bool,
@@ -85,7 +92,8 @@ class CalibrationText:
     calib: Annotated[
         str | None,
         Option(
-            "Calibration text, as prune-export takes it. [the windows that an output folder was pruned with]"
+            "Calibration text, as prune-export takes it. [the windows that an output folder was pruned with]",
+            suggests=source_names,
         ),
     ] = None
     num_sequences: Annotated[int, Option("Number of windows drawn from --calib.", minimum=1)] = 32

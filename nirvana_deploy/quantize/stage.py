@@ -61,7 +61,14 @@ def quantize(run: Run, recipe: Quantization, *, draw: Draw, of: str = PRUNED) ->
 
     trained = () if made.dense else (stage.RECOVER,)
     needs = (stage.SELECT, stage.CALIBRATE, *trained, source.stage)
-    return Stage(made.stage, needs=needs, makes=(made.folder,), work=work, reads=("quantize_head",))
+    return Stage(
+        made.stage,
+        needs=needs,
+        makes=(made.folder,),
+        work=work,
+        reads=("quantize_head",),
+        of=made.name,
+    )
 
 
 def require_quantized(run: Run, scheme: str, *, of: str = PRUNED) -> None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.units import format_seconds
 
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 _TOKENS = {"": 1, "k": 1_000, "M": 1_000_000}
@@ -27,7 +28,10 @@ class Budget:
         else:
             assert self.seconds is not None
             found = int(self.seconds / step_seconds)
-            short = f"{self.seconds:g} s end within the first step, which takes {step_seconds:.1f} s here"
+            short = (
+                f"{self.seconds:g} s end within the first step, "
+                f"which takes {format_seconds(step_seconds)} here"
+            )
         if found < 1:
             raise NirvanaError(
                 f"--recover: {short}.", hint="Give more, or a smaller step: --recover-batch 1."

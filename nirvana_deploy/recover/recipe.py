@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from nirvana_deploy.base.recipe import Option, recipe
+from nirvana_deploy.calibrate.recipe import source_names
 from nirvana_deploy.quantize.schemes import onnx_schemes
 from nirvana_deploy.recover.learning.logs import LOGS, NOWHERE
 
@@ -73,26 +74,34 @@ class Recovery:
     recover_dtype: Annotated[
         str,
         Option(
-            "Of the products in training, not of what is kept: bfloat16 takes half the time where the device "
+            "Type of the products in training, not of what is kept: bfloat16 takes half the time where the "
+            "device "
             "has instructions for it; auto: there.",
             choices=DTYPES,
             resumable=True,
         ),
     ] = AUTO
     recover_text: Annotated[
-        str, Option("Text to train on, as --calib takes it, in windows of --seq-len.", resumable=True)
+        str,
+        Option(
+            "Text to train on, as --calib takes it, in windows of --seq-len.",
+            suggests=source_names,
+            resumable=True,
+        ),
     ] = "mix"
     recover_batch: Annotated[int, Option("Training windows per step.", minimum=1, resumable=True)] = 4
     recover_micro_batch: Annotated[
         int | None,
         Option("Training windows at a time; changes memory alone. [a step]", minimum=1, resumable=True),
     ] = None
-    learning_rate: Annotated[float, Option("Peak, in recovery.", minimum=0, resumable=True)] = 1e-4
+    learning_rate: Annotated[float, Option("Peak learning rate of recovery.", minimum=0, resumable=True)] = (
+        1e-4
+    )
     recover_log: Annotated[
         str,
         Option(
-            "Tell the course to tensorboard, as files in OUT/recovery/log, or to wandb, which also "
-            "sends it to its server.",
+            "Where the course of training is logged: tensorboard, as files in OUT/recovery/log; wandb, which "
+            "also sends it to its server; or nowhere.",
             choices=LOGS,
             resumable=True,
         ),

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nirvana_deploy.base.units import format_bytes, format_share
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.output.results import Reconstructed
-from nirvana_deploy.report.table import format_bytes, format_share, format_times
+from nirvana_deploy.report.table import format_times
 
 TEACHER_FORCING = "the encoder reads the first half of a window, the decoder predicts the second"
 PREFILL = "the encoder and the decoder's first step"

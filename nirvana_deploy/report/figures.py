@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nirvana_deploy.base.units import format_bytes, format_ms, format_number, format_seconds, format_share
 from nirvana_deploy.report.drawing import (
     COLOURS,
     SERIES,
@@ -19,11 +20,6 @@ from nirvana_deploy.report.drawing import (
 )
 from nirvana_deploy.report.pages.ntk import headers
 from nirvana_deploy.report.table import (
-    format_bytes,
-    format_ms,
-    format_number,
-    format_seconds,
-    format_share,
     short,
 )
 

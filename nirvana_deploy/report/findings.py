@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nirvana_deploy.base.units import format_count, format_ms, format_number, format_share
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records, model_name, verifications
 from nirvana_deploy.output.variants import DENSE
@@ -21,10 +22,6 @@ from nirvana_deploy.report.pages.deployed import (
 from nirvana_deploy.report.table import (
     baseline_of,
     challengers_of,
-    format_count,
-    format_ms,
-    format_number,
-    format_share,
     format_times,
     median_of,
     short,

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.units import format_bytes, format_number, format_seconds, format_share
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.record_kinds import (
     KernelRecord,
@@ -40,10 +41,6 @@ from nirvana_deploy.report.table import (
     ABSENT,
     baseline_of,
     challengers_of,
-    format_bytes,
-    format_number,
-    format_seconds,
-    format_share,
     median_of,
     summary_table,
     text_bar,
@@ -299,7 +296,7 @@ def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]
     Reads manifest.json, plan.json and benchmark.json; a part whose record is missing is named in the report
     with the command that makes it. Raises NirvanaError when OUT holds none of them or a broken one.
     """
-    with progress.task("report", total=2) as advance:
+    with progress.task("Writing the report", total=2) as advance:
         records = read_records(out)
         context = report_context(records)
         markdown, page = out / "report.md", out / "report.html"

@@ -1,20 +1,19 @@
-"""Numbers formatted for people, and the table of variants.
+"""Comparisons formatted for people, and the table of variants.
 
-Small pure functions, shared by the report, the figures and the command line's closing summary. Bytes use
-decimal units (1 MB = 10^6 bytes), as disks and downloads do.
+Small pure functions, shared by the report, the figures and the command line's closing summary. Numbers with
+units are those of ``base/units.py``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nirvana_deploy.base.terminal import harmless
+from nirvana_deploy.base.units import format_bytes, format_count, format_ms, format_number, format_share
 
 TIMES = "\N{MULTIPLICATION SIGN}"
-MINUS = "\N{MINUS SIGN}"
 ABSENT = "\N{EM DASH}"
 """Table cell of an unmeasured value."""
 
@@ -23,58 +22,6 @@ def short(name: str, longest: int = 22) -> str:
     """A name as it fits into a figure or a title: at most ``longest`` characters, none of them a command."""
     name = harmless(name)
     return name if len(name) <= longest else f"{name[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
-
-
-def format_number(value: float, *, digits: int = 3) -> str:
-    """Format with ``digits`` significant digits, never in exponent form: 0.0123, 12.3, 1,234.
-
-    Digits left of the point are always kept: 1234 is 1,234 with any ``digits``.
-    """
-    if value == 0 or not math.isfinite(value):
-        return f"{value:.0f}"
-    exponent = int(f"{abs(value):.{digits - 1}e}".split("e")[1])
-    return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace("-", MINUS)
-
-
-def _scaled(value: float, units: Sequence[str]) -> str:
-    for unit in units[:-1]:
-        # 999.5 would round up to "1,000" of this unit
-        if abs(value) < 999.5:
-            return f"{format_number(value)} {unit}".rstrip()
-        value /= 1000
-    return f"{format_number(value)} {units[-1]}"
-
-
-def format_bytes(value_bytes: float) -> str:
-    """Bytes in decimal units with three digits: 512 B, 11.5 kB, 538 MB."""
-    return _scaled(value_bytes, ("B", "kB", "MB", "GB", "TB"))
-
-
-def format_count(count: float) -> str:
-    """A large count with three digits: 960, 46.1 k, 135 M, 8.03 B."""
-    return _scaled(count, ("", "k", "M", "B"))
-
-
-def format_ms(value_ms: float) -> str:
-    """Milliseconds, or seconds from one second on: 0.420 ms, 21.3 ms, 1.23 s."""
-    return f"{format_number(value_ms)} ms" if value_ms < 999.5 else format_seconds(value_ms / 1000)
-
-
-def format_seconds(value_s: float) -> str:
-    """A duration: 0.04 s, 12.3 s, 2 min 05 s."""
-    if value_s < 0.01:
-        return "< 0.01 s"
-    if value_s < 1:
-        return f"{value_s:.2f} s"
-    if value_s < 99.95:
-        return f"{format_number(value_s)} s"
-    minutes, seconds = divmod(round(value_s), 60)
-    return f"{minutes} min {seconds:02d} s"
-
-
-def format_share(share: float) -> str:
-    """A fraction as a percentage with one decimal: 40.0%."""
-    return f"{share * 100:.1f}%".replace("-", MINUS)
 
 
 def format_times(factor: float) -> str:

@@ -6,18 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nirvana_deploy.base.units import format_bytes, format_ms, format_number
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.report.findings import gain
-from nirvana_deploy.report.table import (
-    baseline_of,
-    challengers_of,
-    format_bytes,
-    format_change,
-    format_ms,
-    format_number,
-    format_times,
-    median_of,
-)
+from nirvana_deploy.report.table import baseline_of, challengers_of, format_change, format_times, median_of
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from nirvana_deploy.base.units import format_bytes, format_number
 from nirvana_deploy.measure.gate import perplexity_ratios
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.record_kinds import Quality, TasksRecord
@@ -19,13 +20,7 @@ from nirvana_deploy.output.variants import DENSE, PRUNED
 from nirvana_deploy.report.findings import gain, unfinished
 from nirvana_deploy.report.pages.deployed import kept_promises
 from nirvana_deploy.report.pages.quality import repeats
-from nirvana_deploy.report.table import (
-    baseline_of,
-    challengers_of,
-    format_bytes,
-    format_number,
-    format_times,
-)
+from nirvana_deploy.report.table import baseline_of, challengers_of, format_times
 
 SHIP_RATIO, CARE_RATIO = 1.1, 1.3
 """Perplexity in times of dense's, on the worst kind of text."""

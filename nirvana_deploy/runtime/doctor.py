@@ -18,8 +18,9 @@ from typing import Any
 
 import psutil
 
-from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.errors import MissingExtraError, NirvanaError, install_extra, pip_install
 from nirvana_deploy.base.machine import usable_cores
+from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.model.gguf.convert import cache_folder
 from nirvana_deploy.runtime.table import RUNTIMES, Runtime
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
@@ -65,17 +66,13 @@ def _runtimes() -> list[Finding]:
         modules.setdefault(row.module, row)
     return [
         _python(),
-        _runtime("torch", "torch", _torch_devices, fix="pip install torch"),
+        _runtime("torch", "torch", _torch_devices, fix=f"{pip_install()} torch"),
         *(
             _runtime(row.distribution, module, _DESCRIBED.get(module), fix=row.install)
             for module, row in modules.items()
         ),
-        _runtime("onnxruntime-genai", "onnxruntime_genai", fix=_install("genai")),
+        _runtime("onnxruntime-genai", "onnxruntime_genai", fix=install_extra("genai")),
     ]
-
-
-def _install(extra: str) -> str:
-    return f"pip install 'nirvana-deploy[{extra}]'"
 
 
 def _python() -> Finding:
@@ -136,9 +133,8 @@ def _device() -> Finding:
     try:
         with CudaDevice() as device:
             free, total = device.memory_bytes()
-            detail = (
-                f"{device.name}, {device.compute_capability}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-            )
+            memory = f"{format_bytes(free)} free of {format_bytes(total)}"
+            detail = f"{device.name}, {device.compute_capability}, {memory}"
             return Finding("machine", "gpu", True, detail)
     except MissingExtraError as error:
         return Finding("machine", "gpu", False, "not looked for: cuda-bindings is not installed", error.hint)
@@ -168,7 +164,7 @@ def _extra(extra: str, package: str) -> Finding:
     try:
         return Finding("extras", f"{package} [{extra}]", True, version(package))
     except PackageNotFoundError:
-        return Finding("extras", f"{package} [{extra}]", False, "not installed", _install(extra))
+        return Finding("extras", f"{package} [{extra}]", False, "not installed", install_extra(extra))
 
 
 def _machine() -> list[Finding]:
@@ -177,9 +173,12 @@ def _machine() -> list[Finding]:
     return [
         Finding("machine", "cpu", True, _cpu()),
         Finding(
-            "machine", "memory", True, f"{memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f} GB"
+            "machine",
+            "memory",
+            True,
+            f"{format_bytes(memory.available)} free of {format_bytes(memory.total)}",
         ),
-        Finding("machine", "disk", True, f"{_free_bytes(Path.cwd()) / 1e9:.1f} GB free in {Path.cwd()}"),
+        Finding("machine", "disk", True, f"{format_bytes(_free_bytes(Path.cwd()))} free in {Path.cwd()}"),
         _cache(cache),
     ]
 
@@ -207,8 +206,8 @@ def _cache(folder: Path) -> Finding:
             "machine", "cache", False, f"{folder} cannot be written", "export NIRVANA_DEPLOY_CACHE=DIR"
         )
     used_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    free = _free_bytes(existing) / 1e9
-    return Finding("machine", "cache", True, f"{folder}, {used_bytes / 1e9:.2f} GB used, {free:.1f} GB free")
+    used, free = format_bytes(used_bytes), format_bytes(_free_bytes(existing))
+    return Finding("machine", "cache", True, f"{folder}, {used} used, {free} free")
 
 
 def _free_bytes(folder: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nirvana_deploy.base.errors import install_extra, pip_install
 from nirvana_deploy.base.registry import look_up
 
 Takes = Literal["onnx", "engine", "checkpoint"]
@@ -43,11 +44,7 @@ class Runtime:
     @property
     def install(self) -> str:
         """The command that installs what it needs."""
-        return (
-            f"pip install 'nirvana-deploy[{self.extra}]'"
-            if self.extra
-            else self.fix or "nirvana-deploy doctor"
-        )
+        return install_extra(self.extra) if self.extra else self.fix or "nirvana-deploy doctor"
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -91,7 +88,7 @@ RUNTIMES: dict[str, Runtime] = {
             takes="checkpoint",
             opens="nirvana_deploy.runtime.torch:open_checkpoint",
             module="torch",
-            fix="pip install torch",
+            fix=f"{pip_install()} torch",
             device="cpu",
         ),
         Runtime("tensorrt", takes="engine", opens=_TENSORRT, module="tensorrt", extra="gpu"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.output.layout import POINTS
 from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, quantized_variant, variant_named
 from nirvana_deploy.search.ways import OWN, Way
@@ -127,7 +128,7 @@ def said(found: Found) -> str:
     if found.speedup is not None and found.name != "dense":
         facts.append(f"{found.speedup:.3g} times as fast as dense")
     if found.weights_bytes is not None:
-        facts.append(f"{found.weights_bytes / 1e6:,.3g} MB")
+        facts.append(f"{format_bytes(found.weights_bytes)}")
     return f"{found.name} ({', '.join(facts)})"
 
 

@@ -193,7 +193,7 @@ def _genai_check(
     elif not (folder / "genai_config.json").is_file():
         reason = "the folder has no genai_config.json: this flavor is not for onnxruntime-genai"
     elif find_spec("onnxruntime_genai") is None:
-        reason = "onnxruntime-genai is not installed (pip install 'nirvana-deploy[genai]')"
+        reason = "onnxruntime-genai is not installed (the extra 'genai')"
     elif not (folder / "tokenizer.json").is_file():
         reason = "the folder has no tokenizer.json, which onnxruntime-genai needs"
     if reason:

@@ -30,12 +30,11 @@ def verify(run: Run, dense: Checkpoint, *, baseline: bool, threads: int | None) 
         checkpoints = {PRUNED: run.out / CHECKPOINT}
         if baseline:
             checkpoints[DENSE] = dense.path
-        reports = {
-            name: verify_onnx(
-                checkpoint, run.out / variant_named(name).folder, threads=threads, progress=run.progress
-            )
-            for name, checkpoint in checkpoints.items()
-        }
+        reports = {}
+        for name, checkpoint in checkpoints.items():
+            folder = run.out / variant_named(name).folder
+            with run.progress.within(name):
+                reports[name] = verify_onnx(checkpoint, folder, threads=threads, progress=run.progress)
         return {name: report.to_json() for name, report in reports.items()}
 
     return Stage(stage.VERIFY, needs=(stage.CHECKPOINT, stage.ONNX, stage.DENSE_ONNX), makes=(), work=work)

@@ -120,7 +120,7 @@ def test_a_typed_dict_keeps_what_it_does_not_name() -> None:
 @pytest.mark.parametrize("found", [2, None, "1", True, 1.0])
 def test_another_schema_is_refused(tmp_path: Path, found: object) -> None:
     write_json(tmp_path / "r.json", {"schema": found, "name": "m"})
-    with pytest.raises(NirvanaError, match=rf"has schema {found!r}; this version reads schema 1\.\npip"):
+    with pytest.raises(NirvanaError, match=rf"has schema {found!r}; this version reads schema 1\.\ngit"):
         read_json(tmp_path / "r.json", Record, schema=1)
 
 

@@ -78,7 +78,7 @@ def said(within: AbstractContextManager[object], do: Callable[[], object]) -> st
 def test_whoever_runs_out_of_memory_it_is_a_sentence(ask: Callable[[], None]) -> None:
     message = said(exhaustion_errors("The stage 'x'"), ask)
     assert re.match(
-        r"The stage 'x' ran out of memory: \d+\.\d GB are free now\.\nEnd other programs", message
+        r"The stage 'x' ran out of memory: [\d.,]+ \wB are free now\.\nEnd other programs", message
     )
 
 
@@ -95,7 +95,7 @@ def test_memory_is_compared_with_what_is_free(monkeypatch: pytest.MonkeyPatch) -
     assert 0 < free_memory_bytes() < FAR_TOO_MANY
     require_memory(1, what="Nothing")
     message = said(nullcontext(), lambda: require_memory(FAR_TOO_MANY, what="All"))
-    assert re.match(r"All needs at least 1125899\.9 GB of memory, and \d+\.\d GB are free\.", message)
+    assert re.match(r"All needs at least 1,126 TB of memory, and [\d.,]+ \wB are free\.", message)
     monkeypatch.setattr(resources, "_left_to_groups", lambda: iter([7]))
     assert free_memory_bytes() == 7
 
@@ -123,7 +123,7 @@ def safetensors_writes(path: Path) -> None:
 @pytest.mark.parametrize("within", [disk_errors, lambda _: exhaustion_errors("The command")])
 def test_a_full_disk_is_a_sentence(within: Callable[[Path], AbstractContextManager[None]]) -> None:
     message = said(within(FULL), lambda: python_writes(FULL))
-    assert re.match(r"Cannot write /\S+: the disk is full \([\d.,]+ MB are free\)\.\nFree some", message)
+    assert re.match(r"Cannot write /\S+: the disk is full \([\d.,]+ \wB are free\)\.\nFree some", message)
 
 
 @pytest.mark.parametrize("write", [python_writes, safetensors_writes])
@@ -145,7 +145,7 @@ def test_a_file_that_grows_beyond_what_may_be_is_a_sentence_and_gone(
     try:
         for kind in (file, folder):
             message = said(nullcontext(), kind)
-            assert re.match(r"Cannot write .*/whole: the file is larger than .* MB are free", message)
+            assert re.match(r"Cannot write .*/whole: the file is larger than .*B are free", message)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
@@ -160,4 +160,4 @@ def test_a_file_that_cannot_be_read_is_not_said_to_be_written(tmp_path: Path) ->
 def test_disk_space_is_compared_before(tmp_path: Path) -> None:
     require_free_bytes(tmp_path / "not" / "there", 1, what="Nothing")
     message = said(nullcontext(), lambda: require_free_bytes(tmp_path, FAR_TOO_MANY, what="All"))
-    assert re.match(r"All needs about 1125899\.9 GB on the disk of \S+, which has [\d.]+ GB free\.", message)
+    assert re.match(r"All needs about 1,126 TB on the disk of \S+, which has [\d.,]+ \wB free\.", message)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,14 +76,33 @@ def test_missing_and_foreign_paths_are_refused(tmp_path: Path) -> None:
         inspect_path(tmp_path / "plan.json")
 
 
-def test_the_command_prints_a_row_with_a_bar_for_every_layer(out: Path) -> None:
-    result = CliRunner().invoke(inspect, [str(out)], catch_exceptions=False)
-    assert result.exit_code == 0
-    rows = [line for line in result.output.splitlines() if " of 1,536 " in line]
-    assert len(rows) == 30
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_command_prints_a_row_with_a_bar_for_every_layer(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = _Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    inspect.main([str(out)], standalone_mode=False)
+    shown = screen.getvalue()
+    rows = [line for line in shown.splitlines() if " of 1,536 " in line]
+    assert len(rows) == 30 and max(map(len, rows)) <= 80
     assert all("\N{FULL BLOCK}" in row for row in rows)
-    assert "40.0% of the linear weights removed" in result.output
-    assert "verification of pruned: passed, 6 checks" in result.output
+    assert "40.0% of the linear weights removed" in shown
+    assert "verification of pruned: passed, 6 checks" in shown
+
+
+def test_a_pipe_gets_columns_and_no_pictures(out: Path) -> None:
+    result = CliRunner().invoke(inspect, [str(out)], catch_exceptions=False)
+    assert result.exit_code == 0 and "\N{FULL BLOCK}" not in result.output
+    rows = [line.split("\t") for line in result.output.splitlines()]
+    assert ["layer", "KV groups", "FFN neurons"] in rows and ["folder", "size"] in rows
+    assert sum(len(row) == 3 and row[2].endswith(" of 1,536") for row in rows) == 30
 
 
 def test_the_command_prints_json_for_machines(out: Path) -> None:

@@ -17,7 +17,7 @@ from builders.tiny import write_tiny
 from click.testing import CliRunner
 
 from nirvana_deploy import prune_export
-from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.errors import MissingExtraError, NirvanaError, install_extra
 from nirvana_deploy.cli.evaluate import evaluate
 from nirvana_deploy.measure.recipe import Evaluation
 from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
@@ -120,7 +120,7 @@ def test_tasks_without_the_harness_name_the_extra(out: Path, monkeypatch: pytest
     before = (out / "quality.json").stat().st_mtime_ns
     with pytest.raises(MissingExtraError, match="'lm-eval', which is not installed") as caught:
         evaluate_folder(out, Evaluation(tasks="piqa"))
-    assert caught.value.hint == "pip install 'nirvana-deploy[eval]'"
+    assert caught.value.hint == install_extra("eval")
     assert (out / "quality.json").stat().st_mtime_ns == before  # said before any work
 
 

@@ -206,7 +206,7 @@ def test_the_command_that_merges_an_adapter_gives_the_model_with_it(tmp_path: Pa
     adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(NirvanaError) as refused:
         resolve_model(str(tmp_path / "adapter"))
-    words = shlex.split((refused.value.hint or "").partition("pip install peft, ")[2].partition(", then")[0])
+    words = shlex.split((refused.value.hint or "").partition("install peft, ")[2].partition(", then")[0])
     assert words[:2] == ["python", "-c"]
     exec(words[2])
     tokens = np.arange(5, 25)[None]

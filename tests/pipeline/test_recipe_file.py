@@ -94,7 +94,7 @@ def test_the_command_shows_it_and_its_file_does_the_same_job(tmp_path: Path) -> 
     assert shown.exit_code == 0, shown.output
     (tmp_path / "r.toml").write_text(shown.stdout)
     assert read_recipe(tmp_path / "r.toml") == job_of("smollm2", {"sparsity": 0.4, "quantize": ["w4"]})
-    again = ["prune-export", "--recipe", str(tmp_path / "r.toml"), "--sparsity", "0.3", "--dry-run", "--json"]
+    again = ["recipe", "--recipe", str(tmp_path / "r.toml"), "--sparsity", "0.3", "--json"]
     changed = CliRunner().invoke(commands, again)
     assert json.loads(changed.stdout)["pruning"]["sparsity"] == 0.3
     assert json.loads(changed.stdout)["quantization"]["quantize"] == ["w4"]

@@ -33,7 +33,7 @@ def test_anything_else_is_refused(written: str) -> None:
 def test_steps() -> None:
     assert Budget(tokens=10_000).steps(1024, step_seconds=8.0) == 9
     assert Budget(seconds=60).steps(1024, step_seconds=8.0) == 7
-    with pytest.raises(NirvanaError, match=r"end within the first step, which takes 8\.0 s here"):
+    with pytest.raises(NirvanaError, match=r"end within the first step, which takes 8\.00 s here"):
         Budget(seconds=5).steps(1024, step_seconds=8.0)
     with pytest.raises(NirvanaError, match="less than one step, which reads 1,024"):
         Budget(tokens=1000).steps(1024, step_seconds=8.0)

@@ -152,7 +152,7 @@ def test_what_cannot_be_trained_for_int8_is_said(tiny_llama: Path, monkeypatch: 
         lambda name: None if name == "onnxruntime" else find(name),
     )
     recipe = Recovery(recover="1k", recover_text="pydoc", recover_for="int8")
-    with pytest.raises(MissingExtraError, match=r"--recover-for int8 needs.*\npip install .*\[cpu\]"):
+    with pytest.raises(MissingExtraError, match=r"--recover-for int8 needs.*\n.*pip install .*\[cpu\]"):
         before.require_recovery(recipe, dense, seq_len=24)
 
 

@@ -12,9 +12,10 @@ from builders.browser import Chromium, chromium
 from builders.pages import DESKTOP, PHONE, axes_without_unit, faults, pages_of
 from builders.reports import MANY, frozen_records, with_layers, with_models, write_records
 
+from nirvana_deploy.base.units import format_bytes, format_ms, format_number
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.report.report import write_report
-from nirvana_deploy.report.table import format_bytes, format_ms, format_number, format_times
+from nirvana_deploy.report.table import format_times
 
 MOST_SHEETS = 6
 FOLDERS: dict[str, Callable[[], Records]] = {

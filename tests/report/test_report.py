@@ -20,23 +20,14 @@ import pytest
 from builders.reports import FROZEN, RECORDS, frozen, frozen_records, write_records
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.units import format_bytes, format_count, format_ms, format_number, format_seconds
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.output.results import Quantized
 from nirvana_deploy.report import findings
 from nirvana_deploy.report.figures import latency_figure
 from nirvana_deploy.report.page import markdown_text
 from nirvana_deploy.report.report import write_report
-from nirvana_deploy.report.table import (
-    format_bytes,
-    format_change,
-    format_count,
-    format_faster,
-    format_ms,
-    format_number,
-    format_seconds,
-    summary_table,
-    text_bar,
-)
+from nirvana_deploy.report.table import format_change, format_faster, summary_table, text_bar
 
 
 def report_of(out: Path, records: Records) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from builders.fake_cuda import FakeDriver
 from builders.scripts import ROOT
 from click.testing import CliRunner
 
+from nirvana_deploy.base.errors import install_extra
 from nirvana_deploy.runtime import doctor
 from nirvana_deploy.runtime.doctor import EXTRAS, Finding, examine_machine
 from nirvana_deploy.runtime.table import RUNTIMES
@@ -50,9 +51,7 @@ def test_everything_that_is_missing_has_a_command(cache: Path) -> None:
 def test_missing_runtime(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     finding = by_name(examine_machine())["onnxruntime"]
-    assert finding == Finding(
-        "runtimes", "onnxruntime", False, "not installed", "pip install 'nirvana-deploy[cpu]'"
-    )
+    assert finding == Finding("runtimes", "onnxruntime", False, "not installed", install_extra("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -75,9 +74,7 @@ def test_runtime_whose_native_library_does_not_load(
 
     monkeypatch.setattr(doctor.importlib, "import_module", broken)
     finding = by_name(examine_machine())["tensorrt"]
-    assert (
-        not finding.usable and detail in finding.detail and finding.fix == "pip install 'nirvana-deploy[gpu]'"
-    )
+    assert not finding.usable and detail in finding.detail and finding.fix == install_extra("gpu")
 
 
 def test_every_runner_says_what_it_lacks(cache: Path) -> None:
@@ -98,7 +95,7 @@ def test_a_gpu_makes_engines_usable(cache: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", FAKE_TENSORRT)
     monkeypatch.setattr(doctor, "CudaDevice", lambda: CudaDevice(driver=FakeDriver()))
     found = by_name(examine_machine())
-    assert found["gpu"] == Finding("machine", "gpu", True, "Fake L4, sm89, 1.1 of 1.1 GB free")
+    assert found["gpu"] == Finding("machine", "gpu", True, "Fake L4, sm89, 1.07 GB free of 1.07 GB")
     assert found["--runtime tensorrt"].detail.startswith("engine files, on Fake L4")
     assert not found["--runtime onnxruntime-nvtensorrtrtx"].usable
 
@@ -117,7 +114,7 @@ def test_missing_extra(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(doctor, "version", nothing)
     finding = by_name(examine_machine())["datasets [data]"]
-    assert (finding.usable, finding.fix) == (False, "pip install 'nirvana-deploy[data]'")
+    assert (finding.usable, finding.fix) == (False, install_extra("data"))
 
 
 def test_cache_that_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +126,7 @@ def test_cache_that_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPat
 def test_used_bytes_of_the_cache_are_counted(cache: Path) -> None:
     cache.mkdir()
     (cache / "weights").write_bytes(bytes(20_000_000))
-    assert "0.02 GB used" in by_name(examine_machine())["cache"].detail
+    assert "20.0 MB used" in by_name(examine_machine())["cache"].detail
 
 
 def test_extras_are_those_of_pyproject() -> None:
@@ -151,4 +148,4 @@ def test_command_prints_the_findings(cache: Path, monkeypatch: pytest.MonkeyPatc
     findings = json.loads(result.stdout)["findings"]
     assert {finding["name"] for finding in findings} == by_name(examine_machine()).keys()
     table = CliRunner().invoke(command).stdout
-    assert "onnxruntime" in table and "pip install 'nirvana-deploy[cpu]'" in table
+    assert "onnxruntime" in table and install_extra("cpu") in table

@@ -49,7 +49,7 @@ def test_it_is_read_as_it_was_written_and_another_search_is_refused(tmp_path: Pa
 
 
 def test_what_is_said_of_a_point() -> None:
-    assert said(FOUND) == "s0.2-w4 (KL 0.25, 95 MB)"
+    assert said(FOUND) == "s0.2-w4 (KL 0.25, 95.0 MB)"
     assert said(replace(FOUND, tpot_ms=12.34, speedup=2.1, weights_bytes=None)) == (
         "s0.2-w4 (KL 0.25, 12.3 ms a token, 2.1 times as fast as dense)"
     )

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import disk_errors, require_free_bytes
+from nirvana_deploy.base.units import format_bytes
 
 _ELEMENT_BYTES = 4
 
@@ -58,7 +59,7 @@ class LayerStates:
         self._open = ExitStack()
         if self.spilled:
             require_free_bytes(self._folder, self.total_bytes, what="Spilling hidden states")
-            progress.note(f"Hidden states take {self.total_bytes / 1e9:.1f} GB and go to {self._folder}.")
+            progress.note(f"Hidden states take {format_bytes(self.total_bytes)} and go to {self._folder}.")
 
     def __enter__(self) -> Self:
         if self.spilled:

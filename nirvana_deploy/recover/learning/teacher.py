@@ -20,6 +20,7 @@ from nirvana_deploy.base.artifact import whole_folder, write_json
 from nirvana_deploy.base.progress import Progress
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.resources import disk_errors, require_free_bytes
+from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.reading import stack_lengths
 from nirvana_deploy.prune.streaming.model import StreamedModel, micro_batches
@@ -93,7 +94,7 @@ def store_states(dense: Checkpoint, windows: NDArray[np.int64], folder: Path, *,
         return
     needed_bytes = stored_bytes(dense, *windows.shape)
     require_free_bytes(folder.parent, needed_bytes, what="Keeping the dense model's states")
-    progress.note(f"The dense model's states take {needed_bytes / 1e9:.2f} GB on disk during the training.")
+    progress.note(f"The dense model's states take {format_bytes(needed_bytes)} on disk during the training.")
     model = StreamedModel(dense)
     positions, width = model.read(torch.from_numpy(windows[:1]))[-1].shape[1], dense.shape.hidden_size
     at_once = max(_MICRO_BATCH, _AT_ONCE_BYTES // (4 * positions * width))

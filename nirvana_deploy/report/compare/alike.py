@@ -8,11 +8,12 @@ from functools import partial
 from hashlib import sha256
 from typing import Any
 
+from nirvana_deploy.base.units import format_ms, format_number
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records, model_name
 from nirvana_deploy.output.results import QualityMeasured
 from nirvana_deploy.report.facts import evaluation_source
-from nirvana_deploy.report.table import baseline_of, format_ms, format_number, median_of
+from nirvana_deploy.report.table import baseline_of, median_of
 
 _MACHINE = ("cpu", "logical_cores", "gpu", "platform", "onnxruntime")
 """Facts of the environment that times depend on."""

@@ -7,18 +7,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from nirvana_deploy.base.units import format_bytes, format_ms, format_number, format_share
 from nirvana_deploy.report.compare.comparison import Comparison, Row
 from nirvana_deploy.report.page import PlacedFigure, environment, markdown_environment
 from nirvana_deploy.report.pages.plane import MEGABYTES, MILLISECONDS, Point, front_of, plane_figure
-from nirvana_deploy.report.table import (
-    ABSENT,
-    Table,
-    format_bytes,
-    format_ms,
-    format_number,
-    format_share,
-    format_times,
-)
+from nirvana_deploy.report.table import ABSENT, Table, format_times
 
 GENERATOR = "nirvana-deploy report --compare"
 """What a page says of its origin, near its beginning."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nirvana_deploy.base.units import format_number
 from nirvana_deploy.output.layout import CURVES_FILE
 from nirvana_deploy.output.records import LayerWidth
 from nirvana_deploy.prune.curves.curve import Curve, Curves, read_curves
@@ -19,7 +20,6 @@ from nirvana_deploy.report.drawing import (
     name_axes,
     new_figure,
 )
-from nirvana_deploy.report.table import format_number
 
 _FFN_SHARE = 0.3
 """Share of an FFN's neurons whose loss is drawn."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from nirvana_deploy.base.units import format_bytes, format_number, format_seconds
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.output.results import EnginesBuilt, QualityMeasured, Quantized
 from nirvana_deploy.output.variants import DENSE, PRUNED, quantized_variant
-from nirvana_deploy.report.table import ABSENT, format_bytes, format_number, format_seconds
+from nirvana_deploy.report.table import ABSENT
 
 QUANTIZED_HEADERS = ("Model", "Linears in integer kernels", "Weight file", "KL to its float model")
 ENGINE_HEADERS = ("Engine", "For", "Size", "Weights", "Fused attentions", "Built in", "GPUs")

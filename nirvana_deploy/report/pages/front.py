@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
+from nirvana_deploy.base.units import format_bytes, format_ms, format_number
 from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.report.page import environment
 from nirvana_deploy.report.pages.plane import (
@@ -19,7 +20,7 @@ from nirvana_deploy.report.pages.plane import (
     Point,
     plane_figure,
 )
-from nirvana_deploy.report.table import ABSENT, format_bytes, format_ms, format_number, format_times
+from nirvana_deploy.report.table import ABSENT, format_times
 from nirvana_deploy.search.front import Cost, Recommendation, front, quantization_alone
 from nirvana_deploy.search.point import Found, said
 
@@ -38,6 +39,8 @@ HEADERS = (
 )
 BRIEF = ("Point", "KL to dense", "to dense's", "Zero-shot", "Decode", "Speed-up", "Weight file", "")
 """The columns that fit a terminal."""
+BRIEF_NAMES = {"to dense's": "Perplexity", "": "Note"}
+"""What some of them are called there, where none stands beside them."""
 _LIMITS: dict[str, tuple[str, Callable[[float], str]]] = {
     "max_kl": ("KL to dense", format_number),
     "max_perplexity_ratio": ("perplexity", lambda limit: f"{format_times(limit)} dense's"),

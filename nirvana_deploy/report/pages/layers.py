@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
+from nirvana_deploy.base.units import format_number
 from nirvana_deploy.output.records import LayerWidth
 from nirvana_deploy.report.drawing import (
     COLOURS,
@@ -20,7 +21,6 @@ from nirvana_deploy.report.drawing import (
     name_axes,
     new_figure,
 )
-from nirvana_deploy.report.table import format_number
 
 _FEWEST = 6
 """Layers that a figure has room for at least: a single one is no wall."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from nirvana_deploy.report.table import format_number, format_share
+from nirvana_deploy.base.units import format_number, format_share
 
 
 def explain(record: Mapping[str, Any]) -> tuple[str, ...]:

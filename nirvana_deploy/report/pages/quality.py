@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from nirvana_deploy.base.units import format_number
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.record_kinds import Quality
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
 from nirvana_deploy.output.variants import DENSE, PRUNED
 from nirvana_deploy.report.pages.recovery import recovery_of
-from nirvana_deploy.report.table import ABSENT, format_number, format_times
+from nirvana_deploy.report.table import ABSENT, format_times
 
 _NOTHING = "(nothing)"
 _LEAST_TRIPLES, _DISTINCT = 6, 0.7

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from nirvana_deploy.base.units import format_number
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.recover.record import Recovered
 from nirvana_deploy.report.drawing import COLOURS, bare, entitle, inline_svg, name_axes, new_figure
-from nirvana_deploy.report.table import format_number
 
 
 def recovery_of(records: Records) -> Recovered | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nirvana_deploy.report.table import ABSENT, MINUS
+from nirvana_deploy.base.units import MINUS
+from nirvana_deploy.report.table import ABSENT
 
 _ERROR = "_stderr,"
 

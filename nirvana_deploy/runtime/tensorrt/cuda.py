@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.units import format_bytes
 
 _SUCCESS = 0
 _OUT_OF_MEMORY = 2
@@ -173,8 +174,8 @@ class CudaDevice:
         if int(status) == _OUT_OF_MEMORY:
             free, total = self.memory_bytes()
             raise CudaError(
-                f"{self.name} has no room for the {what}: {size_bytes / 1e6:,.1f} MB are needed, "
-                f"{free / 1e6:,.1f} of {total / 1e6:,.1f} MB are free.",
+                f"{self.name} has no room for the {what}: {format_bytes(size_bytes)} are needed, "
+                f"{format_bytes(free)} of {format_bytes(total)} are free.",
                 name="CUDA_ERROR_OUT_OF_MEMORY",
                 hint=hint,
             )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.errors import MissingExtraError, NirvanaError, pip_install
 from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.runtime.table import engine_runtimes
 from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
@@ -57,7 +57,7 @@ def require_version(record: EngineRecord, installed: str) -> None:
         raise NirvanaError(
             f"{record.engine_file} was built by {record.runtime} {record.runtime_version}; "
             f"{installed} is installed, and an engine is read by {'.'.join(built)} alone.",
-            hint=f"Build it again, or: pip install '{package}=={record.runtime_version}'",
+            hint=f"Build it again, or: {pip_install()} '{package}=={record.runtime_version}'",
         )
 
 

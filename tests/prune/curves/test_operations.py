@@ -20,7 +20,8 @@ def test_a_refit_is_two_and_a_half_passes_and_a_gram_matrix_of_every_reader(tiny
         for layer in shape.layers
         for width in (layer.query_heads * shape.head_dim, layer.ffn_width)
     )
-    assert refit_operations(shape, 100) == pytest.approx(200 * (2.5 * shape.linear_parameters + grams))
+    more = refit_operations(shape, 200) - refit_operations(shape, 100)  # what is solved depends on no text
+    assert more == pytest.approx(200 * (2.5 * shape.linear_parameters + grams))
 
 
 def test_curves_read_no_more_than_their_tokens(tiny_llama: Path) -> None:

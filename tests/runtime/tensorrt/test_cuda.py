@@ -93,7 +93,7 @@ def test_no_room_says_how_much_and_what_to_lower() -> None:
         with pytest.raises(CudaError) as caught:
             device.allocate(2_500_000, "KV cache", hint="Build it with --max-batch 1")
     assert caught.value.message == (
-        "Fake L4 has no room for the KV cache: 2.5 MB are needed, 2.0 of 3.0 MB are free."
+        "Fake L4 has no room for the KV cache: 2.50 MB are needed, 2.00 MB of 3.00 MB are free."
     )
     assert caught.value.hint == "Build it with --max-batch 1"
     assert driver.leaks == {}  # what was allocated before is freed
@@ -277,7 +277,7 @@ with CudaDevice() as device:
     try:
         device.allocate(600_000, "cache")
     except CudaError as error:
-        assert error.message.startswith("Stand-in has no room for the cache: 0.6 MB are needed"), error
+        assert error.message.startswith("Stand-in has no room for the cache: 600 kB are needed"), error
     else:
         raise AssertionError("the device has no room for that")
     try:

@@ -22,7 +22,7 @@ from builders.fake_tensorrt import (
 )
 
 from nirvana_deploy.base.artifact import write_json
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, pip_install
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
@@ -406,7 +406,7 @@ def test_an_engine_of_another_version(tiny_engine: Path) -> None:
         "model.engine was built by tensorrt-rtx 1.7.1.116; 1.6.0.31 is installed, and an engine is read by "
         "1.7 alone."
     )
-    assert error.hint == "Build it again, or: pip install 'tensorrt-rtx-cu12==1.7.1.116'"
+    assert error.hint == f"Build it again, or: {pip_install()} 'tensorrt-rtx-cu12==1.7.1.116'"
 
 
 def test_a_wrong_compute_capability(tiny_engine: Path) -> None:
