@@ -69,7 +69,7 @@ def prune_export(
     elif model is None:
         raise click.UsageError("Missing argument 'MODEL'.")
     else:
-        from nirvana_deploy.pipeline.target import meet_target
+        from nirvana_deploy.pipeline.searching.target import meet_target
 
         done = meet_target(model, target, out=out, **how, **typed(options)).deployment
     if as_json:

@@ -60,7 +60,7 @@ def search(
     """
     from nirvana_deploy.pipeline.forecast.search import forecast_search
     from nirvana_deploy.pipeline.recipe_file import read_recipe
-    from nirvana_deploy.pipeline.search import search_points
+    from nirvana_deploy.pipeline.searching.search import search_points
     from nirvana_deploy.report.pages.front import BRIEF, BRIEF_NAMES, columns, rows
 
     recipe, target = taken(Search, options), taken(Target, options)

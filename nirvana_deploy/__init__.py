@@ -56,7 +56,7 @@ _PUBLIC = {
     "known_families": "nirvana_deploy.model.families",
     "known_models": "nirvana_deploy.model.sources",
     "load_checkpoint": "nirvana_deploy.model.checkpoint",
-    "meet_target": "nirvana_deploy.pipeline.target",
+    "meet_target": "nirvana_deploy.pipeline.searching.target",
     "package_engines": "nirvana_deploy.package.stage",
     "package_gguf": "nirvana_deploy.package.stage",
     "package_triton": "nirvana_deploy.package.stage",
@@ -71,7 +71,7 @@ _PUBLIC = {
     "recover_folder": "nirvana_deploy.pipeline.folder",
     "report_folder": "nirvana_deploy.pipeline.folder",
     "run_job": "nirvana_deploy.pipeline.prune_export",
-    "search_points": "nirvana_deploy.pipeline.search",
+    "search_points": "nirvana_deploy.pipeline.searching.search",
     "select_calibration": "nirvana_deploy.pipeline.alone.calibration",
     "verify_folder": "nirvana_deploy.verify.folder",
     "verify_onnx_folder": "nirvana_deploy.verify.folder",
@@ -158,8 +158,8 @@ if TYPE_CHECKING:
     from nirvana_deploy.pipeline.job import job_of
     from nirvana_deploy.pipeline.prune_export import prune_by_plan, prune_export, run_job
     from nirvana_deploy.pipeline.recipe_file import read_recipe, recipe_toml
-    from nirvana_deploy.pipeline.search import search_points
-    from nirvana_deploy.pipeline.target import meet_target
+    from nirvana_deploy.pipeline.searching.search import search_points
+    from nirvana_deploy.pipeline.searching.target import meet_target
     from nirvana_deploy.prune.plan import PrunePlan
     from nirvana_deploy.prune.plan_file import read_plan
     from nirvana_deploy.prune.recipe import Selection

@@ -15,12 +15,12 @@ from click.testing import CliRunner
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
-from nirvana_deploy.pipeline import cuts as cutting
-from nirvana_deploy.pipeline.cuts import cuts_of, tried_options
 from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.pipeline.prune_export import run_job
 from nirvana_deploy.pipeline.recipe_file import read_recipe
-from nirvana_deploy.pipeline.search import Searched, search_points
+from nirvana_deploy.pipeline.searching import cuts as cutting
+from nirvana_deploy.pipeline.searching.cuts import cuts_of, tried_options
+from nirvana_deploy.pipeline.searching.search import Searched, search_points
 from nirvana_deploy.search.point import Point
 from nirvana_deploy.search.recipe import Search, Target
 from nirvana_deploy.search.ways import ways_of

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
-from nirvana_deploy.pipeline import target as meeting
-from nirvana_deploy.pipeline.target import meet_target
+from nirvana_deploy.pipeline.searching import target as meeting
+from nirvana_deploy.pipeline.searching.target import meet_target
 from nirvana_deploy.search.point import Found
 from nirvana_deploy.search.recipe import Target
 

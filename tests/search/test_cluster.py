@@ -22,7 +22,7 @@ from builders.jobs import SHORT
 from builders.tiny import write_tiny
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError, install_extra
-from nirvana_deploy.pipeline.search import search_points
+from nirvana_deploy.pipeline.searching.search import search_points
 from nirvana_deploy.search import cluster as clusters
 from nirvana_deploy.search.recipe import Search, Where
 from nirvana_deploy.search.workers import run_points

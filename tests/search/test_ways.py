@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.pipeline.cuts import tried_options
+from nirvana_deploy.pipeline.searching.cuts import tried_options
 from nirvana_deploy.search.ways import OWN, Way, ways_of
 
 

@@ -10,11 +10,11 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import MANIFEST
 from nirvana_deploy.output.run import require_free
-from nirvana_deploy.pipeline.cuts import cuts_of
 from nirvana_deploy.pipeline.forecast.costs import taken_stages
 from nirvana_deploy.pipeline.forecast.forecast import Forecast, forecast, probed, without
 from nirvana_deploy.pipeline.job import Job
-from nirvana_deploy.pipeline.search import cuts_in, job_of_search
+from nirvana_deploy.pipeline.searching.cuts import cuts_of
+from nirvana_deploy.pipeline.searching.search import cuts_in, job_of_search
 from nirvana_deploy.search.recipe import Search, precisions_of, sparsities_of
 
 

@@ -18,8 +18,8 @@ from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import MANIFEST, TARGET_FILE
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.pipeline.job import Job, JobOptions, job_of
-from nirvana_deploy.pipeline.points import found_in, timed_points
 from nirvana_deploy.pipeline.prune_export import Deployment, run_job, workload_of
+from nirvana_deploy.pipeline.searching.points import found_in, timed_points
 from nirvana_deploy.prune.curves.budget import largest_sparsity_of
 from nirvana_deploy.prune.cutting import budget_of, reads_curves
 from nirvana_deploy.prune.plan import default_gamma, largest_sparsity

@@ -31,10 +31,10 @@ from nirvana_deploy.output.layout import (
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.pipeline.before import read_files
-from nirvana_deploy.pipeline.cuts import cuts_of, job_in, make_cuts, tried_options
 from nirvana_deploy.pipeline.job import Job, JobOptions, job_of, plain
-from nirvana_deploy.pipeline.points import found_in, points_on_tasks, timed_points
 from nirvana_deploy.pipeline.prune_export import workload_of
+from nirvana_deploy.pipeline.searching.cuts import cuts_of, job_in, make_cuts, tried_options
+from nirvana_deploy.pipeline.searching.points import found_in, points_on_tasks, timed_points
 from nirvana_deploy.prune.choosing.choices import listed
 from nirvana_deploy.report.pages.front import BRIEF, columns, rows, search_csv, search_page, search_record
 from nirvana_deploy.search.front import Recommendation, recommend, worth_timing

@@ -1,0 +1,1 @@
+"""Searches and budgets: several cuts of one job, and which of them to take."""
