@@ -194,9 +194,10 @@ def test_the_map_streams_from_an_engine(
     finished: Path, gpu: FakeDriver, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (ROOT / "nirvana_deploy" / "README.md").read_text(encoding="utf-8")
-    (source,) = re.findall(r"```python\n([^`]*TensorRTRunner.*?)```", page, flags=re.DOTALL)
-    source = source.replace("smollm2-s0.4/engine/pruned", str(finished / "engine" / "smaller"))
-    source = source.replace("smollm2-s0.4", str(finished)).replace("max_new_tokens=64", "max_new_tokens=5")
+    (source,) = re.findall(r"```python\n([^`]*generate_text\(.*?)```", page, flags=re.DOTALL)
+    engine = finished / "engine" / "smaller.engine"
+    source = re.sub("^benchmark_folder.*$", "", source, flags=re.MULTILINE)
+    source = source.replace("smollm2-s0.4", str(engine)).replace("max_new_tokens=64", "max_new_tokens=5")
     exec(compile(source, "README.md", "exec"), {})  # the page's own lines
     streamed = capsys.readouterr().out.replace("\n", "")
     expected = run_command("generate", finished / "onnx", "--prompt", "The capital of France is")

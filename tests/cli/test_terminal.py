@@ -125,9 +125,11 @@ def test_commands_print_through_one_place() -> None:
     assert printing == {"common.py"}
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_what_a_pipe_cannot_encode_is_a_question_mark(encoding: str) -> None:
-    plan = ROOT / "tests/report/data/plan.json"
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+def test_what_a_pipe_cannot_encode_is_a_question_mark(encoding: str, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    text = (ROOT / "tests/report/data/plan.json").read_text(encoding="utf-8")
+    plan.write_text(text.replace('"smollm2"', '"\u30e2\u30c7\u30eb"'), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "nirvana_deploy", "inspect", str(plan)],
         env={**child_environment(), "PYTHONIOENCODING": encoding},

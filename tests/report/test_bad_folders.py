@@ -12,6 +12,7 @@ from builders.pages import DESKTOP, PHONE, axes_without_unit, faults
 from builders.reports import frozen_records, with_layers, with_models, write_records
 from click.testing import CliRunner
 
+from nirvana_deploy.base.errors import upgrade
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.output.records import Records
 from nirvana_deploy.report.report import write_report
@@ -131,5 +132,5 @@ def test_records_of_a_later_version_are_an_error_that_says_so(tmp_path: Path, re
     out = write_records(tmp_path / "out", records)
     found = CliRunner().invoke(commands, ["report", str(out)])
     assert f"{record}.json has schema 2" in str(found.exception)
-    assert "pip install --upgrade nirvana-deploy" in str(getattr(found.exception, "hint", ""))
+    assert upgrade() in str(getattr(found.exception, "hint", ""))
     assert not (out / "report.html").exists()
