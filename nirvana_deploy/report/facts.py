@@ -50,16 +50,18 @@ def _spelled(key: str) -> str:
 
 
 def _speed_facts(benchmark: Mapping[str, Any]) -> Facts:
-    """Spread of the speed-ups over rounds."""
+    """Where the speed-ups truly are, or their spread over rounds."""
     facts = []
     for comparison in benchmark.get("comparisons") or ():
-        spreads = [
-            f"{label} {format_times(spread[0])} to {format_times(spread[1])}"
-            for metric, label in (("tpot", "decode"), ("prefill", "prefill"))
-            if (spread := comparison.get(f"{metric}_speedup_p10_p90"))
-        ]
+        spreads, what = [], "p10 to p90"
+        for metric, label in (("tpot", "decode"), ("prefill", "prefill")):
+            low_high = comparison.get(f"{metric}_speedup_p10_p90")
+            if found := comparison.get(f"{metric}_speedup_interval"):
+                low_high, what = (found["low"], found["high"]), f"median, {found['confidence']:.1%} sure"
+            if low_high:
+                spreads.append(f"{label} {format_times(low_high[0])} to {format_times(low_high[1])}")
         if spreads:
-            facts.append((f"Speed-up of {comparison['variant']}, p10 to p90", ", ".join(spreads)))
+            facts.append((f"Speed-up of {comparison['variant']}, {what}", ", ".join(spreads)))
     return tuple(facts)
 
 

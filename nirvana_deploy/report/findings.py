@@ -44,8 +44,14 @@ class Gain:
     speedup: float
     bound: float | None
     """Speed-up allowed by fewer bytes (decode) or operations (prefill); None if not recorded."""
-    spread: tuple[float, float] | None = None
-    """10th and 90th percentile of the speed-up over the rounds; None if not recorded."""
+    interval: tuple[float, float] | None = None
+    """Where its true value is (``measure/rounds/ratios.py``), or the 10th and 90th percentile over the rounds
+    where no more was recorded; None if nothing was."""
+
+    @property
+    def shows_difference(self) -> bool:
+        """Whether 1 is not in the interval."""
+        return self.speedup != 1 and not (self.interval and self.interval[0] <= 1 <= self.interval[1])
 
     @property
     def share_of_bound(self) -> float | None:
@@ -63,13 +69,14 @@ def gain(
     before, after = (median_of(v, f"{metric}_ms") if v else None for v in (baseline, variant))
     if not before or not after:
         return None
-    low_high = recorded.get(f"{metric}_speedup_p10_p90")
+    found = recorded.get(f"{metric}_speedup_interval")
+    low_high = (found["low"], found["high"]) if found else recorded.get(f"{metric}_speedup_p10_p90")
     return Gain(
         before_ms=before,
         after_ms=after,
         speedup=recorded.get(f"{metric}_speedup") or before / after,
         bound=recorded.get(f"bound_{metric}_speedup"),
-        spread=(low_high[0], low_high[1]) if low_high else None,
+        interval=(low_high[0], low_high[1]) if low_high else None,
     )
 
 
@@ -207,7 +214,7 @@ def _is_short(speed: Gain) -> bool:
 
 
 def cautions(records: Records) -> tuple[str, ...]:
-    """Return the caveats to the headline, if any: broken promises, then the others, the shortest first."""
+    """Return the caveats to the headline, if any: broken promises, a busy machine, the others by length."""
     benchmark = records.benchmark or {}
     found = [
         _worth_caution(benchmark),
@@ -216,8 +223,9 @@ def cautions(records: Records) -> tuple[str, ...]:
         *_speed_cautions(benchmark, "Decode", "tpot"),
         *_speed_cautions(benchmark, "Prefill", "prefill"),
     ]
+    watched = (benchmark.get("watch") or {}).get("cautions") or ()
     broken = [_verification_caution(records), quantization_caution(records)]
-    return tuple(one for one in (*broken, *sorted(filter(None, found), key=len)) if one)
+    return tuple(one for one in (*broken, *watched, *sorted(filter(None, found), key=len)) if one)
 
 
 @dataclass(frozen=True)

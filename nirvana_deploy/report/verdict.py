@@ -17,7 +17,7 @@ from nirvana_deploy.output.record_kinds import Quality, TasksRecord
 from nirvana_deploy.output.records import Records, verifications
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
 from nirvana_deploy.output.variants import DENSE, PRUNED
-from nirvana_deploy.report.findings import gain, unfinished
+from nirvana_deploy.report.findings import Gain, gain, unfinished
 from nirvana_deploy.report.pages.deployed import kept_promises
 from nirvana_deploy.report.pages.quality import repeats
 from nirvana_deploy.report.table import baseline_of, challengers_of, format_times
@@ -132,14 +132,14 @@ def _judge(records: Records, baseline: Mapping[str, Any], variant: Mapping[str, 
     facts: list[str] = []
     care: list[str] = []
     no: list[str] = []
-    speedup, low, high = _speedup(records.benchmark or {}, variant)
+    decode = gain(records.benchmark or {}, variant, "tpot")
+    speedup = decode.speedup if decode else 0.0
     size, dense_size = variant.get("weights_bytes"), baseline.get("weights_bytes")
-    if speedup:
-        spread = f" ({format_times(low)} to {format_times(high)})" if low and high else ""
-        facts.append(f"{format_times(speedup)} as fast as dense{spread}")
+    if decode:
+        facts.append(_speed_said(decode))
     if size and dense_size:
         facts.append(f"{format_bytes(size)} instead of {format_bytes(dense_size)}")
-    faster = speedup > 1 and (low is None or low > 1)
+    faster = decode is not None and speedup > 1 and decode.shows_difference
     smaller = bool(size and dense_size and size <= _SMALLER * dense_size)
     if not faster and not smaller:
         no.append("neither faster nor smaller than dense")
@@ -176,13 +176,12 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f} times"
 
 
-def _speedup(
-    benchmark: Mapping[str, Any], variant: Mapping[str, Any]
-) -> tuple[float, float | None, float | None]:
-    """Of decoding, with its spread over the rounds; 0 where it was not measured."""
-    found = gain(benchmark, variant, "tpot")
-    low, high = (found.spread if found else None) or (None, None)
-    return found.speedup if found else 0.0, low, high
+def _speed_said(decode: Gain) -> str:
+    low, high = decode.interval or (None, None)
+    between = f" ({format_times(low)} to {format_times(high)})" if low and high else ""
+    if not decode.shows_difference:
+        return f"no difference in speed shown{between}"
+    return f"{format_times(decode.speedup)} as fast as dense{between}"
 
 
 def _quality(

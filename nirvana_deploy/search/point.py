@@ -74,7 +74,8 @@ class Found:
     """Median over the rounds; None where it was not timed."""
     speedup: float | None = None
     """Of decoding over the dense model in float, in the same rounds."""
-    speedup_p10_p90: tuple[float, float] | None = None
+    speedup_interval: tuple[float, float] | None = None
+    """Where its true median is (``measure/rounds/ratios.py``)."""
 
     @property
     def point(self) -> Point:

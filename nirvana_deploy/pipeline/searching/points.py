@@ -59,14 +59,14 @@ def timed_points(
     timed = []
     for variant, one in zip(record["variants"], points, strict=True):
         variant["path"] = f"{one.folder}/{one.variant.folder}"
-        gain = gains.get(one.name, {"tpot_speedup": 1.0, "tpot_speedup_p10_p90": (1.0, 1.0)})
-        low, high = gain["tpot_speedup_p10_p90"]
+        gain = gains.get(one.name, {"tpot_speedup": 1.0, "tpot_speedup_interval": {"low": 1.0, "high": 1.0}})
+        between = gain["tpot_speedup_interval"]
         timed.append(
             replace(
                 one,
                 tpot_ms=variant["tpot_ms"]["p50"],
                 speedup=gain["tpot_speedup"],
-                speedup_p10_p90=(low, high),
+                speedup_interval=(between["low"], between["high"]),
             )
         )
     return timed, record

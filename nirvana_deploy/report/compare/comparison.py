@@ -40,7 +40,7 @@ class Row:
     tpot_ms: float | None
     speedup: float | None
     """Of decoding, over the dense model of the same folder."""
-    speedup_p10_p90: tuple[float, float] | None
+    interval: tuple[float, float] | None
     level: Level | None
     """None for the dense model itself."""
     against: tuple[str, ...]
@@ -149,7 +149,7 @@ def _rows_of(folder: Folder) -> Iterator[Row]:
             ttft_ms=median_of(variant, "ttft_ms"),
             tpot_ms=median_of(variant, "tpot_ms"),
             speedup=speed.speedup if speed else None,
-            speedup_p10_p90=speed.spread if speed else None,
+            interval=speed.interval if speed else None,
             level=verdict_of.level if verdict_of else None,
             against=verdict_of.against if verdict_of else (),
         )

@@ -50,7 +50,7 @@ def table(comparison: Comparison) -> Table:
         *(f"Perplexity, {kind}" for kind in kinds),
         "First token",
         "Per token",
-        "Speed-up (p10 to p90)",
+        "Speed-up (from, to)",
     )
     return Table(headers, tuple(_row(one, kinds, several=several) for one in comparison.rows))
 
@@ -58,7 +58,7 @@ def table(comparison: Comparison) -> Table:
 def _row(one: Row, kinds: list[str], *, several: bool) -> tuple[str, ...]:
     error = one.kl_standard_error
     noise = f" \N{PLUS-MINUS SIGN} {format_number(error, digits=2)}" if error else ""
-    low, high = one.speedup_p10_p90 or (None, None)
+    low, high = one.interval or (None, None)
     spread = f" ({format_times(low)} to {format_times(high)})" if low and high else ""
     return (
         one.name,

@@ -33,7 +33,7 @@ HEADERS = (
     "Zero-shot",
     "Decode",
     "Speed-up",
-    "p10 to p90",
+    "from, to",
     "Weight file",
     "",
 )
@@ -167,7 +167,7 @@ def _row(record: Mapping[str, Any], one: Mapping[str, Any]) -> dict[str, str]:
         words = cell(value, partial(format_number, digits=digits))
         return f"{words} \N{PLUS-MINUS SIGN} {format_number(error, digits=2)}" if error else words
 
-    low_high = None if one["name"] == DENSE else one["speedup_p10_p90"]
+    low_high = None if one["name"] == DENSE else one["speedup_interval"]
     note = "recommended" if one["name"] == record["recommended"] else ""
     if one["failed"]:
         note = f"failed: {one['failed']}"
@@ -181,7 +181,7 @@ def _row(record: Mapping[str, Any], one: Mapping[str, Any]) -> dict[str, str]:
         "Zero-shot": spread(one["accuracy"], one["accuracy_standard_error"]),
         "Decode": cell(one["tpot_ms"], format_ms),
         "Speed-up": cell(one["speedup"], format_times),
-        "p10 to p90": f"{format_times(low_high[0])} to {format_times(low_high[1])}" if low_high else ABSENT,
+        "from, to": f"{format_times(low_high[0])} to {format_times(low_high[1])}" if low_high else ABSENT,
         "Weight file": cell(one["weights_bytes"], format_bytes),
         "": note,
     }

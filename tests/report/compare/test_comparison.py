@@ -61,7 +61,7 @@ def test_a_row_for_each_model_and_the_one_to_take_by_the_rules_of_the_verdict() 
     assert found.alike.cautions == () and found.alike.times and found.alike.quality
     last = found.rows[-1]
     assert (last.speedup, last.weights_bytes, last.kl) == (1.8, 99_000_000, 0.08)
-    assert last.speedup_p10_p90 == pytest.approx((1.746, 1.854))
+    assert last.interval == pytest.approx((1.746, 1.854))
     assert last.perplexity_ratios == pytest.approx(
         {"held-out text": 1.08, "pydoc": 1.08, "code": 0.72}, rel=1e-3
     )

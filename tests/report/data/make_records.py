@@ -189,6 +189,7 @@ benchmark = {
         "threads": 2,
         "seed": 0,
     },
+    "watch": {"cautions": ["The clock went between 1,500 and 2,000 MHz."]},
     "evaluation": {"source": "pydoc, held-out windows", "windows": 64, "window_tokens": 128},
     "variants": [dense, pruned],
     "comparisons": [
@@ -197,7 +198,9 @@ benchmark = {
             "baseline": "dense",
             "tpot_speedup": dense["tpot_ms"]["p50"] / pruned["tpot_ms"]["p50"],
             "tpot_speedup_p10_p90": [1.41, 1.45],
+            "tpot_speedup_interval": {"p50": 1.43, "low": 1.415, "high": 1.445, "confidence": 0.9883},
             "prefill_speedup_p10_p90": [1.43, 1.5],
+            "prefill_speedup_interval": {"p50": 1.47, "low": 1.44, "high": 1.49, "confidence": 0.9883},
             "bound_tpot_speedup": decode_bytes_bound,
             "prefill_speedup": dense["prefill_ms"]["p50"] / pruned["prefill_ms"]["p50"],
             "bound_prefill_speedup": 1.5712,
