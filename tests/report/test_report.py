@@ -294,6 +294,14 @@ def test_gain_is_the_recorded_speed_up_or_else_the_ratio_of_medians() -> None:
     assert plain.share_of_bound is None
 
 
+def test_a_busy_machine_is_named_before_what_is_said_of_the_models() -> None:
+    records = frozen_records()
+    assert records.benchmark is not None
+    usual = findings.cautions(records)
+    records.benchmark["watch"] = {"cautions": ["The machine was busy."]}
+    assert findings.cautions(records) == ("The machine was busy.", *usual)
+
+
 def test_the_perplexity_caution_starts_above_half_as_much_again() -> None:
     records = frozen_records()
     assert records.benchmark is not None

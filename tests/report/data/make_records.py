@@ -189,7 +189,6 @@ benchmark = {
         "threads": 2,
         "seed": 0,
     },
-    "watch": {"cautions": ["The clock went between 1,500 and 2,000 MHz."]},
     "evaluation": {"source": "pydoc, held-out windows", "windows": 64, "window_tokens": 128},
     "variants": [dense, pruned],
     "comparisons": [
