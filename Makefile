@@ -1,6 +1,7 @@
 # make demo: the main job on the embedded default model.   make test: all tests, ruff and mypy among them.
 # make unit: the quick tests.   make lint: ruff, mypy and the help pages.
 # make campaign: attempts to break the command line, the long form (benchmarks/campaign/README.md).
+# make docs: the documentation site, build/docs/index.html; a warning is an error.
 # make fuzz: the readers of foreign bytes under atheris, a minute each.
 # make sbom: build/sbom.json, a CycloneDX list of what .venv holds.   make audit: known vulnerabilities of those versions.
 # Each makes .venv on first use, with the exact versions of constraints.txt.
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TOOLS := build/tools/bin
 
-.PHONY: demo test unit lint campaign fuzz sbom audit clean
+.PHONY: demo test unit lint docs campaign fuzz sbom audit clean
 
 demo: .venv/.demo-ready
 	$(BIN)/nirvana-deploy prune-export smollm2 --sparsity 0.2 --preset fast --quantize w4 --quantize-head --out demo --force
@@ -21,6 +22,9 @@ unit: .venv/.test-ready
 
 lint: .venv/.test-ready
 	$(BIN)/python -m pytest -m gate tests/test_gates.py tests/cli
+
+docs: .venv/.test-ready
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs build/docs
 
 campaign: .venv/.test-ready
 	$(BIN)/python benchmarks/campaign --long
@@ -49,7 +53,7 @@ clean:
 	touch $@
 
 .venv/.test-ready: .venv/.demo-ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[cpu,eval,genai,gguf,recover,rtx,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[cpu,docs,eval,genai,gguf,recover,rtx,test]'
 	touch $@
 
 build/fuzz/.ready: .venv/.test-ready Makefile

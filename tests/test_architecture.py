@@ -289,8 +289,8 @@ def test_tests_mirror_the_sources() -> None:
     """A folder of tests is a room; a test file imports its own room, or runs it as a program."""
     tests = ROOT / "tests"
     folders = {path.name for path in tests.iterdir() if any(path.glob("**/test_*.py"))}
-    assert folders <= {*ROOMS, "benchmarks"}
-    programs = {"benchmarks", "cli", "pipeline"}
+    assert folders <= {*ROOMS, "benchmarks", "docs"}
+    programs = {"benchmarks", "cli", "docs", "pipeline"}
     strangers = set()
     for path in tests.glob("*/**/test_*.py"):
         room, *_ = inside = path.relative_to(tests).parts[:-1]

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import inspect
+import itertools
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
+from builders.extras import EXTRAS
 from builders.scripts import ROOT, script
 from builders.tiny import write_tiny
 from click import Context
@@ -30,6 +36,10 @@ PAGES = (
     "nirvana_deploy/README.md",
     "SECURITY.md",
 )
+SITE = tuple(sorted(page.relative_to(ROOT).as_posix() for page in ROOT.glob("docs/**/*.md")))
+"""Pages of the documentation site, whose links tests/docs/test_site.py follows."""
+ELSEWHERE = {"openvino"}
+"""Packages of programs that run what is made here, and that no extra installs."""
 FRONT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -42,12 +52,34 @@ def blocks(page: str, kind: str) -> list[str]:
     return [block for language, block in found if language == kind]
 
 
+CALLED = re.compile(r"^(?:nirvana-deploy|torchrun .*-m nirvana_deploy) (?P<words>.*)$", re.MULTILINE)
+
+
 def commands_of(page: str) -> Iterator[list[str]]:
     """The words of each ``nirvana-deploy`` command in the code blocks."""
     for block in blocks(page, ""):
-        for line in block.splitlines():
-            if line.startswith("nirvana-deploy "):
-                yield shlex.split(line, comments=True)[1:]
+        yield from commands_in(block)
+
+
+def commands_in(text: str) -> Iterator[list[str]]:
+    """The words of each ``nirvana-deploy`` command that begins a line, up to a pipe or redirection."""
+    for called in CALLED.finditer(text):
+        words = shlex.split(called["words"], comments=True)
+        yield list(itertools.takewhile(lambda word: word not in {"|", ">"}, words))
+
+
+def command_named(name: str) -> click.Command:
+    command = commands.get_command(Context(commands), name)
+    assert command is not None, name
+    return command
+
+
+def parse(words: list[str]) -> None:
+    """Parse a command line as the command would, wherever its files are; raises what click raises."""
+    name, *arguments = words
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(click.Path, "convert", lambda self, value, param, ctx: Path(value))
+        command_named(name).make_context(name, arguments)
 
 
 def test_the_tables_are_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,13 +127,26 @@ def test_files_named_on_a_page_exist(page: str) -> None:
             assert found or any(ROOT.glob(f"nirvana_deploy/**/{name}")), name
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_exist_and_take_their_options(page: str) -> None:
-    for name, *arguments in commands_of(page):
-        command = commands.get_command(Context(commands), name)
-        assert command is not None, name
-        options = {option for parameter in command.params for option in parameter.opts}
-        assert {argument for argument in arguments if argument.startswith("--")} <= options
+@pytest.mark.parametrize("page", [*PAGES, *SITE])
+def test_commands_parse(page: str) -> None:
+    for words in commands_of(page):
+        parse(words)
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_the_examples_of_help_pages_parse(name: str) -> None:
+    page = command_named(name).help or ""
+    assert "\\b" not in page  # a mark for click that was spelled out instead
+    examples = list(commands_in("\n".join(line.strip() for line in page.splitlines())))
+    assert examples
+    for words in examples:
+        parse(words)
+
+
+def test_a_command_that_does_not_parse_is_noticed() -> None:
+    for wrong in (["prune", "m", "--sparsty", "0.4"], ["prune-export", "m", "--preset", "worst"]):
+        with pytest.raises(click.UsageError):
+            parse(wrong)
 
 
 def test_the_front_page_names_every_command() -> None:
@@ -155,17 +200,36 @@ def _constants(node: ast.AST) -> set[str]:
     return {value} if isinstance(value, str) else set()
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *SITE])
 def test_make_targets_exist(page: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)|`make (\w+)`", text_of(page), flags=re.MULTILINE):
         assert f"\n{''.join(target)}:" in makefile
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_python_compiles(page: str) -> None:
+@pytest.mark.parametrize("page", [*PAGES, *SITE])
+def test_python_names_what_there_is(page: str) -> None:
+    """It compiles, what it imports exists, and what it calls of ours takes such arguments."""
     for source in blocks(page, "python"):
-        ast.parse(source)
+        names: dict[str, Any] = {}
+        nodes = list(ast.walk(ast.parse(source)))
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                assert all(_is_known(alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                names |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
+        for node in nodes:
+            function = names.get(ast.unparse(node.func)) if isinstance(node, ast.Call) else None
+            if function is not None and function.__module__.startswith("nirvana_deploy"):
+                assert isinstance(node, ast.Call)
+                keywords = {str(keyword.arg): None for keyword in node.keywords}
+                inspect.signature(function).bind_partial(*(None for _ in node.args), **keywords)
+
+
+def _is_known(module: str) -> bool:
+    top = module.partition(".")[0]
+    return top in {*ELSEWHERE, *EXTRAS} or importlib.util.find_spec(top) is not None
 
 
 @pytest.mark.integration

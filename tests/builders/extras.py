@@ -8,12 +8,16 @@ import pytest
 
 EXTRAS = {
     "cuda": ("cuda-bindings", "rtx"),
+    "furo": ("furo", "docs"),
     "gguf": ("gguf", "gguf"),
     "hypothesis": ("hypothesis", "test"),
+    "jsonschema": ("jsonschema", "test"),
     "lm_eval": ("lm-eval", "eval"),
+    "myst_parser": ("myst-parser", "docs"),
     "onnxruntime_genai": ("onnxruntime-genai", "genai"),
     "peft": ("peft", "recover"),
     "ray": ("ray", "cluster"),
+    "sphinx": ("sphinx", "docs"),
     "tensorboard": ("tensorboard", "recover"),
     "tensorrt_rtx": ("tensorrt-rtx", "rtx"),
     "tritonclient": ("tritonclient", "test"),

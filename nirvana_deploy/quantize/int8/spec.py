@@ -106,7 +106,9 @@ class _Coverage(TypedDict):
     missing: list[str]
 
 
-class _Quantization(TypedDict, total=False):
+class QuantizationRecord(TypedDict, total=False):
+    """The content of quantization.json."""
+
     schema: int
     scheme: Required[str]
     int8: _SpecRecord
@@ -135,7 +137,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             hint="nirvana-deploy quantize DIR --scheme int8",
         )
     again = "Quantize again with this version."
-    return cast(dict[str, Any], read_json(path, _Quantization, schema=SCHEMA, hint=again))
+    return cast(dict[str, Any], read_json(path, QuantizationRecord, schema=SCHEMA, hint=again))
 
 
 def recorded_linears(record: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,176 @@
+"""The scripts of the documentation run, and what they make is as the published schemas say."""
+
+from __future__ import annotations
+
+import copy
+import http.client
+import importlib
+import json
+import runpy
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.extras import needs
+from builders.jobs import SHORT_ROUNDS
+from builders.scripts import ROOT
+from builders.tiny import write_tiny
+
+from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
+from nirvana_deploy.measure.recipe import Evaluation
+from nirvana_deploy.pipeline.folder import build_engines, evaluate_folder
+from nirvana_deploy.runtime.registry import open_runner
+from nirvana_deploy.runtime.text import load_text_side, stream_text
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the genai bindings while they load
+]
+SHORT: dict[str, Any] = {
+    "num_sequences": 4,
+    "seq_len": 16,
+    "heldout_sequences": 3,
+    "heldout_len": 24,
+    "round_to": 4,
+    "threads": 1,
+    **SHORT_ROUNDS,
+}
+RESULTS = ROOT / "benchmarks" / "results"
+FROZEN = ROOT / "tests" / "report" / "data"
+
+
+def example(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "docs" / "examples" / f"{name}.py"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny(tmp_path_factory.mktemp("model") / "tiny", "llama-tied"))
+
+
+@pytest.fixture(scope="module")
+def first(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first example makes."""
+    out = tmp_path_factory.mktemp("examples") / "first"
+    example("first_model")["main"](model, str(out), **{**SHORT, "sparsity": 0.3})
+    return out
+
+
+@pytest.fixture(scope="module")
+def searched(model: str, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the second example makes."""
+    out = tmp_path_factory.mktemp("examples") / "search"
+    options = {**SHORT, "run_benchmark": False}
+    example("own_data")["main"](model, str(text), str(out), **options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def schemas() -> Iterator[Any]:
+    """The module that makes the schemas; its page needs Sphinx."""
+    needs("sphinx")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(ROOT / "docs"))
+        yield importlib.import_module("generators.schemas")
+
+
+def held(schemas: Any, name: str, file: Path) -> Any:
+    """A JSON file that the schema ``name`` takes."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    needs("jsonschema").validate(content, schemas.schema_of(name))
+    return content
+
+
+def test_the_first_model_is_made_and_reported(first: Path) -> None:
+    assert "<h2" in (first / "report.html").read_text(encoding="utf-8")
+    assert (first / "onnx-w4" / "model.onnx").is_file()
+
+
+def test_the_search_recommends_within_its_budget(searched: Path) -> None:
+    record = json.loads((searched / "search.json").read_text(encoding="utf-8"))
+    assert record["target"] == {"max_kl": 0.2} and record["recommended"] in {
+        one["name"] for one in record["points"] if one["kl"] <= 0.2
+    }
+
+
+def test_a_served_model_streams_what_it_writes(first: Path) -> None:
+    here = example("serve")["server"](str(first), 0, max_new_tokens=6)
+    thread = threading.Thread(target=here.serve_forever)
+    thread.start()
+    try:
+        answers = []
+        for prompt in ("Once upon", ""):
+            connection = http.client.HTTPConnection("127.0.0.1", here.server_port, timeout=60)
+            connection.request("POST", "/", body=prompt)
+            answers.append(connection.getresponse().read().decode())
+            connection.close()
+    finally:
+        here.shutdown()
+        here.server_close()
+        thread.join()
+    tokenizer, stops = load_text_side(first / "onnx")
+    with open_runner(first / "onnx") as runner:
+        wanted = stream_text(runner, tokenizer, "Once upon", max_new_tokens=6, stops=stops)
+    assert wanted.new_tokens and answers[0] == wanted.text
+    assert answers[1].startswith("The prompt has no tokens.")
+
+
+def test_files_of_a_folder_are_as_the_schemas_say(first: Path, schemas: Any) -> None:
+    evaluate_folder(first, Evaluation(ntk=True, ntk_windows=2))
+    for name in ("manifest", "plan", "quality", "answers", "benchmark", "ntk"):
+        held(schemas, name, first / f"{name}.json")
+    held(schemas, "quantization", first / "onnx-w4" / "quantization.json")
+
+
+def test_an_engine_is_described_as_its_schema_says(first: Path, schemas: Any) -> None:
+    needs("tensorrt_rtx")
+    form, build = EngineForm(), EngineBuild(target="sm86")
+    (engine,) = build_engines(first, form, Lengths(max_length=64, opt_prompt=16, opt_length=32), build)
+    held(schemas, "engine", engine.with_suffix(".json"))
+
+
+def test_points_of_a_search_are_as_their_schema_says(searched: Path, schemas: Any) -> None:
+    files = sorted(searched.glob("points/*.json"))
+    assert len(files) == 6
+    for file in files:
+        held(schemas, "point", file)
+
+
+def test_recorded_files_are_as_the_schemas_say(schemas: Any) -> None:
+    for name in ("manifest", "plan", "benchmark"):
+        held(schemas, name, FROZEN / f"{name}.json")
+    for file in RESULTS.glob("*.benchmark.json"):
+        held(schemas, "benchmark", file)
+    held(schemas, "tasks", RESULTS / "zero-shot.json")
+
+
+def test_a_schema_refuses_what_this_tool_refuses(schemas: Any) -> None:
+    jsonschema = needs("jsonschema")
+    plan = json.loads((FROZEN / "plan.json").read_text(encoding="utf-8"))
+    for layer in ({"kept_groups": [True]}, {"kept_groups": "0"}, {"of_neurons": 1.5}):
+        wrong = copy.deepcopy(plan)
+        wrong["layers"][0] |= layer
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schemas.schema_of("plan"))
+    del plan["layers"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(plan, schemas.schema_of("plan"))
+
+
+@pytest.mark.slow
+def test_the_first_model_is_that_of_the_tutorial(tmp_path: Path) -> None:
+    """As a newcomer runs it: the default model, in its own process."""
+    file = ROOT / "docs" / "examples" / "first_model.py"
+    done = subprocess.run(
+        [sys.executable, str(file), "smollm2", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The whole report: out/report.html" in done.stdout
