@@ -10,18 +10,21 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+import yaml
 from builders.extras import EXTRAS
 from builders.scripts import ROOT, script
 from builders.tiny import write_tiny
 from click import Context
 from click.testing import CliRunner
 
+from nirvana_deploy import __version__
 from nirvana_deploy.base.privacy import SWITCHES
 from nirvana_deploy.cli.main import _COMMANDS, commands
 from nirvana_deploy.model.text.chat import CPU_SECONDS, MEMORY_BYTES
@@ -88,6 +91,12 @@ def test_the_tables_are_what_the_records_say(monkeypatch: pytest.MonkeyPatch) ->
         text = page.read_text(encoding="utf-8")
         for name, section in sections.items():
             assert f"<!-- {name}: begin -->\n{section}\n<!-- {name}: end -->" in text
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load(text_of("CITATION.cff"))
+    assert cited["version"] == __version__
+    assert cited["license"] == tomllib.loads(text_of("pyproject.toml"))["project"]["license"]
 
 
 def test_the_security_page_says_what_the_code_does() -> None:
@@ -185,8 +194,13 @@ def test_the_table_of_stages_is_what_the_code_says() -> None:
 def _calls(source: ast.Module) -> Iterator[tuple[ast.Call, dict[str, ast.expr]]]:
     """Each call in a function, with the tuples that the function gives a name."""
     for function in (node for node in source.body if isinstance(node, ast.FunctionDef)):
-        named = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
-        variables = {ast.unparse(node.targets[0]): node.value for node in named}
+        variables: dict[str, ast.expr] = {}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign):
+                target, value = node.targets[0], node.value
+                several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+                pairs = zip(target.elts, value.elts, strict=True) if several else [(target, value)]
+                variables |= {ast.unparse(name): given for name, given in pairs}
         yield from ((node, variables) for node in ast.walk(function) if isinstance(node, ast.Call))
 
 

@@ -16,7 +16,6 @@ from sphinx.util.docutils import SphinxDirective
 from nirvana_deploy.output.records import LayerWidth
 from nirvana_deploy.report.figures import (
     COLOURS,
-    WIDE_IN,
     bare,
     entitle,
     inline_svg,
@@ -24,7 +23,7 @@ from nirvana_deploy.report.figures import (
     new_figure,
 )
 
-from .records import SEARCH, record
+from .records import recorded_points
 
 PLAN = Path(__file__).with_name("smollm2-s0.4-paper.json")
 """Kept widths of a real plan, and the command that makes it."""
@@ -36,7 +35,7 @@ _GROUP, _NEURON = 1, 10
 
 def _units() -> str:
     """A KV group and a neuron in the seven matrices of a layer."""
-    figure = new_figure(WIDE_IN, 3.4)
+    figure = new_figure(7.5, 2.1)
     axes = figure.subplots()
     bare(axes)
     each = _QUERY_HEADS // _KV_HEADS
@@ -54,7 +53,7 @@ def _units() -> str:
         x = _matrix(axes, x, name, bands, frozenset(marked), COLOURS[colour], across=across) + 3
         x += 4 if name == "O" else 0
     axes.set_xlim(-1, x)
-    axes.set_ylim(-3, 20)
+    axes.set_ylim(-3, 17)
     axes.set_aspect("equal")
     entitle(axes, "What goes together: one KV group (blue), one neuron (orange)")
     alt = (
@@ -76,7 +75,7 @@ def _matrix(
         size = (1, height) if across else (width, 1)
         face = colour if band in marked else COLOURS["rule"]
         axes.add_patch(Rectangle(corner, *size, facecolor=face, edgecolor=COLOURS["soft"], linewidth=0.4))
-    axes.text(x + width / 2, -0.8, name, ha="center", va="top", fontsize=10, color=COLOURS["ink"])
+    axes.text(x + width / 2, -0.8, name, ha="center", va="top", fontsize=9, color=COLOURS["ink"])
     return x + width
 
 
@@ -99,7 +98,7 @@ def _kept() -> str:
 
 def _kl() -> str:
     """Perplexity by KL, and the line on which both would be one thing."""
-    points = record(SEARCH)["points"]
+    points = recorded_points()
     figure = new_figure(7.5, 4.0)
     axes = figure.subplots()
     bare(axes, ticks=True)

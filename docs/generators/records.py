@@ -27,8 +27,13 @@ def record(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
+def recorded_points() -> list[dict[str, Any]]:
+    """The points of the recorded search whose KL is known."""
+    return [one for one in record(SEARCH)["points"] if one["kl"] is not None]
+
+
 def _kl() -> str:
-    points = sorted(record(SEARCH)["points"], key=lambda one: one["kl"])
+    points = sorted(recorded_points(), key=lambda one: one["kl"])
     rows = [
         (
             f"`{one['name']}`",
