@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
-import itertools
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -19,9 +17,19 @@ import click
 import pytest
 import yaml
 from builders.extras import EXTRAS
+from builders.documents import (
+    ELSEWHERE,
+    PAGES,
+    SITE,
+    blocks,
+    command_named,
+    commands_in,
+    commands_of,
+    parse,
+    text_of,
+)
 from builders.scripts import ROOT, script
 from builders.tiny import write_tiny
-from click import Context
 from click.testing import CliRunner
 
 from nirvana_deploy import __version__
@@ -30,59 +38,7 @@ from nirvana_deploy.cli.main import _COMMANDS, commands
 from nirvana_deploy.model.text.chat import CPU_SECONDS, MEMORY_BYTES
 from nirvana_deploy.output import layout, stage
 
-PAGES = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "benchmarks/README.md",
-    "benchmarks/NOTES.md",
-    "benchmarks/campaign/README.md",
-    "nirvana_deploy/README.md",
-    "SECURITY.md",
-)
-SITE = tuple(sorted(page.relative_to(ROOT).as_posix() for page in ROOT.glob("docs/**/*.md")))
-"""Pages of the documentation site, whose links tests/docs/test_site.py follows."""
-ELSEWHERE = {"openvino"}
-"""Packages of programs that run what is made here, and that no extra installs."""
 FRONT = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def text_of(page: str) -> str:
-    return (ROOT / page).read_text(encoding="utf-8")
-
-
-def blocks(page: str, kind: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```", text_of(page), flags=re.DOTALL | re.MULTILINE)
-    return [block for language, block in found if language == kind]
-
-
-CALLED = re.compile(r"^(?:nirvana-deploy|torchrun .*-m nirvana_deploy) (?P<words>.*)$", re.MULTILINE)
-
-
-def commands_of(page: str) -> Iterator[list[str]]:
-    """The words of each ``nirvana-deploy`` command in the code blocks."""
-    for block in blocks(page, ""):
-        yield from commands_in(block)
-
-
-def commands_in(text: str) -> Iterator[list[str]]:
-    """The words of each ``nirvana-deploy`` command that begins a line, up to a pipe or redirection."""
-    for called in CALLED.finditer(text):
-        words = shlex.split(called["words"], comments=True)
-        yield list(itertools.takewhile(lambda word: word not in {"|", ">"}, words))
-
-
-def command_named(name: str) -> click.Command:
-    command = commands.get_command(Context(commands), name)
-    assert command is not None, name
-    return command
-
-
-def parse(words: list[str]) -> None:
-    """Parse a command line as the command would, wherever its files are; raises what click raises."""
-    name, *arguments = words
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(click.Path, "convert", lambda self, value, param, ctx: Path(value))
-        command_named(name).make_context(name, arguments)
 
 
 def test_the_tables_are_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:

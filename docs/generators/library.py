@@ -54,7 +54,7 @@ def _documented(place: str, kind: Any) -> str:
         return f"```{{eval-rst}}\n.. autoexception:: {place}\n   :no-index-entry:\n```"
     if _is_recipe(kind):
         return f"### {kind.__name__}\n\n`from {kind.__module__} import {kind.__name__}`\n\n{_fields(kind)}"
-    return f"```{{eval-rst}}\n.. autoclass:: {place}()\n   :members:\n```"
+    return f"```{{eval-rst}}\n.. autoclass:: {place}()\n   :members:\n   :undoc-members:\n```"
 
 
 def _is_recipe(kind: Any) -> bool:

@@ -6,6 +6,7 @@ import copy
 import http.client
 import importlib
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -17,12 +18,16 @@ from typing import Any
 import pytest
 from builders.extras import needs
 from builders.jobs import SHORT_ROUNDS
+from builders.documents import ELSEWHERE, SITE, blocks
 from builders.scripts import ROOT
 from builders.tiny import write_tiny
 
+import nirvana_deploy
 from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
 from nirvana_deploy.measure.recipe import Evaluation
 from nirvana_deploy.pipeline.folder import build_engines, evaluate_folder
+from nirvana_deploy.pipeline.prune_export import Deployment
+from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.runtime.registry import open_runner
 from nirvana_deploy.runtime.text import load_text_side, stream_text
 
@@ -117,6 +122,29 @@ def test_a_served_model_streams_what_it_writes(first: Path) -> None:
         wanted = stream_text(runner, tokenizer, "Once upon", max_new_tokens=6, stops=stops)
     assert wanted.new_tokens and answers[0] == wanted.text
     assert answers[1].startswith("The prompt has no tokens.")
+
+
+@pytest.mark.parametrize("page", [page for page in SITE if blocks(page, "python")])
+def test_snippets_run(
+    page: str, first: Path, text: Path, schemas: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On what the first example makes, under the names of the pages."""
+    for name in ("first", "smollm2-s0.2"):
+        (tmp_path / name).symlink_to(first)
+    (tmp_path / "tickets.txt").write_text(text.read_text()[:1200])
+    schemas.write_schemas(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nirvana_deploy, "prune_export", lambda *_, **__: made_in(first))
+    for source in blocks(page, "python"):
+        for package in ELSEWHERE & {*re.findall(r"^import (\w+)", source, re.MULTILINE)}:
+            pytest.importorskip(package, reason=f"needs {package}, which no extra installs")
+        exec(compile(source, page, "exec"), {})
+
+
+def made_in(out: Path) -> Deployment:
+    """What prune_export returned when it made ``out``."""
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    return Deployment(out, read_plan(out / "plan.json"), manifest, None, out / "report.html")
 
 
 def test_files_of_a_folder_are_as_the_schemas_say(first: Path, schemas: Any) -> None:
