@@ -37,6 +37,7 @@ LONGEST = (
     "tests/runtime/test_torch.py",
     "tests/recover/test_recovery.py",
     "tests/recover/test_processes.py",
+    "tests/docs/test_examples.py",
     "tests/test_gates.py",
 )
 """Files that begin first: a worker that met one of them last would keep all others waiting."""
