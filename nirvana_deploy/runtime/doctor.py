@@ -28,10 +28,11 @@ from nirvana_deploy.runtime.tensorrt.cuda import CudaDevice
 EXTRAS: dict[str, tuple[str, ...]] = {
     "cluster": ("ray",),
     "data": ("datasets",),
+    "docs": ("furo", "myst-parser", "sphinx"),
     "eval": ("accelerate", "lm-eval"),
     "gguf": ("accelerate", "gguf"),
     "recover": ("accelerate", "peft", "tensorboard"),
-    "test": ("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools", "tritonclient"),
+    "test": ("hypothesis", "jsonschema", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools", "tritonclient"),
     "wandb": ("wandb",),
 }
 """Extras that add no runtime, and their packages, as pyproject.toml has them."""
