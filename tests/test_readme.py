@@ -16,7 +16,6 @@ from typing import Any
 import click
 import pytest
 import yaml
-from builders.extras import EXTRAS
 from builders.documents import (
     ELSEWHERE,
     PAGES,
@@ -28,6 +27,7 @@ from builders.documents import (
     parse,
     text_of,
 )
+from builders.extras import EXTRAS
 from builders.scripts import ROOT, script
 from builders.tiny import write_tiny
 from click.testing import CliRunner

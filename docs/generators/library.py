@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import typing
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -35,8 +38,7 @@ def companions() -> dict[str, Any]:
     """Types of this package that the public functions take or return, by the name to import, sorted."""
     found: dict[str, Any] = {}
     for function in filter(inspect.isfunction, public().values()):
-        hints = dict(typing.get_type_hints(function))
-        for hint in hints.values():
+        for hint in _hints(function):
             for kind in (hint, *typing.get_args(hint)):
                 if inspect.isclass(kind) and kind.__module__.startswith("nirvana_deploy."):
                     found[f"{kind.__module__}.{kind.__name__}"] = kind
@@ -45,6 +47,13 @@ def companions() -> dict[str, Any]:
         for place, kind in sorted(found.items())
         if kind not in public().values() and not getattr(kind, "_is_protocol", False)
     }
+
+
+def _hints(function: Any) -> Iterator[Any]:
+    """The types in a signature, but those that are imported for type checkers alone."""
+    for hint in inspect.unwrap(function).__annotations__.values():
+        with suppress(NameError):
+            yield eval(hint, vars(sys.modules[function.__module__])) if isinstance(hint, str) else hint
 
 
 def _documented(place: str, kind: Any) -> str:

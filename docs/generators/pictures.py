@@ -14,14 +14,8 @@ from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 
 from nirvana_deploy.output.records import LayerWidth
-from nirvana_deploy.report.figures import (
-    COLOURS,
-    bare,
-    entitle,
-    inline_svg,
-    kept_width_figure,
-    new_figure,
-)
+from nirvana_deploy.report.drawing import COLOURS, bare, entitle, inline_svg, new_figure
+from nirvana_deploy.report.pages.layers import kept_width_figure
 
 from .records import recorded_points
 
@@ -35,7 +29,7 @@ _GROUP, _NEURON = 1, 10
 
 def _units() -> str:
     """A KV group and a neuron in the seven matrices of a layer."""
-    figure = new_figure(7.5, 2.1)
+    figure = new_figure(2.1, width_in=7.5)
     axes = figure.subplots()
     bare(axes)
     each = _QUERY_HEADS // _KV_HEADS
@@ -99,7 +93,7 @@ def _kept() -> str:
 def _kl() -> str:
     """Perplexity by KL, and the line on which both would be one thing."""
     points = recorded_points()
-    figure = new_figure(7.5, 4.0)
+    figure = new_figure(4.0, width_in=7.5)
     axes = figure.subplots()
     bare(axes, ticks=True)
     most = 1.05 * max(one["kl"] for one in points)

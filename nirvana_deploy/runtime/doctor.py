@@ -32,7 +32,16 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("accelerate", "lm-eval"),
     "gguf": ("accelerate", "gguf"),
     "recover": ("accelerate", "peft", "tensorboard"),
-    "test": ("hypothesis", "jsonschema", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools", "tritonclient"),
+    "test": (
+        "hypothesis",
+        "jsonschema",
+        "mypy",
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+        "setuptools",
+        "tritonclient",
+    ),
     "wandb": ("wandb",),
 }
 """Extras that add no runtime, and their packages, as pyproject.toml has them."""

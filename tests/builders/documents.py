@@ -12,6 +12,7 @@ import click
 import pytest
 
 from builders.scripts import ROOT
+from nirvana_deploy.cli.arguments import Folder
 from nirvana_deploy.cli.main import commands
 
 PAGES = (
@@ -64,5 +65,6 @@ def parse(words: list[str]) -> None:
     """Parse a command line as the command would, wherever its files are; raises what click raises."""
     name, *arguments = words
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(click.Path, "convert", lambda self, value, param, ctx: Path(value))
+        for kind in (click.Path, Folder):
+            patched.setattr(kind, "convert", lambda self, value, param, ctx: Path(value))
         command_named(name).make_context(name, arguments)

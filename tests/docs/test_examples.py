@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.documents import ELSEWHERE, SITE, blocks
 from builders.extras import needs
 from builders.jobs import SHORT_ROUNDS
-from builders.documents import ELSEWHERE, SITE, blocks
 from builders.scripts import ROOT
 from builders.tiny import write_tiny
 
