@@ -108,6 +108,7 @@ def page_of(name: str) -> str:
         parts += [f"**{escaped(title)}**", ""]
         for option in options:
             parts += [f":::{{option}} {signature(option, command.context)}", described(option), ":::", ""]
+    parts += [f"{escaped(command.command.epilog)}\n"] if command.command.epilog else []
     return "\n".join(parts)
 
 
