@@ -122,12 +122,12 @@ def echo_table(
 ) -> None:
     """Print a table: for people on a terminal, else separated by tabs with a line of headers.
 
-    The first ``texts`` columns are text, the others numbers. A column without a header is a picture, which
+    The first ``texts`` columns are text, the others numbers, or without a header pictures, which
     only people get. A table ``beside`` the result is left out with ``--quiet``.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     names = [str(header) for header in headers]
-    plain = list(_separated_by_tabs(names, cells, title))
+    plain = list(_separated_by_tabs(names, cells, title, texts))
     talk().log("\n".join(plain))
     if beside and talk().quiet:
         return
@@ -141,8 +141,10 @@ def echo_table(
         console.print(_table(names, cells, part, texts))
 
 
-def _separated_by_tabs(headers: list[str], rows: list[list[str]], title: str | None) -> Iterator[str]:
-    told = [index for index, header in enumerate(headers) if header]
+def _separated_by_tabs(
+    headers: list[str], rows: list[list[str]], title: str | None, texts: int
+) -> Iterator[str]:
+    told = [index for index, header in enumerate(headers) if header or index < texts]
     if title is not None:
         yield harmless(f"# {title}")
     for row in (headers, *rows):

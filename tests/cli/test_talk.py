@@ -149,6 +149,8 @@ def test_lines_say_which_stage_and_which_model(capfd: pytest.CaptureFixture[str]
 def test_a_piped_table_is_tab_separated(capsys: pytest.CaptureFixture[str]) -> None:
     echo_table(["Name", "Size", ""], [["a\tb", "1 kB", "##"], ["c\nd", "2 kB", "#"]], title="Sizes")
     assert capsys.readouterr().out == "# Sizes\nName\tSize\na b\t1 kB\nc; d\t2 kB\n"
+    echo_table(["", "dense"], [["Decode", "1 ms"]])  # what stands in the rows is told, header or not
+    assert capsys.readouterr().out == "\tdense\nDecode\t1 ms\n"
 
 
 class _Terminal(io.StringIO):
