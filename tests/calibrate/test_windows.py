@@ -213,7 +213,7 @@ def test_every_definition_is_complete_and_holds_no_text() -> None:
 
 def test_named_set_without_datasets_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtraError, match=r"nirvana-deploy\[data\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[data\]"):
         read_source("c4")
 
 

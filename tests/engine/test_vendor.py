@@ -115,7 +115,7 @@ def test_a_full_disk_ends_the_stream() -> None:
 def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(
-        MissingExtraError, match=r"(?s)'tensorrt', which is not installed.*nirvana-deploy\[gpu\]"
+        MissingExtraError, match=r"(?s)'tensorrt', which is not installed.*pip install .*\[gpu\]"
     ):
         tensorrt_module("tensorrt")
     with pytest.raises(NirvanaError, match=r"Unknown engine 'openvino'\. Known: tensorrt, tensorrt-rtx"):

@@ -402,7 +402,7 @@ def test_the_command_packages_a_checkpoint(checkpoint: Path, tmp_path: Path) -> 
     again = CliRunner().invoke(package, words)
     assert isinstance(again.exception, NirvanaError) and "exists already" in again.exception.message
     forced = CliRunner().invoke(package, [*words, "--force"])
-    assert forced.exit_code == 0 and "MB of f32" in forced.stdout
+    assert forced.exit_code == 0 and "kB of f32" in forced.stdout
     assert CliRunner().invoke(package, [str(checkpoint)]).exit_code == 2
     inside = CliRunner().invoke(package, words[:-2])
     assert isinstance(inside.exception, NirvanaError) and "with --out" in str(inside.exception.hint)

@@ -12,7 +12,7 @@ from builders.reports import frozen_records, with_models, write_records
 from click.testing import CliRunner
 
 from nirvana_deploy import compare_folders
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, upgrade
 from nirvana_deploy.cli.report import report
 from nirvana_deploy.pipeline.compare import write_comparison
 
@@ -108,8 +108,8 @@ def half_written(out: Path) -> None:
         (changed("manifest", lambda m: m["stages"].clear()), "no stage is finished", "--resume --out"),
         (changed("manifest", lambda m: m["stages"].pop("onnx")), "no ONNX model", "--resume --out"),
         (changed("manifest", lambda m: m["stages"]["plan"].update(run="x")), "more than one run", "--resume"),
-        (changed("manifest", lambda m: m.update(schema=2)), "manifest.json has schema 2", "upgrade"),
-        (changed("benchmark", lambda b: b.update(schema=2)), "benchmark.json has schema 2", "upgrade"),
+        (changed("manifest", lambda m: m.update(schema=2)), "manifest.json has schema 2", upgrade()),
+        (changed("benchmark", lambda b: b.update(schema=2)), "benchmark.json has schema 2", upgrade()),
         (changed("plan", lambda p: p.pop("layers")), "plan.json", None),
         (half_written, "manifest.json", None),
         (lambda out: (out / "benchmark.json").unlink(), "was not measured", "nirvana-deploy benchmark"),

@@ -150,7 +150,7 @@ def test_a_resumed_job_skips_what_is_finished(tiny_llama: Path, tmp_path: Path) 
 def test_recovery_makes_anew_what_follows_it(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prune_export(str(tiny_llama), out=out, until="checkpoint", **TINY)
-    told = forecast_recovery(out, {"recover": "30m", "recover_text": "pydoc"}).forecast
+    told = forecast_recovery(out, recover="30m", recover_text="pydoc").forecast
     assert [one.name for one in told.left] == ["recover", "checkpoint"]
     assert told.left[0].seconds == pytest.approx(1800, rel=0.01)
 
