@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -146,6 +149,36 @@ def test_the_first_cut_of_all_serves_the_first_of_each_way_and_these_the_rest(tm
     made = [(cut.job.pruning.sparsity, cut.job.pruning.ridge) for cut in cuts]
     assert made == [(0.2, 1.0), (0.4, 1.0), (0.2, 10.0), (0.4, 10.0)]
     assert [cut.job.quantization.baseline_quantized for cut in cuts] == [True, False, False, False]
+
+
+_IN_A_PROCESS = """
+import json, sys
+from nirvana_deploy import Search, Target, search_points
+out, model, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+recipe = Search(sparsities="0,0.2,0.4", precisions="none,w8")
+search_points(model, out=out, recipe=recipe, target=Target(max_weights_bytes=10**9), resume=True, **options)
+"""
+
+
+@pytest.mark.slow
+def test_a_search_killed_at_ten_moments_finds_what_an_undisturbed_one_does(
+    done: Searched, model: str, tmp_path: Path
+) -> None:
+    """Moments are drawn anew for each try, from the first second to the time that a whole search takes."""
+    out, moments, killed = tmp_path / "search", Random(0), 0
+    command = [sys.executable, "-c", _IN_A_PROCESS, str(out), model, json.dumps(OPTIONS)]
+    whole_s = 30.0
+    while killed < 10:
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            try:
+                assert process.wait(timeout=moments.uniform(1, whole_s)) == 0
+                shutil.rmtree(out)  # it was done before its moment came
+            except subprocess.TimeoutExpired:
+                process.kill()
+                killed += 1
+    last = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert last.returncode == 0, last.stderr
+    assert untimed(record_of(out)) == untimed(record_of(done.out))
 
 
 @pytest.mark.slow
