@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nirvana_deploy.base.progress import Advance
+from nirvana_deploy.base.shown.progress import ShownProgress
 from nirvana_deploy.base.terminal import harmless
 from nirvana_deploy.base.units import format_seconds
 
@@ -27,43 +28,30 @@ _BETWEEN = 3
 """Characters between two columns."""
 
 
-class TerminalProgress:
-    """Progress on stderr: bars with an ETA on a terminal, else one line per task."""
+class TerminalProgress(ShownProgress):
+    """Progress on stderr as ``--quiet``, ``--verbose`` and ``--log-file`` want it."""
 
     def __init__(self) -> None:
-        self._console = terminal(stderr=True, highlight=False)
+        super().__init__(terminal(stderr=True, highlight=False))
         self._talk = talk()
-        self._headings: list[str] = []
+        self._draws = self._draws and not self._talk.quiet
         self._lines = 0
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Advance]:
         """Show one task while it runs, and its seconds when it is done."""
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        started = time.perf_counter()
         self.detail(f"{label} begins")
-        words = TextColumn("{task.description}", markup=False)
-        columns = (words, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        if self._console.is_terminal and not self._talk.quiet:
-            with Progress(*columns, console=self._console, transient=True) as bars:
-                bar = bars.add_task(harmless(self._line(label)), total=total)
-                yield lambda steps: bars.advance(bar, steps)
-        else:
-            yield lambda steps: None
-        self.note(f"{label}: {format_seconds(time.perf_counter() - started)}")
+        with super().task(label, total) as advance:
+            yield advance
 
     @contextmanager
     def within(self, heading: str, otherwise: str | None = None) -> Iterator[None]:
         """Put ``heading`` before every line inside, and say ``otherwise`` if there is none."""
         started, lines = time.perf_counter(), self._lines
-        self._headings.append(heading)
-        try:
+        with super().within(heading):
             yield
             if otherwise is not None and self._lines == lines:
                 self.note(f"{otherwise}: {format_seconds(time.perf_counter() - started)}")
-        finally:
-            self._headings.pop()
 
     def note(self, text: str) -> None:
         """Print one line of log."""
@@ -75,13 +63,9 @@ class TerminalProgress:
         self._say(text, shown=self._talk.verbose)
 
     def _say(self, text: str, *, shown: bool) -> None:
-        line = self._line(text)
-        self._talk.log(line)
+        self._talk.log(self._headed(text))
         if shown:
-            self._console.print(line, style="dim", markup=False, soft_wrap=True)
-
-    def _line(self, text: str) -> str:
-        return f"{', '.join(self._headings)}: {text}" if self._headings else text
+            super().note(text)
 
 
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:

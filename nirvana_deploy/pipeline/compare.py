@@ -20,13 +20,13 @@ _HEAD_BYTES = 1000
 """Of a page, within which it says what made it."""
 
 
-def compare_folders(outs: Sequence[Path]) -> Comparison:
+def compare_folders(outs: Sequence[Path | str]) -> Comparison:
     """Set finished output folders side by side, of one model or of several.
 
     Raises NirvanaError for fewer than two, for one that stands twice, and for one that is not finished, not
     measured, not of this tool or of a later version.
     """
-    places = [out.resolve() for out in outs]
+    places = [Path(out).resolve() for out in outs]
     if len(set(places)) < len(places):
         twice = next(out for out, place in zip(outs, places, strict=True) if places.count(place) > 1)
         raise NirvanaError(f"{twice} is named twice.", hint="Name each folder once.")
@@ -35,7 +35,7 @@ def compare_folders(outs: Sequence[Path]) -> Comparison:
             "A comparison takes two folders or more.",
             hint="nirvana-deploy report --compare OUT-1 OUT-2",
         )
-    found = [_finished(out) for out in outs]
+    found = [_finished(Path(out)) for out in outs]
     return compare([Folder(name, records) for name, records in zip(_labels(places), found, strict=True)])
 
 

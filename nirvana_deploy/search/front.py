@@ -36,7 +36,7 @@ def worth_timing(points: Sequence[Found]) -> list[Found]:
     chosen = {one.name for one in points if one.name == "dense"}
     for scheme in {one.scheme for one in points}:
         chosen |= {one.name for one in front((p for p in points if p.scheme == scheme), "weights_bytes")}
-    return [one for one in points if one.name in chosen]
+    return [one for one in points if one.name in chosen and one.kl is not None]
 
 
 @dataclass(frozen=True)

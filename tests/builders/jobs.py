@@ -12,6 +12,17 @@ SHORT: dict[str, Any] = {"preset": "paper", "heldout_sequences": 3, "heldout_len
 """A quick cut by scores alone; few and short evaluation windows."""
 SHORT_ROUNDS: dict[str, Any] = {"prompt_tokens": 8, "new_tokens": 4, "repeats": 2}
 """A workload of a moment."""
+TINY_JOB: dict[str, Any] = {
+    "sparsity": 0.3,
+    "calib": "pydoc",
+    "round_to": 4,
+    "num_sequences": 4,
+    "seq_len": 16,
+    "threads": 1,
+    **SHORT,
+    **SHORT_ROUNDS,
+}
+"""Such a job, on any tiny model."""
 
 
 def write_short_recipe(model: Path, path: Path, **options: Any) -> Path:

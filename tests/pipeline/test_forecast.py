@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from builders.jobs import SHORT, SHORT_ROUNDS, write_short_recipe
+from builders.jobs import TINY_JOB, write_short_recipe
 from builders.scripts import ROOT
 from click.testing import CliRunner
 
@@ -45,18 +45,8 @@ SMOLLM2 = {
     "max_position_embeddings": 8192,
 }
 MACHINE = Speed(operations_per_s=90e9, read_bytes_per_s=1e10)
-"""That of benchmarks/NOTES.md, on pipeline/search.py: one thread with AVX-512."""
+"""That of benchmarks/NOTES.md, on pipeline/searching/search.py: one thread with AVX-512."""
 RESULTS = ROOT / "benchmarks" / "results"
-TINY: dict[str, Any] = {
-    "sparsity": 0.3,
-    "calib": "pydoc",
-    "round_to": 4,
-    "num_sequences": 4,
-    "seq_len": 16,
-    "threads": 1,
-    **SHORT,
-    **SHORT_ROUNDS,
-}
 
 
 def costs_of_smollm2(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Costs:
@@ -121,7 +111,7 @@ def test_every_stage_of_every_job_has_a_cost(tiny_llama: Path) -> None:
         {"preset": "best", "recover": "256", "recover_steps": 2},
         {"saliency": "nirvana,taylor", "quantize": ("w8",), "engines": ("tensorrt-rtx",), "dtype": "fp16"},
     ):
-        job = job_of(str(tiny_llama), {**TINY, **options})
+        job = job_of(str(tiny_llama), {**TINY_JOB, **options})
         choices = choices_of(job.calibration, job.pruning, checkpoint.shape)
         counted = Costs(job, choices, checkpoint)
         for name in stages_of(job, choices, "report"):
@@ -130,9 +120,9 @@ def test_every_stage_of_every_job_has_a_cost(tiny_llama: Path) -> None:
 
 def test_a_resumed_job_skips_what_is_finished(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prune_export(str(tiny_llama), out=out, until="checkpoint", **TINY)
+    prune_export(str(tiny_llama), out=out, until="checkpoint", **TINY_JOB)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    job = job_of(str(tiny_llama), TINY)
+    job = job_of(str(tiny_llama), TINY_JOB)
     found = forecast(job, out=out, resume=True, speed=MACHINE).forecast
     skipped = [one.name for one in found.stages if one.finished]
     assert skipped == ["calibrate", "score", "plan", "checkpoint"]
@@ -144,12 +134,12 @@ def test_a_resumed_job_skips_what_is_finished(tiny_llama: Path, tmp_path: Path) 
     with pytest.raises(NirvanaError, match="exists already"):
         forecast(job, out=out, speed=MACHINE)
     with pytest.raises(NirvanaError, match=r"made with sparsity 0\.3, not 0\.2"):
-        forecast(job_of(str(tiny_llama), {**TINY, "sparsity": 0.2}), out=out, resume=True, speed=MACHINE)
+        forecast(job_of(str(tiny_llama), {**TINY_JOB, "sparsity": 0.2}), out=out, resume=True, speed=MACHINE)
 
 
 def test_recovery_makes_anew_what_follows_it(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prune_export(str(tiny_llama), out=out, until="checkpoint", **TINY)
+    prune_export(str(tiny_llama), out=out, until="checkpoint", **TINY_JOB)
     told = forecast_recovery(out, recover="30m", recover_text="pydoc").forecast
     assert [one.name for one in told.left] == ["recover", "checkpoint"]
     assert told.left[0].seconds == pytest.approx(1800, rel=0.01)
@@ -157,7 +147,7 @@ def test_recovery_makes_anew_what_follows_it(tiny_llama: Path, tmp_path: Path) -
 
 def test_a_search_counts_once_what_its_cuts_share(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = Search(sparsities="0,0.2,0.3", precisions="none,w8")
-    options = {name: value for name, value in TINY.items() if name != "sparsity"}
+    options = {name: value for name, value in TINY_JOB.items() if name != "sparsity"}
     found = forecast_search(str(tiny_llama), out=tmp_path / "found", recipe=recipe, **options)
     assert (len(found.cuts), found.points) == (2, 6)
     assert {one.name for one in found.cuts[1].stages if one.finished} == {"calibrate", "score", "dense-onnx"}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.jobs import SHORT, SHORT_ROUNDS
+from builders.jobs import TINY_JOB
 
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.run import Run
@@ -15,18 +15,7 @@ from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.pipeline.prune_export import prune_export
 from nirvana_deploy.prune.choosing.choices import choices_of
 
-TINY: dict[str, Any] = {
-    "sparsity": 0.3,
-    "calib": "pydoc",
-    "round_to": 4,
-    "num_sequences": 4,
-    "seq_len": 16,
-    "threads": 1,
-    "selection_sequences": 4,
-    "selection_len": 16,
-    **SHORT,
-    **SHORT_ROUNDS,
-}
+TINY: dict[str, Any] = {**TINY_JOB, "selection_sequences": 4, "selection_len": 16}
 JOBS: dict[str, dict[str, Any]] = {
     "paper": {},
     "scores, refitted": {"reconstruct": True},

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from nirvana_deploy.base.progress import Advance
 from nirvana_deploy.base.terminal import harmless
+from nirvana_deploy.base.units import format_seconds
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bars
 
 
@@ -22,10 +24,10 @@ class ShownProgress:
     line on stderr for each task that is done.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
 
-        self._console = Console(stderr=True, highlight=False)
+        self._console = console or Console(stderr=True, highlight=False)
         widgets = self._console.is_jupyter and find_spec("ipywidgets") is not None
         self._draws = self._console.is_terminal or widgets
         self._bars: Bars | None = None
@@ -44,7 +46,7 @@ class ShownProgress:
                     bars.remove_task(bar)
         else:
             yield lambda steps: None
-        self.note(f"{label}: {time.perf_counter() - started:.1f} s")
+        self.note(f"{label}: {format_seconds(time.perf_counter() - started)}")
 
     @contextmanager
     def within(self, heading: str, otherwise: str | None = None) -> Iterator[None]:
@@ -63,7 +65,7 @@ class ShownProgress:
         """Drop a line that few want."""
 
     def _headed(self, text: str) -> str:
-        return ": ".join([*self._headings, text])
+        return f"{', '.join(self._headings)}: {text}" if self._headings else text
 
     @contextmanager
     def _drawn(self) -> Iterator[Bars]:

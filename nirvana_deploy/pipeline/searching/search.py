@@ -204,7 +204,7 @@ def _write(run: Run, found: Found) -> None:
 
 def _timed(run: Run, points: Sequence[Found], base: Job) -> tuple[dict[str, Found], dict[str, Any] | None]:
     """Time the points that are worth it against the dense model."""
-    worth = [one for one in worth_timing(points) if one.kl is not None]
+    worth = worth_timing(points)
     if not base.measurement.run_benchmark or not any(one.name == DENSE for one in worth):
         return {}, None
     timed, record = timed_points(run.out, worth, workload_of(base.measurement), progress=run.progress)
@@ -217,7 +217,7 @@ def _on_tasks(run: Run, points: list[Found], recipe: Search) -> list[Found]:
     """The points, those that are worth it with their zero-shot accuracy, if that is asked for."""
     if recipe.tasks is None:
         return points
-    worth = [one for one in worth_timing(points) if one.kl is not None]
+    worth = worth_timing(points)
     asked = listed(recipe.tasks)
     found, record = points_on_tasks(run.out, worth, asked, limit=recipe.limit, progress=run.progress)
     with run.writing(TASKS_FILE) as path:

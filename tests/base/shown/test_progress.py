@@ -29,7 +29,8 @@ def test_a_pipe_gets_a_line_for_each_task(capsys: pytest.CaptureFixture[str]) ->
     inner, again, outer, note = printed.err.splitlines()
     assert printed.out == ""
     assert inner == again.replace(again.split(": ")[1], inner.split(": ")[1])
-    assert inner.startswith("a window\\x1b[2J: ") and outer.startswith("Scoring [bold]layers: 0.")
+    assert inner.startswith("a window\\x1b[2J: ") and outer.startswith("Scoring [bold]layers: ")
+    assert outer.endswith(" s")
     assert note == "done"
 
 
@@ -39,7 +40,7 @@ def test_a_heading_stands_before_the_lines_inside(capsys: pytest.CaptureFixture[
         progress.note("half")
         progress.detail("few want this")
     progress.note("whole")
-    assert capsys.readouterr().err.splitlines() == ["3 of 11: pruned: half", "whole"]
+    assert capsys.readouterr().err.splitlines() == ["3 of 11, pruned: half", "whole"]
 
 
 def test_a_terminal_draws_bars_one_below_the_other(
@@ -53,7 +54,7 @@ def test_a_terminal_draws_bars_one_below_the_other(
         assert progress._bars is not None
         assert [task.description for task in progress._bars.tasks] == ["outer", "inner"]
     assert progress._bars is None
-    assert "inner: 0." in capsys.readouterr().err
+    assert "inner: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("widgets", [True, False])
