@@ -43,17 +43,18 @@ def test_own_work_is_not_counted_as_others() -> None:
 
 def test_the_real_machine_sees_what_a_child_and_a_stranger_do() -> None:
     before = machine_times()
-    until = time.process_time() + 0.2
+    until = time.process_time() + 0.5
     while time.process_time() < until:
         pass
     after = machine_times()
-    assert after.own - before.own >= 0.19
+    assert after.own - before.own >= 0.45  # systems count in ticks of 10 ms or more
     assert after.busy - before.busy >= after.own - before.own - 0.1
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        before = machine_times()
-        time.sleep(1)
-        assert machine_times().own - before.own > 0.1
+        before, ends = machine_times(), time.monotonic() + 60
+        while machine_times().own - before.own <= 0.2:  # of which a machine that is busy gives little
+            assert time.monotonic() < ends
+            time.sleep(0.1)
     finally:
         child.kill()
         child.wait()
