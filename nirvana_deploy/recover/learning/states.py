@@ -43,9 +43,11 @@ class StatesOf:
         return following
 
     def logits(self) -> Logits:
-        """The head, as it is now."""
-        head, scale = self.model.get_output_embeddings().weight, self._scale()
-        return lambda states: (scale * (states @ head.detach().T)).float()
+        """The head, as it is now, in the dtype that products have now."""
+        head, scale = self.model.get_output_embeddings().weight.detach(), self._scale()
+        if torch.is_autocast_enabled(head.device.type):  # once here, not for every block
+            head = head.to(torch.get_autocast_dtype(head.device.type))
+        return lambda states: (scale * states) @ head.T
 
     def _scale(self) -> float:
         if self._family.encoder_decoder:
