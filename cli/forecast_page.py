@@ -11,6 +11,7 @@ from .common import echo, echo_json, echo_table
 if TYPE_CHECKING:
     from nirvana_deploy.pipeline.forecast.forecast import Forecast, Planned, Speed
     from nirvana_deploy.pipeline.forecast.search import SearchForecast
+    from nirvana_deploy.pipeline.forecast.target import TargetForecast
 
 
 def show_forecast(planned: Planned, *, as_json: bool) -> None:
@@ -58,6 +59,29 @@ def show_search(found: SearchForecast, *, as_json: bool) -> None:
     echo(f"Memory: about {format_bytes(memory)} at most; {format_bytes(cut.free_memory_bytes)} are free.")
     echo(time_line(*found.seconds, cut.speed))
     echo("One after another, timing of the best points left out. Nothing was written.")
+
+
+def show_target(found: TargetForecast, *, as_json: bool) -> None:
+    """Print what a job with a budget would take."""
+    if as_json:
+        echo_json(found.to_json())
+        return
+    parts = {
+        "the first cut": found.first,
+        f"each further cut, {found.most_further} at most": found.further,
+        "the job at the sparsity found": found.job,
+    }
+    rows = [
+        [name, format_bytes(part.written_bytes), _time(sum(one.seconds for one in part.left))]
+        for name, part in parts.items()
+    ]
+    title = f"{found.first.model} under a budget, into {found.out}"
+    echo_table(["Part", "Would write", "Would take about"], rows, title=title)
+    first = found.first
+    most = first.written_bytes + found.most_further * found.further.written_bytes
+    echo(f"Disk: {format_bytes(most)} of files at most; {format_bytes(first.free_disk_bytes)} are free.")
+    echo(time_line(*found.seconds, first.speed))
+    echo(f"Counted at sparsity {first.sparsity:g}; timing of what is tried left out. Nothing was written.")
 
 
 def time_line(least_s: float, most_s: float, speed: Speed) -> str:

@@ -11,7 +11,7 @@ import click
 from nirvana_deploy.search.recipe import Target
 
 from .common import TerminalProgress, echo, echo_json, echo_table
-from .forecast_page import show_forecast
+from .forecast_page import show_forecast, show_target
 from .job import deployment_options, folder_options, job_from, model_argument, pruning_options, recipe_option
 from .options import json_option, recipe_options, taken, typed
 from .talk import command_line
@@ -49,8 +49,8 @@ def prune_export(
       nirvana-deploy prune-export --recipe smollm2-s0.4/recipe.toml --out again
     """
     target = taken(Target, options)
-    if target.asked and (recipe_file is not None or dry_run):
-        raise click.UsageError("A budget finds the sparsity: leave out --recipe and --dry-run.")
+    if target.asked and recipe_file is not None:
+        raise click.UsageError("A budget finds the sparsity: leave out --recipe.")
     job = None if target.asked else job_from(model, recipe_file, options)
     if job is not None and dry_run:
         from nirvana_deploy.pipeline.forecast.forecast import forecast
@@ -58,19 +58,25 @@ def prune_export(
         planned = forecast(job, out=out, resume=resume, force=force, progress=TerminalProgress())
         show_forecast(planned, as_json=as_json)
         return
+    if job is None and model is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
+    if model is not None and dry_run:
+        from nirvana_deploy.pipeline.forecast.target import forecast_target
+
+        how: dict[str, Any] = {"out": out, "resume": resume, "force": force, "progress": TerminalProgress()}
+        show_target(forecast_target(model, target, **how, **typed(options)), as_json=as_json)
+        return
     from nirvana_deploy.base.units import format_bytes, format_seconds
     from nirvana_deploy.pipeline.prune_export import run_job
     from nirvana_deploy.report.table import summary_table
 
-    how: dict[str, Any] = {"resume": resume, "force": force, "command": command_line()}
-    how["progress"] = TerminalProgress()
+    how = {"resume": resume, "force": force, "command": command_line(), "progress": TerminalProgress()}
     if job is not None:
         done = run_job(job, out=out, **how)
-    elif model is None:
-        raise click.UsageError("Missing argument 'MODEL'.")
     else:
         from nirvana_deploy.pipeline.searching.target import meet_target
 
+        assert model is not None
         done = meet_target(model, target, out=out, **how, **typed(options)).deployment
     if as_json:
         echo_json(

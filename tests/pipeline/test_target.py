@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
+from nirvana_deploy.pipeline.forecast.target import forecast_target
 from nirvana_deploy.pipeline.searching import target as meeting
 from nirvana_deploy.pipeline.searching.target import meet_target
 from nirvana_deploy.search.point import Found
@@ -90,7 +91,31 @@ def test_what_does_not_go_with_a_budget(
 
 
 def test_the_command_takes_a_budget_and_no_recipe_beside_it() -> None:
-    result = CliRunner().invoke(commands, ["prune-export", "m", "--max-kl", "0.1", "--dry-run"])
+    result = CliRunner().invoke(commands, ["prune-export", "--recipe", "pyproject.toml", "--max-kl", "0.1"])
     assert result.exit_code == 2 and "A budget finds the sparsity" in result.output
     result = CliRunner().invoke(commands, ["prune-export", "--max-kl", "0.1"])
     assert result.exit_code == 2 and "Missing argument 'MODEL'" in result.output
+
+
+def test_what_a_budget_may_take_is_said_before_and_nothing_written(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    told = forecast_target(model, Target(max_kl=0.1), out=out, **OPTIONS)
+    assert not list(tmp_path.iterdir())
+    least, most = told.seconds
+    counted = sum(one.seconds for one in told.further.left)
+    assert least < most and most >= 2 * (told.most_further * counted)
+    whole = meet_target(model, Target(max_weights_bytes=200_000), out=out, **OPTIONS)
+    stages = json.loads((out / "manifest.json").read_text())["stages"]
+    assert {one.name for one in told.job.stages} == set(stages) and whole.trials
+    assert "calibrate" not in {one.name for one in told.further.left}
+    assert [one.name for one in told.job.left] == ["answers", "report"]
+
+
+def test_the_command_says_it(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["prune-export", model, "--max-kl", "0.1", "--seq-len", "16", "--dry-run"]
+    result = CliRunner().invoke(commands, arguments)
+    assert result.exit_code == 0, result.output
+    assert "each further cut, 7 at most" in result.output and "Nothing was written." in result.output
+    as_json = CliRunner().invoke(commands, [*arguments, "--json"])
+    assert json.loads(as_json.output)["most_further"] == 7 and not list(tmp_path.iterdir())

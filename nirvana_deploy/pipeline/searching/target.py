@@ -31,6 +31,8 @@ from nirvana_deploy.search.recipe import Target
 
 TRIALS = "-trials"
 """What the folder of the cuts that are tried is called, behind the name of the output folder."""
+_FIRST = 0.2
+"""The sparsity that is tried first."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ def meet_target(
     They are those of the one scheme of ``quantize``, if any. Cuts are tried in a folder beside ``out``, which
     goes when all is done. Raises NirvanaError where no sparsity meets the target, with what comes nearest.
     """
-    job = _job(model, target, options)
+    job = job_of_target(model, target, options)
     source = resolve_model(model, progress=progress)
-    out = Path(out) if out is not None else Path(f"{source.name}-{_named(target)}")
+    out = Path(out) if out is not None else Path(folder_named(source.name, target))
     dense = Checkpoint.open(source.path)
     if resume and (out / TARGET_FILE).is_file():
         raise NirvanaError(
@@ -100,8 +102,8 @@ def meet_target(
     return Met(done, chosen, tuple(trials))
 
 
-def _job(model: str, target: Target, options: Mapping[str, Any]) -> Job:
-    """The job, its sparsity still to be found; raises NirvanaError for what does not go with a budget."""
+def job_of_target(model: str, target: Target, options: Mapping[str, Any]) -> Job:
+    """The job at the sparsity that is tried first; raises NirvanaError for what does not go with a budget."""
     if options.get("sparsity") is not None:
         raise NirvanaError(
             f"--sparsity {options['sparsity']} and a budget say two things.",
@@ -112,7 +114,7 @@ def _job(model: str, target: Target, options: Mapping[str, Any]) -> Job:
             "A budget of no loss at all leaves nothing to cut.", hint="For example --max-kl 0.1"
         )
     given = {name: value for name, value in options.items() if name != "sparsity"}
-    job = job_of(model, {**given, "sparsity": 0.2})
+    job = job_of(model, {**given, "sparsity": _FIRST})
     if len(set(job.quantization.quantize)) > 1:
         raise NirvanaError(
             f"A budget is one model's, and --quantize names {len(job.quantization.quantize)} schemes.",
@@ -135,7 +137,7 @@ def _tried(
     scheme = next(iter(job.quantization.quantize), None)
     first: Path | None = None
     trials: list[Found] = []
-    tried: float | None = min(0.2, most)
+    tried: float | None = min(_FIRST, most)
     while tried is not None:
         place = f"s{tried:g}"
         with progress.within(place):
@@ -175,9 +177,9 @@ def _at(job: Job, sparsity: float) -> Job:
     return replace(job, pruning=replace(job.pruning, sparsity=sparsity))
 
 
-def _named(target: Target) -> str:
-    """For the default name of an output folder: max-kl-0.2."""
-    return "-".join(f"{name.replace('_', '-')}-{limit:g}" for name, limit in target.asked.items())
+def folder_named(model: str, target: Target) -> str:
+    """The default name of an output folder: smollm2-max-kl-0.2."""
+    return "-".join([model, *(f"{name.replace('_', '-')}-{limit:g}" for name, limit in target.asked.items())])
 
 
 def _unmet(trials: list[Found], target: Target, out: Path) -> NirvanaError:
