@@ -32,6 +32,7 @@ from nirvana_deploy.base.ownership.temporary import remove
 from nirvana_deploy.base.progress import Advance
 from nirvana_deploy.base.resources import disk_errors
 from nirvana_deploy.prune.streaming.processes import is_first
+from nirvana_deploy.recover.learning.dtype import computing
 from nirvana_deploy.recover.learning.logs import LOG_FOLDER, NOWHERE, told
 from nirvana_deploy.recover.learning.student import Student, parts_of, require_finite
 from nirvana_deploy.recover.loop import Course, Loop
@@ -80,10 +81,11 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
         was_training = self._student.training
         self._student.eval()
         parts = [one.to(self.args.device) for one in parts_of(self._watch, self._batch)]
-        if self._wanted is None:  # the dense model stays as it is
-            numbers = parts_of(torch.arange(self._first, self._first + len(self._watch)), self._batch)
-            self._wanted = [self._student.wanted_states(*one) for one in zip(parts, numbers, strict=True)]
-        total = sum(self._student.heldout_kl(*one) for one in zip(parts, self._wanted, strict=True))
+        with computing(self.args.bf16):  # as a step does
+            if self._wanted is None:  # the dense model stays as it is
+                numbers = parts_of(torch.arange(self._first, self._first + len(self._watch)), self._batch)
+                self._wanted = [self._student.wanted_states(*one) for one in zip(parts, numbers, strict=True)]
+            total = sum(self._student.heldout_kl(*one) for one in zip(parts, self._wanted, strict=True))
         self._student.train(was_training)
         metrics = {"eval_kl": total / self._student.positions(self._watch)}
         self.log(dict(metrics))

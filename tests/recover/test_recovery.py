@@ -89,7 +89,7 @@ def test_micro_batches_change_memory_alone(llama: Cut) -> None:
 def test_products_in_bfloat16_give_nearly_the_same_course(llama: Cut) -> None:
     exact, rounded = llama.recover("one"), llama.recover("two", recover_dtype="bfloat16")
     assert (exact.loop.bfloat16, rounded.loop.bfloat16) == (False, True)
-    assert exact.course.curve[0].kl == rounded.course.curve[0].kl  # measured in float32
+    assert exact.course.curve[0].kl == pytest.approx(rounded.course.curve[0].kl, rel=5e-3)  # before any step
     assert exact.course.curve[-1].kl != rounded.course.curve[-1].kl
     for one, other in zip(exact.course.curve, rounded.course.curve, strict=True):
         assert one.kl == pytest.approx(other.kl, rel=2e-2)

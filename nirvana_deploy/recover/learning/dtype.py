@@ -1,4 +1,4 @@
-"""The dtype of the products of a training; weights, moments and the measured KL stay in float32."""
+"""The dtype of the products of a training, its measured KL included; weights and moments stay in float32."""
 
 from __future__ import annotations
 
