@@ -41,10 +41,12 @@ _PUBLIC = {
     "Selection": "nirvana_deploy.prune.recipe",
     "ShownProgress": "nirvana_deploy.base.shown.progress",
     "Target": "nirvana_deploy.search.recipe",
+    "Traffic": "nirvana_deploy.measure.recipe",
     "VerificationError": "nirvana_deploy.base.errors",
     "Where": "nirvana_deploy.search.recipe",
     "Workload": "nirvana_deploy.measure.recipe",
     "benchmark_folder": "nirvana_deploy.pipeline.folder",
+    "benchmark_workloads": "nirvana_deploy.pipeline.folder",
     "build_engines": "nirvana_deploy.pipeline.folder",
     "compare_folders": "nirvana_deploy.pipeline.compare",
     "evaluate_folder": "nirvana_deploy.pipeline.folder",
@@ -95,10 +97,12 @@ __all__ = [
     "Selection",
     "ShownProgress",
     "Target",
+    "Traffic",
     "VerificationError",
     "Where",
     "Workload",
     "benchmark_folder",
+    "benchmark_workloads",
     "build_engines",
     "compare_folders",
     "evaluate_folder",
@@ -137,7 +141,7 @@ if TYPE_CHECKING:
     from nirvana_deploy.base.shown.progress import ShownProgress
     from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
     from nirvana_deploy.export.recipe import Graph
-    from nirvana_deploy.measure.recipe import Evaluation, Workload
+    from nirvana_deploy.measure.recipe import Evaluation, Traffic, Workload
     from nirvana_deploy.model.checkpoint import load_checkpoint
     from nirvana_deploy.model.families import known_families
     from nirvana_deploy.model.sources import known_models
@@ -149,6 +153,7 @@ if TYPE_CHECKING:
     from nirvana_deploy.pipeline.compare import compare_folders
     from nirvana_deploy.pipeline.folder import (
         benchmark_folder,
+        benchmark_workloads,
         build_engines,
         evaluate_folder,
         quantize_folder,

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.integration
 DATA = {
     "nirvana_deploy/py.typed",
     *(f"nirvana_deploy/calib_sets/{name}.toml" for name in ("bookcorpus", "c4", "lambada", "wikitext")),
+    *(f"nirvana_deploy/measure/workloads/{name}.toml" for name in ("batch", "chat", "edge", "rag")),
     *(
         f"nirvana_deploy/{path.relative_to(ROOT / 'nirvana_deploy').as_posix()}"
         for path in ROOT.glob("nirvana_deploy/report/templates/*")
@@ -184,6 +185,7 @@ assert_type(nd.package_gguf("out", weight_type="q8_0").size_bytes, int)
 assert_type(nd.select_calibration("smollm2", nd.Selection(sparsity=0.4)).verdict, str)
 assert_type(nd.recipe_toml(nd.job_of("smollm2", {"sparsity": 0.4})), str)
 nd.benchmark_folder("out", Workload(repeats=3))["variants"]
+nd.benchmark_workloads("out", nd.Traffic(workloads=("chat",), sweeps=("batch=1,2",)))["sweeps"]
 nd.evaluate_folder("out", Evaluation(eval_text=Path("notes.txt")))
 nd.recover_folder("out", recover="30m")
 nd.quantize_onnx_folder("onnx", "onnx-w4", Quantization(scheme="w4"))

@@ -22,7 +22,7 @@ from nirvana_deploy.output.run import Run
 from nirvana_deploy.pipeline.job import CutOptions, all_fields
 
 DOES = {
-    "benchmark": ["benchmark_folder"],
+    "benchmark": ["benchmark_folder", "benchmark_workloads"],
     "build-engine": ["build_engines"],
     "doctor": ["examine_machine"],
     "evaluate": ["evaluate_folder"],
@@ -61,7 +61,7 @@ def test_a_function_says_what_it_takes_and_gives(name: str) -> None:
     assert returned is not Any and "0x" not in str(inspect.signature(function))
 
 
-@pytest.mark.parametrize("name", ["Quantization", "Search", "Target", "Workload"])
+@pytest.mark.parametrize("name", ["Quantization", "Search", "Target", "Traffic", "Workload"])
 def test_help_of_a_recipe_names_each_option(name: str) -> None:
     kind = getattr(library, name)
     for field in fields_of(kind):

@@ -23,9 +23,16 @@ from nirvana_deploy.output.layout import (
     PLAN_FILE,
     QUALITY_FILE,
     TASKS_FILE,
+    WORKLOADS_FILE,
 )
 from nirvana_deploy.output.manifest import Manifest
-from nirvana_deploy.output.record_kinds import BenchmarkRecord, KernelRecord, QualityRecord, TasksRecord
+from nirvana_deploy.output.record_kinds import (
+    BenchmarkRecord,
+    KernelRecord,
+    QualityRecord,
+    TasksRecord,
+    WorkloadsRecord,
+)
 from nirvana_deploy.output.results import AnswersWritten
 from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE
@@ -39,6 +46,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "quality": (QUALITY_FILE, QualityRecord),
     "answers": (ANSWERS_FILE, AnswersWritten),
     "benchmark": (BENCHMARK_FILE, BenchmarkRecord),
+    "workloads": (WORKLOADS_FILE, WorkloadsRecord),
     "tasks": (TASKS_FILE, TasksRecord),
     "ntk": (NTK_FILE, KernelRecord),
     "quantization": (f"onnx-*/{RECORD_FILE}", QuantizationRecord),

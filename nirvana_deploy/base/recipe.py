@@ -58,6 +58,8 @@ class Option:
     """A share of a whole, on the command line also as 40%."""
     suggests: Callable[[], Iterable[str]] | None = None
     """Names that a shell may complete, among other texts that are allowed."""
+    takes: str | None = None
+    """What is allowed, where the type alone does not say it for people."""
 
 
 def share_of(text: str) -> float:
@@ -107,6 +109,8 @@ class Field:
     @property
     def allowed(self) -> str:
         """What is allowed, for people."""
+        if self.option.takes is not None:
+            return self.option.takes
         if self.choices is not None:
             names = " or ".join(repr(name) for name in self.choices)
             return f"a list of {names}" if get_origin(self.type) is tuple else names

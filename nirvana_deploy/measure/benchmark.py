@@ -131,7 +131,7 @@ def benchmark(
         samples = alternate(
             workers,
             workload=workload,
-            vocab_size=_common_vocab_size({n: w.loaded.vocab_size for n, w in workers.items()}),
+            vocab_size=common_vocab_size({n: w.loaded.vocab_size for n, w in workers.items()}),
             baseline=baseline,
             watch=watch,
             progress=progress,
@@ -213,11 +213,12 @@ def _decode_ratios(samples: Mapping[str, Sequence[RoundSample]], baseline: str) 
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """p50, p90, p99 (linear between samples), mean, min, max and the samples themselves."""
-    p50, p90, p99 = (float(value) for value in np.percentile(samples, (50, 90, 99)))
+    """p50, p90, p95, p99 (linear between samples), mean, min, max and the samples themselves."""
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(samples, (50, 90, 95, 99)))
     return {
         "p50": p50,
         "p90": p90,
+        "p95": p95,
         "p99": p99,
         "mean": float(np.mean(samples)),
         "min": min(samples),
@@ -326,7 +327,8 @@ def _weights_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _common_vocab_size(vocab_sizes: Mapping[str, int]) -> int:
+def common_vocab_size(vocab_sizes: Mapping[str, int]) -> int:
+    """The size that all variants share; raises NirvanaError where they differ."""
     if len(set(vocab_sizes.values())) > 1:
         raise NirvanaError(f"Variants of one model share a vocabulary; these differ: {dict(vocab_sizes)}.")
     return next(iter(vocab_sizes.values()))

@@ -73,6 +73,36 @@ class Workload:
     ] = 0
 
 
+def _embedded_workloads() -> tuple[str, ...]:
+    from nirvana_deploy.measure.workloads.named import embedded_names
+
+    return embedded_names()
+
+
+@recipe
+class Traffic:
+    """Which requests are timed, in the place of the one of :class:`Workload`."""
+
+    workloads: Annotated[
+        tuple[str, ...],
+        Option(
+            "Time the requests of a workload: chat, rag, batch, edge, or a TOML file. Repeat it for several.",
+            flag="--workload",
+            metavar="NAME",
+            suggests=_embedded_workloads,
+        ),
+    ] = ()
+    sweeps: Annotated[
+        tuple[str, ...],
+        Option(
+            "Time the request along an axis, context (the prompt's length), batch or threads: "
+            "context=128,512,2048. Repeat it for several.",
+            flag="--sweep",
+            metavar="AXIS=N,N,...",
+        ),
+    ] = ()
+
+
 @recipe
 class Evaluation(Gate):
     """Quality, measured again."""

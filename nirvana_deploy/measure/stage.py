@@ -23,7 +23,13 @@ from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.export.recipe import Export
 from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS, continuations
-from nirvana_deploy.measure.benchmark import benchmark, require_memory_for, variant_from_folder
+from nirvana_deploy.measure.benchmark import (
+    SCHEMA,
+    Variant,
+    benchmark,
+    require_memory_for,
+    variant_from_folder,
+)
 from nirvana_deploy.measure.bounds import mean_context_tokens
 from nirvana_deploy.measure.evaluation_text import (
     EvaluationText,
@@ -36,6 +42,9 @@ from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.measure.recipe import Evaluation, Measurement, Workload
 from nirvana_deploy.measure.unit_cost import bytes_cost, measured_cost
+from nirvana_deploy.measure.workloads.named import NamedWorkload
+from nirvana_deploy.measure.workloads.session import measure_sweep, measure_workload
+from nirvana_deploy.measure.workloads.sweep import Sweep
 from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
@@ -49,9 +58,10 @@ from nirvana_deploy.output.layout import (
     PLAN_FILE,
     QUALITY_FILE,
     TASKS_FILE,
+    WORKLOADS_FILE,
 )
-from nirvana_deploy.output.record_kinds import BenchmarkRecord, Quality, QualityRecord
-from nirvana_deploy.output.results import AnswersWritten, QualityMeasured, Timed
+from nirvana_deploy.output.record_kinds import BenchmarkRecord, Quality, QualityRecord, WorkloadsRecord
+from nirvana_deploy.output.results import AnswersWritten, QualityMeasured, Timed, WorkloadsTimed
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, variants_of
@@ -229,21 +239,9 @@ def speed(run: Run, workload: Workload, *, runtime: str | None = None) -> Stage:
     """Measure the models against each other in ``runtime`` and write benchmark.json, quality included."""
 
     def work() -> Timed:
-        models = models_for(run, runtime)
-        variants = [
-            variant_from_folder(
-                v.name,
-                run.out / v.folder,
-                shape_of(run.out, v),
-                float_arithmetic=v.scheme is None,
-                runtime=runtime,
-                path=path,
-            )
-            for v, path in models.items()
-        ]
+        variants = _timed_variants(run, runtime)
         result = benchmark(variants, workload=workload, baseline=variants[0].name, progress=run.progress)
-        for variant, path in zip(result["variants"], models.values(), strict=True):
-            variant["path"] = place_of(run, path)
+        _place(run, result)
         write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
         return Timed(
             variants=tuple(variant["name"] for variant in result["variants"]),
@@ -257,6 +255,61 @@ def speed(run: Run, workload: Workload, *, runtime: str | None = None) -> Stage:
         work=work,
         always=_outdated(run, stage.BENCHMARK, Place(runtime=runtime)),
     )
+
+
+def _timed_variants(run: Run, runtime: str | None) -> list[Variant]:
+    """The models of the folder as they are timed, the baseline first."""
+    return [
+        variant_from_folder(
+            v.name,
+            run.out / v.folder,
+            shape_of(run.out, v),
+            float_arithmetic=v.scheme is None,
+            runtime=runtime,
+            path=path,
+        )
+        for v, path in models_for(run, runtime).items()
+    ]
+
+
+def _place(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """``result`` with paths as records have them."""
+    for variant in result["variants"]:
+        variant["path"] = place_of(run, Path(variant["path"]))
+    return result
+
+
+def traffic(
+    run: Run,
+    workloads: Sequence[NamedWorkload],
+    sweeps: Sequence[Sweep],
+    *,
+    threads: int | None,
+    runtime: str | None = None,
+) -> Stage:
+    """Time the models under workloads and along sweeps, and write workloads.json.
+
+    What it has of other workloads and axes stays: a result takes the place of an earlier one of its name.
+    """
+    path, before = run.out / WORKLOADS_FILE, WorkloadsRecord()
+    if run.has(stage.WORKLOADS) and path.is_file():
+        before = read_json(path, WorkloadsRecord, schema=SCHEMA)
+
+    def work() -> WorkloadsTimed:
+        variants = _timed_variants(run, runtime)
+        named: dict[str, Any] = {one["name"]: one for one in before.get("workloads", [])}
+        swept: dict[str, Any] = {one["axis"]: one for one in before.get("sweeps", [])}
+        for workload in workloads:
+            found = measure_workload(variants, workload, threads=threads, progress=run.progress)
+            named[workload.name] = _place(run, found)
+        for sweep in sweeps:
+            swept[sweep.axis] = _place(run, measure_sweep(variants, sweep, progress=run.progress))
+        write_json(
+            path, {"schema": SCHEMA, "workloads": list(named.values()), "sweeps": list(swept.values())}
+        )
+        return WorkloadsTimed(tuple(named), tuple(swept))
+
+    return Stage(stage.WORKLOADS, needs=_measured(run), makes=(WORKLOADS_FILE,), work=work)
 
 
 def _outdated(run: Run, name: str, place: Place) -> bool:

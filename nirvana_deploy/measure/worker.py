@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.child import child_environment
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import peak_rss_bytes
+from nirvana_deploy.base.units import format_ms
 from nirvana_deploy.runtime.runner import OnDevice, Runner
 
 _STDERR_TAIL_BYTES = 2000
@@ -47,6 +48,21 @@ class RoundSample:
     """Gaps between consecutive tokens: ``new_tokens - 1`` of them."""
     device_ms: tuple[float, ...] | None = None
     """GPU compute time per pass, prefill first, without copies and host; None if the runtime doesn't tell."""
+
+    def __post_init__(self) -> None:
+        """Raise NirvanaError for an interval that is negative: the clock was set back meanwhile."""
+        least_ms = min(self.prefill_ms, self.ttft_ms, *self.itl_ms)
+        if least_ms < 0:
+            raise NirvanaError(
+                f"The clock went back by {format_ms(-least_ms)} while a request was timed; its times mean "
+                "nothing.",
+                hint="Measure again, while nothing sets the clock: nirvana-deploy benchmark OUT",
+            )
+
+    @property
+    def e2e_ms(self) -> float:
+        """Request start to the last token's id: TTFT and all gaps."""
+        return self.ttft_ms + sum(self.itl_ms)
 
     @property
     def tpot_ms(self) -> float:

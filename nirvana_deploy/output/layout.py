@@ -27,6 +27,7 @@ RECOVERY_STATE = ".nirvana-deploy.recovery"
 QUALITY_FILE = "quality.json"
 ANSWERS_FILE = "answers.json"
 BENCHMARK_FILE = "benchmark.json"
+WORKLOADS_FILE = "workloads.json"
 CHECKPOINT = "checkpoint"
 PLAN_FILE = "plan.json"
 ONNX = "onnx"
@@ -60,6 +61,7 @@ NAMES_OF_A_RUN = (
     QUALITY_FILE,
     ANSWERS_FILE,
     BENCHMARK_FILE,
+    WORKLOADS_FILE,
     NTK_FILE,
     TASKS_FILE,
     REPORT_MARKDOWN,

@@ -14,12 +14,17 @@ from typing import Any, TypeVar
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json, typed
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.layout import BENCHMARK_FILE, MANIFEST, PLAN_FILE
+from nirvana_deploy.output.layout import BENCHMARK_FILE, MANIFEST, PLAN_FILE, WORKLOADS_FILE
 from nirvana_deploy.output.manifest import Manifest
-from nirvana_deploy.output.record_kinds import BenchmarkRecord, PlanRecord, VerifiedRecord
+from nirvana_deploy.output.record_kinds import BenchmarkRecord, PlanRecord, VerifiedRecord, WorkloadsRecord
 
 _SCHEMA = 1
-_KINDS = {MANIFEST: Manifest, PLAN_FILE: PlanRecord, BENCHMARK_FILE: BenchmarkRecord}
+_KINDS = {
+    MANIFEST: Manifest,
+    PLAN_FILE: PlanRecord,
+    BENCHMARK_FILE: BenchmarkRecord,
+    WORKLOADS_FILE: WorkloadsRecord,
+}
 Kind = TypeVar("Kind")
 
 
@@ -30,6 +35,7 @@ class Records:
     manifest: dict[str, Any] | None
     plan: dict[str, Any] | None
     benchmark: dict[str, Any] | None
+    workloads: dict[str, Any] | None = None
 
     def stage(self, name: str) -> Mapping[str, Any]:
         """The manifest's entry of a stage; empty when it did not run."""

@@ -103,3 +103,12 @@ class Timed:
 
     variants: tuple[str, ...]
     comparisons: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class WorkloadsTimed:
+    """Which workloads and sweeps were timed; the numbers are in workloads.json."""
+
+    workloads: tuple[str, ...]
+    sweeps: tuple[str, ...]
+    """Their axes."""

@@ -22,8 +22,19 @@ from nirvana_deploy.engine.stage import (
     engines_from_onnx_folder,
 )
 from nirvana_deploy.measure.gate import require_quality
-from nirvana_deploy.measure.recipe import Evaluation, Workload
-from nirvana_deploy.measure.stage import answers, quality, refresh_quality, speed, tangent_kernel, tasks
+from nirvana_deploy.measure.recipe import Evaluation, Traffic, Workload
+from nirvana_deploy.measure.rounds.watch import wait_until_idle
+from nirvana_deploy.measure.stage import (
+    answers,
+    quality,
+    refresh_quality,
+    speed,
+    tangent_kernel,
+    tasks,
+    traffic,
+)
+from nirvana_deploy.measure.workloads.named import NamedWorkload, load_workloads, require_within_context
+from nirvana_deploy.measure.workloads.sweep import Sweep, sweeps_of
 from nirvana_deploy.measure.zero_shot.tasks import require_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
@@ -35,6 +46,7 @@ from nirvana_deploy.output.layout import (
     RECIPE_FILE,
     REPORT_HTML,
     REPORT_MARKDOWN,
+    WORKLOADS_FILE,
 )
 from nirvana_deploy.output.records import read_records
 from nirvana_deploy.output.run import Run
@@ -50,6 +62,7 @@ from nirvana_deploy.quantize.coverage import Coverage
 from nirvana_deploy.quantize.int8.spec import read_record
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
+from nirvana_deploy.report.pages.workloads import workloads_table
 from nirvana_deploy.report.report import write_report
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import report
@@ -139,6 +152,51 @@ def benchmark_folder(
         run.run(report(run))
     record = read_json(out / BENCHMARK_FILE, dict[str, Any])
     return _shown([one["name"] for one in record["variants"]], record, summary_table)
+
+
+def benchmark_workloads(
+    out: Path | str,
+    asked: Traffic,
+    workload: Workload | None = None,
+    *,
+    runtime: str | None = None,
+    progress: Progress = SILENT,
+) -> Record:
+    """Time an output folder under the workloads and along the sweeps ``asked`` for; returns workloads.json.
+
+    ``workload`` says what stays along a sweep, how many rounds it has, and the threads of both. Raises
+    NirvanaError for nothing asked, an unknown name, and lengths beyond the model's context, before any work.
+    """
+    out, base = Path(out), workload or Workload()
+    workloads, sweeps = load_workloads(asked.workloads), sweeps_of(asked.sweeps, base)
+    if not workloads and not sweeps:
+        raise NirvanaError(
+            "No workload and no sweep is asked for.",
+            hint=f"nirvana-deploy benchmark {out} --workload chat --sweep batch=1,2,4",
+        )
+    with Run.open(out, writing=True, progress=progress) as run:
+        _require_context(out, workloads, sweeps)
+        if base.wait_until_idle:
+            wait_until_idle(max_minutes=base.max_minutes, progress=progress)
+        run.run(traffic(run, workloads, sweeps, threads=base.threads, runtime=runtime), redo=True)
+        run.run(report(run))
+    record = read_json(out / WORKLOADS_FILE, dict[str, Any])
+    names = [*(one["name"] for one in record["workloads"]), *(one["axis"] for one in record["sweeps"])]
+    return _shown(names, record, workloads_table)
+
+
+def _require_context(out: Path, workloads: Sequence[NamedWorkload], sweeps: Sequence[Sweep]) -> None:
+    """Raise NirvanaError where the model's context has no room for what is asked."""
+    most = Checkpoint.open(out / CHECKPOINT).context_tokens
+    again = f"nirvana-deploy benchmark {out}"
+    for one in workloads:
+        hint = f"Write a shorter one, and name its file: {again} --workload mine.toml"
+        require_within_context(one.name, one.longest(), context_tokens=most, hint=hint)
+    for sweep in sweeps:
+        fitting = sweep.within(most) if most is not None else ()
+        less = f" --sweep {sweep.axis}={','.join(map(str, fitting))}" if len(fitting) > 1 else ""
+        hint = f"{again}{less}" if less else f"Ask for less: {again} --prompt-tokens N --new-tokens N"
+        require_within_context(sweep.label, sweep.longest(), context_tokens=most, hint=hint)
 
 
 def _shown(names: Iterable[str], record: Mapping[str, Any], table: Callable[[Any], Table]) -> Record:

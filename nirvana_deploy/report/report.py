@@ -6,7 +6,7 @@ nothing else. The Markdown has the same numbers as tables.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,10 +35,21 @@ from nirvana_deploy.output.records import (
 from nirvana_deploy.report import figures, findings
 from nirvana_deploy.report.facts import details
 from nirvana_deploy.report.page import PlacedFigure, environment, markdown_environment
-from nirvana_deploy.report.pages import curves, deployed, layers, ntk, quality, recovery, tasks, trade
+from nirvana_deploy.report.pages import (
+    curves,
+    deployed,
+    layers,
+    ntk,
+    quality,
+    recovery,
+    tasks,
+    trade,
+    workloads,
+)
 from nirvana_deploy.report.snippets import snippets
 from nirvana_deploy.report.table import (
     ABSENT,
+    Table,
     baseline_of,
     challengers_of,
     median_of,
@@ -179,6 +190,36 @@ def _tasks(records: Records) -> dict[str, Any] | None:
     return None if record is None or not record["variants"] else _section(tasks, record)
 
 
+def _workloads(records: Records) -> list[dict[str, Any]]:
+    """Contexts of the sections on workloads."""
+    page = workloads
+    return [
+        _timed(one, page.title(one), page.explain(one), page.workload_table(one))
+        for one in (records.workloads or {}).get("workloads") or ()
+    ]
+
+
+def _sweeps(records: Records) -> list[dict[str, Any]]:
+    """Contexts of the sections on sweeps."""
+    page = workloads
+    return [
+        _timed(one, page.sweep_title(one), page.explain_sweep(one), page.sweep_table(one))
+        for one in (records.workloads or {}).get("sweeps") or ()
+    ]
+
+
+def _timed(record: Mapping[str, Any], title: str, says: str, table: Table) -> dict[str, Any]:
+    return {"title": title, "says": says, "cautions": workloads.cautions(record), "table": table}
+
+
+def _sweep_figures(records: Records) -> list[PlacedFigure]:
+    """A figure for each of :func:`_sweeps`."""
+    return [
+        PlacedFigure(Markup(workloads.sweep_figure(one)), workloads.CAPTION)
+        for one in (records.workloads or {}).get("sweeps") or ()
+    ]
+
+
 def _section(page: ModuleType, record: Mapping[str, Any]) -> dict[str, Any]:
     """What a section says, and its table."""
     return {"says": page.explain(record), "headers": page.headers(record), "rows": page.rows(record)}
@@ -258,6 +299,8 @@ def report_context(records: Records) -> dict[str, Any]:
         "cautions": findings.cautions(records),
         "gaps": findings.gaps(records),
         "summary": summary_table(records.benchmark) if records.benchmark else None,
+        "workloads": _workloads(records),
+        "sweeps": _sweeps(records),
         "quantized_headers": deployed.QUANTIZED_HEADERS,
         "quantized": deployed.quantized_rows(records),
         "engine_headers": deployed.ENGINE_HEADERS,
@@ -283,11 +326,13 @@ def render_markdown(context: Mapping[str, Any]) -> str:
 def render_html(
     context: Mapping[str, Any],
     placed: list[PlacedFigure],
+    *,
+    sweep_figures: Sequence[PlacedFigure] = (),
     **others: PlacedFigure | None,
 ) -> str:
     """report.html from ``report_context`` and its figures; every value is escaped for HTML."""
     template = environment().get_template("report.html.j2")
-    return template.render(context, figures=placed, **others)
+    return template.render(context, figures=placed, sweep_figures=sweep_figures, **others)
 
 
 def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]:
@@ -305,6 +350,7 @@ def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]
         html = render_html(
             context,
             _figures_of(records, out),
+            sweep_figures=_sweep_figures(records),
             decides=_deciding_figure(records),
             stage_figure=_stage_figure(records),
             kernel_figure=_kernel_figure(records),

@@ -12,7 +12,7 @@ from builders.scripts import ROOT
 from nirvana_deploy.output.records import Records
 
 FROZEN = ROOT / "tests/report/data"
-RECORDS = ("manifest", "plan", "benchmark")
+RECORDS = ("manifest", "plan", "benchmark", "workloads")
 
 
 def frozen(name: str) -> dict[str, Any]:

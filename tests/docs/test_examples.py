@@ -169,7 +169,7 @@ def test_points_of_a_search_are_as_their_schema_says(searched: Path, schemas: An
 
 
 def test_recorded_files_are_as_the_schemas_say(schemas: Any) -> None:
-    for name in ("manifest", "plan", "benchmark"):
+    for name in ("manifest", "plan", "benchmark", "workloads"):
         held(schemas, name, FROZEN / f"{name}.json")
     for file in RESULTS.glob("*.benchmark.json"):
         held(schemas, "benchmark", file)

@@ -135,6 +135,15 @@ def test_what_each_interval_covers() -> None:
     sample = timed_round(decoder, PROMPT, new_tokens=4, clock=lambda: next(ticks))
     assert sample == RoundSample(prefill_ms=1000, ttft_ms=2000, itl_ms=(1000, 1000, 1000))
     assert sample.tpot_ms == 1000
+    assert sample.e2e_ms == 5000 == sample.ttft_ms + 3 * sample.tpot_ms
+
+
+def test_a_clock_that_goes_back_is_an_error() -> None:
+    """By 3 ms between the second token and the third."""
+    looks = iter([0.0, 0.010, 0.011, 0.021, 0.018])
+    decoder = SleepyDecoder(prefill_s=0, decode_s=0)
+    with pytest.raises(NirvanaError, match=r"clock went back by 3\.00 ms.*\n.*nirvana-deploy benchmark OUT"):
+        timed_round(decoder, PROMPT, new_tokens=3, clock=lambda: next(looks))
 
 
 def test_warm_up_is_left_out_and_the_order_flips() -> None:
@@ -182,6 +191,7 @@ def test_summary_by_hand() -> None:
     assert summary([4.0, 1.0, 3.0, 2.0, 5.0]) == {
         "p50": 3.0,
         "p90": pytest.approx(4.6),
+        "p95": pytest.approx(4.8),
         "p99": pytest.approx(4.96),
         "mean": 3.0,
         "min": 1.0,

@@ -18,7 +18,7 @@ from nirvana_deploy.output.records import read_records
 from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.report.report import report_context
 
-RECORDS = ("manifest", "plan", "benchmark")
+RECORDS = ("manifest", "plan", "benchmark", "workloads")
 OTHERS: tuple[Any, ...] = (None, True, -1, 0, 1.5, 10**30, "x", "", [], {}, [[]], {"a": 1})
 TRIALS = 120
 

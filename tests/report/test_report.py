@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def test_the_page_is_well_formed_and_loads_nothing(tmp_path: Path) -> None:
 def test_figures_have_alternative_text_and_headers_a_scope(tmp_path: Path) -> None:
     page = Page(report_of(tmp_path, frozen_records())[1])
     figures = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(figures) == 6
+    assert len(figures) == 7
     assert all(attrs["role"] == "img" and len(attrs["aria-label"] or "") > 30 for attrs in figures)
     headers = [attrs for tag, attrs in page.tags if tag == "th"]
     assert headers
@@ -137,7 +137,7 @@ def test_without_quality_the_speed_stays_and_the_gap_is_named(tmp_path: Path) ->
 
 @pytest.mark.parametrize("alone", ["dense", "pruned"])
 def test_a_single_variant_is_shown_without_speed_ups(tmp_path: Path, alone: str) -> None:
-    records = frozen_records()
+    records = replace(frozen_records(), workloads=None)
     assert records.benchmark is not None
     records.benchmark["variants"] = [v for v in records.benchmark["variants"] if v["name"] == alone]
     records.benchmark["comparisons"] = []
@@ -428,6 +428,7 @@ def test_a_record_with_a_broken_field_is_named(tmp_path: Path, record: str) -> N
         "manifest": ("stages", {"verify": verify}, "verify': pruned.checks[0] has no 'name'"),
         "plan": ("layers", [{"layer": 0}], "layers[0] has no 'of_groups'"),
         "benchmark": ("variants", [{"parameters": 1}], "variants[0] has no 'name'"),
+        "workloads": ("sweeps", [{"axis": "wind"}], "sweeps[0].axis is"),
     }
     field, value, said = breaks[record]
     getattr(records, record)[field] = value

@@ -10,8 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from nirvana_deploy.measure.recipe import Workload
+from nirvana_deploy.measure.worker import RoundSample
+from nirvana_deploy.measure.workloads.measured import comparisons_of, points_of, times_of
+from nirvana_deploy.measure.workloads.named import NamedWorkload, Request, WorkloadFile
+from nirvana_deploy.measure.workloads.sweep import Sweep
+from nirvana_deploy.measure.workloads.turns import Answered
 
 HERE = Path(__file__).parent
 HIDDEN, HEAD_DIM, GROUPS, NEURONS, LAYERS, VOCABULARY = 576, 64, 3, 1536, 30, 49152
@@ -306,5 +314,77 @@ manifest = {
     },
 }
 
-for name, record in (("manifest", manifest), ("plan", plan), ("benchmark", benchmark)):
+
+def answered(request: Request, factor: float) -> Answered:
+    """What a model that is ``factor`` times as fast as dense answers."""
+
+    def drawn(median_ms: float) -> float:
+        return round(median_ms / factor * random.lognormvariate(0, 0.02), 3)
+
+    prefill_ms = drawn(3.4 * request.batch_size * request.prompt_tokens)
+    decode_ms = 24 + 0.004 * request.prompt_tokens + 1.5 * (request.batch_size - 1)
+    gaps = tuple(drawn(decode_ms) for _ in range(request.new_tokens - 1))
+    sample = RoundSample(prefill_ms=prefill_ms, ttft_ms=prefill_ms + 0.5, itl_ms=gaps)
+    return Answered(request, sample, joules=None)
+
+
+FACTORS = {"dense": 1.0, "pruned": 1.41}
+CHAT = NamedWorkload(
+    "chat",
+    WorkloadFile(
+        about="A chat: short questions and answers, one at a time.",
+        prompt_tokens=(32, 64, 128),
+        new_tokens=8,
+        requests=12,
+    ),
+)
+KV = {"dense": LAYERS * GROUPS * kv_bytes, "pruned": kept_groups * kv_bytes}
+chatted = {name: [answered(one, factor) for one in CHAT.timed()] for name, factor in FACTORS.items()}
+SWEEP = Sweep("context", (128, 512, 2048), Workload(new_tokens=8, repeats=7, threads=2))
+swept = {
+    value: {
+        name: [answered(SWEEP.request(value, index), factor) for index in range(7)]
+        for name, factor in FACTORS.items()
+    }
+    for value in SWEEP.values
+}
+swept_variants, swept_ratios = points_of(swept, "dense")
+workloads = {
+    "schema": 1,
+    "workloads": [
+        {
+            "name": CHAT.name,
+            "file": CHAT.to_json(),
+            "environment": environment,
+            "watch": {"samples": [], "cautions": ["The machine drifted: 2.10 ms at first, 2.40 ms at last."]},
+            "energy_zones": [],
+            "variants": [
+                {
+                    "name": name,
+                    "load_ms": 512.0 / factor,
+                    "peak_rss_bytes": int(812_304_384 / factor),
+                    "peak_device_bytes": None,
+                    "kv_cache_bytes": CHAT.longest().written_tokens * KV[name],
+                    **times_of(chatted[name]),
+                }
+                for name, factor in FACTORS.items()
+            ],
+            "comparisons": comparisons_of(chatted, "dense"),
+        }
+    ],
+    "sweeps": [
+        {
+            "axis": SWEEP.axis,
+            "values": list(SWEEP.values),
+            "workload": asdict(SWEEP.base),
+            "environment": environment,
+            "watch": {"samples": [], "cautions": []},
+            "variants": swept_variants,
+            "comparisons": swept_ratios,
+        }
+    ],
+}
+
+RECORDS = {"manifest": manifest, "plan": plan, "benchmark": benchmark, "workloads": workloads}
+for name, record in RECORDS.items():
     (HERE / f"{name}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")

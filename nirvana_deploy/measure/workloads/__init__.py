@@ -1,0 +1,1 @@
+"""Workloads as files, and curves over length, batch and threads."""

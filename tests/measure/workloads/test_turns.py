@@ -1,0 +1,62 @@
+"""Requests in turn: who is asked when, and what is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.measure.worker import RoundSample
+from nirvana_deploy.measure.workloads.energy import EnergyMeter
+from nirvana_deploy.measure.workloads.named import Request
+from nirvana_deploy.measure.workloads.turns import in_turns
+
+
+class Asked:
+    """Remembers who was asked for how much, and uses a joule each time."""
+
+    def __init__(self, name: str, log: list[str], counter: Path | None = None) -> None:
+        self.name, self.log, self.counter = name, log, counter
+        self.prompts: list[NDArray[np.int64]] = []
+
+    def measure(self, tokens: NDArray[np.int64], *, new_tokens: int) -> RoundSample:
+        self.log.append(f"{self.name}{tokens.shape[0]}x{tokens.shape[1]}+{new_tokens}")
+        self.prompts.append(tokens)
+        if self.counter is not None:
+            self.counter.write_text(str(int(self.counter.read_text()) + 1_000_000))
+        return RoundSample(prefill_ms=1, ttft_ms=2, itl_ms=(3.0,) * (new_tokens - 1))
+
+
+REQUESTS = [Request(2, 3, 4, seed=0, index=0), Request(2, 5, 2, seed=0, index=1)]
+
+
+def test_each_request_goes_to_all_and_the_order_flips() -> None:
+    log: list[str] = []
+    runners = {name: Asked(name, log) for name in "ab"}
+    warmup = [Request(2, 6, 6, seed=0, index=2)]
+    answers = in_turns(runners, REQUESTS, warmup=warmup, vocab_size=7, label="x")
+    assert log == ["a2x6+6", "b2x6+6", "a2x3+4", "b2x3+4", "b2x5+2", "a2x5+2"]
+    assert [one.request for one in answers["a"]] == REQUESTS == [one.request for one in answers["b"]]
+    assert {one.joules for one in answers["a"]} == {None}
+    for one, other in zip(runners["a"].prompts, runners["b"].prompts, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_energy_is_counted_for_the_one_that_was_asked(tmp_path: Path) -> None:
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    for file, text in (("name", "package-0"), ("energy_uj", "0"), ("max_energy_range_uj", "100000000")):
+        (zone / file).write_text(text)
+    log: list[str] = []
+    runners = {"busy": Asked("busy", log, zone / "energy_uj"), "idle": Asked("idle", log)}
+    answers = in_turns(runners, REQUESTS, warmup=[], vocab_size=7, label="x", meter=EnergyMeter(tmp_path))
+    assert [one.joules for one in answers["busy"]] == [1, 1]
+    assert [one.joules for one in answers["idle"]] == [0, 0]
+
+
+def test_no_request_is_an_error() -> None:
+    with pytest.raises(NirvanaError, match="chat: there is no request to time"):
+        in_turns({}, [], warmup=[], vocab_size=7, label="chat")
