@@ -81,8 +81,8 @@ class NamedWorkload:
 
     def to_json(self) -> dict[str, Any]:
         """The keys of its file, as JSON has them."""
-        built: dict[str, Any] = msgspec.to_builtins(self.file)
-        return built
+        keys: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self.file))
+        return keys
 
     def timed(self) -> tuple[Request, ...]:
         """The batches, each with lengths drawn by the seed; the same for every model."""

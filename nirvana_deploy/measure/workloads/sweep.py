@@ -46,8 +46,8 @@ class Sweep:
         return tuple(v for v in self.values if self.request(v, 0).sequence_tokens <= context_tokens)
 
     def longest(self) -> Request:
-        """The longest sequence among them."""
-        return max((self.request(value, 0) for value in self.values), key=lambda one: one.sequence_tokens)
+        """The request that fills the cache most."""
+        return max((self.request(value, 0) for value in self.values), key=lambda one: one.written_tokens)
 
 
 def sweeps_of(texts: Sequence[str], base: Workload) -> tuple[Sweep, ...]:

@@ -18,7 +18,11 @@ def test_one_option_varies_and_the_others_stay() -> None:
     assert (one.batch_size, one.prompt_tokens, one.new_tokens, one.index) == (2, 64, 4, 3)
     assert batch.request(4, 0).prompt_tokens == 8 and batch.request(4, 0).batch_size == 4
     assert threads.at(2).threads == 2 and threads.request(2, 0) == threads.request(1, 0)
-    assert context.longest().sequence_tokens == 68 and context.within(67) == (16,)
+    assert (
+        batch.longest().batch_size == 4
+        and context.longest().sequence_tokens == 68
+        and context.within(67) == (16,)
+    )
 
 
 @pytest.mark.parametrize(

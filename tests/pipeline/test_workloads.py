@@ -1,0 +1,83 @@
+"""``benchmark --workload`` and ``--sweep`` on an output folder: what is kept, shown and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.jobs import TINY_JOB
+from builders.tiny import write_tiny
+from click.testing import CliRunner
+
+import nirvana_deploy as library
+from nirvana_deploy.cli.benchmark import benchmark
+from nirvana_deploy.measure.recipe import Traffic, Workload
+
+pytestmark = pytest.mark.integration
+SHORT = Workload(prompt_tokens=6, new_tokens=3, repeats=2, threads=1)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workloads")
+    model = write_tiny(folder / "model", "llama-tied")
+    return library.prune_export(str(model), out=folder / "out", **TINY_JOB).out
+
+
+def asked(*words: Any) -> Any:
+    return CliRunner().invoke(benchmark, [str(word) for word in words])
+
+
+def test_results_are_kept_by_name_and_the_benchmark_stays(out: Path, tmp_path: Path) -> None:
+    before = (out / "benchmark.json").read_bytes()
+    mine = tmp_path / "mine.toml"
+    mine.write_text("about = 'Mine.'\nprompt_tokens = [4, 8]\nnew_tokens = 3\nrequests = 8\n")
+    found = library.benchmark_workloads(out, Traffic(workloads=(str(mine),)), SHORT)
+    assert repr(found) == "Record(mine)" and "Time to first token" in found._repr_html_()
+    words = ("--sweep", "batch=1,2", "--new-tokens", 3, "--repeats", 2, "--threads", 1)
+    shown = asked(out, *words)
+    assert shown.exit_code == 0, shown.output
+    assert "# Against batch size" in shown.stdout and "# Workload mine" not in shown.stdout
+    record = json.loads((out / "workloads.json").read_text())
+    assert [one["name"] for one in record["workloads"]] == ["mine"]
+    assert [one["path"] for one in record["workloads"][0]["variants"]] == ["dense/onnx", "onnx"]
+    assert [one["axis"] for one in record["sweeps"]] == ["batch"]
+    page = (out / "report.html").read_text()
+    assert "<h2>Workload mine</h2>" in page and "<h2>Against batch size</h2>" in page
+    assert (out / "benchmark.json").read_bytes() == before
+    assert library.verify_folder(out).passed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--workload", "rag"), "rag: prompt_tokens = 1536 and new_tokens = 64 make 1600 tokens"),
+        (("--sweep", "context=32,64,4096"), "--sweep context=32,64$"),
+        (("--sweep", "context=600,700"), "--prompt-tokens N --new-tokens N"),
+    ],
+)
+def test_what_the_context_does_not_hold_is_refused_ahead(out: Path, words: Any, said: str) -> None:
+    result = asked(out, *words)
+    assert isinstance(result.exception, library.NirvanaError)
+    with pytest.raises(library.NirvanaError, match=said):
+        raise result.exception
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--workload", "chat", "--prompt-tokens", 4),
+        ("--workload", "chat", "--repeats", 4),
+        ("--sweep", "batch=1,2", "--precision", "3%"),
+    ],
+)
+def test_an_option_without_use_is_a_usage_error(out: Path, words: Any) -> None:
+    result = asked(out, *words)
+    assert result.exit_code == 2 and "leave it out" in result.output
+
+
+def test_nothing_asked_is_an_error(out: Path) -> None:
+    with pytest.raises(library.NirvanaError, match=r"No workload and no sweep.*\n.*--workload chat"):
+        library.benchmark_workloads(out, Traffic())
