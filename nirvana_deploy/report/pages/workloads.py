@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from nirvana_deploy.base.units import format_bytes, format_ms, format_number
 from nirvana_deploy.measure.rounds.ratios import CONFIDENCE
@@ -225,6 +226,7 @@ def _panel(axes: Any, variants: Sequence[Mapping[str, Any]], key: str, colours: 
         tops += [height + above for height, (_, above) in zip(heights, whiskers, strict=True)]
     if max(medians) > _LOGARITHMIC_FROM * min(medians):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(lambda ms, _: f"{ms:,g}")
         name_axes(axes, y="milliseconds, logarithmic")
