@@ -34,7 +34,8 @@ from nirvana_deploy.measure.evaluation_text import (
 )
 from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
-from nirvana_deploy.measure.recipe import Evaluation, Measurement, Workload
+from nirvana_deploy.measure.recipe import Analysis, Evaluation, Measurement, Workload
+from nirvana_deploy.measure.roofline.explained import Explained
 from nirvana_deploy.measure.unit_cost import bytes_cost, measured_cost
 from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
@@ -225,11 +226,17 @@ def heldout_windows(run: Run) -> tuple[NDArray[np.int64], str]:
     return read_windows(run.out / CALIBRATION_FILE)["heldout"], drawn_record(run)["evaluation_source"]
 
 
-def speed(run: Run, workload: Workload, *, runtime: str | None = None) -> Stage:
-    """Measure the models against each other in ``runtime`` and write benchmark.json, quality included."""
+def speed(
+    run: Run, workload: Workload, analysis: Analysis | None = None, *, runtime: str | None = None
+) -> Stage:
+    """Measure the models against each other in ``runtime`` and write benchmark.json, quality included.
+
+    On the CPU in ONNX Runtime, each model's time stands beside what the machine's ceilings allow.
+    """
 
     def work() -> Timed:
         models = models_for(run, runtime)
+        explain = Explained(workload, analysis or Analysis(), runtime, run.progress)
         variants = [
             variant_from_folder(
                 v.name,
@@ -242,6 +249,7 @@ def speed(run: Run, workload: Workload, *, runtime: str | None = None) -> Stage:
             for v, path in models.items()
         ]
         result = benchmark(variants, workload=workload, baseline=variants[0].name, progress=run.progress)
+        result = explain.of(result, {variant.name: variant for variant in variants})
         for variant, path in zip(result["variants"], models.values(), strict=True):
             variant["path"] = place_of(run, path)
         write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NotRequired, Required, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict
 
 from msgspec import Meta
 
@@ -75,6 +75,82 @@ class Latency(TypedDict, total=False):
     samples: list[float]
 
 
+class BoundedPhase(TypedDict, total=False):
+    """One pass of a model, a prefill or a decode step, beside its bound on the machine.
+
+    ``memory_ms`` is ``moved_bytes`` at the memory's speed, ``products_ms`` the operations at the rates of
+    their kinds; ``bound_ms`` is the longer of the two. None: nothing of that kind was measured.
+    """
+
+    weight_bytes: float
+    cache_read_bytes: float
+    cache_written_bytes: float
+    logits_bytes: float
+    moved_bytes: Required[Positive]
+    operations: Required[dict[str, float]]
+    operations_per_byte: Required[Positive]
+    gop_per_s: Required[Positive]
+    gb_per_s: Required[Positive]
+    memory_ms: float
+    products_ms: float | None
+    bound_ms: float | None
+    share_of_bound: float | None
+
+
+class Roofline(TypedDict):
+    """Both passes of one model."""
+
+    prefill: BoundedPhase
+    decode: BoundedPhase
+
+
+class OperatorTime(TypedDict):
+    """Operators of one name in one pass; "products" are those by stored weights."""
+
+    operator: str
+    kind: Literal["products", "attention", "other"]
+    nodes: int
+    ms: float
+
+
+class LayerTime(TypedDict):
+    """Operators of one layer in one pass; ``layer`` is its number, "head" or "elsewhere"."""
+
+    layer: str
+    nodes: int
+    ms: float
+
+
+class ProfiledPass(TypedDict):
+    """Where the time of a pass goes, with the profiler's own: kernels, between them, outside the session."""
+
+    passes: int
+    pass_ms: Positive
+    kernels_ms: float
+    between_ms: float
+    outside_ms: float
+    operators: list[OperatorTime]
+    layers: list[LayerTime]
+
+
+class Profile(TypedDict):
+    """Both passes of one model."""
+
+    prefill: ProfiledPass
+    decode: ProfiledPass
+
+
+class CeilingsRecord(TypedDict, total=False):
+    """What the machine reaches at most; ``memory_gb_per_s`` is the median during the benchmark."""
+
+    threads: Required[int]
+    read_gb_per_s: Required[Positive]
+    copy_gb_per_s: Required[Positive]
+    gop_per_s: Required[dict[str, Positive]]
+    measured_at: Required[str]
+    memory_gb_per_s: Required[Positive]
+
+
 class TimedVariant(TypedDict, total=False):
     """One model of a benchmark."""
 
@@ -91,6 +167,8 @@ class TimedVariant(TypedDict, total=False):
     peak_device_bytes: int | None
     kv_cache_bytes_per_token: int | None
     float_arithmetic: bool
+    roofline: Roofline
+    profile: Profile
     quality: Quality | None
 
 
@@ -149,6 +227,7 @@ class BenchmarkRecord(TypedDict, total=False):
     schema: int
     environment: Environment
     watch: WatchRecord
+    ceilings: CeilingsRecord
     workload: WorkloadRecord
     evaluation: EvaluationRecord
     variants: Required[list[TimedVariant]]

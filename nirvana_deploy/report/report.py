@@ -36,6 +36,7 @@ from nirvana_deploy.report import figures, findings
 from nirvana_deploy.report.facts import details
 from nirvana_deploy.report.page import PlacedFigure, environment, markdown_environment
 from nirvana_deploy.report.pages import curves, deployed, layers, ntk, quality, recovery, tasks, trade
+from nirvana_deploy.report.roofline import bounds, operators
 from nirvana_deploy.report.snippets import snippets
 from nirvana_deploy.report.table import (
     ABSENT,
@@ -52,12 +53,12 @@ from nirvana_deploy.report.verdict import verdict
 def _bounds_ms(benchmark: Mapping[str, Any], metric: str) -> dict[str, float]:
     """Variant name -> median of ``metric`` in ms at its bound, if the bound is known."""
     before_ms = median_of(baseline_of(benchmark) or {}, metric)
-    bounds = {}
+    found_ms = {}
     for variant in challengers_of(benchmark):
         found = findings.gain(benchmark, variant, "prefill" if metric == "prefill_ms" else "tpot")
         if found and found.bound and before_ms:
-            bounds[str(variant["name"])] = before_ms / found.bound
-    return bounds
+            found_ms[str(variant["name"])] = before_ms / found.bound
+    return found_ms
 
 
 def _latency_figures(benchmark: Mapping[str, Any], baseline: str | None) -> list[PlacedFigure]:
@@ -73,13 +74,15 @@ def _latency_figures(benchmark: Mapping[str, Any], baseline: str | None) -> list
         variants = [v for v in benchmark["variants"] if v.get(metric)]
         if not variants:
             continue
-        bounds = _bounds_ms(benchmark, metric)
-        svg = figures.latency_figure(variants, metric=metric, title=title, baseline=baseline, bound_ms=bounds)
+        bounds_ms = _bounds_ms(benchmark, metric)
+        svg = figures.latency_figure(
+            variants, metric=metric, title=title, baseline=baseline, bound_ms=bounds_ms
+        )
         count = max(len(v[metric].get("samples") or ()) for v in variants)
         drawn = figures.MAX_DOTS
         thinned = f" ({drawn} of them drawn)" if count > drawn else ""
         caption = f"{count:,} samples per variant, one dot each{thinned}; the line is the median."
-        if bounds:
+        if bounds_ms:
             why = "operations" if metric == "prefill_ms" else "bytes read"
             caption += f" Dotted: where the median would be if time followed the {why} alone."
         placed.append(PlacedFigure(Markup(svg), caption))
@@ -94,6 +97,7 @@ def _benchmark_figures(records: Records) -> list[PlacedFigure]:
     reference = baseline_of(benchmark)
     baseline = str(reference["name"]) if reference else None
     placed = _latency_figures(benchmark, baseline)
+    placed += filter(None, (bounds.roofline_figure(benchmark), operators.time_figure(benchmark)))
     placed.append(
         PlacedFigure(
             Markup(figures.memory_figure(variants, baseline=baseline)),
@@ -184,6 +188,12 @@ def _section(page: ModuleType, record: Mapping[str, Any]) -> dict[str, Any]:
     return {"says": page.explain(record), "headers": page.headers(record), "rows": page.rows(record)}
 
 
+def _bounds(benchmark: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Context of the section on the machine's bounds; None where none was measured."""
+    found = bounds.rows(benchmark)
+    return {"says": bounds.says(benchmark), "headers": bounds.HEADERS, "rows": found} if found else None
+
+
 def _stage_figure(records: Records) -> PlacedFigure | None:
     stages = (records.manifest or {}).get("stages") or {}
     seconds = [stage["seconds"] for stage in stages.values() if stage.get("seconds") is not None]
@@ -258,6 +268,8 @@ def report_context(records: Records) -> dict[str, Any]:
         "cautions": findings.cautions(records),
         "gaps": findings.gaps(records),
         "summary": summary_table(records.benchmark) if records.benchmark else None,
+        "bounds": _bounds(records.benchmark or {}),
+        "times": operators.section(records.benchmark or {}),
         "quantized_headers": deployed.QUANTIZED_HEADERS,
         "quantized": deployed.quantized_rows(records),
         "engine_headers": deployed.ENGINE_HEADERS,
