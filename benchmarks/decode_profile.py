@@ -4,9 +4,9 @@
 
 WORK is the --work folder of decode_speed.py. Every variant takes the same step, one token behind a prompt,
 in ONNX Runtime with the cache in place: all in turns without the profiler, for the time of a step, then each
-with it, for the share of every operator. Others may use the machine, so the fastest tenth of the steps counts
-(p10), and of a node the fastest run. The profiler costs microseconds a node, so nodes add up to more than a
-step: they show proportions.
+with it, for the share of every operator (measure/roofline/profile.py). Others may use the machine, so the
+fastest tenth of the steps counts (p10). The profiler costs microseconds a node, so nodes add up to more than
+a step: they show proportions.
 
 ``bytes`` are the stored weights that a step reads (all but embedding rows and rotary tables), ``bound`` the
 time that reading them takes at the measured memory bandwidth.
@@ -15,10 +15,7 @@ time that reading them takes at the measured memory bandwidth.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,18 +24,18 @@ import nirvana_deploy  # noqa: F401  first: it switches ONNX Runtime's telemetry
 
 # isort: split
 import numpy as np
-import onnx
 import onnxruntime
 
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.export.footprint import footprint_of
+from nirvana_deploy.measure.recipe import Workload
+from nirvana_deploy.measure.roofline.profile import profile_of
 from nirvana_deploy.runtime.onnxruntime.session import default_threads
 
 VARIANTS = ("dense", "dense-int8", "dense-w8", "dense-w4", "builder-int4", "pruned-int8", "pruned-w4")
-WARM_UP = 20
-_LOOKED_UP = {"Gather", "GatherBlockQuantized", "GroupQueryAttention"}
-"""Operators that read a few rows of their initializers."""
+_PROFILED_TOKENS = 64
 
 
 def main() -> None:
@@ -60,17 +57,18 @@ def main() -> None:
     rows: dict[str, Any] = {}
     for name, folder in folders.items():
         low, middle = np.quantile(steps_ms[name], [0.1, 0.5])
-        weights = weights_read(folder)
+        weights = footprint_of(folder).weight_bytes_per_step
+        request = Workload(prompt_tokens=options.prompt_tokens, new_tokens=_PROFILED_TOKENS)
         rows[name] = {
             "step_ms": {"min": min(steps_ms[name]), "p10": float(low), "p50": float(middle)},
             "bytes": weights,
             "bound_ms": weights / bandwidth / 1e6,
             "gb_per_s": weights / float(low) / 1e6,
-            "operators": operators(folder, options.prompt_tokens, steps=options.steps, threads=threads),
+            "profile": profile_of(folder, request, threads=threads)["decode"],
         }
         print(table(name, rows[name]), flush=True)
     record = {
-        "schema": 1,
+        "schema": 2,
         "environment": environment,
         "prompt_tokens": options.prompt_tokens,
         "steps": options.steps,
@@ -80,13 +78,11 @@ def main() -> None:
         write_json(options.json, record)
 
 
-def session_of(folder: Path, *, threads: int, profile: Path | None = None) -> Any:
+def session_of(folder: Path, *, threads: int) -> Any:
     """A session of the folder's graph with the settings of this package's runner."""
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
     settings.log_severity_level = 3
-    if profile is not None:
-        settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     return onnxruntime.InferenceSession(folder / "model.onnx", settings, providers=["CPUExecutionProvider"])
 
 
@@ -137,46 +133,17 @@ def alternating(
     return found
 
 
-def operators(folder: Path, prompt_tokens: int, *, steps: int, threads: int) -> dict[str, dict[str, float]]:
-    """Operator of the optimized graph -> how many nodes, and milliseconds of them all, slowest first."""
-    with tempfile.TemporaryDirectory() as scratch:
-        session = session_of(folder, threads=threads, profile=Path(scratch) / "profile")
-        step = stepper(folder, session, prompt_tokens)
-        for _ in range(WARM_UP + steps):
-            step()
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    begin = [event["ts"] for event in events if event.get("name") == "model_run"][WARM_UP]
-    durations: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for event in events:
-        if event["cat"] == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= begin:
-            durations[event["args"]["op_name"], event["name"]].append(event["dur"])
-    nodes, total = Counter(operator for operator, _ in durations), Counter[str]()
-    for (operator, _), microseconds in durations.items():
-        total[operator] += min(microseconds)
-    return {operator: {"nodes": nodes[operator], "ms": us / 1e3} for operator, us in total.most_common()}
-
-
-def weights_read(folder: Path) -> int:
-    """Bytes of the stored weights that one step reads whole."""
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
-    read = {name for node in graph.node if node.op_type not in _LOOKED_UP for name in node.input}
-    total = 0
-    for tensor in graph.initializer:
-        if tensor.name in read:
-            bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
-            total += int(np.prod(tensor.dims, dtype=np.int64)) * bits // 8
-    return total
-
-
 def table(name: str, row: dict[str, Any]) -> str:
     """For people."""
-    took, nodes = row["step_ms"], sum(operator["nodes"] for operator in row["operators"].values())
+    took, profile = row["step_ms"], row["profile"]
+    nodes = sum(one["nodes"] for one in profile["operators"])
     lines = [
         f"{name}: step {took['p10']:.2f} ms (min {took['min']:.2f}, p50 {took['p50']:.2f}), {nodes} nodes, "
         f"{row['bytes'] / 1e6:.0f} MB of weights: {row['gb_per_s']:.0f} GB/s, bound {row['bound_ms']:.2f} ms"
     ]
-    for operator, of in list(row["operators"].items())[:8]:
-        lines.append(f"    {operator:36}{of['nodes']:5}{of['ms']:8.3f} ms")
+    for one in profile["operators"][:8]:
+        lines.append(f"    {one['operator']:36}{one['nodes']:5}{one['ms']:8.3f} ms")
+    lines.append(f"    {'between operators':41}{profile['between_ms']:8.3f} ms")
     return "\n".join(lines)
 
 
