@@ -97,7 +97,6 @@ def _benchmark_figures(records: Records) -> list[PlacedFigure]:
     reference = baseline_of(benchmark)
     baseline = str(reference["name"]) if reference else None
     placed = _latency_figures(benchmark, baseline)
-    placed += filter(None, (bounds.roofline_figure(benchmark), operators.time_figure(benchmark)))
     placed.append(
         PlacedFigure(
             Markup(figures.memory_figure(variants, baseline=baseline)),
@@ -105,7 +104,8 @@ def _benchmark_figures(records: Records) -> list[PlacedFigure]:
             "KV cache: bytes that one token adds.",
         )
     )
-    return placed
+    explained = (bounds.roofline_figure(benchmark), operators.time_figure(benchmark))
+    return [*placed, *filter(None, explained)]
 
 
 def _deciding_figure(records: Records) -> PlacedFigure | None:

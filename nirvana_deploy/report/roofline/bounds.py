@@ -60,7 +60,7 @@ def says(benchmark: Mapping[str, Any]) -> str:
         f"This machine reaches, on {found['threads']} threads: {rates} products (measured on {day}), and "
         f"{format_number(found['memory_gb_per_s'])} GB/s read from memory (median between the rounds). "
         "A pass takes at least as long as its bytes or its products, whichever is longer. "
-        "Gop: 1,000,000,000 multiplications and additions."
+        "Gop: 10\N{SUPERSCRIPT NINE} multiplications and additions."
     )
 
 
@@ -166,7 +166,7 @@ def roofline_figure(benchmark: Mapping[str, Any]) -> PlacedFigure | None:
     alt = f"Operations per byte and per second of each pass. Shares of their bounds: {', '.join(parts)}."
     caption = (
         "Each pass under the lines that bound it: the slope is memory, the levels are products. "
-        "Gop: 1,000,000,000 multiplications and additions."
+        "Gop: 10\N{SUPERSCRIPT NINE} multiplications and additions."
     )
     return PlacedFigure(Markup(inline_svg(figure, name="roofline", alt=alt)), caption)
 
