@@ -15,6 +15,7 @@ time that reading them takes at the measured memory bandwidth.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,18 +25,19 @@ import nirvana_deploy  # noqa: F401  first: it switches ONNX Runtime's telemetry
 
 # isort: split
 import numpy as np
+import onnx
 import onnxruntime
 
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.base.reading import read_json
-from nirvana_deploy.export.footprint import footprint_of
-from nirvana_deploy.measure.recipe import Workload
-from nirvana_deploy.measure.roofline.profile import profile_of
+from nirvana_deploy.measure.roofline.profile import events_of, passes_of, summed
 from nirvana_deploy.runtime.onnxruntime.session import default_threads
 
 VARIANTS = ("dense", "dense-int8", "dense-w8", "dense-w4", "builder-int4", "pruned-int8", "pruned-w4")
-_PROFILED_TOKENS = 64
+WARM_UP = 20
+_LOOKED_UP = {"Gather", "GatherBlockQuantized", "GroupQueryAttention"}
+"""Operators that read a few rows of their initializers."""
 
 
 def main() -> None:
@@ -57,14 +59,13 @@ def main() -> None:
     rows: dict[str, Any] = {}
     for name, folder in folders.items():
         low, middle = np.quantile(steps_ms[name], [0.1, 0.5])
-        weights = footprint_of(folder).weight_bytes_per_step
-        request = Workload(prompt_tokens=options.prompt_tokens, new_tokens=_PROFILED_TOKENS)
+        weights = weights_read(folder)
         rows[name] = {
             "step_ms": {"min": min(steps_ms[name]), "p10": float(low), "p50": float(middle)},
             "bytes": weights,
             "bound_ms": weights / bandwidth / 1e6,
             "gb_per_s": weights / float(low) / 1e6,
-            "profile": profile_of(folder, request, threads=threads)["decode"],
+            "profile": profiled(folder, options.prompt_tokens, steps=options.steps, threads=threads),
         }
         print(table(name, rows[name]), flush=True)
     record = {
@@ -78,11 +79,13 @@ def main() -> None:
         write_json(options.json, record)
 
 
-def session_of(folder: Path, *, threads: int) -> Any:
+def session_of(folder: Path, *, threads: int, profile: Path | None = None) -> Any:
     """A session of the folder's graph with the settings of this package's runner."""
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
     settings.log_severity_level = 3
+    if profile is not None:
+        settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     return onnxruntime.InferenceSession(folder / "model.onnx", settings, providers=["CPUExecutionProvider"])
 
 
@@ -131,6 +134,33 @@ def alternating(
                 if turn:  # the first turn warms up
                     found[name].append(1e3 * (time.perf_counter() - start))
     return found
+
+
+def profiled(folder: Path, prompt_tokens: int, *, steps: int, threads: int) -> dict[str, Any]:
+    """Where a step's time goes; other programs' graphs, which the package's runner does not take, too."""
+    took_ms = []
+    with tempfile.TemporaryDirectory() as scratch:
+        session = session_of(folder, threads=threads, profile=Path(scratch) / "profile")
+        step = stepper(folder, session, prompt_tokens)
+        for _ in range(WARM_UP + steps):
+            start = time.perf_counter()
+            step()
+            took_ms.append(1e3 * (time.perf_counter() - start))
+        passes = list(passes_of(events_of(Path(session.end_profiling()))))
+    vocab_size = session.get_outputs()[0].shape[-1]
+    return summed([passes[WARM_UP:]], took_ms[WARM_UP:], vocab_size)
+
+
+def weights_read(folder: Path) -> int:
+    """Bytes of the stored weights that one step reads whole."""
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    read = {name for node in graph.node if node.op_type not in _LOOKED_UP for name in node.input}
+    total = 0
+    for tensor in graph.initializer:
+        if tensor.name in read:
+            bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
+            total += int(np.prod(tensor.dims, dtype=np.int64)) * bits // 8
+    return total
 
 
 def table(name: str, row: dict[str, Any]) -> str:

@@ -76,12 +76,12 @@ def profile_of(folder: Path, workload: Workload, *, threads: int) -> dict[str, A
                 tokens = prompt_of(workload, index, vocab_size=runner.vocab_size)
                 samples.append(timed_round(runner, tokens, new_tokens=steps + 1))
             vocab_size, files = runner.vocab_size, runner.end_profiling()
-        rounds = [_rounds(list(passes_of(_events(file))), 1 + _ROUNDS, file) for file in files]
+        rounds = [_rounds(list(passes_of(events_of(file))), 1 + _ROUNDS, file) for file in files]
     prefill = [[one[0] for one in session[1:]] for session in rounds]  # an encoder's, then a decoder's first
     decode = [[step for one in session[1:] for step in one[1:]] for session in rounds if len(session[0]) > 1]
     return {
-        "prefill": _summed(prefill, [one.prefill_ms for one in samples[1:]], vocab_size),
-        "decode": _summed(decode, [gap for one in samples[1:] for gap in one.itl_ms], vocab_size),
+        "prefill": summed(prefill, [one.prefill_ms for one in samples[1:]], vocab_size),
+        "decode": summed(decode, [gap for one in samples[1:] for gap in one.itl_ms], vocab_size),
     }
 
 
@@ -100,7 +100,7 @@ def passes_of(events: Iterable[Mapping[str, Any]]) -> Iterator[Pass]:
             nodes = []
 
 
-def _events(file: Path) -> Iterator[dict[str, Any]]:
+def events_of(file: Path) -> Iterator[dict[str, Any]]:
     """The events of a profile, which has one a line, without the whole of it in memory."""
     with file.open(encoding="utf-8") as lines:
         for line in lines:
@@ -120,8 +120,8 @@ def _rounds(passes: Sequence[Pass], count: int, file: Path) -> list[Sequence[Pas
     return [passes[each * index : each * (index + 1)] for index in range(count)]
 
 
-def _summed(sessions: Sequence[Sequence[Pass]], took_ms: Sequence[float], vocab_size: int) -> dict[str, Any]:
-    """Means over the fastest half of passes; a pass runs every session once."""
+def summed(sessions: Sequence[Sequence[Pass]], took_ms: Sequence[float], vocab_size: int) -> dict[str, Any]:
+    """Means over the fastest half of passes, by what each ``took_ms``; a pass runs every session once."""
     order = sorted(range(len(took_ms)), key=lambda index: took_ms[index])
     counted = order[: max(1, len(order) // 2)]
     operators: dict[str, _Sum] = defaultdict(_Sum)

@@ -52,7 +52,7 @@ def test_the_fastest_half_counts_and_the_parts_add_up() -> None:
         )
         return Pass(700 * slowness, nodes)
 
-    found = module._summed([[one(1), one(50), one(3), one(60)]], [1.0, 50.0, 3.0, 60.0], 11)
+    found = module.summed([[one(1), one(50), one(3), one(60)]], [1.0, 50.0, 3.0, 60.0], 11)
     assert found["passes"] == 2
     assert found["pass_ms"] == 2.0
     assert found["kernels_ms"] == pytest.approx(2 * 0.66)
