@@ -4,9 +4,9 @@
 
 WORK is the --work folder of decode_speed.py. Every variant takes the same step, one token behind a prompt,
 in ONNX Runtime with the cache in place: all in turns without the profiler, for the time of a step, then each
-with it, for the share of every operator. Others may use the machine, so the fastest tenth of the steps counts
-(p10), and of a node the fastest run. The profiler costs microseconds a node, so nodes add up to more than a
-step: they show proportions.
+with it, for the share of every operator (measure/roofline/profile.py). Others may use the machine, so the
+fastest tenth of the steps counts (p10). The profiler costs microseconds a node, so nodes add up to more than
+a step: they show proportions.
 
 ``bytes`` are the stored weights that a step reads (all but embedding rows and rotary tables), ``bound`` the
 time that reading them takes at the measured memory bandwidth.
@@ -15,10 +15,8 @@ time that reading them takes at the measured memory bandwidth.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ import onnxruntime
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.measure.roofline.profile import events_of, passes_of, summed
 from nirvana_deploy.runtime.onnxruntime.session import default_threads
 
 VARIANTS = ("dense", "dense-int8", "dense-w8", "dense-w4", "builder-int4", "pruned-int8", "pruned-w4")
@@ -66,11 +65,11 @@ def main() -> None:
             "bytes": weights,
             "bound_ms": weights / bandwidth / 1e6,
             "gb_per_s": weights / float(low) / 1e6,
-            "operators": operators(folder, options.prompt_tokens, steps=options.steps, threads=threads),
+            "profile": profiled(folder, options.prompt_tokens, steps=options.steps, threads=threads),
         }
         print(table(name, rows[name]), flush=True)
     record = {
-        "schema": 1,
+        "schema": 2,
         "environment": environment,
         "prompt_tokens": options.prompt_tokens,
         "steps": options.steps,
@@ -137,23 +136,19 @@ def alternating(
     return found
 
 
-def operators(folder: Path, prompt_tokens: int, *, steps: int, threads: int) -> dict[str, dict[str, float]]:
-    """Operator of the optimized graph -> how many nodes, and milliseconds of them all, slowest first."""
+def profiled(folder: Path, prompt_tokens: int, *, steps: int, threads: int) -> dict[str, Any]:
+    """Where a step's time goes; other programs' graphs, which the package's runner does not take, too."""
+    took_ms = []
     with tempfile.TemporaryDirectory() as scratch:
         session = session_of(folder, threads=threads, profile=Path(scratch) / "profile")
         step = stepper(folder, session, prompt_tokens)
         for _ in range(WARM_UP + steps):
+            start = time.perf_counter()
             step()
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    begin = [event["ts"] for event in events if event.get("name") == "model_run"][WARM_UP]
-    durations: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for event in events:
-        if event["cat"] == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= begin:
-            durations[event["args"]["op_name"], event["name"]].append(event["dur"])
-    nodes, total = Counter(operator for operator, _ in durations), Counter[str]()
-    for (operator, _), microseconds in durations.items():
-        total[operator] += min(microseconds)
-    return {operator: {"nodes": nodes[operator], "ms": us / 1e3} for operator, us in total.most_common()}
+            took_ms.append(1e3 * (time.perf_counter() - start))
+        passes = list(passes_of(events_of(Path(session.end_profiling()))))
+    vocab_size = session.get_outputs()[0].shape[-1]
+    return summed([passes[WARM_UP:]], took_ms[WARM_UP:], vocab_size)
 
 
 def weights_read(folder: Path) -> int:
@@ -170,13 +165,15 @@ def weights_read(folder: Path) -> int:
 
 def table(name: str, row: dict[str, Any]) -> str:
     """For people."""
-    took, nodes = row["step_ms"], sum(operator["nodes"] for operator in row["operators"].values())
+    took, profile = row["step_ms"], row["profile"]
+    nodes = sum(one["nodes"] for one in profile["operators"])
     lines = [
         f"{name}: step {took['p10']:.2f} ms (min {took['min']:.2f}, p50 {took['p50']:.2f}), {nodes} nodes, "
         f"{row['bytes'] / 1e6:.0f} MB of weights: {row['gb_per_s']:.0f} GB/s, bound {row['bound_ms']:.2f} ms"
     ]
-    for operator, of in list(row["operators"].items())[:8]:
-        lines.append(f"    {operator:36}{of['nodes']:5}{of['ms']:8.3f} ms")
+    for one in profile["operators"][:8]:
+        lines.append(f"    {one['operator']:36}{one['nodes']:5}{one['ms']:8.3f} ms")
+    lines.append(f"    {'between operators':41}{profile['between_ms']:8.3f} ms")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nirvana_deploy.measure.recipe import Traffic, Workload
+from nirvana_deploy.measure.recipe import Analysis, Traffic, Workload
 from nirvana_deploy.runtime.recipe import Place
 
 from .arguments import OUTPUT
@@ -19,6 +19,7 @@ from .options import json_option, recipe_options, taken, typed
 @click.argument("out", type=OUTPUT)
 @recipe_options(Traffic)
 @recipe_options(Workload)
+@recipe_options(Analysis)
 @recipe_options(Place, without=("threads",))
 @json_option
 def benchmark(out: Path, runtime: str | None, as_json: bool, **options: Any) -> None:
@@ -32,6 +33,7 @@ def benchmark(out: Path, runtime: str | None, as_json: bool, **options: Any) -> 
       nirvana-deploy benchmark smollm2-s0.4 --precision 3% --wait-until-idle
       nirvana-deploy benchmark smollm2-s0.4 --workload chat --workload rag
       nirvana-deploy benchmark smollm2-s0.4 --sweep context=128,512,2048
+      nirvana-deploy benchmark smollm2-s0.4 --profile
     """
     traffic = taken(Traffic, options)
     if traffic.workloads or traffic.sweeps:
@@ -39,10 +41,12 @@ def benchmark(out: Path, runtime: str | None, as_json: bool, **options: Any) -> 
         _time_workloads(out, traffic, taken(Workload, options), runtime, as_json=as_json)
         return
     from nirvana_deploy.pipeline.folder import benchmark_folder
+    from nirvana_deploy.report.roofline.bounds import PHASES
+    from nirvana_deploy.report.roofline.operators import SAYS, operator_table
     from nirvana_deploy.report.table import summary_table
 
-    workload = taken(Workload, options)
-    result = benchmark_folder(out, workload, runtime=runtime, progress=TerminalProgress())
+    workload, analysis = taken(Workload, options), taken(Analysis, options)
+    result = benchmark_folder(out, workload, analysis, runtime=runtime, progress=TerminalProgress())
     if as_json:
         echo_json(result)
         return
@@ -50,6 +54,11 @@ def benchmark(out: Path, runtime: str | None, as_json: bool, **options: Any) -> 
         echo(click.style(caution, fg="red"))
     table = summary_table(result)
     echo_table(table.headers, table.rows)
+    if analysis.profile:
+        echo(SAYS)
+        for phase in PHASES:
+            times = operator_table(result, phase)
+            echo_table(times.headers, times.rows)
     echo(f"Report: {out / 'report.html'}")
 
 

@@ -24,6 +24,7 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "cli" / "main.py").
     __path__.append(str(_checkout))
 
 _PUBLIC = {
+    "Analysis": "nirvana_deploy.measure.recipe",
     "CalibrationText": "nirvana_deploy.quantize.recipe",
     "EngineBuild": "nirvana_deploy.engine.recipe",
     "EngineForm": "nirvana_deploy.engine.recipe",
@@ -80,6 +81,7 @@ _PUBLIC = {
 }
 """The library, by name: what the command line does, as functions, and their options; where each lies."""
 __all__ = [
+    "Analysis",
     "CalibrationText",
     "EngineBuild",
     "EngineForm",
@@ -141,7 +143,7 @@ if TYPE_CHECKING:
     from nirvana_deploy.base.shown.progress import ShownProgress
     from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
     from nirvana_deploy.export.recipe import Graph
-    from nirvana_deploy.measure.recipe import Evaluation, Traffic, Workload
+    from nirvana_deploy.measure.recipe import Analysis, Evaluation, Traffic, Workload
     from nirvana_deploy.model.checkpoint import load_checkpoint
     from nirvana_deploy.model.families import known_families
     from nirvana_deploy.model.sources import known_models

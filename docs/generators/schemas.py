@@ -15,6 +15,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from nirvana_deploy.output.kinds.workloads import WorkloadsRecord
 from nirvana_deploy.output.layout import (
     ANSWERS_FILE,
     BENCHMARK_FILE,
@@ -31,7 +32,6 @@ from nirvana_deploy.output.record_kinds import (
     KernelRecord,
     QualityRecord,
     TasksRecord,
-    WorkloadsRecord,
 )
 from nirvana_deploy.output.results import AnswersWritten
 from nirvana_deploy.prune.plan import PrunePlan

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -206,20 +207,44 @@ def cpu_name() -> str:
 
 
 def read_bandwidth_gb_per_s(*, threads: int) -> float:
-    """Memory read per second by ``threads`` threads together, in 1e9 bytes.
+    """Memory read per second by ``threads`` threads together, in 1e9 bytes."""
+    return MemoryProbe(threads).read_gb_per_s()
 
-    numpy.max is vectorised, releases the interpreter lock and starts no threads.
+
+class MemoryProbe:
+    """A block of memory beyond the caches, whose passage is timed; the best of a few passes counts.
+
+    numpy's passes are vectorised, release the interpreter lock and start no threads.
     """
-    import numpy as np
 
-    chunks = np.array_split(np.ones(_PROBE_BYTES // 4, dtype=np.float32), threads)
-    with ThreadPoolExecutor(threads) as pool:
+    def __init__(self, threads: int, *, passes: int = _PROBE_PASSES) -> None:
+        import numpy as np
+
+        self._threads, self._passes = threads, passes
+        self._halves = np.array_split(np.ones(_PROBE_BYTES // 4, dtype=np.float32), 2)
+
+    def read_gb_per_s(self) -> float:
+        """Bytes read per second by all threads together, in 1e9."""
+        import numpy as np
+
+        chunks = [chunk for half in self._halves for chunk in np.array_split(half, self._threads)]
+        return self._best(np.max, chunks)
+
+    def copy_gb_per_s(self) -> float:
+        """Bytes read and written per second by all threads together, in 1e9."""
+        import numpy as np
+
+        into, of = (np.array_split(half, self._threads) for half in self._halves)
+        return self._best(np.copyto, into, of)
+
+    def _best(self, work: Callable[..., Any], *chunks: Sequence[Any]) -> float:
         passes_s = []
-        for _ in range(_PROBE_PASSES):
-            start = time.perf_counter()
-            list(pool.map(np.max, chunks))
-            passes_s.append(time.perf_counter() - start)
-    return _PROBE_BYTES / min(passes_s) / 1e9
+        with ThreadPoolExecutor(self._threads) as pool:
+            for _ in range(self._passes):
+                start = time.perf_counter()
+                list(pool.map(work, *chunks))
+                passes_s.append(time.perf_counter() - start)
+        return _PROBE_BYTES / min(passes_s) / 1e9
 
 
 def _version(package: str) -> str | None:

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from nirvana_deploy.output.layout import DECODER_FILE, MODEL_FILE
+from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE, MODEL_FILE
 
 _PAST = re.compile(r"past_key_values\.\d+\.(decoder\.)?(key|value)")
 _CROSS_PAST = re.compile(r"past_key_values\.\d+\.encoder\.(key|value)")
 _READ_ONCE = re.compile(r".*\.EncDecAttention\.[kv]\..*")
 """Weights of an encoder-decoder that only the first step multiplies."""
-_BY_ROW = ("Gather", "GatherBlockQuantized")
-"""Operators that read the rows that they are asked for and not the table."""
+_BY_ROW = ("Gather", "GatherBlockQuantized", "GroupQueryAttention")
+"""Operators that read the rows that they are asked for and not the table (the last one of angles)."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,34 @@ class Footprint:
     """Keys and values that one token of one sequence adds, over all layers."""
     cross_cache_bytes_per_token: int = 0
     """Keys and values of the cross-attention that one prompt token takes, in an encoder-decoder."""
+    weight_bytes_once: int = 0
+    """Initializers that the prompt's pass alone reads: those of an encoder, and of cross keys and values."""
 
 
 def footprint_of(folder: Path) -> Footprint:
     """Count the decoder in ``folder``; weights are not loaded."""
     path = folder / DECODER_FILE
     graph = ir.load(path if path.is_file() else folder / MODEL_FILE).graph
-    weights = [
-        value.const_value
-        for value in graph.initializers.values()
-        if value.const_value is not None
-        and any(op not in _BY_ROW for op in _readers(value))
-        and not _READ_ONCE.fullmatch(value.name or "")
-    ]
+    weights = _weight_bytes(graph)
+    once = sum(size for name, size in weights.items() if _READ_ONCE.fullmatch(name))
+    encoder = folder / ENCODER_FILE
+    if encoder.is_file():
+        once += sum(_weight_bytes(ir.load(encoder).graph).values())
     return Footprint(
-        weight_bytes_per_step=sum(weight.nbytes for weight in weights),
+        weight_bytes_per_step=sum(size for name, size in weights.items() if not _READ_ONCE.fullmatch(name)),
         kv_cache_bytes_per_token=_cache_bytes(graph, _PAST),
         cross_cache_bytes_per_token=_cache_bytes(graph, _CROSS_PAST),
+        weight_bytes_once=once,
     )
+
+
+def _weight_bytes(graph: ir.Graph) -> dict[str, int]:
+    """Bytes of each initializer that is read whole."""
+    return {
+        name: value.const_value.nbytes
+        for name, value in graph.initializers.items()
+        if value.const_value is not None and any(op not in _BY_ROW for op in _readers(value))
+    }
 
 
 def _cache_bytes(graph: ir.Graph, names: re.Pattern[str]) -> int:

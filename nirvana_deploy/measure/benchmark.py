@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.base.machine import MemoryProbe, measured_environment
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import require_memory
-from nirvana_deploy.export.footprint import footprint_of
-from nirvana_deploy.measure.bounds import Work, work_of
+from nirvana_deploy.measure.bounds import Work
 from nirvana_deploy.measure.recipe import Workload
+from nirvana_deploy.measure.roofline.graph import work_of
 from nirvana_deploy.measure.rounds.ratios import Ratio, ratio_of
 from nirvana_deploy.measure.rounds.watch import Watch, wait_until_idle
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
@@ -87,13 +87,12 @@ def variant_from_folder(
     norms and biases. ``float_arithmetic`` is False where weights or activations are quantized. ``path``
     is what runs in the place of ``folder``: an engine that was built from it.
     """
-    footprint = footprint_of(folder)
     return Variant(
         name=name,
         path=path or folder,
         parameters=parameters or shape.linear_parameters + shape.embedding_parameters,
         embedding_parameters=shape.embedding_parameters,
-        work=work_of(shape, footprint),
+        work=work_of(folder, linear_parameters=shape.linear_parameters),
         float_arithmetic=float_arithmetic,
         runtime=runtime,
     )
@@ -127,7 +126,7 @@ def benchmark(
             workers[variant.name] = stack.enter_context(worker)
         threads = workers[baseline].loaded.threads
         environment = measured_environment(threads=threads)
-        watch = Watch()
+        watch = Watch(read_gb_per_s=MemoryProbe(threads, passes=2).read_gb_per_s)
         samples = alternate(
             workers,
             workload=workload,
@@ -270,14 +269,9 @@ def _record(
     """One entry of ``variants``."""
     tpot_ms = summary([sample.tpot_ms for sample in samples])
     prefill_ms = summary([sample.prefill_ms for sample in samples])
-    decode_bytes = variant.work.mean_decode_bytes(
-        prompt_tokens=workload.prompt_tokens,
-        new_tokens=workload.new_tokens,
-        batch_size=workload.batch_size,
-    )
-    prefill_flops = variant.work.prefill_flops(
-        prompt_tokens=workload.prompt_tokens, batch_size=workload.batch_size
-    )
+    size = {"prompt_tokens": workload.prompt_tokens, "batch_size": workload.batch_size}
+    decode_bytes = variant.work.mean_decode(new_tokens=workload.new_tokens, **size).read_bytes
+    prefill_flops = variant.work.prefill(**size).all_operations
     return {
         "name": variant.name,
         "path": str(variant.path),

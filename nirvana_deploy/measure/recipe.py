@@ -104,6 +104,19 @@ class Traffic:
 
 
 @recipe
+class Analysis:
+    """What else a benchmark says of the models."""
+
+    profile: Annotated[
+        bool, Option("Also profile each model: where the time goes, by operator and by layer.")
+    ] = False
+    fresh_ceilings: Annotated[
+        bool,
+        Option("Measure anew what this machine reaches, in place of what was kept of an earlier run."),
+    ] = False
+
+
+@recipe
 class Evaluation(Gate):
     """Quality, measured again."""
 

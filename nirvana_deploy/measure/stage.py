@@ -40,7 +40,8 @@ from nirvana_deploy.measure.evaluation_text import (
 )
 from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
-from nirvana_deploy.measure.recipe import Evaluation, Measurement, Workload
+from nirvana_deploy.measure.recipe import Analysis, Evaluation, Measurement, Workload
+from nirvana_deploy.measure.roofline.explained import Explained
 from nirvana_deploy.measure.unit_cost import bytes_cost, measured_cost
 from nirvana_deploy.measure.workloads.named import NamedWorkload
 from nirvana_deploy.measure.workloads.session import measure_sweep, measure_workload
@@ -48,6 +49,7 @@ from nirvana_deploy.measure.workloads.sweep import Sweep
 from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
+from nirvana_deploy.output.kinds.workloads import WorkloadsRecord
 from nirvana_deploy.output.layout import (
     ANSWERS_FILE,
     BENCHMARK_FILE,
@@ -60,7 +62,7 @@ from nirvana_deploy.output.layout import (
     TASKS_FILE,
     WORKLOADS_FILE,
 )
-from nirvana_deploy.output.record_kinds import BenchmarkRecord, Quality, QualityRecord, WorkloadsRecord
+from nirvana_deploy.output.record_kinds import BenchmarkRecord, Quality, QualityRecord
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured, Timed, WorkloadsTimed
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
@@ -235,12 +237,19 @@ def heldout_windows(run: Run) -> tuple[NDArray[np.int64], str]:
     return read_windows(run.out / CALIBRATION_FILE)["heldout"], drawn_record(run)["evaluation_source"]
 
 
-def speed(run: Run, workload: Workload, *, runtime: str | None = None) -> Stage:
-    """Measure the models against each other in ``runtime`` and write benchmark.json, quality included."""
+def speed(
+    run: Run, workload: Workload, analysis: Analysis | None = None, *, runtime: str | None = None
+) -> Stage:
+    """Measure the models against each other in ``runtime`` and write benchmark.json, quality included.
+
+    On the CPU in ONNX Runtime, each model's time stands beside what the machine's ceilings allow.
+    """
 
     def work() -> Timed:
         variants = _timed_variants(run, runtime)
+        explain = Explained(workload, analysis or Analysis(), runtime, run.progress)
         result = benchmark(variants, workload=workload, baseline=variants[0].name, progress=run.progress)
+        result = explain.of(result, {variant.name: variant for variant in variants})
         _place(run, result)
         write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
         return Timed(

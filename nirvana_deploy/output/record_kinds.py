@@ -76,6 +76,82 @@ class Latency(TypedDict, total=False):
     samples: list[float]
 
 
+class BoundedPhase(TypedDict, total=False):
+    """One pass of a model, a prefill or a decode step, beside its bound on the machine.
+
+    ``memory_ms`` is ``moved_bytes`` at the memory's speed, ``products_ms`` the operations at the rates of
+    their kinds; ``bound_ms`` is the longer of the two. None: nothing of that kind was measured.
+    """
+
+    weight_bytes: float
+    cache_read_bytes: float
+    cache_written_bytes: float
+    logits_bytes: float
+    moved_bytes: Required[Positive]
+    operations: Required[dict[str, float]]
+    operations_per_byte: Required[Positive]
+    gop_per_s: Required[Positive]
+    gb_per_s: Required[Positive]
+    memory_ms: float
+    products_ms: float | None
+    bound_ms: float | None
+    share_of_bound: float | None
+
+
+class Roofline(TypedDict):
+    """Both passes of one model."""
+
+    prefill: BoundedPhase
+    decode: BoundedPhase
+
+
+class OperatorTime(TypedDict):
+    """Operators of one name in one pass; "products" are those by stored weights."""
+
+    operator: str
+    kind: Literal["products", "attention", "other"]
+    nodes: int
+    ms: float
+
+
+class LayerTime(TypedDict):
+    """Operators of one layer in one pass; ``layer`` is its number, "head" or "elsewhere"."""
+
+    layer: str
+    nodes: int
+    ms: float
+
+
+class ProfiledPass(TypedDict):
+    """Where the time of a pass goes, with the profiler's own: kernels, between them, outside the session."""
+
+    passes: int
+    pass_ms: Positive
+    kernels_ms: float
+    between_ms: float
+    outside_ms: float
+    operators: list[OperatorTime]
+    layers: list[LayerTime]
+
+
+class Profile(TypedDict):
+    """Both passes of one model."""
+
+    prefill: ProfiledPass
+    decode: ProfiledPass
+
+
+class CeilingsRecord(TypedDict, total=False):
+    """What the machine reaches at most; ``memory_gb_per_s`` is the median during the benchmark."""
+
+    threads: Required[int]
+    read_gb_per_s: Required[Positive]
+    copy_gb_per_s: Required[Positive]
+    gop_per_s: Required[dict[str, Positive]]
+    measured_at: Required[str]
+    memory_gb_per_s: Required[Positive]
+
+
 class TimedVariant(TypedDict, total=False):
     """One model of a benchmark."""
 
@@ -92,6 +168,8 @@ class TimedVariant(TypedDict, total=False):
     peak_device_bytes: int | None
     kv_cache_bytes_per_token: int | None
     float_arithmetic: bool
+    roofline: Roofline
+    profile: Profile
     quality: Quality | None
 
 
@@ -150,132 +228,11 @@ class BenchmarkRecord(TypedDict, total=False):
     schema: int
     environment: Environment
     watch: WatchRecord
+    ceilings: CeilingsRecord
     workload: WorkloadRecord
     evaluation: EvaluationRecord
     variants: Required[list[TimedVariant]]
     comparisons: list[Comparison]
-
-
-class TimedBatch(TypedDict, total=False):
-    """One batch of requests: lengths in tokens, times in ms."""
-
-    prompt_tokens: Required[int]
-    new_tokens: Required[int]
-    ttft_ms: float
-    itl_ms: list[float]
-    energy_joules: float | None
-
-
-class WorkloadVariant(TypedDict, total=False):
-    """One model under one workload: latencies in ms, rates, bytes, joules."""
-
-    name: Required[str]
-    load_ms: float | None
-    peak_rss_bytes: int | None
-    peak_device_bytes: int | None
-    kv_cache_bytes: int | None
-    ttft_ms: Required[Latency]
-    tpot_ms: Required[Latency]
-    itl_ms: Required[Latency]
-    e2e_ms: Required[Latency]
-    requests_per_s: Required[Positive]
-    output_tokens_per_s: Required[Positive]
-    total_tokens_per_s: Required[Positive]
-    energy_joules: float | None
-    energy_joules_per_output_token: float | None
-    batches: Required[Annotated[list[TimedBatch], Meta(min_length=1)]]
-
-
-class WorkloadComparison(TypedDict):
-    """One model under one workload against the baseline: ratios of times of the same requests."""
-
-    variant: str
-    baseline: str
-    ttft_speedup: Interval
-    tpot_speedup: Interval
-    e2e_speedup: Interval
-
-
-class WorkloadKeys(TypedDict, total=False):
-    """The keys of a workload's file, among others."""
-
-    about: str
-    batch_size: Required[int]
-    requests: Required[int]
-
-
-class TimedWorkload(TypedDict, total=False):
-    """One workload, measured."""
-
-    name: Required[str]
-    file: Required[WorkloadKeys]
-    environment: Environment
-    watch: WatchRecord
-    energy_zones: list[str]
-    variants: Required[Annotated[list[WorkloadVariant], Meta(min_length=1)]]
-    comparisons: Required[list[WorkloadComparison]]
-
-
-class SweptPoint(TypedDict):
-    """One model at one value of an axis."""
-
-    value: Annotated[int, Meta(gt=0)]
-    prefill_ms: Latency
-    ttft_ms: Latency
-    tpot_ms: Latency
-
-
-class SweptVariant(TypedDict, total=False):
-    """One model along an axis."""
-
-    name: Required[str]
-    points: Required[Annotated[list[SweptPoint], Meta(min_length=2)]]
-
-
-class SweptRatio(TypedDict):
-    """Ratios of times to the baseline at one value."""
-
-    value: int
-    prefill_speedup: Interval
-    ttft_speedup: Interval
-    tpot_speedup: Interval
-
-
-class SweptComparison(TypedDict):
-    """One model against the baseline along an axis."""
-
-    variant: str
-    baseline: str
-    points: list[SweptRatio]
-
-
-class SweepRecord(TypedDict, total=False):
-    """One sweep: times against prompt length, batch or threads."""
-
-    axis: Required[Literal["context", "batch", "threads"]]
-    workload: Required[SweptWorkload]
-    environment: Environment
-    watch: WatchRecord
-    variants: Required[Annotated[list[SweptVariant], Meta(min_length=1)]]
-    comparisons: Required[list[SweptComparison]]
-
-
-class SweptWorkload(TypedDict, total=False):
-    """What stays along a sweep, among others of its facts."""
-
-    prompt_tokens: Required[int]
-    new_tokens: Required[int]
-    batch_size: Required[int]
-    repeats: Required[int]
-    threads: int | None
-
-
-class WorkloadsRecord(TypedDict, total=False):
-    """The content of workloads.json."""
-
-    schema: int
-    workloads: list[TimedWorkload]
-    sweeps: list[SweepRecord]
 
 
 class PlannedBudget(TypedDict, total=False):

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json, typed
 from nirvana_deploy.output import stage
+from nirvana_deploy.output.kinds.workloads import WorkloadsRecord
 from nirvana_deploy.output.layout import BENCHMARK_FILE, MANIFEST, PLAN_FILE, WORKLOADS_FILE
 from nirvana_deploy.output.manifest import Manifest
-from nirvana_deploy.output.record_kinds import BenchmarkRecord, PlanRecord, VerifiedRecord, WorkloadsRecord
+from nirvana_deploy.output.record_kinds import BenchmarkRecord, PlanRecord, VerifiedRecord
 
 _SCHEMA = 1
 _KINDS = {

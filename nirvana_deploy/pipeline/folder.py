@@ -22,7 +22,7 @@ from nirvana_deploy.engine.stage import (
     engines_from_onnx_folder,
 )
 from nirvana_deploy.measure.gate import require_quality
-from nirvana_deploy.measure.recipe import Evaluation, Traffic, Workload
+from nirvana_deploy.measure.recipe import Analysis, Evaluation, Traffic, Workload
 from nirvana_deploy.measure.rounds.watch import wait_until_idle
 from nirvana_deploy.measure.stage import (
     answers,
@@ -141,14 +141,19 @@ def _recovery(out: Path, options: Mapping[str, Any], progress: Progress) -> tupl
 def benchmark_folder(
     out: Path | str,
     workload: Workload | None = None,
+    analysis: Analysis | None = None,
     *,
     runtime: str | None = None,
     progress: Progress = SILENT,
 ) -> Record:
-    """Measure an output folder again in ``runtime`` [onnxruntime-cpu]; returns benchmark.json."""
+    """Measure an output folder again in ``runtime`` [onnxruntime-cpu]; returns benchmark.json.
+
+    ``analysis`` says whether the models are profiled too, and whether the machine's ceilings are measured
+    anew. Raises NirvanaError for a profile of another runtime than ONNX Runtime on the CPU.
+    """
     out = Path(out)
     with Run.open(out, writing=True, progress=progress) as run:
-        run.run(speed(run, workload or Workload(), runtime=runtime), redo=True)
+        run.run(speed(run, workload or Workload(), analysis, runtime=runtime), redo=True)
         run.run(report(run))
     record = read_json(out / BENCHMARK_FILE, dict[str, Any])
     return _shown([one["name"] for one in record["variants"]], record, summary_table)

@@ -46,6 +46,7 @@ from nirvana_deploy.report.pages import (
     trade,
     workloads,
 )
+from nirvana_deploy.report.roofline import bounds, operators
 from nirvana_deploy.report.snippets import snippets
 from nirvana_deploy.report.table import (
     ABSENT,
@@ -63,12 +64,12 @@ from nirvana_deploy.report.verdict import verdict
 def _bounds_ms(benchmark: Mapping[str, Any], metric: str) -> dict[str, float]:
     """Variant name -> median of ``metric`` in ms at its bound, if the bound is known."""
     before_ms = median_of(baseline_of(benchmark) or {}, metric)
-    bounds = {}
+    found_ms = {}
     for variant in challengers_of(benchmark):
         found = findings.gain(benchmark, variant, "prefill" if metric == "prefill_ms" else "tpot")
         if found and found.bound and before_ms:
-            bounds[str(variant["name"])] = before_ms / found.bound
-    return bounds
+            found_ms[str(variant["name"])] = before_ms / found.bound
+    return found_ms
 
 
 def _latency_figures(benchmark: Mapping[str, Any], baseline: str | None) -> list[PlacedFigure]:
@@ -84,13 +85,15 @@ def _latency_figures(benchmark: Mapping[str, Any], baseline: str | None) -> list
         variants = [v for v in benchmark["variants"] if v.get(metric)]
         if not variants:
             continue
-        bounds = _bounds_ms(benchmark, metric)
-        svg = figures.latency_figure(variants, metric=metric, title=title, baseline=baseline, bound_ms=bounds)
+        bounds_ms = _bounds_ms(benchmark, metric)
+        svg = figures.latency_figure(
+            variants, metric=metric, title=title, baseline=baseline, bound_ms=bounds_ms
+        )
         count = max(len(v[metric].get("samples") or ()) for v in variants)
         drawn = figures.MAX_DOTS
         thinned = f" ({drawn} of them drawn)" if count > drawn else ""
         caption = f"{count:,} samples per variant, one dot each{thinned}; the line is the median."
-        if bounds:
+        if bounds_ms:
             why = "operations" if metric == "prefill_ms" else "bytes read"
             caption += f" Dotted: where the median would be if time followed the {why} alone."
         placed.append(PlacedFigure(Markup(svg), caption))
@@ -112,7 +115,8 @@ def _benchmark_figures(records: Records) -> list[PlacedFigure]:
             "KV cache: bytes that one token adds.",
         )
     )
-    return placed
+    explained = (bounds.roofline_figure(benchmark), operators.time_figure(benchmark))
+    return [*placed, *filter(None, explained)]
 
 
 def _deciding_figure(records: Records) -> PlacedFigure | None:
@@ -225,6 +229,12 @@ def _section(page: ModuleType, record: Mapping[str, Any]) -> dict[str, Any]:
     return {"says": page.explain(record), "headers": page.headers(record), "rows": page.rows(record)}
 
 
+def _bounds(benchmark: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Context of the section on the machine's bounds; None where none was measured."""
+    found = bounds.rows(benchmark)
+    return {"says": bounds.says(benchmark), "headers": bounds.HEADERS, "rows": found} if found else None
+
+
 def _stage_figure(records: Records) -> PlacedFigure | None:
     stages = (records.manifest or {}).get("stages") or {}
     seconds = [stage["seconds"] for stage in stages.values() if stage.get("seconds") is not None]
@@ -301,6 +311,8 @@ def report_context(records: Records) -> dict[str, Any]:
         "summary": summary_table(records.benchmark) if records.benchmark else None,
         "workloads": _workloads(records),
         "sweeps": _sweeps(records),
+        "bounds": _bounds(records.benchmark or {}),
+        "times": operators.section(records.benchmark or {}),
         "quantized_headers": deployed.QUANTIZED_HEADERS,
         "quantized": deployed.quantized_rows(records),
         "engine_headers": deployed.ENGINE_HEADERS,

@@ -97,6 +97,11 @@ def _quality(key: str) -> Callable[[Mapping[str, Any]], float | None]:
     return lambda variant: (variant.get("quality") or {}).get(key)
 
 
+def _of_bound(phase: str) -> Callable[[Mapping[str, Any]], float | None]:
+    """The share of the bound on this machine that a phase reached."""
+    return lambda variant: ((variant.get("roofline") or {}).get(phase) or {}).get("share_of_bound")
+
+
 def _measures(prompt_tokens: int | None) -> tuple[_Measure, ...]:
     prompt = f"prompt of {prompt_tokens:,}" if prompt_tokens else "the prompt"
     return (
@@ -124,6 +129,8 @@ def _measures(prompt_tokens: int | None) -> tuple[_Measure, ...]:
         _Measure(
             "Decode on the GPU alone", lambda v: median_of(v, "decode_device_ms"), format_ms, format_faster
         ),
+        _Measure("Decode, share of its bound here", _of_bound("decode"), format_share, lambda a, b: ""),
+        _Measure("Prefill, share of its bound here", _of_bound("prefill"), format_share, lambda a, b: ""),
         _Measure("Peak memory (RSS)", lambda v: v.get("peak_rss_bytes"), format_bytes, format_change),
         _Measure("Peak device memory", lambda v: v.get("peak_device_bytes"), format_bytes, format_change),
         _Measure(

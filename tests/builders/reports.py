@@ -55,6 +55,10 @@ def with_models(models: Mapping[str, tuple[float, float, float]], records: Recor
         variant = {**copy.deepcopy(cut), "name": name, "weights_bytes": int(megabytes * 1e6)}
         for metric in ("tpot_ms", "itl_ms", "prefill_ms", "ttft_ms"):
             variant[metric] = _scaled(dense[metric], 1 / speedup)
+        for phase in variant["roofline"].values():
+            for key in ("gop_per_s", "gb_per_s", "share_of_bound"):
+                phase[key] *= speedup
+            phase["operations_per_byte"] *= cut["weights_bytes"] / (megabytes * 1e6)
         perplexity = dense["quality"]["perplexity"] * (1 + kl)
         measured = {"perplexity": perplexity, "kl_vs_dense": kl, "kl_standard_error": kl / 40}
         variant["quality"] = {**cut["quality"], **measured}

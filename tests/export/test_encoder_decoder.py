@@ -28,8 +28,8 @@ from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.export.encoder_decoder import position_buckets
 from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.measure.bounds import EncoderDecoderWork, work_of
 from nirvana_deploy.measure.quality import quality_of
+from nirvana_deploy.measure.roofline.graph import work_of
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.weights import expected_shapes
 from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE
@@ -394,15 +394,14 @@ def counted_parameters(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
 def test_bounds_count_what_an_encoder_decoder_reads(pair: tuple[Path, Path]) -> None:
     checkpoint, folder = pair
     shape = shape_of(checkpoint)
-    work = work_of(shape, footprint_of(folder))
-    assert isinstance(work, EncoderDecoderWork)
+    work = work_of(folder, linear_parameters=shape.linear_parameters)
     linears = dict(counted_parameters(load_checkpoint(checkpoint)))
     once = (".EncDecAttention.k", ".EncDecAttention.v")
     per_step = sum(
         count for name, count in linears.items() if name.startswith("decoder.") and not name.endswith(once)
     )
     assert work.linear_parameters == sum(linears.values())
-    assert work.decoder_parameters == per_step
+    assert sum(one.weights for one in work.products if one.rows == "new") == per_step + VOCABULARY * 48
     weights = 4 * (per_step + VOCABULARY * 48)
     beside = footprint_of(folder).weight_bytes_per_step - weights  # norms and the like
     assert 0 < beside < 3_000
@@ -410,14 +409,17 @@ def test_bounds_count_what_an_encoder_decoder_reads(pair: tuple[Path, Path]) -> 
         sum(layer.kv_heads for layer in shape.layers if layer.site == site) for site in ("decoder", "cross")
     )
     assert work.kv_cache_bytes_per_token == shape.kv_cache_bytes_per_token(4) == 2 * own * 8 * 4
-    step = work.mean_decode_bytes(prompt_tokens=100, new_tokens=6, batch_size=3)
+    step = work.mean_decode(prompt_tokens=100, new_tokens=6, batch_size=3).read_bytes
     caches = np.mean([2, 3, 4, 5, 6]) * 2 * own * 8 * 4 + 100 * 2 * cross * 8 * 4
     assert step == weights + beside + 3 * caches
-    flops = work.prefill_flops(prompt_tokens=10)
+    prefill = work.prefill(prompt_tokens=10)
     read = sum(linears.values()) - per_step
+    encoder = onnx.load(folder / "encoder_model.onnx", load_external_data=False).graph
+    constants = sum(4 * np.prod(one.dims) for one in encoder.initializer if one.name.endswith("norm.weight"))
+    assert prefill.weight_bytes >= weights + beside + 4 * read + constants
     heads = sum(layer.kv_heads for layer in shape.layers if layer.site == "encoder")
-    attention = 2 * 2 * 8 * (heads * 10 * 10 + cross * 10)
-    assert flops == 2 * 10 * read + 2 * (per_step + VOCABULARY * 48) + attention
+    attention = 2 * 2 * 8 * (heads * 10 * 10 + cross * 10 + own)  # the start token sees itself
+    assert prefill.operations["float32"] == 2 * 10 * read + 2 * (per_step + VOCABULARY * 48) + attention
 
 
 def test_tensors_in_the_data_file_are_the_checkpoints(flan: Path, copied: Path) -> None:

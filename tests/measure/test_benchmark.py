@@ -19,31 +19,18 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.footprint import Footprint
-from nirvana_deploy.measure import benchmark as benchmark_module
 from nirvana_deploy.measure.benchmark import (
     Variant,
     alternate,
     benchmark,
     speedups,
     summary,
-    variant_from_folder,
 )
-from nirvana_deploy.measure.bounds import DecoderWork, mean_context_tokens
+from nirvana_deploy.measure.bounds import Mixing, Product, Work
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess, timed_round
-from nirvana_deploy.model.families import shape_from_config
 
 PROMPT = np.array([[3, 1, 4]], dtype=np.int64)
-SMOLLM2 = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
 
 
 class SleepyDecoder:
@@ -95,12 +82,15 @@ class SteadyRunner:
 
 
 def tiny_variant(folder: Path, name: str = "dense", *, linear_parameters: int = 288) -> Variant:
-    work = DecoderWork(
+    work = Work(
         linear_parameters=linear_parameters,
-        head_parameters=88,
-        attention_width=12,
-        kv_cache_bytes_per_token=4 * 2 * 4 * sum(KV_HEADS),
-        weight_bytes_per_step=4 * (linear_parameters + 88),
+        footprint=Footprint(
+            weight_bytes_per_step=4 * (linear_parameters + 88),
+            kv_cache_bytes_per_token=4 * 2 * 4 * sum(KV_HEADS),
+        ),
+        products=(Product("new", linear_parameters, "float32"), Product("new", 88, "float32")),
+        mixings=(Mixing("new", "new", 12, "float32"),),
+        logit_bytes=4 * VOCAB,
     )
     return Variant(name=name, path=folder, parameters=976, embedding_parameters=88, work=work)
 
@@ -198,22 +188,6 @@ def test_summary_by_hand() -> None:
         "max": 5.0,
         "samples": [4.0, 1.0, 3.0, 2.0, 5.0],
     }
-
-
-def test_the_work_of_smollm2_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    footprint = Footprint(weight_bytes_per_step=4_000, kv_cache_bytes_per_token=46080)
-    monkeypatch.setattr(benchmark_module, "footprint_of", lambda folder: footprint)
-    variant = variant_from_folder("dense", Path("onnx"), shape_from_config(SMOLLM2))
-    linears = 30 * (576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536)
-    head = 49152 * 576
-    assert (variant.work.linear_parameters, variant.work.head_parameters) == (linears, head)
-    assert variant.parameters == linears + head
-    assert variant.work.decode_bytes(context_tokens=160) == 4_000 + 160 * 46080
-    assert variant.work.decode_bytes(context_tokens=160, batch_size=4) == 4_000 + 640 * 46080
-    attention = 30 * 9 * 2 * 2 * 64 * (1 + 2 + 3)  # three tokens: 1, 2 and 3 keys, two products each
-    assert variant.work.prefill_flops(prompt_tokens=3) == 2 * 3 * (linears + head) + attention
-    assert variant.work.prefill_flops(prompt_tokens=3, batch_size=2) == 2 * (6 * (linears + head) + attention)
-    assert mean_context_tokens(prompt_tokens=10, new_tokens=4) == np.mean([11, 12, 13])
 
 
 def test_integer_products_are_not_compared_with_float_ones(folder: Path) -> None:

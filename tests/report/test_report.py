@@ -98,7 +98,7 @@ def test_the_page_is_well_formed_and_loads_nothing(tmp_path: Path) -> None:
 def test_figures_have_alternative_text_and_headers_a_scope(tmp_path: Path) -> None:
     page = Page(report_of(tmp_path, frozen_records())[1])
     figures = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(figures) == 7
+    assert len(figures) == 9
     assert all(attrs["role"] == "img" and len(attrs["aria-label"] or "") > 30 for attrs in figures)
     headers = [attrs for tag, attrs in page.tags if tag == "th"]
     assert headers

@@ -1,7 +1,7 @@
 """What else the machine did while something was timed, and whether it stayed the same machine.
 
 Between rounds: the cores that other programs took, the time that a hypervisor took away, the clock, and the
-milliseconds of a small fixed product, which slow down when the processor does.
+milliseconds of a small fixed product, which slow down when the processor does; and what memory gives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nirvana_deploy.base.progress import SILENT, Progress
 
 BUSY_CORES = 0.15
 """Taken by others on average: above this a round is likely to have been disturbed."""
-_STOLEN_SHARE, _DRIFT_SHARE, _CLOCK_SHARE = 0.02, 0.05, 0.1
+_STOLEN_SHARE, _DRIFT_SHARE, _CLOCK_SHARE, _MEMORY_SHARE = 0.02, 0.05, 0.1, 0.3
 _IDLE_SECONDS = 5.0
 _KERNEL_SIZE, _KERNEL_PASSES = 256, 5
 
@@ -38,6 +38,8 @@ class Sample:
     """Best of a few passes of a product of two float32 matrices of 256 by 256."""
     clock_mhz: float | None
     """None where the system does not tell."""
+    read_gb_per_s: float | None = None
+    """What memory gives now, if it was asked."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,13 @@ class Watch:
     """Takes samples between rounds."""
 
     def __init__(
-        self, times: Callable[[], Times] | None = None, kernel_ms: Callable[[], float] | None = None
+        self,
+        times: Callable[[], Times] | None = None,
+        kernel_ms: Callable[[], float] | None = None,
+        read_gb_per_s: Callable[[], float] | None = None,
     ) -> None:
         self._times, self._kernel_ms = times or machine_times, kernel_ms or _kernel_ms
+        self._read_gb_per_s = read_gb_per_s
         self._last = self._times()
         self.samples: list[Sample] = []
 
@@ -69,7 +75,8 @@ class Watch:
         seconds = max(now.at - last.at, 1e-9)
         others = max(0.0, (now.busy - last.busy) - (now.own - last.own)) / seconds
         stolen = max(0.0, now.stolen - last.stolen) / (seconds * now.cores)
-        self.samples.append(Sample(seconds, others, stolen, self._kernel_ms(), _clock_mhz()))
+        reads = None if self._read_gb_per_s is None else self._read_gb_per_s()
+        self.samples.append(Sample(seconds, others, stolen, self._kernel_ms(), _clock_mhz(), reads))
         self._last = self._times()
         return self.samples[-1]
 
@@ -102,6 +109,9 @@ def cautions(samples: Sequence[Sample]) -> list[str]:
             found.append(
                 f"The machine drifted: a fixed product took {first:.2f} ms at first, {last:.2f} ms at last."
             )
+    speeds = [one.read_gb_per_s for one in samples if one.read_gb_per_s]
+    if speeds and min(speeds) < (1 - _MEMORY_SHARE) * max(speeds):
+        found.append(f"Memory gave between {min(speeds):.1f} and {max(speeds):.1f} GB/s, round by round.")
     clocks = [one.clock_mhz for one in samples if one.clock_mhz]
     if clocks and min(clocks) < (1 - _CLOCK_SHARE) * max(clocks):
         found.append(f"The clock went between {min(clocks):,.0f} and {max(clocks):,.0f} MHz.")

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nirvana_deploy.measure.benchmark import Variant, summary
-from nirvana_deploy.measure.bounds import EncoderDecoderWork, Work
+from nirvana_deploy.measure.bounds import Work
 from nirvana_deploy.measure.rounds.ratios import ratio_of
 from nirvana_deploy.measure.workloads.named import Request
 from nirvana_deploy.measure.workloads.turns import Answered
@@ -113,9 +113,9 @@ def _point(answers: Sequence[Answered]) -> dict[str, Any]:
 
 def kv_cache_bytes(work: Work, longest: Request) -> int:
     """Bytes of keys and values at the end of the ``longest`` batch, as the graph stores them."""
-    if isinstance(work, EncoderDecoderWork):
+    if work.encoder_decoder:
         own = longest.batch_size * longest.new_tokens * work.kv_cache_bytes_per_token
-        return own + longest.batch_size * longest.prompt_tokens * work.cross_cache_bytes_per_token
+        return own + longest.batch_size * longest.prompt_tokens * work.footprint.cross_cache_bytes_per_token
     return longest.written_tokens * work.kv_cache_bytes_per_token
 
 

@@ -28,6 +28,11 @@ def _faster() -> bool:
     """Whether the device multiplies in bfloat16 itself; what a CPU emulates is slower than float32."""
     if compute_device().type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return cpu_multiplies_bfloat16()
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16."""
     tells: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in every release
     able = tells()
     return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

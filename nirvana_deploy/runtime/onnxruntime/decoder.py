@@ -72,7 +72,8 @@ class OrtDecoder:
     ``threads`` is the size of the intra-op pool, the calling thread included; None means
     ``default_threads()``. ``in_float32`` computes a half-precision model in float32 on the CPU, from the
     same stored weights (``float32_twin.py``). Raises NirvanaError when the folder is incomplete, corrupt, or
-    not a decoder. ``headroom_tokens`` are slots beyond the prompt in a buffer that can grow.
+    not a decoder. ``headroom_tokens`` are slots beyond the prompt in a buffer that can grow;
+    ``profile`` as in ``open_session``.
     """
 
     start_token = None
@@ -103,6 +104,7 @@ class OrtDecoder:
         provider_options: Mapping[str, str] | None = None,
         in_float32: bool = False,
         headroom_tokens: int = 256,
+        profile: Path | None = None,
     ) -> None:
         self.threads = checked_threads(threads)
         self._headroom_tokens = headroom_tokens
@@ -113,6 +115,7 @@ class OrtDecoder:
             provider=provider,
             provider_options=provider_options,
             in_float32=in_float32,
+            profile=profile,
         )
         self._device = "cpu" if provider == "CPUExecutionProvider" else "cuda"
         self._binds_outputs = self._device != "cpu"  # else ONNX Runtime brings every output to the host
@@ -160,6 +163,10 @@ class OrtDecoder:
     def __exit__(self, *_: object) -> None:
         """Let the session go: weights and arenas are freed with the last state."""
         del self._session
+
+    def end_profiling(self) -> tuple[Path, ...]:
+        """Write what was profiled so far, of a runner that was opened with ``profile``; returns the file."""
+        return (Path(self._session.end_profiling()),)
 
     def prefill(
         self,

@@ -76,13 +76,20 @@ class OrtSeq2Seq:
         threads: int | None = None,
         provider: str = "CPUExecutionProvider",
         in_float32: bool = False,
+        profile: Path | None = None,
     ) -> None:
         self.threads = checked_threads(threads)
         self.runtime = runtime_of_provider(provider)
         model = folder / DECODER_FILE
         self._encoder, self._decoder = (
-            open_session(folder / file, threads=self.threads, provider=provider, in_float32=in_float32)
-            for file in (ENCODER_FILE, DECODER_FILE)
+            open_session(
+                folder / file,
+                threads=self.threads,
+                provider=provider,
+                in_float32=in_float32,
+                profile=None if profile is None else profile.with_name(f"{profile.name}-{part}"),
+            )
+            for part, file in (("encoder", ENCODER_FILE), ("decoder", DECODER_FILE))
         )
         inputs = {node.name: node for node in self._decoder.get_inputs()}
         outputs = {node.name: node for node in self._decoder.get_outputs()}
@@ -115,6 +122,10 @@ class OrtSeq2Seq:
     def __exit__(self, *_: object) -> None:
         """Let the sessions go: weights and arenas are freed with the last state."""
         del self._encoder, self._decoder
+
+    def end_profiling(self) -> tuple[Path, ...]:
+        """Write what was profiled so far, of a runner that was opened with ``profile``: encoder, decoder."""
+        return Path(self._encoder.end_profiling()), Path(self._decoder.end_profiling())
 
     def encode(
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None

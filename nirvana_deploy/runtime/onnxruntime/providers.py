@@ -52,11 +52,14 @@ def open_decoder(path: Path, *, runtime: str, threads: int | None = None) -> Ort
 
 
 def open_on_cpu(
-    folder: Path, *, threads: int | None = None, in_float32: bool = False
+    folder: Path, *, threads: int | None = None, in_float32: bool = False, profile: Path | None = None
 ) -> OrtDecoder | OrtSeq2Seq:
-    """Open an ONNX folder on the CPU; ``in_float32`` computes in float32 whatever it stores."""
+    """Open an ONNX folder on the CPU; ``in_float32`` computes in float32 whatever it stores.
+
+    With ``profile`` its sessions write what ``end_profiling`` returns, into files whose names begin so.
+    """
     kind = OrtSeq2Seq if is_seq2seq(folder) else OrtDecoder
-    return kind(folder, threads=threads, in_float32=in_float32)
+    return kind(folder, threads=threads, in_float32=in_float32, profile=profile)
 
 
 def available(provider: str) -> bool:

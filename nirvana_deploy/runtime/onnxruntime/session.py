@@ -54,11 +54,13 @@ def open_session(
     provider: str,
     provider_options: Mapping[str, str] | None = None,
     in_float32: bool = False,
+    profile: Path | None = None,
 ) -> Any:
     """An InferenceSession; raises NirvanaError for a missing, corrupt or newer file or an absent provider.
 
     ``in_float32`` opens the float32 twin of a half-precision model (``float32_twin.py``). A provider whose
-    libraries do not load is an error too: ONNX Runtime would go on with another one.
+    libraries do not load is an error too: ONNX Runtime would go on with another one. With ``profile`` the
+    session writes its profile into a file whose name begins so.
     """
     if not model.is_file():
         raise NirvanaError(f"{model.parent} holds no {model.name}.", hint=export_hint(model.parent))
@@ -71,6 +73,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
         if in_float32:
             return _session_beside(model, _float32_twin(model), options)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nirvana_deploy.measure.bounds import DecoderWork, EncoderDecoderWork
+from nirvana_deploy.export.footprint import Footprint
+from nirvana_deploy.measure.bounds import Work
 from nirvana_deploy.measure.worker import RoundSample
 from nirvana_deploy.measure.workloads.measured import comparisons_of, kv_cache_bytes, points_of, times_of
 from nirvana_deploy.measure.workloads.named import Request
@@ -69,9 +70,8 @@ def test_a_curve_has_each_value_and_ratios_beside() -> None:
 
 def test_the_cache_at_the_end_of_the_longest_batch() -> None:
     longest = Request(batch_size=4, prompt_tokens=10, new_tokens=3, seed=0, index=0)
-    decoder = DecoderWork(1, 1, 1, kv_cache_bytes_per_token=100, weight_bytes_per_step=1)
+    decoder = Work(1, Footprint(1, kv_cache_bytes_per_token=100), (), (), logit_bytes=1)
     assert kv_cache_bytes(decoder, longest) == 4 * 12 * 100  # the third new token is read by nobody
-    translator = EncoderDecoderWork(
-        1, 1, 1, 1, 1, kv_cache_bytes_per_token=100, cross_cache_bytes_per_token=7, weight_bytes_per_step=1
-    )
+    both = Footprint(1, kv_cache_bytes_per_token=100, cross_cache_bytes_per_token=7)
+    translator = Work(1, both, (), (), logit_bytes=1, encoder_decoder=True)
     assert kv_cache_bytes(translator, longest) == 4 * (3 * 100 + 10 * 7)  # a start token, two new ones

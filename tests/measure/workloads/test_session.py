@@ -7,8 +7,9 @@ import pytest
 from builders.tiny_decoder import KV_HEADS, write_tiny_decoder
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.export.footprint import Footprint
 from nirvana_deploy.measure.benchmark import Variant
-from nirvana_deploy.measure.bounds import DecoderWork
+from nirvana_deploy.measure.bounds import Work
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.workloads import session
 from nirvana_deploy.measure.workloads.named import NamedWorkload, WorkloadFile
@@ -21,7 +22,8 @@ FEW = NamedWorkload("few", WorkloadFile(prompt_tokens=(3, 5), new_tokens=4, requ
 
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> list[Variant]:
-    work = DecoderWork(288, 88, 12, kv_cache_bytes_per_token=KV_BYTES, weight_bytes_per_step=1504)
+    footprint = Footprint(weight_bytes_per_step=1504, kv_cache_bytes_per_token=KV_BYTES)
+    work = Work(288, footprint, products=(), mixings=(), logit_bytes=88)
     folder = tmp_path_factory.mktemp("tiny")
     return [
         Variant(name, write_tiny_decoder(folder / name, seed=seed), 976, 88, work)

@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 HIDDEN, HEAD_DIM, GROUPS, NEURONS, LAYERS, VOCABULARY = 576, 64, 3, 1536, 30, 49152
 GROUP_WEIGHTS, NEURON_WEIGHTS = 2 * HEAD_DIM * 4 * HIDDEN, 3 * HIDDEN
 EMBEDDING, NORMS = VOCABULARY * HIDDEN, (2 * LAYERS + 1) * HIDDEN
+MEMORY_GB_PER_S, FLOAT_GOP_PER_S = 22.8, 118.0
 random.seed(20)
 
 
@@ -112,6 +113,55 @@ def latency(median_ms: float, count: int) -> dict[str, Any]:
     return {**points, "samples": samples}
 
 
+def bounded(
+    took_ms: float, weights: int, read: int, written: int, logits: int, operations: int
+) -> dict[str, Any]:
+    moved = weights + read + written + logits
+    memory_ms, products_ms = moved / MEMORY_GB_PER_S / 1e6, operations / FLOAT_GOP_PER_S / 1e6
+    bound_ms = max(memory_ms, products_ms)
+    return {
+        "weight_bytes": weights,
+        "cache_read_bytes": read,
+        "cache_written_bytes": written,
+        "logits_bytes": logits,
+        "moved_bytes": moved,
+        "operations": {"float32": operations},
+        "operations_per_byte": operations / moved,
+        "gop_per_s": operations / took_ms / 1e6,
+        "gb_per_s": moved / took_ms / 1e6,
+        "memory_ms": memory_ms,
+        "products_ms": products_ms,
+        "bound_ms": bound_ms,
+        "share_of_bound": bound_ms / took_ms,
+    }
+
+
+def profiled(pass_ms: float) -> dict[str, Any]:
+    shares = {
+        ("MatMul", "products", 121): 0.84,
+        ("GroupQueryAttention", "attention", 30): 0.06,
+        ("SkipSimplifiedLayerNormalization", "other", 60): 0.02,
+        ("Mul", "other", 30): 0.012,
+        ("QuickGelu", "other", 30): 0.008,
+    }
+    parts = {**{str(index): 0.69 / LAYERS for index in range(LAYERS)}, "elsewhere": 0.01, "head": 0.24}
+    return {
+        "passes": 96,
+        "pass_ms": pass_ms,
+        "kernels_ms": 0.94 * pass_ms,
+        "between_ms": 0.05 * pass_ms,
+        "outside_ms": 0.01 * pass_ms,
+        "operators": [
+            {"operator": name, "kind": kind, "nodes": nodes, "ms": share * pass_ms}
+            for (name, kind, nodes), share in shares.items()
+        ],
+        "layers": [
+            {"layer": name, "nodes": 1 if name == "head" else 9, "ms": share * pass_ms}
+            for name, share in parts.items()
+        ],
+    }
+
+
 def variant(
     name: str,
     *,
@@ -122,14 +172,16 @@ def variant(
     kv: int,
     quality: dict[str, float],
 ) -> dict[str, Any]:
-    tpot = latency(tpot_ms, 7)
+    tpot, prefill = latency(tpot_ms, 7), latency(prefill_ms, 7)
+    read = 160 * kv
+    products, logits = 2 * (parameters - NORMS), 4 * VOCABULARY
     return {
         "name": name,
         "path": "dense/onnx" if name == "dense" else "onnx",
         "runtime": "onnxruntime-cpu",
         "parameters": parameters,
         "weights_bytes": 4 * parameters + 20480,
-        "prefill_ms": latency(prefill_ms, 7),
+        "prefill_ms": prefill,
         "ttft_ms": latency(prefill_ms * 1.02, 7),
         "tpot_ms": tpot,
         "itl_ms": latency(tpot_ms * 0.995, 7 * 63),
@@ -137,6 +189,14 @@ def variant(
         "achieved_gb_per_s": 4 * parameters / tpot["p50"] / 1e6,
         "peak_rss_bytes": rss,
         "peak_device_bytes": None,
+        "roofline": {
+            "prefill": bounded(prefill["p50"], 4 * parameters, 0, 128 * kv, 128 * logits, 128 * products),
+            "decode": bounded(tpot["p50"], 4 * parameters, read, kv, logits, products),
+        },
+        "profile": {
+            "prefill": profiled(1.01 * prefill["p50"]),
+            "decode": profiled(1.08 * tpot["p50"]),
+        },
         "kv_cache_bytes_per_token": kv,
         "quality": quality,
     }
@@ -188,6 +248,14 @@ environment = {
 benchmark = {
     "schema": 1,
     "environment": environment,
+    "ceilings": {
+        "threads": 2,
+        "read_gb_per_s": 23.4,
+        "copy_gb_per_s": 19.1,
+        "gop_per_s": {"float32": FLOAT_GOP_PER_S, "integer": 402.0},
+        "measured_at": "2026-01-31T08:30:00+00:00",
+        "memory_gb_per_s": MEMORY_GB_PER_S,
+    },
     "workload": {
         "prompt_tokens": 128,
         "new_tokens": 64,

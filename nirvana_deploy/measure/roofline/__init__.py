@@ -1,0 +1,1 @@
+"""What the machine reaches, what a graph asks of it, and where the time goes."""

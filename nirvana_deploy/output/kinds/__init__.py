@@ -1,0 +1,1 @@
+"""What the records of single files hold, beside those of ``record_kinds.py``."""

@@ -1,0 +1,1 @@
+"""What the machine allows, and where the time goes."""
