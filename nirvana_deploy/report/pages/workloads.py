@@ -37,7 +37,7 @@ _SPEEDUPS = {
     "tpot_speedup": "Speed-up, per output token",
     "e2e_speedup": "Speed-up, whole request",
 }
-_AXES = {"context": "prompt tokens", "batch": "batch size", "threads": "threads"}
+_AXES = {"context": "prompt tokens", "batch": "sequences in a batch", "threads": "threads"}
 _DRAWN = {"tpot_ms": "Decode, per token", "ttft_ms": "Time to first token"}
 _SPEEDUP_OF = {"tpot_ms": "tpot_speedup", "ttft_ms": "ttft_speedup"}
 _LOGARITHMIC_FROM = 10
