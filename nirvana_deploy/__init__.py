@@ -25,6 +25,7 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "cli" / "main.py").
 
 _PUBLIC = {
     "CalibrationText": "nirvana_deploy.quantize.recipe",
+    "ContenderError": "nirvana_deploy.base.errors",
     "EngineBuild": "nirvana_deploy.engine.recipe",
     "EngineForm": "nirvana_deploy.engine.recipe",
     "Evaluation": "nirvana_deploy.measure.recipe",
@@ -37,6 +38,7 @@ _PUBLIC = {
     "PrunePlan": "nirvana_deploy.prune.plan",
     "QualityError": "nirvana_deploy.base.errors",
     "Quantization": "nirvana_deploy.quantize.recipe",
+    "RegressionError": "nirvana_deploy.base.errors",
     "Search": "nirvana_deploy.search.recipe",
     "Selection": "nirvana_deploy.prune.recipe",
     "ShownProgress": "nirvana_deploy.base.shown.progress",
@@ -44,6 +46,7 @@ _PUBLIC = {
     "VerificationError": "nirvana_deploy.base.errors",
     "Where": "nirvana_deploy.search.recipe",
     "Workload": "nirvana_deploy.measure.recipe",
+    "benchmark_contenders": "nirvana_deploy.pipeline.contest",
     "benchmark_folder": "nirvana_deploy.pipeline.folder",
     "build_engines": "nirvana_deploy.pipeline.folder",
     "compare_folders": "nirvana_deploy.pipeline.compare",
@@ -79,6 +82,7 @@ _PUBLIC = {
 """The library, by name: what the command line does, as functions, and their options; where each lies."""
 __all__ = [
     "CalibrationText",
+    "ContenderError",
     "EngineBuild",
     "EngineForm",
     "Evaluation",
@@ -91,6 +95,7 @@ __all__ = [
     "PrunePlan",
     "QualityError",
     "Quantization",
+    "RegressionError",
     "Search",
     "Selection",
     "ShownProgress",
@@ -98,6 +103,7 @@ __all__ = [
     "VerificationError",
     "Where",
     "Workload",
+    "benchmark_contenders",
     "benchmark_folder",
     "build_engines",
     "compare_folders",
@@ -132,7 +138,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from nirvana_deploy.base.errors import MissingExtraError, NirvanaError, QualityError, VerificationError
+    from nirvana_deploy.base.errors import (
+        ContenderError,
+        MissingExtraError,
+        NirvanaError,
+        QualityError,
+        RegressionError,
+        VerificationError,
+    )
     from nirvana_deploy.base.progress import Progress
     from nirvana_deploy.base.shown.progress import ShownProgress
     from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
@@ -147,6 +160,7 @@ if TYPE_CHECKING:
     from nirvana_deploy.pipeline.alone.onnx import export_onnx, quantize_onnx_folder
     from nirvana_deploy.pipeline.alone.text import generate_text
     from nirvana_deploy.pipeline.compare import compare_folders
+    from nirvana_deploy.pipeline.contest import benchmark_contenders
     from nirvana_deploy.pipeline.folder import (
         benchmark_folder,
         build_engines,

@@ -155,6 +155,24 @@ class BenchmarkRecord(TypedDict, total=False):
     comparisons: list[Comparison]
 
 
+class FailedContender(TypedDict):
+    """A contender that could not be loaded, or died."""
+
+    name: str
+    path: str
+    runtime: str
+    reason: str
+    hint: str | None
+
+
+class ContestRecord(BenchmarkRecord, total=False):
+    """What ``benchmark`` writes of several contenders: a benchmark.json without quality and bounds."""
+
+    tool: Required[str]
+    cautions: list[str]
+    failed: Required[list[FailedContender]]
+
+
 class PlannedBudget(TypedDict, total=False):
     """What plan.json says of the budget."""
 
