@@ -50,6 +50,7 @@ _PUBLIC = {
     "benchmark_folder": "nirvana_deploy.pipeline.folder",
     "build_engines": "nirvana_deploy.pipeline.folder",
     "compare_folders": "nirvana_deploy.pipeline.compare",
+    "compare_with_earlier": "nirvana_deploy.pipeline.against",
     "evaluate_folder": "nirvana_deploy.pipeline.folder",
     "examine_machine": "nirvana_deploy.runtime.doctor",
     "export_onnx": "nirvana_deploy.pipeline.alone.onnx",
@@ -107,6 +108,7 @@ __all__ = [
     "benchmark_folder",
     "build_engines",
     "compare_folders",
+    "compare_with_earlier",
     "evaluate_folder",
     "examine_machine",
     "export_onnx",
@@ -156,6 +158,7 @@ if TYPE_CHECKING:
     from nirvana_deploy.model.sources import known_models
     from nirvana_deploy.output.inspection import inspect_path
     from nirvana_deploy.package.stage import package_engines, package_gguf, package_triton
+    from nirvana_deploy.pipeline.against import compare_with_earlier
     from nirvana_deploy.pipeline.alone.calibration import select_calibration
     from nirvana_deploy.pipeline.alone.onnx import export_onnx, quantize_onnx_folder
     from nirvana_deploy.pipeline.alone.text import generate_text

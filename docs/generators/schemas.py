@@ -25,7 +25,13 @@ from nirvana_deploy.output.layout import (
     TASKS_FILE,
 )
 from nirvana_deploy.output.manifest import Manifest
-from nirvana_deploy.output.record_kinds import BenchmarkRecord, KernelRecord, QualityRecord, TasksRecord
+from nirvana_deploy.output.record_kinds import (
+    BenchmarkRecord,
+    ContestRecord,
+    KernelRecord,
+    QualityRecord,
+    TasksRecord,
+)
 from nirvana_deploy.output.results import AnswersWritten
 from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE
@@ -39,6 +45,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "quality": (QUALITY_FILE, QualityRecord),
     "answers": (ANSWERS_FILE, AnswersWritten),
     "benchmark": (BENCHMARK_FILE, BenchmarkRecord),
+    "contest": ("benchmark --out FILE", ContestRecord),
     "tasks": (TASKS_FILE, TasksRecord),
     "ntk": (NTK_FILE, KernelRecord),
     "quantization": (f"onnx-*/{RECORD_FILE}", QuantizationRecord),

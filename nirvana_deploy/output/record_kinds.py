@@ -55,6 +55,8 @@ class Quality(TypedDict, total=False):
     kl_standard_error: float | None
     top1_agreement: float | None
     tokens: int | None
+    nll_by_window: list[float] | None
+    kl_by_window: list[float] | None
     parts: dict[str, Quality]
 
 

@@ -33,8 +33,9 @@ class LlamaCppDecoder:
         self.threads = threads or default_threads()
         self._model = self._loaded(path)
         self.vocab_size: int = self._model.n_vocab()
-        trained_tokens = self._library.llama_model_n_ctx_train(self._model.model)
-        self.context_tokens: int = min(self._model.n_ctx(), trained_tokens)
+        said = self._model.metadata
+        trained_tokens = said.get(f"{said.get('general.architecture')}.context_length", _CACHE_TOKENS)
+        self.context_tokens = min(int(self._model.n_ctx()), int(trained_tokens))
 
     def _loaded(self, path: Path) -> Any:
         try:
