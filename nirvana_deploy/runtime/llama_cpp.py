@@ -93,7 +93,8 @@ class LlamaCppDecoder:
     def _pass(self, tokens: NDArray[np.int64], state: int) -> tuple[NDArray[np.float32], int]:
         self._model.n_tokens = state  # what lies behind it in the cache is dropped
         self._model.eval(tokens.tolist())
-        logits = self._library.llama_get_logits_ith(self._model.ctx, -1)
+        last = (len(tokens) - 1) % self._model.n_batch  # in the batch that was computed last
+        logits = self._library.llama_get_logits_ith(self._model.ctx, last)
         copied = np.ctypeslib.as_array(logits, shape=(self.vocab_size,)).astype(np.float32)
         return copied[None, None], state + len(tokens)
 

@@ -27,7 +27,7 @@ class FakeLlama:
     def __init__(self, path: str, **options: Any) -> None:
         if "broken" in path:
             raise ValueError(f"Failed to load model from file: {path}")
-        self.options, self.n_tokens, self.ctx = options, 0, self
+        self.options, self.n_tokens, self.n_batch, self.ctx = options, 0, 512, self
         self.metadata = {"general.architecture": "llama", "llama.context_length": "64"}
         self.cache: list[int] = []
         self.closed = False
@@ -39,7 +39,7 @@ class FakeLlama:
         return int(self.options["n_ctx"])
 
     def eval(self, tokens: list[int]) -> None:
-        self.cache = self.cache[: self.n_tokens] + tokens
+        self.cache, self.last = self.cache[: self.n_tokens] + tokens, len(tokens) - 1
         self.n_tokens = len(self.cache)
 
     def close(self) -> None:
@@ -47,7 +47,7 @@ class FakeLlama:
 
 
 def _logits(context: FakeLlama, position: int) -> Any:
-    assert position == -1
+    assert position == context.last
     found = (ctypes.c_float * 11)()
     found[(sum(context.cache) + 1) % 11] = 1.0
     return ctypes.cast(found, ctypes.POINTER(ctypes.c_float))
@@ -110,7 +110,7 @@ def test_logits_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     needs("llama_cpp")
     from nirvana_deploy import package_gguf
 
-    checkpoint = write_tiny(tmp_path / "checkpoint", "llama-tied", head_dim=32)
+    checkpoint = write_tiny(tmp_path / "checkpoint", "llama-tied")
     write_merges(checkpoint)
     file = package_gguf(checkpoint, tmp_path / "model.gguf", weight_type="f32").path
     with open_runner(file, threads=1) as ours, open_runner(checkpoint, threads=1) as torch:

@@ -119,7 +119,7 @@ def test_vocabularies_that_differ_are_not_timed(
     monkeypatch.setattr("builders.tiny_decoder.VOCAB", VOCAB + 1)
     wider = write_tiny_decoder(tmp_path / "wider")
     with pytest.raises(
-        NirvanaError, match="Not the same model: a has a vocabulary of 11 tokens, and b has .*12"
+        NirvanaError, match=r"Not the same model: a has a vocabulary of 11 tokens, and b has .*12"
     ):
         time_contenders([contender(folder, "a"), contender(wider, "b")], workload=SHORT)
 
