@@ -29,10 +29,9 @@ import onnx
 import onnxruntime
 
 from nirvana_deploy.base.artifact import write_json
-from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.base.machine import default_threads, measured_environment
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.measure.roofline.profile import events_of, passes_of, summed
-from nirvana_deploy.runtime.onnxruntime.session import default_threads
 
 VARIANTS = ("dense", "dense-int8", "dense-w8", "dense-w4", "builder-int4", "pruned-int8", "pruned-w4")
 WARM_UP = 20

@@ -32,14 +32,13 @@ import onnxruntime_genai
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.artifact import write_json
-from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.base.machine import default_threads, measured_environment
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.recipe import Quantization
-from nirvana_deploy.runtime.onnxruntime.session import default_threads
 
 PROMISES = (("dense-int8", "dense", 2.5), ("dense-w4", "dense", 3.5), ("pruned-w4", "builder-int4", 1.3))
 BUILDER = "builder-int4"

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from recipes import SHIPPED, WINDOW_TOKENS, text_files
 
 from nirvana_deploy.base.artifact import write_json
-from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.base.machine import default_threads, measured_environment
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.calibrate.texts import read_text_file
 from nirvana_deploy.calibrate.windows import calibration_data, windows_of_text
@@ -39,7 +39,6 @@ from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.report.drawing import COLOURS, bare, entitle, new_figure
-from nirvana_deploy.runtime.onnxruntime.session import default_threads
 from nirvana_deploy.runtime.registry import open_runner
 
 PRECISIONS = ("fp32", "int8", "w4")

@@ -73,6 +73,10 @@ OUTPUT_OR_ONNX = Folder(MANIFEST, MODEL_FILE)
 OUTPUT_OR_MODEL = Folder(MANIFEST, MODEL_FILE, CONFIG)
 """Or an ONNX folder, or a checkpoint."""
 OUTPUT_MODEL_OR_ENGINE = Folder(MANIFEST, MODEL_FILE, CONFIG, files=[".engine"])
+CONTENDER = Folder(MANIFEST, MODEL_FILE, CONFIG, files=[".engine", ".gguf"], exists=False)
+"""What ``benchmark`` times; OUT:VARIANT is no path, so the library finds out what exists."""
+MEASURED = Folder(files=[".json"])
+"""An output folder, or the record of a benchmark."""
 DESCRIBED = Folder(files=[".engine", ".json"], exists=False)
 """What ``inspect`` describes: an output folder, a plan, an engine."""
 

@@ -1,4 +1,4 @@
-"""``nirvana-deploy benchmark OUT``: measure an output folder again."""
+"""``nirvana-deploy benchmark PATH...``: models measured against each other."""
 
 from __future__ import annotations
 
@@ -10,22 +10,44 @@ import click
 from nirvana_deploy.measure.recipe import Analysis, Traffic, Workload
 from nirvana_deploy.runtime.recipe import Place
 
-from .arguments import OUTPUT
-from .common import TerminalProgress, echo, echo_json, echo_table
+from .arguments import CONTENDER
+from .benchmark_page import show_contest, show_folder, show_workloads
+from .common import TerminalProgress
 from .options import json_option, recipe_options, taken, typed
 
 
 @click.command("benchmark")
-@click.argument("out", type=OUTPUT)
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=CONTENDER)
 @recipe_options(Traffic)
 @recipe_options(Workload)
 @recipe_options(Analysis)
 @recipe_options(Place, without=("threads",))
+@click.option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="With several contenders: write the result, raw samples included, into FILE.",
+)
+@click.option("--force", is_flag=True, help="Replace FILE.")
 @json_option
-def benchmark(out: Path, runtime: str | None, as_json: bool, **options: Any) -> None:
-    """Measure OUT again, dense and pruned in turn, and rewrite its benchmark.json and report.
+def benchmark(
+    paths: tuple[Path, ...],
+    runtime: str | None,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure an output folder again, or time models of any kind against each other.
 
+    One output folder: its models in turn, dense and pruned, and its benchmark.json and report are rewritten.
     With --workload or --sweep, other requests are timed and kept in workloads.json; benchmark.json stays.
+
+    Several paths, or one of another kind: each is a contender, timed against the first one in alternating
+    rounds, in its own process. PATH is an output folder (all its models, or OUT:pruned-w4 for one,
+    OUT:dense,pruned for some), an ONNX folder, a checkpoint folder, an engine or a GGUF file. Named twice, it
+    is an A/A test. All must be of one model, whose vocabulary the prompts are made of. --runtime concerns
+    those that it takes. Exit code 3 when a contender failed; the others keep their results.
 
     \b
     Examples:
@@ -34,35 +56,46 @@ def benchmark(out: Path, runtime: str | None, as_json: bool, **options: Any) -> 
       nirvana-deploy benchmark smollm2-s0.4 --workload chat --workload rag
       nirvana-deploy benchmark smollm2-s0.4 --sweep context=128,512,2048
       nirvana-deploy benchmark smollm2-s0.4 --profile
+      nirvana-deploy benchmark smollm2-s0.4:dense smollm2-s0.4:pruned-w4 smollm2-q8_0.gguf --out race.json
     """
-    traffic = taken(Traffic, options)
+    from nirvana_deploy.pipeline.contest import benchmark_contenders, is_one_output_folder
+
+    traffic, workload, analysis = taken(Traffic, options), taken(Workload, options), taken(Analysis, options)
+    progress = TerminalProgress()
+    if not is_one_output_folder(paths):
+        _require_of_contest(traffic, analysis)
+        record = benchmark_contenders(
+            paths, workload, runtime=runtime, out=out, force=force, progress=progress
+        )
+        show_contest(record, out, as_json=as_json)
+        return
+    if out is not None or force:
+        raise click.UsageError("--out and --force go with several contenders: a folder keeps its own record.")
+    from nirvana_deploy.pipeline.folder import benchmark_folder, benchmark_workloads
+
+    (folder,) = paths
     if traffic.workloads or traffic.sweeps:
         _require_meant(traffic, typed(options))
-        _time_workloads(out, traffic, taken(Workload, options), runtime, as_json=as_json)
-        return
-    from nirvana_deploy.pipeline.folder import benchmark_folder
-    from nirvana_deploy.report.roofline.bounds import PHASES
-    from nirvana_deploy.report.roofline.operators import SAYS, operator_table
-    from nirvana_deploy.report.table import summary_table
-
-    workload, analysis = taken(Workload, options), taken(Analysis, options)
-    result = benchmark_folder(out, workload, analysis, runtime=runtime, progress=TerminalProgress())
-    if as_json:
-        echo_json(result)
-        return
-    for caution in result["watch"]["cautions"]:
-        echo(click.style(caution, fg="red"))
-    table = summary_table(result)
-    echo_table(table.headers, table.rows)
-    if analysis.profile:
-        echo(SAYS)
-        for phase in PHASES:
-            times = operator_table(result, phase)
-            echo_table(times.headers, times.rows)
-    echo(f"Report: {out / 'report.html'}")
+        result = benchmark_workloads(folder, traffic, workload, runtime=runtime, progress=progress)
+        show_workloads(result, traffic, folder, as_json=as_json)
+    else:
+        result = benchmark_folder(folder, workload, analysis, runtime=runtime, progress=progress)
+        show_folder(result, folder, profiled=analysis.profile, as_json=as_json)
 
 
 _OF_ONE_REQUEST = ("prompt_tokens", "new_tokens", "batch_size", "repeats")
+
+
+def _require_of_contest(traffic: Traffic, analysis: Analysis) -> None:
+    """Raise a usage error for an option that only one output folder has a place for."""
+    of_one_folder = {
+        "--workload": traffic.workloads,
+        "--sweep": traffic.sweeps,
+        "--profile": analysis.profile,
+    }
+    for flag, given in of_one_folder.items():
+        if given:
+            raise click.UsageError(f"{flag} goes with one output folder, whose report shows it.")
 
 
 def _require_meant(traffic: Traffic, said: dict[str, Any]) -> None:
@@ -73,29 +106,3 @@ def _require_meant(traffic: Traffic, said: dict[str, Any]) -> None:
         if name == "precision":
             raise click.UsageError(f"{flag} is about one request; with --workload or --sweep, leave it out.")
         raise click.UsageError(f"{flag} says what the file of a workload says; leave it out.")
-
-
-def _time_workloads(
-    out: Path, traffic: Traffic, workload: Workload, runtime: str | None, *, as_json: bool
-) -> None:
-    from nirvana_deploy.pipeline.folder import benchmark_workloads
-    from nirvana_deploy.report.pages import workloads as page
-
-    result = benchmark_workloads(out, traffic, workload, runtime=runtime, progress=TerminalProgress())
-    if as_json:
-        echo_json(result)
-        return
-    names = {Path(one.strip()).stem for name in traffic.workloads for one in name.split(",")}
-    axes = {text.partition("=")[0].strip() for text in traffic.sweeps}
-    timed = [one for one in result["workloads"] if one["name"] in names]
-    swept = [one for one in result["sweeps"] if one["axis"] in axes]
-    tables = [(page.title(one), page.explain(one), page.workload_table(one), 1, one) for one in timed]
-    tables += [
-        (page.sweep_title(one), page.explain_sweep(one), page.sweep_table(one), 2, one) for one in swept
-    ]
-    for title, says, table, texts, record in tables:
-        for caution in page.cautions(record):
-            echo(click.style(f"{title}: {caution}", fg="red"))
-        echo_table(table.headers, table.rows, title=title, texts=texts)
-        echo(says)
-    echo(f"Report: {out / 'report.html'}")

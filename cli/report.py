@@ -1,4 +1,4 @@
-"""``nirvana-deploy report OUT``: write the report again, or set finished folders side by side."""
+"""``nirvana-deploy report OUT``: write the report again, compare folders, or find what got worse."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
-from .arguments import OUTPUT
+from nirvana_deploy.measure.recipe import Tolerance
+
+from .arguments import MEASURED
 from .common import echo, echo_json, echo_table
-from .options import json_option
+from .options import json_option, recipe_options
 
 _PAGES = (".html", ".md")
 
@@ -20,9 +22,16 @@ _PAGES = (".html", ".md")
     metavar="OUT...",
     nargs=-1,
     required=True,
-    type=OUTPUT,
+    type=MEASURED,
 )
 @click.option("--compare", is_flag=True, help="Set several finished folders side by side.")
+@click.option(
+    "--against",
+    metavar="PATH",
+    type=MEASURED,
+    help="Compare with an earlier output folder or benchmark.json: exit code 4 if something got worse.",
+)
+@recipe_options(Tolerance)
 @click.option(
     "--out",
     metavar="FILE",
@@ -31,7 +40,15 @@ _PAGES = (".html", ".md")
 )
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @json_option
-def report(outs: tuple[Path, ...], compare: bool, out: Path | None, force: bool, as_json: bool) -> None:
+def report(
+    outs: tuple[Path, ...],
+    compare: bool,
+    against: Path | None,
+    tolerance: float,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Write report.md and report.html into OUT.
 
     Reads OUT's manifest.json, plan.json and benchmark.json. Nothing is measured again; a part that is
@@ -40,11 +57,21 @@ def report(outs: tuple[Path, ...], compare: bool, out: Path | None, force: bool,
     With --compare, finished folders of one model or of several stand side by side: a row for each model,
     what differs in their recipes, what they write, and the one to take. What does not compare is said.
 
+    With --against, nothing is written: OUT's benchmark (or one that 'benchmark --out' wrote) is compared with
+    an earlier one of the same model. Exit code 4 when a time, a perplexity, a KL or a size got worse beyond
+    noise and by more than --tolerance.
+
     \b
     Examples:
       nirvana-deploy report smollm2-s0.4
       nirvana-deploy report --compare smollm2-s0.2 smollm2-s0.4 --out compared.html
+      nirvana-deploy report smollm2-s0.4 --against last-week/benchmark.json
     """
+    if against is not None:
+        if compare or len(outs) > 1:
+            raise click.UsageError("--against compares one OUT with an earlier one; leave --compare out.")
+        _against(outs[0], against, tolerance, as_json=as_json)
+        return
     if compare:
         _compare(outs, out, force=force, as_json=as_json)
         return
@@ -59,6 +86,20 @@ def report(outs: tuple[Path, ...], compare: bool, out: Path | None, force: bool,
         echo(json.dumps({"schema": 1, "markdown": str(markdown), "html": str(page)}))
     else:
         echo(f"{page}\n{markdown}")
+
+
+def _against(out: Path, earlier: Path, tolerance: float, *, as_json: bool) -> None:
+    from nirvana_deploy.pipeline.against import compare_with_earlier
+
+    found = compare_with_earlier(out, earlier, tolerance=tolerance)
+    if as_json:
+        echo_json(found.as_json())
+    else:
+        for caution in found.cautions:
+            echo(f"Caution: {caution}")
+        table = found.table()
+        echo_table(table.headers, table.rows, texts=2)
+    found.require_none_worse()
 
 
 def _compare(outs: tuple[Path, ...], out: Path | None, *, force: bool, as_json: bool) -> None:

@@ -26,6 +26,7 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "cli" / "main.py").
 _PUBLIC = {
     "Analysis": "nirvana_deploy.measure.recipe",
     "CalibrationText": "nirvana_deploy.quantize.recipe",
+    "ContenderError": "nirvana_deploy.base.errors",
     "EngineBuild": "nirvana_deploy.engine.recipe",
     "EngineForm": "nirvana_deploy.engine.recipe",
     "Evaluation": "nirvana_deploy.measure.recipe",
@@ -38,6 +39,7 @@ _PUBLIC = {
     "PrunePlan": "nirvana_deploy.prune.plan",
     "QualityError": "nirvana_deploy.base.errors",
     "Quantization": "nirvana_deploy.quantize.recipe",
+    "RegressionError": "nirvana_deploy.base.errors",
     "Search": "nirvana_deploy.search.recipe",
     "Selection": "nirvana_deploy.prune.recipe",
     "ShownProgress": "nirvana_deploy.base.shown.progress",
@@ -46,10 +48,12 @@ _PUBLIC = {
     "VerificationError": "nirvana_deploy.base.errors",
     "Where": "nirvana_deploy.search.recipe",
     "Workload": "nirvana_deploy.measure.recipe",
+    "benchmark_contenders": "nirvana_deploy.pipeline.contest",
     "benchmark_folder": "nirvana_deploy.pipeline.folder",
     "benchmark_workloads": "nirvana_deploy.pipeline.folder",
     "build_engines": "nirvana_deploy.pipeline.folder",
     "compare_folders": "nirvana_deploy.pipeline.compare",
+    "compare_with_earlier": "nirvana_deploy.pipeline.against",
     "evaluate_folder": "nirvana_deploy.pipeline.folder",
     "examine_machine": "nirvana_deploy.runtime.doctor",
     "export_onnx": "nirvana_deploy.pipeline.alone.onnx",
@@ -83,6 +87,7 @@ _PUBLIC = {
 __all__ = [
     "Analysis",
     "CalibrationText",
+    "ContenderError",
     "EngineBuild",
     "EngineForm",
     "Evaluation",
@@ -95,6 +100,7 @@ __all__ = [
     "PrunePlan",
     "QualityError",
     "Quantization",
+    "RegressionError",
     "Search",
     "Selection",
     "ShownProgress",
@@ -103,10 +109,12 @@ __all__ = [
     "VerificationError",
     "Where",
     "Workload",
+    "benchmark_contenders",
     "benchmark_folder",
     "benchmark_workloads",
     "build_engines",
     "compare_folders",
+    "compare_with_earlier",
     "evaluate_folder",
     "examine_machine",
     "export_onnx",
@@ -138,7 +146,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from nirvana_deploy.base.errors import MissingExtraError, NirvanaError, QualityError, VerificationError
+    from nirvana_deploy.base.errors import (
+        ContenderError,
+        MissingExtraError,
+        NirvanaError,
+        QualityError,
+        RegressionError,
+        VerificationError,
+    )
     from nirvana_deploy.base.progress import Progress
     from nirvana_deploy.base.shown.progress import ShownProgress
     from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
@@ -149,10 +164,12 @@ if TYPE_CHECKING:
     from nirvana_deploy.model.sources import known_models
     from nirvana_deploy.output.inspection import inspect_path
     from nirvana_deploy.package.stage import package_engines, package_gguf, package_triton
+    from nirvana_deploy.pipeline.against import compare_with_earlier
     from nirvana_deploy.pipeline.alone.calibration import select_calibration
     from nirvana_deploy.pipeline.alone.onnx import export_onnx, quantize_onnx_folder
     from nirvana_deploy.pipeline.alone.text import generate_text
     from nirvana_deploy.pipeline.compare import compare_folders
+    from nirvana_deploy.pipeline.contest import benchmark_contenders
     from nirvana_deploy.pipeline.folder import (
         benchmark_folder,
         benchmark_workloads,

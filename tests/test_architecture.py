@@ -254,6 +254,7 @@ def test_what_a_report_reads_is_made_by_a_stage() -> None:
 
 ABOUT_THE_COMMAND = {
     *(
+        "against",
         "as_json",
         "compare",
         "dry_run",

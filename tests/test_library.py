@@ -22,7 +22,7 @@ from nirvana_deploy.output.run import Run
 from nirvana_deploy.pipeline.job import CutOptions, all_fields
 
 DOES = {
-    "benchmark": ["benchmark_folder", "benchmark_workloads"],
+    "benchmark": ["benchmark_folder", "benchmark_contenders", "benchmark_workloads"],
     "build-engine": ["build_engines"],
     "doctor": ["examine_machine"],
     "evaluate": ["evaluate_folder"],
@@ -36,7 +36,7 @@ DOES = {
     "quantize": ["quantize_folder", "quantize_onnx_folder"],
     "recipe": ["job_of", "recipe_toml"],
     "recover": ["recover_folder"],
-    "report": ["report_folder", "compare_folders"],
+    "report": ["report_folder", "compare_folders", "compare_with_earlier"],
     "search": ["search_points"],
     "select-calib": ["select_calibration"],
     "verify": ["verify_folder", "verify_onnx_folder"],

@@ -29,6 +29,7 @@ from nirvana_deploy.output.layout import (
 from nirvana_deploy.output.manifest import Manifest
 from nirvana_deploy.output.record_kinds import (
     BenchmarkRecord,
+    ContestRecord,
     KernelRecord,
     QualityRecord,
     TasksRecord,
@@ -47,6 +48,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "answers": (ANSWERS_FILE, AnswersWritten),
     "benchmark": (BENCHMARK_FILE, BenchmarkRecord),
     "workloads": (WORKLOADS_FILE, WorkloadsRecord),
+    "contest": ("benchmark --out FILE", ContestRecord),
     "tasks": (TASKS_FILE, TasksRecord),
     "ntk": (NTK_FILE, KernelRecord),
     "quantization": (f"onnx-*/{RECORD_FILE}", QuantizationRecord),

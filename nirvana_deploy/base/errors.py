@@ -50,6 +50,18 @@ class QualityError(NirvanaError):
     exit_code = 3
 
 
+class ContenderError(NirvanaError):
+    """A contender of a benchmark could not be timed: exit code 3; the results of the others are kept."""
+
+    exit_code = 3
+
+
+class RegressionError(NirvanaError):
+    """Something got slower or worse beyond noise since an earlier benchmark: exit code 4."""
+
+    exit_code = 4
+
+
 class MissingExtraError(NirvanaError):
     """An optional package is needed but not installed."""
 

@@ -116,6 +116,14 @@ def usable_cores() -> int:
     return max(1, min([allowed, *(math.ceil(quota) for quota in quotas)]))
 
 
+def default_threads() -> int:
+    """Physical cores that this process may use: what decode gains from, without hyper-threads."""
+    import psutil
+
+    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return min(physical, usable_cores())
+
+
 def keep_to_quota() -> None:
     """Let libraries that are imported later start no more threads than a container's CPU quota allows.
 

@@ -9,7 +9,7 @@ interval that holds the true median (``rounds/ratios.py``); what else the machin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from nirvana_deploy.measure.rounds.watch import Watch, wait_until_idle
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.output.layout import is_checkpoint
+from nirvana_deploy.runtime.registry import is_engine
 from nirvana_deploy.runtime.tensorrt.record import engine_files
 
 SCHEMA = 1
@@ -161,7 +162,7 @@ def require_memory_for(models: Iterable[Path]) -> None:
     """Raise NirvanaError when the memory has no room for ONNX ``models`` side by side."""
     folders = [path for path in models if path.is_dir()]  # an engine's weights lie on its device
     require_memory(
-        sum(map(_weights_bytes, folders)),
+        sum(map(weights_bytes, folders)),
         what=f"Measuring {len(folders)} models side by side",
         hint="Take a machine with more memory, or fewer models: --no-baseline, fewer --quantize.",
     )
@@ -174,13 +175,15 @@ def alternate(
     vocab_size: int,
     baseline: str | None = None,
     watch: Watch | None = None,
+    lost: MutableMapping[str, NirvanaError] | None = None,
     clock: Callable[[], float] = time.monotonic,
     progress: Progress = SILENT,
 ) -> dict[str, list[RoundSample]]:
     """Let the runners take turns; returns each one's counted rounds, warm-up left out.
 
     With ``workload.precision`` there are as many rounds more as the intervals of all decode speed-ups over
-    ``baseline`` need, until its minutes are over.
+    ``baseline`` need, until its minutes are over. A runner that fails goes into ``lost`` with its error and
+    has no turn any more, and no samples; without ``lost`` the error is raised.
     """
     samples: dict[str, list[RoundSample]] = {name: [] for name in runners}
     ends = clock() + 60 * workload.max_minutes
@@ -189,15 +192,22 @@ def alternate(
         with progress.task(label, (rounds - first) * len(runners)) as advance:
             for index in range(first, rounds):
                 tokens = prompt_of(workload, index, vocab_size=vocab_size)
-                for name in list(runners) if index % 2 == 0 else reversed(list(runners)):
-                    sample = runners[name].measure(tokens, new_tokens=workload.new_tokens)
+                for name in list(samples) if index % 2 == 0 else reversed(list(samples)):
+                    try:
+                        sample = runners[name].measure(tokens, new_tokens=workload.new_tokens)
+                    except NirvanaError as error:
+                        if lost is None:
+                            raise
+                        lost[name] = error
+                        del samples[name]
+                        continue
                     if index >= workload.warmup:
                         samples[name].append(sample)
                     advance(1)
                 if watch is not None:
                     watch.sample()
         first = rounds
-        if baseline is not None and workload.precision is not None and clock() < ends:
+        if baseline is not None and baseline in samples and workload.precision is not None and clock() < ends:
             widest = max((ratio.width for ratio in _decode_ratios(samples, baseline)), default=0.0)
             if widest > workload.precision:
                 rounds, label = first + _ROUNDS_MORE, f"Benchmark, ±{widest:.1%} so far"
@@ -280,7 +290,7 @@ def _record(
         "linear_parameters": variant.work.linear_parameters,
         "embedding_parameters": variant.embedding_parameters,
         "float_arithmetic": variant.float_arithmetic,
-        "weights_bytes": _weights_bytes(variant.path),
+        "weights_bytes": weights_bytes(variant.path),
         "kv_cache_bytes_per_token": variant.work.kv_cache_bytes_per_token,
         "load_ms": worker.loaded.load_ms,
         "interpreter_rss_bytes": worker.loaded.interpreter_rss_bytes,
@@ -291,7 +301,7 @@ def _record(
         "ttft_ms": summary([sample.ttft_ms for sample in samples]),
         "tpot_ms": tpot_ms,
         "itl_ms": summary([gap for sample in samples for gap in sample.itl_ms]),
-        **_device_times(samples),
+        **device_times(samples),
         "prefill_tokens_per_s": 1e3 * workload.batch_size * workload.prompt_tokens / prefill_ms["p50"],
         "decode_tokens_per_s": 1e3 * workload.batch_size / tpot_ms["p50"],
         "decode_bytes_per_step": decode_bytes,
@@ -302,7 +312,7 @@ def _record(
     }
 
 
-def _device_times(samples: Sequence[RoundSample]) -> dict[str, Any]:
+def device_times(samples: Sequence[RoundSample]) -> dict[str, Any]:
     """GPU compute time of prefill and of one decode pass, where every round has it; None else."""
     passes = [sample.device_ms for sample in samples if sample.device_ms]
     if len(passes) < len(samples):
@@ -314,10 +324,13 @@ def _device_times(samples: Sequence[RoundSample]) -> dict[str, Any]:
     }
 
 
-def _weights_bytes(path: Path) -> int:
-    """Bytes of the model's own files, without the tokenizer: engines, graphs with their data, or tensors."""
-    of_folder = "*.safetensors" if is_checkpoint(path) else "*.onnx*"
-    files = engine_files(path) if path.is_file() else path.glob(of_folder)
+def weights_bytes(path: Path) -> int:
+    """Bytes of the model's own files, without the tokenizer: engines, GGUF, graphs with data, or tensors."""
+    files: Iterable[Path]
+    if path.is_dir():
+        files = path.glob("*.safetensors" if is_checkpoint(path) else "*.onnx*")
+    else:
+        files = engine_files(path) if is_engine(path) else (path,)
     return sum(file.stat().st_size for file in files)
 
 

@@ -50,7 +50,8 @@ def quality_of(
     Returns, under ``baseline_name`` and each variant's name, ``perplexity`` of the next token,
     ``kl_vs_dense`` (mean over tokens of KL(baseline || variant), nats), its ``kl_standard_error`` over
     windows (None for one window) and ``kl_standard_error_tokens`` over tokens, ``top1_agreement`` (share of
-    positions), ``tokens`` and ``windows``. A variant that ``parents`` maps to another one, judged before it,
+    positions), ``tokens`` and ``windows``, and the means of each window, ``nll_by_window`` and
+    ``kl_by_window``. A variant that ``parents`` maps to another one, judged before it,
     also gets ``kl_vs_parent``: how far quantization alone carried it. The error over windows is the one to
     quote: tokens of one window are correlated, which makes the other too small. ``kinds`` names the kind of
     text of each window; ``parts`` then holds the same numbers for each kind.
@@ -142,6 +143,8 @@ def _quality(of_windows: list[PositionScores]) -> dict[str, Any]:
         "top1_agreement": float(np.concatenate([scores.top1_agrees for scores in of_windows]).mean()),
         "tokens": len(kl),
         "windows": len(of_windows),
+        "nll_by_window": [float(scores.negative_log_likelihood.mean()) for scores in of_windows],
+        "kl_by_window": [float(scores.kl.mean()) for scores in of_windows],
     }
 
 

@@ -117,6 +117,21 @@ class Analysis:
 
 
 @recipe
+class Tolerance:
+    """What counts as a regression."""
+
+    tolerance: Annotated[
+        float,
+        Option(
+            "With --against: the least change that counts, for example 5%. Two runs of one model differ by "
+            "some per cent on their own, which neither of them shows.",
+            minimum=0,
+            share=True,
+        ),
+    ] = 0.03
+
+
+@recipe
 class Evaluation(Gate):
     """Quality, measured again."""
 

@@ -55,6 +55,8 @@ class Quality(TypedDict, total=False):
     kl_standard_error: float | None
     top1_agreement: float | None
     tokens: int | None
+    nll_by_window: list[float] | None
+    kl_by_window: list[float] | None
     parts: dict[str, Quality]
 
 
@@ -233,6 +235,24 @@ class BenchmarkRecord(TypedDict, total=False):
     evaluation: EvaluationRecord
     variants: Required[list[TimedVariant]]
     comparisons: list[Comparison]
+
+
+class FailedContender(TypedDict):
+    """A contender that could not be loaded, or died."""
+
+    name: str
+    path: str
+    runtime: str
+    reason: str
+    hint: str | None
+
+
+class ContestRecord(BenchmarkRecord, total=False):
+    """What ``benchmark`` writes of several contenders: a benchmark.json without quality and bounds."""
+
+    tool: Required[str]
+    cautions: list[str]
+    failed: Required[list[FailedContender]]
 
 
 class PlannedBudget(TypedDict, total=False):

@@ -11,10 +11,11 @@ from nirvana_deploy.output.layout import MANIFEST
 from nirvana_deploy.output.run import Run
 
 
-def require_undamaged(part: Path, *, progress: Progress = SILENT) -> None:
+def require_undamaged(part: Path, *, done: str = "packaged", progress: Progress = SILENT) -> None:
     """Raise NirvanaError if a file of ``part``, a folder of an output folder, is missing or was changed.
 
-    A folder outside of any output folder passes: nothing says what its files were.
+    ``done`` says in the message what ``part`` is not. A folder outside of any output folder passes: nothing
+    says what its files were.
     """
     part = part.resolve()
     out = next((folder for folder in (part, *part.parents[:2]) if (folder / MANIFEST).is_file()), None)
@@ -25,7 +26,7 @@ def require_undamaged(part: Path, *, progress: Progress = SILENT) -> None:
     inside = {name: sha256 for name, sha256 in listed.items() if (out / name).is_relative_to(part)}
     if not inside and part.relative_to(out).as_posix() in run.manifest.get("makes", ()):
         raise NirvanaError(
-            f"{part} is not packaged: {MANIFEST} does not list it; another run left it there.",
+            f"{part} is not {done}: {MANIFEST} does not list it; another run left it there.",
             hint="Complete the folder: repeat the command that made it, with --resume.",
         )
     damaged = []
@@ -36,7 +37,7 @@ def require_undamaged(part: Path, *, progress: Progress = SILENT) -> None:
             advance(1)
     if damaged:
         raise NirvanaError(
-            f"{out} is not packaged: {', '.join(damaged[:3])} is not the file that {MANIFEST} lists.",
+            f"{out} is not {done}: {', '.join(damaged[:3])} is not the file that {MANIFEST} lists.",
             hint=f"See what else differs: nirvana-deploy verify {out}. Make it again: repeat the command "
             "that made the folder, with --resume.",
         )

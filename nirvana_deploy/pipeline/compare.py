@@ -36,7 +36,7 @@ def compare_folders(outs: Sequence[Path | str]) -> Comparison:
             hint="nirvana-deploy report --compare OUT-1 OUT-2",
         )
     found = [_finished(Path(out)) for out in outs]
-    return compare([Folder(name, records) for name, records in zip(_labels(places), found, strict=True)])
+    return compare([Folder(name, records) for name, records in zip(labels(places), found, strict=True)])
 
 
 def write_comparison(found: Comparison, file: Path, *, reads: Sequence[Path], force: bool = False) -> None:
@@ -72,7 +72,7 @@ def _finished(out: Path) -> Records:
     return records
 
 
-def _labels(places: Sequence[Path]) -> list[str]:
+def labels(places: Sequence[Path]) -> list[str]:
     """The ends of the paths, as long as it takes to tell them apart."""
     for parts in range(1, max(len(place.parts) for place in places) + 1):
         labels = [Path(*place.parts[-parts:]).as_posix() for place in places]

@@ -48,7 +48,12 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimd", "i8mm")
 """What the speed of fp32 and int8 kernels depends on, in the words of /proc/cpuinfo."""
-_TAKES = {"onnx": "ONNX folders", "engine": "engine files", "checkpoint": "checkpoints"}
+_TAKES = {
+    "onnx": "ONNX folders",
+    "engine": "engine files",
+    "checkpoint": "checkpoints",
+    "gguf": "GGUF files",
+}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,12 @@ def models_for(run: Run, runtime: str | None) -> dict[ModelVariant, Path]:
         return {one: checkpoints[one.name] for one in variants_of(run) if one.name in checkpoints}
     if runtime is None or takes == "onnx":
         return {variant: run.out / variant.folder for variant in variants_of(run)}
+    if takes == "gguf":
+        raise NirvanaError(
+            f"{runtime} runs GGUF files, and the models of {run.out} are ONNX folders.",
+            hint=f"Time both: nirvana-deploy package {run.out} --gguf, then "
+            f"nirvana-deploy benchmark {run.out} FILE.gguf",
+        )
     engines = engines_of(run, runtime)
     found: dict[ModelVariant, Path] = {}
     for variant in variants_of(run):

@@ -14,20 +14,28 @@ from nirvana_deploy.runtime.runner import Runner
 from nirvana_deploy.runtime.table import DEFAULTS, Takes, runtime_named
 from nirvana_deploy.runtime.tensorrt.record import ENGINE_SUFFIX, read_engine_record
 
-_WANTED = {"engine": "an engine file", "checkpoint": "a checkpoint folder", "onnx": "an ONNX folder"}
+_WANTED: dict[Takes, str] = {
+    "engine": "an engine file",
+    "checkpoint": "a checkpoint folder",
+    "gguf": "a GGUF file",
+    "onnx": "an ONNX folder",
+}
+_GGUF_SUFFIX = ".gguf"
 
 
 def runtime_for(path: Path) -> str:
     """The runtime that runs ``path`` when none is named: an engine's own, else one that takes such a path."""
     if is_engine(path):
         return read_engine_record(path, check_bytes=False).runtime
-    return DEFAULTS[_kind(path)]
+    return DEFAULTS[kind_of(path)]
 
 
-def _kind(path: Path) -> Takes:
+def kind_of(path: Path) -> Takes:
     """What ``path`` is; an ONNX folder unless it is seen to be something else."""
     if is_engine(path):
         return "engine"
+    if path.suffix == _GGUF_SUFFIX:
+        return "gguf"
     return "checkpoint" if is_checkpoint(path) else "onnx"
 
 
@@ -37,13 +45,13 @@ def is_engine(path: Path) -> bool:
 
 
 def open_runner(path: Path, *, runtime: str | None = None, threads: int | None = None) -> Runner:
-    """Load an ONNX folder, an engine file or a checkpoint with ``runtime``, by default :func:`runtime_for`.
+    """Load an ONNX folder, an engine, a checkpoint or a GGUF file with ``runtime`` [:func:`runtime_for`].
 
-    ``threads`` is the size of the pool of ONNX Runtime, or of torch. Raises NirvanaError for an unknown
+    ``threads`` is the size of the runtime's pool. Raises NirvanaError for an unknown
     runtime, one that does not take such a path, and whatever keeps it from being loaded.
     """
     row = runtime_named(runtime if runtime is not None else runtime_for(path))
-    if row.takes != _kind(path):
+    if row.takes != kind_of(path):
         build = f"nirvana-deploy build-engine {path} --engine {row.name}"
         raise NirvanaError(
             f"The runtime {row.name} runs {_WANTED[row.takes]}, and {path} is none.",

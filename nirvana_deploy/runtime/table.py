@@ -11,7 +11,7 @@ from typing import Literal
 from nirvana_deploy.base.errors import install_extra, pip_install
 from nirvana_deploy.base.registry import look_up
 
-Takes = Literal["onnx", "engine", "checkpoint"]
+Takes = Literal["onnx", "engine", "checkpoint", "gguf"]
 
 _ORT = "nirvana_deploy.runtime.onnxruntime.providers:open_decoder"
 _TENSORRT = "nirvana_deploy.runtime.tensorrt.decoder:open_engine"
@@ -23,11 +23,13 @@ class Runtime:
 
     name: str
     takes: Takes
-    """An ONNX folder, an engine file or a checkpoint folder."""
+    """An ONNX folder, an engine file, a checkpoint folder or a GGUF file."""
     opens: str
     """``module:function``, called with (path, runtime=, threads=); returns a Runner."""
     module: str
-    """The Python module that it needs; its distribution has the same name, with hyphens."""
+    """The Python module that it needs."""
+    package: str | None = None
+    """Its distribution on PyPI, where that has not the module's name with hyphens."""
     provider: str | None = None
     """The execution provider that it needs of ONNX Runtime."""
     extra: str | None = None
@@ -39,7 +41,7 @@ class Runtime:
     @property
     def distribution(self) -> str:
         """The package on PyPI, as messages name it."""
-        return self.module.replace("_", "-")
+        return self.package or self.module.replace("_", "-")
 
     @property
     def install(self) -> str:
@@ -91,6 +93,15 @@ RUNTIMES: dict[str, Runtime] = {
             fix=f"{pip_install()} torch",
             device="cpu",
         ),
+        Runtime(
+            "llama-cpp",
+            takes="gguf",
+            opens="nirvana_deploy.runtime.llama_cpp:open_gguf",
+            module="llama_cpp",
+            package="llama-cpp-python",
+            extra="llama-cpp",
+            device="cpu",
+        ),
         Runtime("tensorrt", takes="engine", opens=_TENSORRT, module="tensorrt", extra="gpu"),
         Runtime("tensorrt-rtx", takes="engine", opens=_TENSORRT, module="tensorrt_rtx", extra="rtx"),
     )
@@ -105,6 +116,7 @@ DEFAULTS: dict[Takes, str] = {
     "onnx": DEFAULT,
     "checkpoint": "torch",
     "engine": DEFAULT_ENGINE,
+    "gguf": "llama-cpp",
 }
 """What runs a path of a kind where no runtime is named."""
 

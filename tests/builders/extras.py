@@ -12,6 +12,7 @@ EXTRAS = {
     "gguf": ("gguf", "gguf"),
     "hypothesis": ("hypothesis", "test"),
     "jsonschema": ("jsonschema", "test"),
+    "llama_cpp": ("llama-cpp-python", "llama-cpp"),
     "lm_eval": ("lm-eval", "eval"),
     "myst_parser": ("myst-parser", "docs"),
     "onnxruntime_genai": ("onnxruntime-genai", "genai"),

@@ -14,8 +14,8 @@ _MEASURE = (Path(__file__).parent / "page_facts.js").read_text(encoding="utf-8")
 _LEAST_CONTRAST = 4.5
 _LEAST_PIXELS = 10.0
 _UNITS = re.compile(
-    r"\b(ms|milliseconds|nats per token|MB|layer|neurons|KV group|thousands of tokens|prompt tokens|share of|kept"
-    r"|sequences in a batch|threads|operations per byte|Gop/s)\b"
+    r"\b(ms|milliseconds|nats per token|MB|layer|neurons|KV group|thousands of tokens|share of|kept"
+    r"|prompt tokens|sequences in a batch|threads|operations per byte|Gop/s)\b"
 )
 
 

@@ -84,10 +84,8 @@ def test_every_runner_says_what_it_lacks(cache: Path) -> None:
         finding = found[f"--runtime {name}"]
         assert finding.usable or finding.fix
     if not found["gpu"].usable:
-        assert [name for name in RUNTIMES if found[f"--runtime {name}"].usable] == [
-            "onnxruntime-cpu",
-            "torch",
-        ]
+        usable = {name for name in RUNTIMES if found[f"--runtime {name}"].usable}
+        assert usable - {"llama-cpp"} == {"onnxruntime-cpu", "torch"}  # pip compiles it where it is asked for
 
 
 def test_a_gpu_makes_engines_usable(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

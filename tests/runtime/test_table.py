@@ -82,6 +82,12 @@ def test_a_new_runtime_takes_what_its_row_says(finished: Path, fake: str) -> Non
     assert fake not in engine_runtimes()
 
 
+def test_a_runtime_of_gguf_files_says_how_they_are_timed(finished: Path) -> None:
+    run = Run(finished, read_json(finished / "manifest.json"))
+    with pytest.raises(NirvanaError, match=r"llama-cpp runs GGUF files, .*\n.*package .* --gguf, then"):
+        models_for(run, "llama-cpp")
+
+
 def test_a_provider_is_one_runtime() -> None:
     providers = [row.provider for row in RUNTIMES.values() if row.provider]
     assert len(set(providers)) == len(providers)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, sqrt
 from statistics import median
 
 CONFIDENCE = 0.95
@@ -44,11 +44,27 @@ def ratio_of(before: Sequence[float], after: Sequence[float]) -> Ratio:
     return Ratio(median(ratios), ratios[rank], ratios[-1 - rank], confidence)
 
 
-def _rank(count: int) -> tuple[int, float]:
+def ratio_of_runs(before: Sequence[float], after: Sequence[float]) -> Ratio:
+    """Median of ``before`` over that of ``after``, which were measured apart and do not pair.
+
+    Each median's interval has the root of the confidence, and both hold together with the product: wider
+    than the interval of rounds in turn, and no assumption either.
+    """
+    medians, lows, highs, confidence = [], [], [], 1.0
+    for samples in (sorted(before), sorted(after)):
+        rank, covered = _rank(len(samples), sqrt(CONFIDENCE))
+        medians.append(median(samples))
+        lows.append(samples[rank])
+        highs.append(samples[-1 - rank])
+        confidence *= covered
+    return Ratio(medians[0] / medians[1], lows[0] / highs[1], highs[0] / lows[1], confidence)
+
+
+def _rank(count: int, confidence: float = CONFIDENCE) -> tuple[int, float]:
     """The innermost order statistic that still covers (counted from 0), and its confidence."""
     best = (0, _coverage(count, 0))
     for rank in range(1, count // 2):
-        if _coverage(count, rank) >= CONFIDENCE:
+        if _coverage(count, rank) >= confidence:
             best = (rank, _coverage(count, rank))
     return best
 

@@ -19,15 +19,15 @@ import numpy as np
 from nirvana_deploy.base.artifact import sha256_of, whole_folder, write_json
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.reading import read_json, require_file
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.resources import require_free_bytes
 from nirvana_deploy.model.families import FAMILIES
 from nirvana_deploy.model.gguf.facts import ROPE_DIVISORS, config_changes, require_known_keys
+from nirvana_deploy.model.gguf.reader import opened, require_magic, text_field
 
 _RECORD = "converted.json"
 _CONVERSIONS = "gguf-2"
 """Of which kind: those under "gguf" may lack what transformers' reader leaves out."""
-_MAGIC = b"GGUF"
 
 
 OTHER_CACHE = "set NIRVANA_DEPLOY_CACHE to another folder"
@@ -70,7 +70,7 @@ def converted(
     ``gguf_sha256`` saves hashing a file whose sha256 is known already. Raises NirvanaError for a file that
     is damaged or of an unsupported architecture, MissingExtraError without accelerate and gguf.
     """
-    _require_magic(gguf)  # before a file is read that may be endless
+    require_magic(gguf)  # before a file is read that may be endless
     key = gguf_sha256 or sha256_of(gguf)
     if entry := find_converted(key, cache=cache):
         return entry
@@ -118,19 +118,10 @@ def read_header(gguf: Path) -> GgufHeader:
     project does not handle; MissingExtraError without the package gguf.
     """
     require_gguf_extra()
-    _require_magic(gguf)
-    try:
-        with np.errstate(over="raise"):
-            reader = _bounded_reader(gguf)
-        architecture = _text_field(reader, "general.architecture")
+    with opened(gguf) as reader:
+        architecture = text_field(reader, "general.architecture")
         parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-        licence = _text_field(reader, "general.license")
-    except (ValueError, LookupError, ArithmeticError) as error:
-        raise NirvanaError(
-            f"{gguf} is truncated or corrupted: its header announces more than its "
-            f"{gguf.stat().st_size:,} bytes hold, or something that GGUF does not allow ({error}).",
-            hint="Download the file again and compare its size and sha256 with the source.",
-        ) from error
+        licence = text_field(reader, "general.license")
     known = set(FAMILIES) | {family.gguf.name for family in FAMILIES.values() if family.gguf}
     if architecture not in known:
         raise NirvanaError(
@@ -142,42 +133,11 @@ def read_header(gguf: Path) -> GgufHeader:
     return GgufHeader(architecture=architecture, parameters=parameters, licence=licence)
 
 
-def _require_magic(gguf: Path) -> None:
-    """Raise NirvanaError unless ``gguf`` is a file that begins as GGUF does."""
-    require_file(gguf)
-    with gguf.open("rb") as file:
-        magic = file.read(len(_MAGIC))
-    if magic != _MAGIC:
-        raise NirvanaError(f"{gguf} is not a GGUF file: it begins with {magic!r}, not {_MAGIC!r}.")
-
-
 def require_gguf_extra() -> None:
     """Raise MissingExtraError unless the packages that read GGUF are installed."""
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
             raise MissingExtraError("Reading a GGUF file", package=package, extra="gguf")
-
-
-def _bounded_reader(gguf: Path) -> Any:
-    """gguf's reader, which raises ValueError at the end of the file.
-
-    Its own goes on with empty values: a list said to have 2**40 entries takes hours, and all memory.
-    """
-    from gguf import GGUFReader
-
-    class BoundedReader(GGUFReader):  # type: ignore[misc]
-        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **more: Any) -> Any:
-            end = int(offset) + int(count) * np.dtype(dtype).itemsize
-            if end > len(self.data):
-                raise ValueError(f"something in it ends at byte {end:,}")
-            return super()._get(offset, dtype, count, *order, **more)
-
-    return BoundedReader(gguf)
-
-
-def _text_field(reader: Any, key: str) -> str | None:
-    field = reader.get_field(key)
-    return None if field is None else str(field.contents())
 
 
 def _convert(gguf: Path, out: Path, progress: Progress) -> None:
@@ -217,7 +177,7 @@ def _complete_config(gguf: Path) -> Any:
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     reader = GGUFReader(gguf)
-    architecture = str(_text_field(reader, "general.architecture"))
+    architecture = str(text_field(reader, "general.architecture"))
     values = {
         key.removeprefix(f"{architecture}."): field.contents()
         for key, field in reader.fields.items()
@@ -247,7 +207,7 @@ def _require_all_tensors(gguf: Path, model: Any, missing: Collection[str]) -> No
     )
 
     reader = GGUFReader(gguf)
-    processor = TENSOR_PROCESSORS.get(_text_field(reader, "general.architecture"), TensorProcessor)
+    processor = TENSOR_PROCESSORS.get(text_field(reader, "general.architecture"), TensorProcessor)
     read = {ROPE_DIVISORS, *get_gguf_hf_weights_map(model, processor(config=model.config.to_dict()))}
     unread = [tensor.name for tensor in reader.tensors if tensor.name not in read]
     lacking = [name for name in missing if not name.endswith(".bias")]

@@ -18,9 +18,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import default_threads
 from nirvana_deploy.quantize.graph.files import graph_errors, load_model
 from nirvana_deploy.quantize.graph.unpacking import split_parts, unpack
-from nirvana_deploy.runtime.onnxruntime.session import default_threads
 
 _BOUNDARY = re.compile(r"hidden_states\.\d+")
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

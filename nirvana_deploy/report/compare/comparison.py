@@ -94,7 +94,7 @@ def compare(folders: Sequence[Folder]) -> Comparison:
     level, title, why = _decision(best, common)
     taken = {one.name for one in best if one is not None and one.level in ("ship", "care")}
     rows = tuple(replace(row, take=row.name in taken) for one in folders for row in _rows_of(one))
-    return Comparison(level, title, why, common, rows, _recipe(folders), _answers(folders))
+    return Comparison(level, title, why, common, rows, recipe_table(folders), _answers(folders))
 
 
 def _best(found: Mapping[str, Judged]) -> Judged | None:
@@ -132,8 +132,8 @@ def _rows_of(folder: Folder) -> Iterator[Row]:
     budget = (records.plan or {}).get("budget") or {}
     for variant in benchmark.get("variants") or ():
         name = str(variant["name"])
-        quality = _quality_of(folder, variant)
-        dense = _quality_of(folder, baseline) if baseline else {}
+        quality = quality_of(folder, variant)
+        dense = quality_of(folder, baseline) if baseline else {}
         speed = gain(benchmark, variant, "tpot") if variant is not baseline else None
         verdict_of = found.get(name)
         yield Row(
@@ -155,14 +155,14 @@ def _rows_of(folder: Folder) -> Iterator[Row]:
         )
 
 
-def _quality_of(folder: Folder, variant: Mapping[str, Any]) -> Quality:
-    """As the stage of quality has it, kinds of text included, else as the benchmark has."""
+def quality_of(folder: Folder, variant: Mapping[str, Any]) -> Quality:
+    """Quality as the stage of that name has it, kinds of text included, else as the benchmark has."""
     record = folder.records.result(stage.QUALITY, QualityMeasured)
     of_stage = record.variants.get(str(variant["name"]), {}) if record else {}
     return cast(Quality, {**(variant.get("quality") or {}), **of_stage})
 
 
-def _recipe(folders: Sequence[Folder]) -> Table:
+def recipe_table(folders: Sequence[Folder]) -> Table:
     """The options that differ."""
     options = [(one.records.manifest or {}).get("options") or {} for one in folders]
     names = dict.fromkeys(name for found in options for name in found)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
-from nirvana_deploy.base.machine import usable_cores
+from nirvana_deploy.base.machine import default_threads
 from nirvana_deploy.output.layout import DATA_FILE, SCHEMA_KEY, require_schema
 
 try:
@@ -31,12 +29,6 @@ CACHE_DTYPES: dict[str, type[np.floating[Any]]] = {
 
 _FLOAT32_ACCURACY = "1"
 """ONNX Runtime's number for it."""
-
-
-def default_threads() -> int:
-    """Physical cores that this process may use: what decode gains from, without hyper-threads."""
-    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return min(physical, usable_cores())
 
 
 def checked_threads(threads: int | None) -> int:

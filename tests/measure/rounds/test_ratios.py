@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, Ratio, ratio_of
+from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, Ratio, ratio_of, ratio_of_runs
 
 
 def noisy(random: np.random.Generator, rounds: int) -> np.ndarray:
@@ -46,3 +46,19 @@ def test_the_order_statistics_are_the_exact_ones(
 def test_few_rounds_show_nothing() -> None:
     assert not ratio_of([20, 21, 22], [1, 1, 1]).shows_difference
     assert ratio_of([20.0] * 6, [1.0] * 6).shows_difference
+
+
+@pytest.mark.parametrize("rounds", [7, 11, 21])
+def test_two_runs_of_one_model_are_hardly_ever_found_different(rounds: int) -> None:
+    random = np.random.default_rng(7)
+    found = [ratio_of_runs(noisy(random, rounds), noisy(random, rounds)) for _ in range(400)]
+    assert all(ratio.confidence >= CONFIDENCE for ratio in found)
+    assert np.mean([ratio.shows_difference for ratio in found]) <= 1 - CONFIDENCE
+
+
+def test_a_run_slower_by_a_tenth_is_found_though_rounds_do_not_pair() -> None:
+    random = np.random.default_rng(7)
+    found = [ratio_of_runs(1.1 * noisy(random, 41), noisy(random, 41)) for _ in range(400)]
+    assert np.mean([ratio.shows_difference for ratio in found]) >= 0.95
+    assert ratio_of_runs([3.0, 1.0, 2.0], [1.0, 1.0]).p50 == 2
+    assert not ratio_of_runs([20.0] * 6, [1.0] * 6).shows_difference

@@ -9,9 +9,9 @@ import pytest
 from builders.tiny_decoder import HEAD_DIM, KV_HEADS, VOCAB, numpy_logits, tiny_weights, write_tiny_decoder
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.machine import default_threads
 from nirvana_deploy.runtime.onnxruntime import session as ort_session
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
-from nirvana_deploy.runtime.onnxruntime.session import default_threads
 from nirvana_deploy.runtime.runner import greedy_tokens
 
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2], dtype=np.int64)

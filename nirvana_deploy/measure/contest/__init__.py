@@ -1,0 +1,1 @@
+"""Several models of any kind timed against each other, in one run and on one machine."""

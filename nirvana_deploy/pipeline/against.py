@@ -1,0 +1,42 @@
+"""A finished benchmark against an earlier one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.measure.recipe import Tolerance
+from nirvana_deploy.output.record_kinds import BenchmarkRecord
+from nirvana_deploy.output.records import Records, read_records
+from nirvana_deploy.report.compare.against import Changes, changes_since
+from nirvana_deploy.report.compare.alike import Folder
+
+_SCHEMA = 1
+
+
+def compare_with_earlier(
+    now: Path | str, before: Path | str, *, tolerance: float = Tolerance.tolerance
+) -> Changes:
+    """Say what got slower or worse beyond noise since an earlier benchmark.
+
+    Each is an output folder, a benchmark.json, or what ``benchmark --out`` wrote. ``tolerance`` is the least
+    change that counts, as a share. Raises NirvanaError for what was not measured, for another model, and for
+    benchmarks without a model in common; ``require_none_worse`` of the result raises RegressionError.
+    """
+    asked = Tolerance(tolerance=tolerance)
+    return changes_since(_measured(Path(before)), _measured(Path(now)), tolerance=asked.tolerance)
+
+
+def _measured(path: Path) -> Folder:
+    label = str(path)
+    if not path.is_dir():
+        record: Any = read_json(
+            path, BenchmarkRecord, schema=_SCHEMA, hint="Name an output folder, or its benchmark.json."
+        )
+        return Folder(label, Records(None, None, dict(record)))
+    records = read_records(path)
+    if records.benchmark is None:
+        raise NirvanaError(f"{path} was not measured.", hint=f"Measure it: nirvana-deploy benchmark {path}")
+    return Folder(label, records)

@@ -1,0 +1,267 @@
+"""One benchmark against an earlier one: what got slower or worse beyond noise.
+
+Times are ratios of medians over each run's own rounds; quality is a ratio paired by windows of the same text.
+A ratio counts when the whole of its interval (``measure/rounds/ratios.py``) lies beyond the tolerance, and
+for a time when that over the baseline of the same rounds does, too: a busier machine slows both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import exp
+from statistics import median
+from typing import Any, Literal
+
+from nirvana_deploy.base.errors import NirvanaError, RegressionError
+from nirvana_deploy.base.shown.html import html_table
+from nirvana_deploy.base.units import format_bytes, format_ms, format_number
+from nirvana_deploy.measure.rounds.ratios import Ratio, ratio_of, ratio_of_runs
+from nirvana_deploy.output.record_kinds import Quality
+from nirvana_deploy.report.compare.alike import Folder
+from nirvana_deploy.report.compare.comparison import quality_of
+from nirvana_deploy.report.compare.earlier import differences, other_text, require_same_model, times_apart
+from nirvana_deploy.report.table import TIMES, Table, baseline_of
+
+SCHEMA = 1
+Verdict = Literal[
+    "worse",
+    "better",
+    "as the baseline",
+    "within tolerance",
+    "no difference shown",
+    "unchanged",
+    "not compared",
+]
+_TIMES = (("prefill_ms", "Prefill"), ("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"))
+_QUALITIES = (
+    ("Perplexity", "perplexity", "nll_by_window", exp),
+    ("KL to dense", "kl_vs_dense", "kl_by_window", float),
+)
+"""Measure, its key, that of its samples, and what a sample is in the measure's unit."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One measure of one model, then and now; a larger value is a worse one."""
+
+    variant: str
+    measure: str
+    before: float
+    now: float
+    verdict: Verdict
+    ratio: float | None = None
+    """Now over before; the interval that holds its true value is from ``low`` to ``high``."""
+    low: float | None = None
+    high: float | None = None
+    write: Callable[[float], str] = field(default=format_number, repr=False, compare=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        found = asdict(self)
+        del found["write"]
+        return found
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What two benchmarks say together."""
+
+    against: str
+    """Where the earlier one lies."""
+    changes: tuple[Change, ...]
+    cautions: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Changes(against {self.against!r}, {len(self.worse)} of {len(self.changes)} worse)"
+
+    def _repr_html_(self) -> str:
+        """All measures, for a notebook."""
+        table = self.table()
+        return html_table(table.headers, table.rows, title=repr(self), note=" ".join(self.cautions))
+
+    @property
+    def worse(self) -> tuple[Change, ...]:
+        """What got worse beyond noise."""
+        return tuple(one for one in self.changes if one.verdict == "worse")
+
+    def table(self) -> Table:
+        """A row for each measure of each model; of kinds of text, those alone that changed."""
+        quiet = ("no difference shown", "unchanged", "not compared")
+        rows = (_row(one) for one in self.changes if "," not in one.measure or one.verdict not in quiet)
+        return Table(("Model", "Measure", "Before", "Now", "Now / before", "Verdict"), tuple(rows))
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "schema": SCHEMA,
+            "against": self.against,
+            "worse": len(self.worse),
+            "cautions": list(self.cautions),
+            "changes": [one.as_json() for one in self.changes],
+        }
+
+    def require_none_worse(self) -> None:
+        """Raise RegressionError where something got worse."""
+        if not self.worse:
+            return
+        said = "; ".join(
+            f"{one.variant}: {one.measure} is {format_number(one.ratio or 0.0)} times what it was"
+            for one in self.worse
+        )
+        raise RegressionError(
+            f"Worse than {self.against} beyond noise: {said}.",
+            hint="If the machine was busy, measure again: nirvana-deploy benchmark OUT --wait-until-idle. "
+            "To let smaller changes pass: --tolerance 5%",
+        )
+
+
+def changes_since(before: Folder, now: Folder, *, tolerance: float) -> Changes:
+    """Compare what two benchmarks have in common; ``tolerance`` is the least share that counts.
+
+    Raises NirvanaError for another model, and for benchmarks that have no model's name in common.
+    """
+    then, new = before.records.benchmark or {}, now.records.benchmark or {}
+    require_same_model(before, now)
+    old_variants = {str(one["name"]): one for one in then["variants"]}
+    pairs = [
+        _Pair(str(one["name"]), old_variants[one["name"]], one)
+        for one in new["variants"]
+        if one["name"] in old_variants
+    ]
+    if not pairs:
+        raise NirvanaError(
+            f"{before.label} and {now.label} have no model in common: {', '.join(old_variants)} there, "
+            f"{', '.join(str(one['name']) for one in new['variants'])} here.",
+            hint="Compare the benchmark of the same models.",
+        )
+    apart, texts = list(times_apart(then, new, now.label)), list(other_text(before, now))
+    baselines = _Pair("", baseline_of(then) or {}, baseline_of(new) or {})
+    found: list[Change] = []
+    for pair in pairs:
+        found += _times(pair, baselines, tolerance, compared=not apart)
+        old, one = quality_of(before, pair.old), quality_of(now, pair.new)
+        found += _quality(pair.name, old, one, tolerance, compared=not texts)
+        found += _size(pair, tolerance)
+    cautions = [*apart, *texts, *differences(before, now), *_baseline_itself(found, baselines)]
+    if not texts and (lacking := _without_windows(before, now, pairs)):
+        cautions.append(
+            f"Quality is not compared: {lacking} has no numbers by window, as of an earlier version. "
+            f"Measure it again: nirvana-deploy evaluate {lacking}"
+        )
+    return Changes(before.label, tuple(found), tuple(cautions))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A model in both benchmarks."""
+
+    name: str
+    old: Mapping[str, Any]
+    new: Mapping[str, Any]
+
+    def samples(self, key: str) -> tuple[Sequence[float], Sequence[float]]:
+        """Milliseconds of all rounds, then and now."""
+        old, new = ((one.get(key) or {}).get("samples") or () for one in (self.old, self.new))
+        return old, new
+
+
+def _without_windows(before: Folder, now: Folder, pairs: Sequence[_Pair]) -> str | None:
+    """The label of a folder with quality whose windows were not recorded."""
+    for folder, variants in ((before, [one.old for one in pairs]), (now, [one.new for one in pairs])):
+        found = [quality_of(folder, one) for one in variants]
+        if any(one.get("perplexity") and not one.get("nll_by_window") for one in found):
+            return folder.label
+    return None
+
+
+def _baseline_itself(found: Sequence[Change], baselines: _Pair) -> Iterator[str]:
+    name = str(baselines.new.get("name"))
+    for one in found:
+        if (one.variant, one.measure, one.verdict) == (name, "TPOT", "worse"):
+            yield (
+                f"{name}, the baseline, takes {format_number(one.ratio or 0.0)} times as long "
+                "itself: rather the machine or the runtime than a cut."
+            )
+
+
+def _times(pair: _Pair, baselines: _Pair, tolerance: float, *, compared: bool) -> Iterator[Change]:
+    for key, measure in _TIMES:
+        old, new = pair.samples(key)
+        if not old or not new:
+            continue
+        ratio = ratio_of_runs(new, old) if compared else None
+        found = _change(pair.name, measure, (median(old), median(new)), ratio, tolerance, format_ms)
+        of_baseline = baselines.samples(key)
+        if found.verdict == "worse" and all(of_baseline) and pair.new != baselines.new:
+            relative = ratio_of_runs(_by_round(new, of_baseline[1]), _by_round(old, of_baseline[0]))
+            if not _is_worse(relative, tolerance):
+                found = replace(found, verdict="as the baseline")
+        yield found
+
+
+def _by_round(samples: Sequence[float], of_baseline: Sequence[float]) -> list[float]:
+    return [one / base for one, base in zip(samples, of_baseline, strict=False)]
+
+
+def _quality(name: str, old: Quality, new: Quality, tolerance: float, *, compared: bool) -> Iterator[Change]:
+    before, after = old.get("parts") or {}, new.get("parts") or {}
+    kinds = [kind for kind in after if kind in before]
+    every: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [("", old, new)]
+    if len(kinds) > 1:
+        every += [(f", {kind}", before[kind], after[kind]) for kind in kinds]
+    for suffix, then, now in every:
+        for measure, key, by_window, scale in _QUALITIES:
+            if then.get(key) and now.get(key):
+                ratio = _paired(then.get(by_window), now.get(by_window), scale) if compared else None
+                values = (then[key], now[key])
+                yield _change(name, f"{measure}{suffix}", values, ratio, tolerance, format_number)
+
+
+def _paired(
+    before: Sequence[float] | None, now: Sequence[float] | None, scale: Callable[[float], float]
+) -> Ratio | None:
+    """Now over before by window; None where the windows were not recorded, or are not the same."""
+    if not before or not now or len(before) != len(now) or min(map(scale, before)) <= 0:
+        return None
+    return ratio_of([scale(value) for value in now], [scale(value) for value in before])
+
+
+def _size(pair: _Pair, tolerance: float) -> Iterator[Change]:
+    before, now = pair.old.get("weights_bytes"), pair.new.get("weights_bytes")
+    if before and now:
+        exact = Ratio(now / before, now / before, now / before, 1.0)
+        yield _change(pair.name, "Weights", (before, now), exact, tolerance, format_bytes)
+
+
+def _change(
+    variant: str,
+    measure: str,
+    values: tuple[float, float],
+    ratio: Ratio | None,
+    tolerance: float,
+    write: Callable[[float], str],
+) -> Change:
+    if ratio is None:
+        return Change(variant, measure, *values, "not compared", write=write)
+    verdict: Verdict = "no difference shown"
+    if ratio.low == ratio.high == 1:
+        verdict = "unchanged"
+    elif _is_worse(ratio, tolerance):
+        verdict = "worse"
+    elif ratio.shows_difference:
+        verdict = "better" if ratio.high < 1 / (1 + tolerance) else "within tolerance"
+    return Change(variant, measure, *values, verdict, ratio.p50, ratio.low, ratio.high, write)
+
+
+def _is_worse(ratio: Ratio, tolerance: float) -> bool:
+    return ratio.shows_difference and ratio.low > 1 + tolerance
+
+
+def _row(one: Change) -> tuple[str, ...]:
+    ratio = ""
+    if one.ratio is not None and one.low is not None and one.high is not None:
+        ratio = f"{format_number(one.ratio)}{TIMES}"
+        if one.low != one.high:
+            ratio += f" ({format_number(one.low)}\N{EN DASH}{format_number(one.high)})"
+    return (one.variant, one.measure, one.write(one.before), one.write(one.now), ratio, one.verdict)

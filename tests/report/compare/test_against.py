@@ -1,0 +1,171 @@
+"""A benchmark against an earlier one: slow-downs and losses are found, noise and another machine are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from builders.reports import frozen_records
+
+from nirvana_deploy.base.errors import NirvanaError, RegressionError
+from nirvana_deploy.output.records import Records
+from nirvana_deploy.report.compare.against import Changes, changes_since
+from nirvana_deploy.report.compare.alike import Folder
+
+ROUNDS, WINDOWS = 21, 32
+TIMES = ("Prefill", "TTFT", "TPOT")
+
+
+def measured(
+    seed: int, *, slower: float = 1.0, busy: float = 1.0, kl: float = 1.0, rounds: int = ROUNDS
+) -> Records:
+    """The frozen folder measured once more, with a noise of 2 % in time and none in quality.
+
+    ``slower`` and ``kl`` are factors of the pruned model, ``busy`` one of all times.
+    """
+    random = np.random.default_rng(seed)
+    records = frozen_records()
+    assert records.benchmark is not None and records.manifest is not None
+    qualities = records.manifest["stages"]["quality"]["result"]["variants"]
+    for variant in records.benchmark["variants"]:
+        cut = variant["name"] != "dense"
+        for key in ("prefill_ms", "ttft_ms", "tpot_ms"):
+            factor = busy * (slower if cut else 1.0)
+            samples = factor * variant[key]["p50"] * np.exp(0.02 * random.standard_normal(rounds))
+            variant[key] = {"p50": float(np.median(samples)), "samples": samples.tolist()}
+        text = np.random.default_rng(3).standard_normal(WINDOWS)
+        quality = {**variant["quality"], "nll_by_window": (3 + 0.2 * text).tolist()}
+        quality["kl_vs_dense"] *= kl if cut else 1.0
+        quality["kl_by_window"] = (quality["kl_vs_dense"] * np.exp(0.3 * text)).tolist()
+        qualities[variant["name"]] = quality
+    return records
+
+
+def compared(before: Records, now: Records, *, tolerance: float = 0.03) -> Changes:
+    return changes_since(Folder("old", before), Folder("new", now), tolerance=tolerance)
+
+
+def verdicts(found: Changes, variant: str = "pruned") -> dict[str, str]:
+    return {one.measure: one.verdict for one in found.changes if one.variant == variant}
+
+
+def changed(records: Records, record: str, key: str, **values: Any) -> Records:
+    content = getattr(records, record)
+    content[key] = {**content.get(key, {}), **values}
+    return records
+
+
+def test_the_same_model_measured_twice_is_never_worse() -> None:
+    for seed in range(1, 30):
+        found = compared(measured(0), measured(seed))
+        found.require_none_worse()
+        assert not found.worse and found.cautions == ()
+    assert verdicts(found)["KL to dense"] == verdicts(found)["Perplexity"] == "unchanged"
+
+
+def test_a_slower_model_is_found() -> None:
+    found = compared(measured(0), measured(1, slower=1.2))
+    assert {measure: verdicts(found)[measure] for measure in TIMES} == dict.fromkeys(TIMES, "worse")
+    assert {one.variant for one in found.worse} == {"pruned"}
+    (tpot,) = [one for one in found.worse if one.measure == "TPOT"]
+    assert tpot.low is not None and tpot.high is not None and tpot.low < 1.2 < tpot.high
+    with pytest.raises(
+        RegressionError, match=r"^Worse than old beyond noise: .*pruned: TPOT is 1\.\d+ times"
+    ) as error:
+        found.require_none_worse()
+    assert error.value.exit_code == 4
+    assert verdicts(compared(measured(0), measured(1, slower=0.8)))["TPOT"] == "better"
+    assert (
+        verdicts(compared(measured(0), measured(1, slower=1.2), tolerance=0.5))["TPOT"] == "within tolerance"
+    )
+
+
+def test_a_loss_of_quality_is_found_by_windows_of_the_same_text() -> None:
+    """A rise of 8 % is far within the spread between windows, and beyond that of their ratios."""
+    found = compared(measured(0), measured(1, kl=1.08))
+    assert [(one.variant, one.measure) for one in found.worse] == [("pruned", "KL to dense")]
+    assert verdicts(compared(measured(0), measured(1, kl=1.02)))["KL to dense"] == "within tolerance"
+    earlier = measured(0)
+    assert earlier.manifest is not None
+    for quality in earlier.manifest["stages"]["quality"]["result"]["variants"].values():
+        del quality["nll_by_window"], quality["kl_by_window"]
+    found = compared(earlier, measured(1, kl=1.08))
+    assert not found.worse and verdicts(found)["KL to dense"] == "not compared"
+    assert found.cautions[-1].startswith("Quality is not compared: old has no numbers by window")
+
+
+def test_a_machine_that_is_slower_for_all_is_not_the_cuts_fault() -> None:
+    """Beyond noise for all of them: the baseline alone is worse, and a caution says what to think."""
+    found = compared(measured(0), measured(1, busy=1.3))
+    assert {one.variant for one in found.worse} == {"dense"}
+    assert verdicts(found)["TPOT"] == "as the baseline"
+    assert any("dense, the baseline, takes 1." in said for said in found.cautions)
+
+
+@pytest.mark.parametrize(
+    ("record", "key", "values", "said"),
+    [
+        ("benchmark", "environment", {"cpu": "Other CPU"}, "cpu Example CPU @ 2.50GHz before, Other CPU now"),
+        ("benchmark", "workload", {"new_tokens": 32}, "--prompt-tokens 128 --new-tokens 64 --batch-size 1 "),
+    ],
+)
+def test_times_of_another_machine_or_workload_are_not_judged(
+    record: str, key: str, values: dict[str, Any], said: str
+) -> None:
+    found = compared(measured(0), changed(measured(1, slower=2.0, kl=2.0), record, key, **values))
+    assert {verdicts(found)[measure] for measure in TIMES} == {"not compared"}
+    assert said in found.cautions[0] and found.cautions[0].startswith("Times are not compared: ")
+    assert [one.measure for one in found.worse] == ["KL to dense"]
+
+
+def test_other_versions_recipes_and_busy_machines_are_cautions() -> None:
+    now = changed(measured(1), "benchmark", "environment", onnxruntime="1.30.0")
+    changed(now, "manifest", "options", sparsity=0.5)
+    changed(now, "benchmark", "watch", cautions=["The machine was busy."])
+    found = compared(measured(0, rounds=6), now)
+    assert found.cautions == (
+        "The environment is another: onnxruntime 1.23.2 before, 1.30.0 now.",
+        "The recipe is another: sparsity 0.4 before, 0.5 now.",
+        "Now: The machine was busy.",
+        "6 rounds show no difference between two runs with a confidence of 95%: seven of each may "
+        "(--repeats).",
+    )
+    assert verdicts(found)["TPOT"] == "no difference shown"
+
+
+def test_another_text_is_not_compared() -> None:
+    now = changed(measured(1, kl=3.0), "benchmark", "evaluation", source="file other.txt")
+    found = compared(measured(0), now)
+    assert found.cautions[0].startswith("Quality is not compared: the text is pydoc, held-out windows before")
+    assert verdicts(found)["KL to dense"] == "not compared" and not found.worse
+
+
+def test_another_model_is_refused() -> None:
+    other = changed(measured(1), "manifest", "model", files={"model.safetensors": "0" * 64}, name="other")
+    with pytest.raises(
+        NirvanaError, match="old is the benchmark of another model: smollm2 there, other here"
+    ):
+        compared(measured(0), other)
+    alone = measured(1)
+    assert alone.benchmark is not None
+    alone.benchmark["variants"][0]["parameters"] = 7
+    with pytest.raises(NirvanaError, match="another model: 134,515,008 parameters"):
+        compared(Records(None, None, measured(0).benchmark), Records(None, None, alone.benchmark))
+
+
+def test_what_is_missing_is_said_or_refused() -> None:
+    now = measured(1)
+    assert now.benchmark is not None
+    now.benchmark["variants"] = now.benchmark["variants"][:1]
+    assert compared(measured(0), now).cautions[-1] == "Not measured any more: pruned."
+    now.benchmark["variants"][0]["name"] = "x"
+    with pytest.raises(NirvanaError, match="no model in common: dense, pruned there, x here"):
+        compared(measured(0), now)
+
+
+def test_results_are_shown_in_brief_and_whole() -> None:
+    found = compared(measured(0), measured(1, slower=1.2))
+    assert repr(found) == "Changes(against 'old', 3 of 11 worse)"
+    assert found.as_json()["worse"] == 3 and found.as_json()["changes"][0]["measure"] == "Prefill"
+    assert "worse" in found._repr_html_()
