@@ -12,7 +12,7 @@ import psutil
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
-from nirvana_deploy.base.machine import usable_cores
+from nirvana_deploy.base.machine import usable_threads
 from nirvana_deploy.output.layout import DATA_FILE, SCHEMA_KEY, require_schema
 
 try:
@@ -34,9 +34,12 @@ _FLOAT32_ACCURACY = "1"
 
 
 def default_threads() -> int:
-    """Physical cores that this process may use: what decode gains from, without hyper-threads."""
+    """Physical cores that this process may use: what decode gains from, without hyper-threads.
+
+    Fewer where OMP_NUM_THREADS says so, which torch follows as well.
+    """
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return min(physical, usable_cores())
+    return min(physical, usable_threads())
 
 
 def checked_threads(threads: int | None) -> int:
