@@ -28,6 +28,7 @@ from consumers import section as where_it_runs  # the scripts beside this one
 from engine_promises import is_twin
 from frontier import table as frontier_table
 from frontier import verdict as frontier_verdict
+from job_cost import table as job_cost_table
 from quality import read_rows, reconstruction_table, table
 from quantization import table as quantization_table
 from recipes import read_rows as read_recipes
@@ -49,6 +50,7 @@ SELECTION = RESULTS / "selection.jsonl"
 CONSUMERS = RESULTS / "consumers.json"
 QUANTIZATION = RESULTS / "quantization.json"
 EXPORT = RESULTS / "export.json"
+JOB_COST = RESULTS / "job-cost.json"
 DECODE_SPEED = RESULTS / "decode-speed.json"
 ENGINES = RESULTS / "engines.json"
 RECIPES = RESULTS / "recipes.jsonl"
@@ -349,6 +351,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "quality": quality_section(),
             "quantization": quantization_section(),
             "export": export_section(),
+            "job-cost": job_cost_table(json.loads(JOB_COST.read_text())["jobs"]),
             "engines": engines_section(),
         },
     }

@@ -8,8 +8,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ _PACKAGES = ("onnxruntime", "numpy", "torch", "transformers")
 _PROBE_BYTES = 1 << 28  # far beyond the last-level cache of a desktop or a server socket's share
 _PROBE_PASSES = 5
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_THREADS = "OMP_NUM_THREADS"
+"""What torch, OpenMP and numpy's BLAS start their pools by, when they are imported."""
 
 
 def unix_module(name: str) -> Any:
@@ -117,11 +120,14 @@ def usable_cores() -> int:
 
 
 def default_threads() -> int:
-    """Physical cores that this process may use: what decode gains from, without hyper-threads."""
+    """Physical cores that this process may use: what decode gains from, without hyper-threads.
+
+    Fewer where OMP_NUM_THREADS says so, which torch follows as well.
+    """
     import psutil
 
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return min(physical, usable_cores())
+    return min(physical, usable_threads())
 
 
 def keep_to_quota() -> None:
@@ -131,7 +137,27 @@ def keep_to_quota() -> None:
     """
     cores = usable_cores()
     if hasattr(os, "sched_getaffinity") and cores < len(os.sched_getaffinity(0)):
-        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+        os.environ.setdefault(_THREADS, str(cores))
+
+
+def usable_threads() -> int:
+    """Threads of a pool unless told otherwise: :func:`usable_cores`, or what OMP_NUM_THREADS leaves."""
+    asked = os.environ.get(_THREADS, "").partition(",")[0].strip()  # a list is for nested regions
+    return min(usable_cores(), int(asked)) if asked.isdigit() and int(asked) else usable_cores()
+
+
+@contextmanager
+def threads_shared_by(processes: int) -> Iterator[None]:
+    """Inside the block, give each of ``processes`` that are started an equal part of this one's threads."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = str(max(1, usable_threads() // processes))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = before
 
 
 def _control_groups() -> list[Path]:

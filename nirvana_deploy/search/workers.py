@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import threads_shared_by
 from nirvana_deploy.search.cluster import run_on_cluster
 from nirvana_deploy.search.recipe import Where
 
@@ -23,7 +24,8 @@ def run_points(
     """Do ``work`` on each of ``pieces``; yields each with its result as it comes, or with why it has none.
 
     A failure of one is no failure of the others. In more than one process, ``work`` and the pieces are
-    pickled, and each process does one piece after another; a cluster is one of Ray.
+    pickled, and each process does one piece after another, with its part of the threads; a cluster is one
+    of Ray.
     """
     if where.cluster is not None:
         yield from run_on_cluster(pieces, work, where.cluster)
@@ -36,8 +38,10 @@ def run_points(
                 yield piece, failure
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(min(where.processes, len(pieces)), mp_context=context) as pool:
-        running = {pool.submit(work, piece): piece for piece in pieces}
+    processes = min(where.processes, len(pieces))
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        with threads_shared_by(processes):  # a process is started when something is submitted
+            running = {pool.submit(work, piece): piece for piece in pieces}
         try:
             for done in as_completed(running):
                 error = done.exception()

@@ -84,11 +84,12 @@ def verify_onnx(
             prompts = [prompt[:, : max(1, room // 2)] for prompt in prompts]
             new_tokens = min(new_tokens, room - max(prompt.shape[1] for prompt in prompts))
         stops = frozenset(stop_ids(checkpoint))
-        wanted = Continuations.by(reference, prompts, new_tokens=new_tokens, stops=stops)
+        found = list(map(generator(runner, new_tokens, stops), prompts))
+        wanted = Continuations.by(reference, prompts, new_tokens=new_tokens, stops=stops, guesses=found)
         advance(1)
         runtime = "onnxruntime" if runs_as_it_is else "onnxruntime (in float32)"
         greedy = (
-            wanted.compare(runtime, generator(runner, new_tokens, stops), tolerance),
+            wanted.compare(runtime, found, tolerance),
             _genai_check(folder, wanted, tolerance, runs_as_it_is=runs_as_it_is),
         )
         advance(1)
@@ -199,6 +200,5 @@ def _genai_check(
     if reason:
         return GreedyCheck("onnxruntime-genai", 0, wanted.new_tokens, 0, 0, passed=True, not_run=reason)
     with genai_tokens(folder) as generate:
-        return wanted.compare(
-            "onnxruntime-genai", lambda prompt: generate(prompt, wanted.new_tokens), tolerance
-        )
+        found = [generate(prompt, wanted.new_tokens) for prompt in wanted.prompts]
+        return wanted.compare("onnxruntime-genai", found, tolerance)

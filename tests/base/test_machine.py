@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nirvana_deploy.base import machine
-from nirvana_deploy.base.machine import keep_to_quota, usable_cores
+from nirvana_deploy.base.machine import keep_to_quota, threads_shared_by, usable_cores, usable_threads
 
 V2 = {"cpu.max": "150000 100000"}
 V1 = {"cpu.cfs_quota_us": "150000\n", "cpu.cfs_period_us": "100000\n"}
@@ -43,3 +43,24 @@ def test_the_quota_of_a_container_limits_the_cores(
     assert usable_cores() == cores
     keep_to_quota()
     assert os.environ.pop("OMP_NUM_THREADS", None) == (None if cores == 64 else str(cores))
+
+
+@pytest.mark.parametrize(
+    ("asked", "threads"), [("", 8), ("3", 3), ("2,1", 2), ("64", 8), ("0", 8), ("all", 8)]
+)
+def test_openmps_variable_limits_every_pool(
+    asked: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert usable_threads() == threads
+    with threads_shared_by(3):
+        assert os.environ["OMP_NUM_THREADS"] == str(max(1, threads // 3))
+    assert os.environ["OMP_NUM_THREADS"] == asked
+
+
+def test_no_variable_is_left_where_there_was_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with threads_shared_by(1):
+        assert os.environ["OMP_NUM_THREADS"] == str(usable_cores())
+    assert "OMP_NUM_THREADS" not in os.environ

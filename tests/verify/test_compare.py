@@ -63,12 +63,6 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return open_on_cpu(folder / "onnx", threads=1)
 
 
-def one_by_one(answers: list[list[int]]) -> Callable[[Any], list[int]]:
-    """A generator that answers its prompts with these."""
-    left = iter(answers)
-    return lambda prompt: next(left)
-
-
 def parted(reference: Runner, at: int) -> tuple[list[int], list[int], float]:
     """Greedy ids, the same with the second-best token at one place, and how far apart both are there.
 
@@ -97,7 +91,7 @@ def test_ties_are_counted_beside_equal_prompts(reference: Runner) -> None:
     wanted, found, apart = parted(reference, 2)
     trusted = Continuations(reference, [PROMPT, PROMPT], [wanted, wanted], new_tokens=5)
     for tolerance, ties in ((1.5 * apart, 1), (apart / 1.5, 0)):
-        check = trusted.compare("other", one_by_one([found, wanted]), tolerance)
+        check = trusted.compare("other", [found, wanted], tolerance)
         assert (check.equal_prompts, check.ties, check.passed) == (1, ties, ties == 1)
 
 
@@ -110,6 +104,36 @@ def test_a_stop_token_is_left_out(reference: Runner) -> None:
     whole = generator(reference, 5, frozenset())(PROMPT)
     stop = whole[2]
     assert generator(reference, 5, frozenset({stop}))(PROMPT) == whole[: whole.index(stop)]
+
+
+GUESSES = {
+    "right": lambda whole: whole,
+    "nothing": lambda whole: [],
+    "shorter": lambda whole: whole[:3],
+    "longer": lambda whole: [*whole, 1],
+    "wrong at first": lambda whole: [whole[0] ^ 1, *whole[1:]],
+    "wrong at last": lambda whole: [*whole[:-1], whole[-1] ^ 1],
+}
+
+
+@pytest.mark.parametrize("guess", GUESSES.values(), ids=GUESSES)
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_guess_changes_no_continuation(
+    reference: Runner, guess: Callable[[list[int]], list[int]], stopped: bool
+) -> None:
+    whole = generator(reference, 5, frozenset())(PROMPT)
+    stops = frozenset({whole[-1]}) if stopped else frozenset[int]()
+    wanted = generator(reference, 5, stops)(PROMPT)
+    for guessed in (guess(whole), guess(wanted or whole)):
+        found = Continuations.by(reference, [PROMPT], new_tokens=5, stops=stops, guesses=[guessed])
+        assert found.ids == [wanted]
+
+
+def test_a_good_guess_takes_no_step(reference: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = generator(reference, 5, frozenset())(PROMPT)
+    monkeypatch.setattr("nirvana_deploy.verify.compare.greedy_tokens", lambda *_, **__: pytest.fail("a step"))
+    found = Continuations.by(reference, [PROMPT], new_tokens=5, stops=frozenset(), guesses=[whole])
+    assert found.ids == [whole]
 
 
 def test_the_cases_are_the_corners_of_the_profiles(engine: Path) -> None:

@@ -9,6 +9,7 @@ inputs from large weights, which four bits in blocks cannot hold. Conditioning: 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +20,19 @@ _PANELS = 6
 """Of a Gram matrix: only those on and below the diagonal are multiplied out, 7 of 12 products."""
 
 
-def add_gram(gram: torch.Tensor, x: torch.Tensor) -> None:
-    """Add x^T x of rows x [P, k] to the symmetric ``gram`` [k, k]."""
-    width = len(gram)
+def panels_of(width: int) -> Iterator[tuple[int, int]]:
+    """(first row, row behind the last) of the panels of a Gram matrix; its columns up to the latter count."""
     size = -(-width // _PANELS)
     for start in range(0, width, size):
-        rows, upto = slice(start, start + size), min(start + size, width)
-        panel = gram[rows, :upto]
-        panel += x[:, rows].T @ x[:, :upto]  # not in one go: sums must not depend on who makes the product
-        gram[:start, rows] = panel[:, :start].T
+        yield start, min(start + size, width)
+
+
+def add_gram(gram: torch.Tensor, x: torch.Tensor) -> None:
+    """Add x^T x of rows x [P, k] to the symmetric ``gram`` [k, k]."""
+    for start, stop in panels_of(len(gram)):
+        panel = gram[start:stop, :stop]
+        panel += x[:, start:stop].T @ x[:, :stop]  # in two: sums must not depend on who makes the product
+        gram[:start, start:stop] = panel[:, :start].T
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,13 @@ def feedback_codes(W: torch.Tensor, inputs: Inputs, steps: torch.Tensor, *, bits
     stored = np.empty(W.shape[1], dtype=np.float32)
     for chunk in _chunks(len(rest)):
         here, factor = rest[chunk], U[chunk, chunk]
-        errors = torch.empty_like(here)
-        rows = zip(_rows(here), _rows(steps[chunk]), _rows(codes[chunk]), _rows(errors), strict=True)
-        for i, (weight, step, code, error) in enumerate(rows):
+        errors, own = torch.empty_like(here), factor.diagonal().tolist()
+        rows = zip(*map(_rows, (here, steps[chunk], codes[chunk], errors)), own, strict=True)
+        for i, (weight, step, code, error, pivot) in enumerate(rows):
             nearest_codes(weight, step, bits=bits, out=code)
-            np.multiply(code, step, out=stored)
-            np.subtract(weight, stored, out=error)
-            error /= factor[i, i].item()
+            np.multiply(code, step, stored)
+            np.subtract(weight, stored, error)
+            np.divide(error, pivot, error)
             here[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
         rest[chunk.stop :].addmm_(U[chunk, chunk.stop :].T, errors, alpha=-1)
     unordered = torch.empty_like(codes)
@@ -126,23 +126,23 @@ def descended_codes(
     codes = codes.clone()
     left = W - codes * steps
     curvature = H.diagonal()[:, None] * steps
-    better, change = np.empty((2, W.shape[1]), dtype=np.float32)
-    changed = torch.from_numpy(change)
     for _ in range(sweeps):
         gradient = H @ left
         for chunk in _chunks(len(W)):
-            before, here, within = left[chunk].clone(), gradient[chunk], H[chunk, chunk]
-            several = (here, curvature[chunk], codes[chunk], steps[chunk], left[chunk])
-            for i, (slope, curve, code, step, rest) in enumerate(zip(*map(_rows, several), strict=True)):
-                np.divide(slope, curve, out=better)
-                to_codes(np.add(better, code, out=better), bits=bits)
-                np.subtract(code, better, out=change)
-                change *= step
-                code[:] = better
-                rest += change
-                here[i + 1 :].addr_(within[i, i + 1 :], changed)
+            here, within, old = gradient[chunk], H[chunk, chunk], codes[chunk]
+            new, change = torch.empty_like(here), torch.empty_like(here)
+            several = (here, curvature[chunk], old, steps[chunk], new, change)
+            rows = zip(*map(_rows, several), strict=True)
+            for i, (slope, curve, code, step, better, moved) in enumerate(rows):
+                np.divide(slope, curve, better)
+                to_codes(np.add(better, code, better), bits=bits)
+                np.multiply(np.subtract(code, better, moved), step, moved)
+                here[i + 1 :].addr_(within[i, i + 1 :], change[i])
+            old.copy_(new)
+            after = left[chunk] + change
             later = slice(chunk.stop, None)
-            gradient[later].addmm_(H[later, chunk], left[chunk] - before)
+            gradient[later].addmm_(H[later, chunk], after - left[chunk])
+            left[chunk] = after
     return codes
 
 

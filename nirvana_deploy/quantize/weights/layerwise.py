@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.prune.refit.least_squares import panels_of
 from nirvana_deploy.quantize.graph.layer_parts import Cut, Feeds, Values
 from nirvana_deploy.quantize.graph.linears import Linear, OnnxGraph
 from nirvana_deploy.quantize.weights.rounding import RoundedWeight
@@ -90,10 +91,13 @@ def _result(linear: Linear) -> str:
 def _hessian(linear: Linear, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
     """X^T X [K, K] of what ``linear`` reads, over all tokens of all prompts."""
     total = torch.zeros((linear.K, linear.K))
-    for value in inputs:
-        for window in value:
-            rows = torch.from_numpy(window.reshape(-1, linear.K).astype(np.float32, copy=False))
-            total.addmm_(rows.T, rows)
+    for start, stop in panels_of(linear.K):
+        panel = total[start:stop, :stop]
+        for value in inputs:
+            for window in value:
+                rows = window.reshape(-1, linear.K)[:, :stop].astype(np.float32, copy=False)
+                panel.addmm_(torch.from_numpy(rows[:, start:]).T, torch.from_numpy(rows))
+        total[:start, start:stop] = panel[:, :start].T
     energy = total.diagonal()
     if not energy.isfinite().all() or not energy.any():
         state = "zero throughout" if energy.isfinite().all() else "NaN or infinite"

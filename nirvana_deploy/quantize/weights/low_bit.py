@@ -40,7 +40,7 @@ from nirvana_deploy.quantize.weights.write import (
     WRITINGS,
     RowCodes,
     rounded_alone,
-    rounded_in_parts,
+    rounded_side_by_side,
     write_rounded,
 )
 
@@ -49,6 +49,9 @@ ROUNDINGS = {
     "search": "the same, each block's scale of least squared error",
     "gptq": "codes fitted to what the linears read in the calibration windows",
 }
+_CHANNELS_AT_ONCE = 4096
+"""Rounded together by calibration: with fewer, loops over inputs are calls more than arithmetic; with more,
+what they work on leaves a core's own cache."""
 
 
 @dataclass(frozen=True)
@@ -202,16 +205,16 @@ def _calibrated(
     kept: dict[str, Callable[[], RoundedWeight]] = {}
 
     def rounding(group: Sequence[Linear], hessian: NDArray[np.float32]) -> Iterator[RoundedWeight]:
-        inputs = inputs_of(hessian)
-        for linear in group:
-            fitted = partial(
-                round_calibrated,
-                inputs=inputs,
-                bits=spec.bits,
-                block_size=spec.block_of(linear),
-                scale_dtype=linear.dtype.numpy(),
-            )
-            rounded = rounded_in_parts(linear, fitted)
+        first = group[0]  # who reads one value has its K and dtype, and so the block
+        fitted = partial(
+            round_calibrated,
+            inputs=inputs_of(hessian),
+            bits=spec.bits,
+            block_size=spec.block_of(first),
+            scale_dtype=first.dtype.numpy(),
+        )
+        together = rounded_side_by_side(group, fitted, channels_at_once=_CHANNELS_AT_ONCE)
+        for linear, rounded in zip(group, together, strict=True):
             kept[linear.name] = _kept(scratch / linear.name, rounded)
             yield rounded
 

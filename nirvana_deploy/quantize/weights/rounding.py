@@ -21,7 +21,7 @@ from nirvana_deploy.base.errors import NirvanaError
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """What ``MatMulNBits`` and the INT4 weights of TensorRT allow."""
-_SEARCHED_SHARES = np.linspace(0.45, 1.0, 23)
+_SEARCHED_SHARES = np.linspace(0.45, 1.0, 23).astype(np.float32)
 """Candidate scales of the search, as shares of the one that reaches the block's largest weight."""
 
 
@@ -49,6 +49,9 @@ class RoundedWeight:
 def code_range(bits: int) -> tuple[int, int]:
     """Smallest and largest code: [-127, 127] for 8 bits, [-8, 7] for 4."""
     return (-127, 127) if bits == 8 else (-8, 7)
+
+
+_LIMITS = {bits: tuple(map(np.float32, code_range(bits))) for bits in (8, 4)}
 
 
 def require_block_size(block_size: int) -> None:
@@ -116,26 +119,26 @@ def block_scales(
     dtype = np.dtype(np.float32) if dtype is None else dtype
     scales: NDArray[Any] = np.empty((-(-K // block_size), N), dtype=dtype)
     buffer = np.empty((min(K, block_size), N), dtype=np.float32)
+    squared = np.empty((len(_SEARCHED_SHARES), N), dtype=np.float32)
     for index, rows in blocks_of(K, block_size):
         block = weight[rows]
         widest = np.abs(block).max(axis=0) / code_range(bits)[1]
+        scales[index] = _positive(widest, dtype)
         if not search:
-            scales[index] = _positive(widest, dtype)
             continue
         weights = np.ones(len(block), dtype=np.float32) if importance is None else importance[rows]
-        least = np.full(N, np.inf, dtype=np.float32)
-        scales[index] = _positive(widest, dtype)  # kept where every error overflows
-        for share in _SEARCHED_SHARES:
-            candidate = _positive(widest * np.float32(share), dtype)
-            steps = candidate.astype(np.float32)
-            error = nearest_codes(block, steps, bits=bits, out=buffer[: len(block)])
-            error *= steps
-            error -= block
-            with np.errstate(over="ignore"):
+        candidates = _positive(widest * _SEARCHED_SHARES[:, None], dtype)
+        with np.errstate(over="ignore"):
+            for steps, found in zip(candidates.astype(np.float32, copy=False), squared, strict=True):
+                error = nearest_codes(block, steps, bits=bits, out=buffer[: len(block)])
+                error *= steps
+                error -= block
                 error *= error
-                squared = weights @ error
-            np.copyto(scales[index], candidate, where=squared < least)
-            np.fmin(least, squared, out=least)  # no overflow is better
+                np.matmul(weights, error, out=found)
+        squared[np.isnan(squared)] = np.inf
+        best = squared.argmin(axis=0)[None]
+        fits = np.isfinite(np.take_along_axis(squared, best, axis=0)[0])  # else every error overflows
+        np.copyto(scales[index], np.take_along_axis(candidates, best, axis=0)[0], where=fits)
     return scales
 
 
@@ -153,8 +156,10 @@ def nearest_codes(
 
 def to_codes(values: NDArray[np.float32], *, bits: int) -> NDArray[np.float32]:
     """``values``, which are changed in place to the nearest codes of ``bits``."""
-    low, high = map(np.float32, code_range(bits))
-    return np.rint(values, out=values).clip(low, high, out=values)
+    low, high = _LIMITS[bits]
+    np.rint(values, values)
+    np.maximum(values, low, out=values)  # the two take half the time of clip, whose wrapper is Python
+    return np.minimum(values, high, out=values)
 
 
 def checked(weight: NDArray[Any]) -> NDArray[np.float32]:

@@ -9,7 +9,8 @@ zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -116,10 +117,13 @@ class _Parts:
 
 
 def rounded_in_parts(
-    linear: Linear, rounding: Callable[[NDArray[np.float32]], RoundedWeight]
+    linear: Linear,
+    rounding: Callable[[NDArray[np.float32]], RoundedWeight],
+    *,
+    channels_at_once: int | None = None,
 ) -> RoundedWeight:
     """The weight of ``linear`` rounded some output channels at a time, read when their turn comes."""
-    channels = max(_WEIGHTS_AT_ONCE // linear.K, 1)
+    channels = _at_once(linear, channels_at_once)
     codes = np.empty((linear.K, linear.N), dtype=np.int8)
     scales = []
     for start in range(0, linear.N, channels):
@@ -128,6 +132,38 @@ def rounded_in_parts(
         codes[:, some] = rounded.codes
         scales.append(rounded.scales)
     return replace(rounded, codes=codes, scales=np.concatenate(scales, axis=1))
+
+
+def rounded_side_by_side(
+    linears: Sequence[Linear],
+    rounding: Callable[[NDArray[np.float32]], RoundedWeight],
+    *,
+    channels_at_once: int,
+) -> Iterator[RoundedWeight]:
+    """The weights of ``linears``, which have one K and dtype: as many at a time as have that many channels.
+
+    ``rounding`` gives each channel what it would get alone, as in :func:`rounded_in_parts`, and walks the
+    inputs once for all that it gets.
+    """
+    waiting, most = list(linears), _at_once(linears[0], channels_at_once)
+    while waiting:
+        widths = itertools.accumulate(linear.N for linear in waiting)
+        count = max(1, sum(width <= most for width in widths))
+        some, waiting = waiting[:count], waiting[count:]
+        if count == 1:
+            yield rounded_in_parts(some[0], rounding, channels_at_once=most)
+            continue
+        rounded = rounding(np.concatenate([linear.read_weight() for linear in some], axis=1))
+        ends = list(itertools.accumulate(linear.N for linear in some))[:-1]
+        parts = zip(np.split(rounded.codes, ends, 1), np.split(rounded.scales, ends, 1), strict=True)
+        for codes, scales in parts:
+            yield replace(rounded, codes=codes, scales=scales)
+
+
+def _at_once(linear: Linear, channels: int | None) -> int:
+    """Output channels that are rounded together, at most ``channels``."""
+    most = max(_WEIGHTS_AT_ONCE // linear.K, 1)
+    return most if channels is None else min(most, channels)
 
 
 def rounded_alone(linear: Linear, *, bits: int, block_size: int, search: bool) -> RoundedWeight:
