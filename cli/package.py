@@ -64,7 +64,10 @@ def package(
             return
         echo(f"{file.path}: {file.architecture}, {format_bytes(file.size_bytes)} of {recipe.weight_type}")
         if file.left_in_f16:
-            echo(f"{file.left_in_f16} matrices stay f16: their rows are no multiple of 32.")
+            echo(
+                f"{file.left_in_f16} matrices stay f16: their rows are no multiple of 32. "
+                "Prune with --round-to 32."
+            )
     else:
         if recipe.engines:
             repository = packaging.package_engines(

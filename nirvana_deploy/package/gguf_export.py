@@ -1,7 +1,7 @@
 """Write a checkpoint as one GGUF file for llama.cpp, with gguf-py, one tensor at a time.
 
-The weight type decides about inputs too: llama.cpp rounds the inputs of a product to the type of its weights,
-with q8_0 to 8 bits in blocks of 32 (benchmarks/NOTES.md).
+The weight type decides about inputs too: llama.cpp rounds the inputs of a product with q8_0 or q4_0 weights
+to 8 bits in blocks of 32 (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from nirvana_deploy.package.gguf_layout import (
 )
 from nirvana_deploy.package.gguf_tokenizer import tokenizer_metadata
 
-GGUF_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+GGUF_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 """Weight types by the names of llama.cpp's command line -> gguf-py's name."""
 _SCHEMA = 1
 """Under SCHEMA_KEY, which llama.cpp does not read: by it a file of ours is known."""
 _HEADER_BYTES = 4096
-_FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
-_Q8_BLOCK = 32
+_IN_BLOCKS = ("q8_0", "q4_0")
+_TABLES = ("token_embd.weight", "output.weight")
+"""Embedding and head; beside 4-bit linears they take 8 bits, as they lose most by 4 (benchmarks/NOTES.md)."""
 _QUANTIZED_ROWS = 4096  # converted at a time: the temporaries of a conversion are several times its size
 
 
@@ -54,7 +55,7 @@ class GgufFile:
     tensors: int
     size_bytes: int
     left_in_f16: int
-    """Matrices whose rows are no multiple of a q8_0 block, which stayed in f16."""
+    """Matrices whose rows are no whole blocks of a quantized type, which stayed in f16."""
 
 
 def gguf_from_checkpoint(
@@ -62,8 +63,8 @@ def gguf_from_checkpoint(
 ) -> GgufFile:
     """Write a decoder checkpoint, dense or pruned, as the GGUF file ``out``; it appears whole or not at all.
 
-    ``weight_type`` is f32, f16, bf16 or q8_0 and concerns matrices; norms and biases are float32. llama.cpp's
-    own ``llama-quantize`` makes the smaller types from such a file. Raises NirvanaError for a model that
+    ``weight_type``, of ``GGUF_TYPES``, concerns matrices; norms and biases are float32.
+    llama.cpp's own ``llama-quantize`` makes other types of it. Raises NirvanaError for a model that
     llama.cpp has no architecture for, a tokenizer it would read otherwise, or a disk without room, and
     MissingExtraError without gguf.
     """
@@ -78,7 +79,7 @@ def gguf_from_checkpoint(
     frequencies, scaling = checkpoint.rotary_frequencies(kind)
     rope = rope_of(architecture, parameters, frequencies, scaling)
     tensors = gguf_tensors(architecture, shape, checkpoint.multiplied_weights, rope_factors=rope.factors)
-    kinds = [_kind(tensor, weight_type) for tensor in tensors]
+    kinds = [_kind(gguf, tensor, weight_type) for tensor in tensors]
     needed_bytes = sum(_nbytes(gguf, tensor, kind) for tensor, kind in zip(tensors, kinds, strict=True))
     require_free_bytes(out, needed_bytes, what="The GGUF file")
     config = limited(full_config.to_dict(), checkpoint.context_tokens)
@@ -90,8 +91,8 @@ def gguf_from_checkpoint(
             _add_metadata(gguf, writer, architecture, values | rope.metadata | settings)
             _add_plain(writer, tokenizer_metadata(checkpoint))
             writer.add_name(out.stem)
-            writer.add_file_type(_FILE_TYPES[weight_type])
-            if weight_type == "q8_0":
+            writer.add_file_type(_file_type(gguf, weight_type))
+            if weight_type in _IN_BLOCKS:
                 writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             _write_tensors(gguf, writer, tensors, kinds, progress)
         finally:
@@ -101,7 +102,7 @@ def gguf_from_checkpoint(
         architecture=architecture.name,
         tensors=len(tensors),
         size_bytes=out.stat().st_size,
-        left_in_f16=kinds.count("f16") if weight_type == "q8_0" else 0,
+        left_in_f16=kinds.count("f16") if weight_type in _IN_BLOCKS else 0,
     )
 
 
@@ -122,11 +123,20 @@ def _gguf() -> Any:
     return gguf
 
 
-def _kind(tensor: GgufTensor, weight_type: str) -> str:
-    """The type a tensor is stored in: rows that are not whole q8_0 blocks stay f16, as in llama.cpp."""
+def _kind(gguf: Any, tensor: GgufTensor, weight_type: str) -> str:
+    """The type a tensor is stored in: rows that are not whole blocks stay f16, as in llama.cpp."""
     if not tensor.is_matrix:
         return "f32"
-    return "f16" if weight_type == "q8_0" and tensor.shape[1] % _Q8_BLOCK else weight_type
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[GGUF_TYPES[weight_type]]]
+    if tensor.shape[1] % block:
+        return "f16"
+    return "q8_0" if weight_type in _IN_BLOCKS and tensor.name in _TABLES else weight_type
+
+
+def _file_type(gguf: Any, weight_type: str) -> int:
+    """What the header says of most tensors."""
+    name = GGUF_TYPES[weight_type]
+    return int(gguf.LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"])
 
 
 def _add_metadata(gguf: Any, writer: Any, architecture: GgufArchitecture, values: dict[str, Any]) -> None:

@@ -24,6 +24,6 @@ class Package:
     ] = ()
     weight_type: Annotated[
         str,
-        Option("Weights of the GGUF file.", flag="--type", choices=("f32", "f16", "bf16", "q8_0")),
+        Option("Weights of the GGUF file.", flag="--type", choices=("f32", "f16", "bf16", "q8_0", "q4_0")),
     ] = "f16"
     name: Annotated[str | None, Option("Name of the model in the repository. [the folder's name]")] = None

@@ -28,7 +28,7 @@ from nirvana_deploy.prune.curves.operations import (
     operations_per_second,
     refit_operations,
 )
-from nirvana_deploy.prune.cutting import reads_curves
+from nirvana_deploy.prune.cutting import reads_curves, width_step
 from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.prune.refit.reconstruct import require_tokens
 from nirvana_deploy.recover.before import require_recovery
@@ -170,11 +170,12 @@ def require_enough_memory(job: Job, choices: Choices, shape: ModelShape, until: 
 
 
 def recorded_options(job: Job, choices: Choices, shape: ModelShape, until: Until) -> dict[str, Any]:
-    """The options as the manifest knows them: those that concern what is made, M/A as a number."""
+    """The options as the manifest knows them: what concerns the result, with the numbers of defaults."""
     sections = ("pruning", "calibration", "recovery") if until == "checkpoint" else SECTIONS
     options = job.options(sections) | {
         "candidates": choices.candidates,
         "num_sequences": windows_wanted(job.calibration, shape),
+        "round_to": width_step(job.pruning, shape),
     }
     if job.pruning.gamma is None:
         options["gamma"] = choices.gammas[0]

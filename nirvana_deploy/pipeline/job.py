@@ -70,7 +70,7 @@ class JobOptions(TypedDict, total=False):
     saliency: str
     gamma: float | Literal["auto"] | None
     allocation: str
-    round_to: int
+    round_to: int | Literal["auto"]
     min_groups: int
     min_neurons: int | None
     cost: str

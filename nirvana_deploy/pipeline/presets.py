@@ -10,6 +10,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "saliency": "nirvana",
         "allocation": "global",
+        "round_to": 8,
         "reconstruct": False,
         "ridge": 1.0,
         "calib": "pydoc",

@@ -305,7 +305,7 @@ def _unit_cost(run: Run, job: Job, dense: Checkpoint) -> UnitCost | None:
     )
     run.run(cost)
     found = run.result(cost.name, UnitCost)
-    require_feasible(dense.shape, budget_of(job.pruning, found))
+    require_feasible(dense.shape, budget_of(job.pruning, dense.shape, found))
     return found
 
 

@@ -14,7 +14,15 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.calibrate.stage import calibration_record
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.prune.curves.budget import Allocated, Budget, UnitCost, allocate_in_steps, least_neurons
+from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.prune.curves.budget import (
+    LEAST_SHARE,
+    Allocated,
+    Budget,
+    UnitCost,
+    allocate_in_steps,
+    least_neurons,
+)
 from nirvana_deploy.prune.curves.curve import Curves
 from nirvana_deploy.prune.curves.measure_curves import measure_curves
 from nirvana_deploy.prune.plan import Origin, PrunePlan, make_plan, plan_of
@@ -23,6 +31,8 @@ from nirvana_deploy.prune.refit.reconstruct import Reconstruction, reconstruct_l
 from nirvana_deploy.prune.refit.selection import select_and_refit
 from nirvana_deploy.prune.saliency.units import UnitScores
 
+BLOCK = 32
+"""Inputs that share a scale, in w4 by default and in llama.cpp's quantized types."""
 _CALIBRATION_KEYS = ("source", "num_sequences", "seq_len", "text_sha256", "seed", "draw")
 
 
@@ -31,13 +41,25 @@ def reads_curves(recipe: Pruning, saliency: str) -> bool:
     return recipe.allocation == "curves" or saliency == REFIT
 
 
-def budget_of(recipe: Pruning, cost: UnitCost | None = None) -> Budget:
+def width_step(recipe: Pruning, shape: ModelShape) -> int:
+    """What kept FFN widths are multiples of.
+
+    A whole block costs nearly nothing where each layer has its own width (benchmarks/NOTES.md); one width for
+    all layers would meet budgets coarsely, and two global rankings are the paper's.
+    """
+    if recipe.round_to != "auto":
+        return recipe.round_to
+    narrowest = min((layer.ffn_width for layer in shape.layers if layer.ffn_width), default=0)
+    return BLOCK if recipe.allocation == "curves" and narrowest >= LEAST_SHARE * BLOCK else 8
+
+
+def budget_of(recipe: Pruning, shape: ModelShape, cost: UnitCost | None = None) -> Budget:
     """What the recipe asks of curves, where a unit costs ``cost``."""
     return Budget(
         sparsity=recipe.sparsity,
         cost=cost,
         uniform=recipe.allocation == "uniform",
-        round_to=recipe.round_to,
+        round_to=width_step(recipe, shape),
         min_groups=recipe.min_groups,
         min_neurons=recipe.min_neurons,
     )
@@ -59,7 +81,7 @@ class Cutter:
     def curves(self, tokens: NDArray[np.int64]) -> Curves:
         """Measure the curves on windows [N, T]."""
         narrowest = min(layer.ffn_width for layer in self.dense.shape.layers if layer.ffn_width)
-        least = least_neurons(narrowest, self.recipe.round_to, self.recipe.min_neurons)
+        least = least_neurons(narrowest, width_step(self.recipe, self.dense.shape), self.recipe.min_neurons)
         return measure_curves(
             self.dense,
             tokens,
@@ -71,7 +93,7 @@ class Cutter:
 
     def allocated(self, curves: Curves, *, step: int = 1, steps: int = 1) -> Allocated:
         """How many units of each layer stay [after one of several steps]."""
-        budget = budget_of(self.recipe, self.cost)
+        budget = budget_of(self.recipe, self.dense.shape, self.cost)
         return allocate_in_steps(self.dense.shape, curves, budget, steps)[step - 1]
 
     def at(self, source: Checkpoint, share: float) -> Cutter:
@@ -96,7 +118,7 @@ class Cutter:
                 sparsity=recipe.sparsity,
                 gamma=gamma,
                 allocation=recipe.allocation,
-                round_to=recipe.round_to,
+                round_to=width_step(recipe, shape),
                 saliency=saliency,
                 seed=self.seed,
                 model_name=self.model_name,
@@ -178,7 +200,7 @@ class Cutter:
             origin=Origin(self.model_name, self.recipe.sparsity, self.seed, _kept_keys(calibration)),
             saliency=saliency,
             allocation=self.recipe.allocation,
-            round_to=self.recipe.round_to,
+            round_to=width_step(self.recipe, self.dense.shape),
         )
         cost = None if self.cost is None else asdict(self.cost)
         return replace(plan, curves={"predicted_kl": allocated.predicted_kl, "cost": cost})

@@ -35,7 +35,8 @@ Allocation = Annotated[
         choices=ALLOCATIONS,
     ),
 ]
-RoundTo = Annotated[int, Option("Round kept FFN widths to multiples of this.", minimum=1)]
+_ROUND = "Round kept FFN widths to multiples of this"
+RoundTo = Annotated[int, Option(f"{_ROUND}.", minimum=1)]
 
 
 @recipe
@@ -68,7 +69,14 @@ class Pruning:
         ),
     ] = None
     allocation: Allocation = "curves"
-    round_to: RoundTo = 8
+    round_to: Annotated[
+        int | Literal["auto"],
+        Option(
+            f"{_ROUND}; auto: with curves 32, a block of w4 and of llama.cpp's types, where it is at "
+            "most a 24th of a width; else 8.",
+            minimum=1,
+        ),
+    ] = "auto"
     min_groups: Annotated[int, Option("KV groups that every layer keeps, with curves.", minimum=1)] = 1
     min_neurons: Annotated[
         int | None, Option("FFN neurons that every layer keeps, with curves. [a 24th of them]", minimum=1)

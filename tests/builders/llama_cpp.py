@@ -79,20 +79,22 @@ def greedy_gaps(
     return np.asarray(torch.cat(gaps))
 
 
-def in_q8_0(model: PreTrainedModel, *, activations: bool) -> PreTrainedModel:
-    """The model with its matrices as a q8_0 file holds them, and inputs of linears rounded as llama.cpp does.
+def in_blocks(model: PreTrainedModel, weight_type: str, *, activations: bool) -> PreTrainedModel:
+    """The model with its matrices as a file of ``weight_type`` holds them, and inputs of linears rounded.
 
-    Rows of blocks of 32 get 8 bits and one float16 scale a block; others are float16. Changes the model.
+    q8_0 or q4_0. Rows of blocks of 32 get 8 or 4 bits and one float16 scale a block, embedding and head 8;
+    others are float16. ``activations``: inputs are rounded as llama.cpp does. Changes the model.
     """
     gguf = needs("gguf")
-    q8_0 = gguf.GGMLQuantizationType.Q8_0
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            table = "embed_tokens" in name or "lm_head" in name
+            kind = gguf.GGMLQuantizationType["Q8_0" if table else weight_type.upper()]
             if parameter.ndim == 2 and parameter.shape[1] % 32:
                 parameter.copy_(parameter.half().float())
             elif parameter.ndim == 2:
-                stored = gguf.quants.quantize(parameter.numpy(), q8_0)
-                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(stored, q8_0)))
+                stored = gguf.quants.quantize(parameter.numpy(), kind)
+                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(stored, kind)))
     for module in model.modules():
         if activations and isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda module, inputs: (_activation_in_q8_0(inputs[0]),))

@@ -99,7 +99,7 @@ def test_an_option_says_its_choices_and_its_default(site: Path) -> None:
     preset = text[text.index("cmdoption-nirvana-deploy-prune-export-preset") :][:2000]
     assert "[best|paper|fast]" in preset and '<span class="pre">best</span>' in preset
     rounded = text[text.index("cmdoption-nirvana-deploy-prune-export-round-to") :][:2000]
-    assert "At least 1; default: " in rounded and '<span class="pre">8</span>' in rounded
+    assert "At least 1; default: " in rounded and '<span class="pre">auto</span>' in rounded
 
 
 def test_the_library_is_documented(site: Path, pages: dict[Path, _Page]) -> None:

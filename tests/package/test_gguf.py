@@ -19,7 +19,7 @@ from builders.llama_cpp import (
     REAL_PROMPTS,
     greedy_gaps,
     greedy_share,
-    in_q8_0,
+    in_blocks,
     installed_llama_cpp,
     run_llama_cpp,
 )
@@ -237,11 +237,12 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path) -> None:
         assert "nirvana-deploy export" in str(caught.value.hint) and not (tmp_path / "m.gguf").exists()
 
 
-def test_q8_0_rounds_activations_too(llama_cpp: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight_type", ["q8_0", "q4_0"])
+def test_quantized_types_round_activations_too(llama_cpp: Path, tmp_path: Path, weight_type: str) -> None:
     """Why q8_0 continues otherwise than the checkpoint: not by its weights alone, and by nothing unknown.
 
-    llama.cpp multiplies q8_0 weights with inputs that it rounds to 8 bits as well, in blocks of 32. Torch
-    with both roundings chooses its tokens but at near-ties, for a rounding may fall to the other side.
+    llama.cpp multiplies q8_0 and q4_0 weights with inputs that it rounds to 8 bits as well, in blocks of 32.
+    Torch with both roundings chooses its tokens but at near-ties, for a rounding may fall to the other side.
     """
     size = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     with pytest.MonkeyPatch.context() as patch:
@@ -253,11 +254,13 @@ def test_q8_0_rounds_activations_too(llama_cpp: Path, tmp_path: Path) -> None:
     prompts, checkpoints = prompts_for(dense), [dense, tmp_path / "global"]
     jobs = []
     for checkpoint in checkpoints:
-        gguf_from_checkpoint(Checkpoint.open(checkpoint), checkpoint / "q8.gguf", weight_type="q8_0")
-        jobs.append({"path": str(checkpoint / "q8.gguf"), "prompts": prompts, "new_tokens": 40, "texts": []})
+        file = checkpoint / f"{weight_type}.gguf"
+        written = gguf_from_checkpoint(Checkpoint.open(checkpoint), file, weight_type=weight_type)
+        assert written.left_in_f16 == 0 or checkpoint != dense
+        jobs.append({"path": str(file), "prompts": prompts, "new_tokens": 40, "texts": []})
     for checkpoint, answer in zip(checkpoints, run_llama_cpp(llama_cpp, jobs, tmp_path), strict=True):
-        rounded = in_q8_0(load_checkpoint(checkpoint), activations=True)
-        weights_alone = in_q8_0(load_checkpoint(checkpoint), activations=False)
+        rounded = in_blocks(load_checkpoint(checkpoint), weight_type, activations=True)
+        weights_alone = in_blocks(load_checkpoint(checkpoint), weight_type, activations=False)
         gaps = greedy_gaps(rounded, prompts, answer["tokens"])
         others = greedy_gaps(weights_alone, prompts, answer["tokens"])
         assert (gaps == 0).mean() > 0.9 > (others == 0).mean() and gaps.max() < 0.5 * others.max()
@@ -300,7 +303,8 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("weight_type", "tolerance"), [("f32", 0.0), ("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 2**-7)]
+    ("weight_type", "tolerance"),
+    [("f32", 0.0), ("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 2**-7), ("q4_0", 2**-3)],
 )
 def test_weights_are_those_of_the_checkpoint(checkpoint: Path, weight_type: str, tolerance: float) -> None:
     file = checkpoint.parent / "model.gguf"
@@ -322,7 +326,7 @@ def test_weights_are_those_of_the_checkpoint(checkpoint: Path, weight_type: str,
         got = gguf.quants.dequantize(found[name].data, found[name].tensor_type)
         exact = tolerance == 0 or want.ndim == 1
         assert np.abs(got - want).max() <= (0 if exact else tolerance * np.abs(want).max())
-    assert written.left_in_f16 == 0 if weight_type != "q8_0" else written.left_in_f16 > 0  # D is 48 here
+    assert (written.left_in_f16 > 0) == (weight_type in ("q8_0", "q4_0"))  # D is 48 here
 
 
 def test_rows_of_q_and_k_are_reordered_pair_by_pair() -> None:

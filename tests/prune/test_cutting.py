@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.curves.budget import UnitCost
 from nirvana_deploy.prune.curves.curve import Curves, curve_of, facts_of
-from nirvana_deploy.prune.cutting import Cutter, reads_curves
+from nirvana_deploy.prune.cutting import Cutter, reads_curves, width_step
 from nirvana_deploy.prune.plan import make_plan
 from nirvana_deploy.prune.plan_file import read_plan, write_plan
 from nirvana_deploy.prune.recipe import Pruning
@@ -60,6 +61,27 @@ def windows_of(tokens: NDArray[np.int64]) -> TokenWindows:
 @pytest.fixture
 def scores(tiny_llama: Path) -> UnitScores:
     return score_units(Checkpoint.open(tiny_llama), None, saliency="random", seed=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "step"),
+    [
+        ({}, 1536, 32),
+        ({}, 768, 32),
+        ({}, 767, 8),  # a block would be more than the least that stays anyway
+        ({"preset": "paper"}, 1536, 8),
+        ({"preset": "fast"}, 1536, 8),
+        ({"allocation": "uniform"}, 1536, 8),
+        ({"round_to": 64}, 1536, 64),
+        ({"round_to": 8}, 1536, 8),
+    ],
+)
+def test_widths_are_whole_blocks_where_these_cost_next_to_nothing(
+    options: dict[str, Any], width: int, step: int
+) -> None:
+    recipe = job_of("tiny", {"sparsity": 0.3, **options}).pruning
+    layers = [SimpleNamespace(ffn_width=width), SimpleNamespace(ffn_width=0)]  # the second has no FFN
+    assert width_step(recipe, SimpleNamespace(layers=layers)) == step  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("gamma", [1.0, 2.0])

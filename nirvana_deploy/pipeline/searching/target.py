@@ -21,7 +21,7 @@ from nirvana_deploy.pipeline.job import Job, JobOptions, job_of
 from nirvana_deploy.pipeline.prune_export import Deployment, run_job, workload_of
 from nirvana_deploy.pipeline.searching.points import found_in, timed_points
 from nirvana_deploy.prune.curves.budget import largest_sparsity_of
-from nirvana_deploy.prune.cutting import budget_of, reads_curves
+from nirvana_deploy.prune.cutting import budget_of, reads_curves, width_step
 from nirvana_deploy.prune.plan import default_gamma, largest_sparsity
 from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.search.load import loads
@@ -166,10 +166,10 @@ def _tried(
 def _most(recipe: Pruning, shape: ModelShape) -> float:
     """The largest sparsity that the recipe allows."""
     if reads_curves(recipe, recipe.saliency):
-        largest = largest_sparsity_of(shape, budget_of(recipe))
+        largest = largest_sparsity_of(shape, budget_of(recipe, shape))
     else:
         gamma = recipe.gamma if isinstance(recipe.gamma, float) else default_gamma(shape)
-        largest = largest_sparsity(shape, gamma=gamma, round_to=recipe.round_to)
+        largest = largest_sparsity(shape, gamma=gamma, round_to=width_step(recipe, shape))
     return math.floor(1e4 * largest) / 1e4
 
 

@@ -11,7 +11,7 @@ from nirvana_deploy.calibrate.recipe import Calibration
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.choosing.select import gamma_grid
 from nirvana_deploy.prune.curves.budget import require_feasible
-from nirvana_deploy.prune.cutting import budget_of, reads_curves
+from nirvana_deploy.prune.cutting import budget_of, reads_curves, width_step
 from nirvana_deploy.prune.plan import default_gamma, removed_counts
 from nirvana_deploy.prune.recipe import REFIT, Pruning
 from nirvana_deploy.prune.saliency.gradient import saliency_named
@@ -49,7 +49,7 @@ def choices_of(calibration: Calibration, pruning: Pruning, shape: ModelShape) ->
             saliency_named(name)
     _require_sense(pruning, saliencies)
     if pruning.cost == "weights" and any(reads_curves(pruning, name) for name in saliencies):
-        require_feasible(shape, budget_of(pruning))  # other costs are not known yet
+        require_feasible(shape, budget_of(pruning, shape))  # other costs are not known yet
     return Choices(
         corpora=_corpora(calibration.calib, shape),
         candidates=calibration.candidates or (_AUTO_CANDIDATES if auto else 1),
@@ -123,9 +123,11 @@ def _gammas(recipe: Pruning, saliencies: Sequence[str], shape: ModelShape) -> tu
             hint="Leave --gamma out: everything comes from the FFN here.",
         )
     if recipe.gamma == "auto":
-        gammas: tuple[float, ...] = gamma_grid(shape, sparsity=recipe.sparsity, round_to=recipe.round_to)
+        gammas: tuple[float, ...] = gamma_grid(
+            shape, sparsity=recipe.sparsity, round_to=width_step(recipe, shape)
+        )
     else:
         gammas = (default_gamma(shape) if recipe.gamma is None else recipe.gamma,)
     for gamma in gammas:
-        removed_counts(shape, sparsity=recipe.sparsity, gamma=gamma, round_to=recipe.round_to)
+        removed_counts(shape, sparsity=recipe.sparsity, gamma=gamma, round_to=width_step(recipe, shape))
     return gammas

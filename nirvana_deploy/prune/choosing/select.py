@@ -30,7 +30,7 @@ from nirvana_deploy.prune.choosing.candidates import (
     pieces_of,
 )
 from nirvana_deploy.prune.curves.curve import Curves
-from nirvana_deploy.prune.cutting import Cutter, reads_curves
+from nirvana_deploy.prune.cutting import Cutter, reads_curves, width_step
 from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import PrunePlan, default_gamma, largest_sparsity, removed_counts
 from nirvana_deploy.prune.saliency.units import UnitScores
@@ -208,7 +208,7 @@ def _refuse_infeasible(cutter: Cutter, saliencies: Sequence[str], gammas: Sequen
                 shape,
                 sparsity=recipe.sparsity,
                 gamma=default_gamma(shape) if gamma is None else gamma,
-                round_to=recipe.round_to,
+                round_to=width_step(recipe, shape),
             )
 
 
