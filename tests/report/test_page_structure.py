@@ -74,7 +74,7 @@ def test_every_axis_with_numbers_has_a_unit(tmp_path: Path, folder: str) -> None
     assert html.count("matplotlib.axis_") > 8
     assert axes_without_unit(html) == []
     bare = html.replace(">milliseconds<", "><").replace(">layer, input on the left<", "><")
-    assert len(axes_without_unit(bare)) == 3
+    assert len(axes_without_unit(bare)) == 4
 
 
 def changed(records: Records, path: tuple[Any, ...], value: Any) -> Records:
