@@ -42,19 +42,21 @@ force_option = click.option("--force", is_flag=True, help="Overwrite an existing
 class NumberOrWord(click.ParamType[Any]):
     """A number, or one of a few words."""
 
-    def __init__(self, words: tuple[str, ...]) -> None:
+    def __init__(self, words: tuple[str, ...], *, whole: bool = False) -> None:
         self.words = words
-        self.name = "|".join(("float", *words))
+        self._read = int if whole else float
+        self.name = "|".join(("integer" if whole else "float", *words))
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse what the user typed."""
         if value in self.words:
             return value
         try:
-            return float(value)
+            return self._read(value)
         except ValueError:
             words = " or ".join(repr(word) for word in self.words)
-            self.fail(f"{value!r} is neither a number nor {words}.", param, ctx)
+            number = "a whole number" if self._read is int else "a number"
+            self.fail(f"{value!r} is neither {number} nor {words}.", param, ctx)
 
 
 class Share(click.ParamType[Any]):
@@ -201,7 +203,7 @@ def _type(field: Field) -> click.ParamType[Any]:
         return Bytes()
     words = tuple(word for part in types if get_origin(part) is Literal for word in get_args(part))
     if words:
-        return NumberOrWord(words)
+        return NumberOrWord(words, whole=float not in types)
     if option.existing_folder:
         return click.Path(exists=True, file_okay=False, path_type=Path)
     if Path in types:

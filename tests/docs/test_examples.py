@@ -129,9 +129,10 @@ def test_snippets_run(
     page: str, first: Path, text: Path, schemas: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On what the first example makes, under the names of the pages."""
-    for name in ("first", "smollm2-s0.2"):
+    for name in ("first", "smollm2-s0.2", "last-week"):
         (tmp_path / name).symlink_to(first)
     (tmp_path / "tickets.txt").write_text(text.read_text()[:1200])
+    (tmp_path / "mine.toml").write_text("prompt_tokens = 8\nnew_tokens = 4\nrequests = 4\n")
     schemas.write_schemas(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(nirvana_deploy, "prune_export", lambda *_, **__: made_in(first))

@@ -21,7 +21,7 @@ from nirvana_deploy.engine.profile import profiles_for, shapes_of
 from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.source import read_source
 from nirvana_deploy.measure import stage as measuring
-from nirvana_deploy.measure.benchmark import _weights_bytes
+from nirvana_deploy.measure.benchmark import weights_bytes
 from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.runtime.models import models_for
@@ -192,6 +192,6 @@ def test_engines_are_verified_judged_and_run_like_the_onnx(with_engines: Path) -
     ]
     assert [answer["runtime"] for answer in answers] == ["tensorrt-rtx", "onnxruntime-cpu"]
     assert answers[0]["text"] == answers[1]["text"]
-    assert _weights_bytes(found["pruned"]) == sum(
+    assert weights_bytes(found["pruned"]) == sum(
         path.stat().st_size for path in (found["pruned"], encoder_beside(found["pruned"]))
     )

@@ -21,7 +21,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.generate import generate
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.measure.benchmark import _device_times
+from nirvana_deploy.measure.benchmark import device_times
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess, serve
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
@@ -184,10 +184,10 @@ def test_a_worker_says_that_there_is_no_gpu(engine: Path) -> None:
 
 def test_device_times_are_split_into_prefill_and_decode() -> None:
     samples = [RoundSample(9.0, 9.5, (1.0, 1.0), device_ms=(3.0, 4.0, 0.5, 0.7)) for _ in range(2)]
-    found = _device_times(samples)  # a prompt in two passes
+    found = device_times(samples)  # a prompt in two passes
     assert found["prefill_device_ms"]["p50"] == pytest.approx(7.0)
     assert found["decode_device_ms"]["samples"] == pytest.approx([0.5, 0.7, 0.5, 0.7])
-    untold = _device_times([*samples, RoundSample(9.0, 9.5, (1.0, 1.0))])
+    untold = device_times([*samples, RoundSample(9.0, 9.5, (1.0, 1.0))])
     assert untold == {"prefill_device_ms": None, "decode_device_ms": None}
 
 

@@ -33,7 +33,7 @@ from nirvana_deploy.engine.recipe import Lengths
 from nirvana_deploy.engine.source import read_source
 from nirvana_deploy.engine.stage import engines_from_onnx_folder
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.measure.benchmark import _device_times
+from nirvana_deploy.measure.benchmark import device_times
 from nirvana_deploy.measure.worker import RoundSample, serve
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE
@@ -222,7 +222,7 @@ def test_a_worker_measures_both_engines(
     loaded, sample = map(json.loads, answers.getvalue().splitlines())
     assert loaded["runtime"] == "tensorrt-rtx"
     assert sample["peak_device_bytes"] > 2 * WEIGHTS_BYTES
-    times = _device_times([RoundSample(9.0, 9.5, tuple(sample["itl_ms"]), tuple(sample["device_ms"]))])
+    times = device_times([RoundSample(9.0, 9.5, tuple(sample["itl_ms"]), tuple(sample["device_ms"]))])
     assert times["prefill_device_ms"]["p50"] == pytest.approx(2 * PASS_MS)  # encoder and first token
     assert times["decode_device_ms"]["samples"] == pytest.approx([PASS_MS] * 3)
 
