@@ -24,9 +24,9 @@ from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
-import openai
 import psutil
 
 from nirvana_deploy.base.artifact import write_json
@@ -75,6 +75,8 @@ def under_load(folder: Path, *, clients: int, slots: int, seconds: float, option
 
 
 async def _load(url: str, model: str, process: psutil.Process, *, clients: int, seconds: float) -> Any:
+    import openai  # benchmarks/readme.py, which needs the table alone, runs without it
+
     first_ms: list[float] = []
     counts = {"requests": 0, "left_early": 0, "failed": 0, "new_tokens": 0}
     samples: list[tuple[int, int]] = []
@@ -137,9 +139,7 @@ async def _load(url: str, model: str, process: psutil.Process, *, clients: int, 
 
 
 def _health(url: str) -> dict[str, Any]:
-    import urllib.request
-
-    with urllib.request.urlopen(f"{url.removesuffix('/v1')}/health", timeout=60) as answer:
+    with urlopen(f"{url.removesuffix('/v1')}/health", timeout=60) as answer:
         found: dict[str, Any] = json.load(answer)
     return found
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -21,12 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.serve.answer import AnswerText
-from nirvana_deploy.serve.batch import Asked, Batch, ClosedError, Ending, FullError, Work
+from nirvana_deploy.serve.answer import Answer, Service
+from nirvana_deploy.serve.batch import Asked
 from nirvana_deploy.serve.errors import Refused, error_object, invalid, refusal
-from nirvana_deploy.serve.metrics import Metrics
 from nirvana_deploy.serve.model import ServedModel
-from nirvana_deploy.serve.recipe import Serving
 from nirvana_deploy.serve.sampling import Sampling
 from nirvana_deploy.serve.wire import (
     ChatRequest,
@@ -35,98 +30,12 @@ from nirvana_deploy.serve.wire import (
     Request,
     StreamOptions,
     TextPart,
-    Usage,
     Wire,
 )
 
 _COMPLETION_TOKENS = 16
 """Of a completion that names no length, as OpenAI's API has it."""
 _SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-Made = TypeVar("Made")
-
-
-@dataclass
-class Service:
-    """What the routes share."""
-
-    model: ServedModel
-    batch: Batch
-    serving: Serving
-    on_fault: Callable[[str], None]
-    metrics: Metrics = field(init=False)
-    reader: ThreadPoolExecutor = field(init=False)
-    """Reads prompts one after the other, beside the loop that answers."""
-    closing: bool = False
-
-    def __post_init__(self) -> None:
-        self.metrics = Metrics(self.batch)
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
-
-    async def read(self, read: Callable[..., Made], *given: Any) -> Made:
-        """Call ``read`` in the reader's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self.reader, read, *given)
-
-
-class Answer:
-    """One answer: from the tokens of the batch to pieces of text."""
-
-    def __init__(self, service: Service, asked: Asked, stops: list[str], *, began: float) -> None:
-        self._service, self._asked, self._began = service, asked, began
-        self._text = AnswerText(service.model.tokenizer, stops=stops, hidden=asked.stops)
-        self._events: asyncio.Queue[int | Ending | Exception] = asyncio.Queue()
-        self._tokens = 0
-        self.ending: Ending = "stop"
-        loop = asyncio.get_running_loop()
-
-        def heard(event: int | Ending | Exception) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and nobody waits for an answer
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        try:
-            self._work: Work = service.batch.submit(asked, heard)
-        except FullError:
-            waiting = service.batch.waiting
-            raise Refused(
-                429,
-                f"All {service.batch.slots} slots are taken and {waiting} requests wait; try again later.",
-                code="overloaded",
-                headers={"Retry-After": str(_seconds_until_free(service))},
-            ) from None
-        except ClosedError:
-            raise Refused(503, "The server is ending.", headers={"Retry-After": "10"}) from None
-        service.metrics.prompt_tokens.inc(len(asked.prompt))
-
-    @property
-    def usage(self) -> Usage:
-        """The counts so far."""
-        read, written = len(self._asked.prompt), self._tokens
-        return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
-
-    async def pieces(self) -> AsyncIterator[str]:
-        """The text as it is written. Whoever stops listening gives the slot back with :meth:`end`."""
-        while not isinstance(event := await self._events.get(), str):
-            if isinstance(event, ClosedError):
-                raise Refused(503, "The server is ending.", headers={"Retry-After": "10"})
-            if isinstance(event, Exception):
-                raise _of_runtime(event, self._service)
-            self._tokens += 1
-            self._service.metrics.new_tokens.inc()
-            if self._tokens == 1:
-                self._service.metrics.first_token.observe(time.perf_counter() - self._began)
-            if text := self._text.add(event):
-                yield text
-            if self._text.stopped:
-                return
-        self.ending = event
-        if text := self._text.finish():
-            yield text
-        if self._text.stopped:
-            self.ending = "stop"
-
-    def end(self) -> None:
-        """Give the slot back, if it is not free by now."""
-        self._service.batch.cancel(self._work)
-        self._service.metrics.answer.observe(time.perf_counter() - self._began)
 
 
 class EventStream(StreamingResponse):
@@ -242,14 +151,14 @@ async def _answered(
     until = asyncio.get_running_loop().time() + service.serving.request_seconds
     if asked.model is not None:
         _require_model(service.model, asked.model)
-    wanted = Asked(
-        prompt=(ids := await _ids(prompt, "messages" if chat else "prompt")),
-        max_new_tokens=_length(service, ids, most),
-        stops=service.model.stops,
-        sampling=_sampling(service.model.sampling, asked),
-    )
-    _require_known(service.model, ids)
-    answer = Answer(service, wanted, asked.stop or [], began=began)
+    service.enter()
+    try:
+        answer = await _begun(
+            service, asked, prompt, most, began=began, param="messages" if chat else "prompt"
+        )
+    except BaseException:
+        service.leave()
+        raise
     wire = Wire(service.model.name, chat=chat)
     if asked.stream:
         events = _events(service, answer, wire, with_usage=asked.with_usage, until=until)
@@ -267,12 +176,30 @@ async def _answered(
         answer.end()
 
 
+async def _begun(
+    service: Service,
+    asked: Request,
+    prompt: Callable[[], Any],
+    most: int | None,
+    *,
+    began: float,
+    param: str,
+) -> Answer:
+    """Read the prompt and have its answer written; raises Refused."""
+    ids = await _ids(prompt, param)
+    length = _length(service, ids, most)
+    _require_known(service.model, ids)
+    sampling = _sampling(service.model.sampling, asked)
+    wanted = Asked(prompt=ids, max_new_tokens=length, stops=service.model.stops, sampling=sampling)
+    return Answer(service, wanted, asked.stop or [], began=began)
+
+
 async def _whole(answer: Answer, until: float, service: Service) -> str:
     try:
         async with asyncio.timeout_at(until):
             return "".join([piece async for piece in answer.pieces()])
     except TimeoutError:
-        raise _late(service) from None
+        raise service.late() from None
 
 
 async def _left(http: HttpRequest) -> None:
@@ -298,7 +225,7 @@ async def _events(
         if with_usage:
             yield _event(wire.counts(answer.usage))
     except TimeoutError:
-        late = _late(service)
+        late = service.late()
         yield _event(error_object(late.status_code, str(late.detail), code=late.code))
     except Refused as error:
         yield _event(error_object(error.status_code, str(error.detail), code=error.code))
@@ -384,22 +311,3 @@ def _described(model: ServedModel) -> dict[str, Any]:
         "owned_by": "nirvana-deploy",
         "context_tokens": model.context_tokens,
     }
-
-
-def _late(service: Service) -> Refused:
-    seconds = service.serving.request_seconds
-    return Refused(504, f"The answer was not finished within {seconds} s.", code="timeout")
-
-
-def _of_runtime(error: Exception, service: Service) -> Refused:
-    if isinstance(error, NirvanaError):
-        return Refused(400, str(error).replace("\n", " "))
-    service.on_fault(f"The runtime failed: {type(error).__name__}: {error}")
-    return Refused(500, "The runtime failed on this request; the server's log says more.")
-
-
-def _seconds_until_free(service: Service) -> int:
-    """A guess: the mean time of an answer, for as many rounds of slots as wait."""
-    count, total = service.metrics.answers_so_far()
-    mean = total / count if count else 1.0
-    return max(1, min(120, math.ceil(mean * (1 + service.batch.waiting / service.batch.slots) / 2)))

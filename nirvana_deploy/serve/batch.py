@@ -160,7 +160,7 @@ class Batch:
         """Write the next token of every answer."""
         tokens = np.array([[work.last_token] for work in self._rows], dtype=np.int64)
         logits, self._state = self._runner.decode(tokens, self._state)
-        self._leave([work.goes_on(logits[row, -1]) for row, work in enumerate(self._rows)])
+        self._leave([_goes_on(work, logits[row, -1]) for row, work in enumerate(self._rows)])
 
     def _leave(self, stays: Sequence[bool]) -> None:
         """Drop the rows that do not stay."""
@@ -169,3 +169,12 @@ class Batch:
         rows = [row for row, kept in enumerate(stays) if kept]
         self._rows = [self._rows[row] for row in rows]
         self._state = self._joins.kept(self._state, rows) if self._joins is not None and rows else None
+
+
+def _goes_on(work: Work, logits: NDArray[np.float32]) -> bool:
+    """Write a token of one answer; where that fails, it fails alone."""
+    try:
+        return work.goes_on(logits)
+    except Exception as error:
+        work.heard(error)
+        return False

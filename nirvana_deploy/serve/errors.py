@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from nirvana_deploy.base.registry import nearest_names
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _LONGEST_VALUE = 60
+_SUBJECT = re.compile(r"^(Input|String|List|Value error,) ")
+"""How pydantic's sentences begin, where the parameter is named already."""
 
 
 class Refused(HTTPException):
@@ -60,7 +63,7 @@ def invalid(error: RequestValidationError, known: Mapping[str, list[str]]) -> Re
         return Refused(400, f"Unknown parameter: {name!r}.{guess}", param=name, code="unknown_parameter")
     if kind == "missing":
         return Refused(400, f"{name!r} is missing.", param=name, code="missing_required_parameter")
-    said = str(first["msg"]).removeprefix("Input ").removeprefix("Value error, ")
+    said = _SUBJECT.sub("", str(first["msg"]))
     return Refused(400, f"{name!r}: {said}, got {_shown(first.get('input'))}.", param=name)
 
 

@@ -72,8 +72,9 @@ class Sampler:
         if how.top_k == 1:
             return int(logits.argmax())
         tokens = _largest(logits, how.top_k) if 0 < how.top_k < len(logits) else np.arange(len(logits))
-        scaled = logits[tokens].astype(np.float64) / how.temperature
-        shares = np.exp(scaled - scaled.max())
+        below = logits[tokens].astype(np.float64) - float(logits.max())
+        with np.errstate(over="ignore"):  # the least temperatures leave the most likely token alone
+            shares = np.exp(below / how.temperature)
         shares /= shares.sum()
         if how.top_p < 1:
             kept = _nucleus(shares, how.top_p)

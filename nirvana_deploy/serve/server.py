@@ -58,7 +58,7 @@ def serving(
     Raises NirvanaError for a missing extra, an address that is not free, and a folder that cannot be served.
     """
     _require_extra()
-    from nirvana_deploy.serve.app import Service
+    from nirvana_deploy.serve.answer import Service
     from nirvana_deploy.serve.batch import Batch
     from nirvana_deploy.serve.model import opened
 
@@ -153,8 +153,9 @@ class Server:
             while not told.wait(_LOOK_SECONDS) and self._thread.is_alive():
                 pass
             if self._thread.is_alive():
-                open_answers = self._service.batch.active + self._service.batch.waiting
-                self._progress.note(f"Ending; {open_answers} answers are open. Again to end at once.")
+                count = self._service.batch.active + self._service.batch.waiting
+                left = f"; {count} answers are open (once more to end at once)" if count else ""
+                self._progress.note(f"Ending{left}.")
             self.end()
         finally:
             for number, handler in before.items():

@@ -72,7 +72,7 @@ class Request(BaseModel):
     top_p: Annotated[_Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(strict=True, ge=-1, le=2**31 - 1)] | None = None
     """Beyond OpenAI's API, as of other servers; 0 and -1 are no limit."""
-    repetition_penalty: Annotated[_Number, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[_Number, Field(ge=0.1, le=10)] | None = None
     """Likewise."""
     presence_penalty: Annotated[_Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[_Number, Field(ge=-2, le=2)] | None = None

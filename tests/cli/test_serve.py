@@ -78,7 +78,9 @@ def test_a_signal_lets_open_answers_end(folder: Path, number: signal.Signals) ->
         assert b"data: [DONE]" in text and b'"finish_reason": "' in text
         _, told = child.communicate(timeout=60)
         assert child.returncode == 0, told
-    assert "Ending; 1 answers are open." in told and "Ended after 1 answers." in told
+    assert (
+        "Ending; 1 answers are open (once more to end at once)." in told and "Ended after 1 answers." in told
+    )
     assert "Traceback" not in told and said["model"] == "tiny" and said["context_tokens"] == 512
 
 
@@ -102,7 +104,8 @@ def test_the_recommended_model_is_served_else_the_pruned_one(out: Path) -> None:
     folder, name = served_model(out, None, progress=Noted())  # type: ignore[arg-type]
     assert (folder, name) == (out / "onnx", "job/pruned")
     assert notes == [
-        "Serving pruned, as its report recommends none; --variant names another: dense, pruned, pruned-w8."
+        "Serving pruned, as its report recommends none; --variant names another: dense, pruned, dense-w8, "
+        "pruned-w8."
     ]
     assert served_model(out, "pruned-w8") == (out / "onnx-w8", "job/pruned-w8")
     assert served_model(out / "onnx-w8", None) == (out / "onnx-w8", "onnx-w8")

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from builders.extras import needs
 
-from nirvana_deploy.serve.answer import AnswerText
+needs("fastapi")
+needs("prometheus_client")
+
+from nirvana_deploy.serve.answer import AnswerText  # noqa: E402
 
 
 class Letters:

@@ -129,6 +129,29 @@ def test_a_failing_runtime_fails_the_answers_at_work_and_no_later_one(runner: Or
     batch.close()
 
 
+def test_an_answer_whose_token_cannot_be_drawn_fails_alone(runner: OrtDecoder) -> None:
+    class WithoutNumbers(Watched):
+        def decode(self, tokens: Any, state: Any) -> Any:
+            logits, state = super().decode(tokens, state)
+            logits = logits.copy()
+            logits[1:] = np.nan
+            return logits, state
+
+    watched = WithoutNumbers(runner)
+    watched.gate.clear()
+    batch = Batch(watched, slots=2, queue=4)  # type: ignore[arg-type]
+    fine, failed = queue.Queue[Any](), queue.Queue[Any]()
+    one, two = prompts(2)
+    batch.submit(asked(one), fine.put)
+    drawn = Asked(prompt=two, max_new_tokens=4, stops=frozenset(), sampling=Sampling(temperature=1.0))
+    batch.submit(drawn, failed.put)
+    watched.gate.set()
+    assert isinstance(collected(failed)[1], ValueError)
+    alone = greedy_tokens(runner, np.array([one]), max_new_tokens=NEW_TOKENS)
+    assert collected(fine) == (alone, "length")
+    batch.close()
+
+
 def test_a_prompt_that_cannot_be_read_fails_alone(runner: OrtDecoder) -> None:
     watched = Watched(runner)
     watched.gate.clear()

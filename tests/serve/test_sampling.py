@@ -59,6 +59,7 @@ def test_tokens_come_as_often_as_transformers_would_draw_them(
 def test_without_temperature_the_most_likely_token_is_taken(logits: NDArray[np.float32]) -> None:
     assert Sampler(Sampling(), PROMPT).next(logits) == logits.argmax()
     assert Sampler(Sampling(temperature=2.0, top_k=1), PROMPT).next(logits) == logits.argmax()
+    assert Sampler(Sampling(temperature=1e-300), PROMPT).next(logits) == logits.argmax()
 
 
 def test_the_same_seed_draws_the_same_tokens(logits: NDArray[np.float32]) -> None:
