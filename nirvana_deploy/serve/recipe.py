@@ -25,7 +25,7 @@ class Serving:
         str | None, Option("Name by which clients ask for the model. [its folder and variant]")
     ] = None
     host: Annotated[
-        str, Option("Address to listen on; 0.0.0.0 lets other machines in, without encryption.")
+        str, Option("IP address to listen on; 0.0.0.0 lets other machines in, without encryption.")
     ] = "127.0.0.1"
     port: Annotated[int, Option("Port to listen on; 0 takes a free one.", minimum=0)] = 8000
     api_key_file: Annotated[

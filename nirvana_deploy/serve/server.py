@@ -16,6 +16,7 @@ from typing import Any
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.reading import require_file
 from nirvana_deploy.serve.recipe import KEY_VARIABLE, Serving
 
 _EXTRA = (("fastapi", "fastapi"), ("uvicorn", "uvicorn"), ("prometheus_client", "prometheus-client"))
@@ -69,7 +70,8 @@ def serving(
                 f"Anybody who reaches {options.host} can use this server: no bearer token was given. "
                 f"Set {KEY_VARIABLE} or --api-key-file."
             )
-        with opened(folder, name=options.model_name or name, runtime=runtime, threads=threads) as model:
+        known_as = (options.model_name or name).encode(errors="replace").decode()
+        with opened(folder, name=known_as, runtime=runtime, threads=threads) as model:
             batch = Batch(model.runner, slots=options.slots, queue=options.queue)
             service = Service(model, batch, options, on_fault=progress.note)
             try:
@@ -190,6 +192,7 @@ def read_key(file: Path | None) -> str | None:
         where = f"The variable {KEY_VARIABLE}"
     else:
         where = f"--api-key-file {file}"
+        require_file(file)
         try:
             with file.open("rb") as opened:
                 key = opened.read(_LONGEST_KEY + 1).decode("ascii").strip()
@@ -221,12 +224,16 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
     """A socket bound to the address; raises NirvanaError for one that is not there or not free."""
     if port > _LAST_PORT:
         raise NirvanaError(f"Port {port} is beyond the last one, {_LAST_PORT}.")
+    by_name = host == "localhost"  # no other name is looked up: a server knows its own addresses
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=0 if by_name else socket.AI_NUMERICHOST
         )[0]
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise NirvanaError(f"{host!r}, port {port}, is no address of this machine: {error}.") from error
+    except (OSError, ValueError) as error:
+        raise NirvanaError(
+            f"--host takes an IP address of this machine, or localhost; got {host!r}.",
+            hint="127.0.0.1 is for this machine alone, 0.0.0.0 for all that reach it.",
+        ) from error
     sock = socket.socket(family, kind, protocol)
     try:
         if os.name == "posix":  # a port of a server that has just ended is free
@@ -257,13 +264,14 @@ def serve_onnx_folder(
     options: Serving,
     runtime: str | None = None,
     threads: int | None = None,
-    on_ready: Callable[[Served], None] = lambda served: None,
+    on_ready: Callable[[Served], None] | None = None,
     progress: Progress = SILENT,
 ) -> Served:
     """Serve the ONNX ``folder`` until SIGINT or SIGTERM; ``on_ready`` hears when it listens."""
     with serving(
         folder, name=name, options=options, runtime=runtime, threads=threads, progress=progress
     ) as server:
-        on_ready(server.served)
+        if on_ready is not None:
+            on_ready(server.served)
         server.wait()
     return server.served

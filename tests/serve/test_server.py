@@ -455,7 +455,8 @@ def test_an_address_that_is_nobodys_is_said(folder: Path) -> None:
     for options in ({"host": "nowhere.invalid"}, {"port": 70000}, {"host": "203.0.113.7"}):
         with (
             pytest.raises(
-                NirvanaError, match=r"is no address of this machine|cannot be listened on|beyond the last one"
+                NirvanaError,
+                match=r"takes an IP address of this machine|cannot be listened on|beyond the last one",
             ),
             servers.serving(folder, name="two", options=servers.Serving(**options)),
         ):

@@ -24,7 +24,7 @@ def serve_folder(
     options: Serving | None = None,
     place: Place | None = None,
     *,
-    on_ready: Callable[[Served], None] = lambda served: None,
+    on_ready: Callable[[Served], None] | None = None,
     progress: Progress = SILENT,
 ) -> Served:
     """Serve a model of an output folder, or an ONNX folder, as OpenAI's clients ask for it, until Ctrl-C.
