@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def serve(path: Path, as_json: bool, **options: Any) -> None:
         key = ", a bearer token is asked for" if served.needs_key else ""
         echo(f"{served.model} on {served.url} ({context}{served.slots} slots{key})")
 
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # a client that went away is no warning
     place = taken(Place, options)
     served = serve_folder(path, Serving(**options), place, on_ready=say, progress=TerminalProgress())
     echo(f"Ended after {served.answered:,} answers.", err=True)

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.serve.answer import Answer, Service
 from nirvana_deploy.serve.batch import Asked
-from nirvana_deploy.serve.errors import Refused, error_object, invalid, refusal
+from nirvana_deploy.serve.errors import Refused, error_object, fault, invalid, refusal
 from nirvana_deploy.serve.model import ServedModel
 from nirvana_deploy.serve.sampling import Sampling
 from nirvana_deploy.serve.wire import (
@@ -115,6 +115,10 @@ def _say_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(RequestValidationError)
     async def not_valid(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
         return refusal(invalid(error, known))
+
+    @app.exception_handler(Exception)
+    async def at_fault(_: HttpRequest, error: Exception) -> JSONResponse:
+        return fault()  # which guards.counted tells the log of
 
     @app.exception_handler(HTTPException)
     async def refused(http: HttpRequest, error: HTTPException) -> JSONResponse:

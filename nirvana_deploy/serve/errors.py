@@ -47,6 +47,11 @@ def refusal(error: HTTPException) -> JSONResponse:
     return JSONResponse(body, error.status_code, headers=error.headers)
 
 
+def fault() -> JSONResponse:
+    """What is answered where the server itself fails."""
+    return JSONResponse(error_object(500, "The server is at fault; its log says more."), 500)
+
+
 def invalid(error: RequestValidationError, known: Mapping[str, list[str]]) -> Refused:
     """The first thing that is wrong with a body; ``known`` are the parameters of each route's body."""
     first = error.errors()[0]

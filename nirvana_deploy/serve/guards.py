@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nirvana_deploy.base.errors import unforeseen
 from nirvana_deploy.base.units import format_bytes
-from nirvana_deploy.serve.errors import Refused, error_object, refusal
+from nirvana_deploy.serve.errors import Refused, fault, refusal
 
 OPEN_ROUTES = ("/health",)
 """Answered without a token."""
@@ -106,11 +106,8 @@ def counted(
         except Exception as error:
             on_fault(str(unforeseen(error)))
             if status == 0:
-                from starlette.responses import JSONResponse
-
-                body = error_object(500, "The server is at fault; its log says more.")
                 with suppress(OSError):
-                    await JSONResponse(body, 500)(scope, receive, sent)
+                    await fault()(scope, receive, sent)
         finally:
             route = scope["path"] if scope["path"] in routes else "other"
             on_answer(route, status or 499, time.perf_counter() - began)

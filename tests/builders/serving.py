@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from builders.tiny import write_tiny
+from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.export.recipe import Graph
 from nirvana_deploy.pipeline.alone.onnx import export_onnx
 from nirvana_deploy.serve.recipe import Serving
@@ -38,9 +39,11 @@ def write_served(folder: Path, *, template: str = _TEMPLATE) -> Path:
 
 
 @contextmanager
-def served(folder: Path, **options: Any) -> Iterator[Server]:
+def served(folder: Path, progress: Progress = SILENT, **options: Any) -> Iterator[Server]:
     """A server of an ONNX folder on a free port, in this process."""
-    with serving(folder, name="tiny", options=Serving(port=0, **options), threads=1) as server:
+    with serving(
+        folder, name="tiny", options=Serving(port=0, **options), threads=1, progress=progress
+    ) as server:
         yield server
 
 

@@ -25,11 +25,13 @@ openai = needs("openai")
 from builders.serving import CONTEXT_TOKENS, asked, refused, sent, served, write_served  # noqa: E402
 
 from nirvana_deploy.base.errors import NirvanaError  # noqa: E402
+from nirvana_deploy.base.progress import SilentProgress  # noqa: E402
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder  # noqa: E402
 from nirvana_deploy.runtime.runner import greedy_tokens  # noqa: E402
 from nirvana_deploy.runtime.text import load_text_side  # noqa: E402
 from nirvana_deploy.serve import connections  # noqa: E402
 from nirvana_deploy.serve import server as servers  # noqa: E402
+from nirvana_deploy.serve.model import ServedModel  # noqa: E402
 from nirvana_deploy.serve.recipe import KEY_VARIABLE  # noqa: E402
 from nirvana_deploy.serve.server import Server  # noqa: E402
 
@@ -66,7 +68,7 @@ def alone(folder: Path, prompt: str, new_tokens: int) -> str:
 
 @pytest.mark.consumer(
     "openai (Python client)",
-    "served ONNX folder",
+    artifact="ONNX folder, served",
     proof="32 clients on 4 slots get the greedy answers of single runs, in one piece and streamed",
     package="openai",
 )
@@ -376,6 +378,37 @@ def _received(sock: socket.socket) -> bytes:
         return b""
 
 
+class Noted(SilentProgress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_fault_is_answered_and_told_and_the_server_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("by accident")
+
+    progress = Noted()
+    with served(folder, progress) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(ServedModel, "ids_of_text", broken)
+            status, error = refused(server, COMPLETIONS, ASKED)
+            assert (status, error["type"]) == (500, "server_error") and "accident" not in str(error)
+        with monkeypatch.context() as patched:
+            patched.setattr(OrtDecoder, "prefill", broken)
+            status, error = refused(server, COMPLETIONS, ASKED)
+            assert status == 500 and "The runtime failed" in error["message"]
+        assert asked(server, "POST", COMPLETIONS, ASKED)[0] == 200
+        assert asked(server, "GET", "/health")[2]["active"] == 0
+    ours, runtimes = progress.notes
+    assert "This is a fault of nirvana-deploy" in ours and "ZeroDivisionError: by accident" in ours
+    assert runtimes == "The runtime failed: ZeroDivisionError: by accident"
+
+
 def test_a_thousand_half_open_connections_keep_nobody_out(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,14 +485,10 @@ def test_a_taken_port_is_said(server: Server, folder: Path) -> None:
 
 
 def test_an_address_that_is_nobodys_is_said(folder: Path) -> None:
+    said = r"takes an IP address of this machine|cannot be listened on|beyond the last one"
     for options in ({"host": "nowhere.invalid"}, {"port": 70000}, {"host": "203.0.113.7"}):
-        with (
-            pytest.raises(
-                NirvanaError,
-                match=r"takes an IP address of this machine|cannot be listened on|beyond the last one",
-            ),
-            servers.serving(folder, name="two", options=servers.Serving(**options)),
-        ):
+        server = servers.serving(folder, name="two", options=servers.Serving(**options))
+        with pytest.raises(NirvanaError, match=said), server:
             pass
 
 
