@@ -452,7 +452,7 @@ def test_a_bearer_token_is_asked_for_and_never_shown(
         file.write_text(content)
         with pytest.raises(NirvanaError, match=said):
             servers.read_key(file)
-    with pytest.raises(NirvanaError, match="cannot be read"):
+    with pytest.raises(NirvanaError, match="does not exist"):
         servers.read_key(tmp_path / "none")
 
 
