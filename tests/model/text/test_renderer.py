@@ -18,7 +18,8 @@ TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}[{{ message.role }}] {{ message.content | trim }}{% endfor %}"
     "{% if 'dawdle' in messages[0].content %}{% for a in range(99999) %}{% for b in range(99999) %}"
-    "{% endfor %}{% endfor %}{% elif 'grow' in messages[0].content %}{{ 'a' * 10 ** 10 }}{% endif %}"
+    "{% endfor %}{% endfor %}{% elif 'grow' in messages[0].content %}"
+    "{{ messages[0].content * 10 ** 9 }}{% endif %}"
     "{% if add_generation_prompt %}<bot>{% endif %}"
 )
 TURNS = [{"role": "system", "content": "x"}, {"role": "user", "content": " é\n"}]
@@ -43,12 +44,10 @@ def children() -> int:
 
 
 @pytest.mark.integration
-def test_every_text_is_that_of_transformers_though_one_took_too_much(
-    renderer: Renderer, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_follow_though_one_took_too_much(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     before = children()
-    theirs = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False)
-    assert renderer.render(TURNS) == theirs == "<s>[system] x[user] é<bot>"
+    theirs = "<s>[system] x[user] é<bot>"  # not asked of transformers: a hostile template stays out of here
+    assert renderer.render(TURNS) == theirs
     with pytest.raises(NirvanaError, match="more than 256 MB of memory"):
         renderer.render([{"role": "user", "content": "grow"}])
     with pytest.raises(NirvanaError, match="more than 5 s of CPU time"):
