@@ -59,7 +59,7 @@ def server(folder: Path, *options: str) -> Iterator[tuple[str, str, psutil.Proce
         yield ready["url"], ready["model"], psutil.Process(child.pid)
     finally:
         child.terminate()
-        child.wait()
+        child.communicate()  # which closes the pipe
     if child.returncode:
         raise SystemExit(f"The server ended with {child.returncode}.")
 
