@@ -42,6 +42,7 @@ _PUBLIC = {
     "RegressionError": "nirvana_deploy.base.errors",
     "Search": "nirvana_deploy.search.recipe",
     "Selection": "nirvana_deploy.prune.recipe",
+    "Serving": "nirvana_deploy.serve.recipe",
     "ShownProgress": "nirvana_deploy.base.shown.progress",
     "Target": "nirvana_deploy.search.recipe",
     "Traffic": "nirvana_deploy.measure.recipe",
@@ -80,6 +81,7 @@ _PUBLIC = {
     "run_job": "nirvana_deploy.pipeline.prune_export",
     "search_points": "nirvana_deploy.pipeline.searching.search",
     "select_calibration": "nirvana_deploy.pipeline.alone.calibration",
+    "serve_folder": "nirvana_deploy.pipeline.alone.serve",
     "verify_folder": "nirvana_deploy.verify.folder",
     "verify_onnx_folder": "nirvana_deploy.verify.folder",
 }
@@ -103,6 +105,7 @@ __all__ = [
     "RegressionError",
     "Search",
     "Selection",
+    "Serving",
     "ShownProgress",
     "Target",
     "Traffic",
@@ -141,6 +144,7 @@ __all__ = [
     "run_job",
     "search_points",
     "select_calibration",
+    "serve_folder",
     "verify_folder",
     "verify_onnx_folder",
 ]
@@ -167,6 +171,7 @@ if TYPE_CHECKING:
     from nirvana_deploy.pipeline.against import compare_with_earlier
     from nirvana_deploy.pipeline.alone.calibration import select_calibration
     from nirvana_deploy.pipeline.alone.onnx import export_onnx, quantize_onnx_folder
+    from nirvana_deploy.pipeline.alone.serve import serve_folder
     from nirvana_deploy.pipeline.alone.text import generate_text
     from nirvana_deploy.pipeline.compare import compare_folders
     from nirvana_deploy.pipeline.contest import benchmark_contenders
@@ -192,6 +197,7 @@ if TYPE_CHECKING:
     from nirvana_deploy.runtime.recipe import Place
     from nirvana_deploy.runtime.tensorrt.record import read_engine_record
     from nirvana_deploy.search.recipe import Search, Target, Where
+    from nirvana_deploy.serve.recipe import Serving
     from nirvana_deploy.verify.folder import verify_folder, verify_onnx_folder
 
 

@@ -38,6 +38,7 @@ ROOMS = [
     "measure",
     "search",
     "package",
+    "serve",
     "report",
     "pipeline",
     "cli",

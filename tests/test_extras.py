@@ -28,9 +28,11 @@ def test_without_every_extra_the_suite_is_collected_and_the_reasons_are_printed(
     assert "tests/model/test_sources.py::" in found.stdout
     reasons = re.findall(r"^SKIPPED \[\d+\] (\S+?):\d+: needs (\S+): pip install", found.stdout, re.MULTILINE)
     assert {package for _, package in reasons} == {
+        "fastapi",
         "gguf",
         "onnxruntime-genai",
         "tensorrt-rtx",
         "tritonclient",
+        "uvicorn",
     }
     assert ("tests/package/test_gguf.py", "gguf") in reasons

@@ -39,6 +39,7 @@ DOES = {
     "report": ["report_folder", "compare_folders", "compare_with_earlier"],
     "search": ["search_points"],
     "select-calib": ["select_calibration"],
+    "serve": ["serve_folder"],
     "verify": ["verify_folder", "verify_onnx_folder"],
 }
 """Command: the functions that do the same from Python."""

@@ -99,9 +99,36 @@ def address_space_limit_bytes() -> int | None:
 
 def limit_process(*, mapped_bytes: int, cpu_seconds: int) -> None:
     """Let this process map and compute no more than that, in all, where the system enforces limits."""
+    limit_memory(mapped_bytes)
+    if limits_are_enforced():
+        _resource.setrlimit(_resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
+
+
+def limit_memory(mapped_bytes: int) -> None:
+    """Let this process map no more than that, where the system enforces limits."""
     if limits_are_enforced():
         _resource.setrlimit(_resource.RLIMIT_AS, (mapped_bytes, mapped_bytes))
-        _resource.setrlimit(_resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
+
+
+def limit_next_seconds(seconds: int) -> None:
+    """Let this process compute that long until the next call, where the system enforces limits."""
+    if limits_are_enforced():
+        most = _resource.getrlimit(_resource.RLIMIT_CPU)[1]
+        until = math.ceil(cpu_seconds()) + seconds
+        if most == _resource.RLIM_INFINITY or until < most:
+            _resource.setrlimit(_resource.RLIMIT_CPU, (until, most))
+
+
+def allow_open_files(wanted: int) -> int:
+    """Let this process have that many files and sockets open, as far as the system goes; returns how many."""
+    if _resource is None:
+        return wanted
+    soft, hard = _resource.getrlimit(_resource.RLIMIT_NOFILE)
+    if soft == _resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    allowed = wanted if hard == _resource.RLIM_INFINITY else min(wanted, hard)
+    _resource.setrlimit(_resource.RLIMIT_NOFILE, (allowed, hard))
+    return int(allowed)
 
 
 def limits_are_enforced() -> bool:

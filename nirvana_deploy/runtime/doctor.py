@@ -32,10 +32,12 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("accelerate", "lm-eval"),
     "gguf": ("accelerate", "gguf"),
     "recover": ("accelerate", "peft", "tensorboard"),
+    "serve": ("fastapi", "prometheus-client", "uvicorn"),
     "test": (
         "hypothesis",
         "jsonschema",
         "mypy",
+        "openai",
         "pytest",
         "pytest-xdist",
         "ruff",

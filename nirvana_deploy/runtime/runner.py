@@ -5,7 +5,7 @@ N sequences, T tokens of a prompt, A tokens of an answer, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -65,6 +65,19 @@ class OnDevice(Protocol):
 
     def device_ms(self) -> tuple[float, ...]:
         """Compute time of every pass since the last call, on the device's own clock."""
+        ...
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """A decoder whose sequences join and leave a batch between two steps."""
+
+    def joined(self, state: Any, more: Any) -> Any:
+        """The state of all sequences of two states; what it is made of is not continued any more."""
+        ...
+
+    def kept(self, state: Any, rows: Sequence[int]) -> Any:
+        """The state of some sequences of a state, at least one."""
         ...
 
 

@@ -8,6 +8,7 @@ import pytest
 
 EXTRAS = {
     "cuda": ("cuda-bindings", "rtx"),
+    "fastapi": ("fastapi", "serve"),
     "furo": ("furo", "docs"),
     "gguf": ("gguf", "gguf"),
     "hypothesis": ("hypothesis", "test"),
@@ -15,13 +16,16 @@ EXTRAS = {
     "llama_cpp": ("llama-cpp-python", "llama-cpp"),
     "lm_eval": ("lm-eval", "eval"),
     "myst_parser": ("myst-parser", "docs"),
+    "openai": ("openai", "test"),
     "onnxruntime_genai": ("onnxruntime-genai", "genai"),
     "peft": ("peft", "recover"),
+    "prometheus_client": ("prometheus-client", "serve"),
     "ray": ("ray", "cluster"),
     "sphinx": ("sphinx", "docs"),
     "tensorboard": ("tensorboard", "recover"),
     "tensorrt_rtx": ("tensorrt-rtx", "rtx"),
     "tritonclient": ("tritonclient", "test"),
+    "uvicorn": ("uvicorn", "serve"),
 }
 """Top-level module: its package, our extra."""
 

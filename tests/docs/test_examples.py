@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import http.client
 import importlib
 import json
 import re
 import runpy
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,26 +100,17 @@ def test_the_search_recommends_within_its_budget(searched: Path) -> None:
     }
 
 
-def test_a_served_model_streams_what_it_writes(first: Path) -> None:
-    here = example("serve")["server"](str(first), 0, max_new_tokens=6)
-    thread = threading.Thread(target=here.serve_forever)
-    thread.start()
-    try:
-        answers = []
-        for prompt in ("Once upon", ""):
-            connection = http.client.HTTPConnection("127.0.0.1", here.server_port, timeout=60)
-            connection.request("POST", "/", body=prompt)
-            answers.append(connection.getresponse().read().decode())
-            connection.close()
-    finally:
-        here.shutdown()
-        here.server_close()
-        thread.join()
+def test_a_server_is_asked_by_the_third_example(first: Path) -> None:
+    for module in ("fastapi", "uvicorn", "prometheus_client", "openai"):
+        needs(module)
+    from builders.serving import served
+
+    with served(first / "onnx") as server:
+        found = "".join(example("ask")["continuation"](server.url, "Once upon", max_tokens=6))
     tokenizer, stops = load_text_side(first / "onnx")
     with open_runner(first / "onnx") as runner:
         wanted = stream_text(runner, tokenizer, "Once upon", max_new_tokens=6, stops=stops)
-    assert wanted.new_tokens and answers[0] == wanted.text
-    assert answers[1].startswith("The prompt has no tokens.")
+    assert wanted.new_tokens and found == wanted.text
 
 
 @pytest.mark.parametrize("page", [page for page in SITE if blocks(page, "python")])

@@ -6,6 +6,7 @@ or odd through and through.
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,11 +32,14 @@ _JOBS = {
     "benchmark": "out --prompt-tokens 4 --new-tokens 2 --repeats 1",
     "evaluate": "out --eval-text text.txt",
     "generate": "onnx --prompt One --max-new-tokens 2",
+    "serve": "onnx --port 0",
     "package": "out --triton --out new",
     "report": "out",
     "inspect": "out",
 }
 """Command -> arguments and options of a short job."""
+_ENDING = (8.0, signal.SIGTERM)
+"""Seconds after which a server is told to end."""
 _SHORT_ALONE = {"repeats", "new_tokens", "max_new_tokens", "candidates", "timing_cache"}
 """Options whose large values ask for work without end: these take the small ones."""
 # fmt: off
@@ -57,7 +61,7 @@ def trial(world: World, random: Random) -> Result:
     words = _drawn(random)
     with world.folder(*_INPUTS) as folder:
         before = snapshot(folder)
-        ended = run(*words, folder=folder)
+        ended = run(*words, folder=folder, kill=_ENDING if words[0] == "serve" else None)
         after = snapshot(folder)
         written = {word.partition("/")[0] for word in words} | {"new", "out", "llama-s0.3"}
         kept = {name: state for name, state in before.items() if not name.startswith("out")}

@@ -23,11 +23,11 @@ from nirvana_deploy.base.machine import cpu_seconds, limit_process, limits_are_e
 MEMORY_BYTES = 256 << 20
 """What a template may allocate, beyond the interpreter and its libraries."""
 CPU_SECONDS = 5
-_WALL_SECONDS = 60
+WALL_SECONDS = 60
 """Imports on a busy machine included."""
-_LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.05
 """How often a child is looked after that no limit of the system holds."""
-_RESIDENT_BYTES = 1 << 30
+RESIDENT_BYTES = 1 << 30
 """What such a child may hold in memory, the interpreter and its libraries included."""
 MOST_CHARACTERS = 1 << 20
 """What a template may write."""
@@ -58,16 +58,20 @@ def written_out(tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]
 def _rendered(
     tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]], *, answer_follows: bool, hint: str
 ) -> list[str]:
-    request = {
-        "conversations": list(conversations),
-        "chat_template": _template(tokenizer, hint),
-        "add_generation_prompt": answer_follows,
-        **tokenizer.special_tokens_map,
-    }
+    request = {"conversations": list(conversations), **in_words_of(tokenizer, answer_follows, hint=hint)}
     answer = _asked(request)
     if "problem" in answer:
         raise NirvanaError(f"The chat template was refused: {answer['problem']}.", hint=hint)
     return list(answer["texts"])
+
+
+def in_words_of(tokenizer: Any, answer_follows: bool, *, hint: str) -> dict[str, Any]:
+    """What :func:`rendered` needs beside conversations; raises NirvanaError where no template is the one."""
+    return {
+        "chat_template": _template(tokenizer, hint),
+        "add_generation_prompt": answer_follows,
+        **tokenizer.special_tokens_map,
+    }
 
 
 def _template(tokenizer: Any, hint: str) -> str:
@@ -107,8 +111,8 @@ def _heard(child: subprocess.Popen[bytes], request: bytes) -> tuple[bytes, bytes
 
     The system keeps it from that, or this process looks after it where the system enforces no limits.
     """
-    pause_s = _WALL_SECONDS if limits_are_enforced() else _LOOK_SECONDS
-    end = time.monotonic() + _WALL_SECONDS
+    pause_s = WALL_SECONDS if limits_are_enforced() else LOOK_SECONDS
+    end = time.monotonic() + WALL_SECONDS
     said: bytes | None = request
     while True:
         try:
@@ -116,12 +120,13 @@ def _heard(child: subprocess.Popen[bytes], request: bytes) -> tuple[bytes, bytes
         except subprocess.TimeoutExpired:
             said = None
             if time.monotonic() >= end:
-                raise _TakenTooMuchError(f"it took longer than {_WALL_SECONDS} s") from None
-            if _resident_bytes(child.pid) > _RESIDENT_BYTES + _COPIES * len(request):
+                raise _TakenTooMuchError(f"it took longer than {WALL_SECONDS} s") from None
+            if resident_bytes(child.pid) > RESIDENT_BYTES + _COPIES * len(request):
                 raise _TakenTooMuchError("it needs too much memory") from None
 
 
-def _resident_bytes(process: int) -> int:
+def resident_bytes(process: int) -> int:
+    """Memory that a process holds; 0 for one that has ended."""
     try:
         return int(psutil.Process(process).memory_info().rss)
     except psutil.NoSuchProcess:
@@ -130,18 +135,24 @@ def _resident_bytes(process: int) -> int:
 
 def answered(request: dict[str, Any]) -> dict[str, Any]:
     """Render the request under the limits: ``texts``, or the ``problem``. Changes this process for good."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     given = len(json.dumps(request["conversations"]))
     most_bytes = psutil.Process().memory_info().vms + MEMORY_BYTES + _COPIES * given
     seconds = CPU_SECONDS + len(request["conversations"]) // _CONVERSATIONS_PER_SECOND
     limit_process(mapped_bytes=most_bytes, cpu_seconds=int(cpu_seconds()) + seconds)
+    return rendered(request)
+
+
+def rendered(request: dict[str, Any]) -> dict[str, Any]:
+    """Render the request under the limits of this process: ``texts``, or the ``problem``."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
         texts, _ = render_jinja_template(**request)
     except MemoryError:
         return {"problem": f"it needs more than {MEMORY_BYTES >> 20} MB of memory"}
     except Exception as error:  # whatever a stranger's program raises is its own failure
         return {"problem": _first_line(error)}
+    given = len(json.dumps(request["conversations"]))
     written, most = sum(map(len, texts)), max(MOST_CHARACTERS, _COPIES * given)
     if written > most:
         return {"problem": f"it writes {written:,} characters; the most is {most:,}"}

@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.output.layout import CONTEXT_KEY, FLAVOR_KEY, MODEL_FILE
 from nirvana_deploy.runtime import beside
+from nirvana_deploy.runtime.onnxruntime.rows import joined_caches, joined_masks, unpadded
 from nirvana_deploy.runtime.onnxruntime.session import (
     CACHE_DTYPES,
+    as_array,
     as_numpy,
     as_ort,
     checked_threads,
@@ -201,6 +203,33 @@ class OrtDecoder:
         if state.slots is not None:
             return self._step_in_place(tokens, grown, state.slots, state.mark)
         return self._step(tokens, grown, state.cache)
+
+    def joined(self, state: DecodeState, more: DecodeState) -> DecodeState:
+        """The state of all sequences of two states; copies their caches."""
+        mask = joined_masks([state.attention_mask, more.attention_mask])
+        pairs = zip(self._arrays(state), self._arrays(more), strict=True)
+        return self._state([joined_caches(pair, in_place=self.in_place) for pair in pairs], mask)
+
+    def kept(self, state: DecodeState, rows: Sequence[int]) -> DecodeState:
+        """The state of some sequences of a state; copies their caches."""
+        mask = state.attention_mask[list(rows)]
+        begin = unpadded(mask)
+        arrays = [array[list(rows)] for array in self._arrays(state)]
+        if not self.in_place:
+            arrays = [np.ascontiguousarray(array[:, :, begin:]) for array in arrays]
+        return self._state(arrays, mask[:, begin:])
+
+    def _arrays(self, state: DecodeState) -> list[NDArray[Any]]:
+        """The caches of a state in the host's memory, for reading."""
+        if state.slots is not None and self._device == "cpu":
+            return state.slots.arrays
+        return [as_array(value) for value in (state.slots.values if state.slots else state.cache)]
+
+    def _state(self, arrays: list[NDArray[Any]], mask: NDArray[np.int64]) -> DecodeState:
+        if self.in_place:
+            return DecodeState(cache=(), attention_mask=mask, slots=SlotCache(arrays))
+        cache = tuple(as_ort(array, self._device) for array in arrays)
+        return DecodeState(cache=cache, attention_mask=mask)
 
     def _step(
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64], cache: Sequence[Any]

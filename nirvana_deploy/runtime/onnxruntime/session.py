@@ -159,5 +159,10 @@ def as_ort(array: NDArray[Any], device: str = "cpu") -> Any:
 
 def as_numpy(value: Any) -> NDArray[np.float32]:
     """Logits as float32, on the runtime's own memory where the binding speaks DLPack."""
-    array = np.from_dlpack(value) if hasattr(value, "__dlpack__") else value.numpy()
-    return array.astype(np.float32, copy=False)
+    return as_array(value).astype(np.float32, copy=False)
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """An OrtValue's numbers: on its own memory where that is the host's and the binding speaks DLPack."""
+    on_host = hasattr(value, "__dlpack__") and value.device_name() == "cpu"
+    return np.from_dlpack(value) if on_host else np.asarray(value.numpy())

@@ -67,7 +67,7 @@ def test_a_template_without_end_is_ended(tokenizer: Any) -> None:
 
 
 def test_a_template_that_only_waits_is_ended(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "_WALL_SECONDS", 0.1)
+    monkeypatch.setattr(chat, "WALL_SECONDS", 0.1)
     tokenizer.chat_template = FAITHFUL
     with pytest.raises(NirvanaError, match=r"took longer than 0\.1 s"):
         users_turn(tokenizer, "Hi")
@@ -79,7 +79,7 @@ def test_where_the_system_enforces_no_limit_the_parent_does(
     monkeypatch.setattr(chat, "limits_are_enforced", lambda: False)
     tokenizer.chat_template = FAITHFUL
     assert users_turn(tokenizer, "Hi") == "<s>[user] Hi<bot>"
-    monkeypatch.setattr(chat, "_RESIDENT_BYTES", 1 << 20)
+    monkeypatch.setattr(chat, "RESIDENT_BYTES", 1 << 20)
     with pytest.raises(NirvanaError, match="it needs too much memory"):
         users_turn(tokenizer, "Hi")
 
