@@ -79,6 +79,7 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
                     record.dtype if record else dtype_of_graph(folder).name,
                     layers=attentions_of(run.out / CHECKPOINT),
                     quantization=variant.scheme,
+                    rounds_inputs=runtime_named(runtime).rounds_inputs,
                 ),
                 prompts=prompts,
                 new_tokens=new_tokens,

@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import checked_threads
 from nirvana_deploy.output.layout import CONTEXT_KEY, FLAVOR_KEY, MODEL_FILE
 from nirvana_deploy.runtime import beside
 from nirvana_deploy.runtime.onnxruntime.session import (
     CACHE_DTYPES,
     as_numpy,
     as_ort,
-    checked_threads,
     export_hint,
     first_names,
     graph_values,
