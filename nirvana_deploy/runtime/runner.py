@@ -5,6 +5,7 @@ N sequences, T tokens of a prompt, A tokens of an answer, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import count
 from typing import Any, Protocol, runtime_checkable
@@ -77,6 +78,15 @@ class ReadsPrompts(Protocol):
         self, tokens: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
         """Prompts [N, T] to the encoder's states [N, T, D]."""
+        ...
+
+
+@runtime_checkable
+class CountsLinears(Protocol):
+    """A runner whose runtime says what it made of the graph."""
+
+    def linears(self) -> Counter[str]:
+        """Linears by the type of the weights that they compute with: i8, u4, f32, ..."""
         ...
 
 

@@ -102,7 +102,7 @@ class OpenVinoDecoder:
         return self._step(tokens, DecodeState(mask, state.request, state.lineage, state.mark))
 
     def linears(self) -> Counter[str]:
-        """Linears by the type of the weights that the compiled model computes with: i8, u4, f32, ...
+        """Linears by the type of the weights that the compiled model computes with (``CountsLinears``).
 
         Those that were packed into one product count each.
         """
