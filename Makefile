@@ -53,7 +53,7 @@ clean:
 	touch $@
 
 .venv/.test-ready: .venv/.demo-ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[cpu,docs,eval,genai,gguf,recover,rtx,serve,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[cpu,docs,eval,genai,gguf,openvino,recover,rtx,serve,test]'
 	touch $@
 
 build/fuzz/.ready: .venv/.test-ready Makefile

@@ -29,7 +29,7 @@ from peer_artifacts import Artifact, Places, artifacts, make  # the scripts besi
 from peer_process import PeerProcess
 
 from nirvana_deploy.base.artifact import write_json
-from nirvana_deploy.base.machine import measured_environment
+from nirvana_deploy.base.machine import default_threads, measured_environment
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.calibrate.windows_file import read_windows
@@ -41,7 +41,6 @@ from nirvana_deploy.measure.rounds.watch import Watch
 from nirvana_deploy.measure.worker import RoundSample
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.report.drawing import COLOURS, bare, entitle, label_points, new_figure
-from nirvana_deploy.runtime.onnxruntime.session import default_threads
 
 BASELINE = "transformers fp32"
 """Quality is measured against it."""

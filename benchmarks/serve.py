@@ -31,8 +31,7 @@ import psutil
 
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.child import child_environment
-from nirvana_deploy.base.machine import measured_environment
-from nirvana_deploy.runtime.onnxruntime.session import default_threads
+from nirvana_deploy.base.machine import default_threads, measured_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "serve.json"

@@ -25,7 +25,7 @@ from .options import ShownOption, json_option, recipe_options, taken
     default=None,
     help="What to write.",
     cls=ShownOption,
-    show_default="OUT/gguf/NAME-TYPE.gguf, OUT/triton; no default for a part of OUT alone",
+    show_default="OUT/gguf/NAME-TYPE.gguf, OUT/triton, OUT/openvino; no default for a part of OUT alone",
 )
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @json_option
@@ -36,20 +36,21 @@ def package(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Package OUT, an output folder, for llama.cpp or for Triton.
+    """Package OUT, an output folder, for llama.cpp, Triton or openvino-genai.
 
-    --gguf also takes a checkpoint folder, --triton an ONNX folder.
+    --gguf also takes a checkpoint folder, --triton and --openvino an ONNX folder.
 
     \b
     Examples:
       nirvana-deploy package smollm2-s0.4 --gguf --type q8_0
       nirvana-deploy package smollm2-s0.4 --triton --out repository
+      nirvana-deploy package smollm2-s0.4/onnx-int8 --openvino --out for-openvino
       nirvana-deploy package smollm2-s0.4 --triton --engine sm89=l4.engine --engine sm86=a10.engine
       nirvana-deploy package t5-s0.3 --triton --engine t5-s0.3/engine/pruned-decoder.engine
     """
     recipe = taken(Package, options)
-    if recipe.gguf == recipe.triton:
-        raise click.UsageError("Pass one of --gguf and --triton.")
+    if [recipe.gguf, recipe.triton, recipe.openvino].count(True) != 1:
+        raise click.UsageError("Pass one of --gguf, --triton and --openvino.")
     if recipe.engines and not recipe.triton:
         raise click.UsageError("--engine goes with --triton.")
     from nirvana_deploy.package import stage as packaging
@@ -68,6 +69,13 @@ def package(
                 f"{file.left_in_f16} matrices stay f16: their rows are no multiple of 32. "
                 "Prune with --round-to 32."
             )
+    elif recipe.openvino:
+        written = packaging.package_openvino(out, target, force=force, progress=progress)
+        if as_json:
+            echo_json({"out": str(written.path), "size_bytes": written.size_bytes})
+            return
+        echo(f"{written.path}: {format_bytes(written.size_bytes)} for openvino-genai")
+        echo(f"Run it: openvino_genai.LLMPipeline({str(written.path)!r}, 'CPU').generate('Once')")
     else:
         if recipe.engines:
             repository = packaging.package_engines(

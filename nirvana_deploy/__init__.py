@@ -67,6 +67,7 @@ _PUBLIC = {
     "meet_target": "nirvana_deploy.pipeline.searching.target",
     "package_engines": "nirvana_deploy.package.stage",
     "package_gguf": "nirvana_deploy.package.stage",
+    "package_openvino": "nirvana_deploy.package.stage",
     "package_triton": "nirvana_deploy.package.stage",
     "prune_by_plan": "nirvana_deploy.pipeline.prune_export",
     "prune_export": "nirvana_deploy.pipeline.prune_export",
@@ -130,6 +131,7 @@ __all__ = [
     "meet_target",
     "package_engines",
     "package_gguf",
+    "package_openvino",
     "package_triton",
     "prune_by_plan",
     "prune_export",
@@ -167,7 +169,7 @@ if TYPE_CHECKING:
     from nirvana_deploy.model.families import known_families
     from nirvana_deploy.model.sources import known_models
     from nirvana_deploy.output.inspection import inspect_path
-    from nirvana_deploy.package.stage import package_engines, package_gguf, package_triton
+    from nirvana_deploy.package.stage import package_engines, package_gguf, package_openvino, package_triton
     from nirvana_deploy.pipeline.against import compare_with_earlier
     from nirvana_deploy.pipeline.alone.calibration import select_calibration
     from nirvana_deploy.pipeline.alone.onnx import export_onnx, quantize_onnx_folder

@@ -30,7 +30,7 @@ DOES = {
     "generate": ["generate_text"],
     "inspect": ["inspect_path", "read_plan", "read_engine_record"],
     "models": ["known_models", "known_families"],
-    "package": ["package_gguf", "package_triton", "package_engines"],
+    "package": ["package_gguf", "package_triton", "package_openvino", "package_engines"],
     "prune": ["prune_export", "prune_by_plan"],
     "prune-export": ["prune_export", "meet_target", "read_recipe", "run_job"],
     "quantize": ["quantize_folder", "quantize_onnx_folder"],

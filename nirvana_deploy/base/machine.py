@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nirvana_deploy.base.errors import NirvanaError
+
 _VERSIONS = (
     "torch",
     "transformers",
@@ -155,6 +157,14 @@ def default_threads() -> int:
 
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     return min(physical, usable_threads())
+
+
+def checked_threads(threads: int | None) -> int:
+    """The size of a pool, :func:`default_threads` for None; raises NirvanaError unless it is positive."""
+    threads = threads if threads is not None else default_threads()
+    if threads < 1:
+        raise NirvanaError(f"threads must be at least 1, got {threads}.")
+    return threads
 
 
 def keep_to_quota() -> None:

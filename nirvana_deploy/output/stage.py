@@ -36,6 +36,7 @@ TANGENT_KERNEL = "ntk"
 TASKS = "tasks"
 REPORT = "report"
 TRITON = "triton"
+OPENVINO = "openvino"
 
 
 def quantized(scheme: str) -> str:

@@ -13,6 +13,9 @@ class Package:
 
     gguf: Annotated[bool, Option("One GGUF file for llama.cpp, from the checkpoint.")] = False
     triton: Annotated[bool, Option("A Triton model repository, from the ONNX folder.")] = False
+    openvino: Annotated[
+        bool, Option("An OpenVINO model with its tokenizer for openvino-genai, from the ONNX folder.")
+    ] = False
     engines: Annotated[
         tuple[str, ...],
         Option(

@@ -18,11 +18,19 @@ from nirvana_deploy.base.ownership.marker import require_free
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.layout import CHECKPOINT, MANIFEST, MODEL_FILE, ONNX, is_seq2seq
+from nirvana_deploy.output.layout import (
+    CHECKPOINT,
+    ENCODER_FILE,
+    MANIFEST,
+    MODEL_FILE,
+    ONNX,
+    is_seq2seq,
+)
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.undamaged import require_undamaged
 from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint, wrote_gguf
+from nirvana_deploy.package.openvino import OpenVinoFolder, openvino_from_onnx
 from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
 from nirvana_deploy.package.triton_engine import triton_from_engines, triton_from_seq2seq_engines
 from nirvana_deploy.runtime.tensorrt.record import is_part_of_seq2seq, read_engine_record
@@ -30,6 +38,7 @@ from nirvana_deploy.runtime.text import tokenizer_folder
 
 GGUF_FOLDER = "gguf"
 TRITON_FOLDER = "triton"
+OPENVINO_FOLDER = "openvino"
 
 
 def package_gguf(
@@ -104,6 +113,35 @@ def package_triton(
     with _held(source, target, force=force, reads=[onnx]):
         require_undamaged(onnx, progress=progress)
         _record(source, stage.TRITON, target, work, progress)
+    return made[0]
+
+
+def package_openvino(
+    source: Path | str,
+    target: Path | str | None = None,
+    *,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> OpenVinoFolder:
+    """Write the ONNX model of ``source``, an output folder or an ONNX folder, for openvino-genai.
+
+    ``target`` None means ``source``/openvino. Raises NirvanaError when there is no ONNX model or it is
+    damaged, when ``target`` exists and ``force`` is not given, and as :func:`openvino_from_onnx` does.
+    """
+    source = Path(source)
+    inside = source / ONNX if is_seq2seq(source / ONNX) else source
+    landmark = ENCODER_FILE if is_seq2seq(inside) else MODEL_FILE
+    onnx = _part(source, ONNX, landmark, "nirvana-deploy export CHECKPOINT --out DIR")
+    target = Path(target or _own_place(source) / OPENVINO_FOLDER)
+    made: list[OpenVinoFolder] = []
+
+    def work() -> dict[str, Any]:
+        made.append(openvino_from_onnx(onnx, target, progress=progress))
+        return {"size_bytes": made[0].size_bytes}
+
+    with _held(source, target, force=force, reads=[onnx]):
+        require_undamaged(onnx, progress=progress)
+        _record(source, stage.OPENVINO, target, work, progress)
     return made[0]
 
 

@@ -122,6 +122,8 @@ def _runner(row: Runtime, device: Finding) -> Finding:
     missing = _missing(row)
     if missing is not None:
         return Finding("runners", option, False, missing, row.install)
+    if row.probe is not None:
+        return _probed(row, option, takes)
     if row.device == "cpu":
         return Finding("runners", option, True, f"{takes}, on the CPU")
     if not device.usable:
@@ -129,6 +131,16 @@ def _runner(row: Runtime, device: Finding) -> Finding:
     return Finding(
         "runners", option, True, f"{takes}, on {device.detail}; whether it starts shows on loading"
     )
+
+
+def _probed(row: Runtime, option: str, takes: str) -> Finding:
+    assert row.probe is not None
+    module, function = row.probe.split(":")
+    try:
+        device = getattr(importlib.import_module(module), function)(row.name)
+    except NirvanaError as error:
+        return Finding("runners", option, False, f"installed, for {takes}; {error.message}", error.hint)
+    return Finding("runners", option, True, f"{takes}, on {device}")
 
 
 def _missing(row: Runtime) -> str | None:
@@ -169,7 +181,11 @@ def _execution_providers(onnxruntime: Any) -> str:
     return ", ".join(onnxruntime.get_available_providers())
 
 
-_DESCRIBED = {"onnxruntime": _execution_providers}
+def _openvino_devices(openvino: Any) -> str:
+    return ", ".join(openvino.Core().available_devices)
+
+
+_DESCRIBED = {"onnxruntime": _execution_providers, "openvino": _openvino_devices}
 """What is said of a module beside its version."""
 
 

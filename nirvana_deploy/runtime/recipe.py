@@ -9,7 +9,8 @@ from nirvana_deploy.base.recipe import Option, recipe
 from nirvana_deploy.runtime.table import RUNTIMES
 
 Threads = Annotated[
-    int | None, Option("Threads of ONNX Runtime. [all physical cores]", minimum=1, resumable=True)
+    int | None,
+    Option("Threads of ONNX Runtime, or of OpenVINO. [all physical cores]", minimum=1, resumable=True),
 ]
 
 

@@ -5,7 +5,9 @@ N sequences, T tokens of a prompt, A tokens of an answer, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -90,6 +92,46 @@ class ReadsPrompts(Protocol):
     ) -> NDArray[np.float32]:
         """Prompts [N, T] to the encoder's states [N, T, D]."""
         ...
+
+
+@runtime_checkable
+class CountsLinears(Protocol):
+    """A runner whose runtime says what it made of the graph."""
+
+    def linears(self) -> Counter[str]:
+        """Linears by the type of the weights that they compute with: i8, u4, f32, ..."""
+        ...
+
+
+class Lineage:
+    """Which states of a cache that is written in place are still true; marks are their names, the first is 0.
+
+    Continuing a state makes void those that followed it before.
+    """
+
+    def __init__(self) -> None:
+        self._true = [0]
+        self._marks = count(1)
+
+    @property
+    def newest(self) -> int:
+        """The mark of the state that the cache is in."""
+        return self._true[-1]
+
+    def require(self, mark: int) -> None:
+        """Raise NirvanaError when an earlier state was continued since, and this one's tokens are gone."""
+        if mark not in self._true:
+            raise NirvanaError(
+                "This state's KV cache was written over: an earlier state of the same prompt was continued.",
+                hint="Call prefill again for a second continuation that is to live beside the first.",
+            )
+
+    def advance(self, mark: int) -> int:
+        """Continue the state ``mark``, if :meth:`require` lets it; returns the mark of the new state."""
+        self.require(mark)
+        del self._true[self._true.index(mark) + 1 :]
+        self._true.append(next(self._marks))
+        return self._true[-1]
 
 
 def greedy_tokens(

@@ -14,6 +14,8 @@ from nirvana_deploy.base.registry import look_up
 Takes = Literal["onnx", "engine", "checkpoint", "gguf"]
 
 _ORT = "nirvana_deploy.runtime.onnxruntime.providers:open_decoder"
+_OPENVINO = "nirvana_deploy.runtime.openvino.decoder:open_decoder"
+_OPENVINO_DEVICE = "nirvana_deploy.runtime.openvino.session:described_device"
 _TENSORRT = "nirvana_deploy.runtime.tensorrt.decoder:open_engine"
 
 
@@ -37,6 +39,11 @@ class Runtime:
     fix: str | None = None
     """How to get it, where no extra does."""
     device: Literal["cpu", "gpu"] = "gpu"
+    """Whether it needs an NVIDIA GPU, where ``probe`` does not say."""
+    probe: str | None = None
+    """``module:function`` from the runtime's name to its device in words; raises NirvanaError for none."""
+    rounds_inputs: bool = False
+    """Whether it rounds inputs to 8 bits where weights alone are quantized."""
 
     @property
     def distribution(self) -> str:
@@ -84,6 +91,18 @@ RUNTIMES: dict[str, Runtime] = {
             module="onnxruntime",
             provider="NvTensorRTRTXExecutionProvider",
             fix="An onnxruntime with this provider: see its page on onnxruntime.ai",
+        ),
+        *(
+            Runtime(
+                f"openvino-{device}",
+                takes="onnx",
+                opens=_OPENVINO,
+                module="openvino",
+                extra="openvino",
+                probe=_OPENVINO_DEVICE,
+                rounds_inputs=True,
+            )
+            for device in ("cpu", "gpu", "npu")
         ),
         Runtime(
             "torch",

@@ -14,6 +14,7 @@ from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, variant_
 from nirvana_deploy.runtime.models import engines_of, models_for, place_of
 from nirvana_deploy.runtime.onnxruntime.providers import open_on_cpu
 from nirvana_deploy.runtime.registry import is_engine, open_runner
+from nirvana_deploy.runtime.runner import CountsLinears
 from nirvana_deploy.runtime.table import runtime_named
 from nirvana_deploy.runtime.tensorrt.record import DECODER, read_engine_record
 from nirvana_deploy.verify.against_torch import attentions_of, dtype_of_graph, verify_onnx
@@ -65,6 +66,9 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
             open_on_cpu(folder, threads=threads, in_float32=True) as reference,
             open_runner(path, runtime=runtime, threads=threads) as runner,
         ):
+            if isinstance(runner, CountsLinears):
+                counts = ", ".join(f"{count} in {kind}" for kind, count in runner.linears().most_common())
+                run.progress.note(f"Linears of {place_of(run, path)} in {runtime}: {counts}")
             vocab_size = runner.vocab_size
             prompts, new_tokens = prompts_for(run.out / CHECKPOINT, vocab_size), 32
             cases = runtime_cases(vocab_size)
@@ -79,6 +83,7 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
                     record.dtype if record else dtype_of_graph(folder).name,
                     layers=attentions_of(run.out / CHECKPOINT),
                     quantization=variant.scheme,
+                    rounds_inputs=runtime_named(runtime).rounds_inputs,
                 ),
                 prompts=prompts,
                 new_tokens=new_tokens,

@@ -43,15 +43,19 @@ def relative_tolerance(dtype: Dtype, *, layers: int) -> float:
     return _SIGMAS * dtype.unit_roundoff * math.sqrt(_ROUNDINGS_PER_LAYER * layers)
 
 
-def device_tolerance(dtype: str, *, layers: int, quantization: str | None = None) -> float:
-    """Largest difference of logits that a GPU's arithmetic explains, as a share of the largest logit.
+def device_tolerance(
+    dtype: str, *, layers: int, quantization: str | None = None, rounds_inputs: bool = False
+) -> float:
+    """Largest difference of logits that another runtime's arithmetic explains, a share of the largest logit.
 
-    As :func:`relative_tolerance`, with two differences: float32 products run in TF32 there, whose unit
-    roundoff is that of float16; and where activations are quantized to 8 bits, a rounding that falls to the
-    other side moves a value by a step of 2^-8, as bfloat16 does. Not yet measured on a GPU.
+    As :func:`relative_tolerance`, with two differences: float32 products run in TF32 on a GPU, whose unit
+    roundoff is that of float16; and where activations are quantized to 8 bits, by the graph or by a runtime
+    that ``rounds_inputs``, a rounding that falls to the other side moves a value by a step of 2^-8, as
+    bfloat16 does. Not yet measured on a GPU.
     """
-    rounds_activations = quantization is not None and scheme_named(quantization).activation_bits is not None
-    coarse = dtype == "bf16" or rounds_activations
+    scheme = None if quantization is None else scheme_named(quantization)
+    rounded = scheme is not None and (rounds_inputs or scheme.activation_bits is not None)
+    coarse = dtype == "bf16" or rounded
     return relative_tolerance(DTYPES["bf16" if coarse else "fp16"], layers=layers)
 
 

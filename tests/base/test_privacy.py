@@ -25,7 +25,7 @@ def left_behind(code: str, folder: Path, **setting: str) -> list[str]:
     return [path.name for path in folder.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "onnxruntime_genai"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnxruntime_genai", "openvino"])
 def test_a_runtime_leaves_no_device_id(runtime: str, tmp_path: Path) -> None:
     pytest.importorskip(runtime)
     assert left_behind(f"import nirvana_deploy, {runtime}", tmp_path) == []

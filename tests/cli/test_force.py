@@ -119,6 +119,7 @@ WRITERS: dict[str, str] = {
     "quantize text": "quantize {world}/models/llama --scheme int8 --calib list.txt",
     "gguf": "package {world}/models/llama --gguf",
     "triton": "package {world}/models/llama --triton",
+    "openvino": "package {world}/models/llama --openvino",
 }
 """Commands that replace what ``--out`` names; a folder of ours with a model in it serves them all."""
 RUNS: dict[str, str] = {

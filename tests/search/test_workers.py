@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.machine import usable_threads
-from nirvana_deploy.runtime.onnxruntime.session import default_threads
+from nirvana_deploy.base.machine import default_threads, usable_threads
 from nirvana_deploy.search.recipe import Where
 from nirvana_deploy.search.workers import run_points
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import checked_threads
 from nirvana_deploy.base.progress import Progress
 from nirvana_deploy.measure.benchmark import Variant
 from nirvana_deploy.measure.recipe import Analysis, Workload
 from nirvana_deploy.measure.roofline.bound import Roof, bounded, roof_of
 from nirvana_deploy.measure.roofline.ceilings import machine_ceilings
 from nirvana_deploy.measure.roofline.profile import profile_of
-from nirvana_deploy.runtime.onnxruntime.session import checked_threads
 from nirvana_deploy.runtime.table import DEFAULT
 
 

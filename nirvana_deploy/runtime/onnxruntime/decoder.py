@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import checked_threads
 from nirvana_deploy.output.layout import CONTEXT_KEY, FLAVOR_KEY, MODEL_FILE
 from nirvana_deploy.runtime import beside
 from nirvana_deploy.runtime.onnxruntime.rows import joined_caches, joined_masks, unpadded
@@ -27,7 +28,6 @@ from nirvana_deploy.runtime.onnxruntime.session import (
     as_array,
     as_numpy,
     as_ort,
-    checked_threads,
     export_hint,
     first_names,
     graph_values,

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import checked_threads
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.model.reading import first_decoder_token
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE
@@ -24,7 +25,6 @@ from nirvana_deploy.runtime.onnxruntime.session import (
     CACHE_DTYPES,
     as_numpy,
     as_ort,
-    checked_threads,
     export_hint,
     first_names,
     graph_values,

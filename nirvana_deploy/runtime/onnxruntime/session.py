@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
-from nirvana_deploy.base.machine import default_threads
 from nirvana_deploy.output.layout import DATA_FILE, SCHEMA_KEY, require_schema
 
 try:
@@ -29,14 +28,6 @@ CACHE_DTYPES: dict[str, type[np.floating[Any]]] = {
 
 _FLOAT32_ACCURACY = "1"
 """ONNX Runtime's number for it."""
-
-
-def checked_threads(threads: int | None) -> int:
-    """The size of the intra-op pool; raises NirvanaError for one that is not positive."""
-    threads = threads if threads is not None else default_threads()
-    if threads < 1:
-        raise NirvanaError(f"threads must be at least 1, got {threads}.")
-    return threads
 
 
 def open_session(

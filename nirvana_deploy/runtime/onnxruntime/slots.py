@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.runtime.runner import Lineage
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class CacheLayout:
 class SlotCache:
     """The buffers of one batch, and which of the states that were made of them are still true.
 
-    A step writes into the buffers, so a state that is continued twice loses what followed it the first
-    time: the newer states are void from then on, and asking for one is an error.
+    A step writes into the buffers, so a state that is continued twice loses what followed it the first time.
     """
 
     def __init__(self, arrays: list[NDArray[Any]]) -> None:
@@ -44,8 +43,7 @@ class SlotCache:
         """The runtime's view of the buffers, or its copies on another device."""
         self.binding: Any = None
         """The runtime's binding to the buffers, made once."""
-        self._lineage = [0]
-        self._marks = count(1)
+        self._lineage = Lineage()
 
     @property
     def slots(self) -> int:
@@ -62,18 +60,8 @@ class SlotCache:
         return SlotCache(arrays)
 
     def advance(self, mark: int) -> int:
-        """Continue the state ``mark``; returns the mark of the new state.
-
-        Raises NirvanaError when an earlier state was continued since, whose tokens lie where this one's did.
-        """
-        if mark not in self._lineage:
-            raise NirvanaError(
-                "This state's KV cache was written over: an earlier state of the same prompt was continued.",
-                hint="Call prefill again for a second continuation that is to live beside the first.",
-            )
-        del self._lineage[self._lineage.index(mark) + 1 :]
-        self._lineage.append(next(self._marks))
-        return self._lineage[-1]
+        """Continue the state ``mark``; returns the mark of the new state (``Lineage``)."""
+        return self._lineage.advance(mark)
 
 
 def moved_right(mask: NDArray[np.int64], rows: NDArray[Any]) -> NDArray[Any]:

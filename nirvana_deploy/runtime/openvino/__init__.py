@@ -1,0 +1,1 @@
+"""OpenVINO: ONNX folders on Intel's CPUs, GPUs and NPUs."""

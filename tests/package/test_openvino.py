@@ -1,0 +1,130 @@
+"""The folder for openvino-genai: its pipeline says what the ONNX folder says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders.extras import needs
+from builders.plans import plan_for
+from builders.tiny import write_tiny
+from builders.tiny_t5 import write_t5
+from click.testing import CliRunner
+
+from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.cli.main import commands
+from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer
+from nirvana_deploy.package.openvino import openvino_from_onnx
+from nirvana_deploy.package.stage import package_openvino
+from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.quantize.folder import quantize_onnx
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.runtime.openvino.decoder import OpenVinoDecoder
+from nirvana_deploy.runtime.runner import greedy_tokens
+
+openvino_genai = needs("openvino_genai")
+openvino_tokenizers = needs("openvino_tokenizers")
+
+PROMPTS = ("Whatever it says", " it says it", "ü€")
+AS_STORED = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ONNX folder of a globally pruned Llama: its layers differ."""
+    folder = tmp_path_factory.mktemp("openvino")
+    dense = write_tiny(folder / "dense", "llama-tied")
+    (dense / "chat_template.jinja").write_text("{{ '<s>' + messages[0]['content'] + ': ' }}")
+    slice_checkpoint(Checkpoint.open(dense), plan_for(dense), folder / "checkpoint")
+    onnx_from_checkpoint(Checkpoint.open(folder / "checkpoint"), folder / "onnx")
+    return folder / "onnx"
+
+
+def pipeline_tokens(folder: Path, prompt: np.ndarray[Any, Any], count: int) -> list[int]:
+    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", **AS_STORED)
+    settings = openvino_genai.GenerationConfig()
+    settings.max_new_tokens, settings.do_sample, settings.ignore_eos = count, False, True
+    import openvino
+
+    mask = openvino.Tensor(np.ones_like(prompt))
+    tokenized = openvino_genai.TokenizedInputs(openvino.Tensor(prompt), mask)
+    return list(pipeline.generate(tokenized, settings).tokens[0])
+
+
+@pytest.mark.consumer(
+    "openvino-genai",
+    artifact="folder of package --openvino, layers that differ",
+    proof="greedy tokens equal those of the ONNX folder, in float, int8 and w4",
+    package="openvino-genai",
+)
+@pytest.mark.parametrize("scheme", [None, "int8", "w4"])
+def test_the_pipeline_writes_the_tokens_of_the_onnx_folder(
+    onnx_folder: Path, scheme: str | None, tmp_path: Path
+) -> None:
+    source, prompt = onnx_folder, np.array([[5, 6, 7, 99, 41]])
+    if scheme is not None:
+        source = tmp_path / "q"
+        windows = np.random.default_rng(2).integers(3, 272, size=(6, 20))
+        recipe = Quantization(scheme=scheme)
+        quantize_onnx(onnx_folder, source, recipe, calibration=windows if scheme == "int8" else None)
+    made = openvino_from_onnx(source, tmp_path / "openvino")
+    assert (made.path / "openvino_model.bin").stat().st_size < made.size_bytes
+    with OpenVinoDecoder(source, runtime="openvino-cpu", threads=1) as runner:
+        expected = greedy_tokens(runner, prompt, max_new_tokens=12)
+    assert pipeline_tokens(made.path, prompt, 12) == expected
+
+
+def test_its_tokenizer_and_template_are_those_of_transformers(onnx_folder: Path, tmp_path: Path) -> None:
+    folder = openvino_from_onnx(onnx_folder, tmp_path / "openvino").path
+    theirs, ours = openvino_genai.Tokenizer(str(folder)), load_tokenizer(onnx_folder.parent / "checkpoint")
+    for text in PROMPTS:
+        ids = theirs.encode(text).input_ids.data[0].tolist()
+        assert ids == ours(text)["input_ids"]
+        assert theirs.decode(ids) == text
+    asked = [{"role": "user", "content": "Hi"}]
+    assert theirs.apply_chat_template(asked, add_generation_prompt=True) == "<s>Hi: "
+
+
+def test_the_command_writes_it_and_says_how_to_run_it(onnx_folder: Path, tmp_path: Path) -> None:
+    arguments = ["package", str(onnx_folder), "--openvino", "--out", str(tmp_path / "made")]
+    shown = CliRunner().invoke(commands, arguments, catch_exceptions=False)
+    assert "for openvino-genai" in shown.stdout and "LLMPipeline(" in shown.stdout
+    again = CliRunner().invoke(commands, [*arguments, "--force", "--json"], catch_exceptions=False)
+    assert json.loads(again.stdout)["out"] == str(tmp_path / "made")
+
+
+def test_what_is_there_is_kept(onnx_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "openvino_model.xml").write_text("of another version")
+    for force in (False, True):
+        with pytest.raises(NirvanaError, match="--out"):
+            package_openvino(onnx_folder, tmp_path / "theirs", force=force)
+    assert (tmp_path / "theirs" / "openvino_model.xml").read_text() == "of another version"
+
+
+def test_bad_sources_are_named(onnx_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match=r"holds no onnx/model\.onnx"):
+        package_openvino(tmp_path, tmp_path / "out")
+    onnx_from_checkpoint(Checkpoint.open(write_t5(tmp_path / "model", "t5")), tmp_path / "t5")
+    with pytest.raises(NirvanaError, match="holds an encoder-decoder"):
+        package_openvino(tmp_path / "t5", tmp_path / "out")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("model.onnx", "model.onnx.data"):
+        (bare / name).write_bytes((onnx_folder / name).read_bytes())
+    with pytest.raises(NirvanaError, match=r"has no tokenizer\.json"):
+        package_openvino(bare, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_its_tokenizers_the_extra_is_named(
+    onnx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
+    with pytest.raises(MissingExtraError, match=r"'openvino-tokenizers'.*\n.*\[openvino\]"):
+        openvino_from_onnx(onnx_folder, tmp_path / "out")
