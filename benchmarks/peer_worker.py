@@ -193,6 +193,7 @@ class OpenVino:
     """OpenVINO, of a model with states, as optimum-intel writes it."""
 
     def __init__(self, path: Path, threads: int) -> None:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # does nothing but report
         import openvino
 
         wanted = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}

@@ -12,7 +12,7 @@ import pytest
 from builders.desk import environment_at_a_desk
 from builders.scripts import ROOT
 
-from nirvana_deploy.base.privacy import SWITCHES, switch_telemetry_off
+from nirvana_deploy.base.privacy import PACKAGES, SWITCHES, switch_telemetry_off
 
 
 def left_behind(code: str, folder: Path, **setting: str) -> list[str]:
@@ -46,7 +46,7 @@ def test_switches_are_set_for_children_unless_the_user_has(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    "file", [path for path in ROOT.glob("benchmarks/*.py") if "import onnxruntime" in path.read_text()]
+    "file", [path for path in ROOT.glob("benchmarks/*.py") if "\nimport onnxruntime" in path.read_text()]
 )
 def test_a_script_imports_this_package_before_a_runtime(file: Path) -> None:
     imported = [
@@ -57,3 +57,9 @@ def test_a_script_imports_this_package_before_a_runtime(file: Path) -> None:
     ]
     first = next(name for name in imported if name.startswith(("nirvana_deploy", "onnxruntime")))
     assert first.startswith("nirvana_deploy")
+
+
+def test_a_script_without_this_package_switches_telemetry_off_itself() -> None:
+    source = (ROOT / "benchmarks/peer_worker.py").read_text(encoding="utf-8")
+    assert '"ORT_DISABLE_TELEMETRY"' in source[: source.index("import numpy")]
+    assert all(f'"{name}"' in source[: source.index("import openvino")] for name in PACKAGES)
