@@ -36,6 +36,7 @@ TANGENT_KERNEL = "ntk"
 TASKS = "tasks"
 REPORT = "report"
 TRITON = "triton"
+SPECULATIVE = "speculative"
 
 
 def quantized(scheme: str) -> str:

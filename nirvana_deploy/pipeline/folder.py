@@ -62,8 +62,8 @@ from nirvana_deploy.quantize.coverage import Coverage
 from nirvana_deploy.quantize.int8.spec import read_record
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
-from nirvana_deploy.report.pages.workloads import workloads_table
 from nirvana_deploy.report.cards.folders import write_cards
+from nirvana_deploy.report.pages.workloads import workloads_table
 from nirvana_deploy.report.report import write_report
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import report
