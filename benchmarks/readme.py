@@ -36,6 +36,7 @@ from recipes import table as recipes_table
 from recover import table as recovery_table
 from recover_bounds import on_paper
 from selection import table as selection_table
+from speculative import section as speculative_section
 
 from nirvana_deploy.report.pages import tasks as tasks_page
 from nirvana_deploy.report.table import summary_table
@@ -57,6 +58,7 @@ RECIPES = RESULTS / "recipes.jsonl"
 FRONTIER = RESULTS / "frontier.json"
 ZERO_SHOT = RESULTS / "zero-shot.json"
 RECOVERY = RESULTS / "recover.jsonl"
+SPECULATIVE = RESULTS / "speculative.json"
 
 
 HEADLINES = (
@@ -353,6 +355,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "export": export_section(),
             "job-cost": job_cost_table(json.loads(JOB_COST.read_text())["jobs"]),
             "engines": engines_section(),
+            "speculative": speculative_section(json.loads(SPECULATIVE.read_text())),
         },
     }
 

@@ -5,9 +5,9 @@
     nirvana-deploy quantize cut --scheme w4 --head --out cut-w4
     python benchmarks/speculative.py smollm2 --target fp32=dense --draft "0.2, w4=cut-w4" --out FILE.json
 
-NAME=FOLDER says what a model is called, and the ONNX folder, of flavor gqa, that it lies in. The target
-answers twenty prompts alone and with its draft, in turn, so a busy machine slows both; its load is recorded.
-Exits with 1 where an answer is not the target's own.
+NAME=FOLDER says what a model is called, and the ONNX folder, of flavor gqa, that it lies in. A model
+does not draft for itself. The target answers twenty prompts alone and with its draft, in turn, so a busy
+machine slows both; its load is recorded. Exits with 1 where an answer is not the target's own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     load_before = os.getloadavg()[0]
-    pairs = [measured(target, draft) for target in options.target for draft in options.draft]
+    asked = [(target, draft) for target in options.target for draft in options.draft]
+    pairs = [measured(*pair) for pair in asked if len({one.rpartition("=")[2] for one in pair}) == 2]
     record = {
         "schema": 1,
         "model": options.model,

@@ -19,7 +19,7 @@ from nirvana_deploy.runtime.speculative import Answer, GenaiAnswers, target_alon
 
 DRAFT_TOKENS = (1, 2, 3, 4, 5, 6)
 """What is tried."""
-NEW_TOKENS = 48
+NEW_TOKENS = 32
 _STEPS = 60
 
 

@@ -16,6 +16,7 @@ from nirvana_deploy.base.artifact import files_under
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.held import held
 from nirvana_deploy.base.ownership.marker import require_free
+from nirvana_deploy.base.ownership.temporary import remove
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.registry import nearest_names
@@ -222,8 +223,12 @@ def package_speculative(
     def work() -> dict[str, Any]:
         tried = DRAFT_TOKENS if draft_tokens is None else (draft_tokens,)
         write_speculative(target_folder, draft_folder, place, draft_tokens=tried[0])
-        shown = tuple(name if name in models else Path(name).name for name in names)
-        made.append(tried_out(place, (shown[0], shown[1]), draft_tokens=tried, progress=progress))
+        shown = [name if name in models else Path(name).name for name in names]
+        try:
+            made.append(tried_out(place, (shown[0], shown[1]), draft_tokens=tried, progress=progress))
+        except BaseException:  # nothing vouches for it
+            remove(place)
+            raise
         return made[0].record
 
     with _held(source, place, force=force, reads=(target_folder, draft_folder)):

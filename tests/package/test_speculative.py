@@ -124,6 +124,18 @@ def test_a_changed_answer_is_a_failure(
         found.require_passed()
 
 
+def test_a_trial_that_is_interrupted_leaves_nothing(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nirvana_deploy.package.stage.tried_out", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        package_speculative(pair[0], tmp_path / "out", draft=str(pair[1]))
+    assert not list(tmp_path.iterdir()) and (pair[1] / "model.onnx.data").is_file()
+
+
 def test_the_shorter_context_is_that_of_both(pair: tuple[Path, Path]) -> None:
     config = json.loads((pair[0] / "genai_config.json").read_text(encoding="utf-8"))
     shorter = {**config, "model": {**config["model"], "context_length": 100}}
