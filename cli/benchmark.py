@@ -50,8 +50,8 @@ def benchmark(
     is an A/A test. All must be of one model, whose vocabulary the prompts are made of. --runtime concerns
     those that it takes. Exit code 3 when a contender failed; the others keep their results.
 
-    A model with its draft, which 'package --speculative' wrote: answers of --new-tokens to twenty prompts with
-    1 to 6 draft tokens and without, in turn; the fastest is kept.
+    A model with its draft, which 'package --speculative' wrote: answers of --new-tokens to twenty prompts
+    with 1 to 6 draft tokens and without, in turn; the fastest is kept.
 
     \b
     Examples:
