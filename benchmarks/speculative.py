@@ -38,28 +38,31 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--target", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--draft", action="append", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    load_before = os.getloadavg()[0]
     asked = [(target, draft) for target in options.target for draft in options.draft]
-    pairs = [measured(*pair) for pair in asked if len({one.rpartition("=")[2] for one in pair}) == 2]
-    record = {
+    pairs: list[dict[str, Any]] = []
+    record: dict[str, Any] = {
         "schema": 1,
         "model": options.model,
         "pairs": pairs,
         "environment": {
             "cpu": cpu_name(),
             **environment(),
-            "load_average_1min_before": load_before,
-            "load_average_1min_after": os.getloadavg()[0],
+            "load_average_1min_before": os.getloadavg()[0],
         },
     }
-    write_json(options.out, record)
+    for target, draft in asked:
+        if target.rpartition("=")[2] != draft.rpartition("=")[2]:
+            pairs.append(measured(target, draft, threads=options.threads))
+            record["environment"]["load_average_1min_after"] = os.getloadavg()[0]
+            write_json(options.out, record)
     print(section(record))
     sys.exit(0 if all(pair["same_answers"]["passed"] for pair in pairs) else 1)
 
 
-def measured(target: str, draft: str) -> dict[str, Any]:
+def measured(target: str, draft: str, *, threads: int | None) -> dict[str, Any]:
     """One pair: what ``package --speculative`` records of it, under the names given."""
     (target_name, _, target_folder), (draft_name, _, draft_folder) = (
         one.rpartition("=") for one in (target, draft)
@@ -69,7 +72,9 @@ def measured(target: str, draft: str) -> dict[str, Any]:
     ) as place:
         out = Path(place) / "package"
         try:
-            package_speculative(target_folder, out, draft=draft_folder, progress=ShownProgress())
+            package_speculative(
+                target_folder, out, draft=draft_folder, threads=threads, progress=ShownProgress()
+            )
         except VerificationError as error:
             print(error)
         found: dict[str, Any] = read_json(out / "speculative.json")
@@ -84,9 +89,10 @@ def section(record: Mapping[str, Any]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (HEADERS, rule, *rows)]
     where = record["environment"]
     loads = " and ".join(f"{where[f'load_average_1min_{when}']:.1f}" for when in ("before", "after"))
+    threads = record["pairs"][0]["threads"] or "all"
     note = (
-        f"{where['cpu']}, {where['logical_cores']} cores, onnxruntime-genai {where['onnxruntime-genai']}; "
-        f"load before and after {loads}."
+        f"{threads} of {where['logical_cores']} cores of {where['cpu']}, onnxruntime-genai "
+        f"{where['onnxruntime-genai']}; load before and after {loads}."
     )
     said = [f"Target {pair['target']}: {' '.join(words.says(pair))}" for pair in record["pairs"]]
     return "\n".join([*lines, "", *said, note])

@@ -62,6 +62,7 @@ def package(
         "--target": recipe.target_model,
         "--draft": recipe.draft_model,
         "--draft-tokens": recipe.draft_tokens,
+        "--threads": recipe.threads,
     }
     if not recipe.speculative and (given := [name for name, value in of_pair.items() if value is not None]):
         raise click.UsageError(f"{given[0]} goes with --speculative.")
@@ -116,6 +117,7 @@ def _speculative(out: Path, place: Path | None, recipe: Package, *, force: bool,
         target=recipe.target_model,
         draft=recipe.draft_model,
         draft_tokens=recipe.draft_tokens,
+        threads=recipe.threads,
         force=force,
         progress=TerminalProgress(),
     )

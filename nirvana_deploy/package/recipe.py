@@ -37,6 +37,10 @@ class Package:
         int | None,
         Option("With --speculative: tokens proposed at a time, 1 to 16. [the fastest of 1 to 6]", minimum=1),
     ] = None
+    threads: Annotated[
+        int | None,
+        Option("With --speculative: threads of onnxruntime-genai. [all physical cores]", minimum=1),
+    ] = None
     engines: Annotated[
         tuple[str, ...],
         Option(

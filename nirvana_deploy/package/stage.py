@@ -200,6 +200,7 @@ def package_speculative(
     target: str | None = None,
     draft: str | None = None,
     draft_tokens: int | None = None,
+    threads: int | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> SpeculativePackage:
@@ -225,7 +226,8 @@ def package_speculative(
         write_speculative(target_folder, draft_folder, place, draft_tokens=tried[0])
         shown = [name if name in models else Path(name).name for name in names]
         try:
-            made.append(tried_out(place, (shown[0], shown[1]), draft_tokens=tried, progress=progress))
+            names_shown = (shown[0], shown[1])
+            made.append(tried_out(place, names_shown, draft_tokens=tried, threads=threads, progress=progress))
         except BaseException:  # nothing vouches for it
             remove(place)
             raise
