@@ -15,7 +15,7 @@ from statistics import median
 
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.measure.rounds.ratios import ratio_of
-from nirvana_deploy.runtime.speculative import Answer, GenaiAnswers, target_alone
+from nirvana_deploy.runtime.genai import Answer, GenaiAnswers, target_alone
 
 DRAFT_TOKENS = (1, 2, 3, 4, 5, 6)
 """What is tried."""

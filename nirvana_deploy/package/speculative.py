@@ -29,7 +29,7 @@ from nirvana_deploy.output.layout import (
     is_seq2seq,
     is_speculative,
 )
-from nirvana_deploy.runtime.speculative import MOST_DRAFT_TOKENS
+from nirvana_deploy.runtime.genai import MOST_DRAFT_TOKENS
 
 _FLAVOR = "gqa"
 _GRAPH_FILES = (MODEL_FILE, DATA_FILE)

@@ -41,7 +41,7 @@ from nirvana_deploy.package.speculative import require_pair, write_speculative
 from nirvana_deploy.package.trial import SpeculativePackage, tried_out
 from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
 from nirvana_deploy.package.triton_engine import triton_from_engines, triton_from_seq2seq_engines
-from nirvana_deploy.runtime.speculative import require_speculative
+from nirvana_deploy.runtime.genai import require_speculative
 from nirvana_deploy.runtime.tensorrt.record import is_part_of_seq2seq, read_engine_record
 from nirvana_deploy.runtime.text import tokenizer_folder
 

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.output.layout import GENAI_FILE
-from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
-from nirvana_deploy.runtime.speculative import (
+from nirvana_deploy.runtime.genai import (
     GenaiAnswers,
     draft_tokens_of,
     require_speculative,
     target_alone,
 )
+from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.verify.cases import MORE_PROMPTS, prompts_for
 from nirvana_deploy.verify.compare import parted_at_a_tie
 from nirvana_deploy.verify.report import GreedyCheck, VerifyReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nirvana_deploy.measure.speculative import Heard, break_even, expected_tokens, speculation_of
-from nirvana_deploy.runtime.speculative import Answer
+from nirvana_deploy.runtime.genai import Answer
 
 
 @pytest.mark.parametrize(("draft_tokens", "acceptance"), [(1, 0.4), (4, 0.7), (6, 0.05)])

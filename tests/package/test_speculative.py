@@ -25,7 +25,7 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.package.speculative import require_pair, speculative_config, write_speculative
 from nirvana_deploy.package.stage import SpeculativePackage
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.runtime import speculative as runtime
+from nirvana_deploy.runtime import genai as runtime
 from nirvana_deploy.runtime.genai import genai_tokens
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.runner import greedy_tokens
