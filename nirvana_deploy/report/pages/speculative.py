@@ -77,7 +77,7 @@ def _pays(record: Mapping[str, Any]) -> str:
     needed = (
         "and no acceptance would pay: a round costs more than the tokens it can give"
         if best["break_even"] is None
-        else f"and above {format_share(best['break_even'])} it would pay"
+        else f"and it pays above {format_share(best['break_even'])}"
     )
     if best["speedup"] > 1:
         return f"With {what} it is {speed}, which may be chance: {accepted}, {needed}."
