@@ -37,6 +37,7 @@ from recover import table as recovery_table
 from recover_bounds import on_paper
 from selection import table as selection_table
 from serve import section as serve_section
+from speculative import section as speculative_section
 
 from nirvana_deploy.report.pages import tasks as tasks_page
 from nirvana_deploy.report.table import summary_table
@@ -59,6 +60,7 @@ FRONTIER = RESULTS / "frontier.json"
 ZERO_SHOT = RESULTS / "zero-shot.json"
 RECOVERY = RESULTS / "recover.jsonl"
 SERVE = RESULTS / "serve.json"
+SPECULATIVE = RESULTS / "speculative.json"
 
 
 HEADLINES = (
@@ -356,6 +358,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "job-cost": job_cost_table(json.loads(JOB_COST.read_text())["jobs"]),
             "engines": engines_section(),
             "serve": serve_section(json.loads(SERVE.read_text())),
+            "speculative": speculative_section(json.loads(SPECULATIVE.read_text())),
         },
     }
 

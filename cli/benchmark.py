@@ -12,8 +12,9 @@ from nirvana_deploy.runtime.recipe import Place
 
 from .arguments import CONTENDER
 from .benchmark_page import show_contest, show_folder, show_workloads
-from .common import TerminalProgress
+from .common import TerminalProgress, echo_json
 from .options import json_option, recipe_options, taken, typed
+from .package import show_speculation
 
 
 @click.command("benchmark")
@@ -49,6 +50,9 @@ def benchmark(
     is an A/A test. All must be of one model, whose vocabulary the prompts are made of. --runtime concerns
     those that it takes. Exit code 3 when a contender failed; the others keep their results.
 
+    A model with its draft, which 'package --speculative' wrote: answers of --new-tokens to twenty prompts
+    with 1 to 6 draft tokens and without, in turn; the fastest is kept.
+
     \b
     Examples:
       nirvana-deploy benchmark smollm2-s0.4 --prompt-tokens 512 --repeats 21
@@ -57,11 +61,16 @@ def benchmark(
       nirvana-deploy benchmark smollm2-s0.4 --sweep context=128,512,2048
       nirvana-deploy benchmark smollm2-s0.4 --profile
       nirvana-deploy benchmark smollm2-s0.4:dense smollm2-s0.4:pruned-w4 smollm2-q8_0.gguf --out race.json
+      nirvana-deploy benchmark smollm2-s0.4/speculative --new-tokens 128
     """
+    from nirvana_deploy.output.layout import is_speculative
     from nirvana_deploy.pipeline.contest import benchmark_contenders, is_one_output_folder
 
     traffic, workload, analysis = taken(Traffic, options), taken(Workload, options), taken(Analysis, options)
     progress = TerminalProgress()
+    if len(paths) == 1 and is_speculative(paths[0]):
+        _speculative(paths[0], workload, as_json=as_json)
+        return
     if not is_one_output_folder(paths):
         _require_of_contest(traffic, analysis)
         record = benchmark_contenders(
@@ -106,3 +115,15 @@ def _require_meant(traffic: Traffic, said: dict[str, Any]) -> None:
         if name == "precision":
             raise click.UsageError(f"{flag} is about one request; with --workload or --sweep, leave it out.")
         raise click.UsageError(f"{flag} says what the file of a workload says; leave it out.")
+
+
+def _speculative(folder: Path, workload: Workload, *, as_json: bool) -> None:
+    from nirvana_deploy.package.stage import benchmark_speculative
+
+    made = benchmark_speculative(
+        folder, new_tokens=workload.new_tokens, threads=workload.threads, progress=TerminalProgress()
+    )
+    if as_json:
+        echo_json({"out": str(made.path), **made.record})
+        return
+    show_speculation(made.record)

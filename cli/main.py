@@ -38,7 +38,7 @@ _COMMANDS = {
     "evaluate": ("evaluate", "Measure perplexity and KL of an output folder again, on any text."),
     "generate": ("generate", "Stream text from an output folder, an ONNX folder or an engine."),
     "serve": ("serve", "Serve a model over HTTP, as OpenAI's clients ask for it."),
-    "package": ("package", "Package an output folder: GGUF for llama.cpp, a repository for Triton."),
+    "package": ("package", "Package an output folder for other programs, or a model with its draft."),
     "report": ("report", "Write the report again from its records, or set finished folders side by side."),
     "inspect": ("inspect", "Show what was kept, and where."),
     "models": ("models", "List the model aliases."),

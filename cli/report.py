@@ -49,7 +49,7 @@ def report(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write report.md and report.html into OUT.
+    """Write report.md and report.html into OUT, and a model card into each of its model folders.
 
     Reads OUT's manifest.json, plan.json and benchmark.json. Nothing is measured again; a part that is
     missing is named in the report with the command that makes it.

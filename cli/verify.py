@@ -25,6 +25,9 @@ from .options import json_option, recipe_options
 def verify(out: Path, model: str | None, runtime: str | None, threads: int | None, as_json: bool) -> None:
     """Check OUT: sha256 of its files, then logits and greedy tokens of its ONNX against its checkpoint.
 
+    Where OUT is a model with its draft, which 'package --speculative' wrote: whether the greedy answers to
+    twenty prompts are the model's own, token for token.
+
     OUT has to be complete: every stage of the command that made it, records of one run, no file beside them.
     Before that, each ONNX file has to be valid, with its weights inside its folder, and of the checkpoint's
     shape. Quantized models differ from their checkpoint by design ('nirvana-deploy evaluate' says how much):
@@ -39,11 +42,13 @@ def verify(out: Path, model: str | None, runtime: str | None, threads: int | Non
       nirvana-deploy verify smollm2-s0.4
       nirvana-deploy verify my-onnx --checkpoint smollm2-s0.4/checkpoint
       nirvana-deploy verify smollm2-s0.4 --runtime tensorrt-rtx
+      nirvana-deploy verify smollm2-s0.4/speculative
     """
+    from nirvana_deploy.output.layout import is_speculative
     from nirvana_deploy.verify import folder as verifying
     from nirvana_deploy.verify.folder_check import CHECKED
 
-    progress = TerminalProgress()
+    progress, drafted = TerminalProgress(), is_speculative(out)
     if model is not None:
         if runtime is not None:
             raise click.UsageError("--runtime goes with an output folder, --checkpoint with an ONNX folder.")
@@ -85,12 +90,13 @@ def verify(out: Path, model: str | None, runtime: str | None, threads: int | Non
         rows += [
             [f"{name}: {CHECKED}", "whole", "whole", "passed"]
             for name in [*result.reports, *result.quantized]
+            if not drafted
         ]
         rows += [
             [f"{name}: linears in integer kernels", str(c.found), str(c.promised), _word(not c.missing)]
             for name, c in result.quantized.items()
         ]
-        if model is None:
+        if model is None and not drafted:
             found = f"{len(result.damaged)} differ"
             rows.append(["sha256 of all files", found, "0", _word(not result.damaged)])
             rows.append(

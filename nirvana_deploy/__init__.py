@@ -51,6 +51,7 @@ _PUBLIC = {
     "Workload": "nirvana_deploy.measure.recipe",
     "benchmark_contenders": "nirvana_deploy.pipeline.contest",
     "benchmark_folder": "nirvana_deploy.pipeline.folder",
+    "benchmark_speculative": "nirvana_deploy.package.stage",
     "benchmark_workloads": "nirvana_deploy.pipeline.folder",
     "build_engines": "nirvana_deploy.pipeline.folder",
     "compare_folders": "nirvana_deploy.pipeline.compare",
@@ -68,6 +69,7 @@ _PUBLIC = {
     "package_engines": "nirvana_deploy.package.stage",
     "package_gguf": "nirvana_deploy.package.stage",
     "package_openvino": "nirvana_deploy.package.stage",
+    "package_speculative": "nirvana_deploy.package.stage",
     "package_triton": "nirvana_deploy.package.stage",
     "prune_by_plan": "nirvana_deploy.pipeline.prune_export",
     "prune_export": "nirvana_deploy.pipeline.prune_export",
@@ -115,6 +117,7 @@ __all__ = [
     "Workload",
     "benchmark_contenders",
     "benchmark_folder",
+    "benchmark_speculative",
     "benchmark_workloads",
     "build_engines",
     "compare_folders",
@@ -132,6 +135,7 @@ __all__ = [
     "package_engines",
     "package_gguf",
     "package_openvino",
+    "package_speculative",
     "package_triton",
     "prune_by_plan",
     "prune_export",
@@ -169,7 +173,14 @@ if TYPE_CHECKING:
     from nirvana_deploy.model.families import known_families
     from nirvana_deploy.model.sources import known_models
     from nirvana_deploy.output.inspection import inspect_path
-    from nirvana_deploy.package.stage import package_engines, package_gguf, package_openvino, package_triton
+    from nirvana_deploy.package.stage import (
+        benchmark_speculative,
+        package_engines,
+        package_gguf,
+        package_openvino,
+        package_speculative,
+        package_triton,
+    )
     from nirvana_deploy.pipeline.against import compare_with_earlier
     from nirvana_deploy.pipeline.alone.calibration import select_calibration
     from nirvana_deploy.pipeline.alone.onnx import export_onnx, quantize_onnx_folder

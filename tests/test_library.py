@@ -22,7 +22,7 @@ from nirvana_deploy.output.run import Run
 from nirvana_deploy.pipeline.job import CutOptions, all_fields
 
 DOES = {
-    "benchmark": ["benchmark_folder", "benchmark_contenders", "benchmark_workloads"],
+    "benchmark": ["benchmark_folder", "benchmark_contenders", "benchmark_workloads", "benchmark_speculative"],
     "build-engine": ["build_engines"],
     "doctor": ["examine_machine"],
     "evaluate": ["evaluate_folder"],
@@ -30,7 +30,13 @@ DOES = {
     "generate": ["generate_text"],
     "inspect": ["inspect_path", "read_plan", "read_engine_record"],
     "models": ["known_models", "known_families"],
-    "package": ["package_gguf", "package_triton", "package_openvino", "package_engines"],
+    "package": [
+        "package_gguf",
+        "package_triton",
+        "package_openvino",
+        "package_engines",
+        "package_speculative",
+    ],
     "prune": ["prune_export", "prune_by_plan"],
     "prune-export": ["prune_export", "meet_target", "read_recipe", "run_job"],
     "quantize": ["quantize_folder", "quantize_onnx_folder"],

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.base.ownership.marker import (
+    CARD,
     MARKER,
     foreign,
     marked_names,
@@ -196,14 +197,17 @@ def take(source: Path, target: Path) -> None:
             for file in files_under(source):
                 place = folder / file.relative_to(source)
                 place.parent.mkdir(parents=True, exist_ok=True)
-                _link(file, place)
+                link(file, place)
     else:
         with whole_file(target) as partial:
-            _link(source, partial)
+            link(source, partial)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Both names are of one file, which nobody changes: files are replaced."""
+def link(source: Path, target: Path) -> None:
+    """Let ``target`` be a second name of the file ``source`` where there can be one, else a copy of it.
+
+    Nobody changes a file of this tool: it is replaced.
+    """
     try:
         os.link(source, target)
     except OSError:
@@ -211,8 +215,12 @@ def _link(source: Path, target: Path) -> None:
 
 
 def files_under(path: Path) -> list[Path]:
-    """Return the finished files under a folder without markers, sorted, or ``[path]`` for a file."""
+    """Return the finished files under a folder, sorted, or ``[path]`` for a file.
+
+    Markers and the folder's card are no part of what was made.
+    """
     if path.is_file():
         return [path]
-    found = (file for file in path.rglob("*") if file.is_file() and file.name != MARKER)
+    others = (file for file in path.rglob("*") if file.is_file() and file.name != MARKER)
+    found = (file for file in others if file != path / CARD)
     return sorted(file for file in found if not is_temporary(file.relative_to(path)))

@@ -37,10 +37,14 @@ class SourceText:
         return hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
 
 
+def known_sources() -> tuple[str, ...]:
+    """The names of sources that are no files."""
+    return ("self", "pydoc", "code", *calib_sets.names())
+
+
 def require_source(source: str, tokenizer: Any) -> None:
     """Raise what :func:`read_source` would raise for a file or an unknown name, without a network."""
-    known = ("self", "pydoc", "code", *calib_sets.names())
-    if source not in known:
+    if source not in known_sources():
         read_source(source, tokenizer=tokenizer)
 
 

@@ -6,7 +6,6 @@ and written a block at a time, so peak memory is a few blocks whatever the depth
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from nirvana_deploy.export.encoder_decoder import (
 )
 from nirvana_deploy.export.genai import genai_config
 from nirvana_deploy.export.streaming import streamed_parameters
-from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, Checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, copy_companions
 from nirvana_deploy.model.config import limited
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.output.layout import DATA_FILE, DECODER_FILE, ENCODER_FILE, MODEL_FILE
@@ -89,9 +88,7 @@ def onnx_from_checkpoint(
             _save_sharing_weights(graphs, folder, advance)
         for name, settings in _consumer_configs(checkpoint, options).items():
             write_json(folder / name, settings)
-        for name in TOKENIZER_FILES:
-            if (checkpoint.path / name).is_file():
-                shutil.copyfile(checkpoint.path / name, folder / name)
+        copy_companions(checkpoint.path, folder)
     return OnnxFolder(
         path=out,
         shape=shape,

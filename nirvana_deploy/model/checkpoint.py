@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from nirvana_deploy.model.family import Computation, Family
 from nirvana_deploy.model.rope import rotary_frequencies
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import ModelFolder
+from nirvana_deploy.model.text.source_card import legal_files, source_card
 from nirvana_deploy.model.text.stops import require_settings, stop_ids
 from nirvana_deploy.model.text.tokenizer import TOKENIZER_FILES as FILES
 from nirvana_deploy.model.text.tokenizer import tokenizer_in
@@ -49,8 +51,14 @@ from nirvana_deploy.model.weights import (
     with_own_head,
 )
 
-TOKENIZER_FILES = (*FILES, "generation_config.json")
-"""What travels with the weights from folder to folder, where it exists."""
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what travels with the weights from folder to folder: tokenizer, generation config, legal files."""
+    for name in (*FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for file in legal_files(source):
+        shutil.copyfile(file, folder / file.name)
 
 
 @dataclass(frozen=True)
@@ -258,6 +266,8 @@ def model_record(source: ModelFolder) -> dict[str, Any]:
         "name": source.name,
         "origin": source.origin,
         "licence": source.licence,
+        "hub_id": source.hub_id,
+        "card": source_card(source.path),
         "path": str(source.path),
         "files": {file.name: sha256_of(file) for file in files},
     }

@@ -14,9 +14,11 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.ownership.marker import CARD
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import disk_errors
 from nirvana_deploy.model.families import family_of
+from nirvana_deploy.model.text.source_card import LEGAL_KINDS
 
 ALLOWED_FILES = (
     "config.json",
@@ -29,6 +31,8 @@ ALLOWED_FILES = (
     "vocab.*",
     "merges.txt",
     "chat_template.*",
+    CARD,
+    *(f"{kind}*" for kind in LEGAL_KINDS),
 )
 """Patterns of downloaded files. They match in subfolders (``original/``) too, which are left out."""
 _IGNORED_FILES = ("*/*", "consolidated*.safetensors")

@@ -21,3 +21,11 @@ def name_of(folder: Path) -> str:
     if folder.parent.name != _SNAPSHOTS:
         return folder.name
     return folder.parent.parent.name.rpartition(_OWNERS)[2] or folder.name
+
+
+def hub_id_of(folder: Path) -> str | None:
+    """The hub id of a snapshot; None for any other folder."""
+    kind, _, owner_and_name = folder.parent.parent.name.partition(_OWNERS)
+    if folder.parent.name != _SNAPSHOTS or kind != "models":
+        return None
+    return owner_and_name.replace(_OWNERS, "/", 1) if _OWNERS in owner_and_name else None

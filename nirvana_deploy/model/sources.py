@@ -28,7 +28,7 @@ from nirvana_deploy.model.gguf.convert import (
     find_converted,
     require_gguf_extra,
 )
-from nirvana_deploy.model.snapshot import name_of
+from nirvana_deploy.model.snapshot import hub_id_of, name_of
 from nirvana_deploy.model.weight_files import (
     PICKLE_SUFFIXES,
     pickle_refused,
@@ -152,6 +152,8 @@ class ModelFolder:
     """One line that says where the weights came from."""
     licence: str | None
     """None where the source does not say."""
+    hub_id: str | None = None
+    """The repository of the model on the hub, where it is known."""
 
 
 def resolve_model(model: str, *, cache: Path | None = None, progress: Progress = SILENT) -> ModelFolder:
@@ -176,7 +178,11 @@ def resolve_model(model: str, *, cache: Path | None = None, progress: Progress =
 
     folder, licence = hub_snapshot(model, progress=progress)
     return ModelFolder(
-        path=_checked(folder), name=model.split("/")[1], origin=f"hub {model}", licence=licence
+        path=_checked(folder),
+        name=model.split("/")[1],
+        origin=f"hub {model}",
+        licence=licence,
+        hub_id=model,
     )
 
 
@@ -247,12 +253,12 @@ def _from_alias(name: str, *, cache: Path | None, progress: Progress) -> ModelFo
         origin = f"alias {name} -> pypi {wheel.requirements} ({wheel.gguf})"
     if alias.terms is not None:
         progress.note(f"{name}: the {alias.licence} apply, to what is made of it too ({alias.terms})")
-    return ModelFolder(path=_checked(folder), name=name, origin=origin, licence=alias.licence)
+    return ModelFolder(_checked(folder), name, origin, alias.licence, hub_id=alias.hub_id)
 
 
 def _from_folder(folder: Path) -> ModelFolder:
     folder = _checked(folder.resolve())
-    return ModelFolder(path=folder, name=name_of(folder), origin=f"folder {folder}", licence=None)
+    return ModelFolder(folder, name_of(folder), f"folder {folder}", None, hub_id=hub_id_of(folder))
 
 
 def _from_file(file: Path, *, cache: Path | None, progress: Progress) -> ModelFolder:

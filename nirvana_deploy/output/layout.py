@@ -36,6 +36,11 @@ ENGINES = "engine"
 NTK_FILE = "ntk.json"
 TASKS_FILE = "tasks.json"
 REPORT_MARKDOWN, REPORT_HTML = "report.md", "report.html"
+SPECULATIVE, DRAFT = "speculative", "draft"
+"""A model with its draft for onnxruntime-genai, and the folder of the draft in it."""
+SPECULATIVE_FILE = "speculative.json"
+"""What the draft gains, in that folder."""
+GENAI_FILE = "genai_config.json"
 TARGET_FILE = "target.json"
 """The budget that a sparsity was found for, and the cuts that were tried."""
 SEARCH_FILE, SEARCH_CSV, SEARCH_HTML = "search.json", "search.csv", "search.html"
@@ -83,6 +88,11 @@ def is_seq2seq(folder: Path) -> bool:
 def holds_model(folder: Path) -> bool:
     """Whether a folder is an ONNX folder, of a decoder or an encoder-decoder."""
     return (folder / MODEL_FILE).is_file() or is_seq2seq(folder)
+
+
+def is_speculative(folder: Path) -> bool:
+    """Whether a folder holds a model with its draft."""
+    return (folder / DRAFT / MODEL_FILE).is_file() and (folder / GENAI_FILE).is_file()
 
 
 def is_checkpoint(folder: Path) -> bool:

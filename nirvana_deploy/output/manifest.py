@@ -38,6 +38,8 @@ class ModelRecord(TypedDict, total=False):
 
     name: Required[str]
     path: str
+    hub_id: str | None
+    card: dict[str, str | list[str]]
     files: dict[str, str]
 
 

@@ -37,6 +37,7 @@ TASKS = "tasks"
 REPORT = "report"
 TRITON = "triton"
 OPENVINO = "openvino"
+SPECULATIVE = "speculative"
 
 
 def quantized(scheme: str) -> str:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from nirvana_deploy.output import stage
@@ -59,9 +60,14 @@ def variant_named(name: str) -> ModelVariant:
 
 def variants_of(run: Run) -> tuple[ModelVariant, ...]:
     """The variants that ``run`` has made: the float ones, the baseline first, then by falling bits."""
+    return variants_in(run.manifest["stages"])
+
+
+def variants_in(stages: Collection[str]) -> tuple[ModelVariant, ...]:
+    """The variants that ``stages`` made, in the order of :func:`variants_of`."""
     prefix = stage.quantized("")
-    stages = [name.removeprefix("dense-") for name in run.manifest["stages"]]
-    schemes = {name.removeprefix(prefix) for name in stages if name.startswith(prefix)}
+    names = [name.removeprefix("dense-") for name in stages]
+    schemes = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     known = [
         *_FLOAT,
         *(
@@ -70,7 +76,7 @@ def variants_of(run: Run) -> tuple[ModelVariant, ...]:
             for of in (DENSE, PRUNED)
         ),
     ]
-    return tuple(variant for variant in known if run.has(variant.stage))
+    return tuple(variant for variant in known if variant.stage in stages)
 
 
 def _bits_first(scheme: str) -> tuple[int, str]:

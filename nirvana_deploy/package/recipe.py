@@ -16,6 +16,34 @@ class Package:
     openvino: Annotated[
         bool, Option("An OpenVINO model with its tokenizer for openvino-genai, from the ONNX folder.")
     ] = False
+    speculative: Annotated[
+        bool, Option("A model and the draft that speeds it up, in one folder for onnxruntime-genai.")
+    ] = False
+    target_model: Annotated[
+        str | None,
+        Option(
+            "With --speculative: the model whose answers are wanted, for example dense-w4, or an ONNX "
+            "folder. [dense]",
+            flag="--target",
+            metavar="MODEL",
+        ),
+    ] = None
+    draft_model: Annotated[
+        str | None,
+        Option(
+            "With --speculative: the model that proposes tokens, likewise. [the smallest pruned one]",
+            flag="--draft",
+            metavar="MODEL",
+        ),
+    ] = None
+    draft_tokens: Annotated[
+        int | None,
+        Option("With --speculative: tokens proposed at a time, 1 to 16. [the fastest of 1 to 6]", minimum=1),
+    ] = None
+    threads: Annotated[
+        int | None,
+        Option("With --speculative: threads of onnxruntime-genai. [all physical cores]", minimum=1),
+    ] = None
     engines: Annotated[
         tuple[str, ...],
         Option(

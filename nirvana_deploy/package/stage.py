@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nirvana_deploy.base.artifact import files_under
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.held import held
 from nirvana_deploy.base.ownership.marker import require_free
+from nirvana_deploy.base.ownership.temporary import remove
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.registry import nearest_names
+from nirvana_deploy.measure.speculative import DRAFT_TOKENS
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import (
@@ -24,15 +29,21 @@ from nirvana_deploy.output.layout import (
     MANIFEST,
     MODEL_FILE,
     ONNX,
+    SPECULATIVE,
+    SPECULATIVE_FILE,
     is_seq2seq,
 )
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.undamaged import require_undamaged
+from nirvana_deploy.output.variants import DENSE, ModelVariant, variants_of
 from nirvana_deploy.package.gguf_export import GgufFile, gguf_from_checkpoint, wrote_gguf
 from nirvana_deploy.package.openvino import OpenVinoFolder, openvino_from_onnx
+from nirvana_deploy.package.speculative import require_pair, write_speculative
+from nirvana_deploy.package.trial import SpeculativePackage, tried_out
 from nirvana_deploy.package.triton import TritonRepository, triton_from_onnx
 from nirvana_deploy.package.triton_engine import triton_from_engines, triton_from_seq2seq_engines
+from nirvana_deploy.runtime.genai import require_speculative
 from nirvana_deploy.runtime.tensorrt.record import is_part_of_seq2seq, read_engine_record
 from nirvana_deploy.runtime.text import tokenizer_folder
 
@@ -212,6 +223,121 @@ def _package_seq2seq(
 
     _record(source, stage.TRITON, target, work, progress)
     return made[0]
+
+
+def package_speculative(
+    source: Path | str,
+    out: Path | str | None = None,
+    *,
+    target: str | None = None,
+    draft: str | None = None,
+    draft_tokens: int | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> SpeculativePackage:
+    """Write a model with its draft as one folder for onnxruntime-genai, proved and measured.
+
+    ``target`` [dense] and ``draft`` [the smallest pruned one] are models of the output folder ``source``, or
+    ONNX folders; a ``source`` that is an ONNX folder is the target. ``out`` None: ``source``/speculative.
+    ``draft_tokens`` None takes the fastest of 1 to 6. Raises NirvanaError for a model that is not there, a
+    pair that does not go together, and an onnxruntime-genai that is missing or too old; VerificationError,
+    the folder kept, where the draft changes an answer.
+    """
+    source = Path(source)
+    models = _models_of(source)
+    names = (target or (DENSE if models else str(source)), draft or _smallest_cut(models, source))
+    target_folder, draft_folder = (_model_folder(name, models, source) for name in names)
+    place = Path(out or _own_place(source) / SPECULATIVE)
+    require_speculative()
+    require_pair(target_folder, draft_folder)
+    made: list[SpeculativePackage] = []
+
+    def work() -> dict[str, Any]:
+        tried = DRAFT_TOKENS if draft_tokens is None else (draft_tokens,)
+        write_speculative(target_folder, draft_folder, place, draft_tokens=tried[0])
+        shown = [name if name in models else Path(name).name for name in names]
+        try:
+            names_shown = (shown[0], shown[1])
+            made.append(tried_out(place, names_shown, draft_tokens=tried, threads=threads, progress=progress))
+        except BaseException:  # nothing vouches for it
+            remove(place)
+            raise
+        return made[0].record
+
+    with _held(source, place, force=force, reads=(target_folder, draft_folder)):
+        for folder in (target_folder, draft_folder):
+            require_undamaged(folder, progress=progress)
+        if _is_inside(source, place):
+            inside = place.resolve().relative_to(source.resolve()).as_posix()
+            needs = tuple(models[name].stage for name in names if name in models)
+            with Run.open(source, writing=True, progress=progress) as run:
+                run.run(Stage(stage.SPECULATIVE, needs=needs, makes=(inside,), work=work), redo=True)
+        else:
+            work()
+    made[0].report.require_passed(place, against="its target alone")
+    return made[0]
+
+
+def benchmark_speculative(
+    folder: Path | str, *, new_tokens: int, threads: int | None = None, progress: Progress = SILENT
+) -> SpeculativePackage:
+    """Measure a folder of :func:`package_speculative` again, and keep the fastest of 1 to 6 draft tokens."""
+    folder = Path(folder)
+    require_speculative()
+    before = read_json(folder / SPECULATIVE_FILE)
+    out = folder.resolve().parent
+
+    def again() -> SpeculativePackage:
+        names = (str(before["target"]), str(before["draft"]))
+        return tried_out(
+            folder,
+            names,
+            draft_tokens=DRAFT_TOKENS,
+            new_tokens=new_tokens,
+            threads=threads,
+            progress=progress,
+        )
+
+    if not (out / MANIFEST).is_file():
+        return again()
+    with Run.open(out, writing=True, progress=progress) as run:
+        made = again()
+        if run.has(stage.SPECULATIVE):
+            run.rehash(stage.SPECULATIVE)
+    return made
+
+
+def _models_of(source: Path) -> dict[str, ModelVariant]:
+    """The models of an output folder by name; none of another folder."""
+    if not (source / MANIFEST).is_file():
+        return {}
+    return {variant.name: variant for variant in variants_of(Run.open(source))}
+
+
+def _smallest_cut(models: Mapping[str, ModelVariant], source: Path) -> str:
+    cuts = [variant for variant in models.values() if not variant.dense]
+    if not cuts:
+        raise NirvanaError(
+            f"{source} has no pruned model that could draft.",
+            hint="Name an ONNX folder of one: --draft smollm2-s0.4/onnx-w4",
+        )
+    sizes = {one.name: sum(file.stat().st_size for file in files_under(source / one.folder)) for one in cuts}
+    return min(sizes, key=lambda name: sizes[name])
+
+
+def _model_folder(name: str, models: Mapping[str, ModelVariant], source: Path) -> Path:
+    if name in models:
+        return source / models[name].folder
+    if Path(name).is_dir():
+        return Path(name)
+    there = f"it has {', '.join(models)}" if models else "and it is no output folder"
+    close = nearest_names(name, list(models))
+    guess = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise NirvanaError(
+        f"{source} has no model {name!r}; {there}. Nor is it an ONNX folder.{guess}",
+        hint="A quantized one is made by: nirvana-deploy quantize OUT --scheme w4",
+    )
 
 
 def _part(source: Path, inside: str, landmark: str, command: str) -> Path:

@@ -62,6 +62,7 @@ from nirvana_deploy.quantize.coverage import Coverage
 from nirvana_deploy.quantize.int8.spec import read_record
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
+from nirvana_deploy.report.cards.folders import write_cards
 from nirvana_deploy.report.pages.workloads import workloads_table
 from nirvana_deploy.report.report import write_report
 from nirvana_deploy.report.sensitivity import write_sensitivity
@@ -277,7 +278,7 @@ def _quality(run: Run, recipe: Evaluation, place: Place) -> dict[str, Any]:
 
 
 def report_folder(out: Path | str, *, progress: Progress = SILENT) -> tuple[Path, Path]:
-    """Write report.md and report.html of a folder again; returns both paths.
+    """Write report.md, report.html and the model cards of a folder again; returns the first two.
 
     A folder without manifest, of records alone, has its report marked. Raises NirvanaError for a folder
     without records, and for a report that somebody else wrote.
@@ -294,6 +295,7 @@ def report_folder(out: Path | str, *, progress: Progress = SILENT) -> tuple[Path
             run.claim((REPORT_MARKDOWN, REPORT_HTML))  # both, or neither is touched
             with run.writing(REPORT_MARKDOWN), run.writing(REPORT_HTML):
                 write_report(out, progress=progress)
+            write_cards(out, progress=progress)
     return out / REPORT_MARKDOWN, out / REPORT_HTML
 
 

@@ -51,6 +51,7 @@ from nirvana_deploy.prune.slicing import in_dense_shape
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
 from nirvana_deploy.recover.stage import Answers, Models, forget_another, recover, require_same
+from nirvana_deploy.report.cards.folders import write_cards
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import report
 from nirvana_deploy.report.table import summary_table
@@ -166,6 +167,7 @@ def run_job(
 def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Until) -> Deployment:
     """From plan.json and checkpoint/ to the report."""
     if until == "checkpoint":
+        write_cards(run.out, progress=run.progress)
         run.finish()
         return Deployment(out=run.out, plan=plan, manifest=run.manifest, benchmark=None, report=None)
     for stage in export(run, dense, job.export):
@@ -179,6 +181,8 @@ def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Unt
         _deploy(run, job, timed=timed, until=until)
     if until == "report":
         run.run(report(run))
+    else:
+        write_cards(run.out, progress=run.progress)
     for name, found in reports.items():
         found.require_passed(run.out / variant_named(name).folder, of_input=name == DENSE)
     for of, scheme in quantized_models(job):
@@ -228,6 +232,7 @@ def prune_by_plan(
     ) as run:
         run.run(prune.given_plan(run, decided))
         run.run(prune.slice_model(run, dense, decided))
+        write_cards(out, progress=progress)
         run.finish()
     return decided
 

@@ -22,7 +22,7 @@ from nirvana_deploy.base.artifact import whole_folder, write_json
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import disk_errors, require_free_bytes
 from nirvana_deploy.model import modeling_nirvana
-from nirvana_deploy.model.checkpoint import TOKENIZER_FILES, Checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, copy_companions
 from nirvana_deploy.model.families import family_of
 from nirvana_deploy.model.family import Family
 from nirvana_deploy.model.shape import ModelShape
@@ -85,9 +85,7 @@ def slice_checkpoint(
         write_json(folder / "config.json", written)
         if "auto_map" in written:
             shutil.copyfile(Path(modeling_nirvana.__file__), folder / "modeling_nirvana.py")
-        for name in TOKENIZER_FILES:
-            if (checkpoint.path / name).is_file():
-                shutil.copyfile(checkpoint.path / name, folder / name)
+        copy_companions(checkpoint.path, folder)
     return replace(smaller, family=family)
 
 

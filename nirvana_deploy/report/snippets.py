@@ -10,7 +10,7 @@ from nirvana_deploy.output.records import Records
 from nirvana_deploy.output.variants import PRUNED, variant_named
 from nirvana_deploy.report.facts import encoder_decoder
 
-_RUN_GENAI = """\
+RUN_GENAI = """\
 import onnxruntime_genai as og
 
 model = og.Model("FOLDER")
@@ -25,7 +25,7 @@ while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))"""
 
-_RUN_SEQ2SEQ = """\
+RUN_SEQ2SEQ = """\
 from pathlib import Path
 
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
@@ -44,7 +44,7 @@ tokens = greedy_tokens(
 )
 print(tokenizer.decode(tokens))"""
 
-_RUN_TRANSFORMERS = """\
+RUN_TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "checkpoint"
@@ -55,6 +55,8 @@ model = AutoModelForCausalLM.from_pretrained(
 prompt = tokenizer("The capital of France is", return_tensors="pt")
 tokens = model.generate(**prompt, max_new_tokens=32)
 print(tokenizer.decode(tokens[0]))"""
+SEQ2SEQ_CLASS = "AutoModelForSeq2SeqLM"
+"""What takes the place of AutoModelForCausalLM for an encoder-decoder."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +72,23 @@ def snippets(records: Records, recommended: str | None) -> tuple[Snippet, ...]:
     """How to run the recommended model [the pruned one] from inside the output folder."""
     folder = _folder(recommended or PRUNED)
     verify = Snippet("Compare every file with its model again", "sh", "nirvana-deploy verify .")
+    upload = f'hf upload YOUR-NAME/YOUR-MODEL {folder} . --exclude ".made-by*"'
+    publish = Snippet("Publish it with the card in its folder, once you have read that", "sh", upload)
     if encoder_decoder(records):  # which onnxruntime-genai does not run
-        transformers = _RUN_TRANSFORMERS.replace("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
-        run_onnx = Snippet("Generate with ONNX Runtime", "python", _RUN_SEQ2SEQ.replace("FOLDER", folder))
+        transformers = RUN_TRANSFORMERS.replace("AutoModelForCausalLM", SEQ2SEQ_CLASS)
+        run_onnx = Snippet("Generate with ONNX Runtime", "python", RUN_SEQ2SEQ.replace("FOLDER", folder))
     else:
-        transformers = _RUN_TRANSFORMERS
-        run_onnx = Snippet("Generate with onnxruntime-genai", "python", _RUN_GENAI.replace("FOLDER", folder))
+        transformers = RUN_TRANSFORMERS
+        run_onnx = Snippet("Generate with onnxruntime-genai", "python", RUN_GENAI.replace("FOLDER", folder))
     return tuple(
         snippet
         for needed, snippet in (
             (stage.ONNX, run_onnx),
             (stage.CHECKPOINT, Snippet("Generate with transformers, in float", "python", transformers)),
             (stage.ONNX, verify),
+            (stage.ONNX, publish if recommended else None),
         )
-        if records.stage(needed)
+        if snippet is not None and records.stage(needed)
     )
 
 

@@ -20,6 +20,25 @@ PROMPTS = (
     "Once upon a time, in a small village by the sea,",
     "The three laws of thermodynamics say that",
 )
+MORE_PROMPTS = (
+    *PROMPTS,
+    "Water boils at a temperature of",
+    "Anna had three apples and bought two more. Now she has",
+    "A dictionary is a book that",
+    "import json\n\ndef read(path):\n",
+    "The main causes of the First World War were",
+    "Dear Sir or Madam, I am writing to",
+    "Q: What is the largest planet of the solar system?\nA:",
+    "SELECT name, price FROM products WHERE",
+    "Photosynthesis is the process by which",
+    "1, 2, 3, 4, 5, 6,",
+    "The opposite of hot is",
+    "In machine learning, a neural network is",
+    "- milk\n- eggs\n- flour\n-",
+    "She opened the old wooden door and",
+    "To be healthy, one should",
+)
+"""Twenty, for what answers of many kinds are to be seen of."""
 DIFFICULT_TEXTS = (
     " leading space",
     "two  spaces, tab\t",
@@ -157,12 +176,12 @@ def _seeded(N: int, T: int, *, steps: int, padded: bool, vocab_size: int) -> Cas
     )
 
 
-def prompts_for(checkpoint: Path, vocab_size: int) -> list[NDArray[np.int64]]:
+def prompts_for(checkpoint: Path, vocab_size: int, texts: Sequence[str] = PROMPTS) -> list[NDArray[np.int64]]:
     """Token ids [1, T] of the prompts; random ids where the folder has no tokenizer."""
     if not (checkpoint / "tokenizer_config.json").is_file():
         return random_prompts(vocab_size)
     tokenizer = load_tokenizer(checkpoint)
-    return [np.array([tokenizer(prompt)["input_ids"]], dtype=np.int64) for prompt in PROMPTS]
+    return [np.array([tokenizer(prompt)["input_ids"]], dtype=np.int64) for prompt in texts]
 
 
 def random_prompts(vocab_size: int) -> list[NDArray[np.int64]]:

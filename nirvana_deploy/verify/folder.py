@@ -12,7 +12,7 @@ from nirvana_deploy.model.checkpoint import config_json
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.layout import CHECKPOINT, MANIFEST, PLAN_FILE, holds_model
+from nirvana_deploy.output.layout import CHECKPOINT, MANIFEST, PLAN_FILE, holds_model, is_speculative
 from nirvana_deploy.output.promise import incomplete, unlisted
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import DENSE, PRUNED, variant_named, variants_of
@@ -23,10 +23,13 @@ from nirvana_deploy.quantize.graph.linears import RECORD_FILE
 from nirvana_deploy.verify.against_torch import verify_onnx
 from nirvana_deploy.verify.folder_check import check_folder
 from nirvana_deploy.verify.report import VerifyReport
+from nirvana_deploy.verify.speculative import verify_speculative
 from nirvana_deploy.verify.stage import compare_in
 
 ALONE = "model"
 """What an ONNX folder outside any output folder is called."""
+DRAFTED = "drafted"
+"""What a model with its draft is called."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class FolderCheck:
                 hint="Make them again: repeat the prune-export command with --resume.",
             )
         for name, report in self.reports.items():
+            if name == DRAFTED:
+                report.require_passed(self.out, against="its target alone")
             report.require_passed(_folder(self.out, name), of_input=name != PRUNED)
         for name, coverage in self.quantized.items():
             coverage.require_whole(_folder(self.out, name))
@@ -105,9 +110,12 @@ def verify_folder(
 ) -> FolderCheck:
     """Check an output folder: files and records against its manifest, then ONNX against checkpoint.
 
-    Changes nothing. ``runtime`` also runs the models there, and compares it with ONNX Runtime on the CPU.
+    Of a model packaged with its draft, whether greedy answers are the model's own. Changes nothing.
+    ``runtime`` also runs the models there, and compares it with ONNX Runtime on the CPU.
     """
     out = Path(out)
+    if is_speculative(out):
+        return FolderCheck(out, damaged=[], reports={DRAFTED: _drafted(out, threads, runtime, progress)})
     _require_output_folder(out)
     run = Run.open(out, progress=progress)
     damaged, missing, more = run.damaged(), incomplete(run), unlisted(run)
@@ -150,9 +158,18 @@ def verify_onnx_folder(
     return FolderCheck(out=folder, damaged=[], reports={ALONE: report})
 
 
+def _drafted(out: Path, threads: int | None, runtime: str | None, progress: Progress) -> VerifyReport:
+    if runtime is not None:
+        raise NirvanaError(
+            f"{out} runs in onnxruntime-genai alone: it holds a model and its draft.",
+            hint="Leave out --runtime.",
+        )
+    return verify_speculative(out, threads=threads, progress=progress)
+
+
 def _folder(out: Path, name: str) -> Path:
-    """Where a variant lies; ``out`` itself for an ONNX folder that stands alone."""
-    return out if name == ALONE else out / variant_named(name).folder
+    """Where a variant lies; ``out`` itself for a folder that stands alone."""
+    return out if name in (ALONE, DRAFTED) else out / variant_named(name).folder
 
 
 def _quantized_check(folder: Path, checkpoint: Path) -> Coverage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +29,9 @@ from nirvana_deploy.base.ownership.lock import LOCK
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export import stage as export_stage
 from nirvana_deploy.measure.recipe import Evaluation, Workload
+from nirvana_deploy.output.promise import incomplete, unlisted
 from nirvana_deploy.output.run import Run
-from nirvana_deploy.pipeline.folder import benchmark_folder, evaluate_folder, quantize_folder
+from nirvana_deploy.pipeline.folder import benchmark_folder, evaluate_folder, quantize_folder, report_folder
 from nirvana_deploy.pipeline.prune_export import prune_by_plan
 from nirvana_deploy.quantize import folder as quantized_folder
 from nirvana_deploy.quantize.coverage import Coverage
@@ -72,6 +74,17 @@ def stages_of(out: Path) -> dict[str, Any]:
     return stages
 
 
+def test_cards_and_what_their_readers_make_of_them_are_no_damage(finished: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    (out / "onnx" / "README.md").write_text("My own words.", encoding="utf-8")
+    (out / "checkpoint" / "README.md").unlink()
+    run = Run.open(out)
+    assert not run.damaged() and not unlisted(run) and incomplete(run) is None
+    report_folder(out)
+    assert (out / "onnx" / "README.md").read_text(encoding="utf-8") == "My own words."
+    assert (out / "checkpoint" / "README.md").is_file()
+
+
 def test_the_output_folder_is_what_the_documentation_says(finished: Path) -> None:
     names = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
     assert {
@@ -83,6 +96,9 @@ def test_the_output_folder_is_what_the_documentation_says(finished: Path) -> Non
         "checkpoint/config.json",
         "checkpoint/model.safetensors",
         "checkpoint/modeling_nirvana.py",
+        "checkpoint/README.md",
+        "dense/onnx/README.md",
+        "onnx/README.md",
         "onnx/model.onnx",
         "onnx/model.onnx.data",
         "onnx/genai_config.json",

@@ -22,6 +22,11 @@ from nirvana_deploy.base.reading import read_json
 MARKER = ".made-by-nirvana-deploy"
 """JSON that is the same for the same names. No suffix: programs that look for *.json do not meet it."""
 TOOL = "nirvana-deploy"
+CARD = "README.md"
+"""The model card of a folder: a page for people, who may make it their own; no manifest promises it."""
+CARD_NOTE = "<!-- nirvana-deploy writes this page anew; remove this line to keep what you change. -->"
+"""Without this line in it, a card is its reader's."""
+_CARD_CHARACTERS = 1 << 20
 _SCHEMA = 1
 _NAMED, _COUNTED = 3, 1000
 _ELSEWHERE = "Choose another place with --out."
@@ -39,12 +44,26 @@ def marker_text(names: Iterable[str]) -> str:
 
 
 def marked_names(folder: Path) -> frozenset[str]:
-    """The names in ``folder`` that this tool wrote, its marker among them; none without a marker of ours."""
+    """The names in ``folder`` that this tool wrote, its marker among them; none without a marker of ours.
+
+    A card that somebody made their own is not among them.
+    """
     try:
         marker = read_json(folder / MARKER, _Marker, schema=_SCHEMA)
     except NirvanaError:
         return frozenset()
-    return frozenset([MARKER, *marker["files"]]) if marker["tool"] == TOOL else frozenset()
+    if marker["tool"] != TOOL:
+        return frozenset()
+    names = frozenset([MARKER, *marker["files"]])
+    return names - {CARD} if CARD in names and _is_taken_over(folder / CARD) else names
+
+
+def _is_taken_over(card: Path) -> bool:
+    """Whether a card is there that lost its note."""
+    if not card.is_file():
+        return False
+    with card.open(encoding="utf-8", errors="replace") as file:
+        return CARD_NOTE not in file.read(_CARD_CHARACTERS)
 
 
 def files_below(folder: Path) -> Iterator[str]:

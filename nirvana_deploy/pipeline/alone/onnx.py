@@ -12,11 +12,14 @@ from nirvana_deploy.calibrate.mixture import files_of
 from nirvana_deploy.calibrate.windows import calibration_data
 from nirvana_deploy.export.onnx_export import OnnxFolder, onnx_from_checkpoint
 from nirvana_deploy.export.recipe import Graph
-from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer
+from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer, model_record
+from nirvana_deploy.model.snapshot import name_of
 from nirvana_deploy.model.sources import local_paths, resolve_model
+from nirvana_deploy.model.text.source_card import source_card
 from nirvana_deploy.quantize.folder import QuantizedFolder, quantize_onnx
 from nirvana_deploy.quantize.graph.linears import open_folder
 from nirvana_deploy.quantize.recipe import CalibrationText, Quantization
+from nirvana_deploy.report.cards.folders import card_alone, write_card
 from nirvana_deploy.report.sensitivity import write_sensitivity
 
 _HELDOUT_WINDOWS = 8
@@ -39,7 +42,7 @@ def export_onnx(
     with held(out, force=force, reads=local_paths(model)):
         source = resolve_model(model, progress=progress)
         require_apart(out, reads=[source.path])
-        return onnx_from_checkpoint(
+        exported = onnx_from_checkpoint(
             Checkpoint.open(source.path),
             out,
             dtype=graph.dtype,
@@ -48,6 +51,8 @@ def export_onnx(
             last_logits=graph.last_logits,
             progress=progress,
         )
+        write_card(out, card_alone(out, model=model_record(source), dtype=graph.dtype), progress=progress)
+    return exported
 
 
 def quantize_onnx_folder(
@@ -69,6 +74,8 @@ def quantize_onnx_folder(
         windows = {} if text.calib is None else _drawn(folder, text, progress)
         quantized = quantize_onnx(folder, out, recipe, progress=progress, **windows)
         write_sensitivity(out, quantized.record)
+        model = {"name": name_of(folder.resolve()), "card": source_card(folder)}
+        write_card(out, card_alone(out, model=model), progress=progress)
     return quantized
 
 

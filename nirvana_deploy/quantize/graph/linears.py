@@ -23,6 +23,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nirvana_deploy.base.artifact import whole_folder, write_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.ownership.marker import CARD
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import disk_errors, require_free_bytes
 from nirvana_deploy.output.layout import DATA_FILE
@@ -280,7 +281,7 @@ def write_folder(
         raise NirvanaError(
             f"{out} cannot be written while it is read.", hint="Choose another folder with --out DIR."
         )
-    skipped = {file for graph in graphs for file in data_files(graph.model)} | {RECORD_FILE}
+    skipped = {file for graph in graphs for file in data_files(graph.model)} | {RECORD_FILE, CARD}
     skipped |= {graph.path.name for graph in graphs}
     for graph in graphs:
         graph.drop_unused()
