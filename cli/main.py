@@ -34,7 +34,7 @@ _COMMANDS = {
     "quantize": ("quantize", "Quantize an ONNX folder: integer kernels, proved by count."),
     "build-engine": ("build_engine", "Build a TensorRT engine from an output folder or an ONNX folder."),
     "verify": ("verify", "Check an output folder: hashes, logits and greedy tokens against its checkpoint."),
-    "benchmark": ("benchmark", "Measure latency and memory of an output folder again, dense against pruned."),
+    "benchmark": ("benchmark", "Measure latency and memory: an output folder again, or models of any kind."),
     "evaluate": ("evaluate", "Measure perplexity and KL of an output folder again, on any text."),
     "generate": ("generate", "Stream text from an output folder, an ONNX folder or an engine."),
     "serve": ("serve", "Serve a model over HTTP, as OpenAI's clients ask for it."),

@@ -7,7 +7,7 @@ tokens. It pays where the first is more than the second; where they are equal, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class Speculation:
     target_token_ms: float
     rounds: tuple[DraftRound, ...]
     chosen: int
-    """Draft tokens of the fastest."""
+    """Draft tokens of the fastest of those that may be chosen."""
 
     @property
     def best(self) -> DraftRound:
@@ -108,8 +108,13 @@ def hear(
     return Heard(tuple(found[None]), {way: tuple(found[way]) for way in draft_tokens})
 
 
-def speculation_of(heard: Heard, *, new_tokens: int, threads: int | None) -> Speculation:
-    """The numbers of what was heard; the fastest is chosen, of equally fast ones that of fewer tokens."""
+def speculation_of(
+    heard: Heard, *, new_tokens: int, threads: int | None, among: Collection[int] | None = None
+) -> Speculation:
+    """The numbers of what was heard; the fastest is chosen, of equally fast ones that of fewer tokens.
+
+    ``among`` these numbers of draft tokens, or all where it is None or empty.
+    """
     said = [index for index, answer in enumerate(heard.alone) if answer.ids]
     alone_ms = [heard.alone[index].token_ms for index in said] or [0.0]
     token_ms = sum(heard.alone[i].decode_ms for i in said) / max(
@@ -119,7 +124,8 @@ def speculation_of(heard: Heard, *, new_tokens: int, threads: int | None) -> Spe
         _round(draft_tokens, [answers[index] for index in said], alone_ms, token_ms)
         for draft_tokens, answers in heard.drafted.items()
     )
-    best = max(rounds, key=lambda one: (one.speedup, -one.draft_tokens))
+    open_to = [one for one in rounds if one.draft_tokens in (among or heard.drafted)]
+    best = max(open_to, key=lambda one: (one.speedup, -one.draft_tokens))
     return Speculation(
         prompts=len(heard.alone),
         new_tokens=new_tokens,

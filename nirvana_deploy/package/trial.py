@@ -50,8 +50,10 @@ def tried_out(
 ) -> SpeculativePackage:
     """Let target and draft, called ``names``, answer twenty prompts; keep the fastest of ``draft_tokens``.
 
-    Writes speculative.json into ``folder``, and the number into its genai_config.json. Raises NirvanaError
-    when onnxruntime-genai refuses the folder; a changed answer is a result, no exception.
+    Of those alone with which answers stay the target's own, if there are any: quantized kernels may give
+    other logits for several tokens at a time than for one. Writes speculative.json into ``folder``, and the
+    number into its genai_config.json. Raises NirvanaError when onnxruntime-genai refuses the folder; a
+    changed answer is a result, no exception.
     """
     prompts = [[int(one) for one in prompt[0]] for prompt in speculative_prompts(folder)]
     heard = hear(
@@ -62,11 +64,12 @@ def tried_out(
         threads=threads,
         progress=progress,
     )
-    found = speculation_of(heard, new_tokens=new_tokens, threads=threads)
     alone = [answer.ids for answer in heard.alone]
     drafted = {count: [one.ids for one in answers] for count, answers in heard.drafted.items()}
     checks = compare_answers(folder, prompts, alone, drafted, new_tokens)
-    report = VerifyReport(checks=(), greedy=checks, first_departure=None)
+    same = {count: check for count, check in zip(drafted, checks, strict=True) if check.passed}
+    found = speculation_of(heard, new_tokens=new_tokens, threads=threads, among=same)
+    report = VerifyReport(checks=(), greedy=tuple(same.values()) or checks, first_departure=None)
     record = {
         "schema": 1,
         "target": names[0],

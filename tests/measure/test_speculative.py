@@ -42,6 +42,8 @@ def test_times_of_a_known_run_are_found_and_the_fastest_is_chosen() -> None:
     assert one.cost == pytest.approx(1.25) and one.break_even == pytest.approx(0.25)
     assert two.speedup == pytest.approx(2.0) and two.draft_ms == pytest.approx(3.0)
     assert found.chosen == 2 and found.best is two  # of two that are as fast, that of fewer tokens
+    assert speculation_of(heard, new_tokens=12, threads=1, among={1}).chosen == 1
+    assert speculation_of(heard, new_tokens=12, threads=1, among=()).chosen == 2
 
 
 def test_prompts_that_end_at_once_do_not_count() -> None:

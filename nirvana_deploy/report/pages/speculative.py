@@ -56,14 +56,19 @@ def best_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _same(record: Mapping[str, Any]) -> str:
     checks = record["same_answers"]["greedy"]
-    equal = min(check["equal_prompts"] for check in checks)
-    ties = max(check["ties"] for check in checks)
     if not record["same_answers"]["passed"]:
+        equal = min(check["equal_prompts"] for check in checks)
         return f"The draft changes answers: {equal} of {record['prompts']} are those of {record['target']}."
+    same = [check for check in checks if check["passed"]]
+    equal = min(check["equal_prompts"] for check in same)
+    ties = max(check["ties"] for check in same)
     tied = f"; up to {ties} part at a tie, where {record['target']} itself is undecided" if ties else ""
+    which, changed = "every number", ""
+    if others := len(checks) - len(same):
+        which, changed = f"{len(same)} of {len(checks)} numbers", f"; {others} change some and are not chosen"
     return (
         f"Greedy answers are those of {record['target']}, token for token: {equal} of {record['prompts']} "
-        f"prompts of {record['new_tokens']} tokens with every number of draft tokens{tied}."
+        f"prompts of {record['new_tokens']} tokens with {which} of draft tokens{tied}{changed}."
     )
 
 

@@ -69,6 +69,9 @@ def test_whether_output_is_the_targets_own_is_said() -> None:
     tied = copy.deepcopy(RECORD)
     tied["same_answers"]["greedy"].append({**CHECK, "equal_prompts": 19, "ties": 1})
     assert "19 of 20" in says(tied)[0] and "1 part at a tie" in says(tied)[0]
+    some = copy.deepcopy(RECORD)
+    some["same_answers"]["greedy"].append({**CHECK, "equal_prompts": 10, "passed": False})
+    assert "20 of 20" in says(some)[0] and "1 of 2 numbers of draft tokens; 1 change some" in says(some)[0]
     other = copy.deepcopy(RECORD)
     other["same_answers"] = {"passed": False, "greedy": [{**CHECK, "equal_prompts": 3, "passed": False}]}
     assert says(other)[0] == "The draft changes answers: 3 of 20 are those of dense."
