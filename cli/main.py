@@ -92,6 +92,8 @@ def commands() -> None:
     """
 
 
+_GO_ON = {"prune", "prune-export", "search"}
+"""Commands with --resume."""
 _OF_A_PLACE = {
     errno.EACCES, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.EPERM, errno.EROFS, errno.ESTALE,
 }  # fmt: skip
@@ -116,7 +118,9 @@ def main() -> None:
         _complain(brief(f"Error: {error}"), talk)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _complain("\nInterrupted. Finished stages are kept: repeat the command with --resume.", talk)
+        resumable = not _GO_ON.isdisjoint(sys.argv[1:])
+        how = " Finished stages are kept: repeat the command with --resume." if resumable else ""
+        _complain(f"\nInterrupted.{how}", talk)
         sys.stdout.flush()
         # Everything is unwound. An ordinary exit may be turned into death by SIGINT by the interpreter, which
         # remembers an interrupt that arrived while a module was being imported.
