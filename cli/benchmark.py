@@ -66,7 +66,8 @@ def benchmark(
     from nirvana_deploy.output.layout import is_speculative
     from nirvana_deploy.pipeline.contest import benchmark_contenders, is_one_output_folder
 
-    traffic, workload, analysis = taken(Traffic, options), taken(Workload, options), taken(Analysis, options)
+    traffic, said = taken(Traffic, options), typed(options)
+    workload, analysis = taken(Workload, options), taken(Analysis, options)
     progress = TerminalProgress()
     if len(paths) == 1 and is_speculative(paths[0]):
         _speculative(paths[0], workload, as_json=as_json)
@@ -84,7 +85,7 @@ def benchmark(
 
     (folder,) = paths
     if traffic.workloads or traffic.sweeps:
-        _require_meant(traffic, typed(options))
+        _require_meant(traffic, said)
         result = benchmark_workloads(folder, traffic, workload, runtime=runtime, progress=progress)
         show_workloads(result, traffic, folder, as_json=as_json)
     else:

@@ -31,6 +31,8 @@ def test_without_every_extra_the_suite_is_collected_and_the_reasons_are_printed(
         "fastapi",
         "gguf",
         "onnxruntime-genai",
+        "openvino",
+        "openvino-genai",
         "tensorrt-rtx",
         "tritonclient",
         "uvicorn",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from campaign.trial import Outcome, call, run
 from nirvana_deploy.base.artifact import sha256_of
+from nirvana_deploy.base.ownership.marker import CARD, MARKER, marked_names
 
 SHORT = ("--preset", "paper", "--sparsity", "0.3", "--num-sequences", "4", "--seq-len", "16")
 """Options of a job of a second."""
@@ -149,7 +150,8 @@ def _is_passing(name: Path) -> bool:
 
 
 def _tells_time(path: Path) -> bool:
-    return path.name in ("manifest.json", "report.md", "report.html") or path.parent.name == "engine"
+    measured = ("manifest.json", "report.md", "report.html", "README.md")
+    return path.name in measured or path.parent.name == "engine"
 
 
 def _readable(path: Path) -> bool:
@@ -164,6 +166,8 @@ def _readable(path: Path) -> bool:
 
 
 def _same(path: Path, other: Path) -> bool:
+    if path.name == MARKER:  # a model card joins the others when the job ends
+        return marked_names(path.parent) | {CARD} == marked_names(other.parent) | {CARD}
     return path.read_bytes() == other.read_bytes()
 
 

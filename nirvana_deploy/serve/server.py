@@ -138,9 +138,14 @@ class Server:
             answered=self._answered,
         )
 
-    def wait(self) -> None:
-        """Return when SIGINT or SIGTERM comes; a second one ends at once what is open."""
+    def wait(self, on_ready: Callable[[Served], None] | None = None) -> None:
+        """Return when SIGINT or SIGTERM comes; a second one ends at once what is open.
+
+        ``on_ready`` hears when these signals are heard.
+        """
+        tell = on_ready or (lambda served: None)
         if threading.current_thread() is not threading.main_thread():
+            tell(self.served)
             return self._thread.join()
         told = threading.Event()
 
@@ -152,6 +157,7 @@ class Server:
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            tell(self.served)
             while not told.wait(_LOOK_SECONDS) and self._thread.is_alive():
                 pass
             if self._thread.is_alive():
@@ -271,7 +277,5 @@ def serve_onnx_folder(
     with serving(
         folder, name=name, options=options, runtime=runtime, threads=threads, progress=progress
     ) as server:
-        if on_ready is not None:
-            on_ready(server.served)
-        server.wait()
+        server.wait(on_ready)
     return server.served

@@ -125,6 +125,9 @@ def test_snippets_run(
     schemas.write_schemas(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(nirvana_deploy, "prune_export", lambda *_, **__: made_in(first))
+    if page == "docs/runtimes/openvino.md":
+        needs("openvino_genai")
+        nirvana_deploy.package_openvino(first, force=True)
     for source in blocks(page, "python"):
         for package in ELSEWHERE & {*re.findall(r"^import (\w+)", source, re.MULTILINE)}:
             pytest.importorskip(package, reason=f"needs {package}, which no extra installs")

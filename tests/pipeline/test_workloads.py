@@ -39,13 +39,13 @@ def test_results_are_kept_by_name_and_the_benchmark_stays(out: Path, tmp_path: P
     words = ("--sweep", "batch=1,2", "--new-tokens", 3, "--repeats", 2, "--threads", 1)
     shown = asked(out, *words)
     assert shown.exit_code == 0, shown.output
-    assert "# Against batch size" in shown.stdout and "# Workload mine" not in shown.stdout
+    assert "# Against sequences in a batch" in shown.stdout and "# Workload mine" not in shown.stdout
     record = json.loads((out / "workloads.json").read_text())
     assert [one["name"] for one in record["workloads"]] == ["mine"]
     assert [one["path"] for one in record["workloads"][0]["variants"]] == ["dense/onnx", "onnx"]
     assert [one["axis"] for one in record["sweeps"]] == ["batch"]
     page = (out / "report.html").read_text()
-    assert "<h2>Workload mine</h2>" in page and "<h2>Against batch size</h2>" in page
+    assert "<h2>Workload mine</h2>" in page and "<h2>Against sequences in a batch</h2>" in page
     assert (out / "benchmark.json").read_bytes() == before
     assert library.verify_folder(out).passed
 
