@@ -6,11 +6,11 @@
 
 MODEL is an alias or a folder. Each row is one cut: a recipe (``best`` as in --preset best, ``best-round-8``
 with widths of 8; ``paper``: NIRVANA as published; ``paper-refit``; ``wanda-refit``: wanda-sp uniform), a
-calibration source, a sparsity, a seed. Nothing is exported: a cut is compared with the dense model in float32,
-as ``select-calib`` does. --texts are files or folders (WikiText-2's test.txt among them), one kind a file;
-pydoc and code are added. A kind that is part of the calibration is read from its held-out windows. Rows are
-appended as they are measured; the same command continues where it stopped. Tasks run on a checkpoint in a
-temporary folder.
+calibration source, a sparsity, a seed. Nothing is exported: a cut is compared with the dense model in
+float32, as ``select-calib`` does. --texts are files or folders (WikiText-2's test.txt among them), one kind
+a file; pydoc and code are added. A kind that is part of the calibration is read from its held-out windows.
+Rows are appended as they are measured; the same command continues where it stopped. Tasks run on a
+checkpoint in a temporary folder.
 """
 
 from __future__ import annotations
