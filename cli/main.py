@@ -92,8 +92,6 @@ def commands() -> None:
     """
 
 
-_GO_ON = {"prune", "prune-export", "search"}
-"""Commands with --resume."""
 _OF_A_PLACE = {
     errno.EACCES, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.EPERM, errno.EROFS, errno.ESTALE,
 }  # fmt: skip
@@ -118,8 +116,7 @@ def main() -> None:
         _complain(brief(f"Error: {error}"), talk)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        resumable = not _GO_ON.isdisjoint(sys.argv[1:])
-        how = " Finished stages are kept: repeat the command with --resume." if resumable else ""
+        how = " Finished stages are kept: repeat the command with --resume." if _goes_on(sys.argv[1:]) else ""
         _complain(f"\nInterrupted.{how}", talk)
         sys.stdout.flush()
         # Everything is unwound. An ordinary exit may be turned into death by SIGINT by the interpreter, which
@@ -163,6 +160,13 @@ def _of_a_place(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _OF_A_PLACE and error.filename is not None:
         return f"{error.filename} cannot be used: {error.strerror}."
     return None
+
+
+def _goes_on(words: list[str]) -> bool:
+    """Whether the command of a command line has --resume."""
+    name = next((word for word in words if word in _COMMANDS), None)
+    command = None if name is None else commands.get_command(click.Context(commands), name)
+    return command is not None and any(parameter.name == "resume" for parameter in command.params)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

@@ -277,23 +277,38 @@ def _record(
     variant: Variant, worker: WorkerProcess, samples: Sequence[RoundSample], workload: Workload
 ) -> dict[str, Any]:
     """One entry of ``variants``."""
-    tpot_ms = summary([sample.tpot_ms for sample in samples])
-    prefill_ms = summary([sample.prefill_ms for sample in samples])
+    timed = timed_record(variant.path, worker, samples, workload)
     size = {"prompt_tokens": workload.prompt_tokens, "batch_size": workload.batch_size}
     decode_bytes = variant.work.mean_decode(new_tokens=workload.new_tokens, **size).read_bytes
     prefill_flops = variant.work.prefill(**size).all_operations
     return {
         "name": variant.name,
         "path": str(variant.path),
-        "runtime": worker.loaded.runtime,
         "parameters": variant.parameters,
         "linear_parameters": variant.work.linear_parameters,
         "embedding_parameters": variant.embedding_parameters,
         "float_arithmetic": variant.float_arithmetic,
-        "weights_bytes": weights_bytes(variant.path),
         "kv_cache_bytes_per_token": variant.work.kv_cache_bytes_per_token,
-        "load_ms": worker.loaded.load_ms,
         "interpreter_rss_bytes": worker.loaded.interpreter_rss_bytes,
+        **timed,
+        "decode_bytes_per_step": decode_bytes,
+        "achieved_gb_per_s": decode_bytes / timed["tpot_ms"]["p50"] / 1e6,
+        "prefill_flops": prefill_flops,
+        "achieved_gflop_per_s": prefill_flops / timed["prefill_ms"]["p50"] / 1e6,
+        "quality": None,
+    }
+
+
+def timed_record(
+    path: Path, worker: WorkerProcess, samples: Sequence[RoundSample], workload: Workload
+) -> dict[str, Any]:
+    """What was measured of any model: times, tokens a second, bytes."""
+    prefill_ms = summary([sample.prefill_ms for sample in samples])
+    tpot_ms = summary([sample.tpot_ms for sample in samples])
+    return {
+        "runtime": worker.loaded.runtime,
+        "weights_bytes": weights_bytes(path),
+        "load_ms": worker.loaded.load_ms,
         "loaded_rss_bytes": worker.loaded.loaded_rss_bytes,
         "peak_rss_bytes": worker.peak_rss_bytes,
         "peak_device_bytes": worker.peak_device_bytes,
@@ -304,11 +319,6 @@ def _record(
         **device_times(samples),
         "prefill_tokens_per_s": 1e3 * workload.batch_size * workload.prompt_tokens / prefill_ms["p50"],
         "decode_tokens_per_s": 1e3 * workload.batch_size / tpot_ms["p50"],
-        "decode_bytes_per_step": decode_bytes,
-        "achieved_gb_per_s": decode_bytes / tpot_ms["p50"] / 1e6,
-        "prefill_flops": prefill_flops,
-        "achieved_gflop_per_s": prefill_flops / prefill_ms["p50"] / 1e6,
-        "quality": None,
     }
 
 

@@ -20,9 +20,8 @@ from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.measure.benchmark import (
     SCHEMA,
     alternate,
-    device_times,
     speedups,
-    summary,
+    timed_record,
     weights_bytes,
 )
 from nirvana_deploy.measure.contest.contender import Contender
@@ -132,26 +131,12 @@ def _timed(
     contender: Contender, worker: WorkerProcess, samples: Sequence[RoundSample], workload: Workload
 ) -> dict[str, Any]:
     """One entry of ``variants``."""
-    prefill_ms, tpot_ms = ([getattr(one, f"{of}_ms") for one in samples] for of in ("prefill", "tpot"))
-    prefill, tpot = summary(prefill_ms), summary(tpot_ms)
     return {
         "name": contender.name,
         "path": str(contender.path),
-        "runtime": worker.loaded.runtime,
         "runtime_version": contender.runtime_version,
         "threads": worker.loaded.threads,
-        "weights_bytes": weights_bytes(contender.path),
-        "load_ms": worker.loaded.load_ms,
-        "loaded_rss_bytes": worker.loaded.loaded_rss_bytes,
-        "peak_rss_bytes": worker.peak_rss_bytes,
-        "peak_device_bytes": worker.peak_device_bytes,
-        "prefill_ms": prefill,
-        "ttft_ms": summary([one.ttft_ms for one in samples]),
-        "tpot_ms": tpot,
-        "itl_ms": summary([gap for one in samples for gap in one.itl_ms]),
-        **device_times(samples),
-        "prefill_tokens_per_s": 1e3 * workload.batch_size * workload.prompt_tokens / prefill["p50"],
-        "decode_tokens_per_s": 1e3 * workload.batch_size / tpot["p50"],
+        **timed_record(contender.path, worker, samples, workload),
         "quality": None,
     }
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 BLOCK_POSITIONS = 256
 """Positions whose logits are in memory at once."""
 _ROWS = 8
-"""Of logits that a CPU compares at once: a few stay in its caches, which halves the time of 256."""
+"""Of logits that a CPU compares at once: a few stay in its caches."""
 BlockLoss = Callable[[torch.Tensor, slice], torch.Tensor]
 """States [p, D] of some positions, and which they are -> the sum of their losses."""
 Logits = Callable[[torch.Tensor], torch.Tensor]
