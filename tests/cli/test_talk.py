@@ -16,7 +16,7 @@ from builders.tiny import write_tiny
 from nirvana_deploy.base.errors import TRACE_VARIABLE
 from nirvana_deploy.cli import talk as talking
 from nirvana_deploy.cli.common import TerminalProgress, echo, echo_table
-from nirvana_deploy.cli.main import commands, main
+from nirvana_deploy.cli.main import _goes_on, commands, main
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 STAMPED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\S* (.*)")
@@ -177,3 +177,8 @@ def test_a_log_that_is_taken_away_ends_no_job(tmp_path: Path, capsys: pytest.Cap
     with click.Context(commands, obj=said):
         echo("still here")
     assert capsys.readouterr().out == "still here\n"
+
+
+def test_a_command_goes_on_if_it_has_an_option_for_it() -> None:
+    assert all(_goes_on(["-q", name, "m"]) for name in ("prune", "prune-export", "search"))
+    assert not any(_goes_on(words) for words in (["serve", "search"], ["recover", "o"], ["--help"], []))
