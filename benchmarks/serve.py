@@ -69,8 +69,16 @@ def under_load(folder: Path, *, clients: int, slots: int, seconds: float, option
         found = asyncio.run(_load(url, model, process, clients=clients, seconds=seconds))
         while (health := _health(url))["active"] or health["waiting"]:
             time.sleep(0.1)
-        found["descriptors"]["after"] = process.num_fds()
+        found["descriptors"]["after"] = _settled(process, found["descriptors"]["begin"])
     return {"slots": slots, "clients": clients, **found}
+
+
+def _settled(process: psutil.Process, begin: int, patience_s: float = 10.0) -> int:
+    """The open descriptors of ``process``, once those of the connections that just ended are closed."""
+    until = time.perf_counter() + patience_s
+    while (count := process.num_fds()) > begin and time.perf_counter() < until:
+        time.sleep(0.1)
+    return count
 
 
 async def _load(url: str, model: str, process: psutil.Process, *, clients: int, seconds: float) -> Any:
