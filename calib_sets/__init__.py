@@ -1,12 +1,19 @@
-"""Named calibration sets, as data: one TOML file each. They define where text is; they hold none of it."""
+"""Calibration text: named sets on the hub, one TOML file each, and ``prose``, which comes with the package.
+
+``prose/`` holds English of many kinds, written for this purpose: reference works, news, the web, fiction,
+learning, technical text. A file is a kind; lines of five equals signs stand between its documents.
+"""
 
 from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
+from itertools import zip_longest
 
 from nirvana_deploy.base.registry import look_up
+
+_BETWEEN_DOCUMENTS = "\n=====\n"
 
 
 @dataclass(frozen=True)
@@ -37,3 +44,13 @@ def load(name: str) -> CalibSet:
     """The definition called ``name``; raises NirvanaError ("did you mean") for an unknown name."""
     file = look_up(name, {known: f"{known}.toml" for known in names()}, what="calibration set")
     return CalibSet(**tomllib.loads((resources.files(__name__) / file).read_text(encoding="utf-8")))
+
+
+def prose() -> tuple[str, ...]:
+    """The documents of ``prose``, the kinds by turns, so that a part of them has something of each."""
+    folder = resources.files(__name__) / "prose"
+    files = sorted(
+        (file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name
+    )
+    kinds = [file.read_text(encoding="utf-8").split(_BETWEEN_DOCUMENTS) for file in files]
+    return tuple(text.strip() for turn in zip_longest(*kinds, fillvalue="") for text in turn if text.strip())

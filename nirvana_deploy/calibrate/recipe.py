@@ -12,7 +12,7 @@ def source_names() -> tuple[str, ...]:
     """What ``calib`` may name, files apart."""
     import nirvana_deploy.calib_sets as calib_sets
 
-    return ("mix", "auto", "self", "pydoc", "code", *calib_sets.names())
+    return ("mix", "auto", "prose", "self", "pydoc", "code", *calib_sets.names())
 
 
 NumSequences = Annotated[int, Option("Number of calibration windows.", minimum=1)]
@@ -27,7 +27,7 @@ class Calibration:
         str,
         Option(
             "Calibration text: a file (text, JSON, JSON lines, CSV, parquet; chats, packed ones), "
-            "pydoc, code (Python's own), self (the model writes), "
+            "prose (of many kinds, in the package), pydoc, code (Python's own), self (the model writes), "
             "c4, bookcorpus, wikitext, lambada; with shares, a mixture (pydoc:0.7,code:0.3), or 'mix' of "
             "self, pydoc and code; several without shares, or 'auto' (pydoc, self), are chosen among by KL.",
             suggests=source_names,

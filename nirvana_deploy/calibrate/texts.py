@@ -1,4 +1,4 @@
-"""Calibration text from this Python, a named set on the hub, or a user's file."""
+"""Calibration text from the package, this Python, a named set on the hub, or a user's file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SourceText:
 
 def known_sources() -> tuple[str, ...]:
     """The names of sources that are no files."""
-    return ("self", "pydoc", "code", *calib_sets.names())
+    return ("self", "prose", "pydoc", "code", *calib_sets.names())
 
 
 def require_source(source: str, tokenizer: Any) -> None:
@@ -49,8 +49,9 @@ def require_source(source: str, tokenizer: Any) -> None:
 
 
 def read_source(source: str, *, tokenizer: Any = None, progress: Progress = SILENT) -> SourceText:
-    """Read "pydoc", "code", a name in calib_sets/, or a file as :func:`read_text_file` does."""
+    """Read "prose", "pydoc", "code", a name in calib_sets/, or a file as :func:`read_text_file` does."""
     readers: dict[str, Callable[[], tuple[str, ...]]] = {
+        "prose": calib_sets.prose,
         "pydoc": _pydoc_documents,
         "code": standard_library_documents,
         **{name: functools.partial(_hub_documents, name, progress) for name in calib_sets.names()},
@@ -107,6 +108,6 @@ def _hub_documents(name: str, progress: Progress) -> tuple[str, ...]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NirvanaError(
             f"The calibration set {name!r} ({definition.dataset} on the hub) cannot be read: {reason}",
-            hint="Without a network: --calib pydoc, --calib self, or --calib FILE.",
+            hint="Without a network: --calib prose, --calib self, or --calib FILE.",
         ) from error
     return tuple(texts) if definition.joined_by is None else (definition.joined_by.join(texts),)

@@ -122,9 +122,9 @@ def calibration_data(
 ) -> CalibrationData:
     """Draw N = ``num_sequences`` windows of T = ``seq_len`` tokens, and hold M others out.
 
-    ``source`` is "pydoc" (the language reference inside this Python), "code" (its standard library), "self"
-    (the model of ``checkpoint`` writes), a name in calib_sets/, a UTF-8 text or .jsonl file, or a mixture of
-    them, "a:0.7,b:0.3" or "mix" (:mod:`~nirvana_deploy.calibrate.mixture`), whose windows are interleaved;
+    ``source`` is "prose" (in the package), "pydoc" (the language reference inside this Python), "code" (its
+    standard library), "self" (the model of ``checkpoint`` writes), a name in calib_sets/, a UTF-8 text or
+    .jsonl file, or a mixture of them, "a:0.7,b:0.3" or "mix" (:mod:`~nirvana_deploy.calibrate.mixture`), whose windows are interleaved;
     ``tokenizer`` is the model's, from transformers. ``draw`` chooses among a seed's disjoint sets
     (:func:`calibration_candidates`). ``heldout_sequences`` may be 0. Raises NirvanaError for a source that is
     unknown, unreadable or too short (it says how much fits) and for shares that do not add up,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,17 +114,9 @@ def benchmark(
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names) or baseline not in names:
         raise NirvanaError(f"Variants need distinct names, and one must be {baseline!r}; got {names}.")
-    require_memory_for(variant.path for variant in variants)
     if workload.wait_until_idle:
         wait_until_idle(max_minutes=workload.max_minutes, progress=progress)
-    with ExitStack() as stack:
-        workers: dict[str, WorkerProcess] = {}
-        for variant in variants:
-            progress.note(f"Loading {variant.name}")
-            worker = WorkerProcess(
-                variant.name, variant.path, threads=workload.threads, runtime=variant.runtime
-            )
-            workers[variant.name] = stack.enter_context(worker)
+    with opened(variants, threads=workload.threads, progress=progress) as workers:
         threads = workers[baseline].loaded.threads
         environment = measured_environment(threads=threads)
         watch = Watch(read_gb_per_s=MemoryProbe(threads, passes=2).read_gb_per_s)
@@ -156,6 +148,24 @@ def benchmark(
             if name != baseline
         ],
     }
+
+
+@contextmanager
+def opened(
+    variants: Sequence[Variant], *, threads: int | None, progress: Progress = SILENT
+) -> Iterator[dict[str, WorkerProcess]]:
+    """A fresh process for each variant, by name, so that its peak memory is that of what it is asked now.
+
+    Raises NirvanaError for a folder that does not load, and where the memory has no room for all of them.
+    """
+    require_memory_for(variant.path for variant in variants)
+    with ExitStack() as stack:
+        workers = {}
+        for variant in variants:
+            progress.note(f"Loading {variant.name}")
+            worker = WorkerProcess(variant.name, variant.path, threads=threads, runtime=variant.runtime)
+            workers[variant.name] = stack.enter_context(worker)
+        yield workers
 
 
 def require_memory_for(models: Iterable[Path]) -> None:

@@ -184,7 +184,9 @@ def benchmark_workloads(
         _require_context(out, workloads, sweeps)
         if base.wait_until_idle:
             wait_until_idle(max_minutes=base.max_minutes, progress=progress)
-        run.run(traffic(run, workloads, sweeps, threads=base.threads, runtime=runtime), redo=True)
+        asked_for = [*(((one,), ()) for one in workloads), *(((), (one,)) for one in sweeps)]
+        for some in asked_for:  # each is written when it is through: what fails later takes nothing with it
+            run.run(traffic(run, *some, threads=base.threads, runtime=runtime), redo=True)
         run.run(report(run))
     record = read_json(out / WORKLOADS_FILE, dict[str, Any])
     names = [*(one["name"] for one in record["workloads"]), *(one["axis"] for one in record["sweeps"])]

@@ -43,6 +43,8 @@ WIDTH_IN = 4.4
 TITLE_POINTS, TEXT_POINTS = 11, 10
 _AROUND = ((8, 0), (-8, 0), (6, 11), (-6, 11), (6, -11), (-6, -11), (0, 13), (0, -13), (6, 22), (6, -22))
 """Where the name of a point may stand, in points from it."""
+_LEGEND_CHARACTERS = 48
+"""In a line of a legend."""
 _STEPS = 40
 """Of a piece of a line, when names keep off it."""
 
@@ -101,6 +103,24 @@ def name_axes(axes: Any, *, x: str | None = None, y: str | None = None) -> None:
         axes.set_xlabel(x, **how)
     if y is not None:
         axes.set_ylabel(y, **how)
+
+
+def legend_below(axes: Any, *, columns: int | None = None, last_first: bool = False) -> None:
+    """Name what ``axes`` shows below the figure, in as many columns as the names leave room for."""
+    handles, names = axes.get_legend_handles_labels()
+    if last_first:
+        handles, names = handles[::-1], names[::-1]
+    axes.figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=columns or max(1, min(len(names), _LEGEND_CHARACTERS // (max(map(len, names)) + 4))),
+        fontsize=TEXT_POINTS,
+        labelcolor=COLOURS["ink"],
+        frameon=False,
+        columnspacing=1.0,
+        handletextpad=0.4,
+    )
 
 
 def label(axes: Any, x: float, y: float, text: str, **options: Any) -> None:

@@ -81,3 +81,17 @@ def test_an_option_without_use_is_a_usage_error(out: Path, words: Any) -> None:
 def test_nothing_asked_is_an_error(out: Path) -> None:
     with pytest.raises(library.NirvanaError, match=r"No workload and no sweep.*\n.*--workload chat"):
         library.benchmark_workloads(out, Traffic())
+
+
+def test_what_fails_later_takes_nothing_with_it(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nirvana_deploy.measure import stage
+
+    def refusing(*args: Any, **options: Any) -> Any:
+        raise library.NirvanaError("The machine is out of breath.")
+
+    monkeypatch.setattr(stage, "measure_sweep", refusing)
+    with pytest.raises(library.NirvanaError, match="out of breath"):
+        library.benchmark_workloads(out, Traffic(workloads=("edge",), sweeps=("batch=1,2",)), SHORT)
+    record = json.loads((out / "workloads.json").read_text())
+    assert "edge" in [one["name"] for one in record["workloads"]]
+    assert library.verify_folder(out).passed

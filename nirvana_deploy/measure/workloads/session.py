@@ -9,7 +9,7 @@ from typing import Any
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import require_memory
-from nirvana_deploy.measure.benchmark import Variant, common_vocab_size
+from nirvana_deploy.measure.benchmark import Variant, common_vocab_size, opened
 from nirvana_deploy.measure.rounds.watch import Sample, Watch, cautions
 from nirvana_deploy.measure.worker import WorkerProcess
 from nirvana_deploy.measure.workloads.energy import EnergyMeter
@@ -22,7 +22,7 @@ from nirvana_deploy.measure.workloads.measured import (
 )
 from nirvana_deploy.measure.workloads.named import NamedWorkload, Request
 from nirvana_deploy.measure.workloads.sweep import Sweep
-from nirvana_deploy.measure.workloads.turns import Answered, in_turns, opened
+from nirvana_deploy.measure.workloads.turns import Answered, in_turns
 
 
 def measure_workload(

@@ -6,16 +6,15 @@ one request, whose prompts they share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.measure.benchmark import Timed, Variant, prompt_of, require_memory_for
+from nirvana_deploy.measure.benchmark import Timed, prompt_of
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.rounds.watch import Watch
-from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
+from nirvana_deploy.measure.worker import RoundSample
 from nirvana_deploy.measure.workloads.energy import EnergyMeter
 from nirvana_deploy.measure.workloads.named import Request
 
@@ -28,21 +27,6 @@ class Answered:
     sample: RoundSample
     joules: float | None
     """Used by the processor meanwhile, by whatever program; None where nothing tells."""
-
-
-@contextmanager
-def opened(
-    variants: Sequence[Variant], *, threads: int | None, progress: Progress = SILENT
-) -> Iterator[dict[str, WorkerProcess]]:
-    """A fresh process for each variant, by name, so that its peak memory is that of what it is asked now."""
-    require_memory_for(variant.path for variant in variants)
-    with ExitStack() as stack:
-        workers = {}
-        for variant in variants:
-            progress.note(f"Loading {variant.name}")
-            worker = WorkerProcess(variant.name, variant.path, threads=threads, runtime=variant.runtime)
-            workers[variant.name] = stack.enter_context(worker)
-        yield workers
 
 
 def in_turns(

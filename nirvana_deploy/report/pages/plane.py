@@ -9,11 +9,11 @@ from typing import Any
 
 from nirvana_deploy.report.drawing import (
     COLOURS,
-    TEXT_POINTS,
     bare,
     entitle,
     inline_svg,
     label_points,
+    legend_below,
     name_axes,
     new_figure,
 )
@@ -24,8 +24,6 @@ KL, ACCURACY = "KL to dense, nats per token", "zero-shot accuracy, share of exam
 _MARKS = "os^Dv<>pX"
 _TICKS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 """KL, nats."""
-_LEGEND_CHARACTERS = 48
-"""Of all the names in one line below the figure."""
 _SERIES = ("baseline", "first", "second", "third", "fourth", "fifth")
 
 
@@ -102,15 +100,7 @@ def plane_figure(
     axes.margins(x=0.08)
     name_axes(axes, x=unit, y=axis)
     if len(kinds) > 1:
-        figure.legend(
-            loc="outside lower center",
-            ncols=max(1, min(len(kinds), _LEGEND_CHARACTERS // (max(map(len, texts)) + 4))),
-            fontsize=TEXT_POINTS,
-            labelcolor=COLOURS["ink"],
-            frameon=False,
-            columnspacing=1.0,
-            handletextpad=0.2,
-        )
+        legend_below(axes)
     entitle(axes, f"Nearer to dense is {'lower' if axis == KL else 'higher'}, cheaper is to the left")
     ranked = sorted(points, key=lambda one: (not one.recommended, one not in front, one.cost))
     label_points(

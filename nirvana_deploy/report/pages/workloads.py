@@ -11,12 +11,11 @@ from matplotlib.ticker import LogLocator
 from nirvana_deploy.base.units import format_bytes, format_ms, format_number
 from nirvana_deploy.measure.rounds.ratios import CONFIDENCE
 from nirvana_deploy.report.drawing import (
-    COLOURS,
-    TEXT_POINTS,
     bare,
     colours_of,
     entitle,
     inline_svg,
+    legend_below,
     name_axes,
     new_figure,
 )
@@ -44,8 +43,6 @@ _LOGARITHMIC_FROM = 10
 """Times that the largest value is the least one."""
 _TALLEST = 2
 """Times the largest median that an axis goes; a longer bar is cut."""
-_LEGEND_CHARACTERS = 48
-"""Of all the names in one line below the figure."""
 
 
 def title(workload: Mapping[str, Any]) -> str:
@@ -186,15 +183,7 @@ def sweep_figure(sweep: Mapping[str, Any]) -> str:
     panels[-1].set_xticks(values, [f"{value:,}" for value in values])
     panels[-1].minorticks_off()
     name_axes(panels[-1], x=_AXES[sweep["axis"]])
-    shown = [short(name) for name in names]
-    figure.legend(
-        *(list(reversed(some)) for some in panels[0].get_legend_handles_labels()),
-        loc="outside lower center",
-        ncols=max(1, min(len(shown), _LEGEND_CHARACTERS // (max(map(len, shown)) + 4))),
-        fontsize=TEXT_POINTS,
-        labelcolor=COLOURS["ink"],
-        frameon=False,
-    )
+    legend_below(panels[0], last_first=True)
     parts = [
         f"{one['name']} {format_ms(one['points'][0]['tpot_ms']['p50'])} per token at {values[0]:,} and "
         f"{format_ms(one['points'][-1]['tpot_ms']['p50'])} at {one['points'][-1]['value']:,}"

@@ -10,12 +10,12 @@ from markupsafe import Markup
 from nirvana_deploy.base.units import format_bytes, format_ms, format_number, format_share
 from nirvana_deploy.report.drawing import (
     COLOURS,
-    TEXT_POINTS,
     bare,
     colours_of,
     entitle,
     inline_svg,
     label_points,
+    legend_below,
     name_axes,
     new_figure,
 )
@@ -146,15 +146,7 @@ def roofline_figure(benchmark: Mapping[str, Any]) -> PlacedFigure | None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     name_axes(axes, x="operations per byte, logarithmic", y="Gop/s, logarithmic")
-    figure.legend(
-        loc="outside lower center",
-        ncols=2,
-        fontsize=TEXT_POINTS,
-        labelcolor=COLOURS["ink"],
-        frameon=False,
-        columnspacing=1.0,
-        handletextpad=0.4,
-    )
+    legend_below(axes, columns=2)
     entitle(axes, "Passes under this machine's ceilings")
     label_points(
         axes,

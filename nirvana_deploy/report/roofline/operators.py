@@ -10,11 +10,11 @@ from markupsafe import Markup
 from nirvana_deploy.base.units import format_ms, format_number
 from nirvana_deploy.report.drawing import (
     COLOURS,
-    TEXT_POINTS,
     bare,
     entitle,
     inline_svg,
     label,
+    legend_below,
     name_axes,
     name_rows,
     new_figure,
@@ -119,15 +119,7 @@ def time_figure(benchmark: Mapping[str, Any]) -> PlacedFigure | None:
         if bound is not None:
             axes.plot([bound] * 2, [row - 0.4, row + 0.4], color=COLOURS["ink"], linewidth=1.2, linestyle=":")
     name_axes(axes, x="milliseconds, profiled")
-    figure.legend(
-        loc="outside lower center",
-        ncols=2,
-        fontsize=TEXT_POINTS,
-        labelcolor=COLOURS["ink"],
-        frameon=False,
-        columnspacing=1.0,
-        handlelength=1.0,
-    )
+    legend_below(axes, columns=2)
     entitle(axes, "Where a decode step goes")
     alt = "; ".join(
         f"{name} " + ", ".join(f"{_KINDS[kind][1]} {format_ms(ms)}" for kind, ms in one.items())
