@@ -124,11 +124,11 @@ def calibration_data(
 
     ``source`` is "prose" (in the package), "pydoc" (the language reference inside this Python), "code" (its
     standard library), "self" (the model of ``checkpoint`` writes), a name in calib_sets/, a UTF-8 text or
-    .jsonl file, or a mixture of them, "a:0.7,b:0.3" or "mix" (:mod:`~nirvana_deploy.calibrate.mixture`), whose windows are interleaved;
-    ``tokenizer`` is the model's, from transformers. ``draw`` chooses among a seed's disjoint sets
-    (:func:`calibration_candidates`). ``heldout_sequences`` may be 0. Raises NirvanaError for a source that is
-    unknown, unreadable or too short (it says how much fits) and for shares that do not add up,
-    MissingExtraError for a named set without ``datasets``.
+    .jsonl file, or a mixture of them, "a:0.7,b:0.3" or "mix" (:mod:`~nirvana_deploy.calibrate.mixture`),
+    whose windows are interleaved; ``tokenizer`` is the model's, from transformers. ``draw`` chooses among a
+    seed's disjoint sets (:func:`calibration_candidates`). ``heldout_sequences`` may be 0. Raises NirvanaError
+    for a source that is unknown, unreadable or too short (it says how much fits) and for shares that do not
+    add up, MissingExtraError for a named set without ``datasets``.
     """
     if draw < 0:
         raise NirvanaError(f"draw must be at least 0, got {draw}.")
@@ -207,7 +207,7 @@ def _candidate_sets(
     ):
         if value < least:
             raise NirvanaError(f"{name} must be at least {least}, got {value}.")
-    parts = parts_of(source, writes_text=checkpoint is not None and checkpoint.shape.family.writes_text)
+    parts = parts_of(source)
     if num_sequences < len(parts):
         raise NirvanaError(
             f"--calib {source} has {len(parts)} parts, which need a window each; num_sequences is "

@@ -22,7 +22,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allocation": "uniform",
         "reconstruct": True,
         "ridge": 1.0,
-        "calib": "pydoc",
         "num_sequences": 64,
         "seq_len": 128,
     },
