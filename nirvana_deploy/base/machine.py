@@ -323,3 +323,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16; emulated they are slower than float32."""
+    import torch
+
+    tells: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in every release
+    able = tells()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

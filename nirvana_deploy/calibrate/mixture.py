@@ -16,11 +16,9 @@ from nirvana_deploy.base.errors import NirvanaError
 MIX = "mix"
 """The name of the mixture for those who give no text."""
 
-MIX_PARTS = "prose:0.6,pydoc:0.2,code:0.2"
-"""What ``mix`` stands for, measured beside text that the model writes (benchmarks/NOTES.md)."""
-
-LONG_MIX_PARTS = "self:0.6,pydoc:0.2,code:0.2"
-"""What it stands for where a model is trained, which takes more text than the package has."""
+MIX_OF_WRITERS = "prose:0.3,self:0.3,pydoc:0.2,code:0.2"
+"""``mix`` for models that write text; the other is for models that do not, or where there is no model."""
+MIX_OF_OTHERS = "prose:0.6,pydoc:0.2,code:0.2"
 
 _TOLERANCE = 1e-6
 
@@ -60,14 +58,14 @@ def files_of(calib: str) -> tuple[Path, ...]:
     return tuple(path for path in paths if path.is_file())
 
 
-def parts_of(calib: str) -> tuple[Part, ...]:
+def parts_of(calib: str, *, writes_text: bool) -> tuple[Part, ...]:
     """The parts of a mixture, whose shares add up to 1; anything else is one source.
 
-    ``mix`` is expanded. Raises NirvanaError for shares outside (0, 1] or with another sum, and for a part
-    that is named twice.
+    ``mix`` is expanded, with the model's own text where it ``writes_text``. Raises NirvanaError for shares
+    outside (0, 1] or with another sum, and for a part that is named twice.
     """
     if calib == MIX:
-        calib = MIX_PARTS
+        calib = MIX_OF_WRITERS if writes_text else MIX_OF_OTHERS
     written = _written(calib)
     if all(part.share is None for part in written):
         return (Part(calib.strip(), 1.0),)
@@ -85,11 +83,6 @@ def parts_of(calib: str) -> tuple[Part, ...]:
     return tuple(
         Part(part.source, left / open_parts if part.share is None else part.share) for part in written
     )
-
-
-def text_to_train_on(text: str, *, writes_text: bool) -> str:
-    """``text``, or what ``mix`` stands for in training a model that ``writes_text``."""
-    return LONG_MIX_PARTS if text == MIX and writes_text else text
 
 
 def split_by_share(total: int, shares: Sequence[float]) -> list[int]:
@@ -133,7 +126,7 @@ def _refuse_bad_parts(calib: str, written: Sequence[_Written]) -> None:
     if MIX in sources:
         raise NirvanaError(
             f"--calib {calib}: {MIX!r} is a mixture itself and cannot be a part of another.",
-            hint=f"Name its parts, which are {MIX_PARTS}.",
+            hint=f"Name its parts, which are {MIX_OF_WRITERS}.",
         )
     for source in sources:
         if sources.count(source) > 1:

@@ -29,7 +29,8 @@ class Calibration:
             "Calibration text: a file (text, JSON, JSON lines, CSV, parquet; chats, packed ones), "
             "prose (of many kinds, in the package), pydoc, code (Python's own), self (the model writes), "
             "c4, bookcorpus, wikitext, lambada; with shares, a mixture (pydoc:0.7,code:0.3), or 'mix' of "
-            "prose, pydoc and code; several without shares, or 'auto' (pydoc, self), are chosen among by KL.",
+            "prose, self, pydoc and code; several without shares, or 'auto' (pydoc, self), are chosen among "
+            "by KL.",
             suggests=source_names,
         ),
     ] = "mix"

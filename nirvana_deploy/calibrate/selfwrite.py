@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import cpu_multiplies_bfloat16
 from nirvana_deploy.base.progress import SILENT, Advance, Progress
 from nirvana_deploy.calibrate.openings import OPENINGS
 from nirvana_deploy.model.checkpoint import Checkpoint
@@ -38,8 +39,8 @@ def written_by_model(
     """Write windows of the requested shape for each random stream.
 
     ``shapes`` maps a stream (any non-negative integer: the seed of its random numbers) to (N, T); the result
-    maps it to int64 tokens [N, T]. Different streams are independent. The model is loaded once, in fp32.
-    Raises NirvanaError for an encoder-decoder.
+    maps it to int64 tokens [N, T]. Different streams are independent. The model is loaded once, in float32,
+    or in bfloat16 where the CPU multiplies that. Raises NirvanaError for an encoder-decoder.
     """
     family = checkpoint.shape.family
     if not family.writes_text:
@@ -47,7 +48,8 @@ def written_by_model(
             f"--calib self: only a decoder-only model writes its own calibration text, not {family.name}.",
             hint="Pass --calib pydoc or a text file.",
         )
-    model, tokenizer = checkpoint.load(), checkpoint.tokenizer
+    dtype = torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+    model, tokenizer = checkpoint.load(dtype=dtype), checkpoint.tokenizer
     openings = _openings(tokenizer)
     steps = sum(-(-count // BATCH_SIZE) * length for count, length in shapes.values())
     with progress.task("Writing calibration text", steps) as advance:
@@ -97,7 +99,7 @@ def _sample(
     while len(tokens) < length:
         output = model(input_ids=tokens[-1][:, None], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        following = _from_nucleus(output.logits[:, -1], generator)
+        following = _from_nucleus(output.logits[:, -1].float(), generator)
         for row, queue in enumerate(given):
             if tokens[-1][row] == eos_token_id and not queue:
                 queue.extend(next(kinds))

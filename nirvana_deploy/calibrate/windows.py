@@ -207,7 +207,7 @@ def _candidate_sets(
     ):
         if value < least:
             raise NirvanaError(f"{name} must be at least {least}, got {value}.")
-    parts = parts_of(source)
+    parts = parts_of(source, writes_text=checkpoint is not None and checkpoint.shape.family.writes_text)
     if num_sequences < len(parts):
         raise NirvanaError(
             f"--calib {source} has {len(parts)} parts, which need a window each; num_sequences is "

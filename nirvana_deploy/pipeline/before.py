@@ -57,7 +57,7 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
         progress.note(f"Only FFN neurons go: {why}")
     choices = choices_of(job.calibration, job.pruning, dense.shape)
     for corpus in choices.corpora:
-        for part in parts_of(corpus):
+        for part in parts_of(corpus, writes_text=dense.shape.family.writes_text):
             require_source(part.source, dense.tokenizer)
     _require_steps(job, choices)
     if job.recovery.recover is not None:

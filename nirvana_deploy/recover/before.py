@@ -44,7 +44,7 @@ def require_recovery(
     if not recipe.learning_rate > 0:
         raise NirvanaError(f"--learning-rate must be above 0, got {recipe.learning_rate:g}.")
     with as_recover_text():
-        for part in parts_of(recipe.recover_text):
+        for part in parts_of(recipe.recover_text, writes_text=dense.shape.family.writes_text):
             require_source(part.source, dense.tokenizer)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import Progress
-from nirvana_deploy.calibrate.mixture import Part, parts_of, text_to_train_on
+from nirvana_deploy.calibrate.mixture import Part, parts_of
 from nirvana_deploy.calibrate.windows import TokenWindows, calibration_data, room_for
 from nirvana_deploy.model.checkpoint import Checkpoint
 
@@ -66,8 +66,7 @@ def training_text(
     ``segment_tokens`` is the longer of a calibration and a held-out window, which decides what is held out.
     Raises NirvanaError for a text with fewer than ``least`` windows beside those that watch.
     """
-    source = text_to_train_on(source, writes_text=dense.shape.family.writes_text)
-    parts = parts_of(source)
+    parts = parts_of(source, writes_text=dense.shape.family.writes_text)
     tokenizer = dense.tokenizer
     most = min(MOST_WINDOWS, wanted + watching_of(wanted))
 

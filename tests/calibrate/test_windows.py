@@ -259,7 +259,7 @@ def test_network_failure_of_a_named_set_is_a_sentence(monkeypatch: pytest.Monkey
         try:
             read_source("c4")
         except NirvanaError as error:
-            assert "--calib pydoc" in (error.hint or "")
+            assert "--calib prose" in (error.hint or "")
             raise NirvanaError(error.message) from error
 
 
@@ -421,8 +421,8 @@ def test_the_named_mixture_of_a_model_that_writes(tokenizer: Any, tiny_llama: Pa
         drawn("mix", tokenizer, checkpoint=Checkpoint.open(tiny_llama), **options) for _ in range(2)
     )
     assert np.array_equal(first.calibration.tokens, again.calibration.tokens)
-    assert [part.source for part in first.calibration.parts] == ["self", "pydoc", "code"]
-    assert drawn("mix", tokenizer, **options).calibration.source == "mix of pydoc 0.5, code 0.5"
+    assert [part.source for part in first.calibration.parts] == ["prose", "self", "pydoc", "code"]
+    assert drawn("mix", tokenizer, **options).calibration.source == "mix of prose 0.6, pydoc 0.2, code 0.2"
 
 
 def test_overlap_is_judged_part_by_part(mixed: CalibrationData, tokenizer: Any, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from functools import cached_property
 from math import prod
 
 from nirvana_deploy.base.machine import peak_rss_bytes
-from nirvana_deploy.calibrate.mixture import parts_of, text_to_train_on
+from nirvana_deploy.calibrate.mixture import parts_of
 from nirvana_deploy.calibrate.stage import windows_wanted
 from nirvana_deploy.engine.stage import engine_name
 from nirvana_deploy.export.dtypes import dtype_named
@@ -192,7 +192,7 @@ class Costs:
 
     def _self_written(self, text: str, tokens: float) -> float:
         """Operations of writing the model's own share of ``tokens``."""
-        parts = parts_of(text)
+        parts = parts_of(text, writes_text=self._shape.family.writes_text)
         share = sum(part.share for part in parts if part.source == "self")
         return _WRITING_TAKES * share * tokens * self.dense.step_operations
 
@@ -256,8 +256,7 @@ class Costs:
             return replace(cost, seconds=budget.seconds)
         tokens = budget.tokens or 0
         products = 2 * tokens * (self.dense.linear + 3 * self.pruned.linear + 3 * self.dense.table)
-        text = text_to_train_on(recipe.recover_text, writes_text=self._shape.family.writes_text)
-        return replace(cost, operations=products + self._self_written(text, tokens))
+        return replace(cost, operations=products + self._self_written(recipe.recover_text, tokens))
 
     def _exported(self, sizes: Sizes) -> Cost:
         written = self.weights_bytes(sizes, None)

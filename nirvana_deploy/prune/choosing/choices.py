@@ -78,7 +78,7 @@ def _corpora(calib: str, shape: ModelShape) -> tuple[str, ...]:
         return ("pydoc", "self") if shape.family.writes_text else ("pydoc",)
     corpora = sources_of(calib)
     for corpus in corpora:
-        parts_of(corpus)
+        parts_of(corpus, writes_text=shape.family.writes_text)
     return corpora
 
 

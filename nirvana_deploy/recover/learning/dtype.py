@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 
+from nirvana_deploy.base.machine import cpu_multiplies_bfloat16
 from nirvana_deploy.prune.streaming.loading import compute_device
 from nirvana_deploy.recover.recipe import AUTO, BFLOAT16, Recovery
 
@@ -29,10 +28,3 @@ def _faster() -> bool:
     if compute_device().type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return cpu_multiplies_bfloat16()
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16."""
-    tells: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in every release
-    able = tells()
-    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
