@@ -17,8 +17,9 @@ MIX = "mix"
 """The name of the mixture for those who give no text."""
 
 MIX_OF_WRITERS = "prose:0.3,self:0.3,pydoc:0.2,code:0.2"
-"""``mix`` for models that write text; the other is for models that do not, or where there is no model."""
-MIX_OF_OTHERS = "prose:0.6,pydoc:0.2,code:0.2"
+"""``mix`` for models that write text."""
+MIX_AT_HAND = "prose:0.6,pydoc:0.2,code:0.2"
+"""``mix`` for models that do not, or where there is no model."""
 
 _TOLERANCE = 1e-6
 
@@ -65,7 +66,7 @@ def parts_of(calib: str, *, writes_text: bool) -> tuple[Part, ...]:
     outside (0, 1] or with another sum, and for a part that is named twice.
     """
     if calib == MIX:
-        calib = MIX_OF_WRITERS if writes_text else MIX_OF_OTHERS
+        calib = MIX_OF_WRITERS if writes_text else MIX_AT_HAND
     written = _written(calib)
     if all(part.share is None for part in written):
         return (Part(calib.strip(), 1.0),)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nirvana_deploy.calibrate.mixture import MIX_AT_HAND
+
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {},
     "paper": {
@@ -22,6 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allocation": "uniform",
         "reconstruct": True,
         "ridge": 1.0,
+        "calib": MIX_AT_HAND,
         "num_sequences": 64,
         "seq_len": 128,
     },
