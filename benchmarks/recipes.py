@@ -4,8 +4,8 @@
     python benchmarks/recipes.py smollm2 --sparsity 0.2 --tasks DIR --limit 500 --out recipes.jsonl
     python benchmarks/recipes.py --table --out recipes.jsonl
 
-MODEL is an alias or a folder. Each row is one cut: a recipe (``best`` as in --preset best, ``best-round-8``
-with widths of 8; ``paper``: NIRVANA as published; ``paper-refit``; ``wanda-refit``: wanda-sp uniform), a
+MODEL is an alias or a folder. Each row is one cut: a recipe (``best`` as in --preset best, and others with
+one option changed; ``paper``: NIRVANA as published; ``paper-refit``; ``wanda-refit``: wanda-sp uniform), a
 calibration source, a sparsity, a seed. Nothing is exported: a cut is compared with the dense model in
 float32, as ``select-calib`` does. --texts are files or folders (WikiText-2's test.txt among them), one kind
 a file; pydoc and code are added. A kind that is part of the calibration is read from its held-out windows.
@@ -50,6 +50,8 @@ from nirvana_deploy.prune.streaming.score import score_units
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {"preset": "best"},
     "best-round-8": {"preset": "best", "round_to": 8},
+    "best-ridge-2": {"preset": "best", "ridge": 2.0},
+    "best-240-windows": {"preset": "best", "num_sequences": 240},
     "paper": {"preset": "paper"},
     "paper-refit": {"preset": "paper", "reconstruct": True},
     "wanda-refit": {"preset": "fast", "num_sequences": 32},
