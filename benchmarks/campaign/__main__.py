@@ -37,6 +37,7 @@ SUBJECTS = {
     "forced": (1, 100),
     "writers": (1, 20),
     "resumed": (1, 20),
+    "requests": (20, 2000),
     "soak": (1, 50),
 }
 """Subject -> its count in the short form and in the long one."""
