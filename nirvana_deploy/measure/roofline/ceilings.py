@@ -25,12 +25,11 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.machine import MemoryProbe, cpu_name, usable_cores
+from nirvana_deploy.base.machine import MemoryProbe, cpu_multiplies_bfloat16, cpu_name, usable_cores
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.measure.roofline.graph import INTEGER
 from nirvana_deploy.model.gguf.convert import cache_folder
-from nirvana_deploy.recover.learning.dtype import cpu_multiplies_bfloat16
 
 _SCHEMA = 1
 _SIDE = 1024
