@@ -76,8 +76,9 @@ def trial(world: World, random: Random, requests: int) -> Result:
             complaints += _good(place)
         except OSError as error:
             complaints.append(f"the server is gone: {error}")
-        os.kill(pid, signal.SIGTERM)
-        ended = finished(pid, began, folder=folder, limited=False)
+        finally:
+            os.kill(pid, signal.SIGTERM)
+            ended = finished(pid, began, folder=folder, limited=False)
         complaints += ended.complaints(allowed=frozenset({0}))
         return Result(f"{requests} requests", complaints[:20], count=requests, output=ended.stderr)
 
