@@ -7,12 +7,14 @@ from typing import Any
 
 import click
 
+from nirvana_deploy.base.recipe import names_of
 from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.quantize.recipe import CalibrationText, Quantization
+from nirvana_deploy.quantize.schemes import onnx_scheme
 
 from .arguments import OUTPUT_OR_ONNX
 from .common import TerminalProgress, echo, echo_json
-from .options import ShownOption, json_option, recipe_options, taken
+from .options import ShownOption, json_option, recipe_options, taken, typed
 
 
 @click.command("quantize")
@@ -50,6 +52,7 @@ def quantize(
     from nirvana_deploy.quantize.coverage import Coverage
 
     progress = TerminalProgress()
+    _refuse_ignored(options)
     recipe, text = taken(Quantization, options), taken(CalibrationText, options)
     whole_run = (folder / MANIFEST).is_file()
     if whole_run and (out or text.calib):
@@ -76,6 +79,17 @@ def quantize(
     echo(
         f"{format_bytes(record['weights_bytes'])} of weights, {format_bytes(record['float_bytes'])} in float"
     )
+
+
+def _refuse_ignored(options: dict[str, Any]) -> None:
+    """Raise UsageError for an option that was typed and that the scheme does not read."""
+    scheme, given = onnx_scheme(options["scheme"]), typed(options)
+    for option in click.get_current_context().command.params:
+        name = option.name or ""
+        if name in given and name in names_of(Quantization) and name not in {"scheme", *scheme.options}:
+            raise click.UsageError(f"{option.opts[0]} has no effect on {scheme.name}: leave it out.")
+        if name in given and name in names_of(CalibrationText) and name != "calib" and not options["calib"]:
+            raise click.UsageError(f"{option.opts[0]} is about windows of --calib, which is missing.")
 
 
 def _sensitivity_lines(sensitivity: dict[str, dict[str, float]] | None) -> list[str]:

@@ -18,7 +18,7 @@ from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE, MODEL_FILE
 
 _PAST = re.compile(r"past_key_values\.\d+\.(decoder\.)?(key|value)")
 _CROSS_PAST = re.compile(r"past_key_values\.\d+\.encoder\.(key|value)")
-_READ_ONCE = re.compile(r".*\.EncDecAttention\.[kv]\..*")
+_READ_ONCE = re.compile(r".*\.EncDecAttention\.(k|v|k\+v)\..*")
 """Weights of an encoder-decoder that only the first step multiplies."""
 _BY_ROW = ("Gather", "GatherBlockQuantized", "GroupQueryAttention")
 """Operators that read the rows that they are asked for and not the table (the last one of angles)."""
@@ -79,4 +79,7 @@ def _bytes_per_token(cache: ir.Value) -> int:
 def _readers(value: ir.Value) -> Iterator[str]:
     """Operators that read ``value``, also as one of a subgraph."""
     for node, _ in value.uses():
-        yield node.op_type
+        if node.op_type == "Reshape":  # a table of codes in another shape
+            yield from (reader for output in node.outputs for reader in _readers(output))
+        else:
+            yield node.op_type

@@ -231,7 +231,7 @@ def smaller_plans(shape: ModelShape) -> dict[str, PrunePlan]:
     half = layer.ffn_width // 2
     neurons = half // _WHOLE_BLOCKS * _WHOLE_BLOCKS or half
     found = {FEWER_NEURONS: _uniform_plan(shape, layer.kv_heads, neurons)}
-    if layer.kv_heads > 1:
+    if shape.removable_groups(0):
         found[FEWER_GROUPS] = _uniform_plan(shape, layer.kv_heads // 2, layer.ffn_width)
     return found
 

@@ -31,6 +31,7 @@ from nirvana_deploy.prune.curves.operations import (
 from nirvana_deploy.prune.cutting import reads_curves, width_step
 from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.prune.refit.reconstruct import require_tokens
+from nirvana_deploy.prune.streaming.processes import count
 from nirvana_deploy.recover.before import require_recovery
 from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
 
@@ -60,6 +61,7 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
         for part in parts_of(corpus, writes_text=dense.shape.family.writes_text):
             require_source(part.source, dense.tokenizer)
     _require_steps(job, choices)
+    _require_settings(job, until)
     if job.recovery.recover is not None:
         text = job.calibration
         longest = max(text.seq_len, text.heldout_len)
@@ -104,6 +106,25 @@ def _require_steps(job: Job, choices: Choices) -> None:
             f"--steps {steps} chooses units inside the refit of each step, and saliency "
             f"{','.join(choices.saliencies)} ranks those of the dense model, once.",
             hint=f"Leave {'--saliency' if preset == 'best' else f'--preset {preset}'} out, or --steps.",
+        )
+    if steps > 1 and count() > 1:  # the others open the model by its folder, and a step's is in memory alone
+        raise NirvanaError(
+            f"--steps {steps} refits what recovery made of the step before, which one of the {count()} "
+            "processes has.",
+            hint="Start nirvana-deploy without the launcher, or leave --steps out.",
+        )
+
+
+def _require_settings(job: Job, until: Until) -> None:
+    """Raise NirvanaError for a ridge that is none, and for bfloat16 that calibration would have to run."""
+    ridge = job.pruning.ridge
+    if ridge != "auto" and not float(ridge) > 0:
+        raise NirvanaError(f"--ridge must be a positive number or 'auto', got {ridge}.")
+    if until != "checkpoint" and untimed(job) and job.quantization.quantize:
+        raise NirvanaError(
+            f"--quantize {','.join(job.quantization.quantize)} runs calibration text in ONNX Runtime, whose "
+            "CPU kernels have no bfloat16.",
+            hint="Export with --dtype fp16 or fp32, or leave --quantize out.",
         )
 
 

@@ -327,13 +327,15 @@ def check_plan_fits(plan: PrunePlan, shape: ModelShape) -> None:
     if len(plan.layers) != len(shape.layers):
         differences.append(f"the plan has {len(plan.layers)} layers and the model {len(shape.layers)}")
     else:
-        for layer, model in zip(plan.layers, shape.layers, strict=True):
+        for position, (layer, model) in enumerate(zip(plan.layers, shape.layers, strict=True)):
             dimensions = (model.site, model.kv_heads, model.ffn_width)
             if (layer.site, layer.of_groups, layer.of_neurons) != dimensions:
                 differences.append(
                     f"layer {layer.layer} has {layer.of_groups} KV groups and {layer.of_neurons} neurons "
                     f"in the plan, {model.kv_heads} and {model.ffn_width} in the model"
                 )
+            elif model.kv_heads - len(layer.kept_groups) > shape.removable_groups(position):
+                differences.append(f"layer {layer.layer} loses KV groups, which share a norm in the model")
     if differences:
         raise NirvanaError(
             f"The plan does not fit the model: {differences[0]}"

@@ -49,3 +49,21 @@ def _product(dimensions: tuple[int, ...]) -> int:
     for size in dimensions:
         result *= size
     return result
+
+
+def test_a_table_of_codes_in_another_shape_is_read_by_row_too(tmp_path: Path) -> None:
+    codes = ir.Value(name="codes", const_value=ir.tensor([[1, 2], [3, 4]], name="codes"))
+    size = ir.Value(name="size", const_value=ir.tensor([4, 1], name="size"))
+    tokens = ir.Value(name="tokens", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+    table = ir.Node("", "Reshape", [codes, size])
+    rows = ir.Node("", "Gather", [table.outputs[0], tokens])
+    graph = ir.Graph(
+        [tokens],
+        rows.outputs,
+        nodes=[table, rows],
+        initializers=[codes, size],
+        opset_imports={"": 23},
+        name="g",
+    )
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
+    assert footprint_of(tmp_path).weight_bytes_per_step == 0

@@ -112,7 +112,7 @@ def test_an_unknown_scheme_or_dtype_is_refused(tmp_path: Path) -> None:
         bytes_cost(shape, scheme=None, dtype="fp12", context_tokens=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "olmo2"])
 def test_a_stand_in_has_the_dimensions_of_its_model(tmp_path: Path, kind: str) -> None:
     dense = Checkpoint.open(write_tiny(tmp_path / "dense", kind))
     stand_in = write_stand_in(dense, tmp_path / "stand-in", layers=2)

@@ -69,3 +69,26 @@ def test_a_preset_is_advised_where_it_is_quicker(
     say_cost(asked, checked(asked, short, "checkpoint", heard), short.shape, heard)
     [said] = [note for note in heard.notes if note.startswith("Curves and refit")]
     assert ("--preset fast" in said) == advised
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"dtype": "bf16", "quantize": ("w4",)}, r"--quantize w4 runs calibration text .* no bfloat16"),
+        ({"ridge": 0.0}, r"--ridge must be a positive number or 'auto', got 0\.0"),
+        ({"ridge": -1.0}, r"got -1\.0"),
+    ],
+)
+def test_what_would_fail_after_hours_is_refused_ahead(
+    short: Checkpoint, options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(NirvanaError, match=complaint):
+        checked(job(short, **options), short, "report", Heard())
+
+
+def test_steps_are_for_one_process(short: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = job(short, recover="2k", recover_steps=2)
+    checked(asked, short, "report", Heard())
+    monkeypatch.setattr("nirvana_deploy.pipeline.before.count", lambda: 2)
+    with pytest.raises(NirvanaError, match=r"one of the 2 processes"):
+        checked(asked, short, "report", Heard())

@@ -15,7 +15,7 @@ from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.choosing.choices import listed
 from nirvana_deploy.prune.choosing.select import Selection, gamma_grid, select_cut
 from nirvana_deploy.prune.cutting import Cutter
-from nirvana_deploy.prune.recipe import Pruning
+from nirvana_deploy.prune.recipe import REFIT, Pruning
 from nirvana_deploy.prune.recipe import Selection as Candidates
 from nirvana_deploy.search.recipe import Where
 from nirvana_deploy.search.workers import run_points
@@ -35,6 +35,7 @@ def select_calibration(
     source = resolve_model(model, progress=progress)
     checkpoint = Checkpoint.open(source.path)
     names = sources_of(recipe.corpora)
+    _require_sense(recipe)
     sets = calibration_candidates(
         names,
         checkpoint,
@@ -62,6 +63,21 @@ def select_calibration(
             gammas=named or grid,
             scratch=Path(scratch),
             everywhere=None if where == Where() else partial(run_points, where=where),
+        )
+
+
+def _require_sense(recipe: Candidates) -> None:
+    """Raise NirvanaError for what curves do not read, or need."""
+    saliencies = listed(recipe.saliencies)
+    if REFIT in saliencies and recipe.allocation == "global":
+        raise NirvanaError(
+            f"saliency {REFIT!r} compares the units of a layer, and --allocation global ranks those of all.",
+            hint="Pass --allocation curves or uniform.",
+        )
+    if recipe.allocation == "curves" and recipe.gammas != "M/A":
+        raise NirvanaError(
+            f"--gamma {recipe.gammas} divides the budget between attention and MLP, and so do the curves.",
+            hint="Leave --gamma out, or pass --allocation global.",
         )
 
 

@@ -92,7 +92,7 @@ def candidates_of(cutter: Cutter, piece: Piece, gammas: Sequence[float | None], 
         for number, gamma in enumerate(gammas if curves is None else (None,)):
             at = (place, piece.number, number)
             plan, refitted = cutter.candidate(
-                piece.windows,
+                piece.measured_on if cutter.recipe.reconstruct else piece.windows,
                 scores,
                 saliency=saliency,
                 gamma=gamma,

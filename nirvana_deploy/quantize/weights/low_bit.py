@@ -6,6 +6,7 @@ rounding comes before, layer by layer; its codes wait on disk.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -203,6 +204,7 @@ def _calibrated(
     """Readers of the calibrated codes, kept in ``scratch``; an encoder is rounded before its decoder."""
     require_prefill(calibration)
     kept: dict[str, Callable[[], RoundedWeight]] = {}
+    numbers = itertools.count()  # a name stands in the file, and may be any path
 
     def rounding(group: Sequence[Linear], hessian: NDArray[np.float32]) -> Iterator[RoundedWeight]:
         first = group[0]  # who reads one value has its K and dtype, and so the block
@@ -215,7 +217,7 @@ def _calibrated(
         )
         together = rounded_side_by_side(group, fitted, channels_at_once=_CHANNELS_AT_ONCE)
         for linear, rounded in zip(group, together, strict=True):
-            kept[linear.name] = _kept(scratch / linear.name, rounded)
+            kept[linear.name] = _kept(scratch / f"codes-{next(numbers)}.npy", rounded)
             yield rounded
 
     in_order = sorted(zip(graphs, chosen, strict=True), key=lambda pair: _reads_encoder(pair[0]))
@@ -233,9 +235,8 @@ def _reads_encoder(graph: OnnxGraph) -> bool:
     return any(value.name == ENCODER_STATES for value in graph.model.graph.inputs)
 
 
-def _kept(path: Path, rounded: RoundedWeight) -> Callable[[], RoundedWeight]:
+def _kept(file: Path, rounded: RoundedWeight) -> Callable[[], RoundedWeight]:
     """Put the codes of ``rounded`` on disk; returns what reads them again."""
-    file = path.with_name(f"{path.name}.npy")
     np.save(file, rounded.codes, allow_pickle=False)
     scales, bits, block_size = rounded.scales, rounded.bits, rounded.block_size
 

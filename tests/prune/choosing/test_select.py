@@ -23,7 +23,7 @@ from nirvana_deploy.measure.quality import position_scores
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.prune.choosing.candidates import Everywhere
+from nirvana_deploy.prune.choosing.candidates import Everywhere, candidates_of, pieces_of
 from nirvana_deploy.prune.choosing.select import Selection, gamma_grid, select_cut
 from nirvana_deploy.prune.cutting import Cutter
 from nirvana_deploy.prune.divergence import masked_divergences, masked_quality
@@ -257,3 +257,11 @@ def test_candidates_that_the_model_writes_are_its_seeds(tiny_llama: Path) -> Non
     assert [one.seed for one in sets.calibrations] == [3, 4]
     again = calibration_data("self", checkpoint.tokenizer, seed=4, checkpoint=checkpoint, **sizes)
     np.testing.assert_array_equal(again.calibration.tokens, sets.calibrations[1].tokens)
+
+
+def test_what_reads_no_text_is_judged_with_its_refit_too(tiny_llama: Path, tmp_path: Path) -> None:
+    dense = Checkpoint.open(tiny_llama)
+    recipe = Pruning(sparsity=0.3, saliency="magnitude", allocation="global", round_to=4, ridge=1.0)
+    [piece] = pieces_of([windows(1)], ["magnitude"])
+    [tried] = candidates_of(Cutter(dense, recipe, seed=0), piece, (None,), tmp_path)
+    assert tried.reconstruction is not None and tried.plan.reconstruct is not None
