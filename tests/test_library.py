@@ -164,6 +164,12 @@ def test_candidates_are_ranked(tiny_llama: Path, text: Path) -> None:
     assert one_line(found) == f"Selection({found.verdict})" and found._repr_html_().count("<tr>") == 5
     with pytest.raises(library.NirvanaError, match="'much' is neither a number nor M/A"):
         library.select_calibration(str(tiny_llama), library.Selection(sparsity=0.3, gammas="much"))
+    for change, complaint in (
+        ({"allocation": "curves", "gammas": "1"}, "and so do the curves"),
+        ({"saliencies": "refit"}, "compares the units of a layer"),
+    ):
+        with pytest.raises(library.NirvanaError, match=complaint):
+            library.select_calibration(str(tiny_llama), library.Selection(sparsity=0.3, **change))
 
 
 def test_lists_of_what_is_known_are_copies() -> None:
