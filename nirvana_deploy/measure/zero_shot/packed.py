@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nirvana_deploy.model.families.decoder_only import SLIDING
+
 Pair = tuple[Sequence[int], Sequence[int]]
 """Tokens of a context and of its continuation; neither is empty."""
 
@@ -31,6 +33,18 @@ class Trie:
     """Whether position column is row itself or stands before it in its sequences [T, T]."""
     paths: tuple[tuple[int, ...], ...]
     """Positions of each sequence, in order."""
+
+
+def attends_to_all(config: Any, *, tokens: int) -> bool:
+    """Whether each layer of a transformers ``config`` sees all of a sequence of ``tokens``.
+
+    Elsewhere packs do not compute what a sequence alone gives: transformers takes their mask as it is for
+    every layer, so that none would have its window, and a recurrent layer reads no mask.
+    """
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or (SLIDING,)) - {"full_attention"}
+    window = getattr(text, "sliding_window", None)
+    return not kinds or (kinds == {SLIDING} and (window is None or window >= tokens))
 
 
 def trie_of(sequences: Sequence[Sequence[int]]) -> Trie:
@@ -95,8 +109,8 @@ def log_likelihoods(
 ) -> list[tuple[float, bool]]:
     """Return log P(continuation | context) in nats, and whether each of its tokens is the likeliest.
 
-    ``model`` is a decoder of transformers whose layers attend to the whole past. A pair longer than
-    ``max_length`` + 1 tokens loses its beginning. A pass computes about ``max_tokens`` positions.
+    ``model`` is a decoder of transformers that :func:`attends_to_all` of ``max_length`` tokens. A pair longer
+    than ``max_length`` + 1 tokens loses its beginning. A pass computes about ``max_tokens`` positions.
     """
     whole = [[*context, *continuation][-(max_length + 1) :] for context, continuation in pairs]
     lengths = [

@@ -23,7 +23,7 @@ from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.measure.recipe import Evaluation
 from nirvana_deploy.measure.zero_shot.local_tasks import LocalTask, harness_task, is_local, read_tasks
-from nirvana_deploy.measure.zero_shot.packed import log_likelihoods
+from nirvana_deploy.measure.zero_shot.packed import attends_to_all, log_likelihoods
 from nirvana_deploy.measure.zero_shot.task_means import task_means
 from nirvana_deploy.model import modeling_nirvana
 from nirvana_deploy.model.checkpoint import config_json
@@ -83,7 +83,7 @@ def evaluate_tasks(
     with progress.task(f"Tasks {', '.join(labels)}", len(models)) as advance:
         for name, model_arguments in arguments.items():
             if local and model_arguments["model"] == _HF:
-                model_arguments = {"model": _packing_model(**model_arguments)}
+                model_arguments = {"model": packing_model(**model_arguments)}
             found[name] = _run(harness, {**model_arguments, **work}, labels, name)
             advance(1)
     variants = {
@@ -180,8 +180,11 @@ def _model_arguments(folder: Path, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _packing_model(model: str, model_args: Mapping[str, Any], device: str, batch_size: int) -> Any:
-    """Return the harness' model, whose log-likelihoods are computed in packs if it is a decoder."""
+def packing_model(model: str, model_args: Mapping[str, Any], device: str, batch_size: int) -> Any:
+    """Return the harness' model, whose log-likelihoods are computed in packs if it is a decoder.
+
+    One whose layers see less than the context is left to the harness, sequence by sequence.
+    """
     kind = importlib.import_module("lm_eval.api.registry").get_model(model)
     lm = kind.create_from_arg_obj(model_args, {"device": device, "batch_size": batch_size})
 
@@ -198,7 +201,7 @@ def _packing_model(model: str, model_args: Mapping[str, Any], device: str, batch
                 advance=shown.update,
             )
 
-    if lm.backend == "causal":
+    if lm.backend == "causal" and attends_to_all(lm.config, tokens=lm.max_length):
         lm._loglikelihood_tokens = in_packs
     return lm
 
