@@ -10,15 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb, sqrt
-from statistics import median
+from math import comb, exp, sqrt
+from statistics import fmean, median, stdev
 
 CONFIDENCE = 0.95
+_STUDENT = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+"""Standard errors on each side of a mean that hold it with CONFIDENCE, by Student's t with 1, 2, ... degrees
+of freedom. Beyond 30 the last one, which is at most 4 % too wide."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of milliseconds over paired rounds."""
+    """A ratio of milliseconds over paired rounds, or of a measure of quality over windows of text."""
 
     p50: float
     low: float
@@ -58,6 +65,21 @@ def ratio_of_runs(before: Sequence[float], after: Sequence[float]) -> Ratio:
         highs.append(samples[-1 - rank])
         confidence *= covered
     return Ratio(medians[0] / medians[1], lows[0] / highs[1], highs[0] / lows[1], confidence)
+
+
+def ratio_of_means(log_ratios: Sequence[float]) -> Ratio | None:
+    """The ratio whose logarithm is the mean of ``log_ratios``, one of each window of text, with its interval.
+
+    ``p50`` is that mean's exponential. For a measure that is a mean itself, as a KL is: Student's interval
+    of paired samples, which takes their mean to be normal and tells a difference from two samples on, where
+    order statistics need six. None for a single sample, unless it shows no change at all.
+    """
+    mean = fmean(log_ratios)
+    if len(log_ratios) < 2:
+        return Ratio(1.0, 1.0, 1.0, 1.0) if mean == 0 else None
+    quantile = _STUDENT[min(len(log_ratios) - 1, len(_STUDENT)) - 1]
+    side = quantile * stdev(log_ratios) / sqrt(len(log_ratios))
+    return Ratio(exp(mean), exp(mean - side), exp(mean + side), CONFIDENCE)
 
 
 def _rank(count: int, confidence: float = CONFIDENCE) -> tuple[int, float]:

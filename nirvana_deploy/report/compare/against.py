@@ -1,22 +1,22 @@
 """One benchmark against an earlier one: what got slower or worse beyond noise.
 
-Times are ratios of medians over each run's own rounds; quality is a ratio paired by windows of the same text.
-A ratio counts when the whole of its interval (``measure/rounds/ratios.py``) lies beyond the tolerance, and
-for a time when that over the baseline of the same rounds does, too: a busier machine slows both.
+Times are ratios of medians over each run's own rounds; quality is the mean log ratio over windows of the same
+text. A ratio counts when the whole of its interval (``measure/rounds/ratios.py``) lies beyond the tolerance,
+and for a time when that over the baseline of the same rounds does, too: a busier machine slows both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import exp
+from math import log
 from statistics import median
 from typing import Any, Literal
 
 from nirvana_deploy.base.errors import NirvanaError, RegressionError
 from nirvana_deploy.base.shown.html import html_table
 from nirvana_deploy.base.units import format_bytes, format_ms, format_number
-from nirvana_deploy.measure.rounds.ratios import Ratio, ratio_of, ratio_of_runs
+from nirvana_deploy.measure.rounds.ratios import Ratio, ratio_of_means, ratio_of_runs
 from nirvana_deploy.output.record_kinds import Quality
 from nirvana_deploy.report.compare.alike import Folder
 from nirvana_deploy.report.compare.comparison import quality_of
@@ -35,10 +35,10 @@ Verdict = Literal[
 ]
 _TIMES = (("prefill_ms", "Prefill"), ("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"))
 _QUALITIES = (
-    ("Perplexity", "perplexity", "nll_by_window", exp),
-    ("KL to dense", "kl_vs_dense", "kl_by_window", float),
+    ("Perplexity", "perplexity", "nll_by_window", float),
+    ("KL to dense", "kl_vs_dense", "kl_by_window", log),
 )
-"""Measure, its key, that of its samples, and what a sample is in the measure's unit."""
+"""Measure, its key, that of its samples, and what makes a sample the measure's logarithm."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,13 @@ class Change:
     low: float | None = None
     high: float | None = None
     write: Callable[[float], str] = field(default=format_number, repr=False, compare=False)
+    why: str = field(default="", repr=False, compare=False)
+    """Why this one measure is not compared, if so."""
 
     def as_json(self) -> dict[str, Any]:
         """For machines."""
         found = asdict(self)
-        del found["write"]
+        del found["write"], found["why"]
         return found
 
 
@@ -144,6 +146,7 @@ def changes_since(before: Folder, now: Folder, *, tolerance: float) -> Changes:
         found += _quality(pair.name, old, one, tolerance, compared=not texts)
         found += _size(pair, tolerance)
     cautions = [*apart, *texts, *differences(before, now), *_baseline_itself(found, baselines)]
+    cautions += _not_judged(found)
     if not texts and (lacking := _without_windows(before, now, pairs)):
         cautions.append(
             f"Quality is not compared: {lacking} has no numbers by window, as of an earlier version. "
@@ -211,20 +214,34 @@ def _quality(name: str, old: Quality, new: Quality, tolerance: float, *, compare
     if len(kinds) > 1:
         every += [(f", {kind}", before[kind], after[kind]) for kind in kinds]
     for suffix, then, now in every:
-        for measure, key, by_window, scale in _QUALITIES:
+        for measure, key, by_window, to_log in _QUALITIES:
             if then.get(key) and now.get(key):
-                ratio = _paired(then.get(by_window), now.get(by_window), scale) if compared else None
+                windows = (then.get(by_window), now.get(by_window))
+                ratio, why = _paired(*windows, to_log) if compared else (None, "")
                 values = (then[key], now[key])
-                yield _change(name, f"{measure}{suffix}", values, ratio, tolerance, format_number)
+                found = _change(name, f"{measure}{suffix}", values, ratio, tolerance, format_number)
+                yield replace(found, why=why)
 
 
 def _paired(
-    before: Sequence[float] | None, now: Sequence[float] | None, scale: Callable[[float], float]
-) -> Ratio | None:
-    """Now over before by window; None where the windows were not recorded, or are not the same."""
-    if not before or not now or len(before) != len(now) or min(map(scale, before)) <= 0:
-        return None
-    return ratio_of([scale(value) for value in now], [scale(value) for value in before])
+    before: Sequence[float] | None, now: Sequence[float] | None, to_log: Callable[[float], float]
+) -> tuple[Ratio | None, str]:
+    """Now over before; None, and why, where the windows do not tell or were not recorded."""
+    if not before or not now:
+        return None, ""  # said once for the folder
+    if len(before) != len(now):
+        return None, f"{len(before)} windows before, {len(now)} now"
+    if to_log is log and min(*before, *now) <= 0:
+        return None, "a window where it is 0 has no ratio"
+    ratio = ratio_of_means([to_log(new) - to_log(old) for old, new in zip(before, now, strict=True)])
+    return ratio, "" if ratio else "a single window tells no difference from noise"
+
+
+def _not_judged(found: Sequence[Change]) -> Iterator[str]:
+    """Cautions on single measures, those of one reason together."""
+    for why in dict.fromkeys(one.why for one in found if one.why):
+        names = (f"{one.measure} of {one.variant}" for one in found if one.why == why)
+        yield f"Not compared: {'; '.join(names)}: {why}."
 
 
 def _size(pair: _Pair, tolerance: float) -> Iterator[Change]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, Ratio, ratio_of, ratio_of_runs
+from nirvana_deploy.measure.rounds.ratios import (
+    CONFIDENCE,
+    Ratio,
+    ratio_of,
+    ratio_of_means,
+    ratio_of_runs,
+)
 
 
 def noisy(random: np.random.Generator, rounds: int) -> np.ndarray:
@@ -62,3 +68,23 @@ def test_a_run_slower_by_a_tenth_is_found_though_rounds_do_not_pair() -> None:
     assert np.mean([ratio.shows_difference for ratio in found]) >= 0.95
     assert ratio_of_runs([3.0, 1.0, 2.0], [1.0, 1.0]).p50 == 2
     assert not ratio_of_runs([20.0] * 6, [1.0] * 6).shows_difference
+
+
+@pytest.mark.parametrize("windows", [*range(2, 33), 100])
+def test_the_interval_of_a_mean_is_students(windows: int) -> None:
+    """Its quantile against the integral of the density, on logarithms with a mean of 0 and an error of 1."""
+    logs = np.array([-1.0, 1.0] * (windows // 2) + [0.0] * (windows % 2))
+    logs *= np.sqrt(windows) / logs.std(ddof=1)
+    found = ratio_of_means(logs.tolist())
+    assert found is not None and found.p50 == pytest.approx(1) and found.low == pytest.approx(1 / found.high)
+    freedom = windows - 1
+    angles = np.linspace(-np.pi / 2, np.pi / 2, 200_001)  # t = sqrt(freedom) tan(angle)
+    density = np.cos(angles) ** (freedom - 1)
+    inside = np.abs(np.sqrt(freedom) * np.tan(angles)) <= np.log(found.high)
+    covered = density[inside].sum() / density.sum()
+    assert CONFIDENCE - 2e-4 <= covered <= CONFIDENCE + (1e-2 if windows > 31 else 2e-4)
+
+
+def test_a_single_window_tells_nothing() -> None:
+    assert ratio_of_means([0.1]) is None
+    assert ratio_of_means([0.0]) == Ratio(1.0, 1.0, 1.0, 1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import log
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -93,6 +95,43 @@ def test_a_loss_of_quality_is_found_by_windows_of_the_same_text() -> None:
     found = compared(earlier, measured(1, kl=1.08))
     assert not found.worse and verdicts(found)["KL to dense"] == "not compared"
     assert found.cautions[-1].startswith("Quality is not compared: old has no numbers by window")
+
+
+def by_kind(records: Records, **kl_by_kind: list[float]) -> Records:
+    """``records`` whose pruned model has this KL in the windows of each kind."""
+    assert records.manifest is not None
+    quality = records.manifest["stages"]["quality"]["result"]["variants"]["pruned"]
+    quality["parts"] = {
+        kind: {
+            "perplexity": 9.0,
+            "nll_by_window": [log(9.0)] * len(kl),
+            "kl_vs_dense": fmean(kl),
+            "kl_by_window": kl,
+        }
+        for kind, kl in kl_by_kind.items()
+    }
+    return records
+
+
+def test_a_kind_of_few_windows_can_be_worse() -> None:
+    before = by_kind(measured(0), prose=[0.1, 0.2, 0.1, 0.3], code=[0.2, 0.4, 0.1])
+    now = by_kind(measured(1), prose=[0.1, 0.25, 0.09, 0.28], code=[0.25, 0.48, 0.13])
+    found = compared(before, now)
+    assert [(one.variant, one.measure) for one in found.worse] == [("pruned", "KL to dense, code")]
+    assert verdicts(found)["KL to dense, prose"] == "no difference shown"
+    assert [row[1] for row in found.table().rows if "," in row[1]] == ["KL to dense, code"]
+    assert found.cautions == ()
+
+
+def test_what_windows_cannot_tell_is_said() -> None:
+    before = by_kind(measured(0), prose=[0.1], code=[0.2, 0.0], self=[0.1, 0.2])
+    found = compared(before, by_kind(measured(1), prose=[0.3], code=[0.3, 0.1], self=[0.2]))
+    assert not found.worse and found.cautions == (
+        "Not compared: KL to dense, prose of pruned: a single window tells no difference from noise.",
+        "Not compared: KL to dense, code of pruned: a window where it is 0 has no ratio.",
+        "Not compared: Perplexity, self of pruned; KL to dense, self of pruned: 2 windows before, 1 now.",
+    )
+    assert verdicts(found)["Perplexity, prose"] == "unchanged"
 
 
 def test_a_machine_that_is_slower_for_all_is_not_the_cuts_fault() -> None:
