@@ -13,11 +13,18 @@ from nirvana_deploy.output.variants import DENSE
 def require_quality(variants: Mapping[str, Quality], gate: Gate) -> None:
     """Raise QualityError where a model that is not the dense one misses a limit of ``gate``.
 
-    The perplexity ratio is held on each kind of text that was told apart. What was not measured is missed.
+    The perplexity ratio is held on each kind of text that was told apart. What was not measured is missed,
+    and with no such model among ``variants`` nothing was.
     """
-    missed = [
-        said for name in variants if not name.startswith(DENSE) for said in _missed(variants, name, gate)
-    ]
+    asked = gate.require_kl is not None or gate.require_perplexity_ratio is not None
+    cut = [name for name in variants if not name.startswith(DENSE)]
+    if asked and not cut:
+        raise QualityError(
+            "Quality is required, and that of no cut model was measured.",
+            hint="It needs the folder's ONNX models: nirvana-deploy prune-export ... --resume, "
+            "then nirvana-deploy evaluate OUT",
+        )
+    missed = [said for name in cut for said in _missed(variants, name, gate)]
     if missed:
         raise QualityError(
             f"The models do not have the quality that is required: {'; '.join(missed)}.",

@@ -49,3 +49,14 @@ def test_what_was_not_measured_is_missed() -> None:
         require_quality({"pruned": {"perplexity": 3.0}}, Gate(require_kl=1.0))
     with pytest.raises(QualityError, match="was not measured beside dense's"):
         require_quality({"pruned": {"perplexity": 3.0}}, Gate(require_perplexity_ratio=2.0))
+
+
+@pytest.mark.parametrize("variants", [{}, {"dense": VARIANTS["dense"]}])
+@pytest.mark.parametrize("limits", [{"require_kl": 1e9}, {"require_perplexity_ratio": 1e9}])
+def test_where_no_cut_model_was_measured_all_is_missed(
+    variants: dict[str, Any], limits: dict[str, float]
+) -> None:
+    """A folder without ONNX models is evaluated by its tasks alone."""
+    require_quality(variants, Gate())
+    with pytest.raises(QualityError, match=r"that of no cut model was measured\.\n.*nirvana-deploy evaluate"):
+        require_quality(variants, Gate(**limits))
