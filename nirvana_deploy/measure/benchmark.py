@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.measure.bounds import Work
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.roofline.graph import work_of
-from nirvana_deploy.measure.rounds.ratios import Ratio, ratio_of
+from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, ratio_of
 from nirvana_deploy.measure.rounds.watch import Watch, wait_until_idle
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import ModelShape
@@ -132,10 +133,12 @@ def benchmark(
             variant.name: _record(variant, workers[variant.name], samples[variant.name], workload)
             for variant in variants
         }
+    watched = watch.record()
+    watched["cautions"] += precision_cautions(samples, workload, baseline=baseline)
     return {
         "schema": SCHEMA,
         "environment": environment,
-        "watch": watch.record(),
+        "watch": watched,
         "workload": asdict(replace(workload, threads=threads)),
         "variants": list(records.values()),
         "comparisons": [
@@ -218,17 +221,39 @@ def alternate(
                     watch.sample()
         first = rounds
         if baseline is not None and baseline in samples and workload.precision is not None and clock() < ends:
-            widest = max((ratio.width for ratio in _decode_ratios(samples, baseline)), default=0.0)
+            widest = _widest(samples, baseline)
             if widest > workload.precision:
-                rounds, label = first + _ROUNDS_MORE, f"Benchmark, ±{widest:.1%} so far"
+                so_far = f"±{widest:.1%} so far" if isfinite(widest) else "no interval so far"
+                rounds, label = first + _ROUNDS_MORE, f"Benchmark, {so_far}"
     return samples
 
 
-def _decode_ratios(samples: Mapping[str, Sequence[RoundSample]], baseline: str) -> Iterator[Ratio]:
+def precision_cautions(
+    samples: Mapping[str, Sequence[RoundSample]], workload: Workload, *, baseline: str | None
+) -> list[str]:
+    """A sentence where the speed-ups of ``samples`` over ``baseline`` miss ``workload.precision``."""
+    if workload.precision is None or baseline not in samples:
+        return []
+    widest, rounds = _widest(samples, baseline), len(samples[baseline])
+    if widest <= workload.precision:
+        return []
+    had = f"has ±{widest:.1%}" if isfinite(widest) else f"has no interval of {CONFIDENCE:.0%}"
+    return [
+        f"±{workload.precision:.1%} was asked for; after {rounds} round{'s' * (rounds > 1)} "
+        f"a decode speed-up {had}. "
+        "Give it more time: --max-minutes N."
+    ]
+
+
+def _widest(samples: Mapping[str, Sequence[RoundSample]], baseline: str) -> float:
+    """The greatest width of the decode speed-ups over ``baseline``; infinite below CONFIDENCE.
+
+    The interval of a single round has no width, and holds nothing.
+    """
     of_dense = [sample.tpot_ms for sample in samples[baseline]]
-    for name, of_one in samples.items():
-        if name != baseline:
-            yield ratio_of(of_dense, [sample.tpot_ms for sample in of_one])
+    others = (of_one for name, of_one in samples.items() if name != baseline)
+    ratios = (ratio_of(of_dense, [sample.tpot_ms for sample in of_one]) for of_one in others)
+    return max((one.width if one.confidence >= CONFIDENCE else inf for one in ratios), default=0.0)
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:

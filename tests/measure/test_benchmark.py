@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from builders.tiny_decoder import KV_HEADS, VOCAB, write_tiny_decoder
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import Advance, SilentProgress
 from nirvana_deploy.export.footprint import Footprint
 from nirvana_deploy.measure.benchmark import (
     Variant,
     alternate,
     benchmark,
+    precision_cautions,
     speedups,
     summary,
 )
@@ -68,6 +71,18 @@ class DriftingRunner:
         slowness = 1.2 ** len(self.calls)
         gap = self.tpot_ms * slowness
         return RoundSample(prefill_ms=3 * gap, ttft_ms=4 * gap, itl_ms=(gap,) * (new_tokens - 1))
+
+
+class Labels(SilentProgress):
+    """Remembers what it was asked to show."""
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Advance]:
+        self.labels.append(label)
+        yield lambda steps: None
 
 
 class SteadyRunner:
@@ -175,6 +190,28 @@ def test_rounds_go_on_until_the_interval_is_tight_or_the_time_is_over(minutes: f
     assert len(samples["pruned"]) == len(samples["dense"]) == rounds
     interval = speedups(samples["dense"], samples["pruned"])["tpot_speedup_interval"]
     assert (interval["low"] == interval["high"] == 2.0) == (minutes > 0)
+
+
+@pytest.mark.parametrize(("minutes", "rounds"), [(10.0, 7), (0.0, 1)])
+def test_a_few_rounds_meet_no_precision(minutes: float, rounds: int) -> None:
+    """One round has an interval of no width; that holds the true median by no confidence."""
+    runners = {"dense": SteadyRunner([20.0]), "pruned": SteadyRunner([10.0])}
+    workload = Workload(
+        prompt_tokens=1, new_tokens=3, repeats=1, warmup=0, precision=0.03, max_minutes=minutes
+    )
+    said = Labels()
+    samples = alternate(runners, workload=workload, vocab_size=7, baseline="dense", progress=said)
+    assert len(samples["pruned"]) == rounds
+    assert said.labels == ["Benchmark", "Benchmark, no interval so far"][: 1 + (minutes > 0)]
+    cautions = precision_cautions(samples, workload, baseline="dense")
+    assert cautions == ([] if minutes else [PRECISION_MISSED])
+    assert not precision_cautions(samples, replace(workload, precision=None), baseline="dense")
+
+
+PRECISION_MISSED = (
+    "±3.0% was asked for; after 1 round a decode speed-up has no interval of 95%. "
+    "Give it more time: --max-minutes N."
+)
 
 
 def test_summary_by_hand() -> None:

@@ -20,6 +20,7 @@ from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.measure.benchmark import (
     SCHEMA,
     alternate,
+    precision_cautions,
     speedups,
     timed_record,
     weights_bytes,
@@ -36,7 +37,7 @@ LEAST_ROUNDS = 2
 
 def require_rounds(workload: Workload) -> None:
     """Raise NirvanaError for rounds too few to tell a difference from noise at all."""
-    if workload.repeats < LEAST_ROUNDS:
+    if workload.repeats < LEAST_ROUNDS and workload.precision is None:
         raise NirvanaError(
             f"{workload.repeats} measured round tells no difference from noise.",
             hint="Leave --repeats out (11), or ask for an interval: --precision 3%",
@@ -97,7 +98,7 @@ def time_contenders(
         "environment": environment,
         "watch": watch.record(),
         "workload": asdict(replace(workload, threads=threads)),
-        "cautions": [*cautions, *_cautions(contenders, samples)],
+        "cautions": [*cautions, *_cautions(contenders, samples, workload)],
         "variants": variants,
         "comparisons": _comparisons(samples),
         "failed": [_failed(one, lost[one.name]) for one in contenders if one.name in lost],
@@ -162,8 +163,10 @@ def _comparisons(samples: Mapping[str, Sequence[RoundSample]]) -> list[dict[str,
     ]
 
 
-def _cautions(contenders: Sequence[Contender], samples: Mapping[str, Sequence[RoundSample]]) -> list[str]:
-    found = []
+def _cautions(
+    contenders: Sequence[Contender], samples: Mapping[str, Sequence[RoundSample]], workload: Workload
+) -> list[str]:
+    found = precision_cautions(samples, workload, baseline=next(iter(samples), None))
     first = contenders[0].name
     if first not in samples and samples:
         found.append(f"{first} failed: ratios are to {next(iter(samples))}, the first that did not.")

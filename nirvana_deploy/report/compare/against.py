@@ -138,7 +138,8 @@ def changes_since(before: Folder, now: Folder, *, tolerance: float) -> Changes:
             hint="Compare the benchmark of the same models.",
         )
     apart, texts = list(times_apart(then, new, now.label)), list(other_text(before, now))
-    baselines = _Pair("", baseline_of(then) or {}, baseline_of(new) or {})
+    baseline = baseline_of(new) or {}
+    baselines = _Pair("", old_variants.get(str(baseline.get("name")), {}), baseline)
     found: list[Change] = []
     for pair in pairs:
         found += _times(pair, baselines, tolerance, compared=not apart)

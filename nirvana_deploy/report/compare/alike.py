@@ -17,6 +17,8 @@ from nirvana_deploy.report.table import baseline_of, median_of
 
 _MACHINE = ("cpu", "logical_cores", "gpu", "platform", "onnxruntime")
 """Facts of the environment that times depend on."""
+REQUEST = ("prompt_tokens", "new_tokens", "batch_size", "threads")
+"""What of a workload its times depend on; how often it was repeated shows in their intervals."""
 _SAME_TIME = 1.1
 """Ratio of the dense model's times up to which the machine was as busy."""
 _SAME_PERPLEXITY = 1e-3
@@ -95,10 +97,11 @@ def _model(one: Folder) -> str:
 
 
 def _workload(one: Folder) -> Mapping[str, Any]:
-    """What was timed, in which runtime; seeds change prompts and no times."""
+    """What was timed, in which runtime."""
     benchmark = one.records.benchmark or {}
     runtimes = sorted({str(variant.get("runtime")) for variant in benchmark.get("variants") or ()})
-    workload = {key: value for key, value in (benchmark.get("workload") or {}).items() if key != "seed"}
+    asked = benchmark.get("workload") or {}
+    workload = {key: asked[key] for key in REQUEST if key in asked}
     return {**workload, "runtime": ", ".join(runtimes)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.units import format_number
 from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, ratio_of_runs
-from nirvana_deploy.report.compare.alike import Folder
+from nirvana_deploy.report.compare.alike import REQUEST, Folder
 from nirvana_deploy.report.compare.comparison import quality_of, recipe_table
 from nirvana_deploy.report.table import baseline_of
 
@@ -16,7 +16,6 @@ _MACHINE = ("cpu", "logical_cores", "gpu")
 """Where these differ, times are those of two machines."""
 _VERSIONS = ("platform", "python", "onnxruntime", "numpy", "torch", "transformers")
 _NAMED = 4
-_WORKLOAD = ("prompt_tokens", "new_tokens", "batch_size", "threads")
 _SAME_PERPLEXITY = 1e-3
 """Relative difference of the first model's perplexity up to which the text was the same."""
 
@@ -39,7 +38,7 @@ def times_apart(then: Mapping[str, Any], new: Mapping[str, Any], label: str) -> 
     """Why times are not compared, if so."""
     for what, names, again in (
         ("environment", _MACHINE, "Measure both on one machine."),
-        ("workload", _WORKLOAD, f"Measure alike: nirvana-deploy benchmark {label} {_options(then)}"),
+        ("workload", REQUEST, f"Measure alike: nirvana-deploy benchmark {label} {_options(then)}"),
     ):
         old, now = then.get(what) or {}, new.get(what) or {}
         said = [
@@ -49,13 +48,21 @@ def times_apart(then: Mapping[str, Any], new: Mapping[str, Any], label: str) -> 
         ]
         if said:
             yield f"Times are not compared: {'; '.join(said)}. {again}"
+    yield from _other_runtimes(then, new)
+
+
+def _other_runtimes(then: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    runtimes = {str(one["name"]): one.get("runtime") for one in then["variants"]}
+    pairs = [(runtimes.get(str(one["name"])), one.get("runtime")) for one in new["variants"]]
+    others = dict.fromkeys((old, now) for old, now in pairs if None not in (old, now) and old != now)
+    if others:
+        said = "; ".join(f"runtime {old} before, {now} now" for old, now in others)
+        yield f"Times are not compared: {said}. Measure both in one: --runtime {next(iter(others))[0]}"
 
 
 def _options(benchmark: Mapping[str, Any]) -> str:
     workload = benchmark.get("workload") or {}
-    return " ".join(
-        f"--{name.replace('_', '-')} {workload[name]}" for name in _WORKLOAD if workload.get(name)
-    )
+    return " ".join(f"--{name.replace('_', '-')} {workload[name]}" for name in REQUEST if workload.get(name))
 
 
 def other_text(before: Folder, now: Folder) -> Iterator[str]:

@@ -17,7 +17,7 @@ from nirvana_deploy.base.errors import ContenderError, NirvanaError
 from nirvana_deploy.base.reading import typed
 from nirvana_deploy.measure.benchmark import alternate
 from nirvana_deploy.measure.contest.contender import Contender, require_model, require_runtime, runtime_of
-from nirvana_deploy.measure.contest.timing import require_all_timed, time_contenders
+from nirvana_deploy.measure.contest.timing import require_all_timed, require_rounds, time_contenders
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.worker import RoundSample
 from nirvana_deploy.output.record_kinds import ContestRecord
@@ -128,6 +128,7 @@ def test_few_rounds_are_refused_or_said(folder: Path) -> None:
     one = [contender(folder, "a"), contender(folder, "b")]
     with pytest.raises(NirvanaError, match="1 measured round tells no difference"):
         time_contenders(one, workload=Workload(repeats=1))
+    require_rounds(Workload(repeats=1, precision=0.03))  # as the hint says
     record = time_contenders(one, workload=Workload(prompt_tokens=2, new_tokens=2, repeats=2, threads=1))
     assert record["cautions"] == ["2 rounds show no difference with a confidence of 95%: six may."]
     assert record["comparisons"][0]["shows_difference"] == {"prefill": False, "ttft": False, "tpot": False}

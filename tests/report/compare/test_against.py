@@ -142,6 +142,31 @@ def test_a_machine_that_is_slower_for_all_is_not_the_cuts_fault() -> None:
     assert any("dense, the baseline, takes 1." in said for said in found.cautions)
 
 
+def test_the_baseline_of_now_is_looked_up_by_its_name() -> None:
+    """An earlier record that compared with another model excuses nothing."""
+    before, now = measured(0), measured(1, slower=1.3)
+    assert before.benchmark is not None
+    for comparison in before.benchmark["comparisons"]:
+        comparison["baseline"] = "pruned"
+    before.benchmark["variants"].reverse()
+    assert verdicts(compared(before, now))["TPOT"] == "worse"
+    before.benchmark["variants"] = [one for one in before.benchmark["variants"] if one["name"] != "dense"]
+    assert verdicts(compared(before, now))["TPOT"] == "worse"
+
+
+def test_times_of_another_runtime_are_not_judged() -> None:
+    now = measured(1, slower=2.0)
+    assert now.benchmark is not None
+    for variant in now.benchmark["variants"]:
+        variant["runtime"] = "openvino-cpu"
+    found = compared(measured(0), now)
+    assert {verdicts(found)[measure] for measure in TIMES} == {"not compared"} and not found.worse
+    assert found.cautions == (
+        "Times are not compared: runtime onnxruntime-cpu before, openvino-cpu now. "
+        "Measure both in one: --runtime onnxruntime-cpu",
+    )
+
+
 @pytest.mark.parametrize(
     ("record", "key", "values", "said"),
     [

@@ -108,6 +108,17 @@ def other_workload(folder: Folder) -> None:
     benchmark_of(folder)["workload"]["prompt_tokens"] = 512
 
 
+def other_repeats(folder: Folder) -> None:
+    benchmark_of(folder)["workload"] |= {
+        "repeats": 99,
+        "precision": 0.01,
+        "wait_until_idle": True,
+        "warmup": 9,
+        "max_minutes": 3.0,
+        "seed": 5,
+    }
+
+
 def other_runtime(folder: Folder) -> None:
     for variant in benchmark_of(folder)["variants"]:
         variant["runtime"] = "openvino"
@@ -157,6 +168,13 @@ def test_what_does_not_compare_is_said(change: Any, times: bool, quality: bool, 
         assert "does not compare" in page or "do not compare" in page
     assert ("decode, ms per token" in comparison_html(found)) == times
     assert ("weight file, MB" in comparison_html(found)) == (not times)
+
+
+def test_more_rounds_of_the_same_request_compare() -> None:
+    asked = folders(SLOW, FAST)
+    other_repeats(asked[1])
+    found = compare(asked)
+    assert found.alike.times and found.alike.cautions == ()
 
 
 def test_of_two_models_one_of_each_is_taken() -> None:
