@@ -13,11 +13,12 @@ from nirvana_deploy.measure.recipe import Analysis, Workload
 from nirvana_deploy.measure.roofline.bound import Roof, bounded, roof_of
 from nirvana_deploy.measure.roofline.ceilings import machine_ceilings
 from nirvana_deploy.measure.roofline.profile import profile_of
+from nirvana_deploy.measure.rounds.watch import wait_until_idle
 from nirvana_deploy.runtime.table import DEFAULT
 
 
 class Explained:
-    """Measures the ceilings before a benchmark, while the machine is idle, and profiles behind it.
+    """Measures the ceilings before a benchmark, once the machine is idle if asked, and profiles behind it.
 
     Both are of ONNX Runtime on the CPU: for other runtimes a benchmark stays as it is. Raises NirvanaError
     where a profile of one of them is asked for.
@@ -29,6 +30,8 @@ class Explained:
         self._workload, self._analysis, self._progress = workload, analysis, progress
         self._ceilings = None
         if (runtime or DEFAULT) == DEFAULT:
+            if workload.wait_until_idle:
+                wait_until_idle(max_minutes=workload.max_minutes, progress=progress)
             self._ceilings = machine_ceilings(
                 threads=checked_threads(workload.threads), fresh=analysis.fresh_ceilings, progress=progress
             )

@@ -51,7 +51,7 @@ class Times:
     """Of all cores, by all programs."""
     stolen: float
     own: float
-    """By this process and those it started."""
+    """By this process and those it started, also where they have ended."""
     cores: int
 
 
@@ -153,7 +153,7 @@ def machine_times() -> Times:
     for one in (process, *process.children(recursive=True)):
         with suppress(psutil.Error):
             used = one.cpu_times()
-            own += used.user + used.system
+            own += used.user + used.system + used.children_user + used.children_system
     return Times(
         time.perf_counter(),
         sum(of_all) - idle - stolen - counted_twice,

@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from nirvana_deploy.base.progress import SILENT
 from nirvana_deploy.measure.bounds import Phase
+from nirvana_deploy.measure.recipe import Analysis, Workload
+from nirvana_deploy.measure.roofline import explained
 from nirvana_deploy.measure.roofline.bound import bounded, roof_of
 from nirvana_deploy.measure.roofline.ceilings import Ceilings
 
@@ -49,3 +52,12 @@ def test_memory_counts_as_it_was_between_the_rounds() -> None:
 def test_products_without_a_rate_have_no_bound() -> None:
     found = bounded(replace(STEP, operations={"bfloat16": 1e9}), 40.0, roof_of(CEILINGS, []))
     assert found["bound_ms"] is found["share_of_bound"] is found["products_ms"] is None
+
+
+def test_ceilings_are_measured_once_the_machine_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(explained, "wait_until_idle", lambda **_: calls.append("waited"))
+    monkeypatch.setattr(explained, "machine_ceilings", lambda **_: calls.append("measured"))
+    for workload in (Workload(wait_until_idle=True), Workload()):
+        explained.Explained(workload, Analysis(), None, SILENT)
+    assert calls == ["waited", "measured", "measured"]

@@ -61,6 +61,13 @@ def test_the_real_machine_sees_what_a_child_and_a_stranger_do() -> None:
     assert machine_times().cores == os.cpu_count()
 
 
+def test_the_time_of_a_child_that_ended_stays_our_own() -> None:
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    before = machine_times()
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert machine_times().own - before.own >= 0.4
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
