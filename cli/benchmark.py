@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,16 @@ def benchmark(
     from nirvana_deploy.output.layout import is_speculative
     from nirvana_deploy.pipeline.contest import benchmark_contenders, is_one_output_folder
 
-    traffic, said = taken(Traffic, options), typed(options)
+    said = typed(click.get_current_context().params)
+    traffic = taken(Traffic, options)
     workload, analysis = taken(Workload, options), taken(Analysis, options)
     progress = TerminalProgress()
     if len(paths) == 1 and is_speculative(paths[0]):
+        _require_of_draft(said)
         _speculative(paths[0], workload, as_json=as_json)
         return
     if not is_one_output_folder(paths):
-        _require_of_contest(traffic, analysis)
+        _require_of_contest(said)
         record = benchmark_contenders(
             paths, workload, runtime=runtime, out=out, force=force, progress=progress
         )
@@ -94,28 +97,35 @@ def benchmark(
 
 
 _OF_ONE_REQUEST = ("prompt_tokens", "new_tokens", "batch_size", "repeats")
+_ABOUT_ONE_REQUEST = ("precision", "profile", "fresh_ceilings")
+_OF_ONE_FOLDER = ("workloads", "sweeps", "profile", "fresh_ceilings")
+_OF_DRAFT = ("paths", "new_tokens", "threads", "as_json")
 
 
-def _require_of_contest(traffic: Traffic, analysis: Analysis) -> None:
+def _refuse(said: dict[str, Any], names: Iterable[str], why: str) -> None:
+    """Raise a usage error for the first of ``names`` that was typed."""
+    flags = {one.name: one.opts[0] for one in click.get_current_context().command.params}
+    for name in names:
+        if name in said:
+            raise click.UsageError(f"{flags[name]} {why}")
+
+
+def _require_of_contest(said: dict[str, Any]) -> None:
     """Raise a usage error for an option that only one output folder has a place for."""
-    of_one_folder = {
-        "--workload": traffic.workloads,
-        "--sweep": traffic.sweeps,
-        "--profile": analysis.profile,
-    }
-    for flag, given in of_one_folder.items():
-        if given:
-            raise click.UsageError(f"{flag} goes with one output folder, whose report shows it.")
+    _refuse(said, _OF_ONE_FOLDER, "goes with one output folder, whose report shows it.")
+
+
+def _require_of_draft(said: dict[str, Any]) -> None:
+    """Raise a usage error for an option that timing a model with its draft has no use for."""
+    others = [name for name in said if name not in _OF_DRAFT]
+    _refuse(said, others, "is not for a model with its draft, which takes --new-tokens and --threads.")
 
 
 def _require_meant(traffic: Traffic, said: dict[str, Any]) -> None:
     """Raise a usage error for an option that what is timed has no use for."""
-    unused = [] if traffic.sweeps else [name for name in _OF_ONE_REQUEST if name in said]
-    for name in (*unused, *(["precision"] if "precision" in said else ())):
-        flag = f"--{name.replace('_', '-')}"
-        if name == "precision":
-            raise click.UsageError(f"{flag} is about one request; with --workload or --sweep, leave it out.")
-        raise click.UsageError(f"{flag} says what the file of a workload says; leave it out.")
+    if not traffic.sweeps:
+        _refuse(said, _OF_ONE_REQUEST, "says what the file of a workload says; leave it out.")
+    _refuse(said, _ABOUT_ONE_REQUEST, "is about one request; with --workload or --sweep, leave it out.")
 
 
 def _speculative(folder: Path, workload: Workload, *, as_json: bool) -> None:

@@ -136,6 +136,47 @@ def test_one_output_folder_keeps_its_own_record(places: Path) -> None:
     assert found.exit_code == 2 and "go with several contenders" in found.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("out", "other", "--fresh-ceilings"), "--fresh-ceilings goes with one output folder"),
+        (("out", "other", "--profile"), "--profile goes with one output folder"),
+        (("out", "other", "--workload", "chat"), "--workload goes with one output folder"),
+        (("out", "--workload", "chat", "--profile"), "--profile is about one request"),
+        (("out", "--sweep", "batch=1,2", "--fresh-ceilings"), "--fresh-ceilings is about one request"),
+        (("out", "--sweep", "batch=1,2", "--precision", "3%"), "--precision is about one request"),
+        (("out", "--workload", "chat", "--repeats", "3"), "--repeats says what the file of a workload says"),
+        *(
+            (("drafted", *option), f"{option[0]} is not for a model with its draft")
+            for option in (
+                ("--out", "race.json"),
+                ("--force",),
+                ("--repeats", "3"),
+                ("--runtime", "onnxruntime-cpu"),
+                ("--workload", "chat"),
+                ("--profile",),
+                ("--wait-until-idle",),
+            )
+        ),
+    ],
+)
+def test_an_option_without_a_use_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in (
+        "out/manifest.json",
+        "other/model.onnx",
+        "drafted/genai_config.json",
+        "drafted/draft/model.onnx",
+    ):
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    found = asked(benchmark, *words)
+    assert found.exit_code == 2 and said in " ".join(found.stderr.split()), found.output
+
+
 def test_against_takes_folders_and_files_and_exits_with_4(tmp_path: Path) -> None:
     old = write_records(tmp_path / "old", frozen_records())
     slow = frozen_records()
