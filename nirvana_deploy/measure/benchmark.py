@@ -30,7 +30,9 @@ from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, ratio_of
 from nirvana_deploy.measure.rounds.watch import Watch, wait_until_idle
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.model.weight_files import weight_files
 from nirvana_deploy.output.layout import is_checkpoint
+from nirvana_deploy.quantize.graph.files import opened_files
 from nirvana_deploy.runtime.registry import is_engine
 from nirvana_deploy.runtime.tensorrt.record import engine_files
 
@@ -232,7 +234,7 @@ def precision_cautions(
     samples: Mapping[str, Sequence[RoundSample]], workload: Workload, *, baseline: str | None
 ) -> list[str]:
     """A sentence where the speed-ups of ``samples`` over ``baseline`` miss ``workload.precision``."""
-    if workload.precision is None or baseline not in samples:
+    if workload.precision is None or baseline is None or baseline not in samples:
         return []
     widest, rounds = _widest(samples, baseline), len(samples[baseline])
     if widest <= workload.precision:
@@ -370,10 +372,10 @@ def device_times(samples: Sequence[RoundSample]) -> dict[str, Any]:
 
 
 def weights_bytes(path: Path) -> int:
-    """Bytes of the model's own files, without the tokenizer: engines, GGUF, graphs with data, or tensors."""
+    """Bytes of the model files that are opened: engines, GGUF, graphs with their data, or safetensors."""
     files: Iterable[Path]
     if path.is_dir():
-        files = path.glob("*.safetensors" if is_checkpoint(path) else "*.onnx*")
+        files = weight_files(path) if is_checkpoint(path) else opened_files(path)
     else:
         files = engine_files(path) if is_engine(path) else (path,)
     return sum(file.stat().st_size for file in files)

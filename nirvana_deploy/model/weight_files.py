@@ -73,6 +73,15 @@ def require_no_other_file(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def weight_files(folder: Path) -> set[Path]:
+    """The safetensors of ``folder`` that transformers reads; all of them where it would read none."""
+    if (folder / SINGLE_FILE).is_file():
+        return {folder / SINGLE_FILE}
+    if (folder / INDEX_FILE).is_file():
+        return set(file_by_tensor(folder / INDEX_FILE).values())
+    return set(folder.glob("*.safetensors"))
+
+
 def file_by_tensor(index: Path) -> dict[str, Path]:
     """The shard of every tensor, by an index file.
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import psutil
 import pytest
 from builders.tiny import INTERRUPTIBLE
@@ -28,6 +31,7 @@ from nirvana_deploy.measure.benchmark import (
     precision_cautions,
     speedups,
     summary,
+    weights_bytes,
 )
 from nirvana_deploy.measure.bounds import Mixing, Product, Work
 from nirvana_deploy.measure.recipe import Workload
@@ -387,6 +391,37 @@ def test_variants_need_distinct_names_and_the_baseline(folder: Path) -> None:
 def test_a_workload_that_measures_nothing_is_refused(name: str, value: int, least: int) -> None:
     with pytest.raises(NirvanaError, match=f"{name} = {value} is not allowed; .* at least {least}"):
         Workload(**{name: value})
+
+
+def test_the_bytes_of_an_onnx_folder_are_those_of_the_files_that_are_opened(tmp_path: Path) -> None:
+    """Beside it a second graph, as other exporters leave them, and data of a name of its own."""
+    folder = write_tiny_decoder(tmp_path / "onnx")
+    data = folder / "model.onnx.data"
+    expected = weights_bytes(folder)
+    assert expected == (folder / "model.onnx").stat().st_size + data.stat().st_size
+    shutil.copy(folder / "model.onnx", folder / "model_q4.onnx")
+    (folder / "model_q4.onnx_data").write_bytes(b"x" * 99)
+    assert weights_bytes(folder) == expected
+    model = onnx.load(folder / "model.onnx")
+    onnx.save(
+        model, folder / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+    data.unlink()
+    sizes = [(folder / name).stat().st_size for name in ("model.onnx", "weights.bin")]
+    assert weights_bytes(folder) == sum(sizes) and sizes[1] > 1000
+    (folder / "model.onnx").write_bytes(b"no graph")
+    assert weights_bytes(folder) == 8
+
+
+def test_the_bytes_of_a_checkpoint_are_those_that_transformers_reads(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for size, name in enumerate(("consolidated", "a", "b", "model"), start=1):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"x" * 10**size)
+    assert weights_bytes(tmp_path) == 10_000
+    (tmp_path / "model.safetensors").unlink()
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weights_bytes(tmp_path) == 1_100
 
 
 def test_peak_rss_sees_memory_that_was_given_back() -> None:

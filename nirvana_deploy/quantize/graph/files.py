@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,14 @@ from onnx_ir.serde import SerdeError
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.snapshot import lies_within
-from nirvana_deploy.output.layout import SCHEMA_KEY, require_schema
+from nirvana_deploy.output.layout import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    MODEL_FILE,
+    SCHEMA_KEY,
+    is_seq2seq,
+    require_schema,
+)
 
 Part = tuple[slice, ...]
 """Of an array, axis by axis; () is all of it."""
@@ -127,6 +134,21 @@ def _follow_links(model: ir.Model, path: Path) -> None:
 def data_files(model: ir.Model) -> set[str]:
     """Names of the external-data files that the graph refers to."""
     return {str(tensor.location) for tensor in _externals(model)}
+
+
+def opened_files(folder: Path) -> set[Path]:
+    """What a runtime opens of an ONNX folder: its graphs, and the files of their initializers' data.
+
+    Files that are missing are left out, and of a graph that is none, its data.
+    """
+    found = set()
+    for name in (ENCODER_FILE, DECODER_FILE) if is_seq2seq(folder) else (MODEL_FILE,):
+        found.add(folder / name)
+        with suppress(NirvanaError, OSError), graph_errors(folder / name):
+            graphs = ir.load(folder / name).graphs()
+            tensors = (value.const_value for graph in graphs for value in graph.initializers.values())
+            found |= {folder / one.location for one in tensors if isinstance(one, ir.ExternalTensor)}
+    return {path for path in found if path.is_file()}
 
 
 def _check_external_data(model: ir.Model, path: Path) -> None:
