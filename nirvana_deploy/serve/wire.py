@@ -146,6 +146,14 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: list[TextPart]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, given: Any) -> Any:
+        """Leave out nulls, as of an answer that is sent back: no refusal, no tool calls, no audio."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
     @field_validator("content", mode="before")
     @classmethod
     def _parts(cls, given: Any) -> Any:

@@ -112,6 +112,19 @@ def test_a_chat_is_rendered_and_counted(client: Any, server: Server, folder: Pat
     assert (answer.object, answer.model) == ("chat.completion", "tiny")
 
 
+def test_an_answer_may_be_sent_back_as_it_came(client: Any) -> None:
+    first = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=5).choices[0].message
+    asked_again = {"role": "user", "content": "And then?"}
+    answers = [
+        client.chat.completions.create(
+            model="tiny", messages=[*MESSAGES, turn, asked_again], max_tokens=9, temperature=0
+        )
+        for turn in (first, first.model_dump(), {"role": "assistant", "content": first.content})
+    ]
+    assert len({answer.choices[0].message.content for answer in answers}) == 1
+    assert len({answer.usage.prompt_tokens for answer in answers}) == 1
+
+
 def test_a_streamed_chat_is_the_unstreamed_one(client: Any) -> None:
     options: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 30}
     options |= {"temperature": 1.2, "seed": 5, "extra_body": {"top_k": 40}}
@@ -237,6 +250,7 @@ BAD_REQUESTS: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, {"messages": "Hello"}, 400, "messages", "got 'Hello'"),
     (CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role", "got 'wizard'"),
     (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", "got 'tool'"),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content", "is missing"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "messages.0.content", "is missing"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "image_url"),
     (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, 400, "tools", "'tools' is not supported"),
