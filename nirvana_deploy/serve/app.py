@@ -157,9 +157,7 @@ async def _answered(
         _require_model(service.model, asked.model)
     service.enter()
     try:
-        answer = await _begun(
-            service, asked, prompt, most, began=began, param="messages" if chat else "prompt"
-        )
+        answer = await _begun(service, asked, prompt, most, chat=chat, began=began)
     except BaseException:
         service.leave()
         raise
@@ -186,16 +184,16 @@ async def _begun(
     prompt: Callable[[], Any],
     most: int | None,
     *,
+    chat: bool,
     began: float,
-    param: str,
 ) -> Answer:
     """Read the prompt and have its answer written; raises Refused."""
-    ids = await _ids(prompt, param)
+    ids = await _ids(prompt, "messages" if chat else "prompt")
     length = _length(service, ids, most)
     _require_known(service.model, ids)
     sampling = _sampling(service.model.sampling, asked)
     wanted = Asked(prompt=ids, max_new_tokens=length, stops=service.model.stops, sampling=sampling)
-    return Answer(service, wanted, asked.stop or [], began=began)
+    return Answer(service, wanted, asked.stop or [], chat=chat, began=began)
 
 
 async def _whole(answer: Answer, until: float, service: Service) -> str:
