@@ -289,6 +289,15 @@ def test_what_asks_for_nothing_is_taken(server: Server) -> None:
     assert status == 200 and answer["usage"]["completion_tokens"] <= 16
 
 
+def test_a_completion_that_names_no_length_takes_what_there_is(server: Server, folder: Path) -> None:
+    long = {"prompt": "a" * (CONTEXT_TOKENS - 3), "temperature": 0}
+    status, _, answer = asked(server, "POST", COMPLETIONS, long)
+    assert status == 200 and 1 <= answer["usage"]["completion_tokens"] <= 3
+    with served(folder, slots=1, max_new_tokens=8) as brief:
+        status, _, answer = asked(brief, "POST", COMPLETIONS, ASKED)
+        assert status == 200 and answer["usage"]["completion_tokens"] <= 8
+
+
 def test_other_places_and_methods_are_refused(server: Server) -> None:
     status, _, answer = asked(server, "GET", "/v1/embeddings")
     assert status == 404 and "/v1/chat/completions" in answer["error"]["message"]
