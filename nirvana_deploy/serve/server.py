@@ -117,6 +117,7 @@ class Server:
         )
         host, port = sock.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        _listen(sock, host, port)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(sock,), name="server")
         self._thread.start()
@@ -247,15 +248,27 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         try:
             sock.bind(address)
         except (OSError, OverflowError) as error:
-            said = getattr(error, "strerror", None) or str(error)
-            raise NirvanaError(
-                f"Port {port} of {host} cannot be listened on: {said}.",
-                hint="Name another port (--port 0 takes a free one), or end what listens there.",
-            ) from error
+            raise _not_free(host, port, error) from error
         yield sock
     finally:
         with suppress(OSError):
             sock.close()
+
+
+def _listen(sock: socket.socket, host: str, port: int) -> None:
+    """Listen; raises NirvanaError where another server, bound to the address as well, did so first."""
+    try:
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        raise _not_free(host, port, error) from error
+
+
+def _not_free(host: str, port: int, error: Exception) -> NirvanaError:
+    said = getattr(error, "strerror", None) or str(error)
+    return NirvanaError(
+        f"Port {port} of {host} cannot be listened on: {said}.",
+        hint="Name another port (--port 0 takes a free one), or end what listens there.",
+    )
 
 
 def _is_local(sock: socket.socket) -> bool:

@@ -30,6 +30,7 @@ from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder  # noqa: E402
 from nirvana_deploy.runtime.runner import greedy_tokens  # noqa: E402
 from nirvana_deploy.runtime.text import load_text_side  # noqa: E402
 from nirvana_deploy.serve import connections  # noqa: E402
+from nirvana_deploy.serve import model as models  # noqa: E402
 from nirvana_deploy.serve import server as servers  # noqa: E402
 from nirvana_deploy.serve.model import ServedModel  # noqa: E402
 from nirvana_deploy.serve.recipe import KEY_VARIABLE  # noqa: E402
@@ -505,6 +506,26 @@ def test_a_taken_port_is_said(server: Server, folder: Path) -> None:
         servers.serving(folder, name="two", options=servers.Serving(port=port)),
     ):
         pass
+
+
+def test_a_port_that_is_taken_while_the_model_is_loaded_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(socket.socket()) as rival:
+        rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        rival.bind(("127.0.0.1", 0))
+        port = rival.getsockname()[1]
+
+        opened = models.opened
+
+        def overtaken(*given: Any, **options: Any) -> Any:
+            rival.listen()
+            return opened(*given, **options)
+
+        monkeypatch.setattr(models, "opened", overtaken)
+        server = servers.serving(folder, name="two", options=servers.Serving(port=port), threads=1)
+        with pytest.raises(NirvanaError, match=f"Port {port} of 127.0.0.1 cannot be listened on"), server:
+            pass
 
 
 def test_an_address_that_is_nobodys_is_said(folder: Path) -> None:
