@@ -100,7 +100,10 @@ class Server:
         options: Serving = service.serving
         app = make_app(service)
         guarded = key_checked(body_limited(app, options.max_body), key)
-        protocol: Any = connection_protocol(request_seconds=options.request_seconds + options.drain_seconds)
+        protocol: Any = connection_protocol(
+            requests=service.batch.slots + options.queue,
+            request_seconds=options.request_seconds + options.drain_seconds,
+        )
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
                 counted(app, guarded, on_answer=self._count, on_fault=progress.note),

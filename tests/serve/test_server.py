@@ -456,6 +456,18 @@ def test_a_thousand_half_open_connections_keep_nobody_out(
         _until(lambda: psutil.Process().num_fds() <= before + 2)
 
 
+def test_there_is_a_connection_for_every_request_that_may_wait(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 2)
+    with served(folder, slots=1, queue=5) as busy:
+        long = {"prompt": "Once", "max_tokens": 480, "temperature": 0}
+        streams = [_stream(busy, long, wait=False) for _ in range(6)]
+        _until(lambda: asked(busy, "GET", "/health")[2]["waiting"] == 5)
+        for stream in streams:
+            stream.close()
+
+
 def test_a_bearer_token_is_asked_for_and_never_shown(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
