@@ -143,7 +143,8 @@ class Server:
         )
 
     def wait(self, on_ready: Callable[[Served], None] | None = None) -> None:
-        """Return when SIGINT or SIGTERM comes; a second one ends at once what is open.
+        """Return when SIGINT or SIGTERM comes; a second one ends at once what is open, but for a prompt that
+        is being read.
 
         ``on_ready`` hears when these signals are heard.
         """
@@ -151,19 +152,19 @@ class Server:
         if threading.current_thread() is not threading.main_thread():
             tell(self.served)
             return self._thread.join()
-        told = threading.Event()
+        told: list[int] = []  # not an Event: the main thread may hold its lock when the handler runs in it
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if told.is_set():
+            told.append(number)
+            if len(told) > 1:
                 self._uvicorn.force_exit = True
                 self._service.batch.close()
-            told.set()
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             tell(self.served)
-            while not told.wait(_LOOK_SECONDS) and self._thread.is_alive():
-                pass
+            while not told and self._thread.is_alive():
+                self._thread.join(_LOOK_SECONDS)
             if self._thread.is_alive():
                 count = self._service.batch.active + self._service.batch.waiting
                 left = f"; {count} answers are open (once more to end at once)" if count else ""
