@@ -244,6 +244,7 @@ BAD_REQUESTS: list[tuple[str, Any, int, str | None, str]] = [
     (COMPLETIONS, ASKED | {"stop": ["x"] * 17}, 400, "stop", "stop"),
     (COMPLETIONS, ASKED | {"n": 2}, 400, "n", "'n' is not supported"),
     (COMPLETIONS, ASKED | {"logprobs": 5}, 400, "logprobs", "'logprobs' is not supported"),
+    (COMPLETIONS, ASKED | {"logprobs": 0}, 400, "logprobs", "'logprobs' is not supported"),
     (COMPLETIONS, ASKED | {"echo": True}, 400, "echo", "'echo' is not supported"),
     (COMPLETIONS, ASKED | {"max_token": 5}, 400, "max_token", "Did you mean 'max_tokens'"),
     (COMPLETIONS, ASKED | {"stream": "yes"}, 400, "stream", "got 'yes'"),
@@ -288,6 +289,7 @@ def test_a_bad_request_is_told_what_is_wrong(
 def test_what_asks_for_nothing_is_taken(server: Server) -> None:
     neutral = {"n": 1, "logprobs": None, "tools": None, "echo": False, "user": "me", "logit_bias": {}}
     status, _, answer = asked(server, "POST", COMPLETIONS, ASKED | neutral | {"stop": None, "stream": False})
+    assert asked(server, "POST", CHAT, {"messages": MESSAGES, "logprobs": False, "max_tokens": 1})[0] == 200
     assert status == 200 and answer["usage"]["completion_tokens"] <= 16
 
 
