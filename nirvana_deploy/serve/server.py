@@ -143,10 +143,9 @@ class Server:
         )
 
     def wait(self, on_ready: Callable[[Served], None] | None = None) -> None:
-        """Return when SIGINT or SIGTERM comes; a second one ends at once what is open, but for a prompt that
-        is being read.
+        """Return when SIGINT or SIGTERM comes; a second one ends at once what is open.
 
-        ``on_ready`` hears when these signals are heard.
+        A prompt that is being read is read to its end. ``on_ready`` hears when these signals are heard.
         """
         tell = on_ready or (lambda served: None)
         if threading.current_thread() is not threading.main_thread():
