@@ -19,6 +19,8 @@ from nirvana_deploy.runtime.runner import NoRoomError, Runner, greedy_tokens
 from nirvana_deploy.runtime.table import runtime_named
 
 _UNFINISHED = "�"  # what a tokenizer puts where the bytes of a character are not all there yet
+_TOKENS_BEFORE = 8
+"""Of a prompt, as many as may matter to how its continuation begins."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,10 @@ def stream_text(
     ids = _prompt_ids(tokenizer, prompt, chat=chat)
     if not ids:
         raise NirvanaError("The prompt has no tokens.", hint='Pass some text: --prompt "Once upon a time"')
-    pieces = TextPieces(tokenizer, on_text or (lambda _text: None), hidden=stops)
+    continued = not chat and runner.start_token is None  # else the answer is a text of its own
+    pieces = TextPieces(
+        tokenizer, on_text or (lambda _text: None), hidden=stops, after=ids if continued else ()
+    )
     new_ids: list[int] = []
     stamps: list[float] = []
     no_room = False
@@ -100,13 +105,21 @@ class TextPieces:
 
     A character may take several tokens, and what a token decodes to may depend on the one before it, so all
     ids are decoded together and only what has been added is passed on, up to the last whole character.
+    ``after`` are the ids of the text that is continued, if any: some tokenizers leave out the space that a
+    text begins with, and a character that the prompt began may be finished by what follows.
     """
 
     def __init__(
-        self, tokenizer: Any, on_text: Callable[[str], None], *, hidden: frozenset[int] = frozenset()
+        self,
+        tokenizer: Any,
+        on_text: Callable[[str], None],
+        *,
+        hidden: frozenset[int] = frozenset(),
+        after: Sequence[int] = (),
     ) -> None:
         self._tokenizer, self._on_text, self._hidden = tokenizer, on_text, hidden
-        self._ids: list[int] = []
+        self._ids = list(after[-_TOKENS_BEFORE:])
+        self._before = self._tokenizer.decode(self._ids, skip_special_tokens=True) if self._ids else ""
         self._told = ""
 
     def add(self, token: int) -> None:
@@ -125,12 +138,19 @@ class TextPieces:
 
     def _decoded(self) -> str:
         text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        return text
+        return text[_shared(self._before, text) :]
 
     def _tell(self, text: str) -> None:
         if len(text) > len(self._told):
             self._on_text(text[len(self._told) :])
             self._told = text
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    pairs = zip(one, other, strict=False)
+    longest = min(len(one), len(other))
+    return next((place for place, (left, right) in enumerate(pairs) if left != right), longest)
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool) -> Sequence[int]:

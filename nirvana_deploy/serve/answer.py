@@ -28,12 +28,18 @@ Made = TypeVar("Made")
 
 
 class AnswerText:
-    """The text of one answer. ``tokenizer`` is one of transformers, ``hidden`` are ids without text."""
+    """The text of one answer.
 
-    def __init__(self, tokenizer: Any, *, stops: Sequence[str], hidden: frozenset[int]) -> None:
+    ``tokenizer`` is one of transformers, ``hidden`` are ids without text, ``after`` those of the text that it
+    continues, if any.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, stops: Sequence[str], hidden: frozenset[int], after: Sequence[int] = ()
+    ) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self._pieces = TextPieces(tokenizer, self._hear, hidden=hidden)
+        self._pieces = TextPieces(tokenizer, self._hear, hidden=hidden, after=after)
         self.stopped = False
         """Whether a stop text came."""
 
@@ -128,11 +134,12 @@ class Service:
 
 
 class Answer:
-    """One answer: from the tokens of the batch to pieces of text."""
+    """One answer: from the tokens of the batch to pieces of text. That of a chat continues no text."""
 
-    def __init__(self, service: Service, asked: Asked, stops: list[str], *, began: float) -> None:
+    def __init__(self, service: Service, asked: Asked, stops: list[str], *, chat: bool, began: float) -> None:
         self._service, self._asked, self._began = service, asked, began
-        self._text = AnswerText(service.model.tokenizer, stops=stops, hidden=asked.stops)
+        after = () if chat else asked.prompt
+        self._text = AnswerText(service.model.tokenizer, stops=stops, hidden=asked.stops, after=after)
         self._events: asyncio.Queue[int | Ending | Exception] = asyncio.Queue()
         self._tokens = 0
         self.ending: Ending = "stop"

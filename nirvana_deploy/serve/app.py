@@ -76,9 +76,7 @@ def make_app(service: Service) -> FastAPI:
         async def prompt() -> list[int]:
             return given if isinstance(given, list) else await service.read(model.ids_of_text, given)
 
-        return await _answered(
-            service, http, asked, prompt, asked.max_tokens or _COMPLETION_TOKENS, chat=False
-        )
+        return await _answered(service, http, asked, prompt, asked.max_tokens, chat=False)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -157,9 +155,7 @@ async def _answered(
         _require_model(service.model, asked.model)
     service.enter()
     try:
-        answer = await _begun(
-            service, asked, prompt, most, began=began, param="messages" if chat else "prompt"
-        )
+        answer = await _begun(service, asked, prompt, most, chat=chat, began=began)
     except BaseException:
         service.leave()
         raise
@@ -186,16 +182,17 @@ async def _begun(
     prompt: Callable[[], Any],
     most: int | None,
     *,
+    chat: bool,
     began: float,
-    param: str,
 ) -> Answer:
     """Read the prompt and have its answer written; raises Refused."""
-    ids = await _ids(prompt, param)
-    length = _length(service, ids, most)
+    ids = await _ids(prompt, "messages" if chat else "prompt")
+    unsaid = service.serving.max_new_tokens if chat else _COMPLETION_TOKENS
+    length = _length(service, ids, most, unsaid=unsaid)
     _require_known(service.model, ids)
     sampling = _sampling(service.model.sampling, asked)
     wanted = Asked(prompt=ids, max_new_tokens=length, stops=service.model.stops, sampling=sampling)
-    return Answer(service, wanted, asked.stop or [], began=began)
+    return Answer(service, wanted, asked.stop or [], chat=chat, began=began)
 
 
 async def _whole(answer: Answer, until: float, service: Service) -> str:
@@ -252,8 +249,11 @@ async def _ids(prompt: Callable[[], Any], param: str) -> list[int]:
     return ids
 
 
-def _length(service: Service, ids: list[int], most: int | None) -> int:
-    """How long an answer may become; raises Refused where prompt or answer find no room."""
+def _length(service: Service, ids: list[int], most: int | None, *, unsaid: int) -> int:
+    """How long an answer may become; raises Refused where prompt or answer find no room.
+
+    Where the request does not say ``most``, it is ``unsaid``, or what server and context allow.
+    """
     context, allowed = service.model.context_tokens, service.serving.max_prompt_tokens
     if allowed is not None and len(ids) > allowed:
         message = f"The prompt has {len(ids):,} tokens; this server takes at most {allowed:,}."
@@ -262,8 +262,9 @@ def _length(service: Service, ids: list[int], most: int | None) -> int:
     if most is not None and most > longest:
         message = f"{most:,} tokens are asked for; this server writes at most {longest:,} per answer."
         raise Refused(400, message, param="max_tokens")
+    unsaid = min(unsaid, longest)
     if context is None:
-        return most or longest
+        return most or unsaid
     room = context - len(ids)
     if room < (most or 1):
         message = (
@@ -271,7 +272,7 @@ def _length(service: Service, ids: list[int], most: int | None) -> int:
             "are asked for."
         )
         raise Refused(400, message, code="context_length_exceeded")
-    return most or min(longest, room)
+    return most or min(unsaid, room)
 
 
 def _sampling(default: Sampling, asked: Request) -> Sampling:

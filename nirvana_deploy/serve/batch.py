@@ -105,14 +105,20 @@ class Batch:
         return work
 
     def cancel(self, work: Work) -> None:
-        """Give an answer up: its place in the queue is free at once, its slot after the token at work."""
+        """Give an answer up: its place in the queue is free at once, its slot after the token at work.
+
+        A prompt that is being read is read to its end.
+        """
         with self._changed:
             work.cancelled = True
             if work in self._waiting:
                 self._waiting.remove(work)
 
     def close(self) -> None:
-        """End the thread; what is not finished fails with ClosedError."""
+        """End the thread; what is not finished fails with ClosedError.
+
+        Waits for the step at work: a prompt that is being read is read to its end.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()

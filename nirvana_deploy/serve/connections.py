@@ -16,13 +16,18 @@ from nirvana_deploy.base.machine import allow_open_files
 
 IDLE_SECONDS = 10.0
 MOST_CONNECTIONS = 512
+"""Beside those of requests that are answered, or wait for it."""
 _OTHER_FILES = 128
 """Descriptors of the model, the log and the child process, with room to spare."""
 
 
-def connection_protocol(*, request_seconds: float) -> Callable[..., asyncio.Protocol]:
-    """What uvicorn is to make of each connection: its own protocol, looked after."""
-    most = min(MOST_CONNECTIONS, allow_open_files(MOST_CONNECTIONS + _OTHER_FILES) - _OTHER_FILES)
+def connection_protocol(*, requests: int, request_seconds: float) -> Callable[..., asyncio.Protocol]:
+    """What uvicorn is to make of each connection: its own protocol, looked after.
+
+    ``requests`` may be answered or wait at a time; there is room for all of them, open files permitting.
+    """
+    most = MOST_CONNECTIONS + requests
+    most = min(most, allow_open_files(most + _OTHER_FILES) - _OTHER_FILES)
     idle: dict[Connection, None] = {}
 
     def made(**of_server: Any) -> asyncio.Protocol:

@@ -100,7 +100,10 @@ class Server:
         options: Serving = service.serving
         app = make_app(service)
         guarded = key_checked(body_limited(app, options.max_body), key)
-        protocol: Any = connection_protocol(request_seconds=options.request_seconds + options.drain_seconds)
+        protocol: Any = connection_protocol(
+            requests=service.batch.slots + options.queue,
+            request_seconds=options.request_seconds + options.drain_seconds,
+        )
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
                 counted(app, guarded, on_answer=self._count, on_fault=progress.note),
@@ -117,6 +120,7 @@ class Server:
         )
         host, port = sock.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        _listen(sock, host, port)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(sock,), name="server")
         self._thread.start()
@@ -141,25 +145,25 @@ class Server:
     def wait(self, on_ready: Callable[[Served], None] | None = None) -> None:
         """Return when SIGINT or SIGTERM comes; a second one ends at once what is open.
 
-        ``on_ready`` hears when these signals are heard.
+        A prompt that is being read is read to its end. ``on_ready`` hears when these signals are heard.
         """
         tell = on_ready or (lambda served: None)
         if threading.current_thread() is not threading.main_thread():
             tell(self.served)
             return self._thread.join()
-        told = threading.Event()
+        told: list[int] = []  # not an Event: the main thread may hold its lock when the handler runs in it
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if told.is_set():
+            told.append(number)
+            if len(told) > 1:
                 self._uvicorn.force_exit = True
                 self._service.batch.close()
-            told.set()
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             tell(self.served)
-            while not told.wait(_LOOK_SECONDS) and self._thread.is_alive():
-                pass
+            while not told and self._thread.is_alive():
+                self._thread.join(_LOOK_SECONDS)
             if self._thread.is_alive():
                 count = self._service.batch.active + self._service.batch.waiting
                 left = f"; {count} answers are open (once more to end at once)" if count else ""
@@ -247,15 +251,27 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         try:
             sock.bind(address)
         except (OSError, OverflowError) as error:
-            said = getattr(error, "strerror", None) or str(error)
-            raise NirvanaError(
-                f"Port {port} of {host} cannot be listened on: {said}.",
-                hint="Name another port (--port 0 takes a free one), or end what listens there.",
-            ) from error
+            raise _not_free(host, port, error) from error
         yield sock
     finally:
         with suppress(OSError):
             sock.close()
+
+
+def _listen(sock: socket.socket, host: str, port: int) -> None:
+    """Listen; raises NirvanaError where another server, bound to the address as well, did so first."""
+    try:
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        raise _not_free(host, port, error) from error
+
+
+def _not_free(host: str, port: int, error: Exception) -> NirvanaError:
+    said = getattr(error, "strerror", None) or str(error)
+    return NirvanaError(
+        f"Port {port} of {host} cannot be listened on: {said}.",
+        hint="Name another port (--port 0 takes a free one), or end what listens there.",
+    )
 
 
 def _is_local(sock: socket.socket) -> bool:

@@ -30,7 +30,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "guided_json": (),
     "logit_bias": ({},),
-    "logprobs": (False, 0),
+    "logprobs": (False,),
     "min_p": (0, 0.0),
     "modalities": (["text"],),
     "n": (1,),
@@ -50,6 +50,11 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 _SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False)
 _Number = Annotated[float, Field(strict=True)]
 _StopText = Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Whether they are equal, and neither a number taken for a truth value: ``logprobs`` 0 asks for some."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
 class StreamOptions(BaseModel):
@@ -92,7 +97,7 @@ class Request(BaseModel):
         if not isinstance(given, dict):
             return given
         for name, neutral in _UNSUPPORTED.items():
-            if name in given and given[name] is not None and given[name] not in neutral:
+            if (value := given.get(name)) is not None and not any(_same(value, one) for one in neutral):
                 raise Refused(
                     400, f"{name!r} is not supported by this server.", param=name, code="unsupported"
                 )
@@ -145,6 +150,14 @@ class Message(BaseModel):
     model_config = _SETTINGS
     role: Literal["system", "developer", "user", "assistant"]
     content: list[TextPart]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, given: Any) -> Any:
+        """Leave out nulls, as of an answer that is sent back: no refusal, no tool calls, no audio."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
 
     @field_validator("content", mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from builders.fake_cuda import FakeDriver
 from builders.fake_tensorrt import PASS_MS, decoder_profiles, fake_module, write_fake_engine
 from builders.gpu import why_no_gpu
 from click.testing import CliRunner
+from transformers import LlamaTokenizer
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.generate import generate
@@ -212,6 +213,31 @@ def test_an_unfinished_character_is_told_at_the_end(folder: Path) -> None:
     stream.add(tokenizer("ü")["input_ids"][0])
     assert pieces == []
     assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_continuation_keeps_the_space_that_it_begins_with() -> None:
+    words = ["<unk>", "<s>", "</s>", "▁is", "▁Paris", "<0xE2>", "<0x82>", "<0xAC>", "x"]
+    tokenizer = LlamaTokenizer(vocab={word: place for place, word in enumerate(words)}, merges=[])
+    paris, euro = [4], [5, 6, 7]
+
+    def streamed(ids: list[int], after: list[int]) -> str:
+        pieces: list[str] = []
+        stream = TextPieces(tokenizer, pieces.append, hidden=frozenset({2}), after=after)
+        for token in [*ids, 2]:
+            stream.add(token)
+        text = stream.finish()
+        assert "".join(pieces) == text
+        return text
+
+    assert streamed(paris, []) == "Paris"
+    assert streamed(paris, [1]) == "Paris"
+    for after in ([3], [1, 3], [3] * 30):
+        assert streamed(paris, after) == " Paris"
+        assert streamed([8, *euro], after) == "x€"
+    for cut in (1, 2):  # the prompt ends within a character, which is finished, or never will be
+        assert streamed([*euro[cut:], *paris], [3, *euro[:cut]]) == "€ Paris"
+        assert streamed([*paris, 8], [3, *euro[:cut]]) == " Parisx"
+    assert streamed(euro[:1], [3]) == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_any_runner_streams_the_same_text(folder: Path, engine: Path) -> None:

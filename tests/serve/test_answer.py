@@ -58,3 +58,9 @@ def test_an_unfinished_character_is_shown_at_the_end_alone() -> None:
     answer = AnswerText(Letters(), stops=[], hidden=frozenset())
     assert [answer.add(token) for token in "ü".encode()[:1]] == [""]
     assert answer.finish() == "\ufffd"
+
+
+def test_a_continuation_begins_where_its_prompt_ends() -> None:
+    answer = AnswerText(Letters(), stops=["o"], hidden=frozenset(), after=b"to gr" + "ü".encode()[:1])
+    assert [answer.add(token) for token in "ün".encode()[1:]] == ["ü", "n"]
+    assert answer.finish() == ""

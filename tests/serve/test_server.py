@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import threading
 import time
@@ -30,6 +31,7 @@ from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder  # noqa: E402
 from nirvana_deploy.runtime.runner import greedy_tokens  # noqa: E402
 from nirvana_deploy.runtime.text import load_text_side  # noqa: E402
 from nirvana_deploy.serve import connections  # noqa: E402
+from nirvana_deploy.serve import model as models  # noqa: E402
 from nirvana_deploy.serve import server as servers  # noqa: E402
 from nirvana_deploy.serve.model import ServedModel  # noqa: E402
 from nirvana_deploy.serve.recipe import KEY_VARIABLE  # noqa: E402
@@ -110,6 +112,19 @@ def test_a_chat_is_rendered_and_counted(client: Any, server: Server, folder: Pat
     assert answer.usage.prompt_tokens == len(ids) and answer.usage.completion_tokens == len(new)
     assert answer.choices[0].finish_reason == ("stop" if new[-1] == 2 else "length")
     assert (answer.object, answer.model) == ("chat.completion", "tiny")
+
+
+def test_an_answer_may_be_sent_back_as_it_came(client: Any) -> None:
+    first = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=5).choices[0].message
+    asked_again = {"role": "user", "content": "And then?"}
+    answers = [
+        client.chat.completions.create(
+            model="tiny", messages=[*MESSAGES, turn, asked_again], max_tokens=9, temperature=0
+        )
+        for turn in (first, first.model_dump(), {"role": "assistant", "content": first.content})
+    ]
+    assert len({answer.choices[0].message.content for answer in answers}) == 1
+    assert len({answer.usage.prompt_tokens for answer in answers}) == 1
 
 
 def test_a_streamed_chat_is_the_unstreamed_one(client: Any) -> None:
@@ -229,6 +244,7 @@ BAD_REQUESTS: list[tuple[str, Any, int, str | None, str]] = [
     (COMPLETIONS, ASKED | {"stop": ["x"] * 17}, 400, "stop", "stop"),
     (COMPLETIONS, ASKED | {"n": 2}, 400, "n", "'n' is not supported"),
     (COMPLETIONS, ASKED | {"logprobs": 5}, 400, "logprobs", "'logprobs' is not supported"),
+    (COMPLETIONS, ASKED | {"logprobs": 0}, 400, "logprobs", "'logprobs' is not supported"),
     (COMPLETIONS, ASKED | {"echo": True}, 400, "echo", "'echo' is not supported"),
     (COMPLETIONS, ASKED | {"max_token": 5}, 400, "max_token", "Did you mean 'max_tokens'"),
     (COMPLETIONS, ASKED | {"stream": "yes"}, 400, "stream", "got 'yes'"),
@@ -237,6 +253,7 @@ BAD_REQUESTS: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, {"messages": "Hello"}, 400, "messages", "got 'Hello'"),
     (CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role", "got 'wizard'"),
     (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", "got 'tool'"),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content", "is missing"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "messages.0.content", "is missing"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "image_url"),
     (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, 400, "tools", "'tools' is not supported"),
@@ -272,7 +289,17 @@ def test_a_bad_request_is_told_what_is_wrong(
 def test_what_asks_for_nothing_is_taken(server: Server) -> None:
     neutral = {"n": 1, "logprobs": None, "tools": None, "echo": False, "user": "me", "logit_bias": {}}
     status, _, answer = asked(server, "POST", COMPLETIONS, ASKED | neutral | {"stop": None, "stream": False})
+    assert asked(server, "POST", CHAT, {"messages": MESSAGES, "logprobs": False, "max_tokens": 1})[0] == 200
     assert status == 200 and answer["usage"]["completion_tokens"] <= 16
+
+
+def test_a_completion_that_names_no_length_takes_what_there_is(server: Server, folder: Path) -> None:
+    long = {"prompt": "a" * (CONTEXT_TOKENS - 3), "temperature": 0}
+    status, _, answer = asked(server, "POST", COMPLETIONS, long)
+    assert status == 200 and 1 <= answer["usage"]["completion_tokens"] <= 3
+    with served(folder, slots=1, max_new_tokens=8) as brief:
+        status, _, answer = asked(brief, "POST", COMPLETIONS, ASKED)
+        assert status == 200 and answer["usage"]["completion_tokens"] <= 8
 
 
 def test_other_places_and_methods_are_refused(server: Server) -> None:
@@ -432,6 +459,18 @@ def test_a_thousand_half_open_connections_keep_nobody_out(
         _until(lambda: psutil.Process().num_fds() <= before + 2)
 
 
+def test_there_is_a_connection_for_every_request_that_may_wait(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 2)
+    with served(folder, slots=1, queue=5) as busy:
+        long = {"prompt": "Once", "max_tokens": 480, "temperature": 0}
+        streams = [_stream(busy, long, wait=False) for _ in range(6)]
+        _until(lambda: asked(busy, "GET", "/health")[2]["waiting"] == 5)
+        for stream in streams:
+            stream.close()
+
+
 def test_a_bearer_token_is_asked_for_and_never_shown(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -475,6 +514,38 @@ def test_ending_waits_for_open_answers_and_takes_no_new_ones(folder: Path) -> No
     assert [status for status, *_ in found] == [200] * 3
 
 
+def test_a_signal_is_heard_wherever_the_main_thread_waits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signalled: list[str] = []
+
+    def on_entry(waits: Any) -> Any:
+        def waiting(*given: Any, **options: Any) -> Any:
+            if threading.current_thread() is threading.main_thread() and not signalled:
+                signalled.append(waits.__qualname__)
+                signal.raise_signal(signal.SIGTERM)
+            return waits(*given, **options)
+
+        return waiting
+
+    def stuck(*_: Any) -> None:
+        raise TimeoutError(f"The signal inside {signalled} was never heard.")
+
+    def ready(_: Any) -> None:
+        for owner, name in ((threading.Condition, "wait"), (threading.Thread, "join")):
+            monkeypatch.setattr(owner, name, on_entry(getattr(owner, name)))
+
+    before = signal.signal(signal.SIGALRM, stuck)
+    try:
+        with served(folder) as server:
+            signal.alarm(20)
+            server.wait(ready)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert signalled and server.served.answered == 0
+
+
 def test_a_taken_port_is_said(server: Server, folder: Path) -> None:
     port = urlsplit(server.url).port
     with (
@@ -482,6 +553,26 @@ def test_a_taken_port_is_said(server: Server, folder: Path) -> None:
         servers.serving(folder, name="two", options=servers.Serving(port=port)),
     ):
         pass
+
+
+def test_a_port_that_is_taken_while_the_model_is_loaded_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(socket.socket()) as rival:
+        rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        rival.bind(("127.0.0.1", 0))
+        port = rival.getsockname()[1]
+
+        opened = models.opened
+
+        def overtaken(*given: Any, **options: Any) -> Any:
+            rival.listen()
+            return opened(*given, **options)
+
+        monkeypatch.setattr(models, "opened", overtaken)
+        server = servers.serving(folder, name="two", options=servers.Serving(port=port), threads=1)
+        with pytest.raises(NirvanaError, match=f"Port {port} of 127.0.0.1 cannot be listened on"), server:
+            pass
 
 
 def test_an_address_that_is_nobodys_is_said(folder: Path) -> None:

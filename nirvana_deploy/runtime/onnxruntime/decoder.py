@@ -221,8 +221,8 @@ class OrtDecoder:
 
     def _arrays(self, state: DecodeState) -> list[NDArray[Any]]:
         """The caches of a state in the host's memory, for reading."""
-        if state.slots is not None and self._device == "cpu":
-            return state.slots.arrays
+        if state.slots is not None and (self._device == "cpu" or not state.slots.values):
+            return state.slots.arrays  # on another device as well, until the first step from them
         return [as_array(value) for value in (state.slots.values if state.slots else state.cache)]
 
     def _state(self, arrays: list[NDArray[Any]], mask: NDArray[np.int64]) -> DecodeState:
@@ -314,7 +314,7 @@ class OrtDecoder:
                 f"The cache of this graph holds {self.max_tokens} tokens, and {needed} are needed.",
                 hint="Export again with a larger --cache-length, or ask for fewer tokens.",
             )
-        if self._device != "cpu":
+        if self._device != "cpu" and buffers.values:
             buffers.arrays = [value.numpy() for value in buffers.values]
         return buffers.grown(max(needed, 2 * buffers.slots))
 

@@ -62,6 +62,30 @@ def test_logits_in_a_changing_batch_are_those_alone(runner: OrtDecoder) -> None:
     assert rows == [2, 1]
 
 
+@pytest.mark.parametrize("runner", ["gqa", "static-cache"], indirect=True)
+def test_states_change_again_before_they_are_on_the_device(
+    runner: OrtDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = np.array([[5]])
+    _, state = runner.decode(token, runner.prefill(PROMPTS[1])[1])
+    alone = runner.decode(token, state)[0].copy()
+    _, state = runner.decode(token, runner.prefill(PROMPTS[1])[1])
+    others = [runner.prefill(prompt)[1] for prompt in PROMPTS]
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "_device", "cuda")  # whose buffers are copied there by the next step
+        for other in others:
+            state = runner.joined(state, other)
+        state = runner.kept(runner.kept(state, [0, 2, 3]), [2, 0])
+        state = runner.joined(runner.kept(state, [1]), others[0])
+        assert state.slots is not None
+        if runner.max_tokens is None:
+            grown = runner._grown(state.slots, state.slots.slots + 1)
+            for array, before in zip(grown.arrays, state.slots.arrays, strict=True):
+                np.testing.assert_array_equal(array[:, :, : before.shape[2]], before)
+    logits, _ = runner.decode(np.repeat(token, 2, axis=0), state)
+    np.testing.assert_allclose(logits[:1], alone, rtol=2e-4, atol=2e-4)
+
+
 def test_masks_are_padded_on_the_left_and_caches_where_they_begin() -> None:
     masks = [np.array([[1, 1]]), np.array([[0, 1, 1, 1]])]
     assert joined_masks(masks).tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
