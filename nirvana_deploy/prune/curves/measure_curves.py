@@ -225,33 +225,24 @@ class _Sink:
         return found
 
     def _finish(self, reader: Reader, border: _Border) -> None:
-        metric = border.metric.root()
-        weight = border.equations.weight
-        optimum = None
-        if metric is not None:
-            optimum = optimum_of(border.equations.gram, weight, metric=metric)
-        if optimum is None:
-            raise NirvanaError(
-                f"{reader.name}: its inputs or the gradients behind it are NaN or infinite on the "
-                "calibration text; no curve can be measured."
-            )
         if reader.groups is None:
-            self._neurons(reader, border, optimum)
+            self._neurons(reader, border)
         else:
-            self._groups(reader, border, optimum, reader.groups)
+            self._groups(reader, border, reader.groups)
 
-    def _groups(self, reader: Reader, border: _Border, optimum: Optimum, groups: int) -> None:
-        kept, cost = eliminate_groups(optimum, groups)
+    def _groups(self, reader: Reader, border: _Border, groups: int) -> None:
+        kept, cost = eliminate_groups(_optimum(reader, border), groups)
         self._costs[reader.position, True] = list(range(groups)), cost
         inputs = border.equations.weight.shape[1]
         for removed in tried_groups(groups):
             self._try(reader, border, group_inputs(kept[removed], groups, inputs), removed)
 
-    def _neurons(self, reader: Reader, border: _Border, optimum: Optimum) -> None:
+    def _neurons(self, reader: Reader, border: _Border) -> None:
         width = border.equations.weight.shape[1]
         least = max(1, width // LEAST_SHARE) if self._least_neurons is None else self._least_neurons
         least = min(least, width)
-        gone = eliminate(optimum, keep=least, block=max(1, width // BLOCKS))
+        # nobody else holds the optimum, whose gigabytes are free before the trial takes as many
+        gone = eliminate(_optimum(reader, border), keep=least, block=max(1, width // BLOCKS))
         self._costs[reader.position, False] = gone.removed, gone.cost
         removed = min(round(_MEASURED_NEURONS * width), len(gone.order))
         kept = torch.ones(width, dtype=torch.bool)
@@ -268,6 +259,19 @@ class _Sink:
         difference[:, kept] += refit.weight.to(dense.device)
         change = border.inputs @ difference.T
         self.trials.append(Trial(reader.position, reader.groups is not None, removed, change))
+
+
+def _optimum(reader: Reader, border: _Border) -> Optimum:
+    metric = border.metric.root()
+    optimum = None
+    if metric is not None:
+        optimum = optimum_of(border.equations.gram, border.equations.weight, metric=metric)
+    if optimum is None:
+        raise NirvanaError(
+            f"{reader.name}: its inputs or the gradients behind it are NaN or infinite on the "
+            "calibration text; no curve can be measured."
+        )
+    return optimum
 
 
 @dataclass

@@ -87,6 +87,7 @@ def scales(energy: torch.Tensor) -> torch.Tensor:
 def eliminate(optimum: Optimum, *, keep: int, block: int) -> Elimination:
     """Remove inputs, the ``block`` cheapest at a time, until ``keep`` stay; uses up ``optimum``."""
     v, p = optimum.coefficients, optimum.inverse
+    del optimum  # the first copy of v is free once there is a smaller one
     names = torch.arange(v.shape[1])  # which input a column is
     alive = torch.ones(v.shape[1], dtype=torch.bool)
     order: list[torch.Tensor] = []

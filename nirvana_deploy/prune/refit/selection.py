@@ -18,7 +18,13 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.curves.budget import Counts
-from nirvana_deploy.prune.refit.elimination import eliminate, eliminate_groups, group_inputs, optimum_of
+from nirvana_deploy.prune.refit.elimination import (
+    Optimum,
+    eliminate,
+    eliminate_groups,
+    group_inputs,
+    optimum_of,
+)
 from nirvana_deploy.prune.refit.least_squares import NormalEquations
 from nirvana_deploy.prune.refit.readers import Reader
 from nirvana_deploy.prune.refit.reconstruct import Reconstruction, refit_readers
@@ -55,18 +61,24 @@ def select_and_refit(
 
     def choose(reader: Reader, equations: NormalEquations) -> torch.Tensor:
         inputs, wanted = equations.weight.shape[1], counts[reader.position]
-        optimum = optimum_of(equations.gram.cpu(), equations.weight.cpu(), missing=equations.cross.cpu())
-        if optimum is None:
-            raise NirvanaError(
-                f"{reader.name}: its inputs are NaN or infinite on the calibration text; none can be chosen."
-            )
-        if reader.groups is None:
-            kept = eliminate(optimum, keep=wanted.neurons, block=max(1, inputs // BLOCKS)).kept
+        if reader.groups is None:  # nobody else holds the optimum, which takes gigabytes
+            block = max(1, inputs // BLOCKS)
+            kept = eliminate(_optimum(reader, equations), keep=wanted.neurons, block=block).kept
             neurons[reader.position] = tuple(kept.tolist())
             return kept
-        by_removed, _ = eliminate_groups(optimum, reader.groups, most=reader.groups - wanted.groups)
+        most = reader.groups - wanted.groups
+        by_removed, _ = eliminate_groups(_optimum(reader, equations), reader.groups, most=most)
         groups[reader.position] = by_removed[-1]
         return group_inputs(by_removed[-1], reader.groups, inputs)
 
     done = refit_readers(checkpoint, tokens, out, choose=choose, ridge=ridge, progress=progress)
     return Selected(groups=tuple(groups), neurons=tuple(neurons), reconstruction=done)
+
+
+def _optimum(reader: Reader, equations: NormalEquations) -> Optimum:
+    optimum = optimum_of(equations.gram.cpu(), equations.weight.cpu(), missing=equations.cross.cpu())
+    if optimum is None:
+        raise NirvanaError(
+            f"{reader.name}: its inputs are NaN or infinite on the calibration text; none can be chosen."
+        )
+    return optimum
