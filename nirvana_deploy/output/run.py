@@ -384,6 +384,14 @@ class Run:
             del self.manifest["stages"][one]
         self._write()
 
+    def drop(self, names: Collection[str]) -> None:
+        """Forget stages whose results hold no more, and remove their files."""
+        for name in names:
+            for file in self.manifest["stages"][name]["files"]:
+                owned.remove(self.out, file)
+            del self.manifest["stages"][name]
+        self._write()
+
     def _hashes(self, outputs: Sequence[str]) -> dict[str, str]:
         files = [file for output in outputs for file in files_under(self.out / output)]
         return {file.relative_to(self.out).as_posix(): sha256_of(file) for file in files}
