@@ -99,7 +99,9 @@ class Run:
             if resumed:
                 run.require_same(options, model, may_change)
                 run.manifest["options"].update(options)
+                run.manifest.pop("out", None)
                 run.manifest |= {"environment": environment(), "complete": False}
+                run.manifest |= manifests.seen_from_here(out)
             else:
                 require_free(out, resume=resume, force=force)  # nobody has come in between
                 run._before = dict.fromkeys(reversed(new))
@@ -122,6 +124,7 @@ class Run:
             "schema": manifests.SCHEMA,
             "tool": f"{TOOL} {__version__}",
             "command": command,
+            **manifests.seen_from_here(self.out),
             "options": dict(options),
             "model": dict(model),
             "environment": environment(),
