@@ -1,4 +1,4 @@
-"""A quantized model that another takes the place of: what was measured with it goes."""
+"""What was measured on a model that another replaced, or with another request, is measured anew."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from builders.jobs import TINY_JOB
 from nirvana_deploy.measure.recipe import Traffic, Workload
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.pipeline.folder import benchmark_workloads, quantize_folder
+from nirvana_deploy.pipeline.forecast.forecast import forecast
+from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.pipeline.prune_export import prune_export
 from nirvana_deploy.quantize.recipe import Quantization
 
@@ -40,6 +42,22 @@ def test_its_numbers_go_with_it_and_the_next_run_measures_anew(tiny_llama: Path,
 
     prune_export(str(tiny_llama), out=out, resume=True, **job)
     assert perplexity(out) != before
+
+
+def test_a_resumed_job_times_the_request_that_it_asks_for(tiny_llama: Path, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", str(tiny_llama)
+    prune_export(model, out=out, **TINY_JOB)
+    before = Run.open(out).manifest["stages"]
+    shorter = {**TINY_JOB, "prompt_tokens": 5}
+    planned = forecast(job_of(model, shorter), out=out, resume=True)
+    assert [one.name for one in planned.forecast.left] == ["benchmark", "report"]
+    prune_export(model, out=out, resume=True, **shorter)
+    after = Run.open(out).manifest["stages"]
+    record = json.loads((out / "benchmark.json").read_text(encoding="utf-8"))
+    assert record["workload"]["prompt_tokens"] == 5
+    assert after["quality"] == before["quality"] and after["benchmark"] != before["benchmark"]
+    prune_export(model, out=out, resume=True, **shorter)
+    assert Run.open(out).manifest["stages"]["benchmark"] == after["benchmark"]
 
 
 def perplexity(out: Path) -> float:
