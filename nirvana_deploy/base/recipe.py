@@ -48,7 +48,7 @@ class Option:
     command_line: bool = True
     """Whether it is an option there at all, or a keyword and a key of recipe.toml alone."""
     resumable: bool = False
-    """Whether a resumed run may change it: it adds stages and changes none that is finished."""
+    """Whether a resumed run may change it: it adds stages, and of those finished changes timings alone."""
     metavar: str | None = None
     existing_folder: bool = False
     """A path that must be a folder."""

@@ -48,6 +48,7 @@ from nirvana_deploy.measure.workloads.session import measure_sweep, measure_work
 from nirvana_deploy.measure.workloads.sweep import Sweep
 from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.output import manifest as manifests
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.kinds.workloads import WorkloadsRecord
 from nirvana_deploy.output.layout import (
@@ -83,6 +84,7 @@ class _Measured(TypedDict):
     variants: dict[str, Any] | list[str]
 
 
+_MEASUREMENTS = (stage.QUALITY, stage.ANSWERS, stage.BENCHMARK, stage.WORKLOADS, stage.TASKS)
 _NOTHING_DENSE = {"kl_vs_dense": None, "kl_standard_error": None, "top1_agreement": None}
 """What a measurement without the dense baseline cannot say."""
 
@@ -326,6 +328,15 @@ def _outdated(run: Run, name: str, place: Place) -> bool:
     if not run.has(name):
         return False
     return set(run.result(name, _Measured)["variants"]) != {v.name for v in models_for(run, place.runtime)}
+
+
+def drop_measurements(run: Run, model: str) -> None:
+    """Drop what was measured with the model of the stage ``model``, which is another now."""
+    made = manifests.made_from(run.manifest, model)
+    gone = [name for name in _MEASUREMENTS if name in made]
+    if gone:
+        run.progress.note(f"Dropped, as they were measured on the model before: {', '.join(gone)}")
+        run.drop(gone)
 
 
 def refresh_quality(run: Run) -> None:

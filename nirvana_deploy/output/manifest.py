@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path, PurePosixPath
@@ -49,6 +50,8 @@ class Manifest(TypedDict, total=False):
     schema: int
     tool: str
     command: str
+    out: str
+    """As seen from the working folder, where paths of recipe.toml hold; left out where it is not in it."""
     options: Required[dict[str, Any]]
     model: Required[ModelRecord]
     environment: Environment
@@ -80,6 +83,15 @@ def our_manifest(out: Path) -> dict[str, Any] | None:
     except NirvanaError:
         return None
     return manifest if is_ours(manifest) else None
+
+
+def seen_from_here(out: Path) -> dict[str, str]:
+    """What the manifest says of where the job of the folder ``out`` is typed."""
+    try:
+        seen = Path(os.path.relpath(out))
+    except (OSError, ValueError):  # the working folder is gone, or on another drive
+        return {}
+    return {} if ".." in seen.parts else {"out": seen.as_posix()}
 
 
 def listed(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -49,6 +49,8 @@ class Run:
         """Runs on the same model, whose stages are taken where they would come out the same."""
         self.expected: tuple[str, ...] = ()
         """Names of the stages that this command is going to ask for, in order, where they are known."""
+        self.changed: frozenset[str] = frozenset()
+        """Names of the options that a resumed run sets otherwise than the run before it."""
         self._lock: FolderLock | None = None
         self._made: set[str] = set()  # stages that this run made anew
         self._passed: list[str] = []  # stages asked for so far, in order
@@ -98,8 +100,11 @@ class Run:
             run._take_lock()
             if resumed:
                 run.require_same(options, model, may_change)
+                run.changed = run.differing(options)
                 run.manifest["options"].update(options)
+                run.manifest.pop("out", None)
                 run.manifest |= {"environment": environment(), "complete": False}
+                run.manifest |= manifests.seen_from_here(out)
             else:
                 require_free(out, resume=resume, force=force)  # nobody has come in between
                 run._before = dict.fromkeys(reversed(new))
@@ -122,6 +127,7 @@ class Run:
             "schema": manifests.SCHEMA,
             "tool": f"{TOOL} {__version__}",
             "command": command,
+            **manifests.seen_from_here(self.out),
             "options": dict(options),
             "model": dict(model),
             "environment": environment(),
@@ -384,9 +390,23 @@ class Run:
             del self.manifest["stages"][one]
         self._write()
 
+    def drop(self, names: Collection[str]) -> None:
+        """Forget those of the stages ``names`` that it has, and remove their files: they hold no more."""
+        if gone := [name for name in names if self.has(name)]:
+            for name in gone:
+                for file in self.manifest["stages"][name]["files"]:
+                    owned.remove(self.out, file)
+                del self.manifest["stages"][name]
+            self._write()
+
     def _hashes(self, outputs: Sequence[str]) -> dict[str, str]:
         files = [file for output in outputs for file in files_under(self.out / output)]
         return {file.relative_to(self.out).as_posix(): sha256_of(file) for file in files}
+
+    def differing(self, options: Mapping[str, Any]) -> frozenset[str]:
+        """The names of ``options`` that the folder was made with other values of."""
+        before = self.manifest["options"]
+        return frozenset(name for name in options if name in before and before[name] != options[name])
 
     def require_same(
         self, options: Mapping[str, Any], model: Mapping[str, Any], may_change: Collection[str]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import Progress
+from nirvana_deploy.base.recipe import names_of
 from nirvana_deploy.base.resources import require_free_bytes, require_memory
 from nirvana_deploy.base.units import format_seconds
 from nirvana_deploy.calibrate.mixture import files_of, parts_of
@@ -15,11 +17,12 @@ from nirvana_deploy.calibrate.stage import windows_wanted
 from nirvana_deploy.calibrate.texts import read_text_file, require_source
 from nirvana_deploy.export.decoder import GraphOptions
 from nirvana_deploy.export.dtypes import dtype_named
-from nirvana_deploy.measure.recipe import Measurement
+from nirvana_deploy.measure.recipe import Measurement, Workload
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import local_paths
 from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.stage import BENCHMARK
 from nirvana_deploy.pipeline.job import SECTIONS, Job, all_fields, plain
 from nirvana_deploy.prune.choosing.choices import Choices, choices_of, why_groups_stay
 from nirvana_deploy.prune.curves.measure_curves import require_windows
@@ -231,3 +234,8 @@ def may_change() -> frozenset[str]:
     """The recorded options that a resumed run may change."""
     names = (field.name for field in all_fields() if field.option.resumable)
     return frozenset(_RECORDED_AS.get(name, name) for name in names)
+
+
+def measured_anew(changed: Collection[str]) -> tuple[str, ...]:
+    """The stages that say something else once the options ``changed`` do, which a resumed run may change."""
+    return () if set(names_of(Workload)).isdisjoint(changed) else (BENCHMARK,)

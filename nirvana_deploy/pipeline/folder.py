@@ -26,6 +26,7 @@ from nirvana_deploy.measure.recipe import Analysis, Evaluation, Traffic, Workloa
 from nirvana_deploy.measure.rounds.watch import wait_until_idle
 from nirvana_deploy.measure.stage import (
     answers,
+    drop_measurements,
     quality,
     refresh_quality,
     speed,
@@ -76,8 +77,9 @@ def quantize_folder(out: Path | str, recipe: Quantization, *, progress: Progress
     """Quantize the pruned model of an output folder into ``onnx-<scheme>``, in place of an earlier one.
 
     Calibrates on the windows that the folder was pruned with. Returns the content of quantization.json;
-    ``benchmark`` and ``evaluate`` measure the new variant. Raises NirvanaError for a folder without ONNX
-    model, VerificationError as ``quantize_onnx`` does.
+    ``benchmark`` and ``evaluate`` measure the new variant; where it replaces another model, what was measured
+    with that one goes. Raises NirvanaError for a folder without ONNX model, VerificationError as
+    ``quantize_onnx`` does.
     """
     out = Path(out)
     with Run.open(out, writing=True, progress=progress) as run:
@@ -86,12 +88,22 @@ def quantize_folder(out: Path | str, recipe: Quantization, *, progress: Progress
                 f"{out} has a checkpoint and no ONNX model yet.",
                 hint="Export it first: repeat its prune command as prune-export, with --resume.",
             )
-        run.run(quantize(run, recipe, draw=write_sensitivity), redo=True)
+        made = quantize(run, recipe, draw=write_sensitivity)
+        before = _graphs(run, made.name)
+        run.run(made, redo=True)
+        if before and _graphs(run, made.name) != before:
+            drop_measurements(run, made.name)
         run.run(report(run))
         require_quantized(run, recipe.scheme)
     record = read_record(out / quantized_variant(recipe.scheme).folder)
     line = Coverage(**record["coverage"]).line
     return Record(record, line=line, html=lambda: html_table((), (), title=line))
+
+
+def _graphs(run: Run, made: str) -> dict[str, str]:
+    """The files that a runtime reads of the stage ``made`` -> their sha256; none where it has not run."""
+    files: dict[str, str] = run.manifest["stages"][made]["files"] if run.has(made) else {}
+    return {file: sha256 for file, sha256 in files.items() if file.endswith((".onnx", ".data"))}
 
 
 def recover_folder(

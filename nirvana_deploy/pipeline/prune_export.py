@@ -29,6 +29,7 @@ from nirvana_deploy.pipeline.before import (
     Until,
     checked,
     may_change,
+    measured_anew,
     read_files,
     recorded_options,
     require_enough_memory,
@@ -157,6 +158,7 @@ def run_job(
         run.expected = stages_of(job, choices, until)
         run.beside = tuple(run_beside(folder, run) for folder in beside)
         require_same(run, job.recovery)
+        run.drop(measured_anew(run.changed))
         with run.writing(RECIPE_FILE) as file:
             write_recipe(job, file)
         if not run.finished(RECONSTRUCT):

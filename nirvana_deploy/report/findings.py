@@ -6,12 +6,15 @@ headline: speed and its cost stand on the same screen.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from nirvana_deploy.base.units import format_count, format_ms, format_number, format_share
 from nirvana_deploy.output import stage
+from nirvana_deploy.output.layout import RECIPE_FILE
 from nirvana_deploy.output.records import Records, model_name, verifications
 from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.report.pages.deployed import (
@@ -240,21 +243,14 @@ def gaps(records: Records) -> tuple[Gap, ...]:
     """Return the missing parts; their commands run inside the output folder."""
     options = (records.manifest or {}).get("options") or {}
     benchmark = records.benchmark
+    again = _again(records)
     if (last := unfinished(records)) is not None:
-        again = "nirvana-deploy prune-export --recipe recipe.toml --resume --out ."
         return (Gap(f"The job is not finished: {last}.", again),)
     found = []
     if records.plan is None:
-        found.append(
-            Gap("What was removed: plan.json is not here.", "nirvana-deploy prune-export MODEL --out .")
-        )
+        found.append(Gap("What was removed: plan.json is not here.", again))
     if records.manifest is None:
-        found.append(
-            Gap(
-                "Origin and time of each stage: manifest.json is not here.",
-                "nirvana-deploy prune-export MODEL --out .",
-            )
-        )
+        found.append(Gap("Origin and time of each stage: manifest.json is not here.", again))
     if not verifications(records):
         found.append(Gap("Verification: it has not run.", "nirvana-deploy verify ."))
     if benchmark is None:
@@ -265,13 +261,23 @@ def gaps(records: Records) -> tuple[Gap, ...]:
         found.append(
             Gap(
                 f"Speed-ups: the dense baseline was not measured{asked}.",
-                "nirvana-deploy prune-export MODEL --baseline --resume --out .",
+                again if records.manifest is None else f"{again} --baseline",
             )
         )
     judged = any(variant.get("quality") for variant in (benchmark or {}).get("variants") or ())
     if not judged and stage.QUALITY not in records.stages():
         found.append(Gap("Quality: perplexity and KL were not measured.", "nirvana-deploy evaluate ."))
     return tuple(found)
+
+
+def _again(records: Records) -> str:
+    """The command that goes on with the job, from where it was typed, since its recipe's paths hold there."""
+    if records.manifest is None:
+        return "nirvana-deploy prune-export MODEL --sparsity 0.4 --out DIR"
+    out = PurePosixPath(records.manifest.get("out") or "OUT")
+    where = "/".join([".."] * len(out.parts)) if "out" in records.manifest else "WHERE_IT_BEGAN"
+    recipe, folder = shlex.quote(f"{out}/{RECIPE_FILE}"), shlex.quote(f"{out}")
+    return f"cd {where} && nirvana-deploy prune-export --recipe {recipe} --resume --out {folder}"
 
 
 def unfinished(records: Records) -> str | None:

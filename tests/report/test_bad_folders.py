@@ -67,7 +67,7 @@ def hostile() -> Records:
     return records
 
 
-NOT_FINISHED = ("No verdict", "The job is not finished: its last stage is", "--resume --out .")
+NOT_FINISHED = ("No verdict", "The job is not finished: its last stage is", "--resume --out OUT")
 FOLDERS: dict[str, tuple[Callable[[], Records], tuple[str, ...]]] = {
     "killed at the start": (lambda: killed_after("calibrate"), (*NOT_FINISHED, "is calibrate.")),
     "killed half way": (

@@ -26,7 +26,7 @@ from nirvana_deploy.measure.benchmark import device_times
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess, serve
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
-from nirvana_deploy.runtime.onnxruntime.providers import available, tensorrt_options
+from nirvana_deploy.runtime.onnxruntime.providers import available, options_for, tensorrt_options
 from nirvana_deploy.runtime.registry import open_runner, runtime_for
 from nirvana_deploy.runtime.runner import greedy_tokens
 from nirvana_deploy.runtime.table import RUNTIMES, Runtime
@@ -137,6 +137,20 @@ def test_profile_shapes_are_those_of_each_layer(tmp_path: Path) -> None:
     assert options["trt_engine_cache_enable"] == "1"
     with pytest.raises(NirvanaError, match="x has the dimension 'width'; a range is known for batch_size,"):
         tensorrt_options("TensorrtExecutionProvider", {"x": ["width"]}, cache=tmp_path)
+
+
+def test_models_of_one_graph_and_other_weights_share_no_engine(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIRVANA_DEPLOY_CACHE", str(tmp_path / "cache"))
+    other = shutil.copytree(folder, tmp_path / "fine-tuned")
+    same = options_for(other, "TensorrtExecutionProvider")
+    assert same == options_for(folder, "TensorrtExecutionProvider")
+    weights = bytearray((other / "model.onnx.data").read_bytes())
+    weights[0] ^= 1
+    (other / "model.onnx.data").write_bytes(weights)
+    anew = options_for(other, "TensorrtExecutionProvider")
+    assert anew["trt_engine_cache_path"] != same["trt_engine_cache_path"]
 
 
 # the worker

@@ -61,7 +61,7 @@ def machine_ceilings(*, threads: int, fresh: bool = False, progress: Progress = 
         return kept
     progress.note(f"Measuring what this machine reaches at most, on {threads} threads")
     found = measured_ceilings(threads=threads)
-    with suppress(OSError):  # a cache that cannot be written is done without
+    with suppress(OSError, NirvanaError):  # a cache that cannot be written is done without
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"schema": _SCHEMA, "key": key, "ceilings": asdict(found)})
     return found

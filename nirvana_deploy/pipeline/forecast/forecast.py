@@ -24,6 +24,7 @@ from nirvana_deploy.pipeline.before import (
     Until,
     checked,
     may_change,
+    measured_anew,
     recorded_options,
     require_enough_memory,
     require_space,
@@ -174,7 +175,7 @@ def forecast(
         run = Run.open(out)
         options = recorded_options(job, choices, dense.shape, until)
         run.require_same(options, model_record(source), may_change())
-        finished = _finished(run, names, again)
+        finished = _finished(run, names, (*again, *measured_anew(run.differing(options))))
     costs = Costs(job, choices, dense)
     speed = speed or probed()
     found = [_stage(name, costs.of(name), speed, name in finished) for name in names]

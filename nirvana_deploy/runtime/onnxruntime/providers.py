@@ -9,8 +9,10 @@ text.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError
@@ -19,6 +21,9 @@ from nirvana_deploy.output.layout import MODEL_FILE, is_seq2seq
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
 from nirvana_deploy.runtime.table import runtime_named
+
+if TYPE_CHECKING:
+    import onnx
 
 _WITHOUT_RANGES = ("CPUExecutionProvider", "CUDAExecutionProvider")
 
@@ -80,9 +85,21 @@ def options_for(folder: Path, provider: str) -> dict[str, str]:
         value.name: [d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim]
         for value in model.graph.input
     }
-    cache = cache_folder() / "providers" / sha256_of(folder / MODEL_FILE)[:16]
+    cache = cache_folder() / "providers" / _digest(folder, model)[:16]
     cache.mkdir(parents=True, exist_ok=True)
     return tensorrt_options(provider, inputs, cache=cache)
+
+
+def _digest(folder: Path, model: onnx.ModelProto) -> str:
+    """Of the graph and of the files its weights lie in, which those of another fine-tune differ in alone."""
+    data = {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    files = [folder / name for name in (MODEL_FILE, *sorted(data))]
+    return hashlib.sha256(" ".join(sha256_of(file) for file in files).encode()).hexdigest()
 
 
 def tensorrt_options(

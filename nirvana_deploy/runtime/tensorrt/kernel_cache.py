@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nirvana_deploy.base.artifact import write_bytes
+from nirvana_deploy.base.errors import NirvanaError
 
 
 class KernelCache:
@@ -37,7 +38,7 @@ class KernelCache:
             return
         found = bytes(self._cache.serialize())
         if found != self._read:
-            with suppress(OSError):
+            with suppress(OSError, NirvanaError):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(self._path, found)
         self._cache = None

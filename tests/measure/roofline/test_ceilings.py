@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +68,18 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NIRVANA_DEPLOY_CACHE", str(tmp_path / "file"))
     assert machine_ceilings(threads=1).threads == 1
+
+
+def test_a_cache_whose_folder_is_read_only_is_done_without(
+    measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nirvana_deploy.base.artifact.temporary_beside", read_only)
+    assert machine_ceilings(threads=1).threads == 1 and measured == [1]
+
+
+def read_only(path: Path) -> Path:
+    """As a folder that is there and cannot be written to answers, which root is never told."""
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def test_the_best_repetition_counts_and_not_the_first() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -363,6 +365,19 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     module, kept = fake_module(driver), tmp_path / "file" / "kernels"
     with TensorRTRunner(engine, driver=driver, module=module, kernel_cache=kept) as runner:
         greedy_tokens(runner, random_tokens(1, 5), max_new_tokens=2)
+
+
+def test_a_cache_whose_folder_is_read_only_is_done_without(
+    engine: Path, driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path) -> Path:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("nirvana_deploy.base.artifact.temporary_beside", read_only)
+    module, kept = fake_module(driver), tmp_path / "kernels"
+    with TensorRTRunner(engine, driver=driver, module=module, kernel_cache=kept) as runner:
+        greedy_tokens(runner, random_tokens(1, 5), max_new_tokens=2)
+    assert list(kept.iterdir()) == []
 
 
 def test_gpu_time_is_that_of_the_passes_alone(runner: TensorRTRunner) -> None:
