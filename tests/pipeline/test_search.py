@@ -17,6 +17,7 @@ from builders.tiny import write_tiny
 from click.testing import CliRunner
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.pipeline.prune_export import run_job
@@ -216,6 +217,50 @@ def test_a_killed_search_goes_on_and_a_point_that_fails_is_kept_with_its_reason(
     assert "failed: 0.4 is too much." in (out / "search.html").read_text()
     search_points(model, out=out, **options)  # what failed is tried again
     assert untimed(record_of(out)) == untimed(record_of(done.out))
+
+
+def test_force_starts_again_with_the_same_options_and_with_others(
+    done: Searched, model: str, tmp_path: Path
+) -> None:
+    """Nothing of the search before is believed: neither its points nor its cuts."""
+    out, recipe = tmp_path / "search", Search(sparsities="0,0.2", precisions="none")
+    shutil.copytree(done.out, out)
+    for file in (out / "points").iterdir():
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"kl": 99.0}))
+    options = {**OPTIONS, "run_benchmark": False}
+    for again in (options, {**options, "seed": 1}):
+        before = json.loads((out / "s0.2/manifest.json").read_text())["run"]
+        found = search_points(model, out=out, recipe=recipe, force=True, **again)
+        assert all(one.failed is None and (one.kl or 0) < 99 for one in found.points)
+        assert json.loads((out / "s0.2/manifest.json").read_text())["run"] != before
+        assert len(list((out / "points").iterdir())) == len(found.points) == 2
+
+
+def test_what_a_search_made_anew_takes_from_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s0.4 of a search before stands there, and its turn is that of the first of another way."""
+    base = job_of("a model", {**OPTIONS, "sparsity": 0.4})
+    own, way = ways_of(["ridge=10"], tried_options())
+    points = [Point(0.2, None, own), Point(0.4, None, own), Point(0.4, None, way)]
+    for name in ("s0.2", "s0.4", "s0.4-ridge10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    asked: dict[str, tuple[list[str], bool, bool]] = {}
+
+    def made(job: Any, *, out: Path, beside: list[Path], resume: bool, force: bool, **_: Any) -> None:
+        asked[out.name] = ([one.name for one in beside], resume, force)
+
+    monkeypatch.setattr(cutting, "run_job", made)
+    cuts = cuts_of(tmp_path, base, points, points, points[0])
+    cutting.make_cuts(cuts, Search(), SILENT, anew=True)
+    assert asked == {
+        "s0.2": ([], False, True),
+        "s0.4": (["s0.2"], False, True),
+        "s0.4-ridge10": (["s0.2"], False, True),
+    }
+    cutting.make_cuts(cuts, Search(), SILENT)
+    assert asked["s0.4-ridge10"] == (["s0.2", "s0.4"], True, False)
 
 
 def test_what_does_not_belong_together_is_refused(done: Searched, model: str) -> None:

@@ -97,18 +97,28 @@ def _job_at(job: Job, sparsity: float, *, judges_dense: bool) -> Job:
     )
 
 
-def make_cuts(cuts: Sequence[Cut], where: Where, progress: Progress) -> Mapping[str, NirvanaError]:
-    """Make the folders, turn by turn; returns what failed, by folder."""
+def make_cuts(
+    cuts: Sequence[Cut], where: Where, progress: Progress, *, anew: bool = False
+) -> Mapping[str, NirvanaError]:
+    """Make the folders, turn by turn; returns what failed, by folder.
+
+    ``anew`` makes them again where an earlier search left them, and takes nothing from what it left.
+    """
     failed: dict[str, NirvanaError] = {}
+    made: set[Path] = set()
     here = where.processes == 1 and where.cluster is None
-    work = _Worker(progress if here else SILENT, Path.cwd())
+    work = _Worker(progress if here else SILENT, Path.cwd(), anew)
     with progress.task(f"{len(cuts)} cuts", len(cuts)) as advance:
         for turn in sorted({cut.turn for cut in cuts}):
-            for cut, result in run_points([cut for cut in cuts if cut.turn == turn], work, where):
+            now = [cut for cut in cuts if cut.turn == turn]
+            if anew:
+                now = [replace(cut, beside=tuple(one for one in cut.beside if one in made)) for cut in now]
+            for cut, result in run_points(now, work, where):
                 if isinstance(result, NirvanaError):
                     failed[cut.folder.name] = result
                     progress.note(f"{cut.folder.name} failed: {result.message}")
                 advance(1)
+            made |= {cut.folder for cut in now if cut.folder.name not in failed}
     return failed
 
 
@@ -119,6 +129,8 @@ class _Worker:
     progress: Progress
     here: Path
     """Where the search was begun: the user's paths may be relative to it."""
+    anew: bool
+    """Whether what an earlier search left is made again."""
 
     def __call__(self, cut: Cut) -> None:
         with chdir(self.here), self.progress.within(cut.folder.name):
@@ -126,7 +138,8 @@ class _Worker:
                 cut.job,
                 out=cut.folder,
                 until="quality",
-                resume=(cut.folder / MANIFEST).is_file(),
+                resume=(cut.folder / MANIFEST).is_file() and not self.anew,
+                force=self.anew,
                 beside=[folder for folder in cut.beside if (folder / MANIFEST).is_file()],
                 progress=self.progress,
             )

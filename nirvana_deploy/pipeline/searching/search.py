@@ -20,9 +20,11 @@ from nirvana_deploy.measure.zero_shot.local_tasks import is_local
 from nirvana_deploy.measure.zero_shot.tasks import require_tasks
 from nirvana_deploy.model.checkpoint import model_record
 from nirvana_deploy.model.sources import resolve_model
+from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import (
     BENCHMARK_FILE,
     MANIFEST,
+    POINTS,
     SEARCH_CSV,
     SEARCH_FILE,
     SEARCH_HTML,
@@ -96,6 +98,7 @@ def search_points(
     source = resolve_model(model, progress=progress)
     out = Path(out) if out is not None else Path(f"{source.name}-search")
     shared = _shared(job, model_record(source))
+    anew = force and not (resume and (out / MANIFEST).is_file())
     with Run.begin(
         out,
         options={name: value for name, value in asdict(recipe).items() if name not in _WHERE}
@@ -109,7 +112,7 @@ def search_points(
         progress=progress,
     ) as run:
         key = key_of(shared)
-        points = _points(run, job, key, recipe)
+        points = _points(run, job, key, recipe, anew=anew)
         if part[1] > 1:
             advice = recommend(points, target)
             record = search_record(source.name, points, advice, None)
@@ -157,23 +160,32 @@ def _shared(job: Job, model: Mapping[str, Any]) -> dict[str, Any]:
     return {"files": model["files"], "options": options}
 
 
-def _points(run: Run, base: Job, key: str, recipe: Search) -> list[Found]:
-    """Every point of this part: from disk where it is there, else made."""
+def _points(run: Run, base: Job, key: str, recipe: Search, *, anew: bool) -> list[Found]:
+    """Every point of this part: from disk where it is there and not wanted ``anew``, else made."""
     schemes, cuts = precisions_of(recipe), cuts_in(base, recipe)  # before any work
     dense = [Point(0.0, scheme) for scheme in schemes if 0.0 in sparsities_of(recipe)]
     wanted = [*dense, *(replace(cut, scheme=scheme) for cut in cuts for scheme in schemes)]
+    if anew:
+        _forget_points(run)
     known = _known(run, key, wanted)
     first = next((replace(point, scheme=None) for point in known if point.sparsity), cuts[0])
     missing = dict.fromkeys(
         replace(point, scheme=None) if point.sparsity else first for point in wanted if point not in known
     )
-    failed = make_cuts(cuts_of(run.out, base, cuts, missing, first), recipe, run.progress)
+    failed = make_cuts(cuts_of(run.out, base, cuts, missing, first), recipe, run.progress, anew=anew)
     for point in wanted:
         if point not in known:
             folder = point.cut if point.sparsity else first.cut
             known[point] = found_in(run.out, folder, key, point, failed=failed.get(folder))
             _write(run, known[point])
     return [known[point] for point in wanted]
+
+
+def _forget_points(run: Run) -> None:
+    """Remove what an earlier search found, so that a killed one does not go on from it."""
+    for name in run.manifest["makes"]:
+        if name.startswith(f"{POINTS}/"):
+            owned.remove(run.out, name)
 
 
 def _known(run: Run, key: str, wanted: Sequence[Point]) -> dict[Point, Found]:
