@@ -39,6 +39,7 @@ _EQUATION_BYTES = 4 + 8
 """Per pair of inputs of a linear: their sum of products, and the system that is solved."""
 _VERIFIED_BYTES = 4 + 4
 """Per parameter: both runtimes hold it in float32."""
+UNTIMED = "bf16 cannot be timed on the CPU: it has no bfloat16 arithmetic in ONNX Runtime"
 _RECORDED_AS = {"run_benchmark": "benchmark"}
 """Options whose name in the manifest is another."""
 
@@ -75,7 +76,7 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
     if scarce is not None:
         progress.note(scarce)
     if job.measurement.run_benchmark and untimed(job):
-        progress.note("bf16 cannot be timed on the CPU: it has no bfloat16 arithmetic in ONNX Runtime")
+        progress.note(UNTIMED)
     return choices
 
 

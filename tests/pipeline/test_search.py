@@ -23,6 +23,7 @@ from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.pipeline.prune_export import run_job
 from nirvana_deploy.pipeline.recipe_file import read_recipe
 from nirvana_deploy.pipeline.searching import cuts as cutting
+from nirvana_deploy.pipeline.searching import search as searching
 from nirvana_deploy.pipeline.searching.cuts import cuts_of, tried_options
 from nirvana_deploy.pipeline.searching.search import Searched, search_points
 from nirvana_deploy.search.point import Point
@@ -261,6 +262,43 @@ def test_what_a_search_made_anew_takes_from_is_made_anew(
     }
     cutting.make_cuts(cuts, Search(), SILENT)
     assert asked["s0.4-ridge10"] == (["s0.2", "s0.4"], True, False)
+
+
+def test_a_refusal_behind_the_cuts_leaves_them_and_resume_goes_on(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, recipe = tmp_path / "search", Search(sparsities="0,0.2", precisions="none")
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise NirvanaError("There is no memory for it.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(searching, "timed_points", refused)
+        with pytest.raises(NirvanaError, match="no memory"):
+            search_points(model, out=out, recipe=recipe, **OPTIONS)
+    assert len(list((out / "points").iterdir())) == 2
+    monkeypatch.setattr(cutting, "run_job", refused)  # none is made again
+    again = search_points(model, out=out, recipe=recipe, resume=True, **OPTIONS)
+    assert all(one.failed is None and one.tpot_ms is not None for one in again.points)
+
+
+def test_a_search_whose_cuts_all_fail_leaves_nothing(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise NirvanaError("There is no memory for it.")
+
+    monkeypatch.setattr(cutting, "run_job", refused)
+    with pytest.raises(NirvanaError, match=r"Every point failed\. The first: There is no memory"):
+        search_points(model, out=tmp_path / "search", recipe=RECIPE, **OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bf16_is_searched_by_quality_and_size(model: str, tmp_path: Path) -> None:
+    recipe = Search(sparsities="0,0.2", precisions="none")
+    found = search_points(model, out=tmp_path / "search", recipe=recipe, **{**OPTIONS, "dtype": "bf16"})
+    assert all(one.failed is None and one.tpot_ms is None for one in found.points)
+    assert found.page is not None and found.page.is_file()
 
 
 def test_what_does_not_belong_together_is_refused(done: Searched, model: str) -> None:

@@ -32,7 +32,7 @@ from nirvana_deploy.output.layout import (
 )
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import DENSE
-from nirvana_deploy.pipeline.before import read_files
+from nirvana_deploy.pipeline.before import UNTIMED, read_files, untimed
 from nirvana_deploy.pipeline.job import Job, JobOptions, job_of, plain
 from nirvana_deploy.pipeline.prune_export import workload_of
 from nirvana_deploy.pipeline.searching.cuts import cuts_of, job_in, make_cuts, tried_options
@@ -172,7 +172,10 @@ def _points(run: Run, base: Job, key: str, recipe: Search, *, anew: bool) -> lis
     missing = dict.fromkeys(
         replace(point, scheme=None) if point.sparsity else first for point in wanted if point not in known
     )
-    failed = make_cuts(cuts_of(run.out, base, cuts, missing, first), recipe, run.progress, anew=anew)
+    asked = cuts_of(run.out, base, cuts, missing, first)
+    failed = make_cuts(asked, recipe, run.progress, anew=anew)
+    if len(failed) < len(asked):
+        run.keep()
     for point in wanted:
         if point not in known:
             folder = point.cut if point.sparsity else first.cut
@@ -218,6 +221,9 @@ def _timed(run: Run, points: Sequence[Found], base: Job) -> tuple[dict[str, Foun
     """Time the points that are worth it against the dense model."""
     worth = worth_timing(points)
     if not base.measurement.run_benchmark or not any(one.name == DENSE for one in worth):
+        return {}, None
+    if untimed(base):
+        run.progress.note(UNTIMED)
         return {}, None
     timed, record = timed_points(run.out, worth, workload_of(base.measurement), progress=run.progress)
     with run.writing(BENCHMARK_FILE) as path:
