@@ -49,18 +49,18 @@ def job_in(base: Job, way: Way) -> Job:
     options = dict(way.options)
     if not options:
         return base
-    reads = {field.name for field in fields_of(Calibration)} & options.keys()
-    if reads and base.calibration.eval_text is None:
+    own = base.options()
+    if "preset" in options:
+        for name in {name for preset in PRESETS.values() for name in preset}:
+            own.pop(name)
+    job = job_of(base.model, {**own, **options})
+    if job.calibration != base.calibration and base.calibration.eval_text is None:  # a preset names text, too
         raise NirvanaError(
             f"--try {way.name} calibrates on other text, and each cut would be judged on what its own "
             "text holds back.",
             hint="Name a text that judges all of them: --eval-text FILE",
         )
-    own = base.options()
-    if "preset" in options:
-        for name in {name for preset in PRESETS.values() for name in preset}:
-            own.pop(name)
-    return job_of(base.model, {**own, **options})
+    return job
 
 
 def cuts_of(
