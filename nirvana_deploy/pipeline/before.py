@@ -11,7 +11,7 @@ from nirvana_deploy.base.progress import Progress
 from nirvana_deploy.base.resources import require_free_bytes, require_memory
 from nirvana_deploy.base.units import format_seconds
 from nirvana_deploy.calibrate.mixture import files_of, parts_of
-from nirvana_deploy.calibrate.stage import windows_wanted
+from nirvana_deploy.calibrate.stage import segment_tokens, windows_wanted
 from nirvana_deploy.calibrate.texts import read_text_file, require_source
 from nirvana_deploy.export.decoder import GraphOptions
 from nirvana_deploy.export.dtypes import dtype_named
@@ -63,7 +63,7 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
     _require_steps(job, choices)
     if job.recovery.recover is not None:
         text = job.calibration
-        longest = max(text.seq_len, text.heldout_len)
+        longest = segment_tokens(text, single=choices.single)
         require_recovery(job.recovery, dense, seq_len=text.seq_len, longest=longest)
     if job.calibration.eval_text is not None:
         read_text_file(job.calibration.eval_text, tokenizer=dense.tokenizer)
