@@ -16,7 +16,7 @@ from builders.jobs import SHORT, SHORT_ROUNDS
 from builders.tiny import write_tiny
 from click.testing import CliRunner
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, QualityError
 from nirvana_deploy.base.progress import SILENT
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.pipeline.job import job_of
@@ -299,6 +299,17 @@ def test_bf16_is_searched_by_quality_and_size(model: str, tmp_path: Path) -> Non
     found = search_points(model, out=tmp_path / "search", recipe=recipe, **{**OPTIONS, "dtype": "bf16"})
     assert all(one.failed is None and one.tpot_ms is None for one in found.points)
     assert found.page is not None and found.page.is_file()
+
+
+def test_a_required_quality_is_asked_of_what_is_recommended(model: str, tmp_path: Path) -> None:
+    out, recipe = tmp_path / "search", Search(sparsities="0,0.4", precisions="none")
+    how: dict[str, Any] = {"recipe": recipe, "require_kl": 1e-9, **OPTIONS, "run_benchmark": False}
+    found = search_points(model, out=out, **how)  # the dense model
+    assert all(one.failed is None and one.kl is not None for one in found.points)
+    size = min(one.weights_bytes or 0 for one in found.points)
+    with pytest.raises(QualityError, match=r"KL of pruned is .*, required at most 1e-09"):
+        search_points(model, out=out, target=Target(max_weights_bytes=size), resume=True, **how)
+    assert record_of(out)["recommended"] == "s0.4"
 
 
 def test_what_does_not_belong_together_is_refused(done: Searched, model: str) -> None:

@@ -12,7 +12,7 @@ from builders.jobs import SHORT, SHORT_ROUNDS
 from builders.tiny import write_tiny
 from click.testing import CliRunner
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, QualityError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.pipeline.forecast.target import forecast_target
 from nirvana_deploy.pipeline.searching import target as meeting
@@ -72,6 +72,17 @@ def test_a_speed_is_met_by_what_was_timed(
     met = meet_target(model, Target(min_speedup=1.22), out=tmp_path / "out", **OPTIONS)
     assert [one.sparsity for one in met.trials] == [0.0, 0.2] and met.chosen.sparsity == 0.2
     assert met.deployment.plan.sparsity == 0.2
+
+
+def test_a_required_quality_is_asked_of_what_is_chosen(model: str, tmp_path: Path) -> None:
+    """Each cut that is tried misses it, too; they are tried all the same."""
+    with pytest.raises(QualityError, match=r"KL of pruned is .*, required at most 1e-09"):
+        meet_target(
+            model, Target(max_weights_bytes=200_000), out=tmp_path / "out", require_kl=1e-9, **OPTIONS
+        )
+    record = json.loads((tmp_path / "out/target.json").read_text())
+    assert len(record["trials"]) >= 2 and (tmp_path / "out/report.html").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, QualityError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.recipe import Field, fields_of
 from nirvana_deploy.calibrate.recipe import Calibration
@@ -124,7 +124,7 @@ def make_cuts(
 
 @dataclass(frozen=True)
 class _Worker:
-    """Makes one cut."""
+    """Makes one cut; one that misses a required quality is a point all the same."""
 
     progress: Progress
     here: Path
@@ -133,7 +133,7 @@ class _Worker:
     """Whether what an earlier search left is made again."""
 
     def __call__(self, cut: Cut) -> None:
-        with chdir(self.here), self.progress.within(cut.folder.name):
+        with chdir(self.here), self.progress.within(cut.folder.name), suppress(QualityError):
             run_job(
                 cut.job,
                 out=cut.folder,

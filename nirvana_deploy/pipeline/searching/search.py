@@ -14,8 +14,10 @@ from typing import Any, Unpack
 from nirvana_deploy.base.artifact import write_bytes, write_json
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.recipe import fields_of
 from nirvana_deploy.base.shown.html import html_table
+from nirvana_deploy.measure.gate import require_quality
 from nirvana_deploy.measure.zero_shot.local_tasks import is_local
 from nirvana_deploy.measure.zero_shot.tasks import require_tasks
 from nirvana_deploy.model.checkpoint import model_record
@@ -25,11 +27,13 @@ from nirvana_deploy.output.layout import (
     BENCHMARK_FILE,
     MANIFEST,
     POINTS,
+    QUALITY_FILE,
     SEARCH_CSV,
     SEARCH_FILE,
     SEARCH_HTML,
     TASKS_FILE,
 )
+from nirvana_deploy.output.record_kinds import QualityRecord
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.pipeline.before import UNTIMED, read_files, untimed
@@ -91,7 +95,8 @@ def search_points(
     is as in ``base``. Writes search.json, search.csv, search.html, benchmark.json and a folder for each
     sparsity to ``out``. A point that fails is kept with its reason. A script that asks for several processes
     does so under ``if __name__ == "__main__"``: they are spawned. Raises NirvanaError for the user's problems
-    and when every cut fails, and VerificationError when the recommended one is not verified.
+    and when every cut fails, VerificationError when the recommended point is not verified, and QualityError
+    when it misses what the job requires, to which no other point is held.
     """
     recipe, target = recipe or Search(), target or Target()
     job, part = job_of_search(model, recipe, options, base=base), shard_of(recipe)
@@ -127,6 +132,7 @@ def search_points(
         run.finish()
     if advice.point is not None:
         _require_verified(out, advice.point)
+        _require_quality(out, advice.point, job)
     return Searched(out, tuple(points), advice, record, out / SEARCH_HTML)
 
 
@@ -263,3 +269,10 @@ def _require_verified(out: Path, found: Found) -> None:
             f"{found.name} is recommended, and {failed[0]} of {found.folder} did not pass.",
             hint=f"nirvana-deploy verify {out / found.folder}",
         )
+
+
+def _require_quality(out: Path, found: Found, job: Job) -> None:
+    """Raise QualityError where the recommended point misses a limit that the job requires."""
+    known = read_json(out / found.folder / QUALITY_FILE, QualityRecord)["variants"]
+    named = {name: quality for name, quality in known.items() if name in {DENSE, found.variant.name}}
+    require_quality(named, job.measurement)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from nirvana_deploy.base.artifact import write_json
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, QualityError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
@@ -65,7 +66,8 @@ def meet_target(
 
     Limits on quality alone: the most sparse model that meets them; limits on time or size: the least sparse.
     They are those of the one scheme of ``quantize``, if any. Cuts are tried in a folder beside ``out``, which
-    goes when all is done. Raises NirvanaError where no sparsity meets the target, with what comes nearest.
+    goes when all is done. Raises NirvanaError where no sparsity meets the target, with what comes nearest,
+    and QualityError where the one that is found misses what the job requires.
     """
     job = job_of_target(model, target, options)
     source = resolve_model(model, progress=progress)
@@ -81,16 +83,26 @@ def meet_target(
     if chosen is None:
         raise _unmet(trials, target, out)
     progress.note(f"Sparsity {chosen.sparsity:g} meets the budget: {said(chosen)}")
-    done = run_job(
-        _at(job, chosen.sparsity),
-        out=out,
-        resume=resume,
-        force=force,
-        command=command,
-        beside=(folder / chosen.folder,),
-        progress=progress,
-    )
-    with Run.open(out, writing=True, progress=progress) as run, run.writing(TARGET_FILE) as path:
+    try:
+        done = run_job(
+            _at(job, chosen.sparsity),
+            out=out,
+            resume=resume,
+            force=force,
+            command=command,
+            beside=(folder / chosen.folder,),
+            progress=progress,
+        )
+    except QualityError:  # it is made all the same
+        _finish(out, folder, target, chosen, trials)
+        raise
+    _finish(out, folder, target, chosen, trials)
+    return Met(done, chosen, tuple(trials))
+
+
+def _finish(out: Path, folder: Path, target: Target, chosen: Found, trials: Sequence[Found]) -> None:
+    """Write down what was tried, and remove it."""
+    with Run.open(out, writing=True) as run, run.writing(TARGET_FILE) as path:
         record = {
             "schema": 1,
             "target": target.asked,
@@ -99,7 +111,6 @@ def meet_target(
         }
         write_json(path, record)
     _discard(folder, trials)
-    return Met(done, chosen, tuple(trials))
 
 
 def job_of_target(model: str, target: Target, options: Mapping[str, Any]) -> Job:
@@ -140,7 +151,7 @@ def _tried(
     tried: float | None = min(_FIRST, most)
     while tried is not None:
         place = f"s{tried:g}"
-        with progress.within(place):
+        with progress.within(place), suppress(QualityError):  # of what is chosen, not of what is tried
             run_job(
                 _at(job, tried),
                 out=folder / place,
@@ -203,7 +214,7 @@ def _unmet(trials: list[Found], target: Target, out: Path) -> NirvanaError:
     )
 
 
-def _discard(folder: Path, trials: list[Found]) -> None:
+def _discard(folder: Path, trials: Sequence[Found]) -> None:
     """Remove the cuts that were tried, and nothing else."""
     for name in dict.fromkeys(one.folder for one in trials):
         owned.discard(folder / name)
