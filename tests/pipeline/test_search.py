@@ -312,6 +312,30 @@ def test_a_required_quality_is_asked_of_what_is_recommended(model: str, tmp_path
     assert record_of(out)["recommended"] == "s0.4"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (Search(sparsities="0.2", precisions="none,w8"), {}),
+        (Search(sparsities="0,0.2", precisions="w8"), {}),
+        (Search(sparsities="0,0.2", precisions="none"), {"run_benchmark": False}),
+        (Search(sparsities="0,0.2", precisions="none"), {"dtype": "bf16"}),
+    ],
+)
+def test_a_limit_on_time_is_refused_where_nothing_is_timed(
+    recipe: Search, options: dict[str, Any], model: str, tmp_path: Path
+) -> None:
+    for target in (Target(target_tpot_ms=5.0), Target(min_speedup=1.2, max_kl=0.1)):
+        with pytest.raises(NirvanaError, match="A limit on time needs"):
+            search_points(model, out=tmp_path / "out", recipe=recipe, target=target, **{**OPTIONS, **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_without_the_dense_model_is_refused(model: str, tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match="compares with the dense model, and --no-baseline"):
+        search_points(model, out=tmp_path / "out", recipe=RECIPE, baseline=False, **OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_does_not_belong_together_is_refused(done: Searched, model: str) -> None:
     with pytest.raises(NirvanaError, match=r"cannot be resumed: .*seed 0, not 1"):
         search_points(model, out=done.out, recipe=RECIPE, resume=True, **{**OPTIONS, "seed": 1})

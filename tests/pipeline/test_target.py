@@ -91,6 +91,7 @@ def test_a_required_quality_is_asked_of_what_is_chosen(model: str, tmp_path: Pat
         (Target(max_kl=0.1), {"sparsity": 0.2}, "say two things"),
         (Target(max_kl=0.0), {}, "leaves nothing to cut"),
         (Target(max_kl=0.1), {"quantize": ["w4", "w8"]}, "names 2 schemes"),
+        (Target(target_tpot_ms=5.0), {"dtype": "bf16"}, "needs times. bf16 cannot be timed"),
     ],
 )
 def test_what_does_not_go_with_a_budget(

@@ -100,6 +100,7 @@ def search_points(
     """
     recipe, target = recipe or Search(), target or Target()
     job, part = job_of_search(model, recipe, options, base=base), shard_of(recipe)
+    _require_timed(job, recipe, target)
     source = resolve_model(model, progress=progress)
     out = Path(out) if out is not None else Path(f"{source.name}-search")
     shared = _shared(job, model_record(source))
@@ -145,7 +146,29 @@ def job_of_search(model: str, recipe: Search, options: Mapping[str, Any], *, bas
         _require_local(listed(recipe.tasks))
     schemes = [scheme for scheme in precisions_of(recipe) if scheme]
     tried = {"sparsity": max(sparsities_of(recipe)), "quantize": schemes}
-    return job_of(model, {**options, **tried}, base=base)
+    job = job_of(model, {**options, **tried}, base=base)
+    if not job.export.baseline:
+        raise NirvanaError(
+            "A search compares with the dense model, and --no-baseline leaves it out.",
+            hint="Leave --no-baseline out.",
+        )
+    return job
+
+
+def _require_timed(job: Job, recipe: Search, target: Target) -> None:
+    """Raise NirvanaError for a limit on time in a search that times nothing."""
+    if not target.on_time:
+        return
+    if untimed(job):
+        raise NirvanaError(
+            f"A limit on time needs times. {UNTIMED}.", hint="Leave out the limit on time, or --dtype bf16."
+        )
+    dense = 0.0 in sparsities_of(recipe) and None in precisions_of(recipe)
+    if not (dense and job.measurement.run_benchmark):
+        raise NirvanaError(
+            "A limit on time needs the dense model in float, timed beside the others.",
+            hint="Add 0 to --sparsity and none to --precision, and leave --no-benchmark out.",
+        )
 
 
 def cuts_in(base: Job, recipe: Search) -> list[Point]:

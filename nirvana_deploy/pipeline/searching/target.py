@@ -18,6 +18,7 @@ from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import MANIFEST, TARGET_FILE
 from nirvana_deploy.output.run import Run
+from nirvana_deploy.pipeline.before import UNTIMED, untimed
 from nirvana_deploy.pipeline.job import Job, JobOptions, job_of
 from nirvana_deploy.pipeline.prune_export import Deployment, run_job, workload_of
 from nirvana_deploy.pipeline.searching.points import found_in, timed_points
@@ -130,6 +131,11 @@ def job_of_target(model: str, target: Target, options: Mapping[str, Any]) -> Job
         raise NirvanaError(
             f"A budget is one model's, and --quantize names {len(job.quantization.quantize)} schemes.",
             hint="Name one of them, or compare them: nirvana-deploy search MODEL",
+        )
+    if target.on_time and untimed(job):
+        raise NirvanaError(
+            f"A limit on time needs times. {UNTIMED}.",
+            hint="Limit quality or size, or leave out --dtype bf16.",
         )
     measured = replace(job.export, baseline=True)
     return replace(job, export=measured, quantization=replace(job.quantization, baseline_quantized=True))
