@@ -57,6 +57,8 @@ def test_what_no_sparsity_meets_is_said_with_what_comes_nearest(model: str, tmp_
         meet_target(model, Target(max_weights_bytes=1000), out=tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists() and (tmp_path / "out-trials/s0.2/manifest.json").is_file()
     with pytest.raises(NirvanaError, match="there is nothing to cut"):
+        meet_target(model, Target(max_weights_bytes=10**9), out=tmp_path / "out", resume=True, **OPTIONS)
+    with pytest.raises(NirvanaError, match=r"out-trials exists already.*tried for out\.\n.*--resume"):
         meet_target(model, Target(max_weights_bytes=10**9), out=tmp_path / "out", **OPTIONS)
 
 
@@ -72,6 +74,50 @@ def test_a_speed_is_met_by_what_was_timed(
     met = meet_target(model, Target(min_speedup=1.22), out=tmp_path / "out", **OPTIONS)
     assert [one.sparsity for one in met.trials] == [0.0, 0.2] and met.chosen.sparsity == 0.2
     assert met.deployment.plan.sparsity == 0.2
+
+
+def test_a_resumed_budget_in_time_goes_by_the_times_that_it_found(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are never the same twice, and another sparsity would be another folder."""
+    speeds = iter([1.0, 1.1, 1.3])
+
+    def timed(folder: Path, points: list[Found], *_: Any, **__: Any) -> tuple[list[Found], None]:
+        noise = next(speeds)
+        return [
+            replace(
+                one,
+                tpot_ms=10 * (1 - one.sparsity),
+                speedup=noise / (1 - one.sparsity),
+                speedup_interval=(1.0, 2.0),
+            )
+            for one in points
+        ], None
+
+    def killed(*_: Any) -> None:
+        raise NirvanaError("killed")
+
+    target, out = Target(min_speedup=1.22), tmp_path / "out"
+    monkeypatch.setattr(meeting, "timed_points", timed)
+    with monkeypatch.context() as patch, pytest.raises(NirvanaError, match="killed"):
+        patch.setattr(meeting, "_finish", killed)
+        meet_target(model, target, out=out, **OPTIONS)
+    met = meet_target(model, target, out=out, resume=True, **OPTIONS)
+    assert met.chosen.sparsity == met.deployment.plan.sparsity == 0.2
+    assert met.chosen.speedup == 1.25 and met.chosen.speedup_interval == (1.0, 2.0)
+    assert next(speeds) == 1.1  # timed once
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("forecasts", [False, True])
+def test_the_working_folder_is_no_place(
+    forecasts: bool, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ask: Any = forecast_target if forecasts else meet_target
+    with pytest.raises(NirvanaError, match="it is the working folder"):
+        ask(model, Target(max_kl=0.1), out=".", **OPTIONS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_required_quality_is_asked_of_what_is_chosen(model: str, tmp_path: Path) -> None:
