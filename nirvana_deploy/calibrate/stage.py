@@ -94,6 +94,14 @@ def text_windows(
     )
 
 
+def segment_tokens(recipe: Calibration, *, single: bool) -> int:
+    """The longer of a calibration and a held-out window, which decides what of a text is held out.
+
+    Not ``single``, there are candidates, which are compared on held-out windows of another length.
+    """
+    return max(recipe.seq_len, recipe.heldout_len if single else recipe.selection_len)
+
+
 def every_other(windows: TokenWindows, first: int) -> TokenWindows:
     """Every second window of each part, from window ``first`` on, in the order of ``windows`` [M, T]."""
     parts = windows.part_of_window or (0,) * len(windows.tokens)

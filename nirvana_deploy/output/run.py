@@ -38,7 +38,7 @@ class Run:
 
     It holds the folder's lock from :meth:`begin`, or the first thing that it writes, until :meth:`close`,
     which is also what ``with`` calls. A new run that is refused before its first stage is finished leaves
-    its place as it was.
+    its place as it was; :meth:`keep` is for work that is no stage.
     """
 
     def __init__(self, out: Path, manifest: dict[str, Any], *, progress: Progress = SILENT) -> None:
@@ -266,6 +266,10 @@ class Run:
         yield self.out / name
         self.manifest["files"][name] = sha256_of(self.out / name)
         self._write()
+
+    def keep(self) -> None:
+        """From now on a refusal leaves what was made."""
+        self._before = None
 
     def finish(self) -> None:
         """Say that the command has made all that it promised; remove what a run before this one left."""

@@ -13,7 +13,7 @@ from nirvana_deploy.base.recipe import names_of
 from nirvana_deploy.base.resources import require_free_bytes, require_memory
 from nirvana_deploy.base.units import format_seconds
 from nirvana_deploy.calibrate.mixture import files_of, parts_of
-from nirvana_deploy.calibrate.stage import windows_wanted
+from nirvana_deploy.calibrate.stage import segment_tokens, windows_wanted
 from nirvana_deploy.calibrate.texts import read_text_file, require_source
 from nirvana_deploy.export.decoder import GraphOptions
 from nirvana_deploy.export.dtypes import dtype_named
@@ -43,6 +43,7 @@ _EQUATION_BYTES = 4 + 8
 """Per pair of inputs of a linear: their sum of products, and the system that is solved."""
 _VERIFIED_BYTES = 4 + 4
 """Per parameter: both runtimes hold it in float32."""
+UNTIMED = "bf16 cannot be timed on the CPU: it has no bfloat16 arithmetic in ONNX Runtime"
 _RECORDED_AS = {"run_benchmark": "benchmark"}
 """Options whose name in the manifest is another."""
 
@@ -67,7 +68,7 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
     _require_settings(job, until)
     if job.recovery.recover is not None:
         text = job.calibration
-        longest = max(text.seq_len, text.heldout_len)
+        longest = segment_tokens(text, single=choices.single)
         require_recovery(job.recovery, dense, seq_len=text.seq_len, longest=longest)
     if job.calibration.eval_text is not None:
         read_text_file(job.calibration.eval_text, tokenizer=dense.tokenizer)
@@ -80,7 +81,7 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
     if scarce is not None:
         progress.note(scarce)
     if job.measurement.run_benchmark and untimed(job):
-        progress.note("bf16 cannot be timed on the CPU: it has no bfloat16 arithmetic in ONNX Runtime")
+        progress.note(UNTIMED)
     return choices
 
 

@@ -12,6 +12,7 @@ from nirvana_deploy.base.ownership.temporary import scratch_folder
 from nirvana_deploy.base.recipe import fields_of
 from nirvana_deploy.base.resources import free_memory_bytes
 from nirvana_deploy.calibrate.recipe import Calibration
+from nirvana_deploy.calibrate.stage import segment_tokens
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
@@ -83,7 +84,7 @@ def recover(
                 ),
                 TextWanted(
                     seq_len=seq_len,
-                    segment_tokens=max(calibration.seq_len, calibration.heldout_len),
+                    segment_tokens=segment_tokens(calibration, single=not run.has(stage.SELECT)),
                     seed=calibration.seed + step.number,
                 ),
                 folder / RECOVERY,

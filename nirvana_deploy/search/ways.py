@@ -12,6 +12,7 @@ from typing import Any
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.recipe import Field
 from nirvana_deploy.base.registry import nearest_names
+from nirvana_deploy.quantize.schemes import onnx_schemes
 
 _EXAMPLE = 'For example --try "saliency=nirvana allocation=global", or --try recover=10m'
 
@@ -79,7 +80,11 @@ def _key(name: str) -> str:
 
 
 def _said(name: str, value: Any) -> str:
-    """A word that stands for itself, else the option's name before the value: nirvana, ridge1, recover10m."""
+    """A word that stands for itself, else the option's name before the value: nirvana, ridge1, recover10m.
+
+    A scheme's does not: "s0.2-w4" is a precision.
+    """
     word = PurePath(value).name if isinstance(value, str) else format(value, "g") if value else str(value)
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-.")
-    return slug if slug[:1].isalpha() and isinstance(value, str) else f"{name.replace('_', '-')}{slug}"
+    alone = isinstance(value, str) and slug[:1].isalpha() and slug not in onnx_schemes()
+    return slug if alone else f"{name.replace('_', '-')}{slug}"

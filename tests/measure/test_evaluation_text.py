@@ -69,6 +69,15 @@ def test_quality_is_on_two_kinds_at_least(
 
 
 @pytest.mark.integration
+def test_what_was_trained_on_is_no_other_kind(tiny: Path, tmp_path: Path) -> None:
+    """Calibrated on pydoc and trained on code, the cut has read all that there is to choose from."""
+    trained = {"recover": "500", "recover_batch": 2, "recover_text": "code"}
+    prune_export(str(tiny), out=tmp_path / "out", calib="pydoc", **trained, **OPTIONS)
+    record = read_json(tmp_path / "out/quality.json")
+    assert record["calibrated"] == {"pydoc": True}
+
+
+@pytest.mark.integration
 def test_a_text_that_is_named_stands_alone(tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "own.txt"
     text.write_text("A text of its own, long enough for a few windows. " * 20)

@@ -280,6 +280,15 @@ def test_a_run_that_fails_later_keeps_what_is_finished(tmp_path: Path) -> None:
     assert run_all(tmp_path) == ["b", "d", "c"]
 
 
+def test_what_is_kept_outlasts_a_refusal(tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match="no"), begun(tmp_path) as run:
+        with run.writing("recipe.toml") as file:
+            file.write_text("recipe")
+        run.keep()
+        raise NirvanaError("no")
+    assert (tmp_path / "recipe.toml").is_file() and (tmp_path / "manifest.json").is_file()
+
+
 PARALLEL = """
 import os, sys, time
 from pathlib import Path

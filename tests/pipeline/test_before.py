@@ -52,6 +52,14 @@ def test_a_benchmark_beyond_the_context_is_refused(short: Checkpoint) -> None:
     checked(job(short, run_benchmark=True), short, "checkpoint", Heard())
 
 
+def test_training_windows_end_before_what_candidates_are_judged_on(short: Checkpoint) -> None:
+    """Held-out windows are of ``selection_len`` where there is a choice, else of ``heldout_len``."""
+    trained = {"recover": "10k", "recover_seq_len": 90, "selection_len": 80, "heldout_len": 96}
+    checked(job(short, **trained), short, "checkpoint", Heard())
+    with pytest.raises(NirvanaError, match="recover_seq_len must be at most 80, got 90"):
+        checked(job(short, **trained, candidates=2), short, "checkpoint", Heard())
+
+
 @pytest.mark.parametrize(
     ("options", "advised"),
     [

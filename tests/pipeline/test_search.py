@@ -16,12 +16,14 @@ from builders.jobs import SHORT, SHORT_ROUNDS
 from builders.tiny import write_tiny
 from click.testing import CliRunner
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, QualityError
+from nirvana_deploy.base.progress import SILENT
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.pipeline.prune_export import run_job
 from nirvana_deploy.pipeline.recipe_file import read_recipe
 from nirvana_deploy.pipeline.searching import cuts as cutting
+from nirvana_deploy.pipeline.searching import search as searching
 from nirvana_deploy.pipeline.searching.cuts import cuts_of, tried_options
 from nirvana_deploy.pipeline.searching.search import Searched, search_points
 from nirvana_deploy.search.point import Point
@@ -216,6 +218,122 @@ def test_a_killed_search_goes_on_and_a_point_that_fails_is_kept_with_its_reason(
     assert "failed: 0.4 is too much." in (out / "search.html").read_text()
     search_points(model, out=out, **options)  # what failed is tried again
     assert untimed(record_of(out)) == untimed(record_of(done.out))
+
+
+def test_force_starts_again_with_the_same_options_and_with_others(
+    done: Searched, model: str, tmp_path: Path
+) -> None:
+    """Nothing of the search before is believed: neither its points nor its cuts."""
+    out, recipe = tmp_path / "search", Search(sparsities="0,0.2", precisions="none")
+    shutil.copytree(done.out, out)
+    for file in (out / "points").iterdir():
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"kl": 99.0}))
+    options = {**OPTIONS, "run_benchmark": False}
+    for again in (options, {**options, "seed": 1}):
+        before = json.loads((out / "s0.2/manifest.json").read_text())["run"]
+        found = search_points(model, out=out, recipe=recipe, force=True, **again)
+        assert all(one.failed is None and (one.kl or 0) < 99 for one in found.points)
+        assert json.loads((out / "s0.2/manifest.json").read_text())["run"] != before
+        assert len(list((out / "points").iterdir())) == len(found.points) == 2
+
+
+def test_what_a_search_made_anew_takes_from_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s0.4 of a search before stands there, and its turn is that of the first of another way."""
+    base = job_of("a model", {**OPTIONS, "sparsity": 0.4})
+    own, way = ways_of(["ridge=10"], tried_options())
+    points = [Point(0.2, None, own), Point(0.4, None, own), Point(0.4, None, way)]
+    for name in ("s0.2", "s0.4", "s0.4-ridge10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    asked: dict[str, tuple[list[str], bool, bool]] = {}
+
+    def made(job: Any, *, out: Path, beside: list[Path], resume: bool, force: bool, **_: Any) -> None:
+        asked[out.name] = ([one.name for one in beside], resume, force)
+
+    monkeypatch.setattr(cutting, "run_job", made)
+    cuts = cuts_of(tmp_path, base, points, points, points[0])
+    cutting.make_cuts(cuts, Search(), SILENT, anew=True)
+    assert asked == {
+        "s0.2": ([], False, True),
+        "s0.4": (["s0.2"], False, True),
+        "s0.4-ridge10": (["s0.2"], False, True),
+    }
+    cutting.make_cuts(cuts, Search(), SILENT)
+    assert asked["s0.4-ridge10"] == (["s0.2", "s0.4"], True, False)
+
+
+def test_a_refusal_behind_the_cuts_leaves_them_and_resume_goes_on(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, recipe = tmp_path / "search", Search(sparsities="0,0.2", precisions="none")
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise NirvanaError("There is no memory for it.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(searching, "timed_points", refused)
+        with pytest.raises(NirvanaError, match="no memory"):
+            search_points(model, out=out, recipe=recipe, **OPTIONS)
+    assert len(list((out / "points").iterdir())) == 2
+    monkeypatch.setattr(cutting, "run_job", refused)  # none is made again
+    again = search_points(model, out=out, recipe=recipe, resume=True, **OPTIONS)
+    assert all(one.failed is None and one.tpot_ms is not None for one in again.points)
+
+
+def test_a_search_whose_cuts_all_fail_leaves_nothing(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise NirvanaError("There is no memory for it.")
+
+    monkeypatch.setattr(cutting, "run_job", refused)
+    with pytest.raises(NirvanaError, match=r"Every point failed\. The first: There is no memory"):
+        search_points(model, out=tmp_path / "search", recipe=RECIPE, **OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bf16_is_searched_by_quality_and_size(model: str, tmp_path: Path) -> None:
+    recipe = Search(sparsities="0,0.2", precisions="none")
+    found = search_points(model, out=tmp_path / "search", recipe=recipe, **{**OPTIONS, "dtype": "bf16"})
+    assert all(one.failed is None and one.tpot_ms is None for one in found.points)
+    assert found.page is not None and found.page.is_file()
+
+
+def test_a_required_quality_is_asked_of_what_is_recommended(model: str, tmp_path: Path) -> None:
+    out, recipe = tmp_path / "search", Search(sparsities="0,0.4", precisions="none")
+    how: dict[str, Any] = {"recipe": recipe, "require_kl": 1e-9, **OPTIONS, "run_benchmark": False}
+    found = search_points(model, out=out, **how)  # the dense model
+    assert all(one.failed is None and one.kl is not None for one in found.points)
+    size = min(one.weights_bytes or 0 for one in found.points)
+    with pytest.raises(QualityError, match=r"KL of pruned is .*, required at most 1e-09"):
+        search_points(model, out=out, target=Target(max_weights_bytes=size), resume=True, **how)
+    assert record_of(out)["recommended"] == "s0.4"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (Search(sparsities="0.2", precisions="none,w8"), {}),
+        (Search(sparsities="0,0.2", precisions="w8"), {}),
+        (Search(sparsities="0,0.2", precisions="none"), {"run_benchmark": False}),
+        (Search(sparsities="0,0.2", precisions="none"), {"dtype": "bf16"}),
+    ],
+)
+def test_a_limit_on_time_is_refused_where_nothing_is_timed(
+    recipe: Search, options: dict[str, Any], model: str, tmp_path: Path
+) -> None:
+    for target in (Target(target_tpot_ms=5.0), Target(min_speedup=1.2, max_kl=0.1)):
+        with pytest.raises(NirvanaError, match="A limit on time needs"):
+            search_points(model, out=tmp_path / "out", recipe=recipe, target=target, **{**OPTIONS, **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_without_the_dense_model_is_refused(model: str, tmp_path: Path) -> None:
+    with pytest.raises(NirvanaError, match="compares with the dense model, and --no-baseline"):
+        search_points(model, out=tmp_path / "out", recipe=RECIPE, baseline=False, **OPTIONS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_belong_together_is_refused(done: Searched, model: str) -> None:

@@ -12,7 +12,7 @@ from builders.jobs import SHORT, SHORT_ROUNDS
 from builders.tiny import write_tiny
 from click.testing import CliRunner
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, QualityError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.pipeline.forecast.target import forecast_target
 from nirvana_deploy.pipeline.searching import target as meeting
@@ -57,6 +57,8 @@ def test_what_no_sparsity_meets_is_said_with_what_comes_nearest(model: str, tmp_
         meet_target(model, Target(max_weights_bytes=1000), out=tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists() and (tmp_path / "out-trials/s0.2/manifest.json").is_file()
     with pytest.raises(NirvanaError, match="there is nothing to cut"):
+        meet_target(model, Target(max_weights_bytes=10**9), out=tmp_path / "out", resume=True, **OPTIONS)
+    with pytest.raises(NirvanaError, match=r"out-trials exists already.*tried for out\.\n.*--resume"):
         meet_target(model, Target(max_weights_bytes=10**9), out=tmp_path / "out", **OPTIONS)
 
 
@@ -74,12 +76,68 @@ def test_a_speed_is_met_by_what_was_timed(
     assert met.deployment.plan.sparsity == 0.2
 
 
+def test_a_resumed_budget_in_time_goes_by_the_times_that_it_found(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are never the same twice, and another sparsity would be another folder."""
+    speeds = iter([1.0, 1.1, 1.3])
+
+    def timed(folder: Path, points: list[Found], *_: Any, **__: Any) -> tuple[list[Found], None]:
+        noise = next(speeds)
+        return [
+            replace(
+                one,
+                tpot_ms=10 * (1 - one.sparsity),
+                speedup=noise / (1 - one.sparsity),
+                speedup_interval=(1.0, 2.0),
+            )
+            for one in points
+        ], None
+
+    def killed(*_: Any) -> None:
+        raise NirvanaError("killed")
+
+    target, out = Target(min_speedup=1.22), tmp_path / "out"
+    monkeypatch.setattr(meeting, "timed_points", timed)
+    with monkeypatch.context() as patch, pytest.raises(NirvanaError, match="killed"):
+        patch.setattr(meeting, "_finish", killed)
+        meet_target(model, target, out=out, **OPTIONS)
+    met = meet_target(model, target, out=out, resume=True, **OPTIONS)
+    assert met.chosen.sparsity == met.deployment.plan.sparsity == 0.2
+    assert met.chosen.speedup == 1.25 and met.chosen.speedup_interval == (1.0, 2.0)
+    assert next(speeds) == 1.1  # timed once
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("forecasts", [False, True])
+def test_the_working_folder_is_no_place(
+    forecasts: bool, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ask: Any = forecast_target if forecasts else meet_target
+    with pytest.raises(NirvanaError, match="it is the working folder"):
+        ask(model, Target(max_kl=0.1), out=".", **OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_required_quality_is_asked_of_what_is_chosen(model: str, tmp_path: Path) -> None:
+    """Each cut that is tried misses it, too; they are tried all the same."""
+    with pytest.raises(QualityError, match=r"KL of pruned is .*, required at most 1e-09"):
+        meet_target(
+            model, Target(max_weights_bytes=200_000), out=tmp_path / "out", require_kl=1e-9, **OPTIONS
+        )
+    record = json.loads((tmp_path / "out/target.json").read_text())
+    assert len(record["trials"]) >= 2 and (tmp_path / "out/report.html").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize(
     ("target", "options", "said"),
     [
         (Target(max_kl=0.1), {"sparsity": 0.2}, "say two things"),
         (Target(max_kl=0.0), {}, "leaves nothing to cut"),
         (Target(max_kl=0.1), {"quantize": ["w4", "w8"]}, "names 2 schemes"),
+        (Target(target_tpot_ms=5.0), {"dtype": "bf16"}, "needs times. bf16 cannot be timed"),
     ],
 )
 def test_what_does_not_go_with_a_budget(

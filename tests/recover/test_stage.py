@@ -13,9 +13,14 @@ from builders.tiny import write_tiny
 from click.testing import CliRunner, Result
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT
+from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.cli.main import commands
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.pipeline.prune_export import prune_export
+from nirvana_deploy.recover.data import training_text
 from nirvana_deploy.recover.recipe import Recovery
+from nirvana_deploy.recover.recovery import TextWanted
 
 TRAINED = {"recover": "500", "recover_batch": 2, "learning_rate": 2e-3}
 
@@ -42,6 +47,43 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 def record_of(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "manifest.json").read_text())["stages"]
     return found
+
+
+def test_none_of_what_candidates_are_judged_on_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quality is quoted on windows of ``selection_len`` then, which lie elsewhere than usual ones."""
+    text, found = tmp_path / "text.txt", {}
+    text.write_text("".join(f"{n * 7919 % 9973:>7} of {n:>5}\n" for n in range(600)))  # a token is a byte
+
+    def drawn(
+        _cut: Checkpoint, dense: Checkpoint, _recipe: Recovery, wanted: TextWanted, *_: Any, **__: Any
+    ) -> None:
+        how = {"wanted": 4000, "least": 4, "progress": SILENT}
+        found["text"] = training_text(str(text), dense, **how, **vars(wanted))
+        raise NirvanaError("enough")
+
+    monkeypatch.setattr("nirvana_deploy.recover.stage.recover_checkpoint", drawn)
+    options = {
+        **SHORT,
+        **TRAINED,
+        "sparsity": 0.3,
+        "saliency": "wanda-sp,flap",
+        "calib": str(text),
+        "recover_text": str(text),
+        "num_sequences": 8,
+        "seq_len": 16,
+        "heldout_len": 72,
+        "selection_len": 40,
+        "selection_sequences": 16,
+    }
+    model = str(write_tiny(tmp_path / "llama", "llama-tied"))
+    with pytest.raises(NirvanaError, match="enough"):
+        prune_export(model, out=tmp_path / "out", until="checkpoint", **options)
+    heldout = read_windows(tmp_path / "out/calibration.safetensors")["heldout"]
+    assert heldout.shape == (16, 40)
+    judged = {window[i : i + 16].tobytes() for window in heldout for i in range(25)}
+    assert not judged & {window.tobytes() for window in (*found["text"].train.tokens, *found["text"].watch)}
 
 
 def ran(*words: str) -> Result:

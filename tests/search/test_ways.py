@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.pipeline.searching.cuts import tried_options
+from nirvana_deploy.pipeline.job import job_of
+from nirvana_deploy.pipeline.searching.cuts import job_in, tried_options
+from nirvana_deploy.search.point import Point
 from nirvana_deploy.search.ways import OWN, Way, ways_of
 
 
@@ -34,11 +38,35 @@ def way(text: str) -> Way:
         ("'calib=/my texts/handbook.txt'", "handbook.txt", {"calib": "/my texts/handbook.txt"}),
         ("gamma=0.5 saliency=taylor", "gamma0.5-taylor", {"gamma": 0.5, "saliency": "taylor"}),
         ("preset=paper", "paper", {"preset": "paper"}),
+        ("recover=20m recover-for=w4", "recover20m-recover-forw4", {"recover": "20m", "recover_for": "w4"}),
     ],
 )
 def test_a_text_says_which_options_are_tried(text: str, name: str, options: dict[str, object]) -> None:
     found = way(text)
     assert (found.name, dict(found.options)) == (name, options)
+
+
+def test_no_way_has_the_name_of_another_in_a_precision() -> None:
+    ways = ways_of(["recover=20m", "recover=20m recover-for=w4", "recover-for=w8"], tried_options())
+    points = [Point(0.2, scheme, one) for one in ways for scheme in (None, "w4", "w8")]
+    assert len({point.name for point in points}) == len(points) == 12
+
+
+@pytest.mark.parametrize("text", ["calib=code", "seq-len=64", "preset=paper", "preset=fast ridge=2"])
+def test_a_way_of_other_text_needs_one_that_judges_all(text: str, tmp_path: Path) -> None:
+    """Also where a preset names the text: a KL on one text says nothing beside a KL on another."""
+    alone = job_of("a model", {"sparsity": 0.2})
+    with pytest.raises(NirvanaError, match=r"judged on what its own text holds back\.\n.*--eval-text FILE"):
+        job_in(alone, way(text))
+    judged = job_of("a model", {"sparsity": 0.2, "eval_text": tmp_path / "judge.txt"})
+    tried = job_in(judged, way(text))
+    assert tried.calibration.eval_text == tmp_path / "judge.txt"
+    assert tried.calibration != judged.calibration
+
+
+def test_a_preset_of_the_same_text_is_judged_on_what_it_holds_back() -> None:
+    paper = job_of("a model", {"sparsity": 0.2, "preset": "paper"})
+    assert job_in(paper, way("preset=paper ridge=2")).pruning.ridge == 2
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ from typing import Any, Unpack
 
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.sources import resolve_model
-from nirvana_deploy.output.run import require_free
 from nirvana_deploy.pipeline.forecast.costs import taken_stages
 from nirvana_deploy.pipeline.forecast.forecast import Forecast, forecast, probed, without
 from nirvana_deploy.pipeline.job import JobOptions
-from nirvana_deploy.pipeline.searching.target import TRIALS, folder_named, job_of_target
+from nirvana_deploy.pipeline.searching.target import folder_named, folder_of_trials, job_of_target
 from nirvana_deploy.search.meeting import MOST_TRIALS
 from nirvana_deploy.search.recipe import Target
 
@@ -60,8 +59,7 @@ def forecast_target(
     job = job_of_target(model, target, options)
     named = folder_named(resolve_model(model, progress=progress).name, target)
     out = Path(out) if out is not None else Path(named)
-    require_free(out, resume=resume, force=force)
-    folder = out.with_name(f"{out.name}{TRIALS}")
+    folder = folder_of_trials(job, out, resume=resume, force=force)
     how: dict[str, Any] = {"speed": probed(), "progress": progress}
     first = forecast(job, out=folder / "first", until="quality", **how).forecast
     names = [one.name for one in first.stages]

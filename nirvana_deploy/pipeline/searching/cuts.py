@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, QualityError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.recipe import Field, fields_of
 from nirvana_deploy.calibrate.recipe import Calibration
@@ -49,18 +49,18 @@ def job_in(base: Job, way: Way) -> Job:
     options = dict(way.options)
     if not options:
         return base
-    reads = {field.name for field in fields_of(Calibration)} & options.keys()
-    if reads and base.calibration.eval_text is None:
+    own = base.options()
+    if "preset" in options:
+        for name in {name for preset in PRESETS.values() for name in preset}:
+            own.pop(name)
+    job = job_of(base.model, {**own, **options})
+    if job.calibration != base.calibration and base.calibration.eval_text is None:  # a preset names text, too
         raise NirvanaError(
             f"--try {way.name} calibrates on other text, and each cut would be judged on what its own "
             "text holds back.",
             hint="Name a text that judges all of them: --eval-text FILE",
         )
-    own = base.options()
-    if "preset" in options:
-        for name in {name for preset in PRESETS.values() for name in preset}:
-            own.pop(name)
-    return job_of(base.model, {**own, **options})
+    return job
 
 
 def cuts_of(
@@ -97,36 +97,49 @@ def _job_at(job: Job, sparsity: float, *, judges_dense: bool) -> Job:
     )
 
 
-def make_cuts(cuts: Sequence[Cut], where: Where, progress: Progress) -> Mapping[str, NirvanaError]:
-    """Make the folders, turn by turn; returns what failed, by folder."""
+def make_cuts(
+    cuts: Sequence[Cut], where: Where, progress: Progress, *, anew: bool = False
+) -> Mapping[str, NirvanaError]:
+    """Make the folders, turn by turn; returns what failed, by folder.
+
+    ``anew`` makes them again where an earlier search left them, and takes nothing from what it left.
+    """
     failed: dict[str, NirvanaError] = {}
+    made: set[Path] = set()
     here = where.processes == 1 and where.cluster is None
-    work = _Worker(progress if here else SILENT, Path.cwd())
+    work = _Worker(progress if here else SILENT, Path.cwd(), anew)
     with progress.task(f"{len(cuts)} cuts", len(cuts)) as advance:
         for turn in sorted({cut.turn for cut in cuts}):
-            for cut, result in run_points([cut for cut in cuts if cut.turn == turn], work, where):
+            now = [cut for cut in cuts if cut.turn == turn]
+            if anew:
+                now = [replace(cut, beside=tuple(one for one in cut.beside if one in made)) for cut in now]
+            for cut, result in run_points(now, work, where):
                 if isinstance(result, NirvanaError):
                     failed[cut.folder.name] = result
                     progress.note(f"{cut.folder.name} failed: {result.message}")
                 advance(1)
+            made |= {cut.folder for cut in now if cut.folder.name not in failed}
     return failed
 
 
 @dataclass(frozen=True)
 class _Worker:
-    """Makes one cut."""
+    """Makes one cut; one that misses a required quality is a point all the same."""
 
     progress: Progress
     here: Path
     """Where the search was begun: the user's paths may be relative to it."""
+    anew: bool
+    """Whether what an earlier search left is made again."""
 
     def __call__(self, cut: Cut) -> None:
-        with chdir(self.here), self.progress.within(cut.folder.name):
+        with chdir(self.here), self.progress.within(cut.folder.name), suppress(QualityError):
             run_job(
                 cut.job,
                 out=cut.folder,
                 until="quality",
-                resume=(cut.folder / MANIFEST).is_file(),
+                resume=(cut.folder / MANIFEST).is_file() and not self.anew,
+                force=self.anew,
                 beside=[folder for folder in cut.beside if (folder / MANIFEST).is_file()],
                 progress=self.progress,
             )

@@ -14,23 +14,29 @@ from typing import Any, Unpack
 from nirvana_deploy.base.artifact import write_bytes, write_json
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.recipe import fields_of
 from nirvana_deploy.base.shown.html import html_table
+from nirvana_deploy.measure.gate import require_quality
 from nirvana_deploy.measure.zero_shot.local_tasks import is_local
 from nirvana_deploy.measure.zero_shot.tasks import require_tasks
 from nirvana_deploy.model.checkpoint import model_record
 from nirvana_deploy.model.sources import resolve_model
+from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import (
     BENCHMARK_FILE,
     MANIFEST,
+    POINTS,
+    QUALITY_FILE,
     SEARCH_CSV,
     SEARCH_FILE,
     SEARCH_HTML,
     TASKS_FILE,
 )
+from nirvana_deploy.output.record_kinds import QualityRecord
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import DENSE
-from nirvana_deploy.pipeline.before import read_files
+from nirvana_deploy.pipeline.before import UNTIMED, read_files, untimed
 from nirvana_deploy.pipeline.job import Job, JobOptions, job_of, plain
 from nirvana_deploy.pipeline.prune_export import workload_of
 from nirvana_deploy.pipeline.searching.cuts import cuts_of, job_in, make_cuts, tried_options
@@ -89,13 +95,16 @@ def search_points(
     is as in ``base``. Writes search.json, search.csv, search.html, benchmark.json and a folder for each
     sparsity to ``out``. A point that fails is kept with its reason. A script that asks for several processes
     does so under ``if __name__ == "__main__"``: they are spawned. Raises NirvanaError for the user's problems
-    and when every cut fails, and VerificationError when the recommended one is not verified.
+    and when every cut fails, VerificationError when the recommended point is not verified, and QualityError
+    when it misses what the job requires, to which no other point is held.
     """
     recipe, target = recipe or Search(), target or Target()
     job, part = job_of_search(model, recipe, options, base=base), shard_of(recipe)
+    _require_timed(job, recipe, target)
     source = resolve_model(model, progress=progress)
     out = Path(out) if out is not None else Path(f"{source.name}-search")
     shared = _shared(job, model_record(source))
+    anew = force and not (resume and (out / MANIFEST).is_file())
     with Run.begin(
         out,
         options={name: value for name, value in asdict(recipe).items() if name not in _WHERE}
@@ -109,7 +118,7 @@ def search_points(
         progress=progress,
     ) as run:
         key = key_of(shared)
-        points = _points(run, job, key, recipe)
+        points = _points(run, job, key, recipe, anew=anew)
         if part[1] > 1:
             advice = recommend(points, target)
             record = search_record(source.name, points, advice, None)
@@ -124,6 +133,7 @@ def search_points(
         run.finish()
     if advice.point is not None:
         _require_verified(out, advice.point)
+        _require_quality(out, advice.point, job)
     return Searched(out, tuple(points), advice, record, out / SEARCH_HTML)
 
 
@@ -136,7 +146,29 @@ def job_of_search(model: str, recipe: Search, options: Mapping[str, Any], *, bas
         _require_local(listed(recipe.tasks))
     schemes = [scheme for scheme in precisions_of(recipe) if scheme]
     tried = {"sparsity": max(sparsities_of(recipe)), "quantize": schemes}
-    return job_of(model, {**options, **tried}, base=base)
+    job = job_of(model, {**options, **tried}, base=base)
+    if not job.export.baseline:
+        raise NirvanaError(
+            "A search compares with the dense model, and --no-baseline leaves it out.",
+            hint="Leave --no-baseline out.",
+        )
+    return job
+
+
+def _require_timed(job: Job, recipe: Search, target: Target) -> None:
+    """Raise NirvanaError for a limit on time in a search that times nothing."""
+    if not target.on_time:
+        return
+    if untimed(job):
+        raise NirvanaError(
+            f"A limit on time needs times. {UNTIMED}.", hint="Leave out the limit on time, or --dtype bf16."
+        )
+    dense = 0.0 in sparsities_of(recipe) and None in precisions_of(recipe)
+    if not (dense and job.measurement.run_benchmark):
+        raise NirvanaError(
+            "A limit on time needs the dense model in float, timed beside the others.",
+            hint="Add 0 to --sparsity and none to --precision, and leave --no-benchmark out.",
+        )
 
 
 def cuts_in(base: Job, recipe: Search) -> list[Point]:
@@ -157,23 +189,35 @@ def _shared(job: Job, model: Mapping[str, Any]) -> dict[str, Any]:
     return {"files": model["files"], "options": options}
 
 
-def _points(run: Run, base: Job, key: str, recipe: Search) -> list[Found]:
-    """Every point of this part: from disk where it is there, else made."""
+def _points(run: Run, base: Job, key: str, recipe: Search, *, anew: bool) -> list[Found]:
+    """Every point of this part: from disk where it is there and not wanted ``anew``, else made."""
     schemes, cuts = precisions_of(recipe), cuts_in(base, recipe)  # before any work
     dense = [Point(0.0, scheme) for scheme in schemes if 0.0 in sparsities_of(recipe)]
     wanted = [*dense, *(replace(cut, scheme=scheme) for cut in cuts for scheme in schemes)]
+    if anew:
+        _forget_points(run)
     known = _known(run, key, wanted)
     first = next((replace(point, scheme=None) for point in known if point.sparsity), cuts[0])
     missing = dict.fromkeys(
         replace(point, scheme=None) if point.sparsity else first for point in wanted if point not in known
     )
-    failed = make_cuts(cuts_of(run.out, base, cuts, missing, first), recipe, run.progress)
+    asked = cuts_of(run.out, base, cuts, missing, first)
+    failed = make_cuts(asked, recipe, run.progress, anew=anew)
+    if len(failed) < len(asked):
+        run.keep()
     for point in wanted:
         if point not in known:
             folder = point.cut if point.sparsity else first.cut
             known[point] = found_in(run.out, folder, key, point, failed=failed.get(folder))
             _write(run, known[point])
     return [known[point] for point in wanted]
+
+
+def _forget_points(run: Run) -> None:
+    """Remove what an earlier search found, so that a killed one does not go on from it."""
+    for name in run.manifest["makes"]:
+        if name.startswith(f"{POINTS}/"):
+            owned.remove(run.out, name)
 
 
 def _known(run: Run, key: str, wanted: Sequence[Point]) -> dict[Point, Found]:
@@ -206,6 +250,9 @@ def _timed(run: Run, points: Sequence[Found], base: Job) -> tuple[dict[str, Foun
     """Time the points that are worth it against the dense model."""
     worth = worth_timing(points)
     if not base.measurement.run_benchmark or not any(one.name == DENSE for one in worth):
+        return {}, None
+    if untimed(base):
+        run.progress.note(UNTIMED)
         return {}, None
     timed, record = timed_points(run.out, worth, workload_of(base.measurement), progress=run.progress)
     with run.writing(BENCHMARK_FILE) as path:
@@ -245,3 +292,10 @@ def _require_verified(out: Path, found: Found) -> None:
             f"{found.name} is recommended, and {failed[0]} of {found.folder} did not pass.",
             hint=f"nirvana-deploy verify {out / found.folder}",
         )
+
+
+def _require_quality(out: Path, found: Found, job: Job) -> None:
+    """Raise QualityError where the recommended point misses a limit that the job requires."""
+    known = read_json(out / found.folder / QUALITY_FILE, QualityRecord)["variants"]
+    named = {name: quality for name, quality in known.items() if name in {DENSE, found.variant.name}}
+    require_quality(named, job.measurement)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from nirvana_deploy.base.artifact import write_json
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, QualityError
+from nirvana_deploy.base.ownership.marker import require_apart
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import MANIFEST, TARGET_FILE
-from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.run import Run, require_free
+from nirvana_deploy.pipeline.before import UNTIMED, read_files, untimed
 from nirvana_deploy.pipeline.job import Job, JobOptions, job_of
 from nirvana_deploy.pipeline.prune_export import Deployment, run_job, workload_of
 from nirvana_deploy.pipeline.searching.points import found_in, timed_points
@@ -33,6 +38,15 @@ TRIALS = "-trials"
 """What the folder of the cuts that are tried is called, behind the name of the output folder."""
 _FIRST = 0.2
 """The sparsity that is tried first."""
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """What timing a trial found, in its folder."""
+
+    schema: int
+    workload: Workload
+    trials: tuple[Found, ...]
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,8 @@ def meet_target(
 
     Limits on quality alone: the most sparse model that meets them; limits on time or size: the least sparse.
     They are those of the one scheme of ``quantize``, if any. Cuts are tried in a folder beside ``out``, which
-    goes when all is done. Raises NirvanaError where no sparsity meets the target, with what comes nearest.
+    goes when all is done. Raises NirvanaError where no sparsity meets the target, with what comes nearest,
+    and QualityError where the one that is found misses what the job requires.
     """
     job = job_of_target(model, target, options)
     source = resolve_model(model, progress=progress)
@@ -81,16 +96,26 @@ def meet_target(
     if chosen is None:
         raise _unmet(trials, target, out)
     progress.note(f"Sparsity {chosen.sparsity:g} meets the budget: {said(chosen)}")
-    done = run_job(
-        _at(job, chosen.sparsity),
-        out=out,
-        resume=resume,
-        force=force,
-        command=command,
-        beside=(folder / chosen.folder,),
-        progress=progress,
-    )
-    with Run.open(out, writing=True, progress=progress) as run, run.writing(TARGET_FILE) as path:
+    try:
+        done = run_job(
+            _at(job, chosen.sparsity),
+            out=out,
+            resume=resume,
+            force=force,
+            command=command,
+            beside=(folder / chosen.folder,),
+            progress=progress,
+        )
+    except QualityError:  # it is made all the same
+        _finish(out, folder, target, chosen, trials)
+        raise
+    _finish(out, folder, target, chosen, trials)
+    return Met(done, chosen, tuple(trials))
+
+
+def _finish(out: Path, folder: Path, target: Target, chosen: Found, trials: Sequence[Found]) -> None:
+    """Write down what was tried, and remove it."""
+    with Run.open(out, writing=True) as run, run.writing(TARGET_FILE) as path:
         record = {
             "schema": 1,
             "target": target.asked,
@@ -99,7 +124,6 @@ def meet_target(
         }
         write_json(path, record)
     _discard(folder, trials)
-    return Met(done, chosen, tuple(trials))
 
 
 def job_of_target(model: str, target: Target, options: Mapping[str, Any]) -> Job:
@@ -120,6 +144,11 @@ def job_of_target(model: str, target: Target, options: Mapping[str, Any]) -> Job
             f"A budget is one model's, and --quantize names {len(job.quantization.quantize)} schemes.",
             hint="Name one of them, or compare them: nirvana-deploy search MODEL",
         )
+    if target.on_time and untimed(job):
+        raise NirvanaError(
+            f"A limit on time needs times. {UNTIMED}.",
+            hint="Limit quality or size, or leave out --dtype bf16.",
+        )
     measured = replace(job.export, baseline=True)
     return replace(job, export=measured, quantization=replace(job.quantization, baseline_quantized=True))
 
@@ -128,24 +157,19 @@ def _tried(
     job: Job, target: Target, out: Path, most: float, *, resume: bool, force: bool, progress: Progress
 ) -> tuple[list[Found], Path]:
     """The dense model and the cuts that were tried, and the folder that they are in."""
-    if out.exists() and not (resume or force) and any(out.iterdir()):
-        raise NirvanaError(
-            f"{out} exists already.",
-            hint="Pass --resume to continue it, --force to start again, or another --out.",
-        )
-    folder = out.with_name(f"{out.name}{TRIALS}")
+    folder = folder_of_trials(job, out, resume=resume, force=force)
     scheme = next(iter(job.quantization.quantize), None)
     first: Path | None = None
     trials: list[Found] = []
     tried: float | None = min(_FIRST, most)
     while tried is not None:
         place = f"s{tried:g}"
-        with progress.within(place):
+        with progress.within(place), suppress(QualityError):  # of what is chosen, not of what is tried
             run_job(
                 _at(job, tried),
                 out=folder / place,
                 until="quality",
-                resume=(folder / place / MANIFEST).is_file() and not force,
+                resume=resume and (folder / place / MANIFEST).is_file(),
                 force=force,
                 beside=(first,) if first else (),
                 progress=progress,
@@ -154,13 +178,42 @@ def _tried(
         points = [Point(0.0), Point(0.0, scheme), Point(tried, scheme)]
         found = [found_in(folder, place, "", point) for point in dict.fromkeys(points)]
         if target.on_time:
-            found, _ = timed_points(folder, found, workload_of(job.measurement), progress=progress)
+            found = _timed(folder / place, found, workload_of(job.measurement), resume, progress)
         trials = [*(trials or found[-2:-1]), found[-1]]
         load = loads(found[-1], target)
         used = [f"{share:.0%} of its {kind}" for kind, share in vars(load).items() if share is not None]
         progress.note(f"Sparsity {tried:g} takes {' and '.join(used)} budget: {said(found[-1])}")
         tried = next_sparsity(trials, target, most=most)
     return trials, folder
+
+
+def folder_of_trials(job: Job, out: Path, *, resume: bool, force: bool) -> Path:
+    """Where cuts are tried; raises NirvanaError unless that, and ``out``, may be written."""
+    require_apart(out, reads=read_files(job), replaced=False)
+    require_free(out, resume=resume, force=force)
+    folder = out.with_name(f"{out.name}{TRIALS}")
+    if folder.is_dir() and owned.occupied(folder) and not (resume or force):
+        raise NirvanaError(
+            f"{folder} exists already. It holds cuts that were tried for {out.name}.",
+            hint="Pass --resume to go on from them, --force to start again, or another --out DIR.",
+        )
+    return folder
+
+
+def _timed(
+    place: Path, found: list[Found], workload: Workload, resume: bool, progress: Progress
+) -> list[Found]:
+    """The points of the cut in ``place``, timed; a resumed search keeps the times that it went by."""
+    path = place / TARGET_FILE
+    if resume and path.is_file():
+        kept = read_json(path, _Timing, schema=1)
+        before = [replace(one, tpot_ms=None, speedup=None, speedup_interval=None) for one in kept.trials]
+        if kept.workload == workload and before == found:
+            return list(kept.trials)
+    timed, _ = timed_points(place.parent, found, workload, progress=progress)
+    with Run.open(place, writing=True) as run, run.writing(TARGET_FILE) as file:
+        write_json(file, asdict(_Timing(1, workload, tuple(timed))))
+    return timed
 
 
 def _most(recipe: Pruning, shape: ModelShape) -> float:
@@ -203,7 +256,7 @@ def _unmet(trials: list[Found], target: Target, out: Path) -> NirvanaError:
     )
 
 
-def _discard(folder: Path, trials: list[Found]) -> None:
+def _discard(folder: Path, trials: Sequence[Found]) -> None:
     """Remove the cuts that were tried, and nothing else."""
     for name in dict.fromkeys(one.folder for one in trials):
         owned.discard(folder / name)
