@@ -295,7 +295,9 @@ def _require_verified(out: Path, found: Found) -> None:
 
 
 def _require_quality(out: Path, found: Found, job: Job) -> None:
-    """Raise QualityError where the recommended point misses a limit that the job requires."""
+    """Raise QualityError where the recommended point, a cut, misses a limit that the job requires."""
+    if not found.sparsity:
+        return
     known = read_json(out / found.folder / QUALITY_FILE, QualityRecord)["variants"]
     named = {name: quality for name, quality in known.items() if name in {DENSE, found.variant.name}}
     require_quality(named, job.measurement)
