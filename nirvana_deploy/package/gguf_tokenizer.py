@@ -91,6 +91,7 @@ class _Step(TypedDict, total=False):
     type: Required[str]
     pretokenizers: list[_Step]
     normalizers: list[_Step]
+    processors: list[_Step]
     pattern: dict[str, str]
     single: list[dict[str, Any]]
 
@@ -215,13 +216,21 @@ def _special_ids(folder: Path, tokenizer: Mapping[str, Any], config: Mapping[str
         stops.sort(key=lambda stop: stop != of_tokenizer["eos"])
     for name, stop in zip(("eos", "eot", "eom"), stops, strict=False):  # it has no room for more
         found[f"tokenizer.ggml.{name}_token_id"] = stop
-    template = (tokenizer.get("post_processor") or {}).get("single") or []
-    found["tokenizer.ggml.add_bos_token"] = bool(template) and "SpecialToken" in template[0]
+    found["tokenizer.ggml.add_bos_token"] = _begins_texts(tokenizer)
     chat = folder / "chat_template.jinja"
     text = read_text(chat) if chat.is_file() else settings.get("chat_template")
     if isinstance(text, str):
         found["tokenizer.chat_template"] = text
     return found
+
+
+def _begins_texts(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a special token goes before every text, by the template among the post-processors."""
+    outer = tokenizer.get("post_processor") or {}
+    for step in outer.get("processors", [outer]):
+        if template := step.get("single"):
+            return "SpecialToken" in template[0]
+    return False
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

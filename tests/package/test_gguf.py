@@ -106,7 +106,10 @@ ARCHITECTURES = {
 def byte_level(pre_tokenizer: Any, *, bos: bool = False, ignore_merges: bool = False) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
-    return _trained(tokenizer, pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>"], bos=bos)
+    trained = _trained(tokenizer, pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>"], bos=bos)
+    if bos:  # as Llama 3 has it
+        trained.post_processor = processors.Sequence([processors.ByteLevel(), trained.post_processor])
+    return trained
 
 
 def sentencepiece_like() -> Tokenizer:
