@@ -16,26 +16,10 @@ from typing import Any, Required, TypedDict
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json, read_text, typed
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.gguf.cuts import BY_PATTERN, WHOLE_WORDS_FIRST
 from nirvana_deploy.model.text.stops import special_ids, stop_ids
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_NUMBERS_OF = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_BY_PATTERN = {
-    _NUMBERS_OF % "{1,3}": "llama-bpe",
-    _NUMBERS_OF % "": "qwen2",
-    _TEKKEN: "tekken",
-}
-"""How a Split step cuts text -> llama.cpp's name of it."""
-_WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")
-"""Names under which llama.cpp takes a word that is a token without merging (``ignore_merges``)."""
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _HINT = "Deploy the ONNX folder instead: nirvana-deploy export CHECKPOINT --out DIR"
 _LONG_AGO = -1e6
@@ -130,8 +114,8 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
         if kinds == ["Digits", "ByteLevel"] and own_words and steps[0].get("individual_digits"):
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and not own_words and steps[0].get("behavior") == "Isolated":
-            name = _BY_PATTERN.get(steps[0].get("pattern", {}).get("Regex"))
-            if name and bool(tokenizer["model"].get("ignore_merges")) == (name in _WHOLE_WORDS_FIRST):
+            name = BY_PATTERN.get(steps[0].get("pattern", {}).get("Regex"))
+            if name and bool(tokenizer["model"].get("ignore_merges")) == (name in WHOLE_WORDS_FIRST):
                 return name
     raise NirvanaError(
         f"The pre-tokenizer of tokenizer.json is not one that llama.cpp knows by name: {outer!r}.", hint=_HINT

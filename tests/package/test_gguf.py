@@ -41,11 +41,11 @@ from transformers import (
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.package import package
 from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint, load_tokenizer
+from nirvana_deploy.model.gguf.cuts import BY_PATTERN
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.package.gguf_export import gguf_from_checkpoint
 from nirvana_deploy.package.gguf_layout import pairs_adjacent
-from nirvana_deploy.package.gguf_tokenizer import _BY_PATTERN
 from nirvana_deploy.package.stage import package_gguf
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan
@@ -167,7 +167,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
             bos=name == "llama-bpe",
             ignore_merges=name != "qwen2",
         )
-        for pattern, name in _BY_PATTERN.items()
+        for pattern, name in BY_PATTERN.items()
     },
     "sentencepiece": sentencepiece_like,
 }
