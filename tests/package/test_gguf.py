@@ -411,6 +411,13 @@ def test_the_command_packages_a_checkpoint(checkpoint: Path, tmp_path: Path) -> 
     forced = CliRunner().invoke(package, [*words, "--force"])
     assert forced.exit_code == 0 and "kB of f32" in forced.stdout
     assert CliRunner().invoke(package, [str(checkpoint)]).exit_code == 2
+    for wrong, told in (
+        (["--gguf", "--name", "x"], "--name goes with --triton."),
+        (["--openvino", "--type", "f16"], "--type goes with --gguf."),
+        (["--speculative", "--name", "x"], "--name goes with --triton."),
+    ):
+        refused = CliRunner().invoke(package, [str(checkpoint), *wrong])
+        assert refused.exit_code == 2 and told in refused.stderr
     inside = CliRunner().invoke(package, words[:-2])
     assert isinstance(inside.exception, NirvanaError) and "with --out" in str(inside.exception.hint)
     (tmp_path / "empty").mkdir()
