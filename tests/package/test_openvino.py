@@ -93,7 +93,7 @@ def test_its_tokenizer_and_template_are_those_of_transformers(onnx_folder: Path,
 
 
 @pytest.mark.parametrize("own", [None, {"eos_token_id": 7, "top_k": 5}])
-def test_every_stop_id_is_openvinos_too(
+def test_every_stop_id_ends_its_answers(
     onnx_folder: Path, own: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     source = tmp_path / "onnx"
