@@ -97,8 +97,8 @@ class LlamaCppDecoder:
         if self._cache_tokens < min(wanted_tokens, self._trained_tokens):
             raise NoRoomError(
                 f"The cache made in llama.cpp here holds {self._cache_tokens:,} tokens, though the model's "
-                f"context is {self._trained_tokens:,}, and {wanted_tokens:,} are asked for, prompt and answer "
-                "together.",
+                f"context is {self._trained_tokens:,}, and {wanted_tokens:,} are asked for, prompt and "
+                "answer together.",
                 hint="Give a shorter prompt, ask for fewer tokens, or run the file in llama.cpp itself: "
                 f"llama-cli -c {wanted_tokens}",
             )
