@@ -12,7 +12,7 @@ from nirvana_deploy.package.recipe import Package
 
 from .arguments import OUTPUT_OR_MODEL
 from .common import TerminalProgress, echo, echo_json, echo_table
-from .options import ShownOption, json_option, recipe_options, taken
+from .options import ShownOption, json_option, recipe_options, taken, typed
 
 
 @click.command("package")
@@ -54,11 +54,16 @@ def package(
       nirvana-deploy package t5-s0.3 --triton --engine t5-s0.3/engine/pruned-decoder.engine
       nirvana-deploy package smollm2-s0.4 --speculative --target dense --draft pruned-w4
     """
+    given_options = typed(options)
     recipe = taken(Package, options)
     if [recipe.gguf, recipe.triton, recipe.openvino, recipe.speculative].count(True) != 1:
         raise click.UsageError("Pass one of --gguf, --triton, --openvino and --speculative.")
     if recipe.engines and not recipe.triton:
         raise click.UsageError("--engine goes with --triton.")
+    if "weight_type" in given_options and not recipe.gguf:
+        raise click.UsageError("--type goes with --gguf.")
+    if "name" in given_options and not recipe.triton:
+        raise click.UsageError("--name goes with --triton.")
     of_pair = {
         "--target": recipe.target_model,
         "--draft": recipe.draft_model,

@@ -222,7 +222,7 @@ def test_functions_take_few_parameters() -> None:
 
 def test_a_family_is_named_in_its_file_and_in_the_aliases() -> None:
     """llama.cpp has names of its own for tokenizers, and some of them are those of families."""
-    home = ("model.families", "model.sources", "package.gguf_tokenizer")
+    home = ("model.families", "model.sources", "model.gguf.cuts", "package.gguf_tokenizer")
     assert namers(set(FAMILIES), home=home) == set()
 
 

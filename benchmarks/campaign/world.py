@@ -184,10 +184,10 @@ def _model(inputs: Path) -> Outcome:
 
 def _mergeable(file: Path) -> None:
     """Let a byte-level tokenizer be one that llama.cpp knows: words cut as Llama 3 does, and one merge."""
-    from nirvana_deploy.package.gguf_tokenizer import _BY_PATTERN
+    from nirvana_deploy.model.gguf.cuts import BY_PATTERN
 
     tokenizer = json.loads(file.read_text())
-    pattern = next(pattern for pattern, name in _BY_PATTERN.items() if name == "llama-bpe")
+    pattern = next(pattern for pattern, name in BY_PATTERN.items() if name == "llama-bpe")
     tokenizer["pre_tokenizer"] = {
         "type": "Sequence",
         "pretokenizers": [

@@ -6,6 +6,7 @@ to 8 bits in blocks of 32 (benchmarks/NOTES.md).
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,8 +39,12 @@ from nirvana_deploy.package.gguf_tokenizer import tokenizer_metadata
 GGUF_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 """Weight types by the names of llama.cpp's command line -> gguf-py's name."""
 _SCHEMA = 1
-"""Under SCHEMA_KEY, which llama.cpp does not read: by it a file of ours is known."""
-_HEADER_BYTES = 4096
+"""Under SCHEMA_KEY, which llama.cpp does not read."""
+_SEAL_KEY = "nirvana_deploy.sha256"
+_UNSEALED = b"0" * 64
+"""What stands under _SEAL_KEY while the sha256 of the file is taken, which then takes its place: by it a file
+of ours is known. llama-quantize copies the key, and then it is no longer true."""
+_HEADER_BYTES, _BLOCK_BYTES = 4096, 1 << 20
 _IN_BLOCKS = ("q8_0", "q4_0")
 _TABLES = ("token_embd.weight", "output.weight")
 """Embedding and head; beside 4-bit linears they take 8 bits, as they lose most by 4 (benchmarks/NOTES.md)."""
@@ -88,6 +93,7 @@ def gguf_from_checkpoint(
         writer = gguf.GGUFWriter(partial, architecture.name)
         try:
             writer.add_uint32(SCHEMA_KEY, _SCHEMA)
+            writer.add_string(_SEAL_KEY, _UNSEALED.decode())
             _add_metadata(gguf, writer, architecture, values | rope.metadata | settings)
             _add_plain(writer, tokenizer_metadata(checkpoint))
             writer.add_name(out.stem)
@@ -97,6 +103,7 @@ def gguf_from_checkpoint(
             _write_tensors(gguf, writer, tensors, kinds, progress)
         finally:
             writer.close()
+        _seal(partial)
     return GgufFile(
         path=out,
         architecture=architecture.name,
@@ -107,10 +114,40 @@ def gguf_from_checkpoint(
 
 
 def wrote_gguf(path: Path) -> bool:
-    """Whether this tool wrote a GGUF file: its header says so, right behind the architecture."""
+    """Whether this tool wrote a GGUF file, every byte of it: it holds its own sha256."""
     with path.open("rb") as file:
         header = file.read(_HEADER_BYTES)
-    return header.startswith(b"GGUF") and SCHEMA_KEY.encode() in header
+    place = _place_of_seal(header)
+    if not header.startswith(b"GGUF") or place is None:
+        return False
+    return header[place : place + len(_UNSEALED)] == _digest(path, place)
+
+
+def _seal(path: Path) -> None:
+    """Put the sha256 of a written file into its header."""
+    with path.open("r+b") as file:
+        place = _place_of_seal(file.read(_HEADER_BYTES))
+        assert place is not None
+        file.seek(place)
+        file.write(_digest(path, place))
+
+
+def _place_of_seal(header: bytes) -> int | None:
+    """Where the text under _SEAL_KEY begins: behind the key, its type (4 bytes) and the length (8 bytes)."""
+    key = header.find(_SEAL_KEY.encode())
+    place = key + len(_SEAL_KEY) + 12
+    return None if key < 0 or place + len(_UNSEALED) > len(header) else place
+
+
+def _digest(path: Path, place: int) -> bytes:
+    """The sha256 of a file, in hex, as if it were not sealed."""
+    with path.open("rb") as file:
+        header = bytearray(file.read(_HEADER_BYTES))
+        header[place : place + len(_UNSEALED)] = _UNSEALED
+        digest = hashlib.sha256(header)
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest().encode()
 
 
 def _gguf() -> Any:

@@ -16,26 +16,10 @@ from typing import Any, Required, TypedDict
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json, read_text, typed
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.gguf.cuts import BY_PATTERN, WHOLE_WORDS_FIRST
 from nirvana_deploy.model.text.stops import special_ids, stop_ids
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_NUMBERS_OF = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_BY_PATTERN = {
-    _NUMBERS_OF % "{1,3}": "llama-bpe",
-    _NUMBERS_OF % "": "qwen2",
-    _TEKKEN: "tekken",
-}
-"""How a Split step cuts text -> llama.cpp's name of it."""
-_WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")
-"""Names under which llama.cpp takes a word that is a token without merging (``ignore_merges``)."""
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _HINT = "Deploy the ONNX folder instead: nirvana-deploy export CHECKPOINT --out DIR"
 _LONG_AGO = -1e6
@@ -91,6 +75,7 @@ class _Step(TypedDict, total=False):
     type: Required[str]
     pretokenizers: list[_Step]
     normalizers: list[_Step]
+    processors: list[_Step]
     pattern: dict[str, str]
     single: list[dict[str, Any]]
 
@@ -129,8 +114,8 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
         if kinds == ["Digits", "ByteLevel"] and own_words and steps[0].get("individual_digits"):
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and not own_words and steps[0].get("behavior") == "Isolated":
-            name = _BY_PATTERN.get(steps[0].get("pattern", {}).get("Regex"))
-            if name and bool(tokenizer["model"].get("ignore_merges")) == (name in _WHOLE_WORDS_FIRST):
+            name = BY_PATTERN.get(steps[0].get("pattern", {}).get("Regex"))
+            if name and bool(tokenizer["model"].get("ignore_merges")) == (name in WHOLE_WORDS_FIRST):
                 return name
     raise NirvanaError(
         f"The pre-tokenizer of tokenizer.json is not one that llama.cpp knows by name: {outer!r}.", hint=_HINT
@@ -215,13 +200,21 @@ def _special_ids(folder: Path, tokenizer: Mapping[str, Any], config: Mapping[str
         stops.sort(key=lambda stop: stop != of_tokenizer["eos"])
     for name, stop in zip(("eos", "eot", "eom"), stops, strict=False):  # it has no room for more
         found[f"tokenizer.ggml.{name}_token_id"] = stop
-    template = (tokenizer.get("post_processor") or {}).get("single") or []
-    found["tokenizer.ggml.add_bos_token"] = bool(template) and "SpecialToken" in template[0]
+    found["tokenizer.ggml.add_bos_token"] = _begins_texts(tokenizer)
     chat = folder / "chat_template.jinja"
     text = read_text(chat) if chat.is_file() else settings.get("chat_template")
     if isinstance(text, str):
         found["tokenizer.chat_template"] = text
     return found
+
+
+def _begins_texts(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a special token goes before every text, by the template among the post-processors."""
+    outer = tokenizer.get("post_processor") or {}
+    for step in outer.get("processors", [outer]):
+        if template := step.get("single"):
+            return "SpecialToken" in template[0]
+    return False
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nirvana_deploy.base.artifact import files_under, whole_folder
+from nirvana_deploy.base.artifact import files_under, whole_folder, write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.resources import require_free_bytes
+from nirvana_deploy.model.text.stops import GENERATION_CONFIG, stop_ids
 from nirvana_deploy.model.text.tokenizer import tokenizer_in
 from nirvana_deploy.runtime.openvino.installed import openvino_module
 from nirvana_deploy.runtime.openvino.session import read_portable
@@ -21,7 +24,7 @@ from nirvana_deploy.runtime.openvino.stateful import keep_cache_inside
 
 MODEL, TOKENIZER, DETOKENIZER = (f"openvino_{name}.xml" for name in ("model", "tokenizer", "detokenizer"))
 """As openvino-genai looks for them; each has its weights beside it, ``.bin``."""
-_COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -65,5 +68,16 @@ def openvino_from_onnx(onnx_folder: Path, out: Path, *, progress: Progress = SIL
         for file in (onnx_folder / name for name in _COPIED):
             if file.is_file():
                 shutil.copy(file, folder)
+        if settings := _generation_settings(onnx_folder):
+            write_json(folder / GENERATION_CONFIG, settings)
         advance(1)
     return OpenVinoFolder(out, sum(file.stat().st_size for file in files_under(out)))
+
+
+def _generation_settings(onnx_folder: Path) -> dict[str, Any]:
+    """What openvino-genai takes stop ids from: generation_config.json, with those that any file names."""
+    own = onnx_folder / GENERATION_CONFIG
+    settings = read_json(own, dict[str, Any]) if own.is_file() else {}
+    if stops := stop_ids(onnx_folder):
+        settings["eos_token_id"] = list(stops) if len(stops) > 1 else stops[0]
+    return settings

@@ -81,6 +81,8 @@ class TritonPythonModel:
         parameters = self._genai.GeneratorParams(self._model)
         length = min(len(prompt) + max_tokens, self._context_tokens)
         search = {"max_length": length, "do_sample": bool(sampling), **sampling}
+        if not sampling:  # greedy means the largest logit; the author's penalty belongs to his sampling
+            search["repetition_penalty"] = 1.0
         if random_seed is not None:
             search["random_seed"] = random_seed
         parameters.set_search_options(**search)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.machine import default_threads
 from nirvana_deploy.base.reading import require_file
-from nirvana_deploy.runtime.runner import checked_prompts, require_context
+from nirvana_deploy.runtime.runner import NoRoomError, checked_prompts, require_context
 
 _CACHE_TOKENS = 4096
 """The most that the KV cache is made for, all of it at once; less where the model's context is shorter."""
@@ -34,8 +34,10 @@ class LlamaCppDecoder:
         self._model = self._loaded(path)
         self.vocab_size: int = self._model.n_vocab()
         said = self._model.metadata
-        trained_tokens = said.get(f"{said.get('general.architecture')}.context_length", _CACHE_TOKENS)
-        self.context_tokens = min(int(self._model.n_ctx()), int(trained_tokens))
+        self._cache_tokens = int(self._model.n_ctx())
+        trained = said.get(f"{said.get('general.architecture')}.context_length", self._cache_tokens)
+        self._trained_tokens = int(trained)
+        self.context_tokens = min(self._cache_tokens, self._trained_tokens)
 
     def _loaded(self, path: Path) -> Any:
         try:
@@ -76,19 +78,31 @@ class LlamaCppDecoder:
             attention_mask,
             answer,
             vocab_size=self.vocab_size,
-            context_tokens=self.context_tokens,
         )
         if len(tokens) > 1:
             raise NirvanaError(
                 f"llama.cpp reads one sequence at a time here, and {len(tokens)} were given.",
                 hint="--batch-size 1",
             )
+        self._require_room(int(mask.sum()))
         return self._pass(tokens[0][mask[0] == 1], 0)
 
     def decode(self, tokens: NDArray[np.int64], state: int) -> tuple[NDArray[np.float32], int]:
         """Read one more token [1, 1]; returns logits [1, 1, V] and the tokens read."""
-        require_context(state + tokens.shape[1], self.context_tokens)
+        self._require_room(state + tokens.shape[1])
         return self._pass(tokens[0], state)
+
+    def _require_room(self, wanted_tokens: int) -> None:
+        """Raise NoRoomError for a sequence longer than the cache or, if that is shorter, the context."""
+        if self._cache_tokens < min(wanted_tokens, self._trained_tokens):
+            raise NoRoomError(
+                f"The cache made in llama.cpp here holds {self._cache_tokens:,} tokens, though the model's "
+                f"context is {self._trained_tokens:,}, and {wanted_tokens:,} are asked for, prompt and "
+                "answer together.",
+                hint="Give a shorter prompt, ask for fewer tokens, or run the file in llama.cpp itself: "
+                f"llama-cli -c {wanted_tokens}",
+            )
+        require_context(wanted_tokens, self._trained_tokens)
 
     def _pass(self, tokens: NDArray[np.int64], state: int) -> tuple[NDArray[np.float32], int]:
         self._model.n_tokens = state  # what lies behind it in the cache is dropped

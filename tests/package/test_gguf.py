@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from builders.extras import needs
+from builders.gguf_files import rewritten
 from builders.llama_cpp import (
     CONSUMER_VERSION,
     REAL_PROMPTS,
@@ -41,11 +42,11 @@ from transformers import (
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.package import package
 from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint, load_tokenizer
+from nirvana_deploy.model.gguf.cuts import BY_PATTERN
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.model.weights import SafetensorsWeights
-from nirvana_deploy.package.gguf_export import gguf_from_checkpoint
+from nirvana_deploy.package.gguf_export import gguf_from_checkpoint, wrote_gguf
 from nirvana_deploy.package.gguf_layout import pairs_adjacent
-from nirvana_deploy.package.gguf_tokenizer import _BY_PATTERN
 from nirvana_deploy.package.stage import package_gguf
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import make_plan
@@ -106,7 +107,10 @@ ARCHITECTURES = {
 def byte_level(pre_tokenizer: Any, *, bos: bool = False, ignore_merges: bool = False) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
-    return _trained(tokenizer, pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>"], bos=bos)
+    trained = _trained(tokenizer, pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>"], bos=bos)
+    if bos:  # as Llama 3 has it
+        trained.post_processor = processors.Sequence([processors.ByteLevel(), trained.post_processor])
+    return trained
 
 
 def sentencepiece_like() -> Tokenizer:
@@ -164,7 +168,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
             bos=name == "llama-bpe",
             ignore_merges=name != "qwen2",
         )
-        for pattern, name in _BY_PATTERN.items()
+        for pattern, name in BY_PATTERN.items()
     },
     "sentencepiece": sentencepiece_like,
 }
@@ -408,11 +412,39 @@ def test_the_command_packages_a_checkpoint(checkpoint: Path, tmp_path: Path) -> 
     forced = CliRunner().invoke(package, [*words, "--force"])
     assert forced.exit_code == 0 and "kB of f32" in forced.stdout
     assert CliRunner().invoke(package, [str(checkpoint)]).exit_code == 2
+    for wrong, told in (
+        (["--gguf", "--name", "x"], "--name goes with --triton."),
+        (["--openvino", "--type", "f16"], "--type goes with --gguf."),
+        (["--speculative", "--name", "x"], "--name goes with --triton."),
+    ):
+        refused = CliRunner().invoke(package, [str(checkpoint), *wrong])
+        assert refused.exit_code == 2 and told in refused.stderr
     inside = CliRunner().invoke(package, words[:-2])
     assert isinstance(inside.exception, NirvanaError) and "with --out" in str(inside.exception.hint)
     (tmp_path / "empty").mkdir()
     with pytest.raises(NirvanaError, match=r"no checkpoint/config\.json"):
         package_gguf(tmp_path / "empty")
+
+
+def test_what_others_made_of_a_file_of_ours_is_not_ours(checkpoint: Path, tmp_path: Path) -> None:
+    """llama-quantize copies every key; a copy of the whole file is the file."""
+    ours = package_gguf(checkpoint, tmp_path / "ours.gguf", weight_type="f32").path
+    same = shutil.copyfile(ours, tmp_path / "same.gguf")
+    retyped = rewritten(ours, tmp_path / "retyped.gguf", extra={"general.file_type": 1})
+    norm = {"output_norm.weight": np.full(48, 0.5, dtype=np.float32)}
+    trained = rewritten(ours, tmp_path / "trained.gguf", tensors=norm)
+    flipped, cut = tmp_path / "flipped.gguf", tmp_path / "cut.gguf"
+    data = ours.read_bytes()
+    flipped.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    cut.write_bytes(data[:-32])
+    for theirs in (retyped, trained, flipped, cut):
+        before = theirs.read_bytes()
+        assert b"nirvana_deploy.schema" in before
+        with pytest.raises(NirvanaError, match="did not write it"):
+            package_gguf(checkpoint, theirs, weight_type="f32", force=True)
+        assert theirs.read_bytes() == before
+    assert package_gguf(checkpoint, same, weight_type="f16", force=True).path == same
+    assert wrote_gguf(same) and same.read_bytes() != data
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer
+from nirvana_deploy.model.text.stops import stop_ids
 from nirvana_deploy.package.openvino import openvino_from_onnx
 from nirvana_deploy.package.stage import package_openvino
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
@@ -88,6 +90,22 @@ def test_its_tokenizer_and_template_are_those_of_transformers(onnx_folder: Path,
         assert theirs.decode(ids) == text
     asked = [{"role": "user", "content": "Hi"}]
     assert theirs.apply_chat_template(asked, add_generation_prompt=True) == "<s>Hi: "
+
+
+@pytest.mark.parametrize("own", [None, {"eos_token_id": 7, "top_k": 5}])
+def test_every_stop_id_ends_its_answers(
+    onnx_folder: Path, own: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    source = tmp_path / "onnx"
+    shutil.copytree(onnx_folder, source)
+    (source / "generation_config.json").unlink(missing_ok=True)
+    if own is not None:
+        (source / "generation_config.json").write_text(json.dumps(own))
+    folder = openvino_from_onnx(source, tmp_path / "openvino").path
+    read = openvino_genai.GenerationConfig(str(folder / "generation_config.json"))
+    assert read.stop_token_ids | {read.eos_token_id} == set(stop_ids(source))
+    assert len(stop_ids(source)) == (1 if own is None else 2)
+    assert read.top_k == 5 or own is None
 
 
 def test_the_command_writes_it_and_says_how_to_run_it(onnx_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,30 @@ def test_the_decode_model_says_what_the_onnx_folder_says(model: Any, onnx_folder
     chat = ask(model, text_input="hello", max_tokens=4, chat=True).sent[0]
     plain = ask(model, text_input="<s>hello: ", max_tokens=4).sent[0]
     assert chat.of("token_ids").tolist() == plain.of("token_ids").tolist()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_greedy_knows_no_penalty_of_the_author(
+    model: Any, onnx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(onnx_folder, tmp_path / "onnx")
+    settings = json.loads((tmp_path / "onnx/genai_config.json").read_text())
+    settings["search"]["repetition_penalty"] = 50.0
+    (tmp_path / "onnx/genai_config.json").write_text(json.dumps(settings))
+    made = triton_from_onnx(tmp_path / "onnx", tmp_path / "repository", name="tiny").path
+    config = parsed(made, "tiny")
+    pretend_triton(monkeypatch, config)
+    punished = load(made / "tiny/1/model.py").TritonPythonModel()
+    punished.initialize(arguments(made, config))
+
+    def tokens(of: Any, **options: float) -> list[int]:
+        [answer] = ask(of, text_input=TEXT, max_tokens=12, **options).sent
+        found: list[int] = answer.of("token_ids").tolist()
+        return found
+
+    assert tokens(punished) == tokens(model)
+    assert tokens(punished, top_k=1) != tokens(model, top_k=1)  # sampling keeps it
+    punished.finalize()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -15,6 +15,7 @@ from builders.gguf_files import write_merges
 from builders.tiny import VOCABULARY, write_tiny
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError, install_extra
+from nirvana_deploy.runtime import llama_cpp
 from nirvana_deploy.runtime.registry import open_runner
 from nirvana_deploy.runtime.runner import NoRoomError, greedy_tokens
 
@@ -81,7 +82,7 @@ def test_prompts_continue_and_a_state_may_be_continued_twice(fake: Path) -> None
     assert model.options["n_gpu_layers"] == 0 and not model.options["logits_all"]
 
 
-def test_what_it_cannot_do_is_refused(fake: Path) -> None:
+def test_what_it_cannot_do_is_refused(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_runner(fake, threads=1) as runner:
         with pytest.raises(NirvanaError, match=r"one sequence at a time here, and 2 .*\.\n--batch-size 1"):
             runner.prefill(np.array([[1], [2]]))
@@ -89,6 +90,16 @@ def test_what_it_cannot_do_is_refused(fake: Path) -> None:
             runner.prefill(np.ones((1, 65), dtype=np.int64))
         with pytest.raises(NoRoomError, match="65 are asked for"):
             runner.decode(np.array([[1]]), 64)
+    monkeypatch.setattr(llama_cpp, "_CACHE_TOKENS", 48)
+    with open_runner(fake, threads=1) as runner:
+        assert runner.context_tokens == 48
+        for wanted in (49, 65):
+            with pytest.raises(
+                NoRoomError, match=f"holds 48 tokens, though .* context is 64, and {wanted} are"
+            ):
+                runner.prefill(np.ones((1, wanted), dtype=np.int64))
+        with pytest.raises(NoRoomError, match="holds 48 tokens"):
+            runner.decode(np.array([[1]]), 48)
     broken = fake.rename(fake.with_name("broken.gguf"))
     with pytest.raises(NirvanaError, match=r"llama\.cpp cannot load .*broken\.gguf: Failed to load model"):
         open_runner(broken)

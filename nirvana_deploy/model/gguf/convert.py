@@ -22,12 +22,13 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.resources import require_free_bytes
 from nirvana_deploy.model.families import FAMILIES
+from nirvana_deploy.model.gguf.cuts import drop_strangers, read_as_llama_cpp
 from nirvana_deploy.model.gguf.facts import ROPE_DIVISORS, config_changes, require_known_keys
 from nirvana_deploy.model.gguf.reader import opened, require_magic, text_field
 
 _RECORD = "converted.json"
-_CONVERSIONS = "gguf-2"
-"""Of which kind: those under "gguf" may lack what transformers' reader leaves out."""
+_CONVERSIONS = "gguf-3"
+"""Of which kind: those of earlier ones lack what transformers' reader leaves out of weights or tokenizer."""
 
 
 OTHER_CACHE = "set NIRVANA_DEPLOY_CACHE to another folder"
@@ -143,12 +144,15 @@ def require_gguf_extra() -> None:
 def _convert(gguf: Path, out: Path, progress: Progress) -> None:
     """Write ``gguf`` as an fp32 Hugging Face folder to ``out``."""
     import torch
+    from gguf import GGUFReader
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _gguf_bar(progress):
         try:
             config = _complete_config(gguf)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            read_as_llama_cpp(tokenizer, GGUFReader(gguf))
             model, found = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
@@ -156,7 +160,6 @@ def _convert(gguf: Path, out: Path, progress: Progress) -> None:
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except (ValueError, LookupError, TypeError, RuntimeError, StrictDataclassError) as error:
             raise NirvanaError(f"transformers cannot read {gguf}: {error}.") from error
         _require_all_tensors(gguf, model, found["missing_keys"])
@@ -168,6 +171,7 @@ def _convert(gguf: Path, out: Path, progress: Progress) -> None:
             model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
+        drop_strangers(out / "tokenizer.json", model.config.vocab_size)
 
 
 def _complete_config(gguf: Path) -> Any:

@@ -120,6 +120,13 @@ def _rope_parameters(values: Mapping[str, Any], divisors: NDArray[np.float32] | 
     kind = values.get("rope.scaling.type", "linear")
     factor = float(values.get("rope.scaling.factor") or values.get("rope.scale_linear") or 1.0)
     context = int(values["context_length"])
+    scale = float(values.get("rope.scaling.attn_factor", 1.0))
+    if scale != 1.0 and kind != "yarn":
+        raise NirvanaError(
+            f"Unsupported: the GGUF file says rope.scaling.attn_factor = {scale:g} and "
+            f"rope.scaling.type = {kind!r}; with 'yarn' alone another value than 1 is translated.",
+            hint="Pass the Hugging Face folder of the model instead.",
+        )
     if kind == "none" or (kind == "linear" and factor == 1.0):
         factor = 1.0
     elif kind == "yarn" and divisors is None:
@@ -132,7 +139,7 @@ def _rope_parameters(values: Mapping[str, Any], divisors: NDArray[np.float32] | 
             )
             if key in values
         }
-        scale = float(values.get("rope.scaling.attn_factor", 1.0)) * (0.1 * float(np.log(factor)) + 1.0)
+        scale *= 0.1 * float(np.log(factor)) + 1.0
         said = {"factor": factor, "original_max_position_embeddings": original, "attention_factor": scale}
         return plain | {"rope_type": "yarn"} | said | more
     elif kind != "linear":

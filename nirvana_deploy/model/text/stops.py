@@ -13,7 +13,7 @@ from typing import Any
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
 
-_GENERATION = "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 _SAMPLING: dict[str, type] = {
     "do_sample": bool,
     "temperature": float,
@@ -27,7 +27,7 @@ _SAMPLING: dict[str, type] = {
 def stop_ids(folder: Path) -> tuple[int, ...]:
     """The ids that end an answer, the model's own first; raises NirvanaError for what is no token id."""
     named = [
-        *_ids(folder / _GENERATION, "eos_token_id"),
+        *_ids(folder / GENERATION_CONFIG, "eos_token_id"),
         *_ids(folder / "config.json", "eos_token_id"),
         *_ids(folder / "genai_config.json", "model", "eos_token_id"),
         *_listed(special_ids(folder).get("eos")),
@@ -40,7 +40,7 @@ def stop_ids(folder: Path) -> tuple[int, ...]:
 def require_settings(folder: Path) -> None:
     """Raise NirvanaError for stop ids and sampling settings of another type."""
     sampling_settings(folder)
-    for name in ("config.json", _GENERATION):
+    for name in ("config.json", GENERATION_CONFIG):
         _ids(folder / name, "eos_token_id")
 
 
@@ -52,7 +52,7 @@ def begin_and_pad(folder: Path) -> tuple[int | None, int | None]:
         key = f"{name}_token_id"
         named = [
             *_ids(folder / "config.json", key),
-            *_ids(folder / _GENERATION, key),
+            *_ids(folder / GENERATION_CONFIG, key),
             *_listed(of_tokenizer.get(name)),
         ]
         found.append(named[0] if named else None)
@@ -61,7 +61,7 @@ def begin_and_pad(folder: Path) -> tuple[int | None, int | None]:
 
 def sampling_settings(folder: Path) -> dict[str, bool | int | float]:
     """How the model's author samples, by generation_config.json, as far as it says."""
-    path = folder / _GENERATION
+    path = folder / GENERATION_CONFIG
     given = _object(path)
     found = {}
     for key, kind in _SAMPLING.items():

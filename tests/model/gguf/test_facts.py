@@ -130,6 +130,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"keys": {"expert_count": 4}}, r"says llama\.expert_count = 4"),
     ({"keys": {"attention.head_count_kv": [3, 2, 1]}}, r"layers of different sizes"),
     ({"keys": {"rope.dimension_count": 4}}, r"heads of 8 numbers and rope\.dimension_count 4"),
+    ({"keys": {"rope.scaling.attn_factor": 1.5}}, r"attn_factor = 1\.5 and rope\.scaling\.type = 'linear'"),
+    ({"keys": {"rope.scaling.attn_factor": 0.5, "rope.scaling.type": "none"}}, r"attn_factor = 0\.5"),
     ({"keys": {"rope.scaling.type": "longrope"}}, r"rope\.scaling\.type = 'longrope'"),
     ({"tensors": {"blk.1.attn_q_norm.weight": noise(8)}}, r"no place for: blk\.1\.attn_q_norm\.weight"),
     ({"tensors": {"blk.3.ffn_up.weight": noise(40, 48)}}, r"no place for: blk\.3\.ffn_up\.weight"),
