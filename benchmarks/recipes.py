@@ -267,20 +267,36 @@ def line(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: perplexity by recipe, calibration and kind of text: the median of the seeds (range)."""
+    """Markdown: perplexity by recipe, calibration and kind of text: the median of the seeds (range).
+
+    Where a seed was measured twice, the later row counts. The last column is the mean accuracy of tasks.
+    """
     rows = [row for row in rows if "texts" in row]
     kinds = list(dict.fromkeys(name for row in rows for name in row["texts"]))
     lines = [
-        f"| sparsity | recipe | calibrated on | seeds | {' | '.join(kinds)} |",
-        "|---" * (4 + len(kinds)) + "|",
+        f"| sparsity | recipe | calibrated on | seeds | {' | '.join(kinds)} | zero-shot |",
+        "|---" * (5 + len(kinds)) + "|",
     ]
     groups = dict.fromkeys((row["sparsity"], row["recipe"], row["calib"]) for row in rows)
     for group in sorted(groups):
-        same = [row for row in rows if (row["sparsity"], row["recipe"], row["calib"]) == group]
+        same = list(
+            {
+                row["seed"]: row
+                for row in sorted(rows, key=lambda row: "tasks" in row)
+                if (row["sparsity"], row["recipe"], row["calib"]) == group
+            }.values()
+        )
         cells = [spread([row["texts"][kind] for row in same if kind in row["texts"]]) for kind in kinds]
         sparsity, recipe, calib = group
+        cells.append(", ".join(mean_accuracy(row["tasks"]) for row in same if "tasks" in row))
         lines.append(f"| {sparsity:g} | {recipe} | {calib} | {len(same)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def mean_accuracy(tasks: Row) -> str:
+    """Of all tasks of one checkpoint, with its standard error."""
+    [found] = tasks["means"]["variants"].values()
+    return f"{found['mean']:.3f} ± {found['standard_error']:.3f}"
 
 
 def spread(texts: Sequence[Row]) -> str:
