@@ -75,7 +75,17 @@ def optimum_of(
     if missing is not None:
         for rows in _rows_of(missing):
             optimum[rows] += (missing[rows].double() / scale) @ inverse
-    return Optimum(coefficients=optimum if metric is None else metric.double() @ optimum, inverse=inverse)
+    return Optimum(coefficients=optimum if metric is None else _seen(optimum, metric), inverse=inverse)
+
+
+def _seen(optimum: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    """M Z [E, k] of Z [D, k], which is used up: where E = D it takes its place, some columns at a time."""
+    metric = metric.double()
+    if metric.shape[0] != optimum.shape[0]:
+        return metric @ optimum
+    for columns in _rows_of(optimum.T):
+        optimum[:, columns] = metric @ optimum[:, columns]
+    return optimum
 
 
 def scales(energy: torch.Tensor) -> torch.Tensor:
@@ -105,7 +115,8 @@ def eliminate(optimum: Optimum, *, keep: int, block: int) -> Elimination:
         removed.append(removed[-1] + len(going))
         if left * 6 < 5 * len(alive):  # columns that are gone cost as much as those that stay
             stay = alive.nonzero().flatten()
-            v, p = v[:, alive], _packed(p, stay)
+            v = v[:, alive]  # not beside the next line: both have temporaries
+            p = _packed(p, stay)
             names, alive = names[alive], torch.ones(left, dtype=torch.bool)
     gone = torch.cat(order) if order else torch.empty(0, dtype=torch.int64)
     return Elimination(order=gone, removed=removed, cost=cost, kept=names[alive].sort().values)
