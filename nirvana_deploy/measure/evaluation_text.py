@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
+from nirvana_deploy.calibrate.mixture import parts_of
 from nirvana_deploy.calibrate.stage import HELD_OUT
 from nirvana_deploy.calibrate.texts import read_source
 from nirvana_deploy.calibrate.windows import TokenWindows, windows_of_text
@@ -51,6 +52,11 @@ def held_out_text(path: Path, record: Mapping[str, Any]) -> EvaluationText:
 def calibration_kinds(record: Mapping[str, Any]) -> frozenset[str]:
     """The sources that a run was calibrated on."""
     return frozenset(part["source"] for part in record.get("parts") or (record,))
+
+
+def trained_kinds(recover_text: str, *, writes_text: bool) -> frozenset[str]:
+    """The sources that recovery trained on."""
+    return frozenset(part.source for part in parts_of(recover_text, writes_text=writes_text))
 
 
 def other_text(

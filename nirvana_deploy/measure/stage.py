@@ -18,7 +18,6 @@ from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.recipe import names_of
-from nirvana_deploy.calibrate.mixture import parts_of
 from nirvana_deploy.calibrate.stage import drawn_record
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.calibrate.windows_file import read_windows
@@ -38,6 +37,7 @@ from nirvana_deploy.measure.evaluation_text import (
     held_out_text,
     other_text,
     text_of,
+    trained_kinds,
 )
 from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
@@ -135,17 +135,12 @@ def _evaluation_texts(
     if len(set(text.kinds)) > 1 or run.manifest["options"].get("eval_text") is not None:
         return text, ()
     cut = Checkpoint.open(run.out / CHECKPOINT)
-    known = calibration_kinds(record) | set(text.kinds) | _trained_kinds(run, cut)
+    known = calibration_kinds(record) | set(text.kinds)
+    if run.has(stage.RECOVER):
+        trained = run.result(stage.RECOVER, dict[str, Any])["options"]["recover_text"]
+        known |= trained_kinds(trained, writes_text=cut.shape.family.writes_text)
     other = other_text(known, cut.tokenizer, text.tokens.shape, run.progress)
     return text, () if other is None else (other,)
-
-
-def _trained_kinds(run: Run, cut: Checkpoint) -> set[str]:
-    """The sources that recovery trained the cut on, if it did."""
-    if not run.has(stage.RECOVER):
-        return set()
-    text = run.result(stage.RECOVER, dict[str, Any])["options"]["recover_text"]
-    return {part.source for part in parts_of(text, writes_text=cut.shape.family.writes_text)}
 
 
 def _calibrated(run: Run, kinds: Sequence[str]) -> dict[str, bool]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -151,19 +152,23 @@ class Server:
         if threading.current_thread() is not threading.main_thread():
             tell(self.served)
             return self._thread.join()
-        told: list[int] = []  # not an Event: the main thread may hold its lock when the handler runs in it
+        heard: list[int] = []
+        # the main thread may hold an Event's lock when the handler runs in it; this put may interrupt a get
+        told: SimpleQueue[int] = SimpleQueue()
 
         def handle(number: int, frame: FrameType | None) -> None:
-            told.append(number)
-            if len(told) > 1:
+            heard.append(number)
+            told.put(number)
+            if len(heard) > 1:
                 self._uvicorn.force_exit = True
                 self._service.batch.close()
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             tell(self.served)
-            while not told and self._thread.is_alive():
-                self._thread.join(_LOOK_SECONDS)
+            while not heard and self._thread.is_alive():
+                with suppress(Empty):
+                    told.get(timeout=_LOOK_SECONDS)
             if self._thread.is_alive():
                 count = self._service.batch.active + self._service.batch.waiting
                 left = f"; {count} answers are open (once more to end at once)" if count else ""

