@@ -97,7 +97,6 @@ def scales(energy: torch.Tensor) -> torch.Tensor:
 def eliminate(optimum: Optimum, *, keep: int, block: int) -> Elimination:
     """Remove inputs, the ``block`` cheapest at a time, until ``keep`` stay; uses up ``optimum``."""
     v, p = optimum.coefficients, optimum.inverse
-    del optimum  # the first copy of v is free once there is a smaller one
     names = torch.arange(v.shape[1])  # which input a column is
     alive = torch.ones(v.shape[1], dtype=torch.bool)
     order: list[torch.Tensor] = []
@@ -115,8 +114,7 @@ def eliminate(optimum: Optimum, *, keep: int, block: int) -> Elimination:
         removed.append(removed[-1] + len(going))
         if left * 6 < 5 * len(alive):  # columns that are gone cost as much as those that stay
             stay = alive.nonzero().flatten()
-            v = v[:, alive]  # not beside the next line: both have temporaries
-            p = _packed(p, stay)
+            v, p = _narrowed(v, stay), _packed(p, stay)
             names, alive = names[alive], torch.ones(left, dtype=torch.bool)
     gone = torch.cat(order) if order else torch.empty(0, dtype=torch.int64)
     return Elimination(order=gone, removed=removed, cost=cost, kept=names[alive].sort().values)
@@ -168,6 +166,13 @@ def _step(v: torch.Tensor, p: torch.Tensor, going: torch.Tensor) -> float:
     v.addmm_(v_going, spread, alpha=-1)
     p.addmm_(rows.T, spread, alpha=-1)
     return cost
+
+
+def _narrowed(v: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:
+    """The columns ``stay`` of V, sorted, as a view of ``v``, which is used up."""
+    for rows in _rows_of(v):
+        v[rows, : len(stay)] = v[rows].index_select(1, stay)
+    return v[:, : len(stay)]
 
 
 def _packed(p: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:
