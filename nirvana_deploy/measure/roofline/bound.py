@@ -6,13 +6,15 @@ and Patterson, CACM 2009]. The bandwidth is the median between the rounds of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
 from nirvana_deploy.measure.bounds import Phase
 from nirvana_deploy.measure.roofline.ceilings import Ceilings
+
+_NOISE = 0.05
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,27 @@ class Roof:
 def roof_of(ceilings: Ceilings, read_gb_per_s: Sequence[float]) -> Roof:
     """``ceilings`` with the median of the bandwidths that were seen between rounds, if any."""
     return Roof(ceilings, median(read_gb_per_s) if read_gb_per_s else ceilings.read_gb_per_s)
+
+
+def outrun(ceilings: Ceilings, passes: Iterable[tuple[Phase, float]]) -> bool:
+    """Whether one of these passes shows that a ceiling of products was measured beside other work."""
+    reached = raised(roof_of(ceilings, []), passes).ceilings.gop_per_s
+    return any(reached[kind] > rate * (1 + _NOISE) for kind, rate in ceilings.gop_per_s.items())
+
+
+def raised(roof: Roof, passes: Iterable[tuple[Phase, float]]) -> Roof:
+    """``roof``, and at least what these passes of so many ms reached: no program is faster than its machine.
+
+    Of a pass that multiplies several kinds, the rate of none is known.
+    """
+    memory, rates = roof.memory_gb_per_s, dict(roof.ceilings.gop_per_s)
+    for phase, measured_ms in passes:
+        memory = max(memory, phase.moved_bytes / measured_ms / 1e6)
+        if len(phase.operations) == 1:
+            [(kind, count)] = phase.operations.items()
+            if kind in rates:
+                rates[kind] = max(rates[kind], count / measured_ms / 1e6)
+    return Roof(replace(roof.ceilings, gop_per_s=rates), memory)
 
 
 def bounded(phase: Phase, measured_ms: float, roof: Roof) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -52,15 +52,31 @@ class Ceilings:
     measured_at: str
     """UTC."""
 
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """Of each rate the higher one of the two."""
+        kinds = {**other.gop_per_s, **self.gop_per_s}
+        return replace(
+            self,
+            read_gb_per_s=max(self.read_gb_per_s, other.read_gb_per_s),
+            copy_gb_per_s=max(self.copy_gb_per_s, other.copy_gb_per_s),
+            gop_per_s={kind: max(rate, other.gop_per_s.get(kind, 0.0)) for kind, rate in kinds.items()},
+        )
+
 
 def machine_ceilings(*, threads: int, fresh: bool = False, progress: Progress = SILENT) -> Ceilings:
-    """The ceilings for ``threads`` threads: those kept, else measured now; ``fresh`` measures in any case."""
+    """The ceilings for ``threads`` threads: those kept, else measured now; ``fresh`` measures in any case.
+
+    What was kept only rises: other work makes a machine look slower than it is, nothing makes it look faster.
+    """
     key = _key(threads)
     path = _place(key)
-    if not fresh and (kept := _kept(path, key)) is not None:
+    kept = _kept(path, key)
+    if kept is not None and not fresh:
         return kept
     progress.note(f"Measuring what this machine reaches at most, on {threads} threads")
     found = measured_ceilings(threads=threads)
+    if kept is not None:
+        found = found.or_better(kept)
     with suppress(OSError, NirvanaError):  # a cache that cannot be written is done without
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"schema": _SCHEMA, "key": key, "ceilings": asdict(found)})

@@ -8,7 +8,7 @@ from nirvana_deploy.base.progress import SILENT
 from nirvana_deploy.measure.bounds import Phase
 from nirvana_deploy.measure.recipe import Analysis, Workload
 from nirvana_deploy.measure.roofline import explained
-from nirvana_deploy.measure.roofline.bound import bounded, roof_of
+from nirvana_deploy.measure.roofline.bound import bounded, outrun, raised, roof_of
 from nirvana_deploy.measure.roofline.ceilings import Ceilings
 
 CEILINGS = Ceilings(
@@ -47,6 +47,17 @@ def test_memory_counts_as_it_was_between_the_rounds() -> None:
     assert bounded(STEP, 40.0, roof)["share_of_bound"] == pytest.approx(0.5)
     assert roof.record()["memory_gb_per_s"] == 5.0
     assert roof.record()["read_gb_per_s"] == 10.0
+
+
+def test_a_pass_faster_than_its_machine_raises_the_ceilings() -> None:
+    float_only = replace(STEP, operations={"float32": 800e6})
+    passes = [(float_only, 4.0), (STEP, 5.0)]  # 200e9 a second, and 20e9 bytes
+    assert outrun(CEILINGS, passes) and not outrun(CEILINGS, [(float_only, 40.0), (STEP, 5.0)])
+    roof = raised(roof_of(CEILINGS, []), passes)
+    assert roof.ceilings.gop_per_s == CEILINGS.gop_per_s | {"float32": pytest.approx(200)}
+    assert roof.memory_gb_per_s == pytest.approx(25)
+    shares = [bounded(*one, roof)["share_of_bound"] for one in passes]
+    assert max(shares) == pytest.approx(1)
 
 
 def test_products_without_a_rate_have_no_bound() -> None:

@@ -43,6 +43,16 @@ def test_ceilings_are_measured_once_and_again_when_asked(measured: list[int]) ->
     assert machine_ceilings(threads=1) == anew
 
 
+def test_kept_ceilings_only_rise(measured: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_ceilings(threads=1)
+    busy = replace(FOUND, read_gb_per_s=5.0, copy_gb_per_s=9.0, gop_per_s={"float32": 50.0, "integer": 7.0})
+    monkeypatch.setattr(module, "measured_ceilings", lambda *, threads: busy)
+    found = machine_ceilings(threads=1, fresh=True)
+    assert (found.read_gb_per_s, found.copy_gb_per_s) == (5.0, 9.0)  # the first one read 1.0
+    assert found.gop_per_s == {"float32": 100.0, "integer": 7.0}
+    assert machine_ceilings(threads=1) == found
+
+
 def test_other_versions_are_another_machine(measured: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     machine_ceilings(threads=1)
     monkeypatch.setattr(module, "version", lambda package: "99")
