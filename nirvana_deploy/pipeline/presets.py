@@ -27,6 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "calib": MIX_AT_HAND,
         "num_sequences": 64,
         "seq_len": 128,
+        "heldout_sequences": 8,
+        "new_tokens": 32,
     },
 }
 """Options by preset; what one leaves out is the default of its recipe."""
