@@ -184,10 +184,10 @@ def usable_threads() -> int:
 
 
 @contextmanager
-def threads_shared_by(processes: int) -> Iterator[None]:
-    """Inside the block, give each of ``processes`` that are started an equal part of this one's threads."""
+def threads_for_others(threads: int) -> Iterator[None]:
+    """Inside the block, let a process that is started, or what is imported, use so many threads."""
     before = os.environ.get(_THREADS)
-    os.environ[_THREADS] = str(max(1, usable_threads() // processes))
+    os.environ[_THREADS] = str(threads)
     try:
         yield
     finally:

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from threading import Thread
 from types import ModuleType
 from typing import Any, TypeVar
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
+from nirvana_deploy.base.machine import threads_for_others
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 AUTO = "auto"
 _SECONDS = 30.0
 """For an address to answer."""
-_RETRIES = 3
+RETRIES = 3
 """Of a piece whose worker was lost."""
 
 
 def run_on_cluster(
-    pieces: Sequence[Piece], work: Callable[[Piece], Result], cluster: str
+    pieces: Sequence[Piece], work: Callable[[Piece], Result], cluster: str, *, cpus: int = 1, gpus: int = 0
 ) -> Iterator[tuple[Piece, Result | NirvanaError]]:
     """As ``run_points``, on the cluster at ``cluster``: HOST:PORT, ray://HOST:PORT, or auto for one here.
 
-    Nodes see the same files and have this package. Raises NirvanaError where Ray is not installed or the
-    address does not answer.
+    Nodes see the same files and have this package. A piece has ``cpus`` threads and sees ``gpus`` GPUs.
+    Raises NirvanaError where Ray is not installed, the address does not answer, or no node has as many.
     """
     ray = _ray()
     with _connected(ray, cluster):
-        remote = ray.remote(max_retries=_RETRIES)(_tried)
-        running = {remote.remote(work, piece): piece for piece in pieces}
+        _require_node(ray, cluster, cpus=cpus, gpus=gpus)
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(_tried)
+        running = {remote.remote(pickle.dumps((work, piece)), cpus): piece for piece in pieces}
         try:
             while running:
                 (done,), _ = ray.wait(list(running), num_returns=1)
@@ -42,19 +47,36 @@ def run_on_cluster(
                 ray.cancel(left, force=True)
 
 
-def _tried(work: Callable[[Any], Any], piece: Any) -> tuple[Any, tuple[str, str | None] | None]:
-    """(the result, None), or (None, message and hint of what went wrong)."""
-    try:
-        return work(piece), None
-    except NirvanaError as error:
-        return None, (error.message, error.hint)
+def lost(error: Exception) -> NirvanaError:
+    """Why a piece has no result whose worker was lost each time."""
+    said = str(error).strip().partition("\n")[0].rstrip(".")
+    return NirvanaError(
+        f"Its worker was lost {RETRIES + 1} times: {said}.",
+        hint="Was there memory for it? Fewer at a time take less: --processes, or more --cpus-per-cut.",
+    )
+
+
+def _tried(packed: bytes, threads: int) -> tuple[Any, tuple[str, str | None] | None]:
+    """(the result, None), or (None, message and hint of what went wrong), of a pickled work and piece."""
+    with threads_for_others(threads):
+        work, piece = pickle.loads(packed)  # imports torch, which counts its threads then
+        try:
+            return work(piece), None
+        except NirvanaError as error:
+            return None, (error.message, error.hint)
 
 
 def _outcome(ray: ModuleType, done: Any) -> Any:
+    losses = ray.exceptions
     try:
         result, refused = ray.get(done)
-    except ray.exceptions.WorkerCrashedError as error:
-        return NirvanaError(f"Its worker was lost {_RETRIES + 1} times: {error}.")
+    except (
+        losses.WorkerCrashedError,
+        losses.NodeDiedError,
+        losses.ObjectLostError,
+        losses.OutOfMemoryError,
+    ) as error:
+        return lost(error)
     return result if refused is None else NirvanaError(refused[0], hint=refused[1])
 
 
@@ -71,23 +93,51 @@ def _ray() -> ModuleType:
 @contextmanager
 def _connected(ray: ModuleType, cluster: str) -> Iterator[None]:
     """Within the block this process is a client of the cluster."""
-    place = cluster.removeprefix("ray://")
     if cluster != AUTO:
-        _require_answer(place)
-    client = cluster if cluster.startswith("ray://") else place
-    # Ray takes the host's own address for a loopback one
-    beside = {"_node_ip_address": place.rpartition(":")[0]} if place.startswith("127.") else {}
+        _require_answer(cluster.removeprefix("ray://"))
+    # Ray takes the host's own address for a loopback one; its client, at ray://, has no place among the nodes
+    beside = {"_node_ip_address": cluster.rpartition(":")[0]} if cluster.startswith("127.") else {}
+    how = {"address": cluster, "log_to_driver": False, "logging_level": "error", **beside}
     try:
-        ray.init(address=client, log_to_driver=False, logging_level="error", **beside)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        said = str(error).strip().partition("\n")[0]
+        _begun(lambda: ray.init(**how)).result(_SECONDS)
+    except (TimeoutError, ConnectionError, ImportError, RuntimeError, ValueError) as error:
+        said = str(error).strip().partition("\n")[0].rstrip(".") or f"it says nothing in {_SECONDS:.0f} s"
         raise NirvanaError(
-            f"No Ray cluster answers at {cluster}: {said}.", hint="Start one: ray start --head"
+            f"No Ray cluster answers at {cluster}: {said}.",
+            hint="Start one: ray start --head. HOST:PORT is its port 6379, ray://HOST:PORT its port 10001.",
         ) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _begun(action: Callable[[], object]) -> Future[None]:
+    """The action in a thread that does not keep this process from its end."""
+    answer: Future[None] = Future()
+
+    def act() -> None:
+        try:
+            action()
+        except BaseException as error:  # raised again where the answer is asked for
+            answer.set_exception(error)
+        else:
+            answer.set_result(None)
+
+    Thread(target=act, daemon=True).start()
+    return answer
+
+
+def _require_node(ray: ModuleType, cluster: str, *, cpus: int, gpus: int) -> None:
+    """Raise NirvanaError where no node has what a piece asks for: Ray would wait for one without a word."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        return
+    have = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+    raise NirvanaError(
+        f"No node of {cluster} has {cpus} CPUs and {gpus} GPUs for a cut; its nodes have {have}.",
+        hint="Ask for less: --cpus-per-cut, --gpus-per-cut.",
+    )
 
 
 def _require_answer(place: str) -> None:

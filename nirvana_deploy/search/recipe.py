@@ -61,6 +61,27 @@ class Where:
             resumable=True,
         ),
     ] = None
+    cpus_per_cut: Annotated[
+        int | None,
+        Option(
+            "CPUs, and threads, of each cut where several are made at a time. "
+            "[1 on a cluster, else an equal part]",
+            minimum=1,
+            resumable=True,
+        ),
+    ] = None
+    gpus_per_cut: Annotated[
+        int, Option("GPUs of each cut on a Ray cluster; it sees no other.", minimum=0, resumable=True)
+    ] = 0
+
+
+def require_place(where: Where) -> None:
+    """Raise NirvanaError for options of a cluster without one."""
+    if where.gpus_per_cut and where.cluster is None:
+        raise NirvanaError(
+            f"--gpus-per-cut {where.gpus_per_cut} is for a cluster: processes here share all GPUs.",
+            hint="Leave it out, or name the cluster: --cluster auto",
+        )
 
 
 @recipe

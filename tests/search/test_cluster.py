@@ -14,31 +14,28 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import psutil
 import pytest
 from builders.extras import needs
 from builders.jobs import SHORT
+from builders.pieces import halved, surroundings
 from builders.tiny import write_tiny
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError, install_extra
+from nirvana_deploy.pipeline.alone.calibration import select_calibration
 from nirvana_deploy.pipeline.searching.search import search_points
+from nirvana_deploy.prune.recipe import Selection as Candidates
 from nirvana_deploy.search import cluster as clusters
 from nirvana_deploy.search.recipe import Search, Where
 from nirvana_deploy.search.workers import run_points
 
 HEAD = "127.0.0.2:26379"
-
-
-def noted(piece: tuple[str, int, float]) -> int:
-    """Work that leaves a trace, takes a while, and refuses 3."""
-    folder, number, seconds = piece
-    with (Path(folder) / str(number)).open("a") as file:
-        file.write(f"{os.getpid()}\n")
-    time.sleep(seconds)
-    if number == 3:
-        raise NirvanaError("3 is odd.", hint="Try an even one.")
-    return number * number
+CLIENT = "ray://127.0.0.2:26380"
+ENOUGH = ("--num-cpus=2", "--num-gpus=1")
+"""Of each node; there need be no such GPU."""
 
 
 def test_an_address_that_does_not_answer_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +50,51 @@ def test_an_address_that_does_not_answer_is_a_sentence(monkeypatch: pytest.Monke
         list(run_points([1], abs, Where(cluster="somewhere")))
 
 
+class Stand:
+    """What a cluster's address is asked of Ray: what ``init`` got, and how long it takes."""
+
+    def __init__(self, seconds: float = 0) -> None:
+        self.seconds = seconds
+        self.asked: dict[str, Any] = {}
+
+    def init(self, **how: Any) -> None:
+        self.asked = how
+        time.sleep(self.seconds)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def test_a_cluster_that_says_nothing_is_waited_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "_SECONDS", 0.1)
+    with (
+        pytest.raises(NirvanaError, match=r"No Ray cluster answers at auto: it says nothing in 0 s\."),
+        clusters._connected(Stand(seconds=3), "auto"),
+    ):
+        pass
+
+
+def test_a_loopback_address_is_said_to_a_node_and_not_to_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "_require_answer", lambda place: None)
+    for address, place in ((HEAD, "127.0.0.2"), (f"ray://{HEAD}", None), ("10.0.0.7:6379", None)):
+        stand = Stand()
+        with clusters._connected(stand, address):
+            assert stand.asked["address"] == address
+            assert stand.asked.get("_node_ip_address") == place
+
+
+def test_gpus_without_a_cluster_are_refused_before_any_work(tmp_path: Path) -> None:
+    for asked in (
+        lambda: search_points("smollm2", out=tmp_path / "out", recipe=Search(gpus_per_cut=1)),
+        lambda: select_calibration(
+            "smollm2", Candidates(corpora="pydoc", sparsity=0.2), Where(gpus_per_cut=1)
+        ),
+    ):
+        with pytest.raises(NirvanaError, match="--gpus-per-cut 1 is for a cluster"):
+            asked()
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_ray_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError) as refused:
@@ -62,7 +104,7 @@ def test_without_ray_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 def started(*words: str, folder: Path) -> subprocess.Popen[bytes]:
     """A node of Ray that ends with its process."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", *words]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *ENOUGH, *words]
     few = ["--object-store-memory=80000000", "--disable-usage-stats"]
     tests = str(Path(__file__).parents[1])
     paths = os.pathsep.join([tests, str(Path(__file__).parent), *sys.path])
@@ -89,7 +131,14 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[subprocess.
     logs = tmp_path_factory.mktemp("logs")
     short = tempfile.mkdtemp(prefix="ray")  # names of its sockets may have 107 bytes
     place = ["--include-dashboard=false", f"--temp-dir={short}"]
-    head = started("--head", "--node-ip-address=127.0.0.2", "--port=26379", *place, folder=logs)
+    head = started(
+        "--head",
+        "--node-ip-address=127.0.0.2",
+        "--port=26379",
+        "--ray-client-server-port=26380",
+        *place,
+        folder=logs,
+    )
     running = [head]
     try:
         for _ in range(60):
@@ -117,38 +166,64 @@ def alive(ray: Any) -> int:
     return 0
 
 
-@pytest.mark.slow
-def test_a_search_on_a_cluster_finds_what_one_here_does(
-    nodes: list[subprocess.Popen[bytes]], tmp_path: Path
-) -> None:
-    """To the last digit of every point."""
-    model = str(write_tiny(tmp_path / "tiny", "llama-tied"))
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
+    """A model and the points of a search on it in this process."""
+    folder = tmp_path_factory.mktemp("here")
+    model = str(write_tiny(folder / "tiny", "llama-tied"))
+    return model, points_of(model, folder / "search", cluster=None)
+
+
+def points_of(model: str, out: Path, *, cluster: str | None) -> list[dict[str, Any]]:
+    recipe = Search(sparsities="0.1,0.2,0.3,0.4", precisions="none,w8", cluster=cluster, cpus_per_cut=2)
     options = {**SHORT, "num_sequences": 4, "seq_len": 16, "run_benchmark": False, "gamma": 1.0}
-    points = {}
-    for cluster in (None, HEAD):
-        recipe = Search(sparsities="0.1,0.2,0.3,0.4", precisions="none,w8", cluster=cluster)
-        found = search_points(model, out=tmp_path / f"on-{cluster}", recipe=recipe, **options)
-        points[cluster] = [asdict(one) for one in found.points]
-    assert points[None] == points[HEAD] and all(one["failed"] is None for one in points[HEAD])
+    return [asdict(one) for one in search_points(model, out=out, recipe=recipe, **options).points]
 
 
 @pytest.mark.slow
-def test_a_worker_and_a_node_are_lost_and_every_piece_has_its_result(
-    nodes: list[subprocess.Popen[bytes]], tmp_path: Path
+@pytest.mark.parametrize("address", [HEAD, CLIENT])
+def test_a_piece_has_its_result_its_threads_and_its_gpus(
+    nodes: list[subprocess.Popen[bytes]], address: str
 ) -> None:
-    traces = tmp_path / "traces"
-    traces.mkdir()
-    pieces = [(str(traces), number, 4.0) for number in range(6)]
-    found = {}
-    killed = False
-    for piece, result in run_points(pieces, noted, Where(cluster=HEAD)):
-        found[piece[1]] = result
-        if not killed:
-            killed = True
-            pid = int((traces / str(max(int(p.name) for p in traces.iterdir()))).read_text().split()[-1])
-            os.kill(pid, signal.SIGKILL)  # a worker in the middle of its piece
-            ended(nodes.pop())  # and a node
-    assert {number: found[number] for number in found if number != 3} == {0: 0, 1: 1, 2: 4, 4: 16, 5: 25}
+    found = dict(run_points([2, 3, 4], halved, Where(cluster=address)))
+    assert {2: found[2], 4: found[4]} == {2: 1, 4: 2}
     refused = found[3]
     assert isinstance(refused, NirvanaError) and refused.hint == "Try an even one."
-    assert sum(len(path.read_text().split()) for path in traces.iterdir()) > len(pieces)  # some ran twice
+    for cpus, gpus in ((1, 0), (2, 1)):
+        where = Where(cluster=address, cpus_per_cut=cpus, gpus_per_cut=gpus)
+        assert dict(run_points([1], surroundings, where)) == {1: (cpus, gpus)}
+    with pytest.raises(NirvanaError, match="has 1 CPUs and 9 GPUs for a cut; its nodes have 2 CPUs and 1 G"):
+        list(run_points([1], abs, Where(cluster=address, gpus_per_cut=9)))
+
+
+def workers_of(node: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Its processes that do a piece at this moment."""
+    with suppress(psutil.NoSuchProcess):
+        processes = psutil.Process(node.pid).children(recursive=True)
+        return [one for one in processes if one.cmdline()[:1] == ["ray::_tried"]]
+    return []
+
+
+def lose_a_worker_and_a_node(nodes: list[subprocess.Popen[bytes]], out: Path) -> None:
+    """As soon as both nodes make a cut behind the first, kill a worker of one, and the other."""
+    head, other = nodes
+    while not ((out / "s0.2").exists() and workers_of(head) and workers_of(other)):
+        time.sleep(0.05)
+    workers_of(head)[0].kill()
+    ended(other)
+    nodes.remove(other)
+
+
+@pytest.mark.slow
+def test_a_search_that_loses_a_worker_and_a_node_finds_what_one_here_does(
+    nodes: list[subprocess.Popen[bytes]], here: tuple[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """To the last digit of every point."""
+    model, points = here
+    out = tmp_path / "search"
+    losing = Thread(target=lose_a_worker_and_a_node, args=(nodes, out), daemon=True)
+    losing.start()
+    found = points_of(model, out, cluster=HEAD)
+    losing.join(timeout=1)
+    assert not losing.is_alive() and len(nodes) == 1
+    assert found == points and all(one["failed"] is None for one in found)

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from builders.pieces import dying, halved
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import default_threads, usable_threads
 from nirvana_deploy.search.recipe import Where
 from nirvana_deploy.search.workers import run_points
-
-
-def halved(number: int) -> int:
-    """Work that refuses odd numbers, and does not know 13."""
-    if number == 13:
-        raise ZeroDivisionError
-    if number % 2:
-        raise NirvanaError(f"{number} is odd.", hint="Try an even one.")
-    return number // 2
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -48,3 +41,13 @@ def test_processes_share_the_threads(processes: int, monkeypatch: pytest.MonkeyP
     found = dict(run_points(range(processes), threads, Where(processes=processes)))
     assert set(found.values()) == {(each, each)}
     assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_a_piece_whose_process_is_lost_is_done_again_and_takes_no_other_with_it(tmp_path: Path) -> None:
+    pieces = [(tmp_path, number) for number in (1, 2, 3, 4)]
+    found = {number: result for (_, number), result in run_points(pieces, dying, Where(processes=2))}
+    refused = found.pop(3)
+    assert found == {1: 1, 2: 2, 4: 4}
+    assert isinstance(refused, NirvanaError) and refused.message.startswith("Its worker was lost 4 times: ")
+    tries = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert tries == {"1": 1, "2": 2, "3": 4, "4": 1}

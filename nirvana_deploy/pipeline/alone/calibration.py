@@ -17,7 +17,7 @@ from nirvana_deploy.prune.choosing.select import Selection, gamma_grid, select_c
 from nirvana_deploy.prune.cutting import Cutter
 from nirvana_deploy.prune.recipe import REFIT, Pruning
 from nirvana_deploy.prune.recipe import Selection as Candidates
-from nirvana_deploy.search.recipe import Where
+from nirvana_deploy.search.recipe import Where, require_place
 from nirvana_deploy.search.workers import run_points
 
 
@@ -31,6 +31,7 @@ def select_calibration(
     a number nor M/A, an unknown saliency, and text that does not suffice.
     """
     where = where or Where()
+    require_place(where)
     named = [] if recipe.gammas == "auto" else [_gamma(text) for text in listed(recipe.gammas)]
     source = resolve_model(model, progress=progress)
     checkpoint = Checkpoint.open(source.path)

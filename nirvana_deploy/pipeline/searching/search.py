@@ -45,7 +45,15 @@ from nirvana_deploy.prune.choosing.choices import listed
 from nirvana_deploy.report.pages.front import BRIEF, columns, rows, search_csv, search_page, search_record
 from nirvana_deploy.search.front import Recommendation, recommend, worth_timing
 from nirvana_deploy.search.point import Found, Point, file_of, key_of, read_found
-from nirvana_deploy.search.recipe import Search, Target, Where, precisions_of, shard_of, sparsities_of
+from nirvana_deploy.search.recipe import (
+    Search,
+    Target,
+    Where,
+    precisions_of,
+    require_place,
+    shard_of,
+    sparsities_of,
+)
 from nirvana_deploy.search.ways import ways_of
 
 _WHERE = frozenset({"shard", *(field.name for field in fields_of(Where))})
@@ -144,6 +152,7 @@ def job_of_search(model: str, recipe: Search, options: Mapping[str, Any], *, bas
             raise NirvanaError(f"A search tries several: give it a recipe, not the option {name!r}.")
     if recipe.tasks is not None:
         _require_local(listed(recipe.tasks))
+    require_place(recipe)
     schemes = [scheme for scheme in precisions_of(recipe) if scheme]
     tried = {"sparsity": max(sparsities_of(recipe)), "quantize": schemes}
     job = job_of(model, {**options, **tried}, base=base)
