@@ -19,6 +19,7 @@ from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.search.point import Point
 from nirvana_deploy.search.recipe import Where
+from nirvana_deploy.search.tally import Tally
 from nirvana_deploy.search.ways import OWN, Way
 from nirvana_deploy.search.workers import run_points
 
@@ -108,15 +109,20 @@ def make_cuts(
     made: set[Path] = set()
     here = where.processes == 1 and where.cluster is None
     work = _Worker(progress if here else SILENT, Path.cwd(), anew)
+    tally = Tally(len(cuts), where.processes if where.cluster is None else None)
     with progress.task(f"{len(cuts)} cuts", len(cuts)) as advance:
         for turn in sorted({cut.turn for cut in cuts}):
             now = [cut for cut in cuts if cut.turn == turn]
             if anew:
                 now = [replace(cut, beside=tuple(one for one in cut.beside if one in made)) for cut in now]
+            tally.begin(len(now))
             for cut, result in run_points(now, work, where):
+                said = "is made."
                 if isinstance(result, NirvanaError):
                     failed[cut.folder.name] = result
-                    progress.note(f"{cut.folder.name} failed: {result.message}")
+                    said = f"failed: {result.message}"
+                there = tally.ended(failed=isinstance(result, NirvanaError))
+                progress.note(f"{cut.folder.name} {said} {there}")
                 advance(1)
             made |= {cut.folder for cut in now if cut.folder.name not in failed}
     return failed
