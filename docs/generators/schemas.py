@@ -39,6 +39,7 @@ from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE
 from nirvana_deploy.quantize.int8.spec import QuantizationRecord
 from nirvana_deploy.runtime.tensorrt.record import EngineRecord
+from nirvana_deploy.search.parts import Part
 from nirvana_deploy.search.point import Found
 
 KINDS: dict[str, tuple[str, Any]] = {
@@ -54,6 +55,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "quantization": (f"onnx-*/{RECORD_FILE}", QuantizationRecord),
     "engine": ("engine/*.json", EngineRecord),
     "point": ("points/*.json", Found),
+    "part": ("parts/*.json", Part),
 }
 """Name of the schema: which files it describes, and what they are read as."""
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -46,6 +46,8 @@ TARGET_FILE = "target.json"
 SEARCH_FILE, SEARCH_CSV, SEARCH_HTML = "search.json", "search.csv", "search.html"
 POINTS = "points"
 """Results of a search, each under the hash of what its point is."""
+PARTS = "parts"
+"""Which parts of a search, made apart, a folder holds."""
 RECIPE_FILE = "recipe.toml"
 MANIFEST = "manifest.json"
 NAMES_OF_A_RUN = (
@@ -75,6 +77,7 @@ NAMES_OF_A_RUN = (
     SEARCH_CSV,
     SEARCH_HTML,
     POINTS,
+    PARTS,
     TARGET_FILE,
 )
 """What a run may write into its output folder, as patterns of the names there."""

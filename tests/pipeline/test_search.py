@@ -200,6 +200,34 @@ def test_parts_copied_together_are_the_whole(done: Searched, model: str, tmp_pat
     assert kls == [(one.name, one.kl, one.weights_bytes) for one in done.points]
 
 
+def test_parts_say_what_they_are_and_those_of_two_searches_are_refused(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every cut fails here; together the parts try them again."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise NirvanaError("There is no memory for it.")
+
+    def copied(*names: str) -> Path:
+        out = tmp_path / "-".join(names)
+        for name in names:
+            shutil.copytree(tmp_path / name, out, dirs_exist_ok=True)
+        return out
+
+    monkeypatch.setattr(cutting, "run_job", refused)
+    for name, shard, seed in (("one", "1/2", 0), ("two", "2/2", 0), ("again", "2/2", 0), ("other", "2/2", 1)):
+        part = replace(RECIPE, shard=shard)
+        search_points(model, out=tmp_path / name, recipe=part, **{**OPTIONS, "seed": seed})
+    whole = copied("one", "two")
+    assert len(list((whole / "parts").iterdir())) == 2 and len(list((whole / "points").iterdir())) == 6
+    with pytest.raises(NirvanaError, match=r"Every point failed\. The first: There is no memory"):
+        search_points(model, out=whole, recipe=RECIPE, resume=True, **OPTIONS)
+    with pytest.raises(NirvanaError, match=r"parts/1-of-2-\S+ of tiny and parts/2-of-2-\S+ of tiny.* seed, "):
+        search_points(model, out=copied("one", "other"), recipe=RECIPE, resume=True, **OPTIONS)
+    with pytest.raises(NirvanaError, match=r"parts/2-of-2-\S+ and parts/2-of-2-\S+ both made s0\.4"):
+        search_points(model, out=copied("two", "again"), recipe=RECIPE, resume=True, **OPTIONS)
+
+
 def test_a_killed_search_goes_on_and_a_point_that_fails_is_kept_with_its_reason(
     done: Searched, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

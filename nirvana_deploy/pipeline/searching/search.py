@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from nirvana_deploy.base.artifact import write_bytes, write_json
+from nirvana_deploy.base.artifact import sha256_of, write_bytes, write_json
 from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
@@ -26,6 +26,7 @@ from nirvana_deploy.output import owned
 from nirvana_deploy.output.layout import (
     BENCHMARK_FILE,
     MANIFEST,
+    PARTS,
     POINTS,
     QUALITY_FILE,
     SEARCH_CSV,
@@ -44,6 +45,7 @@ from nirvana_deploy.pipeline.searching.points import found_in, points_on_tasks, 
 from nirvana_deploy.prune.choosing.choices import listed
 from nirvana_deploy.report.pages.front import BRIEF, columns, rows, search_csv, search_page, search_record
 from nirvana_deploy.search.front import Recommendation, recommend, worth_timing
+from nirvana_deploy.search.parts import SCHEMA, Part, parts_in, place_of
 from nirvana_deploy.search.point import Found, Point, file_of, key_of, read_found
 from nirvana_deploy.search.recipe import (
     Search,
@@ -113,6 +115,7 @@ def search_points(
     out = Path(out) if out is not None else Path(f"{source.name}-search")
     shared = _shared(job, model_record(source))
     anew = force and not (resume and (out / MANIFEST).is_file())
+    parts = {} if anew else parts_in(out)
     with Run.begin(
         out,
         options={name: value for name, value in asdict(recipe).items() if name not in _WHERE}
@@ -126,6 +129,11 @@ def search_points(
         progress=progress,
     ) as run:
         key = key_of(shared)
+        _adopt(run, parts)
+        if anew:
+            _forget_points(run)
+        if recipe.shard is not None:
+            _write_part(run, parts, _part(source.name, shared, job, recipe))
         points = _points(run, job, key, recipe, anew=anew)
         if part[1] > 1:
             advice = recommend(points, target)
@@ -203,8 +211,6 @@ def _points(run: Run, base: Job, key: str, recipe: Search, *, anew: bool) -> lis
     schemes, cuts = precisions_of(recipe), cuts_in(base, recipe)  # before any work
     dense = [Point(0.0, scheme) for scheme in schemes if 0.0 in sparsities_of(recipe)]
     wanted = [*dense, *(replace(cut, scheme=scheme) for cut in cuts for scheme in schemes)]
-    if anew:
-        _forget_points(run)
     known = _known(run, key, wanted)
     first = next((replace(point, scheme=None) for point in known if point.sparsity), cuts[0])
     missing = dict.fromkeys(
@@ -225,8 +231,39 @@ def _points(run: Run, base: Job, key: str, recipe: Search, *, anew: bool) -> lis
 def _forget_points(run: Run) -> None:
     """Remove what an earlier search found, so that a killed one does not go on from it."""
     for name in run.manifest["makes"]:
-        if name.startswith(f"{POINTS}/"):
+        if name.startswith((f"{POINTS}/", f"{PARTS}/")):
             owned.remove(run.out, name)
+
+
+def _part(model: str, shared: Mapping[str, Any], base: Job, recipe: Search) -> Part:
+    """What this part of a search makes."""
+    key, cuts = key_of(shared), cuts_in(base, recipe)
+    points = [replace(cut, scheme=scheme) for cut in cuts for scheme in precisions_of(recipe)]
+    return Part(
+        schema=SCHEMA,
+        shard=str(recipe.shard),
+        key=key,
+        model=model,
+        files=shared["files"],
+        options=shared["options"],
+        cuts=tuple(cut.cut for cut in cuts),
+        points=tuple(file_of(key, point) for point in points),
+    )
+
+
+def _write_part(run: Run, parts: Mapping[str, Part], part: Part) -> None:
+    """Say in the folder what part of which search it holds; one that is resumed stays where it is."""
+    before = next((name for name, one in parts.items() if one.shard == part.shard), None)
+    with run.writing(before or place_of(part.shard, run.manifest["run"])) as path:
+        write_json(path, asdict(part))
+
+
+def _adopt(run: Run, parts: Mapping[str, Part]) -> None:
+    """Let the manifest, which is that of the part copied last, know the files of all parts."""
+    names = {*parts, *(name for part in parts.values() for name in part.points)}
+    there = {name for name in names if (run.out / name).is_file()}
+    run.manifest["makes"] = sorted(there.union(run.manifest["makes"]))
+    run.manifest["files"] |= {name: sha256_of(run.out / name) for name in there}
 
 
 def _known(run: Run, key: str, wanted: Sequence[Point]) -> dict[Point, Found]:
