@@ -40,7 +40,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    rows = [met(options, budget) for budget in options.budget]
+    how: dict[str, Any] = {"preset": options.preset, "run_benchmark": False, "threads": options.threads}
+    rows = []
+    for budget in options.budget:
+        with tempfile.TemporaryDirectory(prefix="nirvana-budget-") as folder:
+            rows.append(met(options.model, budget, Path(folder) / "out", **how))
     write_json(
         options.out,
         {
@@ -54,29 +58,23 @@ def main() -> None:
     sys.exit(0 if all(row.get("load", 2) <= 1 for row in rows) else 1)
 
 
-def met(options: argparse.Namespace, budget: str) -> dict[str, Any]:
-    """One budget, its trials, and how much of it the chosen cut uses."""
+def met(model: str, budget: str, out: Path, **options: Any) -> dict[str, Any]:
+    """One budget, its trials, and how much of it the chosen cut, made in ``out``, uses."""
     name, _, limit = budget.partition("=")
     target = Target(**{name: int(limit) if name.endswith("bytes") else float(limit)})
     started, cpu_started = time.perf_counter(), cpu_seconds()
     row: dict[str, Any] = {"budget": {name: float(limit)}}
-    with tempfile.TemporaryDirectory(prefix="nirvana-budget-") as folder:
-        try:
-            done = meet_target(
-                options.model,
-                target,
-                out=Path(folder) / "out",
-                preset=options.preset,
-                run_benchmark=False,
-                threads=options.threads,
-            )
-        except NirvanaError as error:
-            row["failed"] = error.message
-        else:
-            row |= {"load": loads(done.chosen, target).most, "chosen": done.chosen.name}
-            row["trials"] = [
-                {key: value for key, value in asdict(one).items() if value is not None} for one in done.trials
-            ]
+    try:
+        done = meet_target(model, target, out=out, **options)
+    except NirvanaError as error:
+        row["failed"] = error.message
+    else:
+        row |= {"load": loads(done.chosen, target).most, "chosen": done.chosen.name}
+        row["trials"] = [
+            {"load": loads(one, target).most}
+            | {key: value for key, value in asdict(one).items() if value is not None}
+            for one in done.trials
+        ]
     row |= {"seconds": time.perf_counter() - started, "cpu_s": cpu_seconds() - cpu_started}
     said = row.get("failed") or f"{row['chosen']} after {len(row['trials']) - 1} cuts, load {row['load']:.3f}"
     near = "" if row.get("load", 0) >= WANTED_LOAD else "  (wanted 0.95 to 1)"

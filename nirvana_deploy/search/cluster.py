@@ -98,9 +98,11 @@ def _connected(ray: ModuleType, cluster: str) -> Iterator[None]:
     # Ray takes the host's own address for a loopback one; its client, at ray://, has no place among the nodes
     beside = {"_node_ip_address": cluster.rpartition(":")[0]} if cluster.startswith("127.") else {}
     how = {"address": cluster, "log_to_driver": False, "logging_level": "error", **beside}
+    answer = _begun(ray, **how)
     try:
-        _begun(lambda: ray.init(**how)).result(_SECONDS)
+        answer.result(_SECONDS)
     except (TimeoutError, ConnectionError, ImportError, RuntimeError, ValueError) as error:
+        answer.cancel()
         said = str(error).strip().partition("\n")[0].rstrip(".") or f"it says nothing in {_SECONDS:.0f} s"
         raise NirvanaError(
             f"No Ray cluster answers at {cluster}: {said}.",
@@ -112,19 +114,23 @@ def _connected(ray: ModuleType, cluster: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _begun(action: Callable[[], object]) -> Future[None]:
-    """The action in a thread that does not keep this process from its end."""
+def _begun(ray: ModuleType, **how: Any) -> Future[None]:
+    """``ray.init`` in a thread that ends with this process; once cancelled, it does not stay connected."""
     answer: Future[None] = Future()
 
-    def act() -> None:
+    def connect() -> None:
         try:
-            action()
+            ray.init(**how)
         except BaseException as error:  # raised again where the answer is asked for
-            answer.set_exception(error)
+            if not answer.cancelled():
+                answer.set_exception(error)
+            return
+        if answer.cancelled():
+            ray.shutdown()
         else:
             answer.set_result(None)
 
-    Thread(target=act, daemon=True).start()
+    Thread(target=connect, daemon=True).start()
     return answer
 
 

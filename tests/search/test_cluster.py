@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import psutil
@@ -56,22 +56,26 @@ class Stand:
     def __init__(self, seconds: float = 0) -> None:
         self.seconds = seconds
         self.asked: dict[str, Any] = {}
+        self.left = Event()
 
     def init(self, **how: Any) -> None:
         self.asked = how
         time.sleep(self.seconds)
 
     def shutdown(self) -> None:
-        pass
+        self.left.set()
 
 
 def test_a_cluster_that_says_nothing_is_waited_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And left, if it answers in the end."""
     monkeypatch.setattr(clusters, "_SECONDS", 0.1)
+    stand = Stand(seconds=0.5)
     with (
         pytest.raises(NirvanaError, match=r"No Ray cluster answers at auto: it says nothing in 0 s\."),
-        clusters._connected(Stand(seconds=3), "auto"),
+        clusters._connected(stand, "auto"),
     ):
         pass
+    assert stand.left.wait(timeout=60)
 
 
 def test_a_loopback_address_is_said_to_a_node_and_not_to_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
