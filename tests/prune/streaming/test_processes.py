@@ -13,7 +13,10 @@ import torch
 from builders.tiny import write_tiny
 from builders.tiny_t5 import write_t5
 
+from nirvana_deploy.prune.curves.measure_curves import CURVES
+from nirvana_deploy.prune.refit.reconstruct import REFIT
 from nirvana_deploy.prune.streaming import processes
+from nirvana_deploy.prune.streaming.score import SCORE
 
 CUT = ("--sparsity", "0.3", "--seq-len", "24", "--micro-batch", "2", "--seed", "3")
 BEST = ("--num-sequences", "18", "--micro-batch", "2")
@@ -28,7 +31,10 @@ WAYS = {
         "7",
         "--no-reconstruct",
     ),
+    "nirvana-vocab": ("--saliency", "nirvana-vocab", "--allocation", "uniform", "--num-sequences", "7"),
     "taylor": ("--saliency", "taylor", "--num-sequences", "18"),
+    "magnitude": ("--saliency", "magnitude", "--num-sequences", "7"),
+    "random": ("--saliency", "random", "--allocation", "uniform", "--num-sequences", "7"),
     "wanda-sp": ("--preset", "fast", "--saliency", "wanda-sp", "--num-sequences", "18"),
     "flap": ("--saliency", "flap", "--allocation", "uniform", "--num-sequences", "7", "--no-reconstruct"),
 }
@@ -92,44 +98,61 @@ WHOLE = {"calibration.safetensors", "manifest.json", "recipe.toml"}
 DIES = """
 import os, signal, sys
 from nirvana_deploy.cli.main import main
+from nirvana_deploy.pipeline import launched
 from nirvana_deploy.prune.streaming import processes
 
-sent, send = 0, processes._send
+work = sys.argv.pop(1)
+take_part, send, sent = launched._TAKE_PART[work], processes._send, None
 
-def dying(tensor):
+def begun(*asked):
     global sent
-    sent += 1
-    if sent == 40:
-        os.kill(os.getpid(), signal.SIGKILL)
-    send(tensor)
+    sent = 0
+    take_part(*asked)
+    sent = None
+
+def dying(tensors, **to):
+    global sent
+    if sent is not None:
+        sent += 1
+        if sent == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    send(tensors, **to)
 
 if os.environ["RANK"] == "1":
-    processes._send = dying
+    launched._TAKE_PART[work], processes._send = begun, dying
 main()
 """
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize(
+    ("work", "way", "whole"),
+    [
+        (SCORE, "nirvana", WHOLE),
+        (CURVES, "curves", WHOLE),
+        (REFIT, "curves", WHOLE | {"curves.safetensors"}),
+    ],
+)
 def test_a_lost_process_ends_all_with_one_message_and_nothing_half_written(
-    tmp_path: Path, text: Path
+    tmp_path: Path, text: Path, work: str, way: str, whole: set[str]
 ) -> None:
     model, out = write_tiny(tmp_path / "model", "llama-tied"), tmp_path / "out"
     (tmp_path / "dies.py").write_text(DIES)
-    words = ["prune", str(model), "--out", str(out), *CUT, *WAYS["nirvana"], "--calib", str(text)]
+    words = ["prune", str(model), "--out", str(out), *CUT, *WAYS[way], "--calib", str(text)]
     done = subprocess.run(
-        [*LAUNCH, "2", str(tmp_path / "dies.py"), *words],
+        [*LAUNCH, "2", str(tmp_path / "dies.py"), work, *words],
         capture_output=True,
         text=True,
         timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 1
+    assert "Signal 9" in done.stderr  # as the launcher says of the other one
     assert done.stderr.count("Error: A process of this run was lost") == 1, done.stderr[-3000:]
     assert "repeat the command with --resume" in done.stderr
     assert "cli/main.py" not in done.stderr  # the launcher has a trace of its own
-    whole = {"calibration.safetensors", "manifest.json", "recipe.toml"}
     assert {path.name for path in out.iterdir()} == whole
-    resumed = run(1, model, out, *WAYS["nirvana"], "--calib", str(text), "--resume")
+    resumed = run(1, model, out, *WAYS[way], "--calib", str(text), "--resume")
     assert resumed.returncode == 0 and len(bytes_of(out)) == 3
 
 
