@@ -2,6 +2,8 @@
 
 ``prose/`` holds English of many kinds, written for this purpose: reference works, news, the web, fiction,
 learning, technical text. A file is a kind; lines of five equals signs stand between its documents.
+``unseen/`` holds a kind that is no source, so that quality can be measured on it: narrative history of science
+and engineering.
 """
 
 from __future__ import annotations
@@ -48,7 +50,17 @@ def load(name: str) -> CalibSet:
 
 def prose() -> tuple[str, ...]:
     """The documents of ``prose``, the kinds by turns, so that a part of them has something of each."""
-    folder = resources.files(__name__) / "prose"
+    return _documents_of("prose")
+
+
+def unseen() -> tuple[str, ...]:
+    """The documents that no source has: quality is measured on them, nothing is calibrated or trained."""
+    return _documents_of("unseen")
+
+
+def _documents_of(name: str) -> tuple[str, ...]:
+    """The documents in the files of a folder, the files by turns."""
+    folder = resources.files(__name__) / name
     files = sorted(
         (file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name
     )
