@@ -2,8 +2,8 @@
 
 ``prose/`` holds English of many kinds, written for this purpose: reference works, news, the web, fiction,
 learning, technical text. A file is a kind; lines of five equals signs stand between its documents.
-``unseen/`` holds a kind that is no source, so that quality can be measured on it: narrative history of science
-and engineering.
+``unseen/`` holds narrative history of science and engineering: a kind that is no source, so that quality can
+be measured on it.
 """
 
 from __future__ import annotations

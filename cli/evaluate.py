@@ -28,7 +28,7 @@ def evaluate(out: Path, as_json: bool, **options: Any) -> None:
 
     \b
     Examples:
-      nirvana-deploy evaluate smollm2-s0.4 --eval-text handbook.txt --window 512
+      nirvana-deploy evaluate smollm2-s0.4 --eval-text handbook.txt --eval-text tickets.txt --window 512
       nirvana-deploy evaluate smollm2-s0.4 --ntk
       nirvana-deploy evaluate smollm2-s0.4 --tasks piqa.jsonl,winogrande.jsonl --limit 100
       nirvana-deploy evaluate smollm2-s0.4 --tasks piqa,arc_easy --limit 100
@@ -39,7 +39,7 @@ def evaluate(out: Path, as_json: bool, **options: Any) -> None:
     recipe, place = taken(Evaluation, options), taken(Place, options)
     if recipe.tasks is None and (recipe.tasks_on or recipe.task_folder or recipe.limit):
         raise click.UsageError("--tasks-on, --include-path and --limit are about --tasks; it is missing.")
-    if recipe.eval_text is None and (recipe.window_tokens or recipe.max_windows):
+    if not recipe.eval_text and (recipe.window_tokens or recipe.max_windows):
         raise click.UsageError("--window and --max-windows cut --eval-text into windows; it is missing.")
     result = evaluate_folder(out, recipe, place, progress=TerminalProgress())
     if as_json:

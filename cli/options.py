@@ -193,8 +193,13 @@ def _flat(ctx: click.Context, param: click.Parameter, value: Sequence[Sequence[A
     return tuple(one for several in value for one in several)
 
 
+def _item_types(field: Field) -> tuple[Any, ...]:
+    """The alternatives of its type; of a list, of what is in it."""
+    return get_args(field.type)[:1] if get_origin(field.type) is tuple else field.types
+
+
 def _type(field: Field) -> click.ParamType[Any]:
-    option, types = field.option, field.types
+    option, types = field.option, _item_types(field)
     if option.share:
         return Share()
     if field.choices is not None:

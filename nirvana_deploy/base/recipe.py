@@ -114,7 +114,8 @@ class Field:
         if self.choices is not None:
             names = " or ".join(repr(name) for name in self.choices)
             return f"a list of {names}" if get_origin(self.type) is tuple else names
-        words = {
+        words: dict[Any, str] = {
+            tuple[Path, ...]: "a path or a list of paths",
             int: "a whole number",
             float: "a number",
             bool: "true or false",
@@ -139,6 +140,8 @@ class Field:
 
         if value is None and self.default is None:
             return None
+        if get_origin(self.type) is tuple and isinstance(value, (str, Path)):
+            value = (value,)  # a list of one
         try:
             found = msgspec.convert(value, self.type, strict=not text, dec_hook=_as_path)
         except msgspec.ValidationError:

@@ -48,8 +48,12 @@ class Calibration:
     seq_len: Annotated[int, Option("Tokens per window.", minimum=2)] = 256
     seed: Seed = 0
     eval_text: Annotated[
-        Path | None, Option("Measure quality on this text. [held-out windows of the calibration text]")
-    ] = None
+        tuple[Path, ...],
+        Option(
+            "Measure quality on this text. Repeat it for several. [held-out windows of the calibration text, "
+            "and a text in the package that nothing is calibrated on]"
+        ),
+    ] = ()
     heldout_sequences: Annotated[
         int, Option("Number of held-out windows for quality.", minimum=1, command_line=False)
     ] = 16

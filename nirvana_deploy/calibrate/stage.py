@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
 import numpy as np
 
-from nirvana_deploy.base.progress import Progress
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.recipe import names_of
+from nirvana_deploy.calibrate.mixture import Part
 from nirvana_deploy.calibrate.recipe import Calibration
-from nirvana_deploy.calibrate.texts import read_text_file
-from nirvana_deploy.calibrate.windows import CalibrationData, TokenWindows, calibration_data, windows_of_text
+from nirvana_deploy.calibrate.texts import SourceText, read_text_file
+from nirvana_deploy.calibrate.windows import (
+    CalibrationData,
+    TokenWindows,
+    calibration_data,
+    mixed,
+    windows_of_text,
+)
 from nirvana_deploy.calibrate.windows_file import write_windows
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
@@ -43,7 +52,7 @@ def calibrate(run: Run, dense: Checkpoint, recipe: Calibration) -> Stage:
             num_sequences=windows_wanted(recipe, dense.shape),
             seq_len=recipe.seq_len,
             seed=recipe.seed,
-            heldout_sequences=recipe.heldout_sequences if recipe.eval_text is None else 0,
+            heldout_sequences=0 if recipe.eval_text else recipe.heldout_sequences,
             heldout_len=recipe.heldout_len,
             checkpoint=dense,
             progress=run.progress,
@@ -64,8 +73,8 @@ def windows_wanted(recipe: Calibration, shape: ModelShape) -> int:
 
 
 def evaluation_windows(recipe: Calibration, tokenizer: Any, progress: Progress) -> TokenWindows | None:
-    """Windows of the text that the recipe names for quality; None when it names none."""
-    if recipe.eval_text is None:
+    """Windows of the texts that the recipe names for quality; None when it names none."""
+    if not recipe.eval_text:
         return None
     return text_windows(
         recipe.eval_text,
@@ -77,21 +86,48 @@ def evaluation_windows(recipe: Calibration, tokenizer: Any, progress: Progress) 
 
 
 def text_windows(
-    path: Path,
+    paths: Sequence[Path],
     tokenizer: Any,
     progress: Progress,
     *,
     seq_len: int | None = None,
     max_sequences: int | None = None,
 ) -> TokenWindows:
-    """Consecutive windows [M, T] of a text file; 16 of 256 tokens unless told otherwise."""
-    return windows_of_text(
-        read_text_file(path, tokenizer=tokenizer, progress=progress),
-        tokenizer,
-        seq_len=seq_len or WINDOW_TOKENS,
-        max_sequences=max_sequences or _MOST_WINDOWS,
-        progress=progress,
-    )
+    """Consecutive windows [M, T] of text files, a part each: 16 of 256 tokens unless told otherwise.
+
+    Raises what :func:`evaluation_texts` raises, and NirvanaError for a text shorter than one window.
+    """
+    windows = [
+        windows_of_text(
+            text,
+            tokenizer,
+            seq_len=seq_len or WINDOW_TOKENS,
+            max_sequences=max_sequences or _MOST_WINDOWS,
+            progress=progress,
+        )
+        for text in evaluation_texts(paths, tokenizer, progress)
+    ]
+    if len(windows) == 1:
+        return windows[0]
+    total = sum(len(one.tokens) for one in windows)
+    return mixed([Part(one.source, len(one.tokens) / total) for one in windows], windows)
+
+
+def evaluation_texts(
+    paths: Sequence[Path], tokenizer: Any, progress: Progress = SILENT
+) -> tuple[SourceText, ...]:
+    """The text files that ``--eval-text`` names.
+
+    Raises NirvanaError for what holds no text, and for two files of one name, which no table can tell apart.
+    """
+    texts = tuple(read_text_file(path, tokenizer=tokenizer, progress=progress) for path in paths)
+    names = [text.name for text in texts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise NirvanaError(
+            f"--eval-text names {twice[0]} twice; reports tell texts apart by the names of their files.",
+            hint="Name each text once, or rename one of the files.",
+        )
+    return texts
 
 
 def segment_tokens(recipe: Calibration, *, single: bool) -> int:
@@ -111,7 +147,7 @@ def every_other(windows: TokenWindows, first: int) -> TokenWindows:
 
 def evaluation_record(recipe: Calibration, windows: TokenWindows) -> dict[str, Any]:
     """What is recorded of the text that quality is measured on."""
-    held_out = HELD_OUT if recipe.eval_text is None else ""
+    held_out = "" if recipe.eval_text else HELD_OUT
     return {
         "evaluation_source": windows.source + held_out,
         "evaluation_text_sha256": windows.text_sha256,

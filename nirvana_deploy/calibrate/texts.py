@@ -42,6 +42,15 @@ def known_sources() -> tuple[str, ...]:
     return ("self", "prose", "pydoc", "code", *calib_sets.names())
 
 
+def name_of_text(source: str) -> str:
+    """The name that the text of a source has in records: a file's is "file notes.txt"."""
+    return source if source in known_sources() else _name_of_file(Path(source))
+
+
+def _name_of_file(path: Path) -> str:
+    return f"file {path.name}"
+
+
 def require_source(source: str, tokenizer: Any) -> None:
     """Raise what :func:`read_source` would raise for a file or an unknown name, without a network."""
     if source not in known_sources():
@@ -81,7 +90,7 @@ def read_text_file(path: Path, *, tokenizer: Any = None, progress: Progress = SI
         )
     written = iter(written_out(tokenizer, [chat.messages() for chat in chats]) if chats else ())
     texts = tuple(document if isinstance(document, str) else next(written) for document in documents)
-    return SourceText(f"file {path.name}", texts)
+    return SourceText(_name_of_file(path), texts)
 
 
 def _pydoc_documents() -> tuple[str, ...]:

@@ -236,29 +236,29 @@ def _candidate_sets(
         return sets[0]
     return CandidateSets(
         calibrations=tuple(
-            _mixed(parts, [one.calibrations[i] for one in sets], seed, draw) for i, draw in enumerate(draws)
+            mixed(parts, [one.calibrations[i] for one in sets], seed, draw) for i, draw in enumerate(draws)
         ),
-        heldout=(_mixed(parts, [one.heldout[0] for one in sets], None, 0),),
+        heldout=(mixed(parts, [one.heldout[0] for one in sets]),),
     )
 
 
-def _mixed(
-    parts: Sequence[Part], windows: Sequence[TokenWindows], seed: int | None, draw: int
+def mixed(
+    parts: Sequence[Part], windows: Sequence[TokenWindows], seed: int | None = None, draw: int = 0
 ) -> TokenWindows:
     """Interleave the windows of the parts."""
     order = interleaved([len(one.tokens) for one in windows])
-    mixed = tuple(
+    mixed_parts = tuple(
         MixedPart(one.source, part.share, one.text_sha256) for part, one in zip(parts, windows, strict=True)
     )
     empty = np.empty((0, windows[0].tokens.shape[1]), np.int64)
     return TokenWindows(
         np.stack([windows[part].tokens[i] for part, i in order]) if order else empty,
-        source=f"mix of {', '.join(f'{part.source} {part.share:.3g}' for part in mixed)}",
-        text_sha256=hashlib.sha256("\0".join(part.text_sha256 for part in mixed).encode()).hexdigest(),
+        source=f"mix of {', '.join(f'{part.source} {part.share:.3g}' for part in mixed_parts)}",
+        text_sha256=hashlib.sha256("\0".join(part.text_sha256 for part in mixed_parts).encode()).hexdigest(),
         seed=seed,
         positions=tuple(windows[part].positions[i] for part, i in order),
         draw=draw,
-        parts=mixed,
+        parts=mixed_parts,
         part_of_window=tuple(part for part, _ in order),
     )
 

@@ -1,7 +1,8 @@
-"""The text that quality is measured on, by kind: a cut is good at what it was calibrated on."""
+"""The text that quality is measured on, by kind: a cut is good at what it has read, so one kind is unread."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.progress import SILENT, Progress
+import nirvana_deploy.calib_sets as calib_sets
 from nirvana_deploy.calibrate.mixture import parts_of
 from nirvana_deploy.calibrate.stage import HELD_OUT
-from nirvana_deploy.calibrate.texts import read_source
+from nirvana_deploy.calibrate.texts import SourceText, name_of_text
 from nirvana_deploy.calibrate.windows import TokenWindows, windows_of_text
 from nirvana_deploy.calibrate.windows_file import read_windows
 
-_OTHERS = ("pydoc", "code")
-"""Text that every machine has."""
-_OTHER_TOKENS = 1024
+UNSEEN = "unseen"
+"""The kind of the text in the package that no source has."""
+_LONGEST_WINDOW = 2048
+"""Tokens; the text is several such windows with any tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,17 @@ class EvaluationText:
     kinds: tuple[str, ...]
     """The kind of each window: the source, or the part of a mixture."""
 
+    def has_a_kind_beside(self, known: frozenset[str]) -> bool:
+        """Whether a kind is not among ``known``; held-out text had its say where candidates were compared."""
+        return not self.source.endswith(HELD_OUT) and not known.issuperset(self.kinds)
+
 
 def text_of(windows: TokenWindows) -> EvaluationText:
-    """Windows of a single source."""
-    return EvaluationText(windows.tokens, windows.source, (windows.source,) * len(windows.tokens))
+    """Windows of one text, or of several."""
+    kinds = [windows.source] * len(windows.tokens)
+    if windows.parts:
+        kinds = [windows.parts[part].source for part in windows.part_of_window]
+    return EvaluationText(windows.tokens, windows.source, tuple(kinds))
 
 
 def held_out_text(path: Path, record: Mapping[str, Any]) -> EvaluationText:
@@ -56,30 +64,16 @@ def calibration_kinds(record: Mapping[str, Any]) -> frozenset[str]:
 
 def trained_kinds(recover_text: str, *, writes_text: bool) -> frozenset[str]:
     """The sources that recovery trained on."""
-    return frozenset(part.source for part in parts_of(recover_text, writes_text=writes_text))
+    return frozenset(name_of_text(part.source) for part in parts_of(recover_text, writes_text=writes_text))
 
 
-def other_text(
-    known: frozenset[str], tokenizer: Any, shape: tuple[int, ...], progress: Progress = SILENT
-) -> EvaluationText | None:
-    """Windows of a kind that is not among ``known``: at most M of T tokens for ``shape`` (M, T), 1024 in all.
-
-    None where there is no such kind, or, with a note, where this Python lacks its text.
-    """
-    num_windows, window_tokens = shape
-    name = next((other for other in _OTHERS if other not in known), None)
-    if name is None:
-        return None
-    try:
-        text = read_source(name)
-        windows = windows_of_text(
-            text,
-            tokenizer,
-            seq_len=window_tokens,
-            max_sequences=min(num_windows, max(1, _OTHER_TOKENS // window_tokens)),
-            progress=progress,
-        )
-    except NirvanaError as error:
-        progress.note(f"Quality is measured on one kind of text only: {error.message}")
-        return None
-    return text_of(windows)
+def unseen_text(text: EvaluationText, tokenizer: Any) -> EvaluationText:
+    """Windows from all over the text that no source has: as many as ``text`` has of one kind."""
+    windows = windows_of_text(
+        SourceText(UNSEEN, calib_sets.unseen()),
+        tokenizer,
+        seq_len=min(text.tokens.shape[1], _LONGEST_WINDOW),
+    )
+    wanted = min(max(Counter(text.kinds).values()), len(windows.tokens))
+    spread = np.linspace(0, len(windows.tokens) - 1, wanted).round().astype(int)
+    return text_of(windows.taken(spread.tolist()))

@@ -67,7 +67,8 @@ def quality_of(
     to_dense = [name for name, parent in (parents or {}).items() if parent == baseline_name]
     parents = {name: parent for name, parent in (parents or {}).items() if parent != baseline_name}
     to_parent: dict[str, list[NDArray[np.float64]]] = {name: [] for name in parents}
-    with progress.task("Quality", len(windows) * len(scores)) as advance:
+    on = f" on {', '.join(dict.fromkeys(kinds))}" if kinds else ""
+    with progress.task(f"Quality{on}", len(windows) * len(scores)) as advance:
         for index, window in enumerate(windows):
             reference = _logits(baseline, window, of=f"{baseline_name}, window {index}")
             next_tokens = window[-len(reference) :]

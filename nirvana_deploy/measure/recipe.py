@@ -15,12 +15,17 @@ class Gate:
 
     require_kl: Annotated[
         float | None,
-        Option("Fail where a KL to dense is above this, nats per token.", minimum=0, resumable=True),
+        Option(
+            "Fail where a KL to dense is above this, nats per token, on held-out text or on --eval-text.",
+            minimum=0,
+            resumable=True,
+        ),
     ] = None
     require_perplexity_ratio: Annotated[
         float | None,
         Option(
-            "Fail where a perplexity is above this many times the dense model's, on any kind of text.",
+            "Fail where a perplexity is above this many times the dense model's, on any kind of text, one "
+            "that nothing was calibrated on among them.",
             minimum=0,
             resumable=True,
         ),
@@ -136,8 +141,12 @@ class Evaluation(Gate):
     """Quality, measured again."""
 
     eval_text: Annotated[
-        Path | None, Option("Text to measure on. [the windows that calibration held out]")
-    ] = None
+        tuple[Path, ...],
+        Option(
+            "Text to measure on. Repeat it for several. [the windows that calibration held out, and a text "
+            "in the package that nothing is calibrated on]"
+        ),
+    ] = ()
     window_tokens: Annotated[
         int | None,
         Option(
@@ -145,7 +154,7 @@ class Evaluation(Gate):
         ),
     ] = None
     max_windows: Annotated[
-        int | None, Option("Number of windows from the start of --eval-text. [16]", minimum=1)
+        int | None, Option("Number of windows from the start of each --eval-text. [16]", minimum=1)
     ] = None
     ntk: Annotated[bool, Option("Also measure how far the cut changed the tangent kernel.")] = False
     ntk_windows: Annotated[int, Option("Number of held-out windows for --ntk.", minimum=1)] = 4

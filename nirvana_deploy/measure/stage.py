@@ -35,9 +35,9 @@ from nirvana_deploy.measure.evaluation_text import (
     EvaluationText,
     calibration_kinds,
     held_out_text,
-    other_text,
     text_of,
     trained_kinds,
+    unseen_text,
 )
 from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
@@ -93,11 +93,14 @@ _NOTHING_DENSE = {"kl_vs_dense": None, "kl_standard_error": None, "top1_agreemen
 def quality(run: Run, place: Place, *, windows: TokenWindows | None = None) -> Stage:
     """Perplexity of the models, and KL against dense: on ``windows``, else on the held-out ones.
 
+    Where these are all of kinds that the model was calibrated or trained on, also on a text that it was not.
     They run in ``place.runtime``, ONNX Runtime on the CPU when it is None.
     """
 
     def work() -> QualityMeasured:
-        text, beside = _evaluation_texts(run, windows)
+        cut = Checkpoint.open(run.out / CHECKPOINT)
+        known = _known_kinds(run, cut)
+        text, beside = _evaluation_texts(run, cut, windows, known)
         models = models_for(run, place.runtime)
         require_memory_for(models.values())
         with ExitStack() as stack:
@@ -110,7 +113,7 @@ def quality(run: Run, place: Place, *, windows: TokenWindows | None = None) -> S
             source=text.source,
             window_tokens=text.tokens.shape[1],
             variants=cast(dict[str, Quality], found),
-            calibrated=_calibrated(run, [kind for one in (text, *beside) for kind in one.kinds]),
+            calibrated={kind: kind in known for one in (text, *beside) for kind in one.kinds},
         )
         write_json(run.out / QUALITY_FILE, asdict(result))
         return result
@@ -125,29 +128,24 @@ def quality(run: Run, place: Place, *, windows: TokenWindows | None = None) -> S
 
 
 def _evaluation_texts(
-    run: Run, windows: TokenWindows | None
+    run: Run, cut: Checkpoint, windows: TokenWindows | None, known: frozenset[str]
 ) -> tuple[EvaluationText, tuple[EvaluationText, ...]]:
-    """The text that quality is quoted on; another kind beside it where it is one kind that nobody named."""
-    if windows is not None:
-        return text_of(windows), ()
-    record = drawn_record(run)
-    text = held_out_text(run.out / CALIBRATION_FILE, record)
-    if len(set(text.kinds)) > 1 or run.manifest["options"].get("eval_text") is not None:
-        return text, ()
-    cut = Checkpoint.open(run.out / CHECKPOINT)
-    known = calibration_kinds(record) | set(text.kinds)
+    """The text that quality is quoted on; the unseen one beside it unless it has a kind beside ``known``."""
+    if windows is None:
+        text = held_out_text(run.out / CALIBRATION_FILE, drawn_record(run))
+    else:
+        text = text_of(windows)
+    return text, () if text.has_a_kind_beside(known) else (unseen_text(text, cut.tokenizer),)
+
+
+def _known_kinds(run: Run, cut: Checkpoint) -> frozenset[str]:
+    """The kinds of text that the model was calibrated or trained on."""
+    drawn = run.has(stage.SELECT) or run.has(stage.CALIBRATE)
+    known = calibration_kinds(drawn_record(run)) if drawn else frozenset[str]()
     if run.has(stage.RECOVER):
         trained = run.result(stage.RECOVER, dict[str, Any])["options"]["recover_text"]
         known |= trained_kinds(trained, writes_text=cut.shape.family.writes_text)
-    other = other_text(known, cut.tokenizer, text.tokens.shape, run.progress)
-    return text, () if other is None else (other,)
-
-
-def _calibrated(run: Run, kinds: Sequence[str]) -> dict[str, bool]:
-    """Whether the calibration had text of each kind."""
-    drawn = run.has(stage.SELECT) or run.has(stage.CALIBRATE)
-    known = calibration_kinds(drawn_record(run)) if drawn else frozenset[str]()
-    return {kind: kind in known for kind in kinds}
+    return known
 
 
 def _qualities(

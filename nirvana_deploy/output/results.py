@@ -81,7 +81,7 @@ class QualityMeasured:
     variants: dict[str, Quality] = field(default_factory=dict)
     """The numbers of each model; under ``parts`` by kind of text, kinds that the others do not count too."""
     calibrated: dict[str, bool] = field(default_factory=dict)
-    """By kind of text: whether the model was calibrated on such text."""
+    """By kind of text: whether the model was calibrated or trained on it; on one of them it was not."""
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import Progress
-from nirvana_deploy.base.recipe import names_of
+from nirvana_deploy.base.recipe import fields_of, names_of
 from nirvana_deploy.base.resources import require_free_bytes, require_memory
 from nirvana_deploy.base.units import format_seconds
 from nirvana_deploy.calibrate.mixture import files_of, parts_of
-from nirvana_deploy.calibrate.stage import segment_tokens, windows_wanted
-from nirvana_deploy.calibrate.texts import read_text_file, require_source
+from nirvana_deploy.calibrate.stage import evaluation_texts, segment_tokens, windows_wanted
+from nirvana_deploy.calibrate.texts import require_source
 from nirvana_deploy.export.decoder import GraphOptions
 from nirvana_deploy.export.dtypes import dtype_named
-from nirvana_deploy.measure.recipe import Measurement, Workload
+from nirvana_deploy.measure.recipe import Gate, Measurement, Workload
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.sources import local_paths
@@ -64,14 +64,14 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
     for corpus in choices.corpora:
         for part in parts_of(corpus, writes_text=dense.shape.family.writes_text):
             require_source(part.source, dense.tokenizer)
+    _require_comparison(job, until)
     _require_steps(job, choices)
     _require_settings(job, until)
     if job.recovery.recover is not None:
         text = job.calibration
         longest = segment_tokens(text, single=choices.single)
         require_recovery(job.recovery, dense, seq_len=text.seq_len, longest=longest)
-    if job.calibration.eval_text is not None:
-        read_text_file(job.calibration.eval_text, tokenizer=dense.tokenizer)
+    evaluation_texts(job.calibration.eval_text, dense.tokenizer)
     windows = windows_wanted(job.calibration, dense.shape)
     if by_curves(job, choices):
         require_windows(windows)
@@ -93,6 +93,19 @@ def _require_benchmark_fits(measurement: Measurement, dense: Checkpoint) -> None
             f"{dense.context_tokens}.",
             hint="Pass --no-benchmark, and measure less afterwards: nirvana-deploy benchmark OUT "
             "--prompt-tokens N --new-tokens N",
+        )
+
+
+def _require_comparison(job: Job, until: Until) -> None:
+    """Raise NirvanaError for limits on what a model loses against the dense one where that is left out."""
+    if job.export.baseline or until == "checkpoint":
+        return
+    limits = [field for field in fields_of(Gate) if getattr(job.measurement, field.name) is not None]
+    if limits:
+        flags = " and ".join(f"--{field.name.replace('_', '-')}" for field in limits)
+        raise NirvanaError(
+            f"A limit on quality ({flags}) compares with the dense model, and --no-baseline leaves it out.",
+            hint=f"Leave out --no-baseline, or {flags}.",
         )
 
 
@@ -222,12 +235,11 @@ def run_beside(out: Path, run: Run) -> Run:
 
 def read_files(job: Job) -> tuple[Path, ...]:
     """The user's files that a job reads."""
-    text = job.calibration.eval_text
     return (
         *local_paths(job.model),
         *files_of(job.calibration.calib),
         *files_of(job.recovery.recover_text),
-        *((text,) if text is not None else ()),
+        *job.calibration.eval_text,
     )
 
 

@@ -275,7 +275,7 @@ def _evaluated(run: Run, recipe: Evaluation, place: Place, names: Sequence[str])
 
 def _quality(run: Run, recipe: Evaluation, place: Place) -> dict[str, Any]:
     windows = None
-    if recipe.eval_text is not None:
+    if recipe.eval_text:
         checkpoint = Checkpoint.open(run.out / CHECKPOINT)
         checkpoint.require_length(recipe.window_tokens or WINDOW_TOKENS, option="--window")
         windows = text_windows(

@@ -82,7 +82,7 @@ class JobOptions(TypedDict, total=False):
     num_sequences: int | None
     seq_len: int
     seed: int
-    eval_text: Path | None
+    eval_text: tuple[Path, ...]
     heldout_sequences: int
     heldout_len: int
     selection_sequences: int
@@ -178,7 +178,7 @@ def as_json(job: Job) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """The value of an option as JSON has it."""
     if isinstance(value, tuple):
-        return list(value)
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -65,7 +65,7 @@ class Found:
     kl_standard_error: float | None = None
     perplexity: float | None = None
     perplexity_ratio: float | None = None
-    """To the dense model in float."""
+    """To the dense model in float, on the worst kind of text."""
     weights_bytes: int | None = None
     accuracy: float | None = None
     """Zero-shot, the mean over tasks; None where none was asked for."""

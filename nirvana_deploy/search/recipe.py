@@ -17,10 +17,17 @@ class Target:
     """What the deployed model must meet."""
 
     max_kl: Annotated[
-        float | None, Option("KL to the dense model of at most this, nats per token.", minimum=0)
+        float | None,
+        Option(
+            "KL to the dense model of at most this, nats per token, on held-out text or on --eval-text.",
+            minimum=0,
+        ),
     ] = None
     max_perplexity_ratio: Annotated[
-        float | None, Option("Perplexity of at most this many times the dense model's.", minimum=1)
+        float | None,
+        Option(
+            "Perplexity of at most this many times the dense model's, on the worst kind of text.", minimum=1
+        ),
     ] = None
     target_tpot_ms: Annotated[
         float | None, Option("Milliseconds of at most this for a decoded token.", minimum=0)

@@ -9,8 +9,8 @@ import pytest
 
 import nirvana_deploy.calib_sets as calib_sets
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.calibrate.recipe import source_names
 from nirvana_deploy.calibrate.openings import OPENINGS
+from nirvana_deploy.calibrate.recipe import source_names
 from nirvana_deploy.calibrate.texts import known_sources, read_source
 from nirvana_deploy.measure.answers import PROMPTS
 from nirvana_deploy.verify import cases

@@ -13,6 +13,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SilentProgress
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.pipeline.before import checked, say_cost, within_context
+from nirvana_deploy.pipeline.forecast.forecast import forecast
 from nirvana_deploy.pipeline.job import Job, job_of
 
 CONTEXT = 100
@@ -100,3 +101,15 @@ def test_steps_are_for_one_process(short: Checkpoint, monkeypatch: pytest.Monkey
     monkeypatch.setattr("nirvana_deploy.pipeline.before.count", lambda: 2)
     with pytest.raises(NirvanaError, match=r"one of the 2 processes"):
         checked(asked, short, "report", Heard())
+
+
+@pytest.mark.parametrize("limit", ["require_kl", "require_perplexity_ratio"])
+def test_a_limit_without_a_dense_model_to_compare_with_is_refused(short: Checkpoint, limit: str) -> None:
+    flag = f"--{limit.replace('_', '-')}"
+    asked = job(short, baseline=False, **{limit: 1.5})
+    with pytest.raises(NirvanaError, match=rf"\({flag}\) compares .*\nLeave out --no-baseline, or {flag}\."):
+        checked(asked, short, "report", Heard())
+    with pytest.raises(NirvanaError, match="A limit on quality"):  # --dry-run
+        forecast(asked, out=short.path.parent / "out", until="report", progress=Heard())
+    checked(job(short, **{limit: 1.5}), short, "report", Heard())
+    checked(job(short, baseline=False), short, "report", Heard())

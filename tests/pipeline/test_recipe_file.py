@@ -30,6 +30,19 @@ def test_a_recipe_is_read_as_it_was_written(job: Job, tmp_path: Path) -> None:
     assert job.quantization.quantize == ("int8",) and job.pruning.gamma == 2.0
 
 
+def test_a_text_for_quality_may_be_the_only_one_or_one_of_several(tmp_path: Path) -> None:
+    for written, texts in (("'a.txt'", ("a.txt",)), ("['a.txt', 'b, c.txt']", ("a.txt", "b, c.txt"))):
+        (tmp_path / "r.toml").write_text(
+            f"schema = 1\nmodel = 'm'\n[pruning]\nsparsity = 0.4\n[calibration]\neval_text = {written}\n"
+        )
+        job = read_recipe(tmp_path / "r.toml")
+        assert job.calibration.eval_text == tuple(map(Path, texts))
+        assert job_of("m", {"sparsity": 0.4, "eval_text": texts}) == job
+    typed = ["recipe", "m", "--sparsity", "0.4", "--eval-text", "a.txt", "--eval-text", "b, c.txt", "--json"]
+    shown = CliRunner().invoke(commands, typed)
+    assert json.loads(shown.stdout)["calibration"]["eval_text"] == list(texts)
+
+
 def test_every_option_stands_in_it_under_its_help(job: Job) -> None:
     text = recipe_toml(job)
     for field in all_fields():

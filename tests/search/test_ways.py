@@ -60,7 +60,7 @@ def test_a_way_of_other_text_needs_one_that_judges_all(text: str, tmp_path: Path
         job_in(alone, way(text))
     judged = job_of("a model", {"sparsity": 0.2, "eval_text": tmp_path / "judge.txt"})
     tried = job_in(judged, way(text))
-    assert tried.calibration.eval_text == tmp_path / "judge.txt"
+    assert tried.calibration.eval_text == (tmp_path / "judge.txt",)
     assert tried.calibration != judged.calibration
 
 

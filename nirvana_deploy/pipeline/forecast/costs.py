@@ -197,7 +197,7 @@ class Costs:
         return _WRITING_TAKES * share * tokens * self.dense.step_operations
 
     def _calibrate(self, corpus: str) -> Cost:
-        heldout = self._heldout if self._job.calibration.eval_text is None else 0
+        heldout = 0 if self._job.calibration.eval_text else self._heldout
         written = self._self_written(corpus, self._tokens + heldout)
         return Cost(written, seconds=4 * _SMALL_S, memory_bytes=self._program(4 * self.dense.parameters))
 
@@ -288,8 +288,16 @@ class Costs:
             memory_bytes=self._program(3 * graph),
         )
 
+    @property
+    def _judged_tokens(self) -> float:
+        """Tokens of the texts that quality is measured on."""
+        if texts := self._job.calibration.eval_text:
+            return len(texts) * self._heldout
+        parts = parts_of(self._choices.corpora[0], writes_text=self._shape.family.writes_text)
+        return (1 + max(part.share for part in parts)) * self._heldout  # beside them, the unseen text
+
     def _quality(self) -> Cost:
-        models, tokens = self._measured(), self._heldout
+        models, tokens = self._measured(), self._judged_tokens
         operations = tokens * (self.dense.step_operations + _PROBABILITY_OPERATIONS * self._shape.vocab_size)
         logits = 3 * _FLOAT32_BYTES * self._job.calibration.heldout_len * self._shape.vocab_size
         return Cost(len(models) * operations, memory_bytes=self._program(sum(models) + logits))

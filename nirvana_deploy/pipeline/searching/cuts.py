@@ -55,7 +55,7 @@ def job_in(base: Job, way: Way) -> Job:
         for name in {name for preset in PRESETS.values() for name in preset}:
             own.pop(name)
     job = job_of(base.model, {**own, **options})
-    if job.calibration != base.calibration and base.calibration.eval_text is None:  # a preset names text, too
+    if job.calibration != base.calibration and not base.calibration.eval_text:  # a preset names text, too
         raise NirvanaError(
             f"--try {way.name} calibrates on other text, and each cut would be judged on what its own "
             "text holds back.",

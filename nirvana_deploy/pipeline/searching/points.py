@@ -11,6 +11,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
+from nirvana_deploy.measure.gate import perplexity_ratios
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.output.layout import QUALITY_FILE
@@ -30,13 +31,12 @@ def found_in(out: Path, folder: str, key: str, point: Point, *, failed: NirvanaE
     if variant.name not in record:
         return replace(found, failed=f"{folder} has no {variant.name}")
     quality, dense = record[variant.name], record[DENSE]
-    perplexity, before = quality.get("perplexity"), dense.get("perplexity")
     return replace(
         found,
         kl=quality.get("kl_vs_dense"),
         kl_standard_error=quality.get("kl_standard_error"),
-        perplexity=perplexity,
-        perplexity_ratio=perplexity / before if perplexity and before else None,
+        perplexity=quality.get("perplexity"),
+        perplexity_ratio=max(perplexity_ratios(quality, dense).values(), default=None),
         weights_bytes=sum(file.stat().st_size for file in (out / folder / variant.folder).glob("*.onnx*")),
     )
 
