@@ -38,6 +38,10 @@ class NirvanaError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
+class LaterVersionError(NirvanaError):
+    """A file that a later version of this package wrote."""
+
+
 class VerificationError(NirvanaError):
     """A stage's result differs from the stage before it: exit code 3; artifacts are kept."""
 

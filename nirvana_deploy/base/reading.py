@@ -19,7 +19,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, is_typeddict, overload
 
-from nirvana_deploy.base.errors import NirvanaError, upgrade
+from nirvana_deploy.base.errors import LaterVersionError, NirvanaError, upgrade
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -206,7 +206,8 @@ def _finite(digits: str) -> float:
 def _require_schema(value: Any, schema: int, where: str, hint: str | None) -> None:
     found = value.get("schema") if isinstance(value, dict) else None
     if type(found) is not int or found != schema:
-        raise NirvanaError(
+        error = LaterVersionError if type(found) is int and found > schema else NirvanaError
+        raise error(
             f"{where} has schema {found!r:.{_SHOWN}}; this version reads schema {schema}.",
             hint=hint or upgrade(),
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Unpack
 
-from nirvana_deploy.base.artifact import claim
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.artifact import claim, sha256_of
+from nirvana_deploy.base.errors import LaterVersionError, NirvanaError
 from nirvana_deploy.base.ownership.marker import require_apart
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
@@ -65,7 +66,7 @@ from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
 from nirvana_deploy.report.cards.folders import write_cards
 from nirvana_deploy.report.pages.workloads import workloads_table
-from nirvana_deploy.report.report import write_report
+from nirvana_deploy.report.report import write_report, write_unread
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import report
 from nirvana_deploy.report.table import Table, quality_table, summary_table
@@ -295,9 +296,42 @@ def report_folder(out: Path | str, *, progress: Progress = SILENT) -> tuple[Path
     """Write report.md, report.html and the model cards of a folder again; returns the first two.
 
     A folder without manifest, of records alone, has its report marked. Raises NirvanaError for a folder
-    without records, and for a report that somebody else wrote.
+    without records, and for a report that somebody else wrote; LaterVersionError for records of a later
+    version, which a page in the place of the report then says.
     """
     out = Path(out)
+    try:
+        return _reported(out, progress)
+    except LaterVersionError as error:
+        with suppress(NirvanaError):  # the page is somebody else's
+            _say_unread(out, error)
+        raise
+
+
+def _say_unread(out: Path, problem: LaterVersionError) -> None:
+    """Leave no report of earlier records beside those of a later version."""
+    pages = (REPORT_MARKDOWN, REPORT_HTML)
+    if not (out / MANIFEST).is_file():
+        claim(out, pages)
+        write_unread(out, problem)
+        return
+    try:
+        with Run.open(out, writing=True) as run:
+            run.drop([stage.REPORT])
+            with run.writing(REPORT_MARKDOWN), run.writing(REPORT_HTML):
+                write_unread(out, problem)
+    except LaterVersionError:  # nothing may be claimed in its manifest
+        manifest = read_json(out / MANIFEST, dict[str, Any])
+        if set(pages).issubset(manifest.get("makes", ())) and not _is_listed(out, REPORT_HTML):
+            write_unread(out, problem)
+
+
+def _is_listed(out: Path, name: str) -> bool:
+    """Whether the manifest, of whatever version, has the sha256 of a file as it is now."""
+    return (out / name).is_file() and sha256_of(out / name) in (out / MANIFEST).read_text(encoding="utf-8")
+
+
+def _reported(out: Path, progress: Progress) -> tuple[Path, Path]:
     if not (out / MANIFEST).is_file():
         read_records(out)
         claim(out, (REPORT_MARKDOWN, REPORT_HTML))

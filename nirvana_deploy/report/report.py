@@ -18,6 +18,7 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.units import format_bytes, format_number, format_seconds, format_share
 from nirvana_deploy.output import stage
+from nirvana_deploy.output.layout import REPORT_HTML, REPORT_MARKDOWN
 from nirvana_deploy.output.record_kinds import (
     KernelRecord,
     Selected,
@@ -121,7 +122,7 @@ def _benchmark_figures(records: Records) -> list[PlacedFigure]:
 
 def _deciding_figure(records: Records) -> PlacedFigure | None:
     svg = trade.trade_figure(records, verdict(records).recommended)
-    return None if svg is None else PlacedFigure(svg, trade.CAPTION)
+    return None if svg is None else PlacedFigure(svg, trade.caption(records))
 
 
 def _figures_of(records: Records, out: Path) -> list[PlacedFigure]:
@@ -347,6 +348,15 @@ def render_html(
     return template.render(context, figures=placed, sweep_figures=sweep_figures, **others)
 
 
+def write_unread(out: Path, problem: NirvanaError) -> None:
+    """Write OUT/report.md and OUT/report.html of records that a later version made: no verdict, and why."""
+    title = "No verdict: made by a later version of nirvana-deploy"
+    context = {"title": title, "problem": problem.message, "hint": problem.hint}
+    for name, templates in ((REPORT_MARKDOWN, markdown_environment()), (REPORT_HTML, environment())):
+        page = templates.get_template(f"unread{Path(name).suffix}.j2").render(context)
+        write_bytes(out / name, page.encode())
+
+
 def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]:
     """Write OUT/report.md and OUT/report.html from whatever records OUT holds; returns both paths.
 
@@ -356,7 +366,7 @@ def write_report(out: Path, *, progress: Progress = SILENT) -> tuple[Path, Path]
     with progress.task("Writing the report", total=2) as advance:
         records = read_records(out)
         context = report_context(records)
-        markdown, page = out / "report.md", out / "report.html"
+        markdown, page = out / REPORT_MARKDOWN, out / REPORT_HTML
         write_bytes(markdown, render_markdown(context).encode())
         advance(1)
         html = render_html(

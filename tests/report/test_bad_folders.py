@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +13,10 @@ from builders.pages import DESKTOP, PHONE, axes_without_unit, faults
 from builders.reports import frozen_records, with_layers, with_models, write_records
 from click.testing import CliRunner
 
-from nirvana_deploy.base.errors import upgrade
+from nirvana_deploy.base.errors import LaterVersionError, upgrade
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.output.records import Records
+from nirvana_deploy.pipeline.folder import report_folder
 from nirvana_deploy.report.report import write_report
 
 HOSTILE = (
@@ -128,9 +130,29 @@ def test_a_job_that_measured_all_is_not_called_unfinished_while_its_report_is_wr
 @pytest.mark.parametrize("record", ["manifest", "plan", "benchmark"])
 def test_records_of_a_later_version_are_an_error_that_says_so(tmp_path: Path, record: str) -> None:
     records = frozen_records()
-    getattr(records, record)["schema"] = 2
     out = write_records(tmp_path / "out", records)
+    report_folder(out)
+    verdict = (out / "report.html").read_text(encoding="utf-8")
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    later = manifest if record == "manifest" else getattr(records, record)
+    (out / f"{record}.json").write_text(json.dumps(later | {"schema": 2}), encoding="utf-8")
+    if record == "manifest":  # the page that it lists is its own version's
+        assert CliRunner().invoke(commands, ["report", str(out)]).exit_code == 1
+        assert (out / "report.html").read_text(encoding="utf-8") == verdict
+        (out / "report.html").write_text("An earlier version's", encoding="utf-8")
     found = CliRunner().invoke(commands, ["report", str(out)])
     assert f"{record}.json has schema 2" in str(found.exception)
     assert upgrade() in str(getattr(found.exception, "hint", ""))
-    assert not (out / "report.html").exists()
+    for name in ("report.html", "report.md"):
+        page = (out / name).read_text(encoding="utf-8")
+        assert "No verdict: made by a later version of nirvana-deploy" in page and "has schema 2" in page
+
+
+def test_a_page_of_somebody_else_stays_beside_records_of_a_later_version(tmp_path: Path) -> None:
+    records = frozen_records()
+    assert records.manifest is not None
+    records.manifest["schema"] = 2
+    out = write_records(tmp_path / "out", records)
+    (out / "report.html").write_text("mine", encoding="utf-8")
+    assert isinstance(CliRunner().invoke(commands, ["report", str(out)]).exception, LaterVersionError)
+    assert (out / "report.html").read_text(encoding="utf-8") == "mine" and not (out / "report.md").exists()

@@ -7,14 +7,23 @@ from typing import Any
 
 from markupsafe import Markup
 
+from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import Records
+from nirvana_deploy.output.results import QualityMeasured
 from nirvana_deploy.report.pages.plane import MILLISECONDS, Point, front_of, plane_figure
 from nirvana_deploy.report.table import median_of
 
-CAPTION = (
+_CAPTION = (
     "The line joins the models that no other beats in both; bold is recommended. Bars: standard error over "
-    "the windows of text. One text says little about other texts and tasks."
+    "the windows of text."
 )
+
+
+def caption(records: Records) -> str:
+    """What stands below the figure."""
+    record = records.result(stage.QUALITY, QualityMeasured)
+    several = record is not None and len(record.calibrated) > 1
+    return _CAPTION if several else f"{_CAPTION} One text says little about other texts and tasks."
 
 
 def trade_figure(records: Records, recommended: str | None) -> Markup | None:
