@@ -82,9 +82,10 @@ CPU_SECONDS = {
     stage.quantized("w4"): 130,
     stage.quantized("int8"): 75,
     stage.VERIFY: 44,
-    stage.QUALITY: 48,
+    stage.QUALITY: 48 * 1.6,
 }
-"""benchmarks/NOTES.md, on pipeline/search.py."""
+"""benchmarks/NOTES.md, on pipeline/search.py; quality was of the held-out windows alone, and is now of
+as many of the unseen text as there are of the largest kind, six tenths."""
 
 
 @pytest.mark.parametrize("name", CPU_SECONDS)
