@@ -26,7 +26,7 @@ from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.measure.bounds import Work
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.roofline.graph import work_of
-from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, ratio_of
+from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, ratio_of, too_few
 from nirvana_deploy.measure.rounds.watch import Watch, wait_until_idle
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import ModelShape
@@ -137,6 +137,8 @@ def benchmark(
         }
     watched = watch.record()
     watched["cautions"] += precision_cautions(samples, workload, baseline=baseline)
+    if len(samples) > 1:
+        watched["cautions"] += too_few(len(samples[baseline]))
     return {
         "schema": SCHEMA,
         "environment": environment,
@@ -300,7 +302,7 @@ def _comparison(
     bound_prefill = before["prefill_flops"] / after["prefill_flops"] if comparable else None
     return {
         **gains,
-        "decode_tokens_per_s_gain": after["decode_tokens_per_s"] / before["decode_tokens_per_s"],
+        "decode_tokens_per_s_gain": gains["tpot_speedup"],
         "bound_tpot_speedup": bound_tpot,
         "bound_prefill_speedup": bound_prefill,
         "tpot_share_of_bound": gains["tpot_speedup"] / bound_tpot,

@@ -178,9 +178,9 @@ class TimedVariant(TypedDict, total=False):
 class Interval(TypedDict):
     """Where the true median of a ratio is, with a confidence."""
 
-    p50: float
-    low: float
-    high: float
+    p50: Positive
+    low: Positive
+    high: Positive
     confidence: float
 
 

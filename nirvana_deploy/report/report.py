@@ -53,6 +53,7 @@ from nirvana_deploy.report.table import (
     Table,
     baseline_of,
     challengers_of,
+    gain,
     median_of,
     summary_table,
     text_bar,
@@ -66,7 +67,7 @@ def _bounds_ms(benchmark: Mapping[str, Any], metric: str) -> dict[str, float]:
     before_ms = median_of(baseline_of(benchmark) or {}, metric)
     found_ms = {}
     for variant in challengers_of(benchmark):
-        found = findings.gain(benchmark, variant, "prefill" if metric == "prefill_ms" else "tpot")
+        found = gain(benchmark, variant, "prefill" if metric == "prefill_ms" else "tpot")
         if found and found.bound and before_ms:
             found_ms[str(variant["name"])] = before_ms / found.bound
     return found_ms

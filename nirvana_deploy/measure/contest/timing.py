@@ -28,7 +28,7 @@ from nirvana_deploy.measure.benchmark import (
 from nirvana_deploy.measure.contest.contender import Contender
 from nirvana_deploy.measure.contest.same_model import not_the_same
 from nirvana_deploy.measure.recipe import Workload
-from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, ratio_of
+from nirvana_deploy.measure.rounds.ratios import ratio_of, too_few
 from nirvana_deploy.measure.rounds.watch import Watch, wait_until_idle
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 
@@ -171,9 +171,7 @@ def _cautions(
     if first not in samples and samples:
         found.append(f"{first} failed: ratios are to {next(iter(samples))}, the first that did not.")
     rounds = max(map(len, samples.values()), default=0)
-    if rounds and ratio_of([1.0] * rounds, [1.0] * rounds).confidence < CONFIDENCE:
-        found.append(f"{rounds} rounds show no difference with a confidence of {CONFIDENCE:.0%}: six may.")
-    return found
+    return [*found, *(too_few(rounds) if rounds else ())]
 
 
 def _failed(contender: Contender, error: NirvanaError) -> dict[str, Any]:
