@@ -31,7 +31,7 @@ from peer_process import PeerProcess, last_words
 
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.machine import MemoryProbe, default_threads, measured_environment
+from nirvana_deploy.base.machine import default_threads, measured_environment
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.calibrate.windows_file import read_windows
@@ -39,7 +39,7 @@ from nirvana_deploy.measure.benchmark import alternate
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.rounds.ratios import Ratio, ratio_of
-from nirvana_deploy.measure.rounds.watch import Watch
+from nirvana_deploy.measure.rounds.watch import machine_watch
 from nirvana_deploy.measure.worker import RoundSample
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.report.drawing import COLOURS, bare, entitle, label_points, new_figure
@@ -122,7 +122,7 @@ def measured(options: argparse.Namespace, scratch: Path) -> Record:
         found, without = judged(running, windows, scratch, known=quality)
         quality |= found
         environment = measured_environment(threads=threads)
-        watch = Watch(read_gb_per_s=MemoryProbe(threads, passes=2).read_gb_per_s)
+        watch = machine_watch(threads)
         lost: dict[str, NirvanaError] = {}
         samples = {
             prompt: alternate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import echo, echo_json, echo_table
+from .common import echo, echo_json, echo_table, warn
 
 if TYPE_CHECKING:
     from nirvana_deploy.base.shown.html import Record
@@ -21,7 +21,7 @@ def show_folder(result: dict[str, Any], out: Path, *, profiled: bool, as_json: b
     if as_json:
         echo_json(result)
         return
-    _warn(result["watch"]["cautions"])
+    warn(result["watch"]["cautions"])
     table = summary_table(result)
     echo_table(table.headers, table.rows)
     if profiled:
@@ -48,7 +48,7 @@ def show_workloads(result: dict[str, Any], traffic: Traffic, out: Path, *, as_js
         (page.sweep_title(one), page.explain_sweep(one), page.sweep_table(one), 2, one) for one in swept
     ]
     for title, says, table, texts, record in tables:
-        _warn([f"{title}: {caution}" for caution in page.cautions(record)])
+        warn([f"{title}: {caution}" for caution in page.cautions(record)])
         echo_table(table.headers, table.rows, title=title, texts=texts)
         echo(says)
     echo(f"Report: {out / 'report.html'}")
@@ -62,7 +62,7 @@ def show_contest(record: Record, out: Path | None, *, as_json: bool) -> None:
     if as_json:
         echo_json(record)
     else:
-        _warn([*record["watch"]["cautions"], *record["cautions"]])
+        warn([*record["watch"]["cautions"], *record["cautions"]])
         table = contest_table(record)
         echo_table(table.headers, table.rows)
         if record["failed"]:
@@ -72,8 +72,3 @@ def show_contest(record: Record, out: Path | None, *, as_json: bool) -> None:
         if out is not None:
             echo(f"Record: {out}")
     require_all_timed(record)
-
-
-def _warn(cautions: list[str]) -> None:
-    for caution in cautions:
-        echo(f"Caution: {caution}")

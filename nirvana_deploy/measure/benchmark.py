@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.machine import MemoryProbe, measured_environment
+from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.measure.bounds import Work
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.roofline.graph import work_of
 from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, ratio_of, too_few
-from nirvana_deploy.measure.rounds.watch import Watch, wait_until_idle
+from nirvana_deploy.measure.rounds.watch import Watch, machine_watch
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weight_files import weight_files
@@ -117,12 +117,10 @@ def benchmark(
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names) or baseline not in names:
         raise NirvanaError(f"Variants need distinct names, and one must be {baseline!r}; got {names}.")
-    if workload.wait_until_idle:
-        wait_until_idle(max_minutes=workload.max_minutes, progress=progress)
     with opened(variants, threads=workload.threads, progress=progress) as workers:
         threads = workers[baseline].loaded.threads
         environment = measured_environment(threads=threads)
-        watch = Watch(read_gb_per_s=MemoryProbe(threads, passes=2).read_gb_per_s)
+        watch = machine_watch(threads)
         samples = alternate(
             workers,
             workload=workload,

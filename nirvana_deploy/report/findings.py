@@ -173,7 +173,7 @@ def _is_short(speed: Gain) -> bool:
 
 
 def cautions(records: Records) -> tuple[str, ...]:
-    """Return the caveats to the headline, if any: broken promises, a busy machine, the others by length."""
+    """Return the caveats to the headline, if any: broken promises first, the others by length."""
     benchmark = records.benchmark or {}
     found = [
         _worth_caution(benchmark),
@@ -182,9 +182,13 @@ def cautions(records: Records) -> tuple[str, ...]:
         *_speed_cautions(benchmark, "Decode", "tpot"),
         *_speed_cautions(benchmark, "Prefill", "prefill"),
     ]
-    watched = (benchmark.get("watch") or {}).get("cautions") or ()
     broken = [_verification_caution(records), quantization_caution(records)]
-    return tuple(one for one in (*broken, *watched, *sorted(filter(None, found), key=len)) if one)
+    return tuple(one for one in (*broken, *sorted(filter(None, found), key=len)) if one)
+
+
+def machine_cautions(records: Records) -> tuple[str, ...]:
+    """What makes all timings doubtful: a busy or drifting machine, too few rounds."""
+    return tuple(((records.benchmark or {}).get("watch") or {}).get("cautions") or ())
 
 
 @dataclass(frozen=True)

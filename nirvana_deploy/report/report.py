@@ -308,6 +308,7 @@ def report_context(records: Records) -> dict[str, Any]:
         "badge": findings.verification_badge(records),
         "tiles": headline_tiles(records, decided.recommended),
         "cautions": findings.cautions(records),
+        "machine": findings.machine_cautions(records),
         "gaps": findings.gaps(records),
         "summary": summary_table(records.benchmark) if records.benchmark else None,
         "workloads": _workloads(records),

@@ -322,12 +322,16 @@ def test_all_changes_of_speed_are_the_paired_one_also_against_the_cells_beside_i
     assert rows["Decode, per token"] == "2.00\N{MULTIPLICATION SIGN} slower, 1.25 to 2.50"
 
 
-def test_a_busy_machine_is_named_before_what_is_said_of_the_models() -> None:
+def test_a_busy_machine_is_named_in_red_above_the_verdict(tmp_path: Path) -> None:
     records = frozen_records()
     assert records.benchmark is not None
-    usual = findings.cautions(records)
     records.benchmark["watch"] = {"cautions": ["The machine was busy."]}
-    assert findings.cautions(records) == ("The machine was busy.", *usual)
+    markdown, html = report_of(tmp_path, records)
+    said = '<ul class="caution doubtful" role="note">\n<li>The machine was busy.</li>'
+    assert html.index(said) < html.index('<section class="verdict')
+    assert ".caution.doubtful { color: var(--bad)" in html
+    assert markdown.index("> **Caution.** The machine was busy.") < markdown.index("\n## ")
+    assert html.count("The machine was busy.") == markdown.count("The machine was busy.") == 1
 
 
 def test_the_perplexity_caution_starts_above_half_as_much_again() -> None:

@@ -29,7 +29,7 @@ from nirvana_deploy.measure.contest.contender import Contender
 from nirvana_deploy.measure.contest.same_model import not_the_same
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.rounds.ratios import ratio_of, too_few
-from nirvana_deploy.measure.rounds.watch import Watch, wait_until_idle
+from nirvana_deploy.measure.rounds.watch import machine_watch, wait_until_idle
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 
 LEAST_ROUNDS = 2
@@ -77,7 +77,7 @@ def time_contenders(
             except NirvanaError as error:
                 lost[one.name] = error
         threads = workload.threads or default_threads()
-        environment, watch = measured_environment(threads=threads), Watch()
+        environment, watch = measured_environment(threads=threads), machine_watch(threads)
         samples = alternate(
             workers,
             workload=workload,

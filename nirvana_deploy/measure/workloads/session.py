@@ -10,7 +10,7 @@ from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.measure.benchmark import Variant, common_vocab_size, opened
-from nirvana_deploy.measure.rounds.watch import Sample, Watch, cautions
+from nirvana_deploy.measure.rounds.watch import Sample, Watch, cautions, machine_watch
 from nirvana_deploy.measure.worker import WorkerProcess
 from nirvana_deploy.measure.workloads.energy import EnergyMeter
 from nirvana_deploy.measure.workloads.measured import (
@@ -41,7 +41,7 @@ def measure_workload(
     meter = EnergyMeter()
     with opened(variants, threads=threads, progress=progress) as workers:
         environment = measured_environment(threads=_threads(workers))
-        watch = Watch()
+        watch = machine_watch(_threads(workers))
         answers = in_turns(
             workers,
             workload.timed(),
@@ -87,7 +87,8 @@ def measure_sweep(
     for values in parts:
         with opened(variants, threads=sweep.at(values[0]).threads, progress=progress) as workers:
             environment = measured_environment(threads=_threads(workers))
-            watch = Watch()  # a new one for new processes: it counts those that run as its own
+            # a new one for new processes, since it counts those that run as its own; its threads stay
+            watch = machine_watch()
             by_value |= _rounds(workers, sweep, values, watch=watch, progress=progress)
             watched += watch.samples
     curves, ratios = points_of(by_value, variants[0].name)
