@@ -187,8 +187,16 @@ def cautions(records: Records) -> tuple[str, ...]:
 
 
 def machine_cautions(records: Records) -> tuple[str, ...]:
-    """What makes all timings doubtful: a busy or drifting machine, too few rounds."""
-    return tuple(((records.benchmark or {}).get("watch") or {}).get("cautions") or ())
+    """What makes the timings doubtful: a busy or drifting machine, too few rounds, a model that failed."""
+    benchmark = records.benchmark or {}
+    watched = (benchmark.get("watch") or {}).get("cautions") or ()
+    return (*watched, *failed(benchmark))
+
+
+def failed(timed: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence on each model of a benchmark or workload that could not be timed."""
+    for one in timed.get("failed") or ():
+        yield f"{one['name']} was not timed: {one['reason'].strip().splitlines()[0]}"
 
 
 @dataclass(frozen=True)

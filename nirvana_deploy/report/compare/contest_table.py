@@ -37,7 +37,7 @@ def contest_table(record: Mapping[str, Any]) -> Table:
 
 def failed_table(record: Mapping[str, Any]) -> Table:
     """Why each of those that failed did."""
-    rows = [(one["name"], one["runtime"], _brief(one["reason"])) for one in record["failed"]]
+    rows = [(one["name"], one["runtime"] or ABSENT, _brief(one["reason"])) for one in record["failed"]]
     return Table(("Failed", "Runtime", "Reason"), tuple(rows))
 
 

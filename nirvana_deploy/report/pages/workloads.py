@@ -19,6 +19,7 @@ from nirvana_deploy.report.drawing import (
     name_axes,
     new_figure,
 )
+from nirvana_deploy.report.findings import failed
 from nirvana_deploy.report.table import ABSENT, NO_DIFFERENCE, Table, format_times, short
 
 UNREADABLE = "not readable here"
@@ -63,8 +64,8 @@ def explain(workload: Mapping[str, Any]) -> str:
 
 
 def cautions(measured: Mapping[str, Any]) -> list[str]:
-    """What else the machine did while a workload or a sweep was timed."""
-    return list((measured.get("watch") or {}).get("cautions") or ())
+    """What else the machine did while a workload or a sweep was timed, and which models failed."""
+    return [*((measured.get("watch") or {}).get("cautions") or ()), *failed(measured)]
 
 
 def _range(values: Sequence[int]) -> str:

@@ -78,7 +78,7 @@ def test_a_contender_that_does_not_load_stands_in_the_record_with_its_reason(
     assert failed["name"] == "broken" and "model.onnx cannot be loaded" in failed["reason"]
     assert record["cautions"][0] == "Said before."
     assert record["cautions"][1].startswith("broken failed: ratios are to one,")
-    with pytest.raises(ContenderError, match="1 of 3 contenders failed: broken") as error:
+    with pytest.raises(ContenderError, match="1 of 3 models failed: broken") as error:
         require_all_timed(record)
     assert error.value.exit_code == 3
     assert record["workload"]["threads"] == 1 and record["variants"][0]["weights_bytes"] > 0
