@@ -28,6 +28,7 @@ from consumers import section as where_it_runs  # the scripts beside this one
 from engine_promises import is_twin
 from frontier import table as frontier_table
 from frontier import verdict as frontier_verdict
+from intervals import section as intervals_section
 from job_cost import table as job_cost_table
 from peers import section as peers_section
 from quality import read_rows, reconstruction_table, table
@@ -62,8 +63,12 @@ ZERO_SHOT = RESULTS / "zero-shot.json"
 RECOVERY = RESULTS / "recover.jsonl"
 SERVE = RESULTS / "serve.json"
 SPECULATIVE = RESULTS / "speculative.json"
+INTERVALS = RESULTS / "intervals.json"
 PEERS = RESULTS / "peers.json"
 PEERS_PICTURE = PEERS.with_suffix(".png")
+_INTERVALS_COMMAND = (
+    "python benchmarks/intervals.py --folder OUT/onnx --out benchmarks/results/intervals.json"
+)
 _PEERS_COMMAND = (
     "python benchmarks/peers.py OUT --work DIR --llama-cpp NPM --json benchmarks/results/peers.json "
     "--picture benchmarks/results/peers.png"
@@ -377,6 +382,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "export": export_section(),
             "job-cost": job_cost_table(json.loads(JOB_COST.read_text())["jobs"]),
             "engines": engines_section(),
+            "intervals": _recorded(INTERVALS, intervals_section, _INTERVALS_COMMAND),
             "peers": _recorded(PEERS, peers_with_picture, _PEERS_COMMAND),
             "serve": serve_section(json.loads(SERVE.read_text())),
             "speculative": speculative_section(json.loads(SPECULATIVE.read_text())),
