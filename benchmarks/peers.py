@@ -42,7 +42,9 @@ from nirvana_deploy.measure.rounds.ratios import Ratio, ratio_of
 from nirvana_deploy.measure.rounds.watch import machine_watch
 from nirvana_deploy.measure.worker import RoundSample
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.report.compare.contest_table import REFERENCE
 from nirvana_deploy.report.drawing import COLOURS, bare, entitle, label_points, new_figure
+from nirvana_deploy.report.table import NO_DIFFERENCE
 
 BASELINE = "transformers fp32"
 """Quality is measured against it."""
@@ -277,21 +279,21 @@ def over(record: Record, fast: Record, slow: Record) -> Ratio:
 def table(record: Record) -> str:
     """Markdown: all models, the fastest decode first; those without numbers last."""
     models = sorted(ran(record), key=lambda one: median(one["decode_ms"]))
-    dense = next((one for one in models if one["name"] == OURS), models[0])
+    dense = next((one for one in models if one["name"] == OURS), next(iter(models), None))
     lines = [
         "| model | KL to dense | perplexity | weights MB | decode ms a token | times our dense (95 %) | "
         "prefill 128, ms | prefill 512, ms | peak memory MB |",
         "|---" + "|--:" * 8 + "|",
     ]
     for model in models:
-        quality, ratio = model["quality"], over(record, model, dense)
+        quality = model["quality"]
         cells = [
             model["name"],
             f"{quality['kl_vs_dense']:.4f}" if quality else model["reason"] or "",
             f"{quality['perplexity']:.2f}" if quality else "",
             f"{model['weights_bytes'] / 1e6:.0f}",
             f"{median(model['decode_ms']):.2f}",
-            f"{ratio.p50:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
+            REFERENCE if dense is None or model is dense else _shown(over(record, model, dense)),
             *(_prefill(model, prompt) for prompt in PROMPTS),
             f"{model['peak_rss_bytes'] / 1e6:.0f}",
         ]
@@ -302,6 +304,11 @@ def table(record: Record) -> str:
         if not one.get("decode_ms")
     ]
     return "\n".join(lines)
+
+
+def _shown(ratio: Ratio) -> str:
+    said = f"{ratio.p50:.2f}" if ratio.shows_difference else NO_DIFFERENCE
+    return f"{said} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def _prefill(model: Record, prompt: int) -> str:

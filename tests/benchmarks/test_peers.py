@@ -80,6 +80,9 @@ def test_the_table_ranks_by_decode_and_says_why_a_peer_is_not_in_it(page: Module
         "peer c",
     ]
     assert "| ours: dense w4 | 0.1000 | 20.10 | 1 | 4.00 | 5.00 (5.00 to 5.00) | 40 | 160 | 500 |" in lines
+    assert "| ours: dense | 0.0000 | 20.00 | 1 | 20.00 | reference | 40 | 160 | 500 |" in lines
+    noisy = {**OURS[0], "name": "again", "decode_ms": [19.0, 21.0, 20.0, 20.0, 20.0, 20.0]}
+    assert "no difference shown (0.96 to 1.05)" in page.table({"models": [OURS[0], noisy]})
     assert lines[-1].startswith("| peer c | not run: No module named 'c' |")
     assert "| d | no logits: it gives none |" in lines[6]
     widths = {line.count("|") for line in lines}
