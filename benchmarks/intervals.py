@@ -5,40 +5,54 @@
 
 Without a folder: invented rounds of two equal models, how often the interval holds 1, and how often it leaves
 1 out when one of them is 5 % slower; the interval of measure/rounds/ratios.py beside a bootstrap of the
-median. With a folder: the same model twice in real benchmarks, each of them once more with one model's decode
-times made 5 % longer. Wanted: 1 in at least 18 of 20 intervals, and the slower model found in 18 of 20.
+median. With a folder: contests of the same model twice, and a third time in a process that sleeps 5 % of each
+step. Wanted: 1 in at least 18 of 20 intervals of the first two, and the sleeping one found in 18 of 20.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.artifact import write_json
-from nirvana_deploy.base.machine import environment
-from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
+from nirvana_deploy.measure import worker
+from nirvana_deploy.measure.contest.contender import Contender, runtime_of
+from nirvana_deploy.measure.contest.timing import time_contenders
 from nirvana_deploy.measure.recipe import Workload
-from nirvana_deploy.measure.rounds.ratios import ratio_of
-from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.measure.rounds import processes
+from nirvana_deploy.measure.rounds.ratios import Ratio, ratio_of
+from nirvana_deploy.measure.worker import WorkerProcess
+from nirvana_deploy.runtime import registry
+from nirvana_deploy.runtime.runner import Runner
 
 SLOWER = 1.05
+WANTED = 0.9
+"""Of the intervals of either kind."""
+SLEEPING = "--sleeping"
+Record = dict[str, Any]
 Rounds = NDArray[np.float64]
 
 
 def main() -> None:
     """Invent rounds, or measure some."""
+    if SLEEPING in sys.argv:
+        sleep_between()
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, help="an ONNX folder")
-    parser.add_argument("--checkpoint", type=Path, help="what it was exported from [beside it]")
     parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", type=float, default=0.02)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -46,7 +60,7 @@ def main() -> None:
         invented()
         return
     record = measured(options)
-    print({name: value for name, value in record.items() if name != "intervals"})
+    print(section(record))
     if options.out is not None:
         write_json(options.out, record)
 
@@ -86,32 +100,106 @@ def _bootstrap_holds_one(before: Rounds, after: Rounds) -> bool:
     return bool(low <= 1 <= high)
 
 
-def measured(options: argparse.Namespace) -> dict[str, Any]:
-    """The same folder twice, again and again."""
-    shape = Checkpoint.open(options.checkpoint or options.folder.parent / "checkpoint").shape
-    variants = [variant_from_folder(name, options.folder, shape) for name in ("dense", "again")]
+class Sleeper:
+    """A runner that takes SLOWER times as long as the one it has."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def prefill(self, *given: Any) -> Any:
+        """As of Runner, and a nap."""
+        return self._slept(self._runner.prefill, *given)
+
+    def decode(self, *given: Any) -> Any:
+        """As of Runner, and a nap."""
+        return self._slept(self._runner.decode, *given)
+
+    def _slept(self, work: Callable[..., Any], *given: Any) -> Any:
+        start = time.perf_counter()
+        found = work(*given)
+        time.sleep((SLOWER - 1) * (time.perf_counter() - start))
+        return found
+
+
+class Process(WorkerProcess):
+    """The process of a contender; that of the slower one runs this file, and sleeps."""
+
+    def __init__(self, name: str, path: Path, *, threads: int | None, runtime: str | None = None) -> None:
+        if name == "slower":
+            self.program = ("-P", str(Path(__file__).resolve()), SLEEPING)
+        super().__init__(name, path, threads=threads, runtime=runtime)
+
+
+def sleep_between() -> None:
+    """The end of the slower contender's process: a worker whose runner is a Sleeper."""
+    sys.argv.remove(SLEEPING)
+    open_runner = registry.open_runner
+
+    def opened(path: Path, **how: Any) -> Sleeper:
+        return Sleeper(open_runner(path, **how))
+
+    with patch.object(registry, "open_runner", opened):
+        worker.main()
+
+
+def measured(options: argparse.Namespace) -> Record:
+    """Contests of the same folder three times, one of them asleep now and then."""
+    folder = options.folder
+    contenders = [Contender(name, folder, runtime_of(folder, None)) for name in ("one", "again", "slower")]
     workload = Workload(
-        prompt_tokens=32, new_tokens=33, threads=1, precision=options.precision, max_minutes=1
+        prompt_tokens=32, new_tokens=33, threads=options.threads, precision=options.precision, max_minutes=1
     )
-    intervals, holds, finds, cautions = [], 0, 0, 0
-    for _ in range(options.repetitions):
-        found = benchmark(variants, workload=workload)
-        before, after = (one["tpot_ms"]["samples"] for one in found["variants"])
-        ratio = ratio_of(before, after)
-        intervals.append([ratio.low, ratio.p50, ratio.high, len(before)])
-        holds += ratio.low <= 1 <= ratio.high
-        finds += ratio_of([SLOWER * one for one in before], after).shows_difference
-        cautions += bool(found["watch"]["cautions"])
+    found = []
+    with patch.object(processes, "WorkerProcess", Process):
+        for number in range(options.repetitions):
+            contest = time_contenders(contenders, workload=workload)
+            again, slower = (one["tpot_speedup_interval"] for one in contest["comparisons"])
+            rounds = len(contest["variants"][0]["tpot_ms"]["samples"])
+            cautions = contest["watch"]["cautions"]
+            found.append({"rounds": rounds, "again": again, "slower": slower, "cautions": cautions})
+            print(
+                f"{number + 1} of {options.repetitions}: {_said(again)}; slower {_said(slower)}", flush=True
+            )
     return {
         "schema": 1,
-        "repetitions": options.repetitions,
-        "precision": options.precision,
-        "hold_one": holds,
-        "find_five_percent": finds,
-        "with_a_caution": cautions,
-        "intervals": intervals,
-        "environment": environment() | {"load_average_1min": os.getloadavg()[0]},
+        "environment": contest["environment"],
+        "workload": contest["workload"],
+        "slower": SLOWER,
+        "contests": found,
     }
+
+
+def _said(ratio: Record) -> str:
+    return f"{ratio['p50']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+
+
+def section(record: Record) -> str:
+    """How many intervals said what is so, how wide they were, and where it was measured."""
+    contests, where, asked = record["contests"], record["environment"], record["workload"]
+    count, rounds = len(contests), [one["rounds"] for one in contests]
+    holds = sum(one["again"]["low"] <= 1 <= one["again"]["high"] for one in contests)
+    finds = sum(Ratio(**one["slower"]).shows_difference and one["slower"]["p50"] < 1 for one in contests)
+    widths = [Ratio(**one[name]).width for one in contests for name in ("again", "slower")]
+    slower = [1 / one["slower"]["p50"] for one in contests]
+    busy = sum(bool(one["cautions"]) for one in contests)
+    return "\n".join(
+        [
+            f"| of {count} contests | found | wanted |",
+            "|---|--:|--:|",
+            f"| the same model twice: 1 in the interval | {holds} | {WANTED * count:g} |",
+            f"| a runner that sleeps {record['slower'] - 1:.0%}: found slower | {finds} "
+            f"| {WANTED * count:g} |",
+            "",
+            f"{min(rounds)} to {max(rounds)} rounds each, until the interval was within "
+            f"{asked['precision']:.0%} or a minute was over; it was {median(widths):.1%} (median). The one "
+            f"that sleeps was measured {min(slower):.3f} to {max(slower):.3f} times as slow. "
+            f"{busy} of {count} had a caution on the machine; {where['threads']} thread(s) of "
+            f"{where['cpu']}.",
+        ]
+    )
 
 
 if __name__ == "__main__":

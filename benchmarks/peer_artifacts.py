@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from peer_process import HERE, last_words  # the script beside this one
+from peer_process import HERE, end, last_words, over_limit  # the script beside this one
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
@@ -51,6 +51,8 @@ class Places:
     """A Python with optimum-onnx."""
     openvino: Path
     """A Python with openvino."""
+    limit_s: float
+    """What making one model may take."""
 
     @property
     def dense(self) -> Path:
@@ -81,11 +83,11 @@ class Artifact:
         return sum(file.stat().st_size for file in files if "tokenizer" not in file.name)
 
     def command(self, places: Places, threads: int) -> list[str]:
-        """What runs it; raises RuntimeError where nothing can."""
+        """What runs it; raises NirvanaError where nothing can."""
         if self.kind == "llama.cpp":
             node = shutil.which("node")
             if node is None or places.llama_cpp is None:
-                raise RuntimeError("node, or a folder with node-llama-cpp, is missing")
+                raise NirvanaError("node, or a folder with node-llama-cpp, is missing")
             script = str(HERE / "peer_llama_cpp.mjs")
             return [node, script, str(self.path), str(threads), str(places.llama_cpp)]
         python = {"optimum-onnx": places.optimum, "openvino": places.openvino}.get(self.kind)
@@ -94,19 +96,14 @@ class Artifact:
 
 
 def make(one: Artifact) -> None:
-    """Write an artifact unless it is there; raises RuntimeError with the reason where that fails."""
+    """Write an artifact unless it is there; raises NirvanaError with the reason where that fails."""
     if one.make is None or one.path.exists():
         return
     partial_path = one.path.with_name(f"{one.path.stem}-partial{one.path.suffix}")
     shutil.rmtree(partial_path, ignore_errors=True)
     partial_path.unlink(missing_ok=True)
     partial_path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        one.make(partial_path)
-    except subprocess.CalledProcessError as error:
-        raise RuntimeError(last_words(error.stderr)) from None
-    except NirvanaError as error:
-        raise RuntimeError(last_words(error.message)) from None
+    one.make(partial_path)
     partial_path.rename(one.path)
 
 
@@ -122,7 +119,7 @@ def artifacts(places: Places) -> Iterator[Artifact]:
         "optimum-onnx",
         work / "optimum-onnx",
         "ORTModelForCausalLM.from_pretrained(..., export=True)",
-        partial(_run_python, places.optimum, _OPTIMUM, str(dense)),
+        partial(_run_python, places.limit_s, places.optimum, _OPTIMUM, str(dense)),
     )
     for precision in ("fp32", "int4"):
         yield Artifact(
@@ -130,7 +127,7 @@ def artifacts(places: Places) -> Iterator[Artifact]:
             "onnxruntime-genai",
             work / f"builder-{precision}",
             f"python -m onnxruntime_genai.models.builder -p {precision} -e cpu",
-            partial(_built, dense, precision, work / "builder-cache"),
+            partial(_built, places.limit_s, dense, precision, work / "builder-cache"),
         )
     plain = work / "openvino-fp32"
     for precision, config in _OPENVINO_CONFIGS.items():
@@ -140,7 +137,7 @@ def artifacts(places: Places) -> Iterator[Artifact]:
             "openvino",
             work / f"openvino-{precision}",
             f"OVModelForCausalLM of optimum-intel, {how}",
-            partial(_run_python, places.openvino, _OPENVINO, str(source), str(config)),
+            partial(_run_python, places.limit_s, places.openvino, _OPENVINO, str(source), str(config)),
         )
     for kind in ("f32", "q8_0", "q4_0"):
         yield _gguf(f"llama.cpp {kind}", dense, work / f"dense-{kind}.gguf", kind)
@@ -168,14 +165,25 @@ def _gguf_written(checkpoint: Path, kind: str, target: Path) -> None:
     gguf_from_checkpoint(Checkpoint.open(checkpoint), target, weight_type=kind)
 
 
-def _built(dense: Path, precision: str, cache: Path, target: Path) -> None:
+def _built(limit_s: float, dense: Path, precision: str, cache: Path, target: Path) -> None:
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(dense), "-o", str(target)]
-    _run([*command, "-p", precision, "-e", "cpu", "-c", str(cache)])
+    _run([*command, "-p", precision, "-e", "cpu", "-c", str(cache)], limit_s)
 
 
-def _run_python(python: Path, script: str, *arguments: str | Path) -> None:
-    _run([str(python), "-c", script, *map(str, arguments)])
+def _run_python(limit_s: float, python: Path, script: str, *arguments: str | Path) -> None:
+    _run([str(python), "-c", script, *map(str, arguments)], limit_s)
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def _run(command: list[str], limit_s: float) -> None:
+    """Run a program to its end; raises NirvanaError with its last words, or where its time is over."""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            raise NirvanaError(over_limit(limit_s)) from None
+        finally:
+            end(process)
+    if process.returncode:
+        raise NirvanaError(last_words(said))

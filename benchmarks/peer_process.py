@@ -8,12 +8,15 @@ import re
 import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.measure.worker import RoundSample
 
 HERE = Path(__file__).resolve().parent
@@ -23,8 +26,9 @@ _TAIL_BYTES = 4000
 class PeerProcess:
     """A context manager that ends the process with its block.
 
-    ``command`` is what starts it, kind, path and threads included. Raises RuntimeError with its last words
-    where it does not load or dies.
+    ``command`` is what starts it, kind, path and threads included; ``limit_s`` is what loading and each
+    answer may take. Raises NirvanaError with its last words where it does not load or dies, and where it
+    is ended for its time.
     """
 
     about: dict[str, str]
@@ -32,7 +36,8 @@ class PeerProcess:
     peak_rss_bytes: int
     """As of the last answer."""
 
-    def __init__(self, command: list[str], *, threads: int) -> None:
+    def __init__(self, command: list[str], *, threads: int, limit_s: float) -> None:
+        self._limit_s, self._too_slow = limit_s, False
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
         self._process = subprocess.Popen(
             command,
@@ -40,6 +45,7 @@ class PeerProcess:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            start_new_session=True,  # ended with all that it starts
         )
 
     def __enter__(self) -> PeerProcess:
@@ -51,7 +57,7 @@ class PeerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        end(self._process)
         self._process.communicate()
         self._stderr.close()
 
@@ -75,25 +81,47 @@ class PeerProcess:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
-            raise RuntimeError(self._last_words()) from None
+            raise NirvanaError(self._last_words()) from None
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        timer = Timer(self._limit_s, self._stop)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
         if not line:
-            raise RuntimeError(self._last_words())
+            raise NirvanaError(self._last_words())
         answer: dict[str, Any] = json.loads(line)
         self.peak_rss_bytes = answer["peak_rss_bytes"]
         return answer
 
+    def _stop(self) -> None:
+        self._too_slow = True
+        end(self._process)
+
     def _last_words(self) -> str:
         code = self._process.wait()
+        if self._too_slow:
+            return over_limit(self._limit_s)
         if code < 0:
             return f"ended by {signal.Signals(-code).name}"
         self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, self._stderr.tell() - _TAIL_BYTES))
         return last_words(self._stderr.read().decode(errors="replace"))
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that leads a session of its own, and what it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def over_limit(limit_s: float) -> str:
+    """The reason for a model that took too long."""
+    return f"ended, for it took longer than {limit_s / 60:g} minutes"
 
 
 def last_words(output: str) -> str:

@@ -8,7 +8,8 @@ OUT is a folder that `nirvana-deploy prune` or `prune-export` made. NPM is a fol
 node-llama-cpp` was run; PYTHONs have optimum-onnx, and openvino with optimum-intel and nncf. What is in DIR
 already is used again. Each model runs in a process of its own (peer_worker.py); all take turns, the same
 prompts in each round, a first one not counted. Quality: logits on OUT's held-out windows against transformers
-in float32. A peer that cannot be made or run stands in the table with its reason.
+in float32. A peer that cannot be made or run, or takes longer than --limit, stands in the table with its
+reason.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from peer_artifacts import Artifact, Places, artifacts, make  # the scripts beside this one
-from peer_process import PeerProcess
+from peer_process import PeerProcess, last_words
 
 from nirvana_deploy.base.artifact import write_json
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import default_threads, measured_environment
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.resources import require_memory
@@ -37,10 +39,12 @@ from nirvana_deploy.measure.benchmark import alternate
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.rounds.ratios import Ratio, ratio_of
-from nirvana_deploy.measure.rounds.watch import Watch
+from nirvana_deploy.measure.rounds.watch import machine_watch
 from nirvana_deploy.measure.worker import RoundSample
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.report.compare.contest_table import REFERENCE
 from nirvana_deploy.report.drawing import COLOURS, bare, entitle, label_points, new_figure
+from nirvana_deploy.report.table import NO_DIFFERENCE
 
 BASELINE = "transformers fp32"
 """Quality is measured against it."""
@@ -71,6 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, help="[physical cores]")
+    parser.add_argument("--limit", type=float, default=15, metavar="MINUTES", help="to make, load, answer")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--picture", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -88,9 +93,9 @@ def main() -> None:
 
 def measured(options: argparse.Namespace, scratch: Path) -> Record:
     """Quality and speed of every model that can be made and run."""
-    threads = options.threads or default_threads()
+    threads, limit_s = options.threads or default_threads(), 60 * options.limit
     work = options.work or scratch
-    places = Places(options.out, work, options.llama_cpp, options.optimum, options.openvino)
+    places = Places(options.out, work, options.llama_cpp, options.optimum, options.openvino, limit_s)
     vocab_size = Checkpoint.open(places.dense).shape.vocab_size
     windows = read_windows(options.out / "calibration.safetensors")["heldout"][: options.windows]
     made = [one for one in artifacts(places) if not options.only or one.name in options.only]
@@ -99,8 +104,8 @@ def measured(options: argparse.Namespace, scratch: Path) -> Record:
         print(f"making {one.name}", flush=True)
         try:
             make(one)
-        except RuntimeError as error:
-            reasons[one.name] = str(error)
+        except NirvanaError as error:
+            reasons[one.name] = last_words(error.message)
     made_bytes = [one.weights_bytes for one in made if one.name not in reasons]
     hint = "Take a machine with more memory, or fewer models: --only NAME NAME."
     require_memory(_TIMES_WEIGHTS * sum(made_bytes), what=f"Running {len(made_bytes)} models", hint=hint)
@@ -111,18 +116,19 @@ def measured(options: argparse.Namespace, scratch: Path) -> Record:
                 continue
             print(f"loading {one.name}", flush=True)
             try:
-                process = PeerProcess(one.command(places, threads), threads=threads)
+                process = PeerProcess(one.command(places, threads), threads=threads, limit_s=limit_s)
                 running[one.name] = stack.enter_context(process)
-            except RuntimeError as error:
-                reasons[one.name] = str(error)
+            except NirvanaError as error:
+                reasons[one.name] = last_words(error.message)
         quality = {} if options.quality is None else _known(read_json(options.quality), len(windows))
         found, without = judged(running, windows, scratch, known=quality)
         quality |= found
         environment = measured_environment(threads=threads)
-        watch = Watch()
+        watch = machine_watch(threads)
+        lost: dict[str, NirvanaError] = {}
         samples = {
             prompt: alternate(
-                running,
+                {name: process for name, process in running.items() if name not in lost},
                 workload=Workload(
                     prompt_tokens=prompt,
                     new_tokens=options.new_tokens if prompt == PROMPTS[0] else 2,
@@ -131,10 +137,12 @@ def measured(options: argparse.Namespace, scratch: Path) -> Record:
                 ),
                 vocab_size=vocab_size,
                 watch=watch,
+                lost=lost,
             )
             for prompt in PROMPTS
         }
-        models = [_row(one, running.get(one.name), samples, quality, {**reasons, **without}) for one in made]
+        reasons |= {name: last_words(error.message) for name, error in lost.items()} | without
+        models = [_row(one, running.get(one.name), samples, quality, reasons) for one in made]
     return {
         "schema": 1,
         "environment": environment,
@@ -159,12 +167,13 @@ def _row(
 ) -> Record:
     """All that is known of one model."""
     row: Record = {"name": one.name, "runtime": one.kind, "made": one.made, "reason": reasons.get(one.name)}
-    if peer is None:
+    if peer is None or one.name not in samples[PROMPTS[0]]:
         return row
     decoded = [median(sample.itl_ms) for sample in samples[PROMPTS[0]][one.name]]
     prefill = {
         str(prompt): [sample.ttft_ms for sample in of_prompt[one.name]]
         for prompt, of_prompt in samples.items()
+        if one.name in of_prompt
     }
     return row | {
         "about": peer.about,
@@ -228,7 +237,11 @@ def judged(
         return {}, {}
     found: dict[str, Record] = {}
     reasons: dict[str, str] = {}
-    reference = Saved(windows, running[BASELINE].logits(windows, scratch / "baseline"))
+    try:
+        reference = Saved(windows, running[BASELINE].logits(windows, scratch / "baseline"))
+    except NirvanaError as error:
+        why = f"no logits of {BASELINE}: {last_words(error.message)}"
+        return {}, dict.fromkeys(running, why)
     for name in [name for name in running if name not in known or name == BASELINE]:
         peer = running[name]
         print(f"judging {name}", flush=True)
@@ -239,8 +252,8 @@ def judged(
                 continue
             variant = Saved(windows, peer.logits(windows, file))
             found[name] = quality_of(reference, {name: variant}, windows, baseline_name=BASELINE)[name]
-        except (RuntimeError, ValueError) as error:
-            reasons[name] = f"no logits: {error}"
+        except (NirvanaError, ValueError) as error:
+            reasons[name] = f"no logits: {last_words(str(error))}"
         finally:
             file.unlink(missing_ok=True)
     return found, reasons
@@ -266,22 +279,22 @@ def over(record: Record, fast: Record, slow: Record) -> Ratio:
 def table(record: Record) -> str:
     """Markdown: all models, the fastest decode first; those without numbers last."""
     models = sorted(ran(record), key=lambda one: median(one["decode_ms"]))
-    dense = next((one for one in models if one["name"] == OURS), models[0])
+    dense = next((one for one in models if one["name"] == OURS), next(iter(models), None))
     lines = [
         "| model | KL to dense | perplexity | weights MB | decode ms a token | times our dense (95 %) | "
         "prefill 128, ms | prefill 512, ms | peak memory MB |",
         "|---" + "|--:" * 8 + "|",
     ]
     for model in models:
-        quality, ratio = model["quality"], over(record, model, dense)
+        quality = model["quality"]
         cells = [
             model["name"],
-            f"{quality['kl_vs_dense']:.4f}" if quality else model["reason"],
+            f"{quality['kl_vs_dense']:.4f}" if quality else model["reason"] or "",
             f"{quality['perplexity']:.2f}" if quality else "",
             f"{model['weights_bytes'] / 1e6:.0f}",
             f"{median(model['decode_ms']):.2f}",
-            f"{ratio.p50:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
-            *(f"{median(model['prefill_ms'][str(prompt)]):.0f}" for prompt in PROMPTS),
+            REFERENCE if dense is None or model is dense else _shown(over(record, model, dense)),
+            *(_prefill(model, prompt) for prompt in PROMPTS),
             f"{model['peak_rss_bytes'] / 1e6:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -291,6 +304,17 @@ def table(record: Record) -> str:
         if not one.get("decode_ms")
     ]
     return "\n".join(lines)
+
+
+def _shown(ratio: Ratio) -> str:
+    said = f"{ratio.p50:.2f}" if ratio.shows_difference else NO_DIFFERENCE
+    return f"{said} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def _prefill(model: Record, prompt: int) -> str:
+    """Median milliseconds to the first token, or why there is none."""
+    found = model["prefill_ms"].get(str(prompt))
+    return f"{median(found):.0f}" if found else model["reason"]
 
 
 def verdict(record: Record) -> str:
@@ -320,11 +344,12 @@ def _kl(model: Record) -> float:
 
 
 def section(record: Record) -> str:
-    """Table, verdict, how each was made, and where it was measured."""
+    """Cautions, table, verdict, how each was made, and where it was measured."""
     where, quality = record["environment"], record["quality"]
     made = "\n".join(f"- {one['name']}: {one['made']}{_about(one)}." for one in record["models"])
     return "\n".join(
         [
+            *(f"Caution: {one}\n" for one in record["watch"]["cautions"]),
             table(record),
             "",
             verdict(record),

@@ -19,7 +19,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +28,9 @@ from consumers import section as where_it_runs  # the scripts beside this one
 from engine_promises import is_twin
 from frontier import table as frontier_table
 from frontier import verdict as frontier_verdict
+from intervals import section as intervals_section
 from job_cost import table as job_cost_table
+from peers import section as peers_section
 from quality import read_rows, reconstruction_table, table
 from quantization import table as quantization_table
 from recipes import read_rows as read_recipes
@@ -61,6 +63,16 @@ ZERO_SHOT = RESULTS / "zero-shot.json"
 RECOVERY = RESULTS / "recover.jsonl"
 SERVE = RESULTS / "serve.json"
 SPECULATIVE = RESULTS / "speculative.json"
+INTERVALS = RESULTS / "intervals.json"
+PEERS = RESULTS / "peers.json"
+PEERS_PICTURE = PEERS.with_suffix(".png")
+_INTERVALS_COMMAND = (
+    "python benchmarks/intervals.py --folder OUT/onnx --out benchmarks/results/intervals.json"
+)
+_PEERS_COMMAND = (
+    "python benchmarks/peers.py OUT --work DIR --llama-cpp NPM --json benchmarks/results/peers.json "
+    "--picture benchmarks/results/peers.png"
+)
 
 
 HEADLINES = (
@@ -338,6 +350,19 @@ def decode_section(record: dict[str, Any]) -> str:
     )
 
 
+def peers_with_picture(record: dict[str, Any]) -> str:
+    """The section of peers.py below its picture, if that was drawn."""
+    seen = f"![Decode time across, KL to dense up](results/{PEERS_PICTURE.name})\n\n"
+    return (seen if PEERS_PICTURE.is_file() else "") + peers_section(record)
+
+
+def _recorded(file: Path, section: Callable[[dict[str, Any]], str], command: str) -> str:
+    """What a record says; how it is made, where it was not made yet."""
+    if not file.is_file():
+        return f"Not on record yet: `{command}`"
+    return section(json.loads(file.read_text()))
+
+
 def sections_by_page() -> dict[Path, dict[str, str]]:
     """Page -> marker -> what stands between its marks."""
     benchmark = json.loads(RECORD.read_text())
@@ -357,6 +382,8 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "export": export_section(),
             "job-cost": job_cost_table(json.loads(JOB_COST.read_text())["jobs"]),
             "engines": engines_section(),
+            "intervals": _recorded(INTERVALS, intervals_section, _INTERVALS_COMMAND),
+            "peers": _recorded(PEERS, peers_with_picture, _PEERS_COMMAND),
             "serve": serve_section(json.loads(SERVE.read_text())),
             "speculative": speculative_section(json.loads(SPECULATIVE.read_text())),
         },

@@ -49,7 +49,9 @@ def benchmark(
     rounds, in its own process. PATH is an output folder (all its models, or OUT:pruned-w4 for one,
     OUT:dense,pruned for some), an ONNX folder, a checkpoint folder, an engine or a GGUF file. Named twice, it
     is an A/A test. All must be of one model, whose vocabulary the prompts are made of. --runtime concerns
-    those that it takes. Exit code 3 when a contender failed; the others keep their results.
+    those that it takes.
+
+    Exit code 3 when a model failed; the others keep their results.
 
     A model with its draft, which 'package --speculative' wrote: answers of --new-tokens to twenty prompts
     with 1 to 6 draft tokens and without, in turn; the fastest is kept.

@@ -74,6 +74,13 @@ def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     click.echo(harmless(text), err=err, nl=nl)
 
 
+def warn(cautions: Iterable[str]) -> None:
+    """Print what makes a result doubtful, in red on a terminal."""
+    for caution in cautions:
+        talk().log(f"Caution: {caution}")
+        click.secho(harmless(f"Caution: {caution}"), fg="red")
+
+
 def echo_piece(text: str) -> None:
     """Print a piece of generated text: as it is into a file or pipe, harmless on a terminal."""
     click.echo(harmless(text) if sys.stdout.isatty() else text, nl=False, color=True)  # color: strip nothing

@@ -10,11 +10,11 @@ import click
 
 from nirvana_deploy.search.recipe import Target
 
-from .common import TerminalProgress, echo, echo_json, echo_table
+from .common import TerminalProgress, echo, echo_json, echo_table, warn
 from .forecast_page import show_forecast, show_target
 from .job import deployment_options, folder_options, job_from, model_argument, pruning_options, recipe_option
 from .options import json_option, recipe_options, taken, typed
-from .talk import command_line
+from .talk import command_line, talk
 
 
 @click.command("prune-export")
@@ -105,6 +105,8 @@ def prune_export(
         beside=True,
     )
     if done.benchmark is not None:
+        if not talk().quiet:
+            warn(done.benchmark["watch"]["cautions"])
         table = summary_table(done.benchmark)
         title = f"{done.plan.model['name']}, sparsity {done.plan.sparsity:g}"
         echo_table(table.headers, table.rows, title=title, beside=True)

@@ -10,7 +10,7 @@ import click
 from nirvana_deploy.measure.recipe import Tolerance
 
 from .arguments import MEASURED
-from .common import echo, echo_json, echo_table
+from .common import echo, echo_json, echo_table, warn
 from .options import json_option, recipe_options
 
 _PAGES = (".html", ".md")
@@ -95,8 +95,7 @@ def _against(out: Path, earlier: Path, tolerance: float, *, as_json: bool) -> No
     if as_json:
         echo_json(found.as_json())
     else:
-        for caution in found.cautions:
-            echo(f"Caution: {caution}")
+        warn(found.cautions)
         table = found.table()
         echo_table(table.headers, table.rows, texts=2)
     found.require_none_worse()
@@ -114,9 +113,8 @@ def _compare(outs: tuple[Path, ...], out: Path | None, *, force: bool, as_json: 
     if as_json:
         echo_json(found.as_json())
         return
+    warn(found.alike.cautions)
     echo_table(BRIEF, brief_rows(found))
-    for caution in found.alike.cautions:
-        echo(f"Caution: {caution}")
     if found.recipe.rows:
         echo_table(found.recipe.headers, found.recipe.rows, title="What differs in their recipes")
     if out is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
@@ -20,14 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.base.machine import MemoryProbe, measured_environment
+from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.measure.bounds import Work
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.roofline.graph import work_of
-from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, ratio_of
-from nirvana_deploy.measure.rounds.watch import Watch, wait_until_idle
+from nirvana_deploy.measure.rounds.processes import failures, require_any, started
+from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, ratio_of, too_few
+from nirvana_deploy.measure.rounds.watch import Watch, machine_watch
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weight_files import weight_files
@@ -107,36 +108,42 @@ def benchmark(
     *,
     workload: Workload,
     baseline: str = "dense",
+    lost: MutableMapping[str, NirvanaError] | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Measure ``variants``, each in its own process; returns benchmark.json (``quality`` still None).
 
-    ``comparisons`` set every other variant against ``baseline``. Raises NirvanaError for a folder that does
-    not load, a worker that dies, vocabularies that differ, or a baseline that is not among the variants.
+    ``comparisons`` set every other variant against ``baseline``, if that was timed to the end. A variant that
+    cannot be loaded or dies goes into ``lost`` and stands in ``failed``, with the reason; without ``lost``,
+    and where all do, the error is raised. Raises NirvanaError for vocabularies that differ, and for a
+    baseline that is not among the variants.
     """
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names) or baseline not in names:
         raise NirvanaError(f"Variants need distinct names, and one must be {baseline!r}; got {names}.")
-    if workload.wait_until_idle:
-        wait_until_idle(max_minutes=workload.max_minutes, progress=progress)
-    with opened(variants, threads=workload.threads, progress=progress) as workers:
-        threads = workers[baseline].loaded.threads
+    with opened(variants, threads=workload.threads, lost=lost, progress=progress) as workers:
+        threads = next(iter(workers.values())).loaded.threads
         environment = measured_environment(threads=threads)
-        watch = Watch(read_gb_per_s=MemoryProbe(threads, passes=2).read_gb_per_s)
+        watch = machine_watch(threads)
         samples = alternate(
             workers,
             workload=workload,
             vocab_size=common_vocab_size({n: w.loaded.vocab_size for n, w in workers.items()}),
             baseline=baseline,
             watch=watch,
+            lost=lost,
             progress=progress,
         )
+        require_any(samples, lost or {})
         records = {
             variant.name: _record(variant, workers[variant.name], samples[variant.name], workload)
             for variant in variants
+            if variant.name in samples
         }
     watched = watch.record()
     watched["cautions"] += precision_cautions(samples, workload, baseline=baseline)
+    if len(samples) > 1:
+        watched["cautions"] += too_few(len(next(iter(samples.values()))))
     return {
         "schema": SCHEMA,
         "environment": environment,
@@ -149,27 +156,25 @@ def benchmark(
                 "baseline": baseline,
                 **_comparison(samples[baseline], samples[name], records[baseline], records[name]),
             }
-            for name in names
-            if name != baseline
+            for name in samples
+            if baseline in samples and name != baseline
         ],
+        "failed": failures(variants, lost or {}),
     }
 
 
 @contextmanager
 def opened(
-    variants: Sequence[Variant], *, threads: int | None, progress: Progress = SILENT
+    variants: Sequence[Variant],
+    *,
+    threads: int | None,
+    lost: MutableMapping[str, NirvanaError] | None,
+    progress: Progress = SILENT,
 ) -> Iterator[dict[str, WorkerProcess]]:
-    """A fresh process for each variant, by name, so that its peak memory is that of what it is asked now.
-
-    Raises NirvanaError for a folder that does not load, and where the memory has no room for all of them.
-    """
+    """As :func:`started`; raises NirvanaError where no one loads, or the memory has no room for all."""
     require_memory_for(variant.path for variant in variants)
-    with ExitStack() as stack:
-        workers = {}
-        for variant in variants:
-            progress.note(f"Loading {variant.name}")
-            worker = WorkerProcess(variant.name, variant.path, threads=threads, runtime=variant.runtime)
-            workers[variant.name] = stack.enter_context(worker)
+    with started(variants, threads=threads, lost=lost, progress=progress) as workers:
+        require_any(workers, lost or {})
         yield workers
 
 
@@ -300,7 +305,7 @@ def _comparison(
     bound_prefill = before["prefill_flops"] / after["prefill_flops"] if comparable else None
     return {
         **gains,
-        "decode_tokens_per_s_gain": after["decode_tokens_per_s"] / before["decode_tokens_per_s"],
+        "decode_tokens_per_s_gain": gains["tpot_speedup"],
         "bound_tpot_speedup": bound_tpot,
         "bound_prefill_speedup": bound_prefill,
         "tpot_share_of_bound": gains["tpot_speedup"] / bound_tpot,

@@ -252,7 +252,8 @@ def speed(
     def work() -> Timed:
         variants = _timed_variants(run, runtime)
         explain = Explained(workload, analysis or Analysis(), runtime, run.progress)
-        result = benchmark(variants, workload=workload, baseline=variants[0].name, progress=run.progress)
+        baseline = variants[0].name
+        result = benchmark(variants, workload=workload, baseline=baseline, lost={}, progress=run.progress)
         result = explain.of(result, {variant.name: variant for variant in variants})
         _place(run, result)
         write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))

@@ -115,6 +115,8 @@ class WorkerProcess:
     the message.
     """
 
+    program: tuple[str, ...] = ("-P", "-m", __spec__.name)
+    """The child's end, for Python."""
     loaded: Loaded
     peak_rss_bytes: int
     """As of the last answer."""
@@ -124,7 +126,7 @@ class WorkerProcess:
     def __init__(self, name: str, path: Path, *, threads: int | None, runtime: str | None = None) -> None:
         self._name = name
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
-        command = [sys.executable, "-P", "-m", __spec__.name, str(path.absolute())]
+        command = [sys.executable, *self.program, str(path.absolute())]
         command += ["--threads", str(threads)] if threads is not None else []
         command += ["--runtime", runtime] if runtime is not None else []
         self._process = subprocess.Popen(

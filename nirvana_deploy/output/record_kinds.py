@@ -178,9 +178,9 @@ class TimedVariant(TypedDict, total=False):
 class Interval(TypedDict):
     """Where the true median of a ratio is, with a confidence."""
 
-    p50: float
-    low: float
-    high: float
+    p50: Positive
+    low: Positive
+    high: Positive
     confidence: float
 
 
@@ -224,6 +224,16 @@ class EvaluationRecord(TypedDict, total=False):
     window_tokens: int | None
 
 
+class FailedModel(TypedDict):
+    """A model that could not be loaded, or died while it was timed."""
+
+    name: str
+    path: str
+    runtime: str | None
+    reason: str
+    hint: str | None
+
+
 class BenchmarkRecord(TypedDict, total=False):
     """The content of benchmark.json."""
 
@@ -235,16 +245,7 @@ class BenchmarkRecord(TypedDict, total=False):
     evaluation: EvaluationRecord
     variants: Required[list[TimedVariant]]
     comparisons: list[Comparison]
-
-
-class FailedContender(TypedDict):
-    """A contender that could not be loaded, or died."""
-
-    name: str
-    path: str
-    runtime: str
-    reason: str
-    hint: str | None
+    failed: list[FailedModel]
 
 
 class ContestRecord(BenchmarkRecord, total=False):
@@ -252,7 +253,6 @@ class ContestRecord(BenchmarkRecord, total=False):
 
     tool: Required[str]
     cautions: list[str]
-    failed: Required[list[FailedContender]]
 
 
 class PlannedBudget(TypedDict, total=False):

@@ -8,6 +8,8 @@ from typing import Any
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.measure.recipe import Tolerance
+from nirvana_deploy.output.kinds.workloads import WorkloadsRecord
+from nirvana_deploy.output.layout import BENCHMARK_FILE, WORKLOADS_FILE
 from nirvana_deploy.output.record_kinds import BenchmarkRecord
 from nirvana_deploy.output.records import Records, read_records
 from nirvana_deploy.report.compare.against import Changes, changes_since
@@ -35,8 +37,16 @@ def _measured(path: Path) -> Folder:
         record: Any = read_json(
             path, BenchmarkRecord, schema=_SCHEMA, hint="Name an output folder, or its benchmark.json."
         )
-        return Folder(label, Records(None, None, dict(record)))
+        return Folder(label, Records(None, None, dict(record), _workloads_beside(path)))
     records = read_records(path)
     if records.benchmark is None:
         raise NirvanaError(f"{path} was not measured.", hint=f"Measure it: nirvana-deploy benchmark {path}")
     return Folder(label, records)
+
+
+def _workloads_beside(benchmark: Path) -> dict[str, Any] | None:
+    """What was kept with a folder's benchmark.json."""
+    beside = benchmark.with_name(WORKLOADS_FILE)
+    if benchmark.name != BENCHMARK_FILE or not beside.is_file():
+        return None
+    return dict(read_json(beside, WorkloadsRecord, schema=_SCHEMA))

@@ -53,6 +53,7 @@ from nirvana_deploy.output.layout import (
 from nirvana_deploy.output.records import read_records
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import in_steps
+from nirvana_deploy.output.undamaged import require_undamaged
 from nirvana_deploy.output.variants import quantized_variant
 from nirvana_deploy.pipeline.before import Until
 from nirvana_deploy.pipeline.forecast.forecast import Planned, forecast
@@ -70,6 +71,7 @@ from nirvana_deploy.report.report import write_report, write_unread
 from nirvana_deploy.report.sensitivity import write_sensitivity
 from nirvana_deploy.report.stage import report
 from nirvana_deploy.report.table import Table, quality_table, summary_table
+from nirvana_deploy.runtime.models import models_for
 from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.runtime.tensorrt.record import ENGINE_SUFFIX
 
@@ -163,10 +165,13 @@ def benchmark_folder(
     """Measure an output folder again in ``runtime`` [onnxruntime-cpu]; returns benchmark.json.
 
     ``analysis`` says whether the models are profiled too, and whether the machine's ceilings are measured
-    anew. Raises NirvanaError for a profile of another runtime than ONNX Runtime on the CPU.
+    anew. A model that fails is in ``failed``, and raises nothing while another one was timed. Raises
+    NirvanaError for a profile of another runtime than ONNX Runtime on the CPU, and for a model whose files
+    were changed since the manifest.
     """
     out = Path(out)
     with Run.open(out, writing=True, progress=progress) as run:
+        _require_undamaged(run, runtime)
         run.run(speed(run, workload or Workload(), analysis, runtime=runtime), redo=True)
         run.run(report(run))
     record = read_json(out / BENCHMARK_FILE, dict[str, Any])
@@ -184,7 +189,8 @@ def benchmark_workloads(
     """Time an output folder under the workloads and along the sweeps ``asked`` for; returns workloads.json.
 
     ``workload`` says what stays along a sweep, how many rounds it has, and the threads of both. Raises
-    NirvanaError for nothing asked, an unknown name, and lengths beyond the model's context, before any work.
+    NirvanaError for nothing asked, an unknown name, lengths beyond the model's context, and a model whose
+    files were changed since the manifest, before any work. A model that fails is in ``failed``.
     """
     out, base = Path(out), workload or Workload()
     workloads, sweeps = load_workloads(asked.workloads), sweeps_of(asked.sweeps, base)
@@ -195,6 +201,7 @@ def benchmark_workloads(
         )
     with Run.open(out, writing=True, progress=progress) as run:
         _require_context(out, workloads, sweeps)
+        _require_undamaged(run, runtime)
         if base.wait_until_idle:
             wait_until_idle(max_minutes=base.max_minutes, progress=progress)
         asked_for = [*(((one,), ()) for one in workloads), *(((), (one,)) for one in sweeps)]
@@ -204,6 +211,12 @@ def benchmark_workloads(
     record = read_json(out / WORKLOADS_FILE, dict[str, Any])
     names = [*(one["name"] for one in record["workloads"]), *(one["axis"] for one in record["sweeps"])]
     return _shown(names, record, workloads_table)
+
+
+def _require_undamaged(run: Run, runtime: str | None) -> None:
+    """Raise NirvanaError where a model is not the one that the manifest lists."""
+    for path in models_for(run, runtime).values():
+        require_undamaged(path, done="timed", progress=run.progress)
 
 
 def _require_context(out: Path, workloads: Sequence[NamedWorkload], sweeps: Sequence[Sweep]) -> None:

@@ -15,6 +15,7 @@ from nirvana_deploy.engine.stage import build_engine
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.stage import export
 from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS
+from nirvana_deploy.measure.contest.timing import require_all_timed
 from nirvana_deploy.measure.gate import require_quality
 from nirvana_deploy.measure.recipe import Measurement, Workload
 from nirvana_deploy.measure.stage import answers, quality, speed, unit_cost
@@ -192,6 +193,8 @@ def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Unt
     run.finish()
     if whole:
         require_quality(run.result(QUALITY, QualityMeasured).variants, job.measurement)
+    if timed and whole:
+        require_all_timed(read_json(run.out / BENCHMARK_FILE, dict[str, Any]))
     return Deployment(
         out=run.out,
         plan=plan,

@@ -23,9 +23,12 @@ from nirvana_deploy.report.pages.deployed import (
     quantization_caution,
 )
 from nirvana_deploy.report.table import (
+    Gain,
+    Metric,
     baseline_of,
     challengers_of,
     format_times,
+    gain,
     median_of,
     short,
 )
@@ -36,51 +39,6 @@ PERPLEXITY_ALARM = 1.5
 """Perplexity ratio to dense above which the report warns."""
 BOUND_SHARE_ALARM = 0.9
 """Share of its bound below which a speed-up gets a caution."""
-
-
-@dataclass(frozen=True)
-class Gain:
-    """Median latency of a variant relative to the baseline."""
-
-    before_ms: float
-    after_ms: float
-    speedup: float
-    bound: float | None
-    """Speed-up allowed by fewer bytes (decode) or operations (prefill); None if not recorded."""
-    interval: tuple[float, float] | None = None
-    """Where its true value is (``measure/rounds/ratios.py``), or the 10th and 90th percentile over the rounds
-    where no more was recorded; None if nothing was."""
-
-    @property
-    def shows_difference(self) -> bool:
-        """Whether 1 is not in the interval."""
-        return self.speedup != 1 and not (self.interval and self.interval[0] <= 1 <= self.interval[1])
-
-    @property
-    def share_of_bound(self) -> float | None:
-        """Speed-up as a share of its bound."""
-        return self.speedup / self.bound if self.bound else None
-
-
-def gain(
-    benchmark: Mapping[str, Any], variant: Mapping[str, Any], metric: Literal["tpot", "prefill"]
-) -> Gain | None:
-    """Speed-up of ``variant`` over the baseline; None if either wasn't measured."""
-    comparisons = benchmark.get("comparisons") or ()
-    recorded: Mapping[str, Any] = next((c for c in comparisons if c.get("variant") == variant["name"]), {})
-    baseline = baseline_of(benchmark)
-    before, after = (median_of(v, f"{metric}_ms") if v else None for v in (baseline, variant))
-    if not before or not after:
-        return None
-    found = recorded.get(f"{metric}_speedup_interval")
-    low_high = (found["low"], found["high"]) if found else recorded.get(f"{metric}_speedup_p10_p90")
-    return Gain(
-        before_ms=before,
-        after_ms=after,
-        speedup=recorded.get(f"{metric}_speedup") or before / after,
-        bound=recorded.get(f"bound_{metric}_speedup"),
-        interval=(low_high[0], low_high[1]) if low_high else None,
-    )
 
 
 @dataclass(frozen=True)
@@ -191,9 +149,7 @@ _SHORT_OF_BOUND = {
 """The usual reason, by whether the variant computes in float."""
 
 
-def _speed_cautions(
-    benchmark: Mapping[str, Any], what: str, metric: Literal["tpot", "prefill"]
-) -> Iterator[str]:
+def _speed_cautions(benchmark: Mapping[str, Any], what: str, metric: Metric) -> Iterator[str]:
     """At most two sentences: on models that compute in float, and on those that do not."""
     gains = [(variant, gain(benchmark, variant, metric)) for variant in challengers_of(benchmark)]
     for in_float, reason in _SHORT_OF_BOUND.items():
@@ -217,7 +173,7 @@ def _is_short(speed: Gain) -> bool:
 
 
 def cautions(records: Records) -> tuple[str, ...]:
-    """Return the caveats to the headline, if any: broken promises, a busy machine, the others by length."""
+    """Return the caveats to the headline, if any: broken promises first, the others by length."""
     benchmark = records.benchmark or {}
     found = [
         _worth_caution(benchmark),
@@ -226,9 +182,21 @@ def cautions(records: Records) -> tuple[str, ...]:
         *_speed_cautions(benchmark, "Decode", "tpot"),
         *_speed_cautions(benchmark, "Prefill", "prefill"),
     ]
-    watched = (benchmark.get("watch") or {}).get("cautions") or ()
     broken = [_verification_caution(records), quantization_caution(records)]
-    return tuple(one for one in (*broken, *watched, *sorted(filter(None, found), key=len)) if one)
+    return tuple(one for one in (*broken, *sorted(filter(None, found), key=len)) if one)
+
+
+def machine_cautions(records: Records) -> tuple[str, ...]:
+    """What makes the timings doubtful: a busy or drifting machine, too few rounds, a model that failed."""
+    benchmark = records.benchmark or {}
+    watched = (benchmark.get("watch") or {}).get("cautions") or ()
+    return (*watched, *failed(benchmark))
+
+
+def failed(timed: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence on each model of a benchmark or workload that could not be timed."""
+    for one in timed.get("failed") or ():
+        yield f"{one['name']} was not timed: {one['reason'].strip().splitlines()[0]}"
 
 
 @dataclass(frozen=True)

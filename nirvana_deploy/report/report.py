@@ -54,6 +54,7 @@ from nirvana_deploy.report.table import (
     Table,
     baseline_of,
     challengers_of,
+    gain,
     median_of,
     summary_table,
     text_bar,
@@ -67,7 +68,7 @@ def _bounds_ms(benchmark: Mapping[str, Any], metric: str) -> dict[str, float]:
     before_ms = median_of(baseline_of(benchmark) or {}, metric)
     found_ms = {}
     for variant in challengers_of(benchmark):
-        found = findings.gain(benchmark, variant, "prefill" if metric == "prefill_ms" else "tpot")
+        found = gain(benchmark, variant, "prefill" if metric == "prefill_ms" else "tpot")
         if found and found.bound and before_ms:
             found_ms[str(variant["name"])] = before_ms / found.bound
     return found_ms
@@ -308,6 +309,7 @@ def report_context(records: Records) -> dict[str, Any]:
         "badge": findings.verification_badge(records),
         "tiles": headline_tiles(records, decided.recommended),
         "cautions": findings.cautions(records),
+        "machine": findings.machine_cautions(records),
         "gaps": findings.gaps(records),
         "summary": summary_table(records.benchmark) if records.benchmark else None,
         "workloads": _workloads(records),

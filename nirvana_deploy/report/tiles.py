@@ -8,8 +8,15 @@ from typing import Any
 
 from nirvana_deploy.base.units import format_bytes, format_ms, format_number
 from nirvana_deploy.output.records import Records
-from nirvana_deploy.report.findings import gain
-from nirvana_deploy.report.table import baseline_of, challengers_of, format_change, format_times, median_of
+from nirvana_deploy.report.table import (
+    Gain,
+    baseline_of,
+    challengers_of,
+    format_change,
+    format_times,
+    gain,
+    median_of,
+)
 
 
 @dataclass(frozen=True)
@@ -45,15 +52,24 @@ def headline_tiles(records: Records, recommended: str | None) -> Tiles:
     return Tiles(f"{variant['name']}{against}", tuple(_tiles(benchmark, before, variant)))
 
 
+def _speed(decode: Gain) -> Tile:
+    """The ratio over paired rounds and where the true one is, the medians, the bound."""
+    notes = [f"{format_ms(decode.before_ms)} to {format_ms(decode.after_ms)} per token"]
+    if decode.interval:
+        notes.insert(0, f"{format_times(decode.interval[0])} to {format_times(decode.interval[1])}")
+    if not decode.shows_difference:
+        return Tile("Decode speed-up", "none shown", "; ".join(notes))
+    if decode.bound and decode.share_of_bound:
+        notes.append(f"{decode.share_of_bound:.0%} of the {format_times(decode.bound)} by bytes")
+    return Tile("Decode speed-up", format_times(decode.speedup), "; ".join(notes))
+
+
 def _tiles(
     benchmark: Mapping[str, Any], baseline: Mapping[str, Any] | None, variant: Mapping[str, Any]
 ) -> Iterator[Tile]:
     decode = gain(benchmark, variant, "tpot") if baseline else None
     if decode:
-        note = f"{format_ms(decode.before_ms)} to {format_ms(decode.after_ms)} per token"
-        if decode.bound and decode.share_of_bound:
-            note += f"; {decode.share_of_bound:.0%} of the {format_times(decode.bound)} by bytes"
-        yield Tile("Decode speed-up", format_times(decode.speedup), note)
+        yield _speed(decode)
     elif median_of(variant, "tpot_ms"):
         yield Tile("Decode", format_ms(variant["tpot_ms"]["p50"]), "per token, median")
     for label, key in (("Weight file", "weights_bytes"), ("Peak memory (RSS)", "peak_rss_bytes")):

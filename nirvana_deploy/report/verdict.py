@@ -17,10 +17,10 @@ from nirvana_deploy.output.record_kinds import Quality, TasksRecord
 from nirvana_deploy.output.records import Records, verifications
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
 from nirvana_deploy.output.variants import DENSE, PRUNED
-from nirvana_deploy.report.findings import Gain, gain, unfinished
+from nirvana_deploy.report.findings import unfinished
 from nirvana_deploy.report.pages.deployed import kept_promises
 from nirvana_deploy.report.pages.quality import repeats
-from nirvana_deploy.report.table import baseline_of, challengers_of, format_times
+from nirvana_deploy.report.table import Gain, baseline_of, challengers_of, format_times, gain
 
 SHIP_RATIO, CARE_RATIO = 1.1, 1.3
 """Perplexity in times of dense's, on the worst kind of text."""

@@ -13,7 +13,11 @@ import torch
 from builders.extras import needs
 from builders.scripts import ROOT
 from builders.tiny import VOCABULARY, write_tiny
+from safetensors.numpy import save_file
 
+from nirvana_deploy.base.artifact import write_json
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint
@@ -59,6 +63,7 @@ RECORD = {
     "environment": {"threads": 2, "cpu": "a CPU", "load_average_1min": 0.5},
     "quality": {"windows": 2, "window_tokens": 256, "source": "held-out windows"},
     "workload": {"rounds": 6},
+    "watch": {"cautions": ["The machine was busy."]},
     "models": [*PEERS, *OURS],
 }
 
@@ -75,6 +80,9 @@ def test_the_table_ranks_by_decode_and_says_why_a_peer_is_not_in_it(page: Module
         "peer c",
     ]
     assert "| ours: dense w4 | 0.1000 | 20.10 | 1 | 4.00 | 5.00 (5.00 to 5.00) | 40 | 160 | 500 |" in lines
+    assert "| ours: dense | 0.0000 | 20.00 | 1 | 20.00 | reference | 40 | 160 | 500 |" in lines
+    noisy = {**OURS[0], "name": "again", "decode_ms": [19.0, 21.0, 20.0, 20.0, 20.0, 20.0]}
+    assert "no difference shown (0.96 to 1.05)" in page.table({"models": [OURS[0], noisy]})
     assert lines[-1].startswith("| peer c | not run: No module named 'c' |")
     assert "| d | no logits: it gives none |" in lines[6]
     widths = {line.count("|") for line in lines}
@@ -91,6 +99,7 @@ def test_the_verdict_compares_with_ours_of_the_same_quality_alone(page: ModuleTy
     few = [{**one, "decode_ms": one["decode_ms"][:3]} for one in [*PEERS[:2], *OURS]]
     assert page.verdict({"models": few}).startswith("No peer is beyond doubt faster")  # too few rounds
     assert "peer a: by hand (thing 1.0)." in page.section(RECORD)
+    assert page.section(RECORD).startswith("Caution: The machine was busy.\n\n| model |")
 
 
 @pytest.mark.parametrize("kind", ["transformers", "onnxruntime-genai"])
@@ -102,7 +111,7 @@ def test_a_process_answers_for_its_model(page: ModuleType, process: Any, tmp_pat
         folder = tmp_path / "onnx"
         onnx_from_checkpoint(Checkpoint.open(dense), folder)
     command = [sys.executable, str(ROOT / "benchmarks" / "peer_worker.py"), kind, str(folder), "1"]
-    with process.PeerProcess(command, threads=1) as peer:
+    with process.PeerProcess(command, threads=1, limit_s=60) as peer:
         found = peer.logits(WINDOWS, tmp_path / "logits")
         sample = peer.measure(WINDOWS[:1], new_tokens=4)
         assert peer.peak_rss_bytes > 1e6 and all(peer.about.values())
@@ -117,10 +126,79 @@ def test_a_process_answers_for_its_model(page: ModuleType, process: Any, tmp_pat
 
 def test_what_does_not_run_says_why_without_folders(process: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-c", f"raise ValueError('no model in {tmp_path}/deep/model.onnx | here')"]
-    with pytest.raises(RuntimeError) as caught, process.PeerProcess(command, threads=1):
+    with pytest.raises(NirvanaError) as caught, process.PeerProcess(command, threads=1, limit_s=60):
         pass
     assert str(caught.value) == "ValueError: no model in model.onnx / here"
     command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 8)"]
-    with pytest.raises(RuntimeError, match="ended by SIGFPE"), process.PeerProcess(command, threads=1):
+    with (
+        pytest.raises(NirvanaError, match="ended by SIGFPE"),
+        process.PeerProcess(command, threads=1, limit_s=60),
+    ):
         pass
     assert process.last_words("") == "it ended without a word"
+
+
+HANGS = """
+import subprocess, sys
+print('{"about": {}, "peak_rss_bytes": 1}', flush=True)
+subprocess.run(["sleep", "600"])
+"""
+
+
+def test_a_peer_that_hangs_is_ended_with_its_children_and_named(process: Any) -> None:
+    command = [sys.executable, "-c", HANGS]
+    with process.PeerProcess(command, threads=1, limit_s=4) as peer:
+        with pytest.raises(NirvanaError, match="took longer than 0"):
+            peer.measure(WINDOWS[:1], new_tokens=4)
+        with pytest.raises(NirvanaError, match="took longer"):  # and says so again
+            peer.measure(WINDOWS[:1], new_tokens=4)
+
+
+FAKE = """
+import json, sys, time
+print('{"about": {}, "peak_rss_bytes": 1}', flush=True)
+for number, line in enumerate(sys.stdin):
+    request = json.loads(line)
+    if number == int(sys.argv[1]):
+        time.sleep(600)
+    if "windows" in request:
+        rows, positions = len(request["windows"]), len(request["windows"][0]) - 1
+        with open(request["file"], "wb") as file:
+            file.write(bytes(4 * rows * positions * int(sys.argv[2])))
+    times = {"ttft_ms": 2.0, "itl_ms": [1.0] * (request.get("new_tokens", 2) - 1)}
+    print(json.dumps({**times, "peak_rss_bytes": 1}), flush=True)
+"""
+
+
+def test_a_peer_that_hangs_takes_no_other_with_it(
+    page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = write_tiny(tmp_path / "dense", "llama-tied")
+    write_json(tmp_path / "manifest.json", {"model": {"path": str(dense)}})
+    windows = {"calibration": WINDOWS, "heldout": WINDOWS}
+    save_file(windows, tmp_path / "calibration.safetensors")
+    hangs_at = {page.BASELINE: -1, "at once": 0, "in the first prompt": 3, "in the second": 5, "never": -1}
+
+    class Fake(page.Artifact):  # type: ignore[misc, name-defined]
+        def command(self, places: Any, threads: int) -> list[str]:
+            return [sys.executable, "-c", FAKE, str(hangs_at[self.name]), str(VOCABULARY)]
+
+    fakes = [Fake(name, "fake", dense, "by hand") for name in hangs_at]
+    monkeypatch.setattr(page, "artifacts", lambda places: fakes)
+    words = ["peers", str(tmp_path), "--limit", "0.05", "--rounds", "2", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--json", str(tmp_path / "peers.json")])
+    page.main()
+    record = read_json(tmp_path / "peers.json")
+    models = {one["name"]: one for one in record["models"]}
+    late = "ended, for it took longer than 0.05 minutes"
+    assert models["at once"]["reason"] == f"no logits: {late}"
+    assert models["in the first prompt"]["reason"] == models["in the second"]["reason"] == late
+    assert [name for name, one in models.items() if "decode_ms" in one] == [
+        page.BASELINE,
+        "in the second",
+        "never",
+    ]
+    assert list(models["in the second"]["prefill_ms"]) == ["128"]
+    assert models["never"]["reason"] is None and models["never"]["quality"]["kl_vs_dense"] == 0
+    assert f"| 2 | {late} | 0 |" in page.table(record)
+    assert record["watch"]["samples"][0]["read_gb_per_s"] > 0

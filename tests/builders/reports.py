@@ -107,14 +107,19 @@ def _scaled(latency: Mapping[str, Any], factor: float) -> dict[str, Any]:
     return {**scaled, "samples": [factor * one for one in samples]}
 
 
+def _interval(speedup: float, side: float) -> dict[str, float]:
+    low, high = (1 - side) * speedup, (1 + side) * speedup
+    return {"p50": speedup, "low": low, "high": high, "confidence": 0.98}
+
+
 def _comparison(name: str, speedup: float) -> dict[str, Any]:
     return {
         "variant": name,
         "baseline": "dense",
         "tpot_speedup": speedup,
         "prefill_speedup": speedup,
-        "tpot_speedup_p10_p90": [0.97 * speedup, 1.03 * speedup],
-        "prefill_speedup_p10_p90": [0.95 * speedup, 1.05 * speedup],
+        "tpot_speedup_interval": _interval(speedup, 0.03),
+        "prefill_speedup_interval": _interval(speedup, 0.05),
         "bound_tpot_speedup": 1.2 * speedup,
         "bound_prefill_speedup": 1.1 * speedup,
     }

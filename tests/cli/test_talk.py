@@ -12,10 +12,11 @@ from pathlib import Path
 import click
 import pytest
 from builders.tiny import write_tiny
+from click.testing import CliRunner
 
 from nirvana_deploy.base.errors import TRACE_VARIABLE
 from nirvana_deploy.cli import talk as talking
-from nirvana_deploy.cli.common import TerminalProgress, echo, echo_table
+from nirvana_deploy.cli.common import TerminalProgress, echo, echo_table, warn
 from nirvana_deploy.cli.main import _goes_on, commands, main
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -182,3 +183,13 @@ def test_a_log_that_is_taken_away_ends_no_job(tmp_path: Path, capsys: pytest.Cap
 def test_a_command_goes_on_if_it_has_an_option_for_it() -> None:
     assert all(_goes_on(["-q", name, "m"]) for name in ("prune", "prune-export", "search"))
     assert not any(_goes_on(words) for words in (["serve", "search"], ["recover", "o"], ["--help"], []))
+
+
+def test_a_caution_is_red_on_a_terminal_alone() -> None:
+    @click.command()
+    def cautious() -> None:
+        warn(["The machine was \x1b[2Jbusy."])
+
+    said = "Caution: The machine was \\x1b[2Jbusy."
+    assert CliRunner().invoke(cautious).output == f"{said}\n"
+    assert CliRunner().invoke(cautious, color=True).output == f"\x1b[31m{said}\x1b[0m\n"

@@ -338,13 +338,6 @@ def test_a_worker_names_a_token_that_its_model_never_learned(worker: WorkerProce
         worker.measure(beyond_the_vocabulary, new_tokens=4)
 
 
-def test_a_folder_that_does_not_load_names_the_variant(folder: Path, tmp_path: Path) -> None:
-    variants = [tiny_variant(folder), tiny_variant(tmp_path, "pruned")]
-    with pytest.raises(NirvanaError, match=r"pruned: .* holds no model\.onnx\.\n.*nirvana-deploy export"):
-        benchmark(variants, workload=Workload(threads=1))
-    assert workers() == []
-
-
 @pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
 def test_workers_end_with_their_parent(folder: Path, how: str) -> None:
     script = INTERRUPTIBLE + (

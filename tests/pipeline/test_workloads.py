@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from builders.tiny import write_tiny
 from click.testing import CliRunner
 
 import nirvana_deploy as library
+from nirvana_deploy.base.errors import ContenderError, NirvanaError
 from nirvana_deploy.cli.benchmark import benchmark
 from nirvana_deploy.measure.recipe import Traffic, Workload
+from nirvana_deploy.measure.worker import WorkerProcess
 
 pytestmark = pytest.mark.integration
 SHORT = Workload(prompt_tokens=6, new_tokens=3, repeats=2, threads=1)
@@ -48,6 +51,39 @@ def test_results_are_kept_by_name_and_the_benchmark_stays(out: Path, tmp_path: P
     assert "<h2>Workload mine</h2>" in page and "<h2>Against sequences in a batch</h2>" in page
     assert (out / "benchmark.json").read_bytes() == before
     assert library.verify_folder(out).passed
+
+
+def test_files_that_were_changed_are_not_timed(out: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    with (copy / "onnx" / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    for words in ((), ("--workload", "edge"), ("--sweep", "batch=1,2")):
+        said = str(asked(copy, *words).exception)
+        assert "is not timed: onnx/model.onnx is not the file that manifest.json lists" in said
+
+
+def test_a_model_that_fails_is_named_and_the_rest_is_written(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, start = tmp_path / "copy", WorkerProcess.__enter__
+
+    def entered(worker: WorkerProcess) -> WorkerProcess:
+        if worker._name == "pruned":
+            worker._end()
+            raise NirvanaError("pruned: no room.")
+        return start(worker)
+
+    shutil.copytree(out, copy)
+    monkeypatch.setattr(WorkerProcess, "__enter__", entered)
+    few = ("--repeats", 2, "--new-tokens", 2, "--threads", 1)
+    for words in (few, ("--sweep", "batch=1,2", *few)):
+        shown = asked(copy, *words)
+        assert isinstance(shown.exception, ContenderError) and shown.exception.exit_code == 3
+        assert "pruned" in str(shown.exception) and "no room" in shown.output
+    record = json.loads((copy / "benchmark.json").read_text())
+    assert [one["name"] for one in record["variants"]] == ["dense"]
+    assert "pruned was not timed: no room." in (copy / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

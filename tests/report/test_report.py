@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from builders.reports import FROZEN, RECORDS, frozen, frozen_records, write_records
 
@@ -27,7 +28,8 @@ from nirvana_deploy.report import findings
 from nirvana_deploy.report.figures import latency_figure
 from nirvana_deploy.report.page import markdown_text
 from nirvana_deploy.report.report import write_report
-from nirvana_deploy.report.table import format_change, format_faster, summary_table, text_bar
+from nirvana_deploy.report.table import format_change, format_faster, gain, summary_table, text_bar
+from nirvana_deploy.report.tiles import headline_tiles
 
 
 def report_of(out: Path, records: Records) -> tuple[str, str]:
@@ -268,7 +270,7 @@ def test_engines_are_listed_with_what_they_were_built_for(tmp_path: Path) -> Non
 def test_summary_reads_medians_and_says_the_change() -> None:
     rows = {row[0]: row[1:] for row in summary_table(frozen("benchmark")).rows}
     assert rows["Weight file"] == ("538 MB", "368 MB", "\N{MINUS SIGN}31.6%")
-    assert rows["Decode, per token"][2].endswith("faster")
+    assert rows["Decode, per token"][2].endswith("faster, 1.42 to 1.45")
     assert rows["Perplexity"] == ("19.4", "47.9", "2.46\N{MULTIPLICATION SIGN}")
     assert "Peak device memory" not in rows
 
@@ -280,26 +282,56 @@ def test_a_missing_measurement_of_one_variant_is_a_dash() -> None:
     assert rows["Peak memory (RSS)"] == ("812 MB", "\N{EM DASH}", "")
 
 
-def test_gain_is_the_recorded_speed_up_or_else_the_ratio_of_medians() -> None:
+def test_gain_is_the_recorded_speed_up_or_else_that_of_the_rounds() -> None:
     benchmark = frozen("benchmark")
     pruned = benchmark["variants"][1]
     benchmark["comparisons"][0].update(tpot_speedup=1.5, bound_tpot_speedup=2.0)
-    recorded = findings.gain(benchmark, pruned, "tpot")
+    recorded = gain(benchmark, pruned, "tpot")
     assert recorded is not None
     assert (recorded.speedup, recorded.share_of_bound) == (1.5, 0.75)
     benchmark["comparisons"] = []
-    plain = findings.gain(benchmark, pruned, "tpot")
-    assert plain is not None
+    before, after = (one["tpot_ms"]["samples"] for one in benchmark["variants"])
+    paired = gain(benchmark, pruned, "tpot")
+    assert paired is not None and paired.shows_difference and paired.share_of_bound is None
+    assert paired.speedup == pytest.approx(np.median(np.divide(before, after)))
+    pruned["tpot_ms"]["samples"] = []
+    plain = gain(benchmark, pruned, "tpot")
+    assert plain is not None and not plain.shows_difference
     assert plain.speedup == pytest.approx(plain.before_ms / plain.after_ms)
-    assert plain.share_of_bound is None
 
 
-def test_a_busy_machine_is_named_before_what_is_said_of_the_models() -> None:
+def test_all_changes_of_speed_are_the_paired_one_also_against_the_cells_beside_it() -> None:
+    benchmark = frozen("benchmark")
+    dense, pruned = benchmark["variants"]
+    pruned["tpot_ms"]["p50"] = 1.1 * dense["tpot_ms"]["p50"]  # rounds of a machine that drifted
+    pruned["decode_tokens_per_s"] = dense["decode_tokens_per_s"] / 1.1
+    between = {"p50": 1.2, "low": 1.1, "high": 1.3, "confidence": 0.98}
+    found = benchmark["comparisons"][0]
+    found |= {"tpot_speedup": 1.2, "tpot_speedup_interval": between, "bound_tpot_speedup": 1.6}
+    rows = {row[0]: row[3] for row in summary_table(benchmark).rows}
+    assert rows["Decode, per token"] == "1.20\N{MULTIPLICATION SIGN} faster, 1.10 to 1.30"
+    assert rows["Decode, tokens per second"] == "+20.0%"
+    assert rows["Decode, GB read per second"] == "\N{MINUS SIGN}25.0%"
+    found |= {"tpot_speedup_interval": between | {"low": 0.9}}
+    rows = {row[0]: row[3] for row in summary_table(benchmark).rows}
+    assert rows["Decode, per token"] == "no difference shown, 0.900 to 1.30"
+    assert rows["Decode, tokens per second"] == "no difference shown"
+    assert headline_tiles(Records(None, None, benchmark), "pruned").tiles[0].value == "none shown"
+    found |= {"tpot_speedup": 0.5, "tpot_speedup_interval": between | {"low": 0.4, "high": 0.8}}
+    rows = {row[0]: row[3] for row in summary_table(benchmark).rows}
+    assert rows["Decode, per token"] == "2.00\N{MULTIPLICATION SIGN} slower, 1.25 to 2.50"
+
+
+def test_a_busy_machine_is_named_in_red_above_the_verdict(tmp_path: Path) -> None:
     records = frozen_records()
     assert records.benchmark is not None
-    usual = findings.cautions(records)
     records.benchmark["watch"] = {"cautions": ["The machine was busy."]}
-    assert findings.cautions(records) == ("The machine was busy.", *usual)
+    markdown, html = report_of(tmp_path, records)
+    said = '<ul class="caution doubtful" role="note">\n<li>The machine was busy.</li>'
+    assert html.index(said) < html.index('<section class="verdict')
+    assert ".caution.doubtful { color: var(--bad)" in html
+    assert markdown.index("> **Caution.** The machine was busy.") < markdown.index("\n## ")
+    assert html.count("The machine was busy.") == markdown.count("The machine was busy.") == 1
 
 
 def test_the_perplexity_caution_starts_above_half_as_much_again() -> None:

@@ -38,7 +38,11 @@ def decided(*, passed: bool | None = True, texts: dict[str, Any] | None = None, 
             "variant": name,
             "baseline": "dense",
             "tpot_speedup": one["speedup"],
-            "tpot_speedup_interval": {"low": one["spread"][0], "high": one["spread"][1]},
+            "tpot_speedup_interval": {
+                "low": one["spread"][0],
+                "high": one["spread"][1],
+                "confidence": one.get("confidence", 0.98),
+            },
         }
         for name, one in found.items()
         if one["speedup"]
@@ -71,6 +75,8 @@ def test_a_good_model_ships_and_the_reason_has_its_numbers() -> None:
         ({"kl": 0.2}, "care", "KL to dense 0.200"),
         ({"kl": 0.4}, "no", "KL to dense 0.400"),
         ({"speedup": 1.02, "spread": (0.95, 1.1), "megabytes": 490}, "no", "neither faster nor smaller"),
+        ({"confidence": 0.94, "megabytes": 490}, "no", "neither faster nor smaller"),  # of five rounds
+        ({"confidence": 0.94}, "ship", "no difference in speed shown"),
         ({"speedup": 0.9, "spread": (0.8, 1.0)}, "ship", "100 MB"),  # smaller is worth it, too
         ({"speedup": 1.02, "spread": (0.95, 1.1)}, "ship", "no difference in speed shown (0.950"),
         ({"speedup": None}, "ship", "100 MB"),

@@ -7,7 +7,6 @@ reference over contender within the same round, beside the interval that holds i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -28,8 +27,9 @@ from nirvana_deploy.measure.benchmark import (
 from nirvana_deploy.measure.contest.contender import Contender
 from nirvana_deploy.measure.contest.same_model import not_the_same
 from nirvana_deploy.measure.recipe import Workload
-from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, ratio_of
-from nirvana_deploy.measure.rounds.watch import Watch, wait_until_idle
+from nirvana_deploy.measure.rounds.processes import failures, started
+from nirvana_deploy.measure.rounds.ratios import ratio_of, too_few
+from nirvana_deploy.measure.rounds.watch import machine_watch, wait_until_idle
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
 
 LEAST_ROUNDS = 2
@@ -67,17 +67,9 @@ def time_contenders(
     if workload.wait_until_idle:
         wait_until_idle(max_minutes=workload.max_minutes, progress=progress)
     lost: dict[str, NirvanaError] = {}
-    with ExitStack() as stack:
-        workers: dict[str, WorkerProcess] = {}
-        for one in contenders:
-            progress.note(f"Loading {one.name}")
-            worker = WorkerProcess(one.name, one.path, threads=workload.threads, runtime=one.runtime)
-            try:
-                workers[one.name] = stack.enter_context(worker)
-            except NirvanaError as error:
-                lost[one.name] = error
+    with started(contenders, threads=workload.threads, lost=lost, progress=progress) as workers:
         threads = workload.threads or default_threads()
-        environment, watch = measured_environment(threads=threads), Watch()
+        environment, watch = measured_environment(threads=threads), machine_watch(threads)
         samples = alternate(
             workers,
             workload=workload,
@@ -101,19 +93,19 @@ def time_contenders(
         "cautions": [*cautions, *_cautions(contenders, samples, workload)],
         "variants": variants,
         "comparisons": _comparisons(samples),
-        "failed": [_failed(one, lost[one.name]) for one in contenders if one.name in lost],
+        "failed": failures(contenders, lost),
     }
 
 
 def require_all_timed(record: Mapping[str, Any]) -> None:
-    """Raise ContenderError where a contender of a ContestRecord has failed."""
-    failed = record["failed"]
+    """Raise ContenderError where a model of a benchmark, a contest or a workload has failed."""
+    failed = record.get("failed")
     if failed:
         names = ", ".join(one["name"] for one in failed)
         count = len(failed) + len(record["variants"])
         hints = [one["hint"] for one in failed if one["hint"]]
         raise ContenderError(
-            f"{len(failed)} of {count} contenders failed: {names}. The others keep their results.",
+            f"{len(failed)} of {count} models failed: {names}. The others keep their results.",
             hint=hints[0] if hints else None,
         )
 
@@ -171,16 +163,4 @@ def _cautions(
     if first not in samples and samples:
         found.append(f"{first} failed: ratios are to {next(iter(samples))}, the first that did not.")
     rounds = max(map(len, samples.values()), default=0)
-    if rounds and ratio_of([1.0] * rounds, [1.0] * rounds).confidence < CONFIDENCE:
-        found.append(f"{rounds} rounds show no difference with a confidence of {CONFIDENCE:.0%}: six may.")
-    return found
-
-
-def _failed(contender: Contender, error: NirvanaError) -> dict[str, Any]:
-    return {
-        "name": contender.name,
-        "path": str(contender.path),
-        "runtime": contender.runtime,
-        "reason": error.message.removeprefix(f"{contender.name}: "),
-        "hint": error.hint,
-    }
+    return [*found, *(too_few(rounds) if rounds else ())]

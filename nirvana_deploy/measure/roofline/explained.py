@@ -19,7 +19,7 @@ from nirvana_deploy.runtime.table import DEFAULT
 
 
 class Explained:
-    """Measures the ceilings before a benchmark, once the machine is idle if asked, and profiles behind it.
+    """Waits for an idle machine before a benchmark, if asked; measures ceilings then, and profiles behind it.
 
     Both are of ONNX Runtime on the CPU: for other runtimes a benchmark stays as it is. Raises NirvanaError
     where a profile of one of them is asked for.
@@ -30,16 +30,17 @@ class Explained:
     ) -> None:
         self._workload, self._analysis, self._progress = workload, analysis, progress
         self._ceilings = None
-        if (runtime or DEFAULT) == DEFAULT:
-            if workload.wait_until_idle:
-                wait_until_idle(max_minutes=workload.max_minutes, progress=progress)
-            self._ceilings = machine_ceilings(
-                threads=checked_threads(workload.threads), fresh=analysis.fresh_ceilings, progress=progress
-            )
-        elif analysis.profile:
+        known = (runtime or DEFAULT) == DEFAULT
+        if analysis.profile and not known:
             raise NirvanaError(
                 f"--profile is ONNX Runtime's on the CPU; {runtime} has none here.",
                 hint="Leave out --runtime, or --profile.",
+            )
+        if workload.wait_until_idle:
+            wait_until_idle(max_minutes=workload.max_minutes, progress=progress)
+        if known:
+            self._ceilings = machine_ceilings(
+                threads=checked_threads(workload.threads), fresh=analysis.fresh_ceilings, progress=progress
             )
 
     def of(self, result: dict[str, Any], variants: Mapping[str, Variant]) -> dict[str, Any]:

@@ -82,6 +82,14 @@ def ratio_of_means(log_ratios: Sequence[float]) -> Ratio | None:
     return Ratio(exp(mean), exp(mean - side), exp(mean + side), CONFIDENCE)
 
 
+def too_few(rounds: int) -> list[str]:
+    """A sentence where the order statistics of so few rounds tell no difference."""
+    if _coverage(rounds, 0) >= CONFIDENCE:
+        return []
+    said = "1 round shows" if rounds == 1 else f"{rounds} rounds show"
+    return [f"{said} no difference with a confidence of {CONFIDENCE:.0%}: six may."]
+
+
 def _rank(count: int, confidence: float = CONFIDENCE) -> tuple[int, float]:
     """The innermost order statistic that still covers (counted from 0), and its confidence."""
     best = (0, _coverage(count, 0))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import MemoryProbe, default_threads
 from nirvana_deploy.base.progress import SILENT, Progress
 
 BUSY_CORES = 0.15
@@ -83,6 +84,11 @@ class Watch:
     def record(self) -> dict[str, Any]:
         """The samples, and ``cautions``: what makes the timings doubtful, the worst first."""
         return {"samples": [asdict(one) for one in self.samples], "cautions": cautions(self.samples)}
+
+
+def machine_watch(threads: int | None = None) -> Watch:
+    """A watch that also asks what memory gives to so many threads [those of a runtime by default]."""
+    return Watch(read_gb_per_s=MemoryProbe(threads or default_threads(), passes=2).read_gb_per_s)
 
 
 def cautions(samples: Sequence[Sample]) -> list[str]:

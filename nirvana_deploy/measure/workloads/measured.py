@@ -69,7 +69,7 @@ def comparisons_of(answers: Mapping[str, Sequence[Answered]], baseline: str) -> 
     return [
         {"variant": name, "baseline": baseline, **_speedups(answers[baseline], found, COMPARED)}
         for name, found in answers.items()
-        if name != baseline
+        if baseline in answers and name != baseline
     ]
 
 
@@ -102,7 +102,7 @@ def points_of(
             ],
         }
         for name in names
-        if name != baseline
+        if baseline in names and name != baseline
     ]
     return curves, ratios
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import measured_environment
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.measure.benchmark import Variant, common_vocab_size, opened
-from nirvana_deploy.measure.rounds.watch import Sample, Watch, cautions
+from nirvana_deploy.measure.rounds.processes import failures, require_any
+from nirvana_deploy.measure.rounds.watch import Sample, Watch, cautions, machine_watch
 from nirvana_deploy.measure.worker import WorkerProcess
 from nirvana_deploy.measure.workloads.energy import EnergyMeter
 from nirvana_deploy.measure.workloads.measured import (
@@ -32,26 +34,29 @@ def measure_workload(
     threads: int | None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """One entry of workloads.json; ratios are to the first of ``variants``.
+    """One entry of workloads.json; ratios are to the first of ``variants``, if that was timed to the end.
 
-    Raises NirvanaError for what the models or the memory do not hold.
+    Those that fail are in ``failed``, with the reason. Raises NirvanaError where all do, and for what the
+    memory does not hold.
     """
     longest = workload.longest()
     _require_cache(variants, longest, workload.name)
-    meter = EnergyMeter()
-    with opened(variants, threads=threads, progress=progress) as workers:
+    meter, lost = EnergyMeter(), dict[str, NirvanaError]()
+    with opened(variants, threads=threads, lost=lost, progress=progress) as workers:
         environment = measured_environment(threads=_threads(workers))
-        watch = Watch()
+        watch = machine_watch(_threads(workers))
         answers = in_turns(
             workers,
             workload.timed(),
             warmup=(longest,),
             vocab_size=_vocab_size(workers),
             label=workload.name,
+            lost=lost,
             watch=watch,
             meter=meter,
             progress=progress,
         )
+        require_any(answers, lost)
         records = [
             {
                 **identity_of(variant),
@@ -60,6 +65,7 @@ def measure_workload(
                 **times_of(answers[variant.name]),
             }
             for variant in variants
+            if variant.name in answers
         ]
     return {
         "name": workload.name,
@@ -69,38 +75,48 @@ def measure_workload(
         "energy_zones": list(meter.zones),
         "variants": records,
         "comparisons": comparisons_of(answers, variants[0].name),
+        "failed": failures(variants, lost),
     }
 
 
 def measure_sweep(
     variants: Sequence[Variant], sweep: Sweep, *, progress: Progress = SILENT
 ) -> dict[str, Any]:
-    """One curve of workloads.json; ratios are to the first of ``variants``.
+    """One curve of workloads.json; ratios are to the first of ``variants``, if that was timed to the end.
 
     Values take turns within each round, models within each value. Threads belong to a process: there the
-    values follow one another. Raises NirvanaError for what the models or the memory do not hold.
+    values follow one another. Those that fail are in ``failed``, with the reason. Raises NirvanaError where
+    all do, and for what the memory does not hold.
     """
     _require_cache(variants, sweep.longest(), sweep.label)
     parts = [(value,) for value in sweep.values] if sweep.axis == "threads" else [sweep.values]
     by_value: dict[int, dict[str, list[Answered]]] = {}
     watched: list[Sample] = []
+    lost: dict[str, NirvanaError] = {}
     for values in parts:
-        with opened(variants, threads=sweep.at(values[0]).threads, progress=progress) as workers:
+        left, threads = [one for one in variants if one.name not in lost], sweep.at(values[0]).threads
+        with opened(left, threads=threads, lost=lost, progress=progress) as workers:
             environment = measured_environment(threads=_threads(workers))
-            watch = Watch()  # a new one for new processes: it counts those that run as its own
-            by_value |= _rounds(workers, sweep, values, watch=watch, progress=progress)
+            # a new one for new processes, since it counts those that run as its own; its threads stay
+            watch = machine_watch()
+            by_value |= _rounds(workers, sweep, values, lost=lost, watch=watch, progress=progress)
             watched += watch.samples
-    curves, ratios = points_of(by_value, variants[0].name)
+        require_any([one.name for one in left if one.name not in lost], lost)
+    whole = {
+        value: {name: some for name, some in found.items() if name not in lost}
+        for value, found in by_value.items()
+    }
+    curves, ratios = points_of(whole, variants[0].name)
+    timed = [one for one in variants if one.name not in lost]
     return {
         "axis": sweep.axis,
         "values": list(sweep.values),
         "workload": asdict(sweep.base) | {"threads": environment["threads"]},
         "environment": environment,
         "watch": {"samples": [asdict(one) for one in watched], "cautions": cautions(watched)},
-        "variants": [
-            {**identity_of(variant), **curve} for variant, curve in zip(variants, curves, strict=True)
-        ],
+        "variants": [{**identity_of(variant), **curve} for variant, curve in zip(timed, curves, strict=True)],
         "comparisons": ratios,
+        "failed": failures(variants, lost),
     }
 
 
@@ -109,6 +125,7 @@ def _rounds(
     sweep: Sweep,
     values: Sequence[int],
     *,
+    lost: MutableMapping[str, NirvanaError],
     watch: Watch,
     progress: Progress,
 ) -> dict[int, dict[str, list[Answered]]]:
@@ -121,6 +138,7 @@ def _rounds(
         warmup=warmup,
         vocab_size=_vocab_size(workers),
         label=sweep.label,
+        lost=lost,
         watch=watch,
         progress=progress,
     )

@@ -6,7 +6,7 @@ one request, whose prompts they share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 from nirvana_deploy.base.errors import NirvanaError
@@ -36,13 +36,15 @@ def in_turns(
     warmup: Sequence[Request],
     vocab_size: int,
     label: str,
+    lost: MutableMapping[str, NirvanaError],
     watch: Watch | None = None,
     meter: EnergyMeter | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, list[Answered]]:
     """Ask every runner each request; what it answers to ``warmup``, asked first, is not kept.
 
-    Raises NirvanaError for no request at all, and for what a model refuses.
+    A runner that fails goes into ``lost`` with its error, and has no answers. Raises NirvanaError for no
+    request at all.
     """
     if not requests:
         raise NirvanaError(f"{label}: there is no request to time.")
@@ -50,9 +52,14 @@ def in_turns(
     with progress.task(label, (len(warmup) + len(requests)) * len(runners)) as advance:
         for turn, request in enumerate((*warmup, *requests)):
             tokens = prompt_of(_as_round(request), request.index, vocab_size=vocab_size)
-            for name in list(runners) if request.index % 2 == 0 else reversed(list(runners)):
+            for name in list(answers) if request.index % 2 == 0 else reversed(list(answers)):
                 before = meter.read() if meter is not None else None
-                sample = runners[name].measure(tokens, new_tokens=request.new_tokens)
+                try:
+                    sample = runners[name].measure(tokens, new_tokens=request.new_tokens)
+                except NirvanaError as error:
+                    lost[name] = error
+                    del answers[name]
+                    continue
                 joules = meter.joules(before, meter.read()) if meter is not None else None
                 if turn >= len(warmup):
                     answers[name].append(Answered(request, sample, joules))

@@ -6,7 +6,14 @@ from typing import Annotated, Literal, Required, TypedDict
 
 from msgspec import Meta
 
-from nirvana_deploy.output.record_kinds import Environment, Interval, Latency, Positive, WatchRecord
+from nirvana_deploy.output.record_kinds import (
+    Environment,
+    FailedModel,
+    Interval,
+    Latency,
+    Positive,
+    WatchRecord,
+)
 
 
 class TimedBatch(TypedDict, total=False):
@@ -67,6 +74,7 @@ class TimedWorkload(TypedDict, total=False):
     energy_zones: list[str]
     variants: Required[Annotated[list[WorkloadVariant], Meta(min_length=1)]]
     comparisons: Required[list[WorkloadComparison]]
+    failed: list[FailedModel]
 
 
 class SweptPoint(TypedDict):
@@ -111,6 +119,7 @@ class SweepRecord(TypedDict, total=False):
     watch: WatchRecord
     variants: Required[Annotated[list[SweptVariant], Meta(min_length=1)]]
     comparisons: Required[list[SweptComparison]]
+    failed: list[FailedModel]
 
 
 class SweptWorkload(TypedDict, total=False):

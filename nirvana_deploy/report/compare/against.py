@@ -1,8 +1,9 @@
 """One benchmark against an earlier one: what got slower or worse beyond noise.
 
-Times are ratios of medians over each run's own rounds; quality is the mean log ratio over windows of the same
-text. A ratio counts when the whole of its interval (``measure/rounds/ratios.py``) lies beyond the tolerance,
-and for a time when that over the baseline of the same rounds does, too: a busier machine slows both.
+Times are ratios of medians over each run's own rounds, those of a workload ratios within the same requests;
+quality is the mean log ratio over windows of the same text. A ratio counts when the whole of its interval
+(``measure/rounds/ratios.py``) lies beyond the tolerance, and for a time when that over the baseline of the
+same rounds does, too: a busier machine slows both.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import log
-from statistics import median
+from statistics import fmean, median
 from typing import Any, Literal
 
 from nirvana_deploy.base.errors import NirvanaError, RegressionError
 from nirvana_deploy.base.shown.html import html_table
 from nirvana_deploy.base.units import format_bytes, format_ms, format_number
-from nirvana_deploy.measure.rounds.ratios import Ratio, ratio_of_means, ratio_of_runs
+from nirvana_deploy.measure.rounds.ratios import Ratio, ratio_of, ratio_of_means, ratio_of_runs
 from nirvana_deploy.output.record_kinds import Quality
 from nirvana_deploy.report.compare.alike import Folder
 from nirvana_deploy.report.compare.comparison import quality_of
@@ -34,6 +35,15 @@ Verdict = Literal[
     "not compared",
 ]
 _TIMES = (("prefill_ms", "Prefill"), ("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"))
+_ANSWERS = (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E"))
+_ANSWERED: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "ttft": lambda one: float(one["ttft_ms"]),
+    "tpot": lambda one: fmean(one["itl_ms"]),
+    "e2e": lambda one: float(one["ttft_ms"] + sum(one["itl_ms"])),
+}
+_MEMORIES = (("peak_rss_bytes", "Peak memory"), ("peak_device_bytes", "Peak device memory"))
+_MEMORY_TOLERANCE = 0.05
+"""At least: the same process takes some per cent more or less of it."""
 _QUALITIES = (
     ("Perplexity", "perplexity", "nll_by_window", float),
     ("KL to dense", "kl_vs_dense", "kl_by_window", log),
@@ -88,7 +98,7 @@ class Changes:
         return tuple(one for one in self.changes if one.verdict == "worse")
 
     def table(self) -> Table:
-        """A row for each measure of each model; of kinds of text, those alone that changed."""
+        """A row for each measure of each model; of kinds of text and along a sweep, those that changed."""
         quiet = ("no difference shown", "unchanged", "not compared")
         rows = (_row(one) for one in self.changes if "," not in one.measure or one.verdict not in quiet)
         return Table(("Model", "Measure", "Before", "Now", "Now / before", "Verdict"), tuple(rows))
@@ -126,11 +136,7 @@ def changes_since(before: Folder, now: Folder, *, tolerance: float) -> Changes:
     then, new = before.records.benchmark or {}, now.records.benchmark or {}
     require_same_model(before, now)
     old_variants = {str(one["name"]): one for one in then["variants"]}
-    pairs = [
-        _Pair(str(one["name"]), old_variants[one["name"]], one)
-        for one in new["variants"]
-        if one["name"] in old_variants
-    ]
+    pairs = _pairs(then, new)
     if not pairs:
         raise NirvanaError(
             f"{before.label} and {now.label} have no model in common: {', '.join(old_variants)} there, "
@@ -146,8 +152,11 @@ def changes_since(before: Folder, now: Folder, *, tolerance: float) -> Changes:
         old, one = quality_of(before, pair.old), quality_of(now, pair.new)
         found += _quality(pair.name, old, one, tolerance, compared=not texts)
         found += _size(pair, tolerance)
+        found += _memory(pair, tolerance, compared=not apart)
+    of_workloads, left_out = _workloads(before, now, tolerance)
+    found += [*of_workloads, *_sweeps(before, now, tolerance)]
     cautions = [*apart, *texts, *differences(before, now), *_baseline_itself(found, baselines)]
-    cautions += _not_judged(found)
+    cautions += [*_not_judged(found), *left_out]
     if not texts and (lacking := _without_windows(before, now, pairs)):
         cautions.append(
             f"Quality is not compared: {lacking} has no numbers by window, as of an earlier version. "
@@ -189,19 +198,40 @@ def _baseline_itself(found: Sequence[Change], baselines: _Pair) -> Iterator[str]
             )
 
 
-def _times(pair: _Pair, baselines: _Pair, tolerance: float, *, compared: bool) -> Iterator[Change]:
+_Entry = Mapping[str, Any]
+"""Of workloads.json: a workload or a sweep."""
+_Samples = tuple[Sequence[float], Sequence[float]]
+"""Milliseconds then and now."""
+
+
+def _times(
+    pair: _Pair, baselines: _Pair, tolerance: float, *, compared: bool, write: str = "{}"
+) -> Iterator[Change]:
     for key, measure in _TIMES:
-        old, new = pair.samples(key)
-        if not old or not new:
-            continue
-        ratio = ratio_of_runs(new, old) if compared else None
-        found = _change(pair.name, measure, (median(old), median(new)), ratio, tolerance, format_ms)
-        of_baseline = baselines.samples(key)
-        if found.verdict == "worse" and all(of_baseline) and pair.new != baselines.new:
-            relative = ratio_of_runs(_by_round(new, of_baseline[1]), _by_round(old, of_baseline[0]))
-            if not _is_worse(relative, tolerance):
-                found = replace(found, verdict="as the baseline")
-        yield found
+        of_baseline = baselines.samples(key) if pair.new != baselines.new else ((), ())
+        ratio = ratio_of_runs if compared else None
+        yield from _time(pair.name, write.format(measure), pair.samples(key), of_baseline, tolerance, ratio)
+
+
+def _time(
+    name: str,
+    measure: str,
+    samples: _Samples,
+    of_baseline: _Samples,
+    tolerance: float,
+    ratio_of_both: Callable[[Sequence[float], Sequence[float]], Ratio] | None,
+) -> Iterator[Change]:
+    """One change, if both were measured; a slow-down that the baseline has, too, is not the model's."""
+    old, new = samples
+    if not old or not new:
+        return
+    ratio = ratio_of_both(new, old) if ratio_of_both else None
+    found = _change(name, measure, (median(old), median(new)), ratio, tolerance, format_ms)
+    if found.verdict == "worse" and all(of_baseline) and ratio_of_both:
+        relative = ratio_of_both(_by_round(new, of_baseline[1]), _by_round(old, of_baseline[0]))
+        if not _is_worse(relative, tolerance):
+            found = replace(found, verdict="as the baseline")
+    yield found
 
 
 def _by_round(samples: Sequence[float], of_baseline: Sequence[float]) -> list[float]:
@@ -250,6 +280,81 @@ def _size(pair: _Pair, tolerance: float) -> Iterator[Change]:
     if before and now:
         exact = Ratio(now / before, now / before, now / before, 1.0)
         yield _change(pair.name, "Weights", (before, now), exact, tolerance, format_bytes)
+
+
+def _memory(pair: _Pair, tolerance: float, *, compared: bool, write: str = "{}") -> Iterator[Change]:
+    for key, measure in _MEMORIES:
+        before, now = pair.old.get(key), pair.new.get(key)
+        if before and now:
+            exact = Ratio(now / before, now / before, now / before, 1.0) if compared else None
+            least = max(tolerance, _MEMORY_TOLERANCE)
+            yield _change(pair.name, write.format(measure), (before, now), exact, least, format_bytes)
+
+
+def _workloads(before: Folder, now: Folder, tolerance: float) -> tuple[list[Change], list[str]]:
+    """Changes under the workloads that both were timed under, and why another is not compared."""
+    found: list[Change] = []
+    cautions: list[str] = []
+    for old, new in _both(before, now, "workloads", "name"):
+        name = str(new["name"])
+        apart = list(times_apart(old, new, now.label))
+        if old["file"] != new["file"]:
+            apart = ["Times are not compared: its file is another."]
+        cautions += [f"Workload {name}: {why}" for why in apart]
+        pairs = _pairs(old, new)
+        baseline = next((one for one in pairs if one.new is new["variants"][0]), None)
+        for pair in pairs:
+            of_baseline = baseline if pair is not baseline else None
+            for key, measure in _ANSWERS:
+                samples = _answered(pair, key)
+                base = _answered(of_baseline, key) if of_baseline else ((), ())
+                ratio = ratio_of if not apart and len(samples[0]) == len(samples[1]) else None
+                found += _time(pair.name, f"{name}: {measure}", samples, base, tolerance, ratio)
+            found += _memory(pair, tolerance, compared=not apart, write=f"{name}: {{}}")
+    return found, cautions
+
+
+def _answered(pair: _Pair, key: str) -> _Samples:
+    """One time of every request, then and now, in the order of the file."""
+    old, new = ([_ANSWERED[key](one) for one in some.get("batches", ())] for some in (pair.old, pair.new))
+    return old, new
+
+
+def _sweeps(before: Folder, now: Folder, tolerance: float) -> Iterator[Change]:
+    """Changes at the values that a sweep of the same request has in both."""
+    for old, new in _both(before, now, "sweeps", "axis"):
+        if list(times_apart(old, new, now.label)):
+            continue
+        baseline = str(new["variants"][0]["name"])
+        points = {pair.name: _points(pair) for pair in _pairs(old, new)}
+        for of_model in points.values():
+            for value, pair in of_model.items():
+                base = points.get(baseline, {}).get(value, _Pair(baseline, {}, {}))
+                where = f"{{}}, {new['axis']} {value}"
+                yield from _times(pair, base, tolerance, compared=True, write=where)
+
+
+def _points(pair: _Pair) -> dict[int, _Pair]:
+    old = {one["value"]: one for one in pair.old["points"]}
+    return {
+        one["value"]: _Pair(pair.name, old[one["value"]], one)
+        for one in pair.new["points"]
+        if one["value"] in old
+    }
+
+
+def _both(before: Folder, now: Folder, what: str, name: str) -> Iterator[tuple[_Entry, _Entry]]:
+    """Entries of the two workloads.json of one name."""
+    then = {one[name]: one for one in (before.records.workloads or {}).get(what) or ()}
+    for new in (now.records.workloads or {}).get(what) or ():
+        if new[name] in then:
+            yield then[new[name]], new
+
+
+def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[_Pair]:
+    """The models that both have."""
+    then = {str(one["name"]): one for one in old["variants"]}
+    return [_Pair(str(one["name"]), then[one["name"]], one) for one in new["variants"] if one["name"] in then]
 
 
 def _change(

@@ -12,9 +12,8 @@ from nirvana_deploy.output.record_kinds import Quality
 from nirvana_deploy.output.results import AnswersWritten, QualityMeasured
 from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.report.compare.alike import Alike, Folder, alike
-from nirvana_deploy.report.findings import gain
 from nirvana_deploy.report.pages.quality import Written, written
-from nirvana_deploy.report.table import ABSENT, Table, baseline_of, median_of
+from nirvana_deploy.report.table import ABSENT, Table, baseline_of, gain, median_of
 from nirvana_deploy.report.verdict import Judged, Level, best_of, judged, reasons, verdict
 
 SCHEMA = 1
@@ -41,6 +40,7 @@ class Row:
     speedup: float | None
     """Of decoding, over the dense model of the same folder."""
     interval: tuple[float, float] | None
+    shows_difference: bool | None
     level: Level | None
     """None for the dense model itself."""
     against: tuple[str, ...]
@@ -150,6 +150,7 @@ def _rows_of(folder: Folder) -> Iterator[Row]:
             tpot_ms=median_of(variant, "tpot_ms"),
             speedup=speed.speedup if speed else None,
             interval=speed.interval if speed else None,
+            shows_difference=speed.shows_difference if speed else None,
             level=verdict_of.level if verdict_of else None,
             against=verdict_of.against if verdict_of else (),
         )

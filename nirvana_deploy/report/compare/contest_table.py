@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nirvana_deploy.base.units import format_bytes, format_ms, format_number
-from nirvana_deploy.report.table import ABSENT, TIMES, Table, format_times, median_of
+from nirvana_deploy.report.table import ABSENT, NO_DIFFERENCE, TIMES, Table, format_times, median_of
 
-REFERENCE, NO_DIFFERENCE, FAILED = "reference", "no difference shown", "failed"
+REFERENCE, FAILED = "reference", "failed"
 _HEADERS = (
     "Contender",
     "Runtime",
@@ -37,7 +37,7 @@ def contest_table(record: Mapping[str, Any]) -> Table:
 
 def failed_table(record: Mapping[str, Any]) -> Table:
     """Why each of those that failed did."""
-    rows = [(one["name"], one["runtime"], _brief(one["reason"])) for one in record["failed"]]
+    rows = [(one["name"], one["runtime"] or ABSENT, _brief(one["reason"])) for one in record["failed"]]
     return Table(("Failed", "Runtime", "Reason"), tuple(rows))
 
 

@@ -11,7 +11,7 @@ from nirvana_deploy.base.units import format_bytes, format_ms, format_number, fo
 from nirvana_deploy.report.compare.comparison import Comparison, Row
 from nirvana_deploy.report.page import PlacedFigure, environment, markdown_environment
 from nirvana_deploy.report.pages.plane import MEGABYTES, MILLISECONDS, Point, front_of, plane_figure
-from nirvana_deploy.report.table import ABSENT, Table, format_times
+from nirvana_deploy.report.table import ABSENT, NO_DIFFERENCE, Table, format_times
 
 GENERATOR = "nirvana-deploy report --compare"
 """What a page says of its origin, near its beginning."""
@@ -28,7 +28,7 @@ def brief_rows(comparison: Comparison) -> list[tuple[str, ...]]:
             _cell(one.weights_bytes, format_bytes),
             _cell(one.kl, format_number),
             _cell(max(one.perplexity_ratios.values(), default=None), format_times),
-            _cell(one.speedup, format_times),
+            _speed(one),
             _verdict(one),
         )
         for one in comparison.rows
@@ -71,8 +71,12 @@ def _row(one: Row, kinds: list[str], *, several: bool) -> tuple[str, ...]:
         *(_cell(one.perplexity_ratios.get(kind), format_times) for kind in kinds),
         _cell(one.ttft_ms, format_ms),
         _cell(one.tpot_ms, format_ms),
-        _cell(one.speedup, format_times) + spread,
+        _speed(one) + spread,
     )
+
+
+def _speed(one: Row) -> str:
+    return NO_DIFFERENCE if one.shows_difference is False else _cell(one.speedup, format_times)
 
 
 def _verdict(one: Row) -> str:

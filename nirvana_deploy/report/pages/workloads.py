@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator
 
 from nirvana_deploy.base.units import format_bytes, format_ms, format_number
-from nirvana_deploy.measure.rounds.ratios import CONFIDENCE
+from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, Ratio
 from nirvana_deploy.report.drawing import (
     bare,
     colours_of,
@@ -19,7 +19,8 @@ from nirvana_deploy.report.drawing import (
     name_axes,
     new_figure,
 )
-from nirvana_deploy.report.table import ABSENT, Table, format_times, short
+from nirvana_deploy.report.findings import failed
+from nirvana_deploy.report.table import ABSENT, NO_DIFFERENCE, Table, format_times, short
 
 UNREADABLE = "not readable here"
 """Energy, where no counter may be read."""
@@ -63,8 +64,8 @@ def explain(workload: Mapping[str, Any]) -> str:
 
 
 def cautions(measured: Mapping[str, Any]) -> list[str]:
-    """What else the machine did while a workload or a sweep was timed."""
-    return list((measured.get("watch") or {}).get("cautions") or ())
+    """What else the machine did while a workload or a sweep was timed, and which models failed."""
+    return [*((measured.get("watch") or {}).get("cautions") or ()), *failed(measured)]
 
 
 def _range(values: Sequence[int]) -> str:
@@ -116,10 +117,15 @@ def _spread(latency: Mapping[str, Any]) -> str:
 def _ratio(comparison: Mapping[str, Any] | None, key: str) -> str:
     if comparison is None:
         return ABSENT
-    found = comparison[key]
-    if found["confidence"] < CONFIDENCE:
-        return f"{format_times(found['p50'])} (too few for an interval)"
-    return f"{format_times(found['p50'])} ({format_number(found['low'])} to {format_number(found['high'])})"
+    found = Ratio(**comparison[key])
+    between = f"{format_number(found.low)} to {format_number(found.high)}"
+    if found.confidence < CONFIDENCE:
+        between = "too few for an interval"
+    return f"{_shown(found)} ({between})"
+
+
+def _shown(found: Ratio) -> str:
+    return format_times(found.p50) if found.shows_difference else NO_DIFFERENCE
 
 
 def sweep_title(sweep: Mapping[str, Any]) -> str:
@@ -165,7 +171,7 @@ def _swept(
     ratio = ratios.get((name, point["value"]))
     if ratio is None:
         return written
-    return f"{written} ({format_times(ratio[_SPEEDUP_OF[key]]['p50'])})"
+    return f"{written} ({_shown(Ratio(**ratio[_SPEEDUP_OF[key]]))})"
 
 
 def sweep_figure(sweep: Mapping[str, Any]) -> str:

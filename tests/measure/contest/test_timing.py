@@ -19,6 +19,7 @@ from nirvana_deploy.measure.benchmark import alternate
 from nirvana_deploy.measure.contest.contender import Contender, require_model, require_runtime, runtime_of
 from nirvana_deploy.measure.contest.timing import require_all_timed, require_rounds, time_contenders
 from nirvana_deploy.measure.recipe import Workload
+from nirvana_deploy.measure.rounds import watch
 from nirvana_deploy.measure.worker import RoundSample
 from nirvana_deploy.output.record_kinds import ContestRecord
 from nirvana_deploy.runtime.table import RUNTIMES, Runtime
@@ -77,7 +78,7 @@ def test_a_contender_that_does_not_load_stands_in_the_record_with_its_reason(
     assert failed["name"] == "broken" and "model.onnx cannot be loaded" in failed["reason"]
     assert record["cautions"][0] == "Said before."
     assert record["cautions"][1].startswith("broken failed: ratios are to one,")
-    with pytest.raises(ContenderError, match="1 of 3 contenders failed: broken") as error:
+    with pytest.raises(ContenderError, match="1 of 3 models failed: broken") as error:
         require_all_timed(record)
     assert error.value.exit_code == 3
     assert record["workload"]["threads"] == 1 and record["variants"][0]["weights_bytes"] > 0
@@ -87,9 +88,8 @@ def test_a_contender_that_is_killed_loses_nobody_elses_result(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second worker is killed when the first counted round is over."""
-    from nirvana_deploy.measure.contest import timing
 
-    class Killing(timing.Watch):  # type: ignore[misc, name-defined]
+    class Killing(watch.Watch):
         def sample(self) -> Any:
             if len(self.samples) == 1:
                 children = sorted(psutil.Process().children(), key=lambda one: one.pid)
@@ -98,11 +98,12 @@ def test_a_contender_that_is_killed_loses_nobody_elses_result(
                 )
             return super().sample()
 
-    monkeypatch.setattr(timing, "Watch", Killing)
+    monkeypatch.setattr(watch, "Watch", Killing)
     names = ["a", "b", "c"]
     record = time_contenders([contender(folder, name) for name in names], workload=SHORT)
     assert [one["name"] for one in record["variants"]] == ["a", "c"]
     assert all(len(one["tpot_ms"]["samples"]) == 6 for one in record["variants"])
+    assert record["watch"]["samples"][0]["read_gb_per_s"] > 0
     assert "was ended by SIGKILL" in record["failed"][0]["reason"]
     assert [one["variant"] for one in record["comparisons"]] == ["c"]
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from nirvana_deploy.base.progress import SILENT
+from nirvana_deploy.measure import benchmark
 from nirvana_deploy.measure.bounds import Phase
 from nirvana_deploy.measure.recipe import Analysis, Workload
 from nirvana_deploy.measure.roofline import explained
@@ -71,4 +72,6 @@ def test_ceilings_are_measured_once_the_machine_is_idle(monkeypatch: pytest.Monk
     monkeypatch.setattr(explained, "machine_ceilings", lambda **_: calls.append("measured"))
     for workload in (Workload(wait_until_idle=True), Workload()):
         explained.Explained(workload, Analysis(), None, SILENT)
-    assert calls == ["waited", "measured", "measured"]
+    explained.Explained(Workload(wait_until_idle=True), Analysis(), "torch", SILENT)
+    assert calls == ["waited", "measured", "measured", "waited"]
+    assert not hasattr(benchmark, "wait_until_idle")  # so nothing waits twice

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from builders.tiny_decoder import KV_HEADS, write_tiny_decoder
@@ -14,6 +17,7 @@ from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.workloads import session
 from nirvana_deploy.measure.workloads.named import NamedWorkload, WorkloadFile
 from nirvana_deploy.measure.workloads.sweep import sweeps_of
+from nirvana_deploy.report.pages.workloads import cautions
 
 pytestmark = pytest.mark.integration
 KV_BYTES = 4 * 2 * 4 * sum(KV_HEADS)
@@ -48,6 +52,17 @@ def test_a_workload_is_measured(variants: list[Variant]) -> None:
         for before, after in zip(dense["batches"], pruned["batches"], strict=True)
     ]
     assert ratio["ttft_speedup"]["p50"] == pytest.approx(np.median(by_hand))
+
+
+def test_a_model_that_does_not_load_is_named_and_the_other_timed(
+    variants: list[Variant], tmp_path: Path
+) -> None:
+    both = [replace(variants[0], path=tmp_path), variants[1]]
+    (sweep,) = sweeps_of(["threads=1,2"], Workload(prompt_tokens=4, new_tokens=3, repeats=2))
+    for found in (session.measure_workload(both, FEW, threads=1), session.measure_sweep(both, sweep)):
+        assert [one["name"] for one in found["variants"]] == ["pruned"] and found["comparisons"] == []
+        assert "holds no model.onnx" in found["failed"][0]["reason"]
+        assert cautions(found)[-1].startswith("dense was not timed: ")
 
 
 @pytest.mark.parametrize("text", ["context=2,6", "batch=1,3", "threads=1,2"])

@@ -37,7 +37,7 @@ def test_each_request_goes_to_all_and_the_order_flips() -> None:
     log: list[str] = []
     runners = {name: Asked(name, log) for name in "ab"}
     warmup = [Request(2, 6, 6, seed=0, index=2)]
-    answers = in_turns(runners, REQUESTS, warmup=warmup, vocab_size=7, label="x")
+    answers = in_turns(runners, REQUESTS, warmup=warmup, vocab_size=7, label="x", lost={})
     assert log == ["a2x6+6", "b2x6+6", "a2x3+4", "b2x3+4", "b2x5+2", "a2x5+2"]
     assert [one.request for one in answers["a"]] == REQUESTS == [one.request for one in answers["b"]]
     assert {one.joules for one in answers["a"]} == {None}
@@ -52,11 +52,28 @@ def test_energy_is_counted_for_the_one_that_was_asked(tmp_path: Path) -> None:
         (zone / file).write_text(text)
     log: list[str] = []
     runners = {"busy": Asked("busy", log, zone / "energy_uj"), "idle": Asked("idle", log)}
-    answers = in_turns(runners, REQUESTS, warmup=[], vocab_size=7, label="x", meter=EnergyMeter(tmp_path))
+    answers = in_turns(
+        runners, REQUESTS, warmup=[], vocab_size=7, label="x", lost={}, meter=EnergyMeter(tmp_path)
+    )
     assert [one.joules for one in answers["busy"]] == [1, 1]
     assert [one.joules for one in answers["idle"]] == [0, 0]
 
 
+def test_one_that_dies_loses_nobody_elses_answers() -> None:
+    class Dies(Asked):
+        def measure(self, tokens: NDArray[np.int64], *, new_tokens: int) -> RoundSample:
+            if self.prompts:
+                raise NirvanaError("It died.")
+            return super().measure(tokens, new_tokens=new_tokens)
+
+    log: list[str] = []
+    lost: dict[str, NirvanaError] = {}
+    runners = {"a": Asked("a", log), "b": Dies("b", log), "c": Asked("c", log)}
+    answers = in_turns(runners, [*REQUESTS, *REQUESTS], warmup=[], vocab_size=7, label="x", lost=lost)
+    assert {name: len(of_one) for name, of_one in answers.items()} == {"a": 4, "c": 4}
+    assert lost["b"].message == "It died."
+
+
 def test_no_request_is_an_error() -> None:
     with pytest.raises(NirvanaError, match="chat: there is no request to time"):
-        in_turns({}, [], warmup=[], vocab_size=7, label="chat")
+        in_turns({}, [], warmup=[], vocab_size=7, label="chat", lost={})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import log
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pytest
-from builders.reports import frozen_records
+from builders.reports import frozen, frozen_records
 
 from nirvana_deploy.base.errors import NirvanaError, RegressionError
 from nirvana_deploy.output.records import Records
@@ -230,6 +231,58 @@ def test_what_is_missing_is_said_or_refused() -> None:
 
 def test_results_are_shown_in_brief_and_whole() -> None:
     found = compared(measured(0), measured(1, slower=1.2))
-    assert repr(found) == "Changes(against 'old', 3 of 11 worse)"
+    assert repr(found) == "Changes(against 'old', 3 of 39 worse)"
     assert found.as_json()["worse"] == 3 and found.as_json()["changes"][0]["measure"] == "Prefill"
     assert "worse" in found._repr_html_()
+
+
+def with_workloads(records: Records, seed: int, *, slower: float = 1.0, busy: float = 1.0) -> Records:
+    """``records`` with the frozen workloads, timed again with 2 % of noise; 24 requests."""
+    random, timed = np.random.default_rng(seed), frozen("workloads")
+    timed["workloads"], (workload,) = timed["workloads"][:1], timed["workloads"][:1]
+    for variant in workload["variants"]:
+        factor = busy * (slower if variant["name"] != "dense" else 1.0)
+        first = variant["batches"][0]
+        noises = factor * np.exp(0.02 * random.standard_normal(24))
+        variant["batches"] = [
+            {**first, "ttft_ms": noise * 80, "itl_ms": [noise * 10] * 7} for noise in noises.tolist()
+        ]
+    for sweep in timed["sweeps"]:
+        for variant in sweep["variants"]:
+            factor = busy * (slower if variant["name"] != "dense" else 1.0)
+            for point in variant["points"]:
+                samples = factor * point["tpot_ms"]["p50"] * np.exp(0.02 * random.standard_normal(ROUNDS))
+                point["tpot_ms"] = {"p50": float(np.median(samples)), "samples": samples.tolist()}
+    return replace(records, workloads=timed)
+
+
+def test_a_workload_and_a_sweep_that_got_slower_are_found_request_by_request() -> None:
+    before = with_workloads(measured(0), 1)
+    name = before.workloads["workloads"][0]["name"] if before.workloads else ""
+    found = verdicts(compared(before, with_workloads(measured(0), 2)))
+    assert found[f"{name}: TTFT"] in ("no difference shown", "within tolerance")
+    slower = compared(before, with_workloads(measured(0), 2, slower=1.2))
+    worse = {one.measure for one in slower.worse}
+    assert worse >= {f"{name}: TTFT", f"{name}: TPOT", f"{name}: E2E", "TPOT, context 128"}
+    assert {one.variant for one in slower.worse} == {"pruned"}
+    assert f"{name}: TTFT" in [row[1] for row in slower.table().rows]
+    busy = verdicts(compared(before, with_workloads(measured(0), 2, busy=1.3)))
+    assert busy[f"{name}: TPOT"] == busy["TPOT, context 128"] == "as the baseline"
+
+
+def test_a_workload_of_another_file_is_not_compared() -> None:
+    before, now = with_workloads(measured(0), 1), with_workloads(measured(0), 2, slower=2.0)
+    assert now.workloads is not None
+    now.workloads["workloads"][0]["file"]["seed"] = 7
+    found = compared(before, now)
+    name = now.workloads["workloads"][0]["name"]
+    assert verdicts(found)[f"{name}: TTFT"] == "not compared"
+    assert f"Workload {name}: Times are not compared: its file is another." in found.cautions
+
+
+def test_more_memory_is_worse_from_5_percent_on() -> None:
+    for factor, verdict in ((1.04, "within tolerance"), (1.06, "worse"), (0.9, "better")):
+        now = measured(0)
+        assert now.benchmark is not None
+        now.benchmark["variants"][1]["peak_rss_bytes"] *= factor
+        assert verdicts(compared(measured(0), now))["Peak memory"] == verdict

@@ -43,7 +43,9 @@ def test_too_few_requests_have_no_interval() -> None:
     record = copy.deepcopy(workload())
     record["comparisons"][0]["tpot_speedup"] = {"p50": 1.5, "low": 1.5, "high": 1.5, "confidence": 0}
     dense, pruned = cells(record)["Speed-up, per output token"]
-    assert dense == "—" and pruned == "1.50\N{MULTIPLICATION SIGN} (too few for an interval)"
+    assert dense == "—" and pruned == "no difference shown (too few for an interval)"
+    record["comparisons"][0]["tpot_speedup"] |= {"low": 0.9, "confidence": 0.98}
+    assert cells(record)["Speed-up, per output token"][1] == "no difference shown (0.900 to 1.50)"
 
 
 def test_one_request_and_batches_are_told() -> None:
