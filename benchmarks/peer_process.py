@@ -8,12 +8,14 @@ import re
 import signal
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.measure.worker import RoundSample
 
 HERE = Path(__file__).resolve().parent
@@ -23,8 +25,8 @@ _TAIL_BYTES = 4000
 class PeerProcess:
     """A context manager that ends the process with its block.
 
-    ``command`` is what starts it, kind, path and threads included. Raises RuntimeError with its last words
-    where it does not load or dies.
+    ``command`` is what starts it, kind, path and threads included. Raises NirvanaError with its last words
+    where it does not load or dies, and where it gives no answer within ``limit_s``: it is ended then.
     """
 
     about: dict[str, str]
@@ -32,7 +34,8 @@ class PeerProcess:
     peak_rss_bytes: int
     """As of the last answer."""
 
-    def __init__(self, command: list[str], *, threads: int) -> None:
+    def __init__(self, command: list[str], *, threads: int, limit_s: float = 3600) -> None:
+        self._limit_s, self._late = limit_s, False
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
         self._process = subprocess.Popen(
             command,
@@ -75,20 +78,31 @@ class PeerProcess:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
-            raise RuntimeError(self._last_words()) from None
+            raise NirvanaError(self._last_words()) from None
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        limit = threading.Timer(self._limit_s, self._too_late)
+        limit.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            limit.cancel()
         if not line:
-            raise RuntimeError(self._last_words())
+            raise NirvanaError(self._last_words())
         answer: dict[str, Any] = json.loads(line)
         self.peak_rss_bytes = answer["peak_rss_bytes"]
         return answer
 
+    def _too_late(self) -> None:
+        self._late = True
+        self._process.kill()
+
     def _last_words(self) -> str:
         code = self._process.wait()
+        if self._late:
+            return f"no answer within {self._limit_s:g} s"
         if code < 0:
             return f"ended by {signal.Signals(-code).name}"
         self._stderr.seek(0, os.SEEK_END)

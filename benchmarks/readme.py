@@ -35,6 +35,7 @@ from recipes import read_rows as read_recipes
 from recipes import table as recipes_table
 from recover import table as recovery_table
 from recover_bounds import on_paper
+from runtimes import section as runtimes_table
 from selection import table as selection_table
 from serve import section as serve_section
 from speculative import section as speculative_section
@@ -61,6 +62,7 @@ ZERO_SHOT = RESULTS / "zero-shot.json"
 RECOVERY = RESULTS / "recover.jsonl"
 SERVE = RESULTS / "serve.json"
 SPECULATIVE = RESULTS / "speculative.json"
+RUNTIMES = RESULTS / "runtimes.json"
 
 
 HEADLINES = (
@@ -138,6 +140,13 @@ def frontier_section() -> str:
         f"{where['cpu']}; load average before the start {where['load_average_1min']:.1f}."
     )
     return "\n".join([frontier_table(record), "", frontier_verdict(record), "", note])
+
+
+def runtimes_section() -> str:
+    """The table of runtimes.json."""
+    if not RUNTIMES.is_file():
+        return "Not on record yet."
+    return runtimes_table(json.loads(RUNTIMES.read_text()))
 
 
 def verdict_section() -> str:
@@ -355,6 +364,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "quality": quality_section(),
             "quantization": quantization_section(),
             "export": export_section(),
+            "runtimes": runtimes_section(),
             "job-cost": job_cost_table(json.loads(JOB_COST.read_text())["jobs"]),
             "engines": engines_section(),
             "serve": serve_section(json.loads(SERVE.read_text())),

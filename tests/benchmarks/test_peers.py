@@ -14,6 +14,7 @@ from builders.extras import needs
 from builders.scripts import ROOT
 from builders.tiny import VOCABULARY, write_tiny
 
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.model.checkpoint import Checkpoint, load_checkpoint
@@ -117,10 +118,14 @@ def test_a_process_answers_for_its_model(page: ModuleType, process: Any, tmp_pat
 
 def test_what_does_not_run_says_why_without_folders(process: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-c", f"raise ValueError('no model in {tmp_path}/deep/model.onnx | here')"]
-    with pytest.raises(RuntimeError) as caught, process.PeerProcess(command, threads=1):
+    with pytest.raises(NirvanaError) as caught, process.PeerProcess(command, threads=1):
         pass
     assert str(caught.value) == "ValueError: no model in model.onnx / here"
     command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 8)"]
-    with pytest.raises(RuntimeError, match="ended by SIGFPE"), process.PeerProcess(command, threads=1):
+    with pytest.raises(NirvanaError, match="ended by SIGFPE"), process.PeerProcess(command, threads=1):
+        pass
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    hangs = process.PeerProcess(command, threads=1, limit_s=0.2)
+    with pytest.raises(NirvanaError, match=r"no answer within 0\.2 s"), hangs:
         pass
     assert process.last_words("") == "it ended without a word"
