@@ -158,6 +158,7 @@ class TimedVariant(TypedDict, total=False):
     """One model of a benchmark."""
 
     name: Required[str]
+    runtime: str
     parameters: int | None
     weights_bytes: int | None
     prefill_ms: Latency | None
@@ -224,6 +225,20 @@ class EvaluationRecord(TypedDict, total=False):
     window_tokens: int | None
 
 
+class OtherTimes(TypedDict):
+    """Milliseconds of one model in another runtime, by round."""
+
+    prefill_ms: Annotated[list[Positive], Meta(min_length=1)]
+    tpot_ms: Annotated[list[Positive], Meta(min_length=1)]
+
+
+class OtherRuntime(TypedDict):
+    """An earlier benchmark of the same request, in another runtime."""
+
+    runtime: str
+    variants: dict[str, OtherTimes]
+
+
 class BenchmarkRecord(TypedDict, total=False):
     """The content of benchmark.json."""
 
@@ -235,6 +250,7 @@ class BenchmarkRecord(TypedDict, total=False):
     evaluation: EvaluationRecord
     variants: Required[list[TimedVariant]]
     comparisons: list[Comparison]
+    other_runtimes: list[OtherRuntime]
 
 
 class FailedContender(TypedDict):
