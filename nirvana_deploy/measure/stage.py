@@ -40,7 +40,7 @@ from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.measure.recipe import Analysis, Evaluation, Measurement, Workload
 from nirvana_deploy.measure.roofline.explained import Explained
-from nirvana_deploy.measure.rounds.elsewhere import with_other_runtimes
+from nirvana_deploy.measure.rounds.elsewhere import earlier_benchmark, with_other_runtimes
 from nirvana_deploy.measure.unit_cost import bytes_cost, measured_cost
 from nirvana_deploy.measure.workloads.named import NamedWorkload
 from nirvana_deploy.measure.workloads.session import measure_sweep, measure_workload
@@ -250,7 +250,7 @@ def speed(
     """
 
     path = run.out / BENCHMARK_FILE
-    before = read_json(path, BenchmarkRecord) if run.has(stage.BENCHMARK) and path.is_file() else None
+    before = earlier_benchmark(path) if run.has(stage.BENCHMARK) else None
 
     def work() -> Timed:
         variants = _timed_variants(run, runtime)

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.output.record_kinds import BenchmarkRecord
 
 KEPT = "other_runtimes"
 """The key of benchmark.json."""
 METRICS = ("prefill_ms", "tpot_ms")
 _REQUEST = ("prompt_tokens", "new_tokens", "batch_size", "threads")
+
+
+def earlier_benchmark(file: Path) -> Mapping[str, Any] | None:
+    """The benchmark.json that is about to be replaced; None for one that is not there or damaged."""
+    try:
+        return read_json(file, BenchmarkRecord)
+    except NirvanaError:
+        return None
 
 
 def with_other_runtimes(result: dict[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
