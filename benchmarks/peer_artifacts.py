@@ -1,19 +1,21 @@
-"""The models that ``peers.py`` compares: how each is made, and by which program it is run."""
+"""The models that ``peers.py`` and ``runtimes.py`` time: how each is made, and which program runs it."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from peer_process import HERE, end, last_words, over_limit  # the script beside this one
+from peer_process import HERE, PeerProcess, end, last_words, over_limit  # the script beside this one
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
+from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output.layout import CHECKPOINT, MANIFEST
 from nirvana_deploy.output.variants import variant_named
@@ -21,6 +23,10 @@ from nirvana_deploy.package.gguf_export import gguf_from_checkpoint
 
 OURS = ("dense", "dense-int8", "dense-w8", "dense-w4", "pruned", "pruned-int8", "pruned-w8", "pruned-w4")
 """Those of them that the output folder has."""
+_TIMES_WEIGHTS = 2
+"""Memory that a runtime takes, in times of its files: many hold a copy in another order."""
+_LLAMA_CPP = "llama-cpp"
+"""Our own runtime of GGUF files, where no folder with node-llama-cpp is given."""
 _OPTIMUM = """
 import sys
 from optimum.onnxruntime import ORTModelForCausalLM
@@ -52,7 +58,7 @@ class Places:
     openvino: Path
     """A Python with openvino."""
     limit_s: float
-    """What making one model may take."""
+    """What making one model may take, and loading it, and each answer."""
 
     @property
     def dense(self) -> Path:
@@ -66,7 +72,7 @@ class Artifact:
 
     name: str
     kind: str
-    """Of ``peer_worker.KINDS``, or "llama.cpp"."""
+    """Of ``peer_worker.KINDS``, a runtime of ours, or "llama.cpp"."""
     path: Path
     made: str
     """By what, for people."""
@@ -84,15 +90,47 @@ class Artifact:
 
     def command(self, places: Places, threads: int) -> list[str]:
         """What runs it; raises NirvanaError where nothing can."""
-        if self.kind == "llama.cpp":
+        kind = self.kind
+        if kind == "llama.cpp" and places.llama_cpp is None:
+            kind = _LLAMA_CPP
+        elif kind == "llama.cpp":
             node = shutil.which("node")
-            if node is None or places.llama_cpp is None:
-                raise NirvanaError("node, or a folder with node-llama-cpp, is missing")
+            if node is None:
+                raise NirvanaError("node, which runs node-llama-cpp, is not installed")
             script = str(HERE / "peer_llama_cpp.mjs")
             return [node, script, str(self.path), str(threads), str(places.llama_cpp)]
-        python = {"optimum-onnx": places.optimum, "openvino": places.openvino}.get(self.kind)
+        python = {"optimum-onnx": places.optimum, "openvino": places.openvino}.get(kind)
         script = str(HERE / "peer_worker.py")
-        return [str(python or sys.executable), script, self.kind, str(self.path), str(threads)]
+        return [str(python or sys.executable), script, kind, str(self.path), str(threads)]
+
+
+def started(
+    chosen: Sequence[Artifact], places: Places, stack: ExitStack, *, threads: int
+) -> tuple[dict[str, PeerProcess], dict[str, str]]:
+    """Make and load all that can be, each in a process that ends with ``stack``, by name; and why not others.
+
+    Raises NirvanaError where the memory has no room for all of them.
+    """
+    reasons: dict[str, str] = {}
+    for one in chosen:
+        print(f"making {one.name}", flush=True)
+        try:
+            make(one)
+        except NirvanaError as error:
+            reasons[one.name] = last_words(error.message)
+    made = [one for one in chosen if one.name not in reasons]
+    hint = "Take a machine with more memory, or fewer models."
+    needed_bytes = _TIMES_WEIGHTS * sum(one.weights_bytes for one in made)
+    require_memory(needed_bytes, what=f"Running {len(made)} models", hint=hint)
+    running: dict[str, PeerProcess] = {}
+    for one in made:
+        print(f"loading {one.name}", flush=True)
+        try:
+            process = PeerProcess(one.command(places, threads), threads=threads, limit_s=places.limit_s)
+            running[one.name] = stack.enter_context(process)
+        except NirvanaError as error:
+            reasons[one.name] = last_words(error.message)
+    return running, reasons
 
 
 def make(one: Artifact) -> None:
@@ -140,7 +178,7 @@ def artifacts(places: Places) -> Iterator[Artifact]:
             partial(_run_python, places.limit_s, places.openvino, _OPENVINO, str(source), str(config)),
         )
     for kind in ("f32", "q8_0", "q4_0"):
-        yield _gguf(f"llama.cpp {kind}", dense, work / f"dense-{kind}.gguf", kind)
+        yield gguf(f"llama.cpp {kind}", dense, work / f"dense-{kind}.gguf", kind)
     yield from _ours(places)
 
 
@@ -153,10 +191,11 @@ def _ours(places: Places) -> Iterator[Artifact]:
             yield Artifact(f"ours: {name}", "onnxruntime-genai", folder, made)
     for kind in ("q8_0", "q4_0"):
         file = places.work / f"pruned-{kind}.gguf"
-        yield _gguf(f"ours: pruned in llama.cpp {kind}", places.out / CHECKPOINT, file, kind)
+        yield gguf(f"ours: pruned in llama.cpp {kind}", places.out / CHECKPOINT, file, kind)
 
 
-def _gguf(name: str, checkpoint: Path, file: Path, kind: str) -> Artifact:
+def gguf(name: str, checkpoint: Path, file: Path, kind: str) -> Artifact:
+    """A checkpoint as a GGUF file of a weight type."""
     made = f"package --gguf --type {kind}; in llama.cpp by node-llama-cpp, whose calls are part of the times"
     return Artifact(name, "llama.cpp", file, made, partial(_gguf_written, checkpoint, kind))
 

@@ -1,6 +1,6 @@
-"""One model in one runtime, in a process of its own: the other end of ``peers.py``.
+"""One model in one runtime, in a process of its own: the other end of ``peer_process.py``.
 
-    python benchmarks/peer_worker.py KIND PATH THREADS
+    python benchmarks/peer_worker.py KIND PATH THREADS        (KIND: of KINDS below, or a runtime of ours)
 
 Reads requests as lines of JSON and answers each with one: ``{"tokens", "new_tokens"}`` is timed, greedily;
 ``{"windows", "file"}`` writes float32 logits [M, T - 1, V] that predict the last T - 1 tokens of each window.
@@ -235,6 +235,39 @@ class OpenVino:
         return self.passed(tokens).copy()
 
 
+class Ours:
+    """A runtime of nirvana-deploy, by its name there."""
+
+    def __init__(self, runtime: str, path: Path, threads: int) -> None:
+        from importlib.metadata import version
+
+        from nirvana_deploy.base.errors import NirvanaError
+        from nirvana_deploy.runtime.registry import open_runner
+        from nirvana_deploy.runtime.table import runtime_named
+
+        try:
+            self.runner = open_runner(path, runtime=runtime, threads=threads)
+        except NirvanaError as error:
+            sys.exit(error.message)  # the last line is what is told of it
+        distribution = runtime_named(runtime).distribution
+        self.about = {distribution: version(distribution).partition("-")[0]}
+        self.state: Any = None
+
+    def read(self, tokens: list[int], room: int) -> int:
+        """As of :class:`Model`."""
+        logits, self.state = self.runner.prefill(np.array([tokens], dtype=np.int64))
+        return int(logits[0, -1].argmax())
+
+    def step(self, token: int) -> int:
+        """As of :class:`Model`."""
+        logits, self.state = self.runner.decode(np.array([[token]], dtype=np.int64), self.state)
+        return int(logits[0, -1].argmax())
+
+    def logits(self, tokens: list[int]) -> NDArray[np.float32]:
+        """As of :class:`Model`."""
+        return self.runner.prefill(np.array([tokens], dtype=np.int64))[0][0]
+
+
 KINDS: dict[str, Callable[[Path, int], Model]] = {
     "transformers": Transformers,
     "torch.compile": Compiled,
@@ -276,7 +309,7 @@ def main() -> None:
         answers.write(json.dumps({**record, "peak_rss_bytes": peak}) + "\n")
         answers.flush()
 
-    model = KINDS[kind](path, threads)
+    model = KINDS[kind](path, threads) if kind in KINDS else Ours(kind, path, threads)
     answer({"about": model.about})
     for line in sys.stdin:
         request = json.loads(line)

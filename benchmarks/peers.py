@@ -26,14 +26,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from peer_artifacts import Artifact, Places, artifacts, make  # the scripts beside this one
+from peer_artifacts import Artifact, Places, artifacts, started  # the scripts beside this one
 from peer_process import PeerProcess, last_words
 
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import default_threads, measured_environment
 from nirvana_deploy.base.reading import read_json
-from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.measure.benchmark import alternate
 from nirvana_deploy.measure.quality import quality_of
@@ -51,8 +50,6 @@ BASELINE = "transformers fp32"
 OURS = "ours: dense"
 """Speed-ups are over it."""
 PROMPTS = (128, 512)
-_TIMES_WEIGHTS = 2
-"""Memory that a runtime takes, in times of its files: many hold a copy in another order."""
 AS_GOOD_NATS = 0.005
 """Two models of no more than this between their KLs to dense are taken to be as good as each other."""
 
@@ -99,27 +96,8 @@ def measured(options: argparse.Namespace, scratch: Path) -> Record:
     vocab_size = Checkpoint.open(places.dense).shape.vocab_size
     windows = read_windows(options.out / "calibration.safetensors")["heldout"][: options.windows]
     made = [one for one in artifacts(places) if not options.only or one.name in options.only]
-    reasons: dict[str, str] = {}
-    for one in made:
-        print(f"making {one.name}", flush=True)
-        try:
-            make(one)
-        except NirvanaError as error:
-            reasons[one.name] = last_words(error.message)
-    made_bytes = [one.weights_bytes for one in made if one.name not in reasons]
-    hint = "Take a machine with more memory, or fewer models: --only NAME NAME."
-    require_memory(_TIMES_WEIGHTS * sum(made_bytes), what=f"Running {len(made_bytes)} models", hint=hint)
     with ExitStack() as stack:
-        running: dict[str, PeerProcess] = {}
-        for one in made:
-            if one.name in reasons:
-                continue
-            print(f"loading {one.name}", flush=True)
-            try:
-                process = PeerProcess(one.command(places, threads), threads=threads, limit_s=limit_s)
-                running[one.name] = stack.enter_context(process)
-            except NirvanaError as error:
-                reasons[one.name] = last_words(error.message)
+        running, reasons = started(made, places, stack, threads=threads)
         quality = {} if options.quality is None else _known(read_json(options.quality), len(windows))
         found, without = judged(running, windows, scratch, known=quality)
         quality |= found

@@ -37,6 +37,7 @@ from recipes import read_rows as read_recipes
 from recipes import table as recipes_table
 from recover import table as recovery_table
 from recover_bounds import on_paper
+from runtimes import section as runtimes_section
 from selection import table as selection_table
 from serve import section as serve_section
 from speculative import section as speculative_section
@@ -66,12 +67,16 @@ SPECULATIVE = RESULTS / "speculative.json"
 INTERVALS = RESULTS / "intervals.json"
 PEERS = RESULTS / "peers.json"
 PEERS_PICTURE = PEERS.with_suffix(".png")
+RUNTIMES = RESULTS / "runtimes.json"
 _INTERVALS_COMMAND = (
     "python benchmarks/intervals.py --folder OUT/onnx --out benchmarks/results/intervals.json"
 )
 _PEERS_COMMAND = (
     "python benchmarks/peers.py OUT --work DIR --llama-cpp NPM --json benchmarks/results/peers.json "
     "--picture benchmarks/results/peers.png"
+)
+_RUNTIMES_COMMAND = (
+    "python benchmarks/runtimes.py OUT --work DIR --llama-cpp NPM --json benchmarks/results/runtimes.json"
 )
 
 
@@ -384,6 +389,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "engines": engines_section(),
             "intervals": _recorded(INTERVALS, intervals_section, _INTERVALS_COMMAND),
             "peers": _recorded(PEERS, peers_with_picture, _PEERS_COMMAND),
+            "runtimes": _recorded(RUNTIMES, runtimes_section, _RUNTIMES_COMMAND),
             "serve": serve_section(json.loads(SERVE.read_text())),
             "speculative": speculative_section(json.loads(SPECULATIVE.read_text())),
         },

@@ -131,7 +131,7 @@ def _require_meant(traffic: Traffic, said: dict[str, Any]) -> None:
 
 
 def _speculative(folder: Path, workload: Workload, *, as_json: bool) -> None:
-    from nirvana_deploy.package.stage import benchmark_speculative
+    from nirvana_deploy.pipeline.alone.packages import benchmark_speculative
 
     made = benchmark_speculative(
         folder, new_tokens=workload.new_tokens, threads=workload.threads, progress=TerminalProgress()

@@ -97,6 +97,7 @@ def _gguf(out: Path, target: Path | None, recipe: Package, *, force: bool, as_js
             f"{file.left_in_f16} matrices stay f16: their rows are no multiple of 32. "
             "Prune with --round-to 32."
         )
+    _say_how_to_publish(file.path)
 
 
 def _triton(out: Path, target: Path | None, recipe: Package, *, force: bool, as_json: bool) -> None:
@@ -117,20 +118,21 @@ def _triton(out: Path, target: Path | None, recipe: Package, *, force: bool, as_
 
 
 def _openvino(out: Path, target: Path | None, *, force: bool, as_json: bool) -> None:
-    from nirvana_deploy.package import stage as packaging
+    from nirvana_deploy.pipeline.alone.packages import package_openvino
 
-    written = packaging.package_openvino(out, target, force=force, progress=TerminalProgress())
+    written = package_openvino(out, target, force=force, progress=TerminalProgress())
     if as_json:
         echo_json({"out": str(written.path), "size_bytes": written.size_bytes})
         return
     echo(f"{written.path}: {format_bytes(written.size_bytes)} for openvino-genai")
     echo(f"Run it: openvino_genai.LLMPipeline({str(written.path)!r}, 'CPU').generate('Once')")
+    _say_how_to_publish(written.path)
 
 
 def _speculative(out: Path, place: Path | None, recipe: Package, *, force: bool, as_json: bool) -> None:
-    from nirvana_deploy.package import stage as packaging
+    from nirvana_deploy.pipeline.alone.packages import package_speculative
 
-    made = packaging.package_speculative(
+    made = package_speculative(
         out,
         place,
         target=recipe.target_model,
@@ -145,6 +147,13 @@ def _speculative(out: Path, place: Path | None, recipe: Package, *, force: bool,
         return
     show_speculation(made.record)
     echo(f"Package: {made.path}")
+    _say_how_to_publish(made.path)
+
+
+def _say_how_to_publish(made: Path) -> None:
+    from nirvana_deploy.report.snippets import upload_command
+
+    echo(f"Publish it: {upload_command(str(made), is_file=made.is_file())}")
 
 
 def show_speculation(record: dict[str, Any]) -> None:

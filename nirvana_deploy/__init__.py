@@ -51,7 +51,7 @@ _PUBLIC = {
     "Workload": "nirvana_deploy.measure.recipe",
     "benchmark_contenders": "nirvana_deploy.pipeline.contest",
     "benchmark_folder": "nirvana_deploy.pipeline.folder",
-    "benchmark_speculative": "nirvana_deploy.package.stage",
+    "benchmark_speculative": "nirvana_deploy.pipeline.alone.packages",
     "benchmark_workloads": "nirvana_deploy.pipeline.folder",
     "build_engines": "nirvana_deploy.pipeline.folder",
     "compare_folders": "nirvana_deploy.pipeline.compare",
@@ -68,8 +68,8 @@ _PUBLIC = {
     "meet_target": "nirvana_deploy.pipeline.searching.target",
     "package_engines": "nirvana_deploy.package.stage",
     "package_gguf": "nirvana_deploy.package.stage",
-    "package_openvino": "nirvana_deploy.package.stage",
-    "package_speculative": "nirvana_deploy.package.stage",
+    "package_openvino": "nirvana_deploy.pipeline.alone.packages",
+    "package_speculative": "nirvana_deploy.pipeline.alone.packages",
     "package_triton": "nirvana_deploy.package.stage",
     "prune_by_plan": "nirvana_deploy.pipeline.prune_export",
     "prune_export": "nirvana_deploy.pipeline.prune_export",
@@ -174,16 +174,18 @@ if TYPE_CHECKING:
     from nirvana_deploy.model.sources import known_models
     from nirvana_deploy.output.inspection import inspect_path
     from nirvana_deploy.package.stage import (
-        benchmark_speculative,
         package_engines,
         package_gguf,
-        package_openvino,
-        package_speculative,
         package_triton,
     )
     from nirvana_deploy.pipeline.against import compare_with_earlier
     from nirvana_deploy.pipeline.alone.calibration import select_calibration
     from nirvana_deploy.pipeline.alone.onnx import export_onnx, quantize_onnx_folder
+    from nirvana_deploy.pipeline.alone.packages import (
+        benchmark_speculative,
+        package_openvino,
+        package_speculative,
+    )
     from nirvana_deploy.pipeline.alone.serve import serve_folder
     from nirvana_deploy.pipeline.alone.text import generate_text
     from nirvana_deploy.pipeline.compare import compare_folders

@@ -17,7 +17,6 @@ import click
 import pytest
 import yaml
 from builders.documents import (
-    ELSEWHERE,
     PAGES,
     SITE,
     blocks,
@@ -199,7 +198,7 @@ def test_python_names_what_there_is(page: str) -> None:
 
 def _is_known(module: str) -> bool:
     top = module.partition(".")[0]
-    return top in {*ELSEWHERE, *EXTRAS} or importlib.util.find_spec(top) is not None
+    return top in EXTRAS or importlib.util.find_spec(top) is not None
 
 
 @pytest.mark.integration

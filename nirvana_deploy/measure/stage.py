@@ -1,7 +1,4 @@
-"""The stages that measure a finished folder: quality, answers, speed, tangent kernel, tasks.
-
-Each can be run again alone; ``evaluate`` and ``benchmark`` do. What makes the folder is in ``stages.py``.
-"""
+"""The stages that measure a finished folder; ``evaluate`` and ``benchmark`` run each again alone."""
 
 from __future__ import annotations
 
@@ -43,6 +40,7 @@ from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
 from nirvana_deploy.measure.recipe import Analysis, Evaluation, Measurement, Workload
 from nirvana_deploy.measure.roofline.explained import Explained
+from nirvana_deploy.measure.rounds.elsewhere import earlier_benchmark, with_other_runtimes
 from nirvana_deploy.measure.unit_cost import bytes_cost, measured_cost
 from nirvana_deploy.measure.workloads.named import NamedWorkload
 from nirvana_deploy.measure.workloads.session import measure_sweep, measure_workload
@@ -249,6 +247,9 @@ def speed(
     On the CPU in ONNX Runtime, each model's time stands beside what the machine's ceilings allow.
     """
 
+    path = run.out / BENCHMARK_FILE
+    before = earlier_benchmark(path) if run.has(stage.BENCHMARK) else None
+
     def work() -> Timed:
         variants = _timed_variants(run, runtime)
         explain = Explained(workload, analysis or Analysis(), runtime, run.progress)
@@ -256,7 +257,7 @@ def speed(
         result = benchmark(variants, workload=workload, baseline=baseline, lost={}, progress=run.progress)
         result = explain.of(result, {variant.name: variant for variant in variants})
         _place(run, result)
-        write_json(run.out / BENCHMARK_FILE, _with_quality(run, result))
+        write_json(path, _with_quality(run, with_other_runtimes(result, before)))
         return Timed(
             variants=tuple(variant["name"] for variant in result["variants"]),
             comparisons=tuple(result["comparisons"]),

@@ -36,6 +36,8 @@ ENGINES = "engine"
 NTK_FILE = "ntk.json"
 TASKS_FILE = "tasks.json"
 REPORT_MARKDOWN, REPORT_HTML = "report.md", "report.html"
+OPENVINO, IR_FILE = "openvino", "openvino_model.xml"
+"""A model for openvino-genai, and the graph in that folder."""
 SPECULATIVE, DRAFT = "speculative", "draft"
 """A model with its draft for onnxruntime-genai, and the folder of the draft in it."""
 SPECULATIVE_FILE = "speculative.json"
@@ -98,9 +100,14 @@ def is_speculative(folder: Path) -> bool:
     return (folder / DRAFT / MODEL_FILE).is_file() and (folder / GENAI_FILE).is_file()
 
 
+def is_openvino(folder: Path) -> bool:
+    """Whether a folder holds an OpenVINO model, an IR, and no ONNX model."""
+    return (folder / IR_FILE).is_file() and not holds_model(folder)
+
+
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint and no ONNX folder (which may have a config.json too)."""
-    return (folder / "config.json").is_file() and not holds_model(folder)
+    """Whether a folder is a checkpoint and no ONNX folder or IR (which may have a config.json too)."""
+    return (folder / "config.json").is_file() and not holds_model(folder) and not is_openvino(folder)
 
 
 def require_schema(model: Path, found: str | None) -> None:

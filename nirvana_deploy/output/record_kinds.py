@@ -158,6 +158,7 @@ class TimedVariant(TypedDict, total=False):
     """One model of a benchmark."""
 
     name: Required[str]
+    runtime: str
     parameters: int | None
     weights_bytes: int | None
     prefill_ms: Latency | None
@@ -234,6 +235,20 @@ class FailedModel(TypedDict):
     hint: str | None
 
 
+class OtherTimes(TypedDict):
+    """Milliseconds of one model in another runtime, by round."""
+
+    prefill_ms: Annotated[list[Positive], Meta(min_length=1)]
+    tpot_ms: Annotated[list[Positive], Meta(min_length=1)]
+
+
+class OtherRuntime(TypedDict):
+    """An earlier benchmark of the same request, in another runtime."""
+
+    runtime: str
+    variants: dict[str, OtherTimes]
+
+
 class BenchmarkRecord(TypedDict, total=False):
     """The content of benchmark.json."""
 
@@ -246,6 +261,7 @@ class BenchmarkRecord(TypedDict, total=False):
     variants: Required[list[TimedVariant]]
     comparisons: list[Comparison]
     failed: list[FailedModel]
+    other_runtimes: list[OtherRuntime]
 
 
 class ContestRecord(BenchmarkRecord, total=False):

@@ -14,8 +14,16 @@ from typing import Any, TypeVar
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json, typed
 from nirvana_deploy.output import stage
+from nirvana_deploy.output.kinds.speculative import SpeculativeRecord
 from nirvana_deploy.output.kinds.workloads import WorkloadsRecord
-from nirvana_deploy.output.layout import BENCHMARK_FILE, MANIFEST, PLAN_FILE, WORKLOADS_FILE
+from nirvana_deploy.output.layout import (
+    BENCHMARK_FILE,
+    MANIFEST,
+    PLAN_FILE,
+    SPECULATIVE,
+    SPECULATIVE_FILE,
+    WORKLOADS_FILE,
+)
 from nirvana_deploy.output.manifest import Manifest
 from nirvana_deploy.output.record_kinds import BenchmarkRecord, PlanRecord, VerifiedRecord
 
@@ -25,6 +33,7 @@ _KINDS = {
     PLAN_FILE: PlanRecord,
     BENCHMARK_FILE: BenchmarkRecord,
     WORKLOADS_FILE: WorkloadsRecord,
+    f"{SPECULATIVE}/{SPECULATIVE_FILE}": SpeculativeRecord,
 }
 Kind = TypeVar("Kind")
 
@@ -37,6 +46,7 @@ class Records:
     plan: dict[str, Any] | None
     benchmark: dict[str, Any] | None
     workloads: dict[str, Any] | None = None
+    speculative: dict[str, Any] | None = None
 
     def stage(self, name: str) -> Mapping[str, Any]:
         """The manifest's entry of a stage; empty when it did not run."""
@@ -64,7 +74,7 @@ def read_record(path: Path, name: str | None = None) -> dict[str, Any] | None:
 
 def read_records(out: Path) -> Records:
     """Read the records of an output folder; raises NirvanaError when it has none, or a broken one."""
-    records = Records(*(read_record(out / name) for name in _KINDS))
+    records = Records(*(read_record(out / name, name) for name in _KINDS))
     if records == Records(None, None, None):
         held_by_parent = (out.resolve().parent / PLAN_FILE).is_file()
         raise NirvanaError(

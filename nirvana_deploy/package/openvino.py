@@ -16,13 +16,15 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.resources import require_free_bytes
+from nirvana_deploy.model.text.source_card import legal_files
 from nirvana_deploy.model.text.stops import GENERATION_CONFIG, stop_ids
 from nirvana_deploy.model.text.tokenizer import tokenizer_in
+from nirvana_deploy.output.layout import IR_FILE
 from nirvana_deploy.runtime.openvino.installed import openvino_module
 from nirvana_deploy.runtime.openvino.session import read_portable
 from nirvana_deploy.runtime.openvino.stateful import keep_cache_inside
 
-MODEL, TOKENIZER, DETOKENIZER = (f"openvino_{name}.xml" for name in ("model", "tokenizer", "detokenizer"))
+TOKENIZER, DETOKENIZER = (f"openvino_{name}.xml" for name in ("tokenizer", "detokenizer"))
 """As openvino-genai looks for them; each has its weights beside it, ``.bin``."""
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -53,7 +55,7 @@ def openvino_from_onnx(onnx_folder: Path, out: Path, *, progress: Progress = SIL
     require_free_bytes(out, sum(file.stat().st_size for file in files_under(onnx_folder)), what="The model")
     with progress.task("Writing OpenVINO", 2) as advance, whole_folder(out) as folder:
         keep_cache_inside(model)
-        openvino.save_model(model, folder / MODEL, compress_to_fp16=True)
+        openvino.save_model(model, folder / IR_FILE, compress_to_fp16=True)
         advance(1)
         try:
             made = tokenizers.convert_tokenizer(tokenizer_in(onnx_folder), with_detokenizer=True)
@@ -65,7 +67,7 @@ def openvino_from_onnx(onnx_folder: Path, out: Path, *, progress: Progress = SIL
             ) from error
         for converted, name in zip(made, (TOKENIZER, DETOKENIZER), strict=True):
             openvino.save_model(converted, folder / name)
-        for file in (onnx_folder / name for name in _COPIED):
+        for file in (*(onnx_folder / name for name in _COPIED), *legal_files(onnx_folder)):
             if file.is_file():
                 shutil.copy(file, folder)
         if settings := _generation_settings(onnx_folder):

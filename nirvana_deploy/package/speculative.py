@@ -17,6 +17,7 @@ import onnx
 
 from nirvana_deploy.base.artifact import files_under, link, whole_folder, write_json
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.ownership.marker import CARD
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.model.text.tokenizer import tokenizer_in
 from nirvana_deploy.output.layout import (
@@ -33,8 +34,8 @@ from nirvana_deploy.runtime.genai import MOST_DRAFT_TOKENS
 
 _FLAVOR = "gqa"
 _GRAPH_FILES = (MODEL_FILE, DATA_FILE)
-_OF_ONE_MODEL = ("quantization.json", "sensitivity.svg", SPECULATIVE_FILE)
-"""Records of the target alone."""
+_OF_ONE_MODEL = ("quantization.json", "sensitivity.svg", SPECULATIVE_FILE, CARD)
+"""Records of the target alone, and its card."""
 
 
 def write_speculative(target: Path, draft: Path, out: Path, *, draft_tokens: int) -> None:

@@ -29,6 +29,7 @@ from nirvana_deploy.output.layout import (
     MANIFEST,
     MODEL_FILE,
     ONNX,
+    OPENVINO,
     SPECULATIVE,
     SPECULATIVE_FILE,
     is_seq2seq,
@@ -49,7 +50,6 @@ from nirvana_deploy.runtime.text import tokenizer_folder
 
 GGUF_FOLDER = "gguf"
 TRITON_FOLDER = "triton"
-OPENVINO_FOLDER = "openvino"
 
 
 def package_gguf(
@@ -143,7 +143,7 @@ def package_openvino(
     inside = source / ONNX if is_seq2seq(source / ONNX) else source
     landmark = ENCODER_FILE if is_seq2seq(inside) else MODEL_FILE
     onnx = _part(source, ONNX, landmark, "nirvana-deploy export CHECKPOINT --out DIR")
-    target = Path(target or _own_place(source) / OPENVINO_FOLDER)
+    target = Path(target or _own_place(source) / OPENVINO)
     made: list[OpenVinoFolder] = []
 
     def work() -> dict[str, Any]:

@@ -34,6 +34,7 @@ from nirvana_deploy.output.records import (
     read_records,
 )
 from nirvana_deploy.report import figures, findings
+from nirvana_deploy.report.compare.runtimes import runtimes_section
 from nirvana_deploy.report.facts import details
 from nirvana_deploy.report.page import PlacedFigure, environment, markdown_environment
 from nirvana_deploy.report.pages import (
@@ -43,6 +44,7 @@ from nirvana_deploy.report.pages import (
     ntk,
     quality,
     recovery,
+    speculative,
     tasks,
     trade,
     workloads,
@@ -231,6 +233,15 @@ def _section(page: ModuleType, record: Mapping[str, Any]) -> dict[str, Any]:
     return {"says": page.explain(record), "headers": page.headers(record), "rows": page.rows(record)}
 
 
+def _speculative(records: Records) -> dict[str, Any] | None:
+    """Context of the section on the model with its draft; None where there is none."""
+    record = records.speculative
+    if record is None:
+        return None
+    says = " ".join(speculative.says(record))
+    return {"says": says, "headers": speculative.HEADERS, "rows": speculative.rows(record)}
+
+
 def _bounds(benchmark: Mapping[str, Any]) -> dict[str, Any] | None:
     """Context of the section on the machine's bounds; None where none was measured."""
     found = bounds.rows(benchmark)
@@ -312,6 +323,8 @@ def report_context(records: Records) -> dict[str, Any]:
         "machine": findings.machine_cautions(records),
         "gaps": findings.gaps(records),
         "summary": summary_table(records.benchmark) if records.benchmark else None,
+        "runtimes": runtimes_section(records.benchmark or {}),
+        "speculative": _speculative(records),
         "workloads": _workloads(records),
         "sweeps": _sweeps(records),
         "bounds": _bounds(records.benchmark or {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from nirvana_deploy.output import stage
@@ -68,11 +69,17 @@ class Snippet:
     code: str
 
 
+def upload_command(place: str, *, is_file: bool = False) -> str:
+    """What uploads a folder, but for its marker, or one file, by the hub's own client."""
+    command = f"hf upload YOUR-NAME/YOUR-MODEL {shlex.quote(place)}"
+    return command if is_file else f'{command} . --exclude ".made-by*"'
+
+
 def snippets(records: Records, recommended: str | None) -> tuple[Snippet, ...]:
     """How to run the recommended model [the pruned one] from inside the output folder."""
     folder = _folder(recommended or PRUNED)
     verify = Snippet("Compare every file with its model again", "sh", "nirvana-deploy verify .")
-    upload = f'hf upload YOUR-NAME/YOUR-MODEL {folder} . --exclude ".made-by*"'
+    upload = upload_command(folder)
     publish = Snippet("Publish it with the card in its folder, once you have read that", "sh", upload)
     if encoder_decoder(records):  # which onnxruntime-genai does not run
         transformers = RUN_TRANSFORMERS.replace("AutoModelForCausalLM", SEQ2SEQ_CLASS)

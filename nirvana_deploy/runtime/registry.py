@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.output.layout import is_checkpoint
+from nirvana_deploy.runtime.openvino.ir import refuse_ir
 from nirvana_deploy.runtime.runner import Runner
 from nirvana_deploy.runtime.table import DEFAULTS, Takes, runtime_named
 from nirvana_deploy.runtime.tensorrt.record import ENGINE_SUFFIX, read_engine_record
@@ -48,8 +49,9 @@ def open_runner(path: Path, *, runtime: str | None = None, threads: int | None =
     """Load an ONNX folder, an engine, a checkpoint or a GGUF file with ``runtime`` [:func:`runtime_for`].
 
     ``threads`` is the size of the runtime's pool. Raises NirvanaError for an unknown
-    runtime, one that does not take such a path, and whatever keeps it from being loaded.
+    runtime, one that does not take such a path, an OpenVINO model, and whatever keeps it from being loaded.
     """
+    refuse_ir(path)
     row = runtime_named(runtime if runtime is not None else runtime_for(path))
     if row.takes != kind_of(path):
         build = f"nirvana-deploy build-engine {path} --engine {row.name}"

@@ -15,6 +15,7 @@ from nirvana_deploy.model.text.chat import users_turn
 from nirvana_deploy.model.text.stops import stop_ids
 from nirvana_deploy.model.text.tokenizer import tokenizer_in
 from nirvana_deploy.output.layout import CHECKPOINT, MODEL_FILE, ONNX, holds_model, is_checkpoint
+from nirvana_deploy.runtime.openvino.ir import refuse_ir
 from nirvana_deploy.runtime.runner import NoRoomError, Runner, greedy_tokens
 from nirvana_deploy.runtime.table import runtime_named
 
@@ -171,6 +172,7 @@ def model_in(path: Path, *, runtime: str | None = None) -> Path:
 
     That is its checkpoint where ``runtime`` takes checkpoints, its ONNX folder otherwise.
     """
+    refuse_ir(path)
     if path.is_file() or holds_model(path) or is_checkpoint(path):
         return path
     checkpoints = runtime is not None and runtime_named(runtime).takes == "checkpoint"

@@ -20,6 +20,7 @@ from nirvana_deploy.prune.plan import check_plan_was_cut
 from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.quantize.coverage import Coverage, recorded_coverage
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE
+from nirvana_deploy.runtime.openvino.ir import refuse_ir
 from nirvana_deploy.verify.against_torch import verify_onnx
 from nirvana_deploy.verify.folder_check import check_folder
 from nirvana_deploy.verify.report import VerifyReport
@@ -188,6 +189,7 @@ def _require_output_folder(out: Path) -> None:
                 f"{out} is a part of the output folder {around}, whose manifest knows its files.",
                 hint=f"nirvana-deploy verify {around}",
             )
+    refuse_ir(out)
     if holds_model(out):
         raise NirvanaError(
             f"{out} is an ONNX folder alone: nothing in it says what it was exported from.",

@@ -19,6 +19,7 @@ from nirvana_deploy.model.family import DECODER
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.snapshot import lies_within
 from nirvana_deploy.output.layout import DECODER_FILE, ENCODER_FILE, MODEL_FILE, SCHEMA_KEY, require_schema
+from nirvana_deploy.runtime.openvino.ir import refuse_ir
 
 CHECKED = "ONNX checker, external data, KV shapes, tokenizer"
 """What :func:`check_folder` looks at, in words."""
@@ -45,6 +46,7 @@ def check_graph_file(path: Path) -> None:
     """Raise NirvanaError unless ``path`` is a valid ONNX file of a known schema, its weights beside it."""
     folder = path.parent
     again = f"Export it again: nirvana-deploy export CHECKPOINT --out {folder}"
+    refuse_ir(folder)
     if not path.is_file():
         raise NirvanaError(
             f"{folder} holds no {path.name}.", hint="nirvana-deploy export CHECKPOINT --out DIR"

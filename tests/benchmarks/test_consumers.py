@@ -5,6 +5,7 @@ And programs that have no place of their own: optimum, transformers.js and lm-ev
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -75,6 +76,29 @@ def test_a_record_is_made_in_pieces(tmp_path: Path) -> None:
     rows = json.loads(record.read_text())["rows"]
     assert codes == [0, 1]  # what ran again replaces what it said before; the rest stays
     assert {row["tests"][0]: row["outcome"] for row in rows} == {"a": "passed", "b": "failed"}
+
+
+def test_every_test_that_the_record_cites_is_there_and_marked() -> None:
+    record = json.loads((ROOT / "benchmarks/results/consumers.json").read_text())
+    for row in record["rows"]:
+        for test in row["tests"]:
+            file, _, name = test.partition("::")
+            marked = consumers_in(ROOT / file)[name.partition("[")[0]]
+            assert row["consumer"] in marked, test
+
+
+def consumers_in(file: Path) -> dict[str, set[str]]:
+    """Test in a file -> the programs that its marks name."""
+    found: dict[str, set[str]] = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            marks = [one for one in node.decorator_list if isinstance(one, ast.Call)]
+            found[node.name] = {
+                str(ast.literal_eval(mark.args[0]))
+                for mark in marks
+                if ast.unparse(mark.func) == "pytest.mark.consumer"
+            }
+    return found
 
 
 def test_config_lies_beside_a_graph_that_its_readers_can_run(tiny_llama: Path, tmp_path: Path) -> None:

@@ -26,8 +26,6 @@ PAGES = (
 )
 SITE = tuple(sorted(page.relative_to(ROOT).as_posix() for page in ROOT.glob("docs/**/*.md")))
 """Pages of the documentation site, whose links tests/docs/test_site.py follows."""
-ELSEWHERE = {"openvino"}
-"""Packages of programs that run what is made here, and that no extra installs."""
 
 
 def text_of(page: str) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from builders.scripts import ROOT
+from nirvana_deploy.output.layout import SPECULATIVE
 from nirvana_deploy.output.records import Records
 
 FROZEN = ROOT / "tests/report/data"
-RECORDS = ("manifest", "plan", "benchmark", "workloads")
+RECORDS = ("manifest", "plan", "benchmark", "workloads", "speculative")
 
 
 def frozen(name: str) -> dict[str, Any]:
@@ -31,7 +32,9 @@ def write_records(out: Path, records: Records) -> Path:
     for name in RECORDS:
         record = getattr(records, name)
         if record is not None:
-            (out / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+            folder = out / SPECULATIVE if name == SPECULATIVE else out
+            folder.mkdir(exist_ok=True)
+            (folder / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
     return out
 
 

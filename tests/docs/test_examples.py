@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.documents import ELSEWHERE, SITE, blocks
-from builders.extras import needs
+from builders.documents import SITE, blocks
+from builders.extras import EXTRAS, needs
 from builders.jobs import SHORT_ROUNDS
 from builders.scripts import ROOT
 from builders.tiny import write_tiny
@@ -129,8 +129,8 @@ def test_snippets_run(
         needs("openvino_genai")
         nirvana_deploy.package_openvino(first, force=True)
     for source in blocks(page, "python"):
-        for package in ELSEWHERE & {*re.findall(r"^import (\w+)", source, re.MULTILINE)}:
-            pytest.importorskip(package, reason=f"needs {package}, which no extra installs")
+        for package in EXTRAS.keys() & {*re.findall(r"^import (\w+)", source, re.MULTILINE)}:
+            needs(package)
         exec(compile(source, page, "exec"), {})
 
 

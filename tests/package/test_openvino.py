@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,18 +16,23 @@ from builders.plans import plan_for
 from builders.tiny import write_tiny
 from builders.tiny_t5 import write_t5
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer
 from nirvana_deploy.model.text.stops import stop_ids
+from nirvana_deploy.output.layout import IR_FILE
 from nirvana_deploy.package.openvino import openvino_from_onnx
 from nirvana_deploy.package.stage import package_openvino
+from nirvana_deploy.pipeline.alone.packages import package_openvino as package_with_card
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.runtime.openvino.decoder import OpenVinoDecoder
+from nirvana_deploy.runtime.openvino.session import read_portable
+from nirvana_deploy.runtime.registry import open_runner
 from nirvana_deploy.runtime.runner import greedy_tokens
 
 openvino_genai = needs("openvino_genai")
@@ -112,6 +118,7 @@ def test_the_command_writes_it_and_says_how_to_run_it(onnx_folder: Path, tmp_pat
     arguments = ["package", str(onnx_folder), "--openvino", "--out", str(tmp_path / "made")]
     shown = CliRunner().invoke(commands, arguments, catch_exceptions=False)
     assert "for openvino-genai" in shown.stdout and "LLMPipeline(" in shown.stdout
+    assert f"hf upload YOUR-NAME/YOUR-MODEL {tmp_path / 'made'} ." in shown.stdout
     again = CliRunner().invoke(commands, [*arguments, "--force", "--json"], catch_exceptions=False)
     assert json.loads(again.stdout)["out"] == str(tmp_path / "made")
 
@@ -146,3 +153,40 @@ def test_without_its_tokenizers_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
     with pytest.raises(MissingExtraError, match=r"'openvino-tokenizers'.*\n.*\[openvino\]"):
         openvino_from_onnx(onnx_folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", ["generate", "benchmark", "verify", "serve"])
+def test_a_written_folder_is_recognised_and_told_what_runs_it(
+    onnx_folder: Path, command: str, tmp_path: Path
+) -> None:
+    folder = openvino_from_onnx(onnx_folder, tmp_path / "openvino").path
+    options = ["--prompt", "x"] if command == "generate" else []
+    for path in (folder, folder / IR_FILE) if command == "generate" else (folder,):
+        refused = CliRunner().invoke(commands, [command, str(path), *options]).exception
+        assert isinstance(refused, NirvanaError) and "openvino_genai.LLMPipeline(" in str(refused)
+        assert "name the ONNX folder that it was made from" in str(refused)
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model.onnx").touch()
+    with pytest.raises(NirvanaError, match=rf"name {re.escape(str(tmp_path / 'onnx'))}\."):
+        read_portable(folder)
+
+
+@pytest.mark.parametrize(("head", "said"), [(b'<net name="x" version="7">', "7"), (b"of another", "none")])
+def test_an_ir_of_another_version_is_refused(tmp_path: Path, head: bytes, said: str) -> None:
+    (tmp_path / IR_FILE).write_bytes(b'<?xml version="1.0"?>\n' + head)
+    for opened in (open_runner, read_portable):
+        with pytest.raises(NirvanaError, match=rf"it says {said}, and 10 and 11 are read.*\n.*--openvino"):
+            opened(tmp_path)
+
+
+def test_the_folder_that_people_publish_is_whole(onnx_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "onnx"
+    shutil.copytree(onnx_folder, source)
+    (source / "LICENSE").write_text("theirs")
+    (source / "USE_POLICY.md").write_text("theirs too")
+    made = package_with_card(source, tmp_path / "made").path
+    assert (made / "LICENSE").read_text() == "theirs" and (made / "USE_POLICY.md").is_file()
+    card = ModelCard((made / "README.md").read_text(encoding="utf-8"))
+    assert card.data.library_name == "openvino" and "openvino" in card.data.tags
+    assert "LLMPipeline" in card.content and "`USE_POLICY.md`" in card.content
+    assert str(tmp_path) not in card.content

@@ -66,6 +66,17 @@ def test_output_is_the_targets_own(made: SpeculativePackage, pair: tuple[Path, P
         assert drafted(prompt, 40) == greedy_tokens(target, prompt, max_new_tokens=40, eos_token_ids=())
 
 
+def test_the_folder_has_a_card_of_its_own_and_the_licence(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(pair[0], target)
+    (target / "LICENSE").write_text("theirs")
+    (target / "README.md").write_text("of the target alone")
+    package_speculative(target, tmp_path / "made", draft=str(pair[1]), draft_tokens=1)
+    assert (tmp_path / "made" / "LICENSE").read_text() == "theirs"
+    card = (tmp_path / "made" / "README.md").read_text(encoding="utf-8")
+    assert "of the target alone" not in card and "token for token" in card and "og.Model" in card
+
+
 def test_the_draft_was_at_work(made: SpeculativePackage) -> None:
     for one in made.found.rounds:
         assert 0 < one.acceptance < 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.extras import needs
 from builders.llama_cpp import (
     CONSUMER_VERSION,
     REAL_PROMPTS,
@@ -26,6 +27,7 @@ from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.runtime.genai import genai_tokens
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
+from nirvana_deploy.runtime.registry import open_runner
 from nirvana_deploy.runtime.runner import greedy_tokens
 
 pytestmark = pytest.mark.integration
@@ -144,6 +146,37 @@ def test_low_bit_models_talk_sense_in_both_runtimes(
     found = quality_of(OrtDecoder(dense), {"q": OrtDecoder(folder)}, windows)
     assert found["q"]["kl_vs_dense"] < most_kl
     require_sense_in_both_runtimes(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.consumer(
+    "OpenVINO",
+    artifact="ONNX folder of SmolLM2, dense: float, int8 and w4",
+    proof="in float 5 x 32 greedy tokens equal ONNX Runtime's; KL of int8 and w4 within a tenth of it",
+    package="openvino",
+)
+@pytest.mark.parametrize("scheme", [None, "int8", "w4"])
+def test_openvino_computes_what_onnx_runtime_computes(
+    job: tuple[Path, object], tmp_path: Path, scheme: str | None
+) -> None:
+    needs("openvino")
+    dense, folder = job[0] / "dense/onnx", job[0] / "dense/onnx"
+    windows = read_windows(job[0] / "calibration.safetensors")
+    if scheme is not None:
+        recipe = Quantization(scheme=scheme)
+        folder = quantize_onnx(dense, tmp_path / "q", recipe, calibration=windows["calibration"]).path
+    here = OrtDecoder(folder)
+    with open_runner(folder, runtime="openvino-cpu") as elsewhere:
+        if scheme is None:
+            tokenizer = load_tokenizer(dense)
+            for text in REAL_PROMPTS:
+                ids = np.array([tokenizer(text)["input_ids"]], dtype=np.int64)
+                wanted = greedy_tokens(here, ids, max_new_tokens=32)
+                assert greedy_tokens(elsewhere, ids, max_new_tokens=32) == wanted
+        variants = {"here": here, "elsewhere": elsewhere}
+        found = quality_of(OrtDecoder(dense), variants, windows["heldout"][:3, :128])
+    kl = {name: found[name]["kl_vs_dense"] for name in variants}
+    assert kl["elsewhere"] == pytest.approx(kl["here"], rel=0.1, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from builders.scripts import ROOT
+from builders.reports import RECORDS, frozen, frozen_records, write_records
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.output.inspection import inspect_path
@@ -18,7 +18,6 @@ from nirvana_deploy.output.records import read_records
 from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.report.report import report_context
 
-RECORDS = ("manifest", "plan", "benchmark", "workloads")
 OTHERS: tuple[Any, ...] = (None, True, -1, 0, 1.5, 10**30, "x", "", [], {}, [[]], {"a": 1})
 TRIALS = 120
 
@@ -40,20 +39,20 @@ def with_another(record: Any, path: tuple[Any, ...], other: Any) -> Any:
 
 
 def test_a_value_that_is_another_is_told_or_refused(tmp_path: Path) -> None:
-    whole = {name: json.loads((ROOT / f"tests/report/data/{name}.json").read_text()) for name in RECORDS}
-    for name, record in whole.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    whole = {name: frozen(name) for name in RECORDS}
+    write_records(tmp_path, frozen_records())
+    files = {name: next(tmp_path.rglob(f"{name}.json")) for name in RECORDS}
     choice = random.Random(20)
     refused = 0
     for _ in range(TRIALS):
         name = choice.choice(RECORDS)
         changed = with_another(whole[name], choice.choice(list(places(whole[name]))), choice.choice(OTHERS))
-        (tmp_path / f"{name}.json").write_text(json.dumps(changed))
+        files[name].write_text(json.dumps(changed))
         with suppress(NirvanaError):
             report_context(read_records(tmp_path))
             inspect_path(tmp_path).as_json()
             read_plan(tmp_path / "plan.json")
             refused -= 1
         refused += 1
-        (tmp_path / f"{name}.json").write_text(json.dumps(whole[name]))
+        files[name].write_text(json.dumps(whole[name]))
     assert TRIALS / 4 < refused < TRIALS

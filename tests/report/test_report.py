@@ -27,7 +27,7 @@ from nirvana_deploy.output.results import Quantized
 from nirvana_deploy.report import findings
 from nirvana_deploy.report.figures import latency_figure
 from nirvana_deploy.report.page import markdown_text
-from nirvana_deploy.report.report import write_report
+from nirvana_deploy.report.report import render_html, render_markdown, report_context, write_report
 from nirvana_deploy.report.table import format_change, format_faster, gain, summary_table, text_bar
 from nirvana_deploy.report.tiles import headline_tiles
 
@@ -36,6 +36,13 @@ def report_of(out: Path, records: Records) -> tuple[str, str]:
     """Write ``records`` into ``out`` and return (markdown, html)."""
     markdown, page = write_report(write_records(out, records))
     return markdown.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
+
+
+def without_pictures(records: Records) -> tuple[str, str]:
+    """What both pages say, in a moment."""
+    context = report_context(records)
+    pictures = dict.fromkeys(("decides", "stage_figure", "kernel_figure"))
+    return render_markdown(context), render_html(context, [], **pictures)
 
 
 def without_figures(html: str) -> str:
@@ -461,11 +468,52 @@ def test_a_record_with_a_broken_field_is_named(tmp_path: Path, record: str) -> N
         "plan": ("layers", [{"layer": 0}], "layers[0] has no 'of_groups'"),
         "benchmark": ("variants", [{"parameters": 1}], "variants[0] has no 'name'"),
         "workloads": ("sweeps", [{"axis": "wind"}], "sweeps[0].axis is"),
+        "speculative": ("rounds", [{"draft_tokens": 1}], "rounds[0] has no 'tokens_per_s'"),
     }
     field, value, said = breaks[record]
     getattr(records, record)[field] = value
     with pytest.raises(NirvanaError, match=rf"{record}\.json.*{re.escape(said)}"):
         report_of(tmp_path, records)
+
+
+def test_a_draft_is_told_as_what_it_is() -> None:
+    for text in without_pictures(frozen_records()):
+        assert "With a draft" in text
+        assert "token for token: 20 of 20 prompts" in text
+        assert "which may be chance" not in text and "1.18" in text
+    slow = frozen_records()
+    assert slow.speculative is not None
+    slow.speculative["rounds"] = slow.speculative["rounds"][:1]
+    slow.speculative["chosen"] = 1
+    for text in without_pictures(slow):
+        assert "The draft does not pay" in text and "62.0%" in text and "it pays above 71.0%" in text
+    slow.speculative["chosen"] = 4
+    with pytest.raises(NirvanaError, match=r"4 draft tokens are chosen.*\n.*benchmark OUT/speculative"):
+        without_pictures(slow)
+
+
+def test_a_faster_runtime_is_named_with_its_ratio_and_interval() -> None:
+    records = frozen_records()
+    assert records.benchmark is not None
+    records.benchmark["variants"] = [
+        {**one, "runtime": "onnxruntime-cpu"} for one in records.benchmark["variants"]
+    ]
+    elsewhere = {
+        one["name"]: {
+            "prefill_ms": one["prefill_ms"]["samples"],
+            "tpot_ms": [ms / 1.5 for ms in one["tpot_ms"]["samples"]],
+        }
+        for one in records.benchmark["variants"]
+    }
+    records.benchmark["other_runtimes"] = [{"runtime": "openvino-cpu", "variants": elsewhere}]
+    for text in without_pictures(records):
+        told = re.search(r"pruned decodes 1\.50\S \(([\d.]+)\S to ([\d.]+)\S\) as fast in openvino-cpu", text)
+        assert told is not None and 1 < float(told[1]) < 1.5 < float(told[2])
+        assert "reads the prompt" not in text  # as fast as here
+    for times in elsewhere.values():
+        times["tpot_ms"] = [10 * ms for ms in times["tpot_ms"]]
+    for text in without_pictures(records):
+        assert "No other runtime is beyond doubt faster than onnxruntime-cpu." in text
 
 
 @pytest.mark.parametrize(
@@ -505,10 +553,7 @@ def test_numbers_are_written_as_people_read_them(written: str, expected: str) ->
 def accept_current_output() -> None:
     """Replace the golden files by what the report looks like now."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        for name in RECORDS:
-            shutil.copy(FROZEN / f"{name}.json", out)
-        markdown, page = write_report(out)
+        markdown, page = write_report(write_records(Path(folder), frozen_records()))
         shutil.copy(markdown, FROZEN / "report.md")
         html = without_figures(page.read_text(encoding="utf-8"))
         (FROZEN / "report.html").write_text(html, encoding="utf-8")

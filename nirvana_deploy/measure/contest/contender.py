@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.output.layout import holds_model, is_checkpoint
+from nirvana_deploy.runtime.openvino.ir import refuse_ir
 from nirvana_deploy.runtime.registry import kind_of, runtime_for
 from nirvana_deploy.runtime.table import Runtime, runtime_named
 
@@ -47,6 +48,7 @@ def runtime_of(path: Path, wanted: str | None) -> str:
 
 def require_model(path: Path) -> None:
     """Raise NirvanaError for a path that no runtime takes."""
+    refuse_ir(path)
     if path.suffix == ".onnx" and path.is_file():
         raise NirvanaError(
             f"{path} is the graph alone; a model is timed by its folder.", hint=f"Name {path.parent}"

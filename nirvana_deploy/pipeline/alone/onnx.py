@@ -13,13 +13,12 @@ from nirvana_deploy.calibrate.windows import calibration_data
 from nirvana_deploy.export.onnx_export import OnnxFolder, onnx_from_checkpoint
 from nirvana_deploy.export.recipe import Graph
 from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer, model_record
-from nirvana_deploy.model.snapshot import name_of
 from nirvana_deploy.model.sources import local_paths, resolve_model
-from nirvana_deploy.model.text.source_card import source_card
 from nirvana_deploy.quantize.folder import QuantizedFolder, quantize_onnx
 from nirvana_deploy.quantize.graph.linears import open_folder
 from nirvana_deploy.quantize.recipe import CalibrationText, Quantization
 from nirvana_deploy.report.cards.folders import card_alone, write_card
+from nirvana_deploy.report.cards.packages import source_of_alone
 from nirvana_deploy.report.sensitivity import write_sensitivity
 
 _HELDOUT_WINDOWS = 8
@@ -74,8 +73,7 @@ def quantize_onnx_folder(
         windows = {} if text.calib is None else _drawn(folder, text, progress)
         quantized = quantize_onnx(folder, out, recipe, progress=progress, **windows)
         write_sensitivity(out, quantized.record)
-        model = {"name": name_of(folder.resolve()), "card": source_card(folder)}
-        write_card(out, card_alone(out, model=model), progress=progress)
+        write_card(out, card_alone(out, model=source_of_alone(folder)), progress=progress)
     return quantized
 
 

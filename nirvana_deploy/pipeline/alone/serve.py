@@ -13,6 +13,7 @@ from nirvana_deploy.output.records import read_records
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import PRUNED, variants_of
 from nirvana_deploy.report.verdict import verdict
+from nirvana_deploy.runtime.openvino.ir import refuse_ir
 from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.runtime.table import runtime_named
 from nirvana_deploy.serve.recipe import Serving
@@ -56,6 +57,7 @@ def served_model(path: Path, variant: str | None, *, progress: Progress = SILENT
 
     Raises NirvanaError for a folder without ONNX model, and for a variant that it does not have.
     """
+    refuse_ir(path)
     if holds_model(path):
         if variant is not None:
             raise NirvanaError(

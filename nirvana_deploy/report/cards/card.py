@@ -75,7 +75,7 @@ class Card:
 
     title: str
     source: Source
-    form: Literal["checkpoint", "onnx"]
+    form: Literal["checkpoint", "onnx", "openvino"]
     pruned: bool
     encoder_decoder: bool
     intro: tuple[str, ...]
@@ -108,12 +108,12 @@ def _front_matter(card: Card) -> str:
     told = card.source.told
     task = "text2text-generation" if card.encoder_decoder else "text-generation"
     tags = [TOOL, *(["pruned", "structured-pruning"] if card.pruned else [])]
-    tags += ["onnx"] if card.form == "onnx" else []
+    tags += [card.form] if card.form != "checkpoint" else []
     tags += [card.scheme] if card.scheme else []
     entries: dict[str, Any] = {
         "base_model": card.source.base_model,
         **card.source.licence_entries,
-        "library_name": "transformers" if card.form == "checkpoint" else "onnx",
+        "library_name": "transformers" if card.form == "checkpoint" else card.form,
         "pipeline_tag": told.get("pipeline_tag") or task,
         "language": told.get("language"),
         "tags": tags,

@@ -17,11 +17,20 @@ from nirvana_deploy.base.units import format_share
 from nirvana_deploy.calibrate.texts import known_sources
 from nirvana_deploy.model.text.source_card import legal_files
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.layout import CHECKPOINT, is_seq2seq
+from nirvana_deploy.output.kinds.speculative import SpeculativeRecord
+from nirvana_deploy.output.layout import (
+    CHECKPOINT,
+    OPENVINO,
+    SPECULATIVE,
+    SPECULATIVE_FILE,
+    is_seq2seq,
+    is_speculative,
+)
 from nirvana_deploy.output.records import Records, read_records
 from nirvana_deploy.output.results import Exported
 from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, variants_in
 from nirvana_deploy.report.cards.card import Card, Source, card_text
+from nirvana_deploy.report.cards.packages import package_card
 from nirvana_deploy.report.cards.snippets import checkpoint_snippets, looks_up_codes, onnx_snippets
 from nirvana_deploy.report.facts import Facts, encoder_decoder
 from nirvana_deploy.report.findings import headline
@@ -68,6 +77,20 @@ def cards_of(out: Path, records: Records) -> Iterator[tuple[Path, Card]]:
     for variant in variants_in(stages):
         if (out / variant.folder / MARKER).is_file():
             yield out / variant.folder, _onnx(out, records, variant)
+    for name in (OPENVINO, SPECULATIVE):
+        if name in stages and (out / name / MARKER).is_file():
+            yield out / name, card_of_package(out, records, out / name)
+
+
+def card_of_package(out: Path, records: Records, folder: Path) -> Card:
+    """The card of ``folder``, made from models of the output folder ``out``."""
+    name = PRUNED
+    if is_speculative(folder):
+        name = read_json(folder / SPECULATIVE_FILE, SpeculativeRecord)["target"]
+    found = {variant.name: variant for variant in variants_in(records.stages())}
+    if name not in found:  # a target from elsewhere
+        return package_card(card_alone(folder, model=(records.manifest or {}).get("model") or {}), folder)
+    return package_card(_onnx(out, records, found[name]), folder)
 
 
 def card_alone(folder: Path, *, model: Mapping[str, Any], dtype: str | None = None) -> Card:

@@ -27,6 +27,11 @@ for tensor in model.inputs:
         _, heads, _, width = (None if one.is_dynamic else one.get_length() for one in tensor.partial_shape)
         feeds[tensor.any_name] = np.zeros((1, heads, 0, width), TYPE)
 print(model(feeds)["logits"][0, -1].argmax())"""
+_OPENVINO_GENAI = """\
+import openvino_genai
+
+pipeline = openvino_genai.LLMPipeline("FOLDER", "CPU")
+print(pipeline.generate("The capital of France is", max_new_tokens=32))"""
 _NUMPY_TYPES = {"fp32": "np.float32", "fp16": "np.float16"}
 
 
@@ -56,6 +61,17 @@ def _onnx_snippets(folder: Path, dtype: str | None) -> Iterator[Snippet]:
     if cached and dtype in _NUMPY_TYPES and not looks_up_codes(folder):
         code = _OPENVINO.replace("FOLDER", FOLDER).replace("TYPE", _NUMPY_TYPES[dtype])
         yield Snippet("The next token with OpenVINO", "python", code)
+
+
+def openvino_snippets() -> tuple[Snippet, ...]:
+    """How to run a folder of ``package --openvino``."""
+    return (Snippet("Generate with openvino-genai", "python", _OPENVINO_GENAI.replace("FOLDER", FOLDER)),)
+
+
+def draft_snippets() -> tuple[Snippet, ...]:
+    """How to run a folder of ``package --speculative``."""
+    code = RUN_GENAI.replace("FOLDER", FOLDER)
+    return (Snippet("Generate with onnxruntime-genai, 0.18 or newer", "python", code),)
 
 
 def looks_up_codes(folder: Path) -> bool:

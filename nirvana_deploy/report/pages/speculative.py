@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.units import format_ms, format_number, format_share
+from nirvana_deploy.output.layout import SPECULATIVE_FILE
 from nirvana_deploy.report.table import ABSENT, format_times
 
 HEADERS = (
@@ -47,11 +49,15 @@ def says(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def best_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The number of draft tokens that was chosen."""
-    found: Mapping[str, Any] = next(
-        one for one in record["rounds"] if one["draft_tokens"] == record["chosen"]
+    """The number of draft tokens that was chosen; raises NirvanaError for one that was not measured."""
+    found: Mapping[str, Any]
+    for found in record["rounds"]:
+        if found["draft_tokens"] == record["chosen"]:
+            return found
+    raise NirvanaError(
+        f"{SPECULATIVE_FILE}: {record['chosen']} draft tokens are chosen, which were not measured.",
+        hint="Measure again: nirvana-deploy benchmark OUT/speculative",
     )
-    return found
 
 
 def _same(record: Mapping[str, Any]) -> str:
@@ -59,7 +65,7 @@ def _same(record: Mapping[str, Any]) -> str:
     if not record["same_answers"]["passed"]:
         equal = min(check["equal_prompts"] for check in checks)
         return f"The draft changes answers: {equal} of {record['prompts']} are those of {record['target']}."
-    same = [check for check in checks if check["passed"]]
+    same = [check for check in checks if check["passed"]] or checks
     equal = min(check["equal_prompts"] for check in same)
     ties = max(check["ties"] for check in same)
     tied = f"; up to {ties} part at a tie, where {record['target']} itself is undecided" if ties else ""

@@ -22,6 +22,7 @@ from nirvana_deploy.output.layout import (
     require_schema,
 )
 from nirvana_deploy.runtime.openvino.installed import openvino_module
+from nirvana_deploy.runtime.openvino.ir import refuse_ir
 from nirvana_deploy.runtime.openvino.stateful import keep_cache_inside
 
 _CPU = "CPU"
@@ -72,6 +73,7 @@ def read_portable(folder: Path) -> Any:
             f"{folder} holds an encoder-decoder; OpenVINO runs decoders here.",
             hint="Run it with onnxruntime-cpu.",
         )
+    refuse_ir(folder)
     if not path.is_file():
         raise NirvanaError(f"{folder} holds no {path.name}.", hint=again)
     openvino = openvino_module()

@@ -52,10 +52,7 @@ def test_of_a_stock_checkpoint(cut: Path) -> None:
 
 @pytest.mark.parametrize(("program", "index"), [("onnxruntime_genai", 0), ("openvino", 1)])
 def test_of_an_onnx_folder(cut: Path, program: str, index: int) -> None:
-    if program == "openvino":  # which no extra installs
-        pytest.importorskip(program, reason="needs openvino: pip install openvino")
-    else:
-        needs(program)
+    needs(program)
     snippets = onnx_snippets(cut / "onnx", dtype="fp32")
     assert len(snippets) == 2 and program in snippets[index].code
     assert run(snippets[index], cut / "onnx")
