@@ -39,6 +39,7 @@ from selection import table as selection_table
 from serve import section as serve_section
 from speculative import section as speculative_section
 
+from nirvana_deploy.measure.answers import PROMPTS
 from nirvana_deploy.report.pages import tasks as tasks_page
 from nirvana_deploy.report.table import summary_table
 
@@ -156,7 +157,7 @@ def recovery_section() -> str:
     """The table of recover.jsonl, and what the models of its rows write."""
     rows = read_recipes(RECOVERY)
     lines = [recovery_table(rows), ""]
-    for prompt in rows[0]["answers"]:
+    for prompt in PROMPTS:
         lines.append(f"*{prompt}*")
         for row in _longest(rows):
             name = f"{row['sparsity']:g}, {row['course']['tokens']:,} tokens" if row["method"] else "the cut"

@@ -10,12 +10,13 @@
 
 OUT is a folder that `nirvana-deploy prune` or `prune-export` made, by any recipe; it is copied, not touched.
 Every combination of what is listed is one row with all its settings: the course, perplexity and KL of
-transformers' logits on each kind of text (--texts, one kind a file; pydoc and code held out of training), and
-what the model writes to the report's prompts; the first row of an OUT is the cut itself. With --rounded each
-row has the same texts once more, rounded as `quantize` deploys it: w4 and w8 by scales of least error, int8
-by the decision that the model was trained for, or one of its own. Rows are appended; what is there is not
-measured again, and a killed one goes on if --work keeps its folder. Tasks, with --tasks DIR, are those of
-recipes.py. The figure shows KL on text set aside against tokens, a line for each cut and setting.
+transformers' logits on each kind of text (--texts, one kind a file; pydoc and code held out of training),
+and what the model writes to twenty prompts, the report's among them; the first row of an OUT is the cut
+itself. With --rounded each row has the same texts once more, rounded as `quantize` deploys it: w4 and w8 by
+scales of least error, int8 by the decision that the model was trained for, or one of its own. Rows are
+appended; what is there is not measured again, and a killed one goes on if --work keeps its folder. Tasks,
+with --tasks DIR, are those of recipes.py. The figure shows KL on text set aside against tokens, a line for
+each cut and setting.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from frontier import texts_of  # the scripts beside this one
 from numpy.typing import NDArray
-from recipes import read_rows, with_tasks
+from recipes import mean_accuracy, read_rows, with_tasks
 
 from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.machine import cpu_seconds, environment, peak_rss_bytes
@@ -59,8 +60,29 @@ from nirvana_deploy.recover.learning.int8_training import compute_in_int8
 from nirvana_deploy.recover.recipe import METHODS
 from nirvana_deploy.recover.stage import greedy_answers
 from nirvana_deploy.report.drawing import COLOURS, bare, entitle, new_figure
+from nirvana_deploy.report.pages.quality import repeats
 
 Row = dict[str, Any]
+ASKED = (
+    *PROMPTS,
+    "The largest planet of the solar system is",
+    "Shakespeare is best known for",
+    "Plants make sugar from sunlight, water and",
+    "The three primary colours are",
+    "If it rains tomorrow, we will",
+    "Once upon a time, in a village by the sea,",
+    "Dear Sir or Madam, I am writing to",
+    "The train left the station at noon and",
+    "To make tea, first boil the water, then",
+    "The main causes of the First World War were",
+    "A week has seven days: Monday,",
+    "Two plus two is four, and three plus three is",
+    "import json\n\ndef read_settings(path):",
+    "SELECT name, price FROM products WHERE",
+    "Returns a list of the names in the directory given by path.",
+)
+"""Prompts on which loops are counted: the report's, then facts, tales, letters, lists, sums, code."""
+_FACT = ("The capital of France is", "Paris")
 SETTINGS = {
     "budget": "recover",
     "method": "recover_method",
@@ -144,7 +166,8 @@ def measured(out: Path, options: argparse.Namespace, temporary: Path, done: set[
         row = about | settings
         if key(row) in done:
             continue
-        name = f"{out.name}-{hashlib.sha256(key(row).encode()).hexdigest()[:12]}"
+        trained = key(row | {"limit": None, "rounded": None})  # however it is judged
+        name = f"{out.name}-{hashlib.sha256(trained.encode()).hexdigest()[:12]}"
         folder = (options.work or temporary) / name
         if not folder.exists():
             copy = folder.with_name(f"{name}.copy")
@@ -184,14 +207,26 @@ def judged(
     """Quality, answers and accuracies of the checkpoint of an output folder."""
     pruned = Checkpoint.open(out / CHECKPOINT)
     model = pruned.load()
+    answers = dict(zip(ASKED, greedy_answers(pruned, ASKED, NEW_TOKENS), strict=True))
     row: Row = {
         "texts": compared(dense.load(), model, texts),
-        "answers": dict(zip(PROMPTS, greedy_answers(pruned, PROMPTS, NEW_TOKENS), strict=True)),
+        "answers": answers,
+        "written": written(answers),
         "environment": environment() | {"load_average_1min": os.getloadavg()[0]},
     }
     if options.rounded:
         row["rounded_texts"] = compared(dense.load(), in_scheme(options.rounded, model, pruned, out), texts)
     return row | with_tasks(out / CHECKPOINT, options) if options.tasks else row
+
+
+def written(answers: Mapping[str, str]) -> Row:
+    """On how many prompts a model repeats itself, by the report's rule, and whether it knows a fact."""
+    prompt, fact = _FACT
+    return {
+        "prompts": len(answers),
+        "loops": sum(map(repeats, answers.values())),
+        "says_paris": fact in answers[prompt],
+    }
 
 
 def in_scheme(scheme: str, model: Any, pruned: Checkpoint, out: Path) -> Any:
@@ -277,12 +312,16 @@ def name_of(row: Row) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: perplexity and its ratio to dense, by kind of text; rounded rows beside their own."""
+    """Markdown: perplexity and its ratio to dense, by kind of text; rounded rows beside their own.
+
+    Then loops, whether Paris is said, and mean accuracy on tasks, where they were asked for.
+    """
     rows = [one for row in rows for one in (row, _rounded(row)) if one]
     kinds = list(dict.fromkeys(name for row in rows for name in row["texts"]))
     lines = [
-        f"| sparsity | method | trained on | tokens | minutes | {' | '.join(kinds)} |",
-        "|---" * (5 + len(kinds)) + "|",
+        f"| sparsity | method | trained on | tokens | minutes | {' | '.join(kinds)} "
+        f"| loops of {len(ASKED)} | Paris | zero-shot |",
+        "|---" * (8 + len(kinds)) + "|",
     ]
     for row in sorted(rows, key=lambda one: (one["sparsity"], one["method"] or "", str(one["budget"]))):
         courses = courses_of(row)
@@ -301,8 +340,15 @@ def table(rows: list[Row]) -> str:
             f"{tokens:,}",
             f"{seconds / 60:.0f}",
         ]
-        lines.append(f"| {' | '.join([*about, *cells])} |")
+        lines.append(f"| {' | '.join([*about, *cells, *_asked(row)])} |")
     return "\n".join(lines)
+
+
+def _asked(row: Row) -> tuple[str, str, str]:
+    """Loops, Paris and accuracy of a row; empty where it was not asked so much."""
+    found = row.get("written")
+    loops, fact = (str(found["loops"]), "yes" if found["says_paris"] else "no") if found else ("", "")
+    return loops, fact, mean_accuracy(row["tasks"]) if "tasks" in row else ""
 
 
 def courses_of(row: Row) -> list[Row]:
@@ -347,7 +393,8 @@ def _rounded(row: Row) -> Row | None:
     """The row of the same model as deployed, if that was judged."""
     if "rounded_texts" not in row:
         return None
-    return row | {"texts": row["rounded_texts"], "rounded_as": scheme_of(row)}
+    asked = {name: value for name, value in row.items() if name not in ("written", "tasks")}
+    return asked | {"texts": row["rounded_texts"], "rounded_as": scheme_of(row)}
 
 
 if __name__ == "__main__":

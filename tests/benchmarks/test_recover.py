@@ -45,8 +45,24 @@ def test_the_table_has_a_line_a_budget(page: ModuleType) -> None:
     better = {"wiki": {"perplexity": 24.0, "dense_perplexity": 20.0}}
     after = {"sparsity": 0.2, "method": "distill", "text": "mix", "budget": "16k", "course": course}
     lines = page.table([{**after, "texts": better}, cut]).splitlines()
-    assert lines[2] == "| 0.2 | the cut |  | 0 | 0 | 30.0, 1.50x |"
-    assert lines[3] == "| 0.2 | distill | mix | 16,384 | 2 | 24.0, 1.20x |"
+    assert lines[2] == "| 0.2 | the cut |  | 0 | 0 | 30.0, 1.50x |  |  |  |"
+    assert lines[3] == "| 0.2 | distill | mix | 16,384 | 2 | 24.0, 1.20x |  |  |  |"
+
+
+def test_twenty_answers_are_counted_and_shown_beside_accuracy(page: ModuleType) -> None:
+    assert len(set(page.ASKED)) == 20
+    answers = dict.fromkeys(page.ASKED, " and again and again and again and again")
+    assert page.written(answers) == {"prompts": 20, "loops": 20, "says_paris": False}
+    found = page.written(answers | {"The capital of France is": " Paris, on the Seine."})
+    assert found == {"prompts": 20, "loops": 19, "says_paris": True}
+    tasks = {"means": {"variants": {"model": {"mean": 0.4, "standard_error": 0.01}}}}
+    text = {"wiki": {"perplexity": 30.0, "dense_perplexity": 20.0}}
+    cut = {"sparsity": 0.2, "method": None, "text": None, "budget": "0", "texts": text}
+    row = {**cut, "written": found, "tasks": tasks, "rounded": "w4", "rounded_texts": text}
+    header, _, plain, rounded = page.table([row]).splitlines()
+    assert header.endswith("| wiki | loops of 20 | Paris | zero-shot |")
+    assert plain.endswith("| 30.0, 1.50x | 19 | yes | 0.400 ± 0.010 |")
+    assert rounded.endswith("| 30.0, 1.50x |  |  |  |")
 
 
 def test_a_model_in_four_bits_has_a_line_of_its_own(page: ModuleType) -> None:
