@@ -97,6 +97,7 @@ class JobOptions(TypedDict, total=False):
     recover_batch: int
     recover_micro_batch: int | None
     learning_rate: float
+    recover_patience: int
     recover_log: str
     recover_seq_len: int | None
     next_token_weight: float

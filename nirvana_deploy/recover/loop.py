@@ -39,6 +39,8 @@ class Loop:
     seed: int
     bfloat16: bool = False
     """Whether products are computed in it; decided once, for all processes and for who goes on."""
+    patience: int = 4
+    """Measurements without a better one after which training stops."""
 
     @property
     def measured_every(self) -> int:
@@ -68,6 +70,7 @@ def planned(recipe: Recovery, *, seq_len: int, seed: int, seconds_of_step: Calla
         learning_rate=recipe.learning_rate,
         seed=seed,
         bfloat16=in_bfloat16(recipe),
+        patience=recipe.recover_patience,
     )
 
 

@@ -97,6 +97,15 @@ class Recovery:
     learning_rate: Annotated[float, Option("Peak learning rate of recovery.", minimum=0, resumable=True)] = (
         1e-4
     )
+    recover_patience: Annotated[
+        int,
+        Option(
+            "Measurements of the held-out KL without a better one after which training stops.",
+            minimum=1,
+            resumable=True,
+            command_line=False,
+        ),
+    ] = 4
     recover_log: Annotated[
         str,
         Option(

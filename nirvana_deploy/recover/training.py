@@ -39,8 +39,6 @@ from nirvana_deploy.recover.loop import Course, Loop
 from nirvana_deploy.recover.processes import share_of
 from nirvana_deploy.recover.record import CurvePoint
 
-_PATIENCE = 4
-"""Measurements without a better one after which training stops."""
 _WARM_UP, _LAST_RATE = 0.05, 0.05
 """Share of the steps, and of the peak learning rate."""
 
@@ -182,7 +180,7 @@ def fit(
             args=arguments,
             train_dataset=_Windows(train),
             eval_dataset=_Windows(watch),
-            callbacks=[EarlyStoppingCallback(_PATIENCE), _Told(advance), *tellers],
+            callbacks=[EarlyStoppingCallback(loop.patience), _Told(advance), *tellers],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.go_on(begin)
