@@ -35,6 +35,7 @@ from recipes import read_rows as read_recipes
 from recipes import table as recipes_table
 from recover import table as recovery_table
 from recover_bounds import on_paper
+from recover_speed import section as recovery_speed
 from selection import table as selection_table
 from serve import section as serve_section
 from speculative import section as speculative_section
@@ -60,6 +61,7 @@ RECIPES = RESULTS / "recipes.jsonl"
 FRONTIER = RESULTS / "frontier.json"
 ZERO_SHOT = RESULTS / "zero-shot.json"
 RECOVERY = RESULTS / "recover.jsonl"
+RECOVERY_SPEED = RESULTS / "recover-speed.jsonl"
 SERVE = RESULTS / "serve.json"
 SPECULATIVE = RESULTS / "speculative.json"
 
@@ -351,6 +353,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "recipes": recipes_section(),
             "zero-shot": zero_shot_section(),
             "recovery": recovery_section(),
+            "recovery-speed": recovery_speed(read_recipes(RECOVERY_SPEED)),
             "recovery-bounds": on_paper("8b"),
             "frontier": frontier_section(),
             "quality": quality_section(),

@@ -78,9 +78,12 @@ def written_by_model(
                     ),
                 ]
             )
-            windows[stream], dropped = _distinct(
-                found, lambda missing, sample=sample: sample(missing).numpy()
-            )
+
+            def more(missing: int, sample: Callable[[int], torch.Tensor] = sample) -> NDArray[np.int64]:
+                written: NDArray[np.int64] = sample(missing).numpy()
+                return written
+
+            windows[stream], dropped = _distinct(found, more)
             if dropped:
                 progress.note(f"{dropped} of {count} windows that the model wrote repeated others")
     return windows

@@ -166,3 +166,15 @@ def test_what_the_largest_probabilities_hide_is_the_kl_within_the_rest(
     seen = 0.6 * np.log(0.6 / 0.5) + 0.4 * np.log(0.4 / 0.5)  # one and the others
     assert lost_in_rest(p.log(), q.log(), 1) == pytest.approx(1 - seen / whole, rel=1e-5)
     assert lost_in_rest(p.log(), q.log(), 3) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_step_of_recovery_is_told_by_model_and_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import recover_speed
+
+    row = {"model": "smollm2", "sparsity": 0.2, "batch": 4, "seq_len": 256, "threads": 1, "way": "layers"}
+    found = {"seconds": 8.0, "tokens_per_second": 128.0, "peak_rss_bytes": 2.5e9, "moments_bytes": 1e8}
+    shown = recover_speed.section([row | found | {"bfloat16": False}])
+    assert "| smollm2, 0.2 removed | layers | 8.0 s | 128 | 2.50 GB | 0.10 GB |" in shown
+    assert "4 windows of 256 tokens, 1 threads, float32" in shown
+    assert recover_speed.section([]) == "Not measured yet."
