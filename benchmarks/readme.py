@@ -37,11 +37,13 @@ from recipes import read_rows as read_recipes
 from recipes import table as recipes_table
 from recover import table as recovery_table
 from recover_bounds import on_paper
+from recover_speed import section as recovery_speed
 from runtimes import section as runtimes_section
 from selection import table as selection_table
 from serve import section as serve_section
 from speculative import section as speculative_section
 
+from nirvana_deploy.measure.answers import PROMPTS
 from nirvana_deploy.report.pages import tasks as tasks_page
 from nirvana_deploy.report.table import summary_table
 
@@ -62,6 +64,7 @@ RECIPES = RESULTS / "recipes.jsonl"
 FRONTIER = RESULTS / "frontier.json"
 ZERO_SHOT = RESULTS / "zero-shot.json"
 RECOVERY = RESULTS / "recover.jsonl"
+RECOVERY_SPEED = RESULTS / "recover-speed.jsonl"
 SERVE = RESULTS / "serve.json"
 SPECULATIVE = RESULTS / "speculative.json"
 INTERVALS = RESULTS / "intervals.json"
@@ -173,7 +176,7 @@ def recovery_section() -> str:
     """The table of recover.jsonl, and what the models of its rows write."""
     rows = read_recipes(RECOVERY)
     lines = [recovery_table(rows), ""]
-    for prompt in rows[0]["answers"]:
+    for prompt in PROMPTS:
         lines.append(f"*{prompt}*")
         for row in _longest(rows):
             name = f"{row['sparsity']:g}, {row['course']['tokens']:,} tokens" if row["method"] else "the cut"
@@ -380,6 +383,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "recipes": recipes_section(),
             "zero-shot": zero_shot_section(),
             "recovery": recovery_section(),
+            "recovery-speed": recovery_speed(read_recipes(RECOVERY_SPEED)),
             "recovery-bounds": on_paper("8b"),
             "frontier": frontier_section(),
             "quality": quality_section(),

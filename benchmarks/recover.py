@@ -4,18 +4,18 @@
     python benchmarks/recover.py OUT --budget 64k --learning-rate 3e-5 1e-4 3e-4 --batch 2 4 --out sweep.jsonl
     python benchmarks/recover.py OUT --budget 64k --method lora full distill --text self mix --out it.jsonl
     python benchmarks/recover.py OUT --budget 64k --steps 1 2 4 --out steps.jsonl
-    python benchmarks/recover.py OUT --budget 64k --for w4 --rounded --out recover.jsonl
+    python benchmarks/recover.py OUT --budget 64k --for w4 none --patience 99 --rounded --out recover-w4.jsonl
     python benchmarks/recover.py REFIT TAYLOR RANDOM --budget 200k --out trainability.jsonl --figure FILE.png
     python benchmarks/recover.py --table --out recover.jsonl
 
 OUT is a folder that `nirvana-deploy prune` or `prune-export` made, by any recipe; it is copied, not touched.
 Every combination of what is listed is one row with all its settings: the course, perplexity and KL of
-transformers' logits on each kind of text (--texts, one kind a file; pydoc and code held out of training), and
-what the model writes to the report's prompts; the first row of an OUT is the cut itself. With --rounded each
-row has the same texts once more, rounded as `quantize` deploys it: w4 and w8 by scales of least error, int8
-by the decision that the model was trained for, or one of its own. Rows are appended; what is there is not
-measured again, and a killed one goes on if --work keeps its folder. Tasks, with --tasks DIR, are those of
-recipes.py. The figure shows KL on text set aside against tokens, a line for each cut and setting.
+transformers' logits on each kind of text (--texts, one kind a file; pydoc and code held out of training),
+and what the model writes to twenty prompts, the report's among them; the first row of an OUT is the cut
+itself. With --rounded each row has the same texts once more, for the model that `quantize` makes of it by
+default, in ONNX Runtime. --patience 99 lets every training use its whole budget. Rows are appended; what is
+there is not measured again, and a killed one goes on if --work keeps its folder. Tasks, with --tasks DIR, are
+those of recipes.py. The figure shows KL on text set aside against tokens, a line for each cut and setting.
 """
 
 from __future__ import annotations
@@ -33,34 +33,55 @@ from typing import Any
 
 import numpy as np
 import torch
-from frontier import texts_of  # the scripts beside this one
+from frontier import judged as judged_folders  # the scripts beside this one
+from frontier import texts_of
 from numpy.typing import NDArray
-from recipes import read_rows, with_tasks
+from recipes import mean_accuracy, read_rows, with_tasks
 
 from nirvana_deploy.base.artifact import write_bytes
-from nirvana_deploy.base.machine import cpu_seconds, environment, peak_rss_bytes
-from nirvana_deploy.base.progress import SILENT
+from nirvana_deploy.base.machine import cpu_seconds, default_threads, environment, peak_rss_bytes
 from nirvana_deploy.calibrate.windows_file import read_windows
+from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
-from nirvana_deploy.output.layout import CALIBRATION_FILE, CHECKPOINT, RECIPE_FILE, RECOVERY
+from nirvana_deploy.output.layout import CALIBRATION_FILE, CHECKPOINT, RECIPE_FILE
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.pipeline.prune_export import run_job
 from nirvana_deploy.pipeline.recipe_file import read_recipe
 from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.prune.plan_file import read_plan
-from nirvana_deploy.quantize.graph.linears import RECORD_FILE
-from nirvana_deploy.quantize.schemes import onnx_schemes, scheme_named
-from nirvana_deploy.quantize.weights.rounding import round_weight
-from nirvana_deploy.recover.learning.int8_decision import read_decision, write_decision
-from nirvana_deploy.recover.learning.int8_training import compute_in_int8
+from nirvana_deploy.quantize.folder import quantize_onnx
+from nirvana_deploy.quantize.recipe import Quantization
+from nirvana_deploy.quantize.schemes import onnx_schemes
+from nirvana_deploy.quantize.stage import decided_in_training
 from nirvana_deploy.recover.recipe import METHODS
 from nirvana_deploy.recover.stage import greedy_answers
 from nirvana_deploy.report.drawing import COLOURS, bare, entitle, new_figure
+from nirvana_deploy.report.pages.quality import repeats
 
 Row = dict[str, Any]
+ASKED = (
+    *PROMPTS,
+    "The largest planet of the solar system is",
+    "Shakespeare is best known for",
+    "Plants make sugar from sunlight, water and",
+    "The three primary colours are",
+    "If it rains tomorrow, we will",
+    "Once upon a time, in a village by the sea,",
+    "Dear Sir or Madam, I am writing to",
+    "The train left the station at noon and",
+    "To make tea, first boil the water, then",
+    "The main causes of the First World War were",
+    "A week has seven days: Monday,",
+    "Two plus two is four, and three plus three is",
+    "import json\n\ndef read_settings(path):",
+    "SELECT name, price FROM products WHERE",
+    "Returns a list of the names in the directory given by path.",
+)
+"""Prompts on which loops are counted: the report's, then facts, tales, letters, lists, sums, code."""
+_FACT = ("The capital of France is", "Paris")
 SETTINGS = {
     "budget": "recover",
     "method": "recover_method",
@@ -70,8 +91,10 @@ SETTINGS = {
     "seq_len": "recover_seq_len",
     "steps": "recover_steps",
     "for": "recover_for",
+    "patience": "recover_patience",
 }
 """What a row is trained with -> the option of ``recover``."""
+_JUDGED = ("limit", "rounded")
 _CUT = ("sparsity", "saliency", "allocation", "reconstruct", "seed", "calibrated_on")
 _USUAL = {
     "saliency": "refit",
@@ -83,10 +106,12 @@ _USUAL = {
     "batch": 4,
     "seq_len": None,
     "steps": 1,
+    "patience": 4,
 }
 """What is not said of a row."""
+_ADDED = ("patience",)
+"""Settings that no older row has: the folders of rows with the usual value keep their names."""
 _NOT_COPIED = shutil.ignore_patterns("onnx*", "dense", "engine", "*.gguf")
-_IN_SCHEME = {"w4": "in 4 bits", "w8": "in 8 bits", "int8": "in int8"}
 
 
 def main() -> None:
@@ -102,7 +127,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[4], help="as --recover-batch takes it")
     parser.add_argument("--seq-len", type=int, nargs="+", default=[None], help="of training windows")
     parser.add_argument("--steps", type=int, nargs="+", default=[1])
-    parser.add_argument("--for", nargs="+", default=[None], help="as --recover-for takes it")
+    parser.add_argument(
+        "--for",
+        type=lambda name: None if name == "none" else name,
+        nargs="+",
+        default=[None],
+        help="as --recover-for takes it, or none",
+    )
+    parser.add_argument("--patience", type=int, nargs="+", default=[4], help="recover_patience")
     parser.add_argument(
         "--rounded", nargs="?", const="w4", choices=onnx_schemes(), help="judge as deployed in it, too [w4]"
     )
@@ -135,6 +167,7 @@ def measured(out: Path, options: argparse.Namespace, temporary: Path, done: set[
     about = about_the_cut(read_plan(out / "plan.json")) | {
         "limit": options.limit if options.tasks else None,
         "rounded": options.rounded,
+        "deployed": True if options.rounded else None,
     }
     cut = about | dict.fromkeys(("method", "text", "learning_rate")) | {"budget": "0"}
     if key(cut) not in done:
@@ -144,7 +177,8 @@ def measured(out: Path, options: argparse.Namespace, temporary: Path, done: set[
         row = about | settings
         if key(row) in done:
             continue
-        name = f"{out.name}-{hashlib.sha256(key(row).encode()).hexdigest()[:12]}"
+        trained = key(row | dict.fromkeys(_JUDGED))
+        name = f"{out.name}-{hashlib.sha256(trained.encode()).hexdigest()[:12]}"
         folder = (options.work or temporary) / name
         if not folder.exists():
             copy = folder.with_name(f"{name}.copy")
@@ -183,43 +217,55 @@ def judged(
 ) -> Row:
     """Quality, answers and accuracies of the checkpoint of an output folder."""
     pruned = Checkpoint.open(out / CHECKPOINT)
-    model = pruned.load()
+    answers = dict(zip(ASKED, greedy_answers(pruned, ASKED, NEW_TOKENS), strict=True))
     row: Row = {
-        "texts": compared(dense.load(), model, texts),
-        "answers": dict(zip(PROMPTS, greedy_answers(pruned, PROMPTS, NEW_TOKENS), strict=True)),
+        "texts": compared(dense.load(), pruned.load(), texts),
+        "answers": answers,
+        "written": written(answers),
         "environment": environment() | {"load_average_1min": os.getloadavg()[0]},
     }
     if options.rounded:
-        row["rounded_texts"] = compared(dense.load(), in_scheme(options.rounded, model, pruned, out), texts)
+        row["rounded_texts"] = deployed(options.rounded, out, dense, texts)
     return row | with_tasks(out / CHECKPOINT, options) if options.tasks else row
 
 
-def in_scheme(scheme: str, model: Any, pruned: Checkpoint, out: Path) -> Any:
-    """``model``, that of ``pruned`` in the folder ``out``, as it is deployed in a scheme; in place."""
-    if scheme_named(scheme).activation_bits is None:
-        return in_few_bits(model, scheme_named(scheme).weight_bits)
-    head = model.get_output_embeddings()
-    linears = {name: one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
-    widths = {name: one.in_features for name, one in linears.items() if one is not head}
-    with tempfile.TemporaryDirectory(prefix="nirvana-decision-") as temporary:
-        decided = out / RECOVERY
-        if not (decided / RECORD_FILE).is_file():
-            decided, windows = Path(temporary), read_windows(out / CALIBRATION_FILE)["calibration"]
-            write_decision(pruned, windows, decided, scheme=scheme, progress=SILENT)
-        compute_in_int8(model, read_decision(decided, widths))
-    return model
+def written(answers: Mapping[str, str]) -> Row:
+    """On how many prompts a model repeats itself, by the report's rule, and whether it knows a fact."""
+    prompt, fact = _FACT
+    return {
+        "prompts": len(answers),
+        "loops": sum(map(repeats, answers.values())),
+        "says_paris": fact in answers[prompt],
+    }
 
 
-@torch.no_grad()
-def in_few_bits(model: Any, bits: int) -> Any:
-    """``model`` with the linears of its layers rounded as w4 or w8 do without calibration, in place."""
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            block_size = 32 if bits == 4 else module.in_features
-            rounded = round_weight(module.weight.numpy().T, bits=bits, block_size=block_size, search=True)
-            module.weight.copy_(torch.from_numpy(rounded.dequantized().T))
-    return model
+def deployed(
+    scheme: str, out: Path, dense: Checkpoint, texts: Mapping[str, NDArray[np.int64]]
+) -> dict[str, Row]:
+    """As :func:`compared`, for what ``quantize`` makes of ``out`` by default, in ONNX Runtime."""
+    recipe = Quantization(scheme=scheme)
+    with tempfile.TemporaryDirectory(prefix="nirvana-deployed-") as temporary, Run.open(out) as run:
+        models = {name: Path(temporary) / name for name in ("dense", "float", scheme)}
+        onnx_from_checkpoint(dense, models["dense"])
+        onnx_from_checkpoint(Checkpoint.open(out / CHECKPOINT), models["float"])
+        quantize_onnx(
+            models.pop("float"),
+            models[scheme],
+            recipe,
+            calibration=read_windows(out / CALIBRATION_FILE)["calibration"],
+            decided=decided_in_training(run, recipe),
+        )
+        found = judged_folders(models, texts, default_threads())
+    return {
+        name: {
+            "tokens": part["tokens"],
+            "kl": part["kl_vs_dense"],
+            "kl_standard_error": part["kl_standard_error"],
+            "perplexity": part["perplexity"],
+            "dense_perplexity": found["dense"][name]["perplexity"],
+        }
+        for name, part in found[scheme].items()
+    }
 
 
 @torch.inference_mode()
@@ -247,12 +293,14 @@ def compared(dense: Any, pruned: Any, texts: Mapping[str, NDArray[np.int64]]) ->
 def key(row: Row) -> str:
     """What makes two rows the same measurement; older ones lack what was always usual."""
     said = _USUAL | row | {"rounded": scheme_of(row) if row.get("rounded") else None}
-    return json.dumps([said.get(name) for name in (*_CUT, *SETTINGS, "limit", "rounded")])
+    named = [said.get(name) for name in (*_CUT, *SETTINGS, *_JUDGED) if name not in _ADDED]
+    return json.dumps([*named, *(said[name] for name in _ADDED if said[name] != _USUAL[name])])
 
 
 def scheme_of(row: Row) -> str:
-    """By which scheme a row was rounded to be judged."""
-    return row["rounded"] if isinstance(row.get("rounded"), str) else "w4"
+    """As what a row was judged beside float; older ones were rounded with scales of least error."""
+    scheme = row["rounded"] if isinstance(row.get("rounded"), str) else "w4"
+    return f"{scheme}, as deployed" if row.get("deployed") else f"{scheme} by search"
 
 
 def line(row: Row) -> str:
@@ -270,19 +318,29 @@ def name_of(row: Row) -> str:
     cut += ["plain"] if "reconstruct" in said else []
     cut += [f"seed {said['seed']}"] if "seed" in said else []
     way = [row["method"] or "the cut", *([f"for {row['for']}"] if row.get("for") else [])]
-    ways = {"learning_rate": "rate {:g}", "batch": "batch {}", "seq_len": "{} tokens", "steps": "{} steps"}
+    ways = {
+        "learning_rate": "rate {:g}",
+        "batch": "batch {}",
+        "seq_len": "{} tokens",
+        "steps": "{} steps",
+        "patience": "patience {}",
+    }
     way += [shown.format(said[name]) for name, shown in ways.items() if name in said]
-    way += [_IN_SCHEME[row["rounded_as"]]] if row.get("rounded_as") else []
+    way += [row["rounded_as"]] if row.get("rounded_as") else []
     return ", ".join([*way, *cut])
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: perplexity and its ratio to dense, by kind of text; rounded rows beside their own."""
+    """Markdown: perplexity and its ratio to dense, by kind of text; rounded rows beside their own.
+
+    Then loops, whether Paris is said, and mean accuracy on tasks, where they were asked for.
+    """
     rows = [one for row in rows for one in (row, _rounded(row)) if one]
     kinds = list(dict.fromkeys(name for row in rows for name in row["texts"]))
     lines = [
-        f"| sparsity | method | trained on | tokens | minutes | {' | '.join(kinds)} |",
-        "|---" * (5 + len(kinds)) + "|",
+        f"| sparsity | method | trained on | tokens | minutes | {' | '.join(kinds)} "
+        f"| loops of {len(ASKED)} | Paris | zero-shot |",
+        "|---" * (8 + len(kinds)) + "|",
     ]
     for row in sorted(rows, key=lambda one: (one["sparsity"], one["method"] or "", str(one["budget"]))):
         courses = courses_of(row)
@@ -298,11 +356,24 @@ def table(rows: list[Row]) -> str:
             f"{row['sparsity']:g}",
             name_of(row),
             row["text"] or "",
-            f"{tokens:,}",
+            f"{tokens:,}{_kept(courses[-1]) if courses else ''}",
             f"{seconds / 60:.0f}",
         ]
-        lines.append(f"| {' | '.join([*about, *cells])} |")
+        lines.append(f"| {' | '.join([*about, *cells, *_asked(row)])} |")
     return "\n".join(lines)
+
+
+def _kept(course: Row) -> str:
+    """Where the state that was kept was not the last."""
+    points = [point["tokens"] for point in course["curve"] if point["step"] == course["kept_step"]]
+    return "" if points == [course["tokens"]] else f", kept {points[0]:,}"
+
+
+def _asked(row: Row) -> tuple[str, str, str]:
+    """Loops, Paris and accuracy of a row; empty where it was not asked so much."""
+    found = row.get("written")
+    loops, fact = (str(found["loops"]), "yes" if found["says_paris"] else "no") if found else ("", "")
+    return loops, fact, mean_accuracy(row["tasks"]) if "tasks" in row else ""
 
 
 def courses_of(row: Row) -> list[Row]:
@@ -347,7 +418,8 @@ def _rounded(row: Row) -> Row | None:
     """The row of the same model as deployed, if that was judged."""
     if "rounded_texts" not in row:
         return None
-    return row | {"texts": row["rounded_texts"], "rounded_as": scheme_of(row)}
+    asked = {name: value for name, value in row.items() if name not in ("written", "tasks")}
+    return asked | {"texts": row["rounded_texts"], "rounded_as": scheme_of(row)}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nirvana_deploy.recover.recipe import Length, Recovery
+from nirvana_deploy.recover.recipe import Length, Ready, Recovery
 
 from .arguments import OUTPUT
 from .common import TerminalProgress, echo, echo_json, echo_table
@@ -19,7 +19,7 @@ from .talk import command_line
 
 @click.command("recover")
 @click.argument("out", type=OUTPUT)
-@recipe_options(Length, Recovery, without=["recover"])
+@recipe_options(Length, Ready, Recovery, without=["recover"])
 @dry_run_option
 @json_option
 def recover(out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
@@ -32,6 +32,7 @@ def recover(out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
       nirvana-deploy recover smollm2-s0.4 --minutes 30
       nirvana-deploy recover smollm2-s0.4 --tokens 200000 --recover-method lora
       nirvana-deploy recover smollm2-s0.4 --minutes 60 --recover-text handbook.txt:0.5,self
+      nirvana-deploy recover smollm2-s0.4 --tokens 200000 --preset paper --recover-text alpaca.jsonl
       torchrun --nproc-per-node 2 -m nirvana_deploy recover smollm2-s0.4 --tokens 2000000
     """
     length = taken(Length, options)

@@ -1,15 +1,16 @@
 """Calibration text written by the model itself, for use without data.
 
 Windows begin with the first words of texts of many kinds (``openings.py``) and go on with what the model
-samples from the nucleus of its distribution. The same seed gives the same tokens on the same machine; across
-machines rounding may tip a sample.
+samples from the nucleus of its distribution; those that repeat earlier ones are written anew. The same seed
+gives the same tokens on the same machine; across machines rounding may tip a sample.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,10 @@ BATCH_SIZE = 64
 """Windows per batch; constant, since the batch decides which random number goes where. A token of SmolLM2
 costs about half the CPU time that it costs in batches of 16."""
 
+_RUN_TOKENS, _MOST_SHARED = 8, 0.5
+"""A window of which more than this share of runs of so many tokens stands in earlier ones repeats them."""
+_MOST_AGAIN = 2
+"""Windows written in all, in times of those asked for, before repetitions are taken."""
 _NUCLEUS = 0.95
 """Sampled from the likeliest tokens with this probability together (Holtzman et al., arXiv 1904.09751): from
 the full distribution a small model soon writes what is no language (benchmarks/NOTES.md)."""
@@ -56,20 +61,63 @@ def written_by_model(
         windows = {}
         for stream, (count, length) in shapes.items():
             generator = torch.Generator().manual_seed(stream)
-            batches = [
-                _sample(
-                    model,
-                    openings,
-                    min(BATCH_SIZE, count - done),
-                    length,
-                    tokenizer.eos_token_id,
-                    generator,
-                    advance,
-                )
-                for done in range(0, count, BATCH_SIZE)
-            ]
-            windows[stream] = torch.cat(batches).numpy() if batches else np.empty((0, length), np.int64)
+            sample = partial(
+                _sample,
+                model,
+                openings,
+                length=length,
+                eos_token_id=tokenizer.eos_token_id,
+                generator=generator,
+            )
+            found = np.concatenate(
+                [
+                    np.empty((0, length), np.int64),
+                    *(
+                        sample(min(BATCH_SIZE, count - done), advance=advance).numpy()
+                        for done in range(0, count, BATCH_SIZE)
+                    ),
+                ]
+            )
+
+            def more(missing: int, sample: Callable[[int], torch.Tensor] = sample) -> NDArray[np.int64]:
+                written: NDArray[np.int64] = sample(missing).numpy()
+                return written
+
+            windows[stream], dropped = _distinct(found, more)
+            if dropped:
+                progress.note(f"{dropped} of {count} windows that the model wrote repeated others")
     return windows
+
+
+def repeating(windows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of windows [N, T] repeat earlier ones: in whole, or most of their runs of 8 tokens."""
+    size = min(_RUN_TOKENS, windows.shape[1])
+    known: set[bytes] = set()
+    found = np.zeros(len(windows), dtype=bool)
+    for number, window in enumerate(windows):
+        runs = [run.tobytes() for run in np.lib.stride_tricks.sliding_window_view(window, size)]
+        found[number] = sum(run in known for run in runs) > _MOST_SHARED * len(runs)
+        if not found[number]:
+            known.update(runs)
+    return found
+
+
+def _distinct(
+    windows: NDArray[np.int64], write: Callable[[int], NDArray[np.int64]]
+) -> tuple[NDArray[np.int64], int]:
+    """Windows [N, T] with others in place of those that repeat, and how many did.
+
+    ``write`` makes so many more. Of a model that has no others to write, repetitions stay.
+    """
+    count, dropped = len(windows), int(repeating(windows).sum())
+    missing = dropped
+    while missing and len(windows) < _MOST_AGAIN * count:
+        windows = np.concatenate([windows, write(min(BATCH_SIZE, missing))])
+        missing = count - int((~repeating(windows)).sum())
+    repeats = repeating(windows)
+    kept = np.flatnonzero(~repeats)[:count]
+    spare = np.flatnonzero(repeats)[: count - len(kept)]
+    return windows[np.sort(np.concatenate([kept, spare]))], dropped
 
 
 def _openings(tokenizer: Any) -> list[list[int]]:
@@ -87,7 +135,7 @@ def _sample(
     length: int,
     eos_token_id: int | None,
     generator: torch.Generator,
-    advance: Advance,
+    advance: Advance = lambda steps: None,
 ) -> torch.Tensor:
     """Sample int64 tokens [count, length]; after an early EOS another text begins."""
     shuffled = torch.randperm(len(openings), generator=generator).tolist()

@@ -58,6 +58,7 @@ from nirvana_deploy.output.variants import quantized_variant
 from nirvana_deploy.pipeline.before import Until
 from nirvana_deploy.pipeline.forecast.forecast import Planned, forecast
 from nirvana_deploy.pipeline.job import Job, JobOptions, job_of
+from nirvana_deploy.pipeline.presets import with_recovery
 from nirvana_deploy.pipeline.prune_export import Deployment, run_job
 from nirvana_deploy.pipeline.recipe_file import read_recipe
 from nirvana_deploy.prune.choosing.choices import listed
@@ -118,8 +119,8 @@ def recover_folder(
 ) -> Deployment:
     """Train the pruned model of an output folder, and make anew what was made from it.
 
-    ``options`` are those of recovery, of which ``recover`` says how long; all others are as the folder's
-    recipe.toml says. Raises NirvanaError as ``prune_export`` does.
+    ``options`` are those of recovery, of which ``recover`` says how long, and ``preset``, for what it says of
+    recovery; all others are as the folder's recipe.toml says. Raises NirvanaError as ``prune_export`` does.
     """
     out = Path(out)
     job, until = _recovery(out, options, progress)
@@ -148,7 +149,7 @@ def _recovery(out: Path, options: Mapping[str, Any], progress: Progress) -> tupl
             )
         model = run.manifest["model"].get("path", "")
     base = read_recipe(out / RECIPE_FILE)
-    job = job_of(base.model, options, base=base)
+    job = job_of(base.model, with_recovery(options), base=base)
     if not Path(model).is_dir():
         progress.note(f"{model} is gone; looking for {base.model} again")
     return job, until

@@ -97,8 +97,13 @@ class JobOptions(TypedDict, total=False):
     recover_batch: int
     recover_micro_batch: int | None
     learning_rate: float
+    recover_schedule: str
+    recover_warm_up: int | None
+    recover_checkpointing: bool
+    recover_patience: int
     recover_log: str
     recover_seq_len: int | None
+    kl_weight: float
     next_token_weight: float
     states_weight: float
     lora_rank: int

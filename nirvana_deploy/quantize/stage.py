@@ -43,7 +43,7 @@ def quantize(run: Run, recipe: Quantization, *, draw: Draw, of: str = PRUNED) ->
                 folder,
                 recipe,
                 calibration=_calibration(run, optional=not scheme.needs_calibration),
-                decided=None if made.dense else _decided_in_training(run, recipe),
+                decided=None if made.dense else decided_in_training(run, recipe),
                 progress=run.progress,
             )
         except VerificationError as error:
@@ -83,7 +83,7 @@ def require_quantized(run: Run, scheme: str, *, of: str = PRUNED) -> None:
         )
 
 
-def _decided_in_training(run: Run, recipe: Quantization) -> dict[str, Any] | None:
+def decided_in_training(run: Run, recipe: Quantization) -> dict[str, Any] | None:
     """What the model was trained for, unless the recipe asks for something else than its defaults."""
     if not run.has(stage.RECOVER) or not (run.out / RECOVERY / RECORD_FILE).is_file():
         return None

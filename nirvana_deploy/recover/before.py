@@ -13,7 +13,7 @@ from nirvana_deploy.recover.budget import budget_of, part_of
 from nirvana_deploy.recover.data import as_recover_text
 from nirvana_deploy.recover.learning.logs import require_log
 from nirvana_deploy.recover.processes import require_fit
-from nirvana_deploy.recover.recipe import Recovery
+from nirvana_deploy.recover.recipe import Recovery, weights_of
 
 
 def require_recovery(
@@ -40,6 +40,7 @@ def require_recovery(
             raise MissingExtraError("Recovery", package=package, extra="recover")
     require_log(recipe.recover_log, method=recipe.recover_method)
     _require_rounding(recipe)
+    _require_loss(recipe)
     require_fit(method=recipe.recover_method, step_windows=recipe.recover_batch)
     if not recipe.learning_rate > 0:
         raise NirvanaError(f"--learning-rate must be above 0, got {recipe.learning_rate:g}.")
@@ -68,3 +69,17 @@ def _require_rounding(recipe: Recovery) -> None:
         )
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingExtraError(asked, package="onnxruntime", extra="cpu")
+
+
+def _require_loss(recipe: Recovery) -> None:
+    """Raise NirvanaError for a loss of nothing, and for memory that is saved where none is spent."""
+    if not any(weights_of(recipe)):
+        raise NirvanaError(
+            "All weights of the loss are 0: there is nothing to train by.",
+            hint="Pass --kl-weight 1, --next-token-weight 1, or both.",
+        )
+    if recipe.recover_method == "layers" and recipe.recover_checkpointing:
+        raise NirvanaError(
+            "--recover-checkpointing saves memory of a whole model; --recover-method layers has one block.",
+            hint="Leave --recover-checkpointing out.",
+        )

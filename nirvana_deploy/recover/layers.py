@@ -34,9 +34,6 @@ from nirvana_deploy.recover.loop import Course, Loop
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.record import CurvePoint
 
-_LAST_RATE = 0.05
-"""Share of the learning rate that is left in the end, along a cosine."""
-
 
 class BlockByBlock:
     """One block of each model in memory at a time."""
@@ -167,16 +164,15 @@ def _loss(turn: Turn, number: int, wanted: torch.Tensor) -> torch.Tensor:
 
 def _train(turn: Turn, wanted: States, batches: int, loop: Loop) -> None:
     """Train a block in place on the first ``batches``; what does not help on the others is undone."""
-    from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+    from transformers.optimization import get_scheduler
 
     before = {name: one.detach().clone() for name, one in turn.block.named_parameters()}
     error = _watched_error(turn, wanted, batches)
     optimizer = torch.optim.AdamW(
         turn.block.parameters(), lr=loop.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
     )
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, max(1, loop.steps // 20), loop.steps, min_lr_rate=_LAST_RATE
-    )
+    name, shape = loop.scheduler
+    schedule = get_scheduler(name, optimizer, loop.warm_up_steps, loop.steps, scheduler_specific_kwargs=shape)
     order = np.random.Generator(np.random.PCG64(loop.seed))
     numbers: list[int] = []
     for step in range(1, loop.steps + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nirvana_deploy.recover.budget import budget_of
 from nirvana_deploy.recover.learning.dtype import in_bfloat16
@@ -13,6 +14,13 @@ from nirvana_deploy.recover.record import CurvePoint
 
 _MEASUREMENTS = 12
 """Of the held-out KL, evenly spread over the steps."""
+_WARM_UP, _LAST_RATE = 0.05, 0.05
+"""Share of the steps, and of the peak learning rate."""
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cosine": ("cosine_with_min_lr", {"min_lr_rate": _LAST_RATE}),
+    "linear": ("linear", {}),
+    "constant": ("constant_with_warmup", {}),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,22 @@ class Loop:
     seed: int
     bfloat16: bool = False
     """Whether products are computed in it; decided once, for all processes and for who goes on."""
+    patience: int = 4
+    """Measurements without a better one after which training stops."""
+    schedule: str = "cosine"
+    """Of the learning rate."""
+    warm_up: int | None = None
+    """Steps of it; None: a share of all."""
+
+    @property
+    def warm_up_steps(self) -> int:
+        """Steps until the learning rate is at its peak."""
+        return max(1, round(_WARM_UP * self.steps)) if self.warm_up is None else self.warm_up
+
+    @property
+    def scheduler(self) -> tuple[str, dict[str, Any]]:
+        """The schedule as transformers names it, and what it takes."""
+        return _SCHEDULERS[self.schedule]
 
     @property
     def measured_every(self) -> int:
@@ -68,6 +92,9 @@ def planned(recipe: Recovery, *, seq_len: int, seed: int, seconds_of_step: Calla
         learning_rate=recipe.learning_rate,
         seed=seed,
         bfloat16=in_bfloat16(recipe),
+        patience=recipe.recover_patience,
+        schedule=recipe.recover_schedule,
+        warm_up=recipe.recover_warm_up,
     )
 
 

@@ -11,6 +11,8 @@ from nirvana_deploy.recover.learning.logs import LOGS, NOWHERE
 
 METHODS = ("distill", "lora", "full", "layers")
 TEACHERS = ("auto", "live", "stored")
+SCHEDULES = ("cosine", "linear", "constant")
+RECOVERIES = ("paper",)
 AUTO, FLOAT32, BFLOAT16 = DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -20,6 +22,20 @@ class Length:
 
     minutes: Annotated[float | None, Option("How long to train, text that the model writes included.")] = None
     tokens: Annotated[int | None, Option("How many tokens to train on, instead.", minimum=1)] = None
+
+
+@recipe
+class Ready:
+    """Options of recovery under one name."""
+
+    preset: Annotated[
+        str | None,
+        Option(
+            "paper: as NIRVANA's authors recover a cut: adapters of rank 8, trained by the next token, 16 "
+            "windows per step, 50 steps of warm-up, then a linear schedule. Options typed beside it win.",
+            choices=RECOVERIES,
+        ),
+    ] = None
 
 
 @recipe
@@ -97,6 +113,41 @@ class Recovery:
     learning_rate: Annotated[float, Option("Peak learning rate of recovery.", minimum=0, resumable=True)] = (
         1e-4
     )
+    recover_schedule: Annotated[
+        str,
+        Option(
+            "Learning rate after the warm-up: along a cosine to a twentieth of the peak, linear to zero, or "
+            "constant.",
+            choices=SCHEDULES,
+            resumable=True,
+        ),
+    ] = "cosine"
+    recover_warm_up: Annotated[
+        int | None,
+        Option(
+            "Steps of warm-up. [a twentieth of all]",
+            minimum=0,
+            resumable=True,
+            command_line=False,
+        ),
+    ] = None
+    recover_checkpointing: Annotated[
+        bool,
+        Option(
+            "Compute activations again in the backward pass: less memory, about a third more time.",
+            flag="--recover-checkpointing/--no-recover-checkpointing",
+            resumable=True,
+        ),
+    ] = False
+    recover_patience: Annotated[
+        int,
+        Option(
+            "Measurements of the held-out KL without a better one after which training stops.",
+            minimum=1,
+            resumable=True,
+            command_line=False,
+        ),
+    ] = 4
     recover_log: Annotated[
         str,
         Option(
@@ -110,24 +161,29 @@ class Recovery:
         int | None,
         Option("Tokens of a training window. [--seq-len]", minimum=2, resumable=True, command_line=False),
     ] = None
+    kl_weight: Annotated[
+        float,
+        Option("Weight of the KL from the dense model in the loss.", minimum=0.0, resumable=True),
+    ] = 1.0
     next_token_weight: Annotated[
         float,
-        Option(
-            "Weight of the next token's cross-entropy beside the KL.",
-            minimum=0.0,
-            resumable=True,
-            command_line=False,
-        ),
+        Option("Weight of the next token's cross-entropy in the loss.", minimum=0.0, resumable=True),
     ] = 0.0
     states_weight: Annotated[
         float,
         Option(
-            "Weight of the squared error of the last hidden states, relative to their size, beside the KL.",
+            "Weight in the loss of the squared error of the last hidden states, relative to their size.",
             minimum=0.0,
             resumable=True,
-            command_line=False,
         ),
     ] = 0.0
     lora_rank: Annotated[
         int, Option("Rank of the adapters.", minimum=1, resumable=True, command_line=False)
     ] = 8
+
+
+def weights_of(recipe: Recovery) -> tuple[float, float, float]:
+    """Of KL, of the next token and of the states in the loss."""
+    if recipe.recover_method == "full":
+        return 0.0, 1.0, 0.0
+    return recipe.kl_weight, recipe.next_token_weight, recipe.states_weight

@@ -88,6 +88,9 @@ def model_to_train(cut: Checkpoint, recipe: Recovery, state: Path) -> StatesOf:
     """
     model = cut.load().train()
     trainable(model, recipe)
+    if recipe.recover_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None)  # the other's name in newer versions
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     scheme = None if recipe.recover_for is None else scheme_named(recipe.recover_for)
     if scheme is not None and scheme.activation_bits is not None:
         head = model.get_output_embeddings()

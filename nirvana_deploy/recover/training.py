@@ -1,8 +1,8 @@
 """The loop: transformers' ``Trainer`` with the loss of ``student.py`` and a held-out KL that watches.
 
-AdamW (0.9, 0.99) without decay, gradients clipped at 1, the learning rate after a warm-up along a cosine to a
-twentieth. States are saved at each measurement; a killed run goes on from the last whole one, and its course
-is that of an undisturbed one.
+AdamW (0.9, 0.99) without decay, gradients clipped at 1, a warm-up, then a cosine to a twentieth of the
+learning rate unless another schedule is asked for. States are saved at each measurement; a killed run goes on
+from the last whole one, and its course is that of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -38,11 +38,6 @@ from nirvana_deploy.recover.learning.student import Student, parts_of, require_f
 from nirvana_deploy.recover.loop import Course, Loop
 from nirvana_deploy.recover.processes import share_of
 from nirvana_deploy.recover.record import CurvePoint
-
-_PATIENCE = 4
-"""Measurements without a better one after which training stops."""
-_WARM_UP, _LAST_RATE = 0.05, 0.05
-"""Share of the steps, and of the peak learning rate."""
 
 
 class _Windows(Dataset[dict[str, torch.Tensor]]):
@@ -139,16 +134,16 @@ def fit(
     ``state`` is the folder of saved states, and ``begin`` the one to go on from; ``log`` is told the course.
     Raises NirvanaError for a loss that is not finite (the states before stay) and a full disk.
     """
-    every = loop.measured_every
+    every, (schedule, shape) = loop.measured_every, loop.scheduler
     arguments = TrainingArguments(
         output_dir=str(state),
         max_steps=loop.steps,
         per_device_train_batch_size=loop.micro_batch,
         gradient_accumulation_steps=share_of(loop.step_windows) // loop.micro_batch,
         learning_rate=loop.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": _LAST_RATE},
-        warmup_steps=max(1, round(_WARM_UP * loop.steps)),
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=shape,
+        warmup_steps=loop.warm_up_steps,
         adam_beta2=0.99,
         max_grad_norm=1.0,
         seed=loop.seed,
@@ -182,7 +177,7 @@ def fit(
             args=arguments,
             train_dataset=_Windows(train),
             eval_dataset=_Windows(watch),
-            callbacks=[EarlyStoppingCallback(_PATIENCE), _Told(advance), *tellers],
+            callbacks=[EarlyStoppingCallback(loop.patience), _Told(advance), *tellers],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.go_on(begin)

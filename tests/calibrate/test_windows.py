@@ -315,6 +315,32 @@ def test_the_model_goes_on_from_an_opening_with_what_it_finds_likely(
     assert len(set(begun)) > len(OPENINGS) / 2  # all kinds of text
 
 
+def test_windows_that_repeat_others_are_found() -> None:
+    """In whole, and most of their runs; not those that share a beginning."""
+    from nirvana_deploy.calibrate.selfwrite import repeating
+
+    first, other = np.random.default_rng(0).integers(3, 200, (2, 40))
+    near = np.concatenate([first[:35], other[:5]])
+    same_beginning = np.concatenate([first[:12], other[12:]])
+    windows = np.stack([first, other, first, near, same_beginning[::-1], np.roll(near, 3)])
+    assert repeating(windows).tolist() == [False, False, True, True, False, True]
+    assert not repeating(np.stack([first, same_beginning[:40][::-1]])).any()
+
+
+def test_what_repeats_is_written_anew_where_the_model_has_more_to_write() -> None:
+    from nirvana_deploy.calibrate.selfwrite import _distinct, repeating
+
+    windows = np.random.default_rng(0).integers(3, 200, (6, 40))
+    twice = np.concatenate([windows[:3], windows[1:3]])
+    found, dropped = _distinct(twice, lambda missing: windows[3 : 3 + missing])
+    assert dropped == 2 and not repeating(found).any()
+    assert np.array_equal(found, np.concatenate([windows[:3], windows[3:5]]))
+    again, dropped = _distinct(twice, lambda missing: windows[:missing])  # it has no more
+    assert dropped == 2 and again.shape == twice.shape and repeating(again).sum() == 2
+    same, dropped = _distinct(windows, lambda missing: pytest.fail("nothing is missing"))
+    assert dropped == 0 and np.array_equal(same, windows)
+
+
 def test_self_without_a_model(tokenizer: Any) -> None:
     with pytest.raises(NirvanaError, match="needs the model's checkpoint"):
         drawn("self", tokenizer)

@@ -15,12 +15,14 @@ from nirvana_deploy import prune_export
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.pipeline.job import all_fields, job_of
-from nirvana_deploy.pipeline.presets import PRESETS
+from nirvana_deploy.pipeline.presets import PRESETS, RECOVERIES, with_recovery
 from nirvana_deploy.pipeline.recipe_file import read_recipe, write_recipe
 from nirvana_deploy.prune.plan import default_gamma, make_plan
 from nirvana_deploy.prune.plan_file import write_plan
 from nirvana_deploy.prune.recipe import PRESETS as NAMES
 from nirvana_deploy.prune.scores_file import read_scores
+from nirvana_deploy.recover.recipe import RECOVERIES as RECOVERY_NAMES
+from nirvana_deploy.recover.recipe import Recovery, weights_of
 
 DEFAULTS = {field.name: field.default for field in all_fields() if not field.required}
 
@@ -41,6 +43,23 @@ def test_a_preset_sets_its_options_and_no_others(preset: str) -> None:
     assert found == job_of("m", expected).options()
     for key, value in PRESETS[preset].items():
         assert found[key] == value
+
+
+def test_paper_recovers_as_the_authors_do() -> None:
+    """NIRVANA's settings: LoRA of rank 8 by the next token, 16 windows, 50 steps of warm-up."""
+    assert tuple(RECOVERIES) == RECOVERY_NAMES
+    found = Recovery(**RECOVERIES["paper"])
+    assert (found.recover_method, found.lora_rank, found.recover_batch) == ("lora", 8, 16)
+    assert weights_of(found) == (0.0, 1.0, 0.0) and found.recover_warm_up == 50
+    assert job_of("m", {"sparsity": 0.1, "preset": "paper"}).recovery == Recovery()  # a cut alone
+
+
+def test_a_preset_for_a_model_that_is_cut_says_how_it_is_recovered_alone() -> None:
+    options = with_recovery({"recover": "1M", "preset": "paper", "learning_rate": 3e-4})
+    assert options == RECOVERIES["paper"] | {"recover": "1M", "learning_rate": 3e-4}
+    assert with_recovery({"recover": "1M"}) == {"recover": "1M"}
+    with pytest.raises(NirvanaError, match=r"Unknown preset of recovery 'fast'.*Known: paper"):
+        with_recovery({"preset": "fast"})
 
 
 def test_the_default_is_the_best() -> None:

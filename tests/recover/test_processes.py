@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,11 @@ from nirvana_deploy.pipeline.prune_export import prune_export
 from nirvana_deploy.prune.streaming import processes
 from nirvana_deploy.recover.processes import require_fit
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--num_machines", "1", "--main_process_port", "0"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+"""Its word for several processes of one machine; without a GPU they talk by gloo."""
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +41,11 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     return folder / "out"
 
 
-def recovered(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def recovered(
+    out: Path, *options: str, launcher: Sequence[str] = TORCHRUN
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*TWO, "-m", "nirvana_deploy", "recover", str(out), "--learning-rate", "0.002", *options],
+        [*launcher, "-m", "nirvana_deploy", "recover", str(out), "--learning-rate", "0.002", *options],
         capture_output=True,
         text=True,
         timeout=240,
@@ -46,13 +53,18 @@ def recovered(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_two_processes_give_the_course_of_one(pruned: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=["torchrun", "accelerate"]
+)
+def test_two_processes_give_the_course_of_one(
+    pruned: Path, text: Path, tmp_path: Path, launcher: list[str]
+) -> None:
     for name in ("one", "two"):
         shutil.copytree(pruned, tmp_path / name)
     exact = {"recover_text": str(text), "learning_rate": 0.002, "recover_dtype": "float32"}
     recover_folder(tmp_path / "one", recover="1200", **exact)
     in_float32 = ("--recover-text", str(text), "--recover-dtype", "float32")
-    done = recovered(tmp_path / "two", "--tokens", "1200", *in_float32)
+    done = recovered(tmp_path / "two", "--tokens", "1200", *in_float32, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Held-out KL") == 1
     one, two = (

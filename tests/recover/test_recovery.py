@@ -17,7 +17,10 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_divergences
 from nirvana_deploy.recover import loop, shared, training
+from nirvana_deploy.recover.before import require_recovery
 from nirvana_deploy.recover.learning.dtype import in_bfloat16
+from nirvana_deploy.recover.learning.student import Student
+from nirvana_deploy.recover.learning.teacher import LiveTeacher
 from nirvana_deploy.recover.recipe import Recovery
 
 KINDS = ["llama-tied", "qwen3", "gemma3", "phi3", "flan-t5"]
@@ -171,6 +174,74 @@ def test_text_is_drawn_for_the_steps_that_were_planned_first() -> None:
     )
     left = loop.shortened(planned, Recovery(recover="100s"), seq_len=24, writing_seconds=50.0)
     assert (left.steps, left.wanted_windows) == (10, 80)
+
+
+def test_activations_that_are_computed_again_give_the_same_course(llama: Cut) -> None:
+    usual, again = llama.recover("one"), llama.recover("two", recover_checkpointing=True)
+    for one, other in zip(usual.course.curve, again.course.curve, strict=True):
+        assert one.kl == pytest.approx(other.kl, rel=1e-5)
+    model = shared.model_to_train(llama.cut, Recovery(recover_checkpointing=True), llama.folder).model
+    assert model.training and any(getattr(one, "gradient_checkpointing", False) for one in model.modules())
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.05), ("linear", 0.0), ("constant", 1.0)])
+def test_the_learning_rate_goes_as_asked(
+    llama: Cut, monkeypatch: pytest.MonkeyPatch, schedule: str, last: float
+) -> None:
+    rates: list[float] = []
+    told = training._Told.on_step_end
+
+    def watch(self: Any, *args: Any, **kwargs: Any) -> None:
+        rates.append(kwargs["lr_scheduler"].get_last_lr()[0] / 2e-3)
+        told(self, *args, **kwargs)
+
+    monkeypatch.setattr(training._Told, "on_step_end", watch)
+    llama.recover(recover_schedule=schedule, recover_warm_up=4, recover_patience=99)
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert len(rates) == 12 and rates[-1] == pytest.approx(last, abs=1e-6)
+
+
+def test_patience_decides_when_training_stops(llama: Cut) -> None:
+    stopped = llama.recover("one", learning_rate=0.3, recover_patience=1)
+    whole = llama.recover("two", learning_rate=0.3, recover_patience=99)
+    assert stopped.course.steps_done < whole.course.steps_done == 12
+
+
+@pytest.mark.parametrize("terms", [(1.0, 0.3, 0.0), (0.5, 0.0, 2.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
+def test_the_loss_is_the_sum_of_its_terms(llama: Cut, terms: tuple[float, float, float]) -> None:
+    """Of KL, the next token and the states before the head, on whole logits."""
+    options = dict(zip(("kl_weight", "next_token_weight", "states_weight"), terms, strict=True))
+    recipe = Recovery(**options)
+    windows = torch.from_numpy(llama.windows[:3])
+    pruned = shared.model_to_train(llama.cut, recipe, llama.folder)
+    teacher = LiveTeacher(llama.dense, torch.device("cpu"))
+    found = Student(pruned, teacher, recipe)(windows, torch.arange(3))["loss"]
+    dense, cut = llama.dense.load(), llama.cut.load()
+    log_p, log_q = (model(windows).logits.log_softmax(-1) for model in (dense, cut))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    next_token = -log_q[:, :-1].gather(2, windows[:, 1:, None]).sum() / windows.numel()
+    wanted, states = (model.model(windows).last_hidden_state for model in (dense, cut))
+    error = ((states - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
+    expected = terms[0] * kl + terms[1] * next_token + terms[2] * error
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("terms", [{"next_token_weight": 0.3}, {"kl_weight": 0.0, "states_weight": 1.0}])
+def test_other_terms_train_too(llama: Cut, terms: dict[str, float]) -> None:
+    usual, done = llama.recover("one"), llama.recover("two", **terms)
+    curve = done.course.curve
+    assert done.course.kept_step > 0 and min(point.kl for point in curve) < 0.99 * curve[0].kl
+    assert curve[0].kl == pytest.approx(usual.course.curve[0].kl, rel=1e-6)
+    assert curve[-1].kl != pytest.approx(usual.course.curve[-1].kl, rel=1e-6)
+
+
+def test_a_loss_of_nothing_is_refused(llama: Cut) -> None:
+    recipe = Recovery(recover="1k", recover_text="pydoc", kl_weight=0.0)
+    with pytest.raises(NirvanaError, match=r"nothing to train by.\n.*--kl-weight 1"):
+        require_recovery(recipe, llama.dense, seq_len=SEQ_LEN)
+    recipe = Recovery(recover="1k", recover_text="pydoc", recover_method="layers", recover_checkpointing=True)
+    with pytest.raises(NirvanaError, match="has one block"):
+        require_recovery(recipe, llama.dense, seq_len=SEQ_LEN)
 
 
 def test_what_training_spoils_is_not_kept(llama: Cut) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
+from nirvana_deploy.quantize.weights.gptq import inputs_of, round_calibrated
 from nirvana_deploy.quantize.weights.rounding import round_weight
 from nirvana_deploy.recover.before import require_recovery
 from nirvana_deploy.recover.learning.rounded import round_rows, round_while_training
@@ -59,6 +60,12 @@ def test_what_is_written_is_what_was_trained_and_stays_when_it_is_rounded(
             again = round_weight(weight.float().T.numpy(), bits=bits, block_size=block_size, search=search)
             error = np.abs(again.dequantized().T - weight.float().numpy()).max()
             assert error <= 4e-3 * float(weight.abs().max())
+        read = np.random.default_rng(bits).standard_normal((512, weight.shape[1]), dtype=np.float32)
+        fitted = round_calibrated(
+            weight.float().T.numpy(), inputs_of(read.T @ read), bits=bits, block_size=block_size
+        )
+        error = np.abs(fitted.dequantized().T - weight.float().numpy()).max()
+        assert error <= 4e-3 * float(weight.abs().max())  # nothing is left to make up for
 
 
 def test_adapters_are_not_rounded(tiny_llama: Path) -> None:

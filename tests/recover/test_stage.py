@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from click.testing import CliRunner, Result
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT
+from nirvana_deploy.base.units import format_number
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.pipeline.presets import RECOVERIES
 from nirvana_deploy.pipeline.prune_export import prune_export
+from nirvana_deploy.pipeline.recipe_file import read_recipe
 from nirvana_deploy.recover.data import training_text
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.recovery import TextWanted
@@ -90,6 +94,15 @@ def ran(*words: str) -> Result:
     return CliRunner().invoke(commands, [*words])
 
 
+def test_the_card_tells_how_the_cut_was_trained(recovered: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = recovered
+    done, card = record_of(out)["recover"]["result"], (out / "checkpoint/README.md").read_text()
+    assert "distill, toward the dense model" in card
+    assert f"{done['tokens']:,} tokens of a text of the author's own, " in card  # no name of a file
+    assert f" minutes, seed {done['seed']}, learning rate 0.002" in card
+    assert f"{format_number(done['curve'][0]['kl'])} nats before" in card
+
+
 def test_the_record_tells_data_course_and_what_was_before(recovered: tuple[Path, dict[str, Any]]) -> None:
     out, _ = recovered
     done = record_of(out)["recover"]["result"]
@@ -154,3 +167,18 @@ def test_bad_input_is_a_sentence(
     told = ran("recover", str(out), *words)
     assert told.exit_code != 0 and said in str(told.exception) + told.output
     assert record_of(out)["checkpoint"] == before["checkpoint"]
+
+
+def test_a_cut_is_recovered_as_the_paper_does(tmp_path: Path, recovered: tuple[Path, dict[str, Any]]) -> None:
+    needs("peft")
+    out, _ = recovered
+    shutil.copytree(out, tmp_path / "out")
+    done = ran(
+        "recover", str(tmp_path / "out"), "--tokens", "800", "--preset", "paper", "--recover-batch", "2"
+    )
+    assert done.exit_code == 0, done.output
+    options = record_of(tmp_path / "out")["recover"]["result"]["options"]
+    assert options == options | RECOVERIES["paper"] | {"recover": "800", "recover_batch": 2}
+    assert "lora, by the next token" in (tmp_path / "out/checkpoint/README.md").read_text()
+    before, after = (read_recipe(folder / "recipe.toml").pruning for folder in (out, tmp_path / "out"))
+    assert before == after  # the cut is what it was

@@ -2,7 +2,8 @@
 
 The gradient of a rounded weight is given to the weight itself (straight-through: Bengio et al., arXiv
 1308.3432). Codes and scales are those of ``quantize/weights/rounding.py`` without search: the scale reaches
-the largest weight of its block, and so the rounded weight, rounded once more, stays what it is.
+the largest weight of its block, and so the rounded weight, rounded once more, stays what it is: by search and
+by codes fitted to calibration windows, too, which find an error of zero there.
 """
 
 from __future__ import annotations

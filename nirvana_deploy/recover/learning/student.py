@@ -27,7 +27,7 @@ from nirvana_deploy.recover.learning.losses import (
 from nirvana_deploy.recover.learning.rounded import stored_name
 from nirvana_deploy.recover.learning.states import StatesOf
 from nirvana_deploy.recover.learning.teacher import Teacher
-from nirvana_deploy.recover.recipe import Recovery
+from nirvana_deploy.recover.recipe import Recovery, weights_of
 
 _ALPHA_A_RANK, _DROPOUT = 2, 0.05
 """Of adapters: the settings of NIRVANA's authors."""
@@ -47,14 +47,16 @@ class Student(nn.Module):
         """The loss of windows [N, T] in nats; their ``numbers`` [N] are the teacher's."""
         states = self._pruned.states(windows).flatten(0, 1)
         following = self._pruned.next_tokens(windows).flatten()
-        of_next = next_token(self._pruned.logits(), following)
-        if self._recipe.recover_method == "full":
-            return {"loss": _mean(states, of_next)}
-        wanted = self.wanted_states(windows, numbers)
-        kl = divergence(self._pruned.logits(), self._teacher.logits(), wanted)
-        loss = _mean(states, weighted((1.0, kl), (self._recipe.next_token_weight, of_next)))
-        if self._recipe.states_weight:
-            loss = loss + self._recipe.states_weight * relative_error(states, wanted)
+        of_kl, of_next, of_states = weights_of(self._recipe)
+        terms = [(of_next, next_token(self._pruned.logits(), following))]
+        loss = states.new_zeros(())
+        if of_kl or of_states:
+            wanted = self.wanted_states(windows, numbers)
+            terms.append((of_kl, divergence(self._pruned.logits(), self._teacher.logits(), wanted)))
+            if of_states:
+                loss = loss + of_states * relative_error(states, wanted)
+        if of_kl or of_next:
+            loss = loss + _mean(states, weighted(*terms))
         return {"loss": loss}
 
     def wanted_states(self, windows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

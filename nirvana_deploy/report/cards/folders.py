@@ -13,7 +13,7 @@ from nirvana_deploy.base.artifact import claim, write_bytes
 from nirvana_deploy.base.ownership.marker import CARD, MARKER, marked_names
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
-from nirvana_deploy.base.units import format_share
+from nirvana_deploy.base.units import format_number, format_share
 from nirvana_deploy.calibrate.texts import known_sources
 from nirvana_deploy.model.text.source_card import legal_files
 from nirvana_deploy.output import stage
@@ -35,6 +35,7 @@ from nirvana_deploy.report.cards.snippets import checkpoint_snippets, looks_up_c
 from nirvana_deploy.report.facts import Facts, encoder_decoder
 from nirvana_deploy.report.findings import headline
 from nirvana_deploy.report.pages import quality
+from nirvana_deploy.report.pages.recovery import recovery_of
 from nirvana_deploy.report.table import Table, baseline_of, summary_table
 from nirvana_deploy.report.verdict import judged
 
@@ -187,7 +188,7 @@ def _started(records: Records, of: str) -> Card:
 
 def _recipe(records: Records) -> Facts:
     """How the cut was made, without the names of the author's files."""
-    plan, options = records.plan or {}, (records.manifest or {}).get("options") or {}
+    plan = records.plan or {}
     budget, calibration = plan.get("budget"), plan.get("calibration") or {}
     facts: list[tuple[str, str]] = []
     if budget:
@@ -201,9 +202,36 @@ def _recipe(records: Records) -> Facts:
         facts.append(("Calibration", f"{windows}: {text}"))
     if plan.get("reconstruct"):
         facts.append(("Refit", "output projections, by least squares to the dense model's hidden states"))
-    if options.get("recover") is not None:
-        facts.append(("Recovery", f"{options['recover_method']}, toward the dense model"))
-    return tuple(facts)
+    return (*facts, *_recovered(records))
+
+
+def _recovered(records: Records) -> Facts:
+    """How the cut was trained, and how far from the dense model it was before and after."""
+    done = recovery_of(records)
+    if done is None:
+        return ()
+    options = done.options
+    led = options.get("kl_weight", 1.0) or options.get("states_weight")
+    how = "toward the dense model" if led and options["recover_method"] != "full" else "by the next token"
+    scheme = options.get("recover_for")
+    rounded = f", rounded as in {scheme}" if scheme else ""
+    minutes = (done.seconds + done.writing_seconds) / 60
+    steps = options.get("recover_steps", 1)
+    last = f", in the last of {steps} steps" if steps > 1 else ""
+    course = (
+        f"{done.tokens:,} tokens of {calibration_text(done.text)}, {minutes:,.1f} minutes, seed {done.seed}, "
+        f"learning rate {done.learning_rate:g}{last}"
+    )
+    kl = {point.step: point.kl for point in done.curve}
+    if done.kept_step:
+        kept = f"{format_number(kl[0])} nats before, {format_number(kl[done.kept_step])} after"
+    else:
+        kept = f"{format_number(kl[0])} nats before; training made it no better, and the cut was kept"
+    return (
+        ("Recovery", f"{options['recover_method']}, {how}{rounded}"),
+        ("Trained on", course),
+        ("KL to dense on text set aside", kept),
+    )
 
 
 def calibration_text(source: str) -> str:
