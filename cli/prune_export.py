@@ -12,7 +12,16 @@ from nirvana_deploy.search.recipe import Target
 
 from .common import TerminalProgress, echo, echo_json, echo_table
 from .forecast_page import show_forecast, show_target
-from .job import deployment_options, folder_options, job_from, model_argument, pruning_options, recipe_option
+from .job import (
+    curves_option,
+    deployment_options,
+    folder_options,
+    given_curves,
+    job_from,
+    model_argument,
+    pruning_options,
+    recipe_option,
+)
 from .options import json_option, recipe_options, taken, typed
 from .talk import command_line
 
@@ -22,11 +31,13 @@ from .talk import command_line
 @pruning_options
 @recipe_options(Target)
 @deployment_options
+@curves_option
 @recipe_option
 @folder_options
 @json_option
 def prune_export(
     model: str | None,
+    curves_at: Path | None,
     recipe_file: Path | None,
     out: Path | None,
     resume: bool,
@@ -51,11 +62,16 @@ def prune_export(
     target = taken(Target, options)
     if target.asked and recipe_file is not None:
         raise click.UsageError("A budget finds the sparsity: leave out --recipe.")
-    job = None if target.asked else job_from(model, recipe_file, options)
+    if target.asked and curves_at is not None:
+        raise click.UsageError("A budget measures curves once for all that it tries: leave out --curves.")
+    curves = given_curves(curves_at)
+    job = None if target.asked else job_from(model, recipe_file, options, curves)
+    how: dict[str, Any]
     if job is not None and dry_run:
         from nirvana_deploy.pipeline.forecast.forecast import forecast
 
-        planned = forecast(job, out=out, resume=resume, force=force, progress=TerminalProgress())
+        how = {"resume": resume, "force": force, "progress": TerminalProgress()}
+        planned = forecast(job, out=out, curves=curves, **how)
         show_forecast(planned, as_json=as_json)
         return
     if job is None and model is None:
@@ -63,7 +79,7 @@ def prune_export(
     if model is not None and dry_run:
         from nirvana_deploy.pipeline.forecast.target import forecast_target
 
-        how: dict[str, Any] = {"out": out, "resume": resume, "force": force, "progress": TerminalProgress()}
+        how = {"out": out, "resume": resume, "force": force, "progress": TerminalProgress()}
         show_target(forecast_target(model, target, **how, **typed(options)), as_json=as_json)
         return
     from nirvana_deploy.base.units import format_bytes, format_seconds
@@ -72,7 +88,7 @@ def prune_export(
 
     how = {"resume": resume, "force": force, "command": command_line(), "progress": TerminalProgress()}
     if job is not None:
-        done = run_job(job, out=out, **how)
+        done = run_job(job, out=out, curves=curves, **how)
     else:
         from nirvana_deploy.pipeline.searching.target import meet_target
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.prune.curves.curve import Curves, facts_of, write_curves
+from nirvana_deploy.prune.curves.curve import Curves, write_curves
+from nirvana_deploy.prune.curves.facts import facts_of
 from nirvana_deploy.prune.curves.measure_curves import measure_curves, tried_groups
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -53,7 +54,7 @@ def test_curves_ascend_from_zero_to_the_floors(
             assert len(curve.removed) == len(curve.kl) and curve.kl[0] == 0
             assert (np.diff(curve.removed) > 0).all() and (np.diff(curve.kl) >= 0).all()
         assert groups.kl[-1] > 1e-4 and (not layer.ffn_width or neurons.kl[-1] > 1e-4)
-    assert curves.facts == facts_of(shape, windows)
+    assert curves.facts == facts_of(Checkpoint.open(folder), windows)
 
 
 def test_curves_end_where_so_many_neurons_stay(folder: Path, windows: NDArray[np.int64]) -> None:
