@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def prune_export(
         show_target(forecast_target(model, target, **how, **typed(options)), as_json=as_json)
         return
     from nirvana_deploy.base.units import format_bytes, format_seconds
+    from nirvana_deploy.output.variants import variant_named
     from nirvana_deploy.pipeline.prune_export import run_job
     from nirvana_deploy.report.table import summary_table
 
@@ -127,3 +129,12 @@ def prune_export(
     if done.verdict is not None:
         echo(f"{done.verdict.title}. {done.verdict.why}")
     echo(f"Report: {done.report}")
+    if done.verdict is not None and done.verdict.recommended is not None:
+        echo(f"Try it: {_trial(done.out / variant_named(done.verdict.recommended).folder)}")
+
+
+def _trial(folder: Path) -> str:
+    """The command that lets a model write."""
+    from nirvana_deploy.measure.answers import PROMPTS
+
+    return f"nirvana-deploy generate {shlex.quote(str(folder))} --prompt {shlex.quote(PROMPTS[0])}"
