@@ -62,6 +62,8 @@ SHIPPED = ("pydoc", "code")
 """Kinds of text that every machine has."""
 TEST = "test"
 """The text whose windows are long: 8 x 512 tokens, as in all records of this project."""
+HELD_OUT = "held-out"
+"""Windows of the calibration file: its kind differs between rows, so means over kinds leave it out."""
 
 Row = dict[str, Any]
 
@@ -204,7 +206,7 @@ class Cuts:
             for name in SHIPPED:  # the same held-out windows, whatever was calibrated on
                 self._texts[name] = self._drawn(name, recipe, 1).heldout.tokens
             if Path(options.calib).is_file():
-                self._texts["held-out"] = self._data.heldout.tokens
+                self._texts[HELD_OUT] = self._data.heldout.tokens
         return self._data
 
     def _drawn(self, source: str, recipe: Calibration, windows: int) -> CalibrationData:
@@ -269,13 +271,15 @@ def line(row: Row) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Markdown: perplexity by recipe, calibration and kind of text: the median of the seeds (range).
 
-    Where a seed was measured twice, the later row counts. The last column is the mean accuracy of tasks.
+    Then KL to dense in nats per token, on ``test`` and as the mean of all kinds but the calibration's own
+    held-out windows, and the mean accuracy of tasks. Where a seed was measured twice, the later row counts.
     """
     rows = [row for row in rows if "texts" in row]
     kinds = list(dict.fromkeys(name for row in rows for name in row["texts"]))
     lines = [
-        f"| sparsity | recipe | calibrated on | seeds | {' | '.join(kinds)} | zero-shot |",
-        "|---" * (5 + len(kinds)) + "|",
+        f"| sparsity | recipe | calibrated on | seeds | {' | '.join(kinds)} "
+        "| KL, test | KL, mean of kinds | zero-shot |",
+        "|---" * (7 + len(kinds)) + "|",
     ]
     groups = dict.fromkeys((row["sparsity"], row["recipe"], row["calib"]) for row in rows)
     for group in sorted(groups):
@@ -288,6 +292,7 @@ def table(rows: Sequence[Row]) -> str:
         )
         cells = [spread([row["texts"][kind] for row in same if kind in row["texts"]]) for kind in kinds]
         sparsity, recipe, calib = group
+        cells += [median_kl(same, [TEST]), median_kl(same, [kind for kind in kinds if kind != HELD_OUT])]
         cells.append(", ".join(mean_accuracy(row["tasks"]) for row in same if "tasks" in row))
         lines.append(f"| {sparsity:g} | {recipe} | {calib} | {len(same)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -299,14 +304,28 @@ def mean_accuracy(tasks: Row) -> str:
     return f"{found['mean']:.3f} ± {found['standard_error']:.3f}"
 
 
+def median_kl(rows: Sequence[Row], kinds: Sequence[str]) -> str:
+    """The median of the seeds (range) of the mean KL to dense over these kinds, nats per token."""
+    found = [
+        float(np.mean([row["texts"][kind]["kl"] for kind in kinds]))
+        for row in rows
+        if all(kind in row["texts"] for kind in kinds)
+    ]
+    return f"{np.median(found):.2f}{_range(found, '.2f')}" if found else ""
+
+
 def spread(texts: Sequence[Row]) -> str:
     """Perplexity: the median (range), and how many times dense."""
     if not texts:
         return ""
     found = [text["perplexity"] for text in texts]
     times = np.median([text["perplexity"] / text["dense_perplexity"] for text in texts])
-    between = f" ({min(found):.1f}-{max(found):.1f})" if len(found) > 1 else ""
-    return f"{np.median(found):.1f}{between}, {times:.2f}x"
+    return f"{np.median(found):.1f}{_range(found, '.1f')}, {times:.2f}x"
+
+
+def _range(found: Sequence[float], form: str) -> str:
+    """Of several seeds."""
+    return f" ({min(found):{form}}-{max(found):{form}})" if len(found) > 1 else ""
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from .arguments import Model
 from .options import ShownOption, recipe_options, typed
 
 if TYPE_CHECKING:
+    from nirvana_deploy.pipeline.given_curves import GivenCurves
     from nirvana_deploy.pipeline.job import Job
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -35,7 +36,17 @@ recipe_option = click.option(
 pruning_options = recipe_options(Pruning, Calibration, Recovery, required=False)
 deployment_options = recipe_options(Export, Schemes, Engines, Measurement)
 
-
+curves_option = click.option(
+    "--curves",
+    "curves_at",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="FILE|OUT",
+    help="Take the curves of an earlier run on the same model, and calibrate as it did: an output folder, "
+    "or its curves.safetensors.",
+    cls=ShownOption,
+    show_default="measure them",
+)
 dry_run_option = click.option(
     "--dry-run",
     is_flag=True,
@@ -65,8 +76,25 @@ def folder_options(command: Command) -> Command:
     return command
 
 
-def job_from(model: str | None, recipe_file: Path | None, options: dict[str, Any]) -> Job:
-    """Build the job from the recipe file, if any, and the typed options, which win."""
+def given_curves(path: Path | None) -> GivenCurves | None:
+    """The curves that an option names."""
+    if path is None:
+        return None
+    from nirvana_deploy.pipeline.given_curves import GivenCurves
+
+    return GivenCurves.at(path)
+
+
+def job_from(
+    model: str | None,
+    recipe_file: Path | None,
+    options: dict[str, Any],
+    curves: GivenCurves | None = None,
+) -> Job:
+    """Build the job from the recipe file, if any, and the typed options, which win.
+
+    Without a recipe file, text is drawn as for ``curves``.
+    """
     if recipe_file is None:
         if model is None:
             raise click.UsageError("Missing argument 'MODEL', or --recipe FILE.")
@@ -78,6 +106,8 @@ def job_from(model: str | None, recipe_file: Path | None, options: dict[str, Any
     from nirvana_deploy.pipeline.recipe_file import read_recipe
 
     if recipe_file is None:
-        return job_of(model or "", typed(options))
+        return job_of(
+            model or "", typed(options) if curves is None else curves.calibrated_alike(typed(options))
+        )
     base = read_recipe(recipe_file)
     return job_of(model or base.model, typed(options), base=base)

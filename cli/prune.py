@@ -9,7 +9,15 @@ import click
 
 from .common import TerminalProgress, echo, echo_json
 from .forecast_page import show_forecast
-from .job import folder_options, job_from, model_argument, pruning_options, recipe_option
+from .job import (
+    curves_option,
+    folder_options,
+    given_curves,
+    job_from,
+    model_argument,
+    pruning_options,
+    recipe_option,
+)
 from .options import json_option, typed
 from .talk import command_line
 
@@ -24,12 +32,14 @@ from .talk import command_line
     default=None,
     help="Cut by this plan.json instead of scoring; needs --out.",
 )
+@curves_option
 @recipe_option
 @folder_options
 @json_option
 def prune(
     model: str | None,
     plan_file: Path | None,
+    curves_at: Path | None,
     recipe_file: Path | None,
     out: Path | None,
     resume: bool,
@@ -46,6 +56,7 @@ def prune(
     Examples:
       nirvana-deploy prune smollm2 --sparsity 0.4 --out smollm2-small
       nirvana-deploy prune smollm2 --sparsity 0.4 --preset paper --out smollm2-nirvana
+      nirvana-deploy prune smollm2 --sparsity 0.2 --curves smollm2-small --out smollm2-larger
       nirvana-deploy prune smollm2 --plan smollm2-small/plan.json --out again
       torchrun --nproc-per-node 2 -m nirvana_deploy prune ./my-llama --sparsity 0.4
     """
@@ -55,17 +66,21 @@ def prune(
         raise click.UsageError(
             "--plan reads no calibration text, which --reconstruct needs; pass --sparsity."
         )
+    if plan_file is not None and curves_at is not None:
+        raise click.UsageError("--plan has decided what goes: leave out --curves.")
     if plan_file is not None and model is None:
         raise click.UsageError("Missing argument 'MODEL'.")
     if plan_file is not None and dry_run:
         raise click.UsageError("--plan takes seconds: leave out --dry-run.")
     shared: dict[str, Any] = {"force": force, "command": command_line(), "progress": TerminalProgress()}
-    job = None if plan_file is not None else job_from(model, recipe_file, options)
+    curves = given_curves(curves_at)
+    job = None if plan_file is not None else job_from(model, recipe_file, options, curves)
     if job is not None and dry_run:
         from nirvana_deploy.pipeline.forecast.forecast import forecast
 
         how: dict[str, Any] = {"resume": resume, "force": force, "progress": shared["progress"]}
-        show_forecast(forecast(job, out=out, until="checkpoint", **how), as_json=as_json)
+        planned = forecast(job, out=out, until="checkpoint", curves=curves, **how)
+        show_forecast(planned, as_json=as_json)
         return
     from nirvana_deploy.pipeline.prune_export import prune_by_plan, run_job
 
@@ -73,7 +88,7 @@ def prune(
         assert model is not None and plan_file is not None and out is not None
         plan = prune_by_plan(model, plan=plan_file, out=out, **shared)
     else:
-        done = run_job(job, out=out, until="checkpoint", resume=resume, **shared)
+        done = run_job(job, out=out, until="checkpoint", resume=resume, curves=curves, **shared)
         out, plan = done.out, done.plan
     budget = plan.budget
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ from nirvana_deploy.search.recipe import Target
 
 from .common import TerminalProgress, echo, echo_json, echo_table, warn
 from .forecast_page import show_forecast, show_target
-from .job import deployment_options, folder_options, job_from, model_argument, pruning_options, recipe_option
+from .job import (
+    curves_option,
+    deployment_options,
+    folder_options,
+    given_curves,
+    job_from,
+    model_argument,
+    pruning_options,
+    recipe_option,
+)
 from .options import json_option, recipe_options, taken, typed
 from .talk import command_line, talk
 
@@ -22,11 +32,13 @@ from .talk import command_line, talk
 @pruning_options
 @recipe_options(Target)
 @deployment_options
+@curves_option
 @recipe_option
 @folder_options
 @json_option
 def prune_export(
     model: str | None,
+    curves_at: Path | None,
     recipe_file: Path | None,
     out: Path | None,
     resume: bool,
@@ -51,11 +63,16 @@ def prune_export(
     target = taken(Target, options)
     if target.asked and recipe_file is not None:
         raise click.UsageError("A budget finds the sparsity: leave out --recipe.")
-    job = None if target.asked else job_from(model, recipe_file, options)
+    if target.asked and curves_at is not None:
+        raise click.UsageError("A budget measures curves once for all that it tries: leave out --curves.")
+    curves = given_curves(curves_at)
+    job = None if target.asked else job_from(model, recipe_file, options, curves)
+    how: dict[str, Any]
     if job is not None and dry_run:
         from nirvana_deploy.pipeline.forecast.forecast import forecast
 
-        planned = forecast(job, out=out, resume=resume, force=force, progress=TerminalProgress())
+        how = {"resume": resume, "force": force, "progress": TerminalProgress()}
+        planned = forecast(job, out=out, curves=curves, **how)
         show_forecast(planned, as_json=as_json)
         return
     if job is None and model is None:
@@ -63,16 +80,17 @@ def prune_export(
     if model is not None and dry_run:
         from nirvana_deploy.pipeline.forecast.target import forecast_target
 
-        how: dict[str, Any] = {"out": out, "resume": resume, "force": force, "progress": TerminalProgress()}
+        how = {"out": out, "resume": resume, "force": force, "progress": TerminalProgress()}
         show_target(forecast_target(model, target, **how, **typed(options)), as_json=as_json)
         return
     from nirvana_deploy.base.units import format_bytes, format_seconds
+    from nirvana_deploy.output.variants import variant_named
     from nirvana_deploy.pipeline.prune_export import run_job
     from nirvana_deploy.report.table import summary_table
 
     how = {"resume": resume, "force": force, "command": command_line(), "progress": TerminalProgress()}
     if job is not None:
-        done = run_job(job, out=out, **how)
+        done = run_job(job, out=out, curves=curves, **how)
     else:
         from nirvana_deploy.pipeline.searching.target import meet_target
 
@@ -113,3 +131,12 @@ def prune_export(
     if done.verdict is not None:
         echo(f"{done.verdict.title}. {done.verdict.why}")
     echo(f"Report: {done.report}")
+    if done.verdict is not None and done.verdict.recommended is not None:
+        echo(f"Try it: {_trial(done.out / variant_named(done.verdict.recommended).folder)}")
+
+
+def _trial(folder: Path) -> str:
+    """The command that lets a model write."""
+    from nirvana_deploy.measure.answers import PROMPTS
+
+    return f"nirvana-deploy generate {shlex.quote(str(folder))} --prompt {shlex.quote(PROMPTS[0])}"

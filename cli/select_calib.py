@@ -21,13 +21,14 @@ from .options import json_option, recipe_options, taken
 def select_calib(model: str, as_json: bool, **options: Any) -> None:
     """Try calibration sets, gammas and saliencies, and rank them by KL(dense || pruned).
 
-    Each candidate is scored, planned and masked, never built. The KL is measured on held-out windows of
-    every corpus, which no candidate contains. Writes nothing.
+    Each candidate is scored, planned and masked, with --reconstruct refitted too, never built. The KL is
+    measured on held-out windows of every corpus, which no candidate contains. Writes nothing.
 
     \b
     Examples:
       nirvana-deploy select-calib smollm2 --sparsity 0.4 --candidates 4 --corpora pydoc,self
       nirvana-deploy select-calib smollm2 --sparsity 0.4 --candidates 1 --gamma auto --saliency nirvana,taylor
+      nirvana-deploy select-calib smollm2 --sparsity 0.4 --corpora pydoc,code --reconstruct
     """
     from nirvana_deploy.pipeline.alone.calibration import select_calibration
 

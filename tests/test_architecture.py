@@ -258,6 +258,7 @@ ABOUT_THE_COMMAND = {
         "against",
         "as_json",
         "compare",
+        "curves_at",
         "dry_run",
         "force",
         "log_file",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -170,6 +171,21 @@ def test_candidates_are_ranked(tiny_llama: Path, text: Path) -> None:
     ):
         with pytest.raises(library.NirvanaError, match=complaint):
             library.select_calibration(str(tiny_llama), library.Selection(sparsity=0.3, **change))
+
+
+@pytest.mark.integration
+def test_candidates_are_ranked_with_the_refit_applied(tiny_llama: Path, text: Path) -> None:
+    plain = library.Selection(
+        sparsity=0.3, corpora=str(text), candidates=1, num_sequences=4, seq_len=16, round_to=4,
+        heldout_sequences=4, heldout_len=16,
+    )  # fmt: skip
+    refitted = replace(plain, reconstruct=True)
+    inside = replace(refitted, saliencies="refit", allocation="curves")
+    found = [library.select_calibration(str(tiny_llama), one) for one in (plain, refitted, inside)]
+    assert [one.plan.reconstruct is not None for one in found] == [False, True, True]
+    assert found[0].plan.kept_groups == found[1].plan.kept_groups
+    assert found[0].candidates[0].kl != found[1].candidates[0].kl
+    assert found[2].plan.saliency == "refit"
 
 
 def test_lists_of_what_is_known_are_copies() -> None:

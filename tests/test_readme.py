@@ -206,7 +206,8 @@ def _is_known(module: str) -> bool:
 def test_the_front_page_runs(tmp_path: Path) -> None:
     """Its Python in order, then its cheap commands, on a tiny model in SmolLM2's place."""
     write_tiny(tmp_path / "tiny", "llama-tied")
-    small = 'prune_export("./tiny", run_benchmark=False, num_sequences=4, seq_len=16, round_to=4, '
+    short = "run_benchmark=False, num_sequences=4, seq_len=16, round_to=4"
+    small = f'prune_export("./tiny", {short}, quantize=("w4",), '
     for source in blocks("README.md", "python"):
         script = source.replace('prune_export("smollm2", ', small)
         done = subprocess.run(

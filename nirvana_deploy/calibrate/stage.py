@@ -72,6 +72,20 @@ def windows_wanted(recipe: Calibration, shape: ModelShape) -> int:
     return int(np.clip(math.ceil(_TOKENS_AN_INPUT * widest / recipe.seq_len), *_WINDOWS))
 
 
+def why_few_tokens(recipe: Calibration, shape: ModelShape) -> str | None:
+    """What to say where a wide model would want more windows than are drawn unasked; else None."""
+    windows = windows_wanted(recipe, shape)
+    widest = max(layer.ffn_width for layer in shape.layers)
+    tokens = windows * recipe.seq_len
+    if recipe.num_sequences is not None or tokens >= _TOKENS_AN_INPUT * widest:
+        return None
+    wanted = math.ceil(_TOKENS_AN_INPUT * widest / recipe.seq_len)
+    return (
+        f"At most {_WINDOWS[1]} windows are drawn unasked: {tokens:,} tokens, {tokens / widest:.1f} for each "
+        f"of {widest:,} neurons, where {_TOKENS_AN_INPUT} are better: --num-sequences {wanted}."
+    )
+
+
 def evaluation_windows(recipe: Calibration, tokenizer: Any, progress: Progress) -> TokenWindows | None:
     """Windows of the texts that the recipe names for quality; None when it names none."""
     if not recipe.eval_text:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,12 @@ from nirvana_deploy.base.recipe import fields_of, names_of
 from nirvana_deploy.base.resources import require_free_bytes, require_memory
 from nirvana_deploy.base.units import format_seconds
 from nirvana_deploy.calibrate.mixture import files_of, parts_of
-from nirvana_deploy.calibrate.stage import evaluation_texts, segment_tokens, windows_wanted
+from nirvana_deploy.calibrate.stage import (
+    evaluation_texts,
+    segment_tokens,
+    why_few_tokens,
+    windows_wanted,
+)
 from nirvana_deploy.calibrate.texts import require_source
 from nirvana_deploy.export.decoder import GraphOptions
 from nirvana_deploy.export.dtypes import dtype_named
@@ -25,7 +30,7 @@ from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import BENCHMARK
 from nirvana_deploy.pipeline.job import SECTIONS, Job, all_fields, plain
 from nirvana_deploy.prune.choosing.choices import Choices, choices_of, why_groups_stay
-from nirvana_deploy.prune.curves.measure_curves import require_windows
+from nirvana_deploy.prune.curves.measure_curves import require_windows, scarce
 from nirvana_deploy.prune.curves.operations import (
     curve_operations,
     operations_per_second,
@@ -33,7 +38,7 @@ from nirvana_deploy.prune.curves.operations import (
 )
 from nirvana_deploy.prune.cutting import reads_curves, width_step
 from nirvana_deploy.prune.recipe import REFIT
-from nirvana_deploy.prune.refit.reconstruct import require_tokens
+from nirvana_deploy.prune.refit.reconstruct import read_tokens, require_tokens, widest_input
 from nirvana_deploy.prune.streaming.processes import count
 from nirvana_deploy.recover.before import require_recovery
 from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
@@ -75,14 +80,24 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
     windows = windows_wanted(job.calibration, dense.shape)
     if by_curves(job, choices):
         require_windows(windows)
-    scarce = (
-        require_tokens(dense.shape, windows, job.calibration.seq_len) if job.pruning.reconstruct else None
-    )
-    if scarce is not None:
-        progress.note(scarce)
+    for said in _scarce_text(job, choices, dense.shape, windows):
+        progress.note(said)
     if job.measurement.run_benchmark and untimed(job):
         progress.note(UNTIMED)
     return choices
+
+
+def _scarce_text(job: Job, choices: Choices, shape: ModelShape, windows: int) -> Iterator[str]:
+    """What to say of fewer tokens than would be good; raises NirvanaError for far too few to refit."""
+    found = []
+    if job.pruning.reconstruct:
+        found += [
+            require_tokens(shape, windows, job.calibration.seq_len),
+            why_few_tokens(job.calibration, shape),
+        ]
+    if by_curves(job, choices):
+        found.append(scarce(widest_input(shape), read_tokens(shape, windows, job.calibration.seq_len)))
+    yield from (one for one in found if one is not None)
 
 
 def _require_benchmark_fits(measurement: Measurement, dense: Checkpoint) -> None:
@@ -161,19 +176,23 @@ def by_curves(job: Job, choices: Choices) -> bool:
     return any(reads_curves(job.pruning, saliency) for saliency in choices.saliencies)
 
 
-def say_cost(job: Job, choices: Choices, shape: ModelShape, progress: Progress) -> None:
+def say_cost(
+    job: Job, choices: Choices, shape: ModelShape, progress: Progress, *, measures_curves: bool = True
+) -> None:
     """Say how long curves and refit are going to take."""
     recipe = job.pruning
     tokens = windows_wanted(job.calibration, shape) * job.calibration.seq_len
     operations = job.recovery.recover_steps * refit_operations(shape, tokens) if recipe.reconstruct else 0.0
-    if by_curves(job, choices):
+    measured = measures_curves and by_curves(job, choices)
+    if measured:
         operations += curve_operations(shape, tokens)
     if operations:
         takes = format_seconds(operations / operations_per_second())
+        work = "Curves and refit" if measures_curves else "The refit"
+        quicker = " Quicker: --preset fast." if measured and job.pruning.preset != "fast" else ""
         progress.note(
-            f"Curves and refit on {tokens:,} calibration tokens take about {takes} for each "
-            "candidate at the speed of this machine's products."
-            + (" Quicker: --preset fast." if job.pruning.preset != "fast" and by_curves(job, choices) else "")
+            f"{work} on {tokens:,} calibration tokens: about {takes} for each candidate at the speed of this "
+            f"machine's products.{quicker}"
         )
 
 
@@ -228,7 +247,7 @@ def run_beside(out: Path, run: Run) -> Run:
     if other.manifest["model"]["files"] != run.manifest["model"]["files"]:
         raise NirvanaError(
             f"{out} cannot serve {run.out}: its model is another.",
-            hint="Search into another folder: --out DIR",
+            hint="Search into another folder: --out DIR; or name curves of this model.",
         )
     return other
 

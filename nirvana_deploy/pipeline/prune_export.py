@@ -40,6 +40,7 @@ from nirvana_deploy.pipeline.before import (
     within_context,
 )
 from nirvana_deploy.pipeline.forecast.stages import engine_forms, is_timed, quantized_models, stages_of
+from nirvana_deploy.pipeline.given_curves import GivenCurves
 from nirvana_deploy.pipeline.job import CutOptions, Job, all_fields, job_of, spelled_out
 from nirvana_deploy.pipeline.recipe_file import write_recipe
 from nirvana_deploy.prune import stage as prune
@@ -100,6 +101,7 @@ def prune_export(
     resume: bool = False,
     force: bool = False,
     command: str | None = None,
+    curves: Path | str | None = None,
     progress: Progress = SILENT,
     **options: Unpack[CutOptions],
 ) -> Deployment:
@@ -107,17 +109,20 @@ def prune_export(
 
     ``model`` is an alias, a hub id, a folder or a .gguf file. ``until`` "checkpoint" stops after plan.json
     and checkpoint/, "quality" ahead of answers and timings; ``resume`` continues; ``force`` starts again.
-    Raises NirvanaError for the user's problems and VerificationError when the exported model does not
-    compute what the checkpoint computes, or a quantized one does not run in integer kernels. ``options``, of
-    which ``sparsity`` is required:
+    ``curves`` is an output folder of the same model, or its curves.safetensors: these are taken, and text is
+    drawn as that folder says. Raises NirvanaError for the user's problems and VerificationError when the
+    exported model does not compute what the checkpoint computes, or a quantized one does not run in integer
+    kernels. ``options``, of which ``sparsity`` is required:
     """
+    given = None if curves is None else GivenCurves.at(Path(curves))
     return run_job(
-        job_of(model, options),
+        job_of(model, options if given is None else given.calibrated_alike(options)),
         out=out,
         until=until,
         resume=resume,
         force=force,
         command=command,
+        curves=given,
         progress=progress,
     )
 
@@ -131,16 +136,21 @@ def run_job(
     force: bool = False,
     command: str | None = None,
     beside: Sequence[Path] = (),
+    curves: GivenCurves | None = None,
     progress: Progress = SILENT,
 ) -> Deployment:
     """Do what a job says; as :func:`prune_export`.
 
     ``beside`` are output folders of the same model: what would come out the same is taken from there.
     """
+    if curves is not None and curves.folder is not None:
+        beside = (*beside, curves.folder)
     source = resolve_model(job.model, progress=progress)
     dense = Checkpoint.open(source.path)
     job = within_context(job, dense)
     choices = checked(job, dense, until, progress)
+    if curves is not None:
+        curves.require_serves(job, choices, dense)
     out = Path(out) if out is not None else Path(f"{source.name}-s{job.pruning.sparsity:g}")
     require_space(job, out, dense.shape, until)
     if not resume:  # what is finished needs no more memory
@@ -150,7 +160,7 @@ def run_job(
         options=recorded_options(job, choices, dense.shape, until),
         model=model_record(source),
         command=command or "called from Python",
-        reads=(source.path, *read_files(job)),
+        reads=(source.path, *read_files(job), *(() if curves is None else (curves.file,))),
         may_change=may_change(),
         resume=resume,
         force=force,
@@ -163,8 +173,8 @@ def run_job(
         with run.writing(RECIPE_FILE) as file:
             write_recipe(job, file)
         if not run.finished(RECONSTRUCT):
-            say_cost(job, choices, dense.shape, progress)
-        return _deployed(run, job, dense, _prune(run, job, dense, choices), until)
+            say_cost(job, choices, dense.shape, progress, measures_curves=curves is None)
+        return _deployed(run, job, dense, _prune(run, job, dense, choices, curves), until)
 
 
 def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Until) -> Deployment:
@@ -242,7 +252,7 @@ def prune_by_plan(
     return decided
 
 
-def _prune(run: Run, job: Job, dense: Checkpoint, choices: Choices) -> PrunePlan:
+def _prune(run: Run, job: Job, dense: Checkpoint, choices: Choices, given: GivenCurves | None) -> PrunePlan:
     """From the model to plan.json and checkpoint/."""
     recipe, seed = job.pruning, job.calibration.seed
     cutter = Cutter(
@@ -258,7 +268,7 @@ def _prune(run: Run, job: Job, dense: Checkpoint, choices: Choices) -> PrunePlan
         saliency, gamma = choices.saliencies[0], choices.gammas[0]
         run.run(calibrate(run, dense, replace(job.calibration, calib=choices.corpora[0])))
         if reads_curves(recipe, saliency):
-            run.run(prune.curves(run, cutter))
+            run.run(prune.curves(run, cutter, None if given is None else given.file))
     else:
         run.run(prune.select(run, cutter, choices, job.calibration))
         chosen = drawn_record(run)

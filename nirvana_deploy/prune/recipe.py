@@ -21,7 +21,7 @@ def _of_a_job() -> tuple[str, ...]:
 
 
 def _of_a_selection() -> tuple[str, ...]:
-    return SALIENCY_NAMES
+    return (REFIT, *SALIENCY_NAMES)
 
 
 Sparsity = Annotated[
@@ -121,7 +121,12 @@ class Selection:
     ] = "pydoc"
     saliencies: Annotated[
         str,
-        Option("Saliencies to try, separated by commas.", flag="--saliency", suggests=_of_a_selection),
+        Option(
+            "Saliencies to try, separated by commas; refit, where units are chosen inside the refit, with "
+            "curves or uniform.",
+            flag="--saliency",
+            suggests=_of_a_selection,
+        ),
     ] = "nirvana"
     gammas: Annotated[
         str,
@@ -130,6 +135,14 @@ class Selection:
     allocation: Annotated[
         str, Option("How what goes is divided among layers, as for prune-export.", choices=ALLOCATIONS)
     ] = "global"
+    reconstruct: Annotated[
+        bool,
+        Option(
+            "Compare the cuts with what stays refitted, as prune-export refits it by default; else plain "
+            "ones, which takes less time.",
+            flag="--reconstruct/--no-reconstruct",
+        ),
+    ] = False
     round_to: RoundTo = 8
     num_sequences: NumSequences = 32
     seq_len: Annotated[int, Option("Tokens per window.", minimum=2)] = 128

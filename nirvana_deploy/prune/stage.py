@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ from nirvana_deploy.output.stage import WHOLE, Stage, Step
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.choosing.choices import Choices
 from nirvana_deploy.prune.choosing.select import select_cut
-from nirvana_deploy.prune.curves.curve import Curves, facts_of, read_curves, require_curves_of, write_curves
+from nirvana_deploy.prune.curves.curve import Curves, read_curves, write_curves
+from nirvana_deploy.prune.curves.facts import facts_of, require_curves_of
 from nirvana_deploy.prune.curves.measure_curves import CURVE_TOKENS
 from nirvana_deploy.prune.cutting import Cutter, reads_curves
 from nirvana_deploy.prune.plan import PrunePlan
@@ -48,6 +50,8 @@ from nirvana_deploy.prune.refit.reconstruct import Reconstruction
 from nirvana_deploy.prune.scores_file import read_scores, write_scores
 from nirvana_deploy.prune.streaming.score import score_units
 
+OTHER_TEXT = "Calibrate as the run that measured them did, or leave --curves out."
+"""A hint."""
 _CUT = (*(name for name in names_of(Pruning) if name != "preset"), "seed")
 """The options that decide which units stay."""
 
@@ -102,13 +106,21 @@ def select(run: Run, cutter: Cutter, choices: Choices, calibration: Calibration)
     return Stage(stage.SELECT, needs=(), makes=(CALIBRATION_FILE, SCORES_FILE, CURVES_FILE), work=work)
 
 
-def curves(run: Run, cutter: Cutter) -> Stage:
-    """Measure what each layer loses when it keeps less, on the calibration windows."""
+def curves(run: Run, cutter: Cutter, given: Path | None = None) -> Stage:
+    """Measure what each layer loses when it keeps less, on the calibration windows.
+
+    Or take what was measured on them before, ``given`` as a file.
+    """
 
     def work() -> dict[str, Any]:
         tokens = _windows(run)
-        write_curves(cutter.curves(tokens), run.out / CURVES_FILE)
-        return {"tokens": int(min(tokens.size, CURVE_TOKENS))}
+        if given is None:
+            found, taken = cutter.curves(tokens), {}
+        else:
+            found, taken = read_curves(given), {"taken_from": str(given)}
+            require_curves_of(found, facts_of(cutter.dense, tokens), given, hint=OTHER_TEXT)
+        write_curves(found, run.out / CURVES_FILE)
+        return {"tokens": int(min(tokens.size, CURVE_TOKENS)), **taken}
 
     reads = ("seed", "round_to", "min_neurons")
     return Stage(stage.CURVES, needs=(stage.CALIBRATE,), makes=(CURVES_FILE,), work=work, reads=reads)
@@ -256,7 +268,7 @@ def _curves(run: Run, cutter: Cutter) -> Curves:
     """The curves of this run; raises NirvanaError for those of another model or other windows."""
     path = run.out / CURVES_FILE
     found = read_curves(path)
-    require_curves_of(found, facts_of(cutter.dense.shape, _windows(run)), path)
+    require_curves_of(found, facts_of(cutter.dense, _windows(run)), path)
     return found
 
 

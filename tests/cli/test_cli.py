@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from builders.documents import commands_in, parse
 from builders.tiny import write_tiny
 from builders.unix import resource_limits
 from click.testing import CliRunner
 
 from nirvana_deploy.base.errors import TRACE_VARIABLE, UNFORESEEN
 from nirvana_deploy.cli.main import _COMMANDS, commands, main
+from nirvana_deploy.pipeline.prune_export import Deployment
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib", "numpy", "rich", "jinja2")
 
@@ -145,6 +147,26 @@ def test_prune_inspect_and_export_on_a_folder(
     assert exported.returncode == 0 and "nodes" in exported.stdout, exported.stderr
     again = run("export", "tiny-model-s0.3/checkpoint", "--out", "onnx")
     assert again.returncode == 1 and "--force" in again.stderr
+
+
+def test_a_job_ends_with_the_command_that_runs_what_it_recommends(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a folder"
+    cost = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_rss_bytes": 1}
+
+    def told(recommended: str | None) -> str:
+        judged = {"level": "ship", "recommended": recommended, "title": "Ship", "why": "It is faster."}
+        manifest = {"stages": {"report": {"result": judged, **cost}}}
+        done = Deployment(out, None, manifest, None, out / "report.html")  # type: ignore[arg-type]
+        monkeypatch.setattr("nirvana_deploy.pipeline.prune_export.run_job", lambda *_, **__: done)
+        return run("prune-export", "tiny", "--sparsity", "0.2").stdout.splitlines()[-1]
+
+    found = told("dense-w4")
+    [words] = commands_in(found.removeprefix("Try it: "))
+    parse(words)
+    assert words[:2] == ["generate", str(out / "dense" / "onnx-w4")]
+    assert told(None) == f"Report: {out / 'report.html'}"
 
 
 def test_select_calib_ranks_candidates(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

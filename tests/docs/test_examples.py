@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from builders.documents import SITE, blocks
 from builders.extras import EXTRAS, needs
 from builders.jobs import SHORT_ROUNDS
 from builders.scripts import ROOT
-from builders.tiny import write_tiny
+from builders.tiny import INTERRUPTIBLE, write_tiny
 
 import nirvana_deploy
 from nirvana_deploy.engine.recipe import EngineBuild, EngineForm, Lengths
@@ -111,6 +112,29 @@ def test_a_server_is_asked_by_the_third_example(first: Path) -> None:
     with open_runner(first / "onnx") as runner:
         wanted = stream_text(runner, tokenizer, "Once upon", max_new_tokens=6, stops=stops)
     assert wanted.new_tokens and found == wanted.text
+
+
+def test_the_fourth_example_serves_what_the_report_recommends(model: str, first: Path) -> None:
+    for module in ("fastapi", "uvicorn", "prometheus_client", "openai"):
+        needs(module)
+    options = {**SHORT, "sparsity": 0.3, "out": str(first), "port": 0}
+    file = str(ROOT / "docs" / "examples" / "serve_model.py")
+    script = f"{INTERRUPTIBLE}import runpy; runpy.run_path({file!r})['main']({model!r}, **{options!r})"
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=-1, text=True)
+    try:
+        assert child.stdout is not None
+        said = next((line for line in child.stdout if " on http" in line), "")
+        name, _, url = said.strip().rpartition(" on ")
+        assert name, child.communicate()[1]
+        assert name.startswith("first/") and "".join(
+            example("ask")["continuation"](f"{url.removesuffix('/v1')}/v1", "Once upon", max_tokens=3)
+        )
+        child.send_signal(signal.SIGINT)
+        told, _ = child.communicate(timeout=60)
+        assert child.returncode == 0 and "Ended after 1 answers." in told
+    finally:
+        child.kill()
+        child.communicate()
 
 
 @pytest.mark.parametrize("page", [page for page in SITE if blocks(page, "python")])

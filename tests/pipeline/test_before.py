@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,44 @@ def test_what_would_fail_after_hours_is_refused_ahead(
 ) -> None:
     with pytest.raises(NirvanaError, match=complaint):
         checked(job(short, **options), short, "report", Heard())
+
+
+def widened(checkpoint: Checkpoint, width: int) -> Checkpoint:
+    """The checkpoint, said to have FFNs of another width."""
+    layers = tuple(replace(layer, ffn_width=width) for layer in checkpoint.shape.layers)
+    return replace(checkpoint, shape=replace(checkpoint.shape, layers=layers))
+
+
+@pytest.mark.parametrize(
+    ("width", "options", "told"),
+    [
+        (400, {"num_sequences": None}, []),
+        (
+            14336,
+            {"num_sequences": None},
+            [
+                "At most 256 windows are drawn unasked: 8,192 tokens, 0.6 for each of 14,336 neurons, where "
+                "20 are better: --num-sequences 8960.",
+            ],
+        ),
+        (
+            14336,
+            {"num_sequences": 1000},
+            [
+                "Curves are measured on 8,192 tokens, 0.5 for each of the 14,336 inputs of the widest "
+                "linear; below 5 their ridge is larger.",
+            ],
+        ),
+        (14336, {"num_sequences": 1000, "preset": "fast"}, []),
+    ],
+)
+def test_wide_models_are_told_what_their_text_lacks(
+    short: Checkpoint, width: int, options: dict[str, Any], told: list[str]
+) -> None:
+    heard = Heard()
+    checked(job(short, seq_len=32, **options), widened(short, width), "checkpoint", heard)
+    said = [note for note in heard.notes if note.startswith(("At most", "Curves are measured"))]
+    assert said == told
 
 
 def test_steps_are_for_one_process(short: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,20 @@ def test_paper_gives_the_bytes_of_the_plan_of_its_scores(
     write_plan(plan, tmp_path / "plan.json")
     assert (out / "plan.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
     assert record["source"] == "pydoc"
+
+
+def test_paper_keeps_the_units_that_it_kept_when_it_was_the_default(
+    tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """As the version before there were presets chose them; whole numbers, so the same on every machine."""
+    sizes: dict[str, Any] = {**SHORT, "calib": str(text), "round_to": 4, "num_sequences": 4, "seq_len": 16}
+    done = prune_export(str(tiny_llama), out=tmp_path / "out", until="checkpoint", sparsity=0.3, **sizes)
+    layers = json.loads((done.out / "plan.json").read_text(encoding="utf-8"))["layers"]
+    kept = [[layer["kept_groups"], layer["kept_neurons"]] for layer in layers]
+    assert [(groups, len(neurons)) for groups, neurons in kept] == [
+        ([0, 1, 2], 40),
+        ([0, 1, 2], 36),
+        ([1], 16),
+    ]
+    found = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+    assert found == "2c2c73f9c0b43a7ab903e2c88a0c3e5c407ca2cdd0dd89f8618444c199023e48"

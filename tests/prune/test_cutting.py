@@ -20,7 +20,8 @@ from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.curves.budget import UnitCost
-from nirvana_deploy.prune.curves.curve import Curves, curve_of, facts_of
+from nirvana_deploy.prune.curves.curve import Curves, curve_of
+from nirvana_deploy.prune.curves.facts import facts_of
 from nirvana_deploy.prune.cutting import Cutter, reads_curves, width_step
 from nirvana_deploy.prune.plan import make_plan
 from nirvana_deploy.prune.plan_file import read_plan, write_plan
@@ -46,11 +47,10 @@ def cutter(folder: Path, *, cost: UnitCost | None = None, **options: Any) -> Cut
 
 
 def curves_of(folder: Path, tokens: NDArray[np.int64]) -> Curves:
-    shape = shape_of(folder)
     return Curves(
         groups=tuple(curve_of([0, 1, 2], [0, 0.1 + n, 0.4 + 3 * n]) for n in range(3)),
         neurons=tuple(curve_of([0, 20, 36], [0, 0.05 * (3 - n), 2]) for n in range(3)),
-        facts=facts_of(shape, tokens),
+        facts=facts_of(Checkpoint.open(folder), tokens),
     )
 
 

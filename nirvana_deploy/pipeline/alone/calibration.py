@@ -26,9 +26,10 @@ def select_calibration(
 ) -> Selection:
     """Rank calibration sets, gammas and saliencies by KL(dense || pruned) on held-out windows.
 
-    Each candidate is scored, planned and masked, never built. A script that asks for several processes does
-    so under ``if __name__ == "__main__"``: they are spawned. Raises NirvanaError for a gamma that is neither
-    a number nor M/A, an unknown saliency, and text that does not suffice.
+    Each candidate is scored, planned, refitted if the recipe says so, and masked, never built. A script that
+    asks for several processes does so under ``if __name__ == "__main__"``: they are spawned. Raises
+    NirvanaError for a gamma that is neither a number nor M/A, an unknown saliency, and text that does not
+    suffice.
     """
     where = where or Where()
     require_place(where)
@@ -49,15 +50,15 @@ def select_calibration(
         progress=progress,
     )
     grid = gamma_grid(checkpoint.shape, sparsity=recipe.sparsity, round_to=recipe.round_to)
-    plain = Pruning(
+    cut = Pruning(
         sparsity=recipe.sparsity,
         allocation=recipe.allocation,
         round_to=recipe.round_to,
-        reconstruct=False,
+        reconstruct=recipe.reconstruct,
     )
     with TemporaryDirectory() as scratch:
         return select_cut(
-            Cutter(checkpoint, plain, seed=recipe.seed, model_name=source.name, progress=progress),
+            Cutter(checkpoint, cut, seed=recipe.seed, model_name=source.name, progress=progress),
             sets.calibrations,
             sets.heldout,
             saliencies=listed(recipe.saliencies),

@@ -32,6 +32,7 @@ from nirvana_deploy.pipeline.before import (
 )
 from nirvana_deploy.pipeline.forecast.costs import Cost, Costs
 from nirvana_deploy.pipeline.forecast.stages import stages_of
+from nirvana_deploy.pipeline.given_curves import GivenCurves
 from nirvana_deploy.pipeline.job import Job
 from nirvana_deploy.prune.choosing.choices import Choices
 from nirvana_deploy.prune.curves.operations import operations_per_second
@@ -155,6 +156,7 @@ def forecast(
     resume: bool = False,
     force: bool = False,
     again: Sequence[str] = (),
+    curves: GivenCurves | None = None,
     speed: Speed | None = None,
     progress: Progress = SILENT,
 ) -> Planned:
@@ -167,6 +169,8 @@ def forecast(
     dense = Checkpoint.open(source.path)
     job = within_context(job, dense)
     choices = checked(job, dense, until, progress)
+    if curves is not None:
+        curves.require_serves(job, choices, dense)
     out = out if out is not None else Path(f"{source.name}-s{job.pruning.sparsity:g}")
     require_free(out, resume=resume, force=force)
     finished: frozenset[str] = frozenset()
@@ -176,6 +180,8 @@ def forecast(
         options = recorded_options(job, choices, dense.shape, until)
         run.require_same(options, model_record(source), may_change())
         finished = _finished(run, names, (*again, *measured_anew(run.differing(options))))
+    if curves is not None:
+        finished |= {stage.CURVES}
     costs = Costs(job, choices, dense)
     speed = speed or probed()
     found = [_stage(name, costs.of(name), speed, name in finished) for name in names]

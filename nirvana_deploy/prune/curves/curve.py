@@ -5,7 +5,6 @@ Pure data. One set of curves serves every sparsity. The file is ``curves.safeten
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,11 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import parse_json, read_tensors, typed
-from nirvana_deploy.model.shape import ModelShape
 
 SCHEMA = "nirvana-deploy curves 1"
 _ABOUT = "curves"
+AGAIN = "Measure the curves again: repeat the command with --force, or with another --out."
+"""A hint."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,12 @@ class Curves:
     neurons: tuple[Curve, ...]
     """FFN neurons; a site without FFN has the single point 0."""
     facts: Mapping[str, str]
-    """What they were measured on: the model's dimensions, the sha256 of the windows."""
+    """What they were measured on, as ``facts.py`` says it."""
 
 
 def curve_of(removed: Sequence[int], kl: Sequence[float]) -> Curve:
     """A curve through points; losses are made to ascend."""
     return Curve(np.array(removed, dtype=np.int64), np.maximum.accumulate(np.array(kl, dtype=np.float64)))
-
-
-def facts_of(shape: ModelShape, windows: NDArray[np.int64]) -> dict[str, str]:
-    """What makes curves those of one model and of calibration ``windows`` [N, T]."""
-    layers = [[layer.site, layer.query_heads, layer.kv_heads, layer.ffn_width] for layer in shape.layers]
-    return {
-        "family": shape.family.name,
-        "layers": json.dumps(layers, separators=(",", ":")),
-        "hidden_size": str(shape.hidden_size),
-        "windows_sha256": hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest(),
-    }
 
 
 def write_curves(curves: Curves, path: Path) -> None:
@@ -85,11 +74,11 @@ def write_curves(curves: Curves, path: Path) -> None:
 
 def read_curves(path: Path) -> Curves:
     """Read and check ``curves.safetensors``; raises NirvanaError for a file that holds no curves."""
-    found, about = read_tensors(path, hint=_AGAIN)
+    found, about = read_tensors(path, hint=AGAIN)
     where = f"{path}, metadata {_ABOUT!r}"
-    facts = typed(parse_json(about.get(_ABOUT, "{}"), where, hint=_AGAIN), dict[str, str], where, hint=_AGAIN)
+    facts = typed(parse_json(about.get(_ABOUT, "{}"), where, hint=AGAIN), dict[str, str], where, hint=AGAIN)
     if facts.pop("schema", None) != SCHEMA:
-        raise NirvanaError(f"{path} holds no curves of this version.", hint=_AGAIN)
+        raise NirvanaError(f"{path} holds no curves of this version.", hint=AGAIN)
     kinds = {}
     for kind in ("groups", "neurons"):
         names = sorted(name.rpartition(".")[0] for name in found if name.endswith(f".{kind}.kl"))
@@ -98,21 +87,6 @@ def read_curves(path: Path) -> Curves:
         for number, curve in enumerate(kinds[kind]):
             _check(path, f"{kind} of layer {number}", curve)
     return Curves(groups=kinds["groups"], neurons=kinds["neurons"], facts=facts)
-
-
-def require_curves_of(curves: Curves, facts: Mapping[str, str], path: Path) -> None:
-    """Raise NirvanaError for curves of another model, or measured on other windows."""
-    for key, wanted in facts.items():
-        if curves.facts.get(key) != wanted:
-            what = "other calibration windows" if key == "windows_sha256" else "another model"
-            raise NirvanaError(
-                f"{path} was measured on {what}: {key} is {curves.facts.get(key)!r:.60} there and "
-                f"{wanted!r:.60} here.",
-                hint=_AGAIN,
-            )
-
-
-_AGAIN = "Measure the curves again: repeat the command with --force, or with another --out."
 
 
 def _check(path: Path, what: str, curve: Curve) -> None:
@@ -129,5 +103,5 @@ def _check(path: Path, what: str, curve: Curve) -> None:
     if not sound:
         raise NirvanaError(
             f"{path}: the curve for {what} must start at 0 removed units with no loss, and ascend.",
-            hint=_AGAIN,
+            hint=AGAIN,
         )

@@ -24,17 +24,19 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.curves.budget import LEAST_SHARE
-from nirvana_deploy.prune.curves.curve import Curve, Curves, curve_of, facts_of
+from nirvana_deploy.prune.curves.curve import Curve, Curves, curve_of
+from nirvana_deploy.prune.curves.facts import facts_of
 from nirvana_deploy.prune.curves.measured import Trial, measure, scaled_by
 from nirvana_deploy.prune.curves.metric import Metric
 from nirvana_deploy.prune.refit.elimination import (
+    RIDGE,
     Optimum,
     eliminate,
     eliminate_groups,
     group_inputs,
     optimum_of,
 )
-from nirvana_deploy.prune.refit.least_squares import NormalEquations, add_gram
+from nirvana_deploy.prune.refit.least_squares import NormalEquations, add_gram, raised
 from nirvana_deploy.prune.refit.readers import Reader, Wanted, readers_of, watched
 from nirvana_deploy.prune.refit.selection import BLOCKS
 from nirvana_deploy.prune.saliency.gradient import sampled_likelihood_gradient
@@ -43,6 +45,8 @@ from nirvana_deploy.prune.streaming.processes import Share, is_first, share_of, 
 
 CURVE_TOKENS = 8192
 """At most so many calibration tokens are read for curves."""
+ENOUGH_TOKENS = 5
+"""For each input of a linear: with fewer the ridges are larger. More would cost as much as the refit."""
 MEASURED_TOKENS = 512
 """So many of them, with no part in the refit, measure the scale."""
 _MEASURED_NEURONS = 0.4
@@ -81,13 +85,13 @@ def measure_curves(
     order = torch.cat([windows[:fitted], windows[len(used) - measured :]])
     _, share = share_of(order, measured)
     tell({"work": CURVES, "checkpoint": str(checkpoint.path), "measured": measured, "seed": seed}, order)
-    sink = _Sink(model.shape, least_neurons, share)
+    positions = model.read(order[:fitted])[-1].numel()
+    sink = _Sink(model.shape, least_neurons, share, positions)
     _run(model, order, measured, seed, sink, spill=spill, spill_folder=spill_folder, progress=progress)
     measure(model, sink.trials, order[fitted:], progress=progress)
-    positions = model.read(order[:fitted])[-1].numel()
-    groups = scaled_by(model.shape, sink.curves(positions, attention=True), sink.trials, attention=True)
-    neurons = scaled_by(model.shape, sink.curves(positions, attention=False), sink.trials, attention=False)
-    return Curves(groups=tuple(groups), neurons=tuple(neurons), facts=facts_of(model.shape, tokens))
+    groups = scaled_by(model.shape, sink.curves(attention=True), sink.trials, attention=True)
+    neurons = scaled_by(model.shape, sink.curves(attention=False), sink.trials, attention=False)
+    return Curves(groups=tuple(groups), neurons=tuple(neurons), facts=facts_of(checkpoint, tokens))
 
 
 def take_part(work: dict[str, Any], windows: torch.Tensor) -> None:
@@ -96,7 +100,7 @@ def take_part(work: dict[str, Any], windows: torch.Tensor) -> None:
     if not len(own):
         return
     model = StreamedModel(Checkpoint.open(Path(work["checkpoint"])))
-    sink = _Sink(model.shape, None, share)
+    sink = _Sink(model.shape, None, share, len(windows))
     _run(model, windows, work["measured"], work["seed"], sink, progress=SILENT)
 
 
@@ -131,6 +135,17 @@ def tried_groups(groups: int) -> list[int]:
     """How many of an attention's KV groups are removed when its scale is measured."""
     tried = {min(max(1, round(share * groups)), groups - 1) for share in _MEASURED_GROUPS}
     return sorted(tried - {0})
+
+
+def scarce(widest: int, tokens: int) -> str | None:
+    """What to say where a linear of ``widest`` inputs is fitted to few tokens of ``tokens``; else None."""
+    used = min(tokens, CURVE_TOKENS) - MEASURED_TOKENS
+    if used >= ENOUGH_TOKENS * widest or tokens <= CURVE_TOKENS:  # of scarce text the refit says more
+        return None
+    return (
+        f"Curves are measured on {CURVE_TOKENS:,} tokens, {used / widest:.1f} for each of the {widest:,} "
+        f"inputs of the widest linear; below {ENOUGH_TOKENS} their ridge is larger."
+    )
 
 
 def require_windows(windows: int) -> None:
@@ -174,8 +189,10 @@ class _Border:
 class _Sink:
     """Turns what passes through each block into curves and trials."""
 
-    def __init__(self, shape: ModelShape, least_neurons: int | None, share: Share) -> None:
+    def __init__(self, shape: ModelShape, least_neurons: int | None, share: Share, positions: int) -> None:
         self._shape, self._share = shape, share
+        self._positions = positions
+        """What the first process fits on."""
         self._least_neurons = least_neurons
         self._costs: dict[tuple[int, bool], tuple[list[int], list[float]]] = {}
         self.trials: list[Trial] = []
@@ -216,12 +233,12 @@ class _Sink:
     def _border(self, reader: Reader) -> _Border:
         return _Border(Metric(self._shape.hidden_size), NormalEquations(reader.linear.weight.detach()))
 
-    def curves(self, positions: int, *, attention: bool) -> list[Curve]:
+    def curves(self, *, attention: bool) -> list[Curve]:
         """What was predicted, per position of the logits."""
         found = []
         for position in range(len(self._shape.layers)):
             removed, cost = self._costs.get((position, attention), ([0], [0.0]))
-            found.append(curve_of(removed, [one / (2 * positions) for one in cost]))
+            found.append(curve_of(removed, [one / (2 * self._positions) for one in cost]))
         return found
 
     def _finish(self, reader: Reader, border: _Border) -> None:
@@ -231,7 +248,7 @@ class _Sink:
             self._groups(reader, border, reader.groups)
 
     def _groups(self, reader: Reader, border: _Border, groups: int) -> None:
-        kept, cost = eliminate_groups(_optimum(reader, border), groups)
+        kept, cost = eliminate_groups(self._optimum(reader, border), groups)
         self._costs[reader.position, True] = list(range(groups)), cost
         inputs = border.equations.weight.shape[1]
         for removed in tried_groups(groups):
@@ -242,7 +259,7 @@ class _Sink:
         least = max(1, width // LEAST_SHARE) if self._least_neurons is None else self._least_neurons
         least = min(least, width)
         # nobody else holds the optimum, whose gigabytes are free before the trial takes as many
-        gone = eliminate(_optimum(reader, border), keep=least, block=max(1, width // BLOCKS))
+        gone = eliminate(self._optimum(reader, border), keep=least, block=max(1, width // BLOCKS))
         self._costs[reader.position, False] = gone.removed, gone.cost
         removed = min(round(_MEASURED_NEURONS * width), len(gone.order))
         kept = torch.ones(width, dtype=torch.bool)
@@ -253,25 +270,28 @@ class _Sink:
         """Refit what stays on the curve's windows; note what that changes on the measured ones."""
         assert border.inputs is not None
         dense = border.equations.weight
-        refit = border.equations.only(kept).solve(_MEASURED_RIDGE)
+        refit = border.equations.only(kept).solve(self._raised(_MEASURED_RIDGE, border))
         assert refit is not None  # the elimination found them finite
         difference = -dense.clone()
         difference[:, kept] += refit.weight.to(dense.device)
         change = border.inputs @ difference.T
         self.trials.append(Trial(reader.position, reader.groups is not None, removed, change))
 
+    def _optimum(self, reader: Reader, border: _Border) -> Optimum:
+        metric = border.metric.root()
+        optimum = None
+        if metric is not None:
+            ridge = self._raised(RIDGE, border)
+            optimum = optimum_of(border.equations.gram, border.equations.weight, metric=metric, ridge=ridge)
+        if optimum is None:
+            raise NirvanaError(
+                f"{reader.name}: its inputs or the gradients behind it are NaN or infinite on the "
+                "calibration text; no curve can be measured."
+            )
+        return optimum
 
-def _optimum(reader: Reader, border: _Border) -> Optimum:
-    metric = border.metric.root()
-    optimum = None
-    if metric is not None:
-        optimum = optimum_of(border.equations.gram, border.equations.weight, metric=metric)
-    if optimum is None:
-        raise NirvanaError(
-            f"{reader.name}: its inputs or the gradients behind it are NaN or infinite on the "
-            "calibration text; no curve can be measured."
-        )
-    return optimum
+    def _raised(self, ridge: float, border: _Border) -> float:
+        return raised(ridge, border.equations.weight.shape[1], self._positions, enough=ENOUGH_TOKENS)
 
 
 @dataclass

@@ -35,6 +35,14 @@ def add_gram(gram: torch.Tensor, x: torch.Tensor) -> None:
         gram[:start, start:stop] = panel[:, :start].T
 
 
+def raised(ridge: float, inputs: int, positions: int, *, enough: int = 1) -> float:
+    """``ridge``, larger by as much as positions fall short of ``enough`` for each input.
+
+    What is fitted to noise grows with inputs per position, and so does the best ridge.
+    """
+    return ridge * max(1.0, enough * inputs / max(positions, 1))
+
+
 @dataclass(frozen=True)
 class Refit:
     """A refitted linear."""

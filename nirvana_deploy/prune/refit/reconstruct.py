@@ -31,6 +31,7 @@ from nirvana_deploy.model.reading import stack_lengths
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
 from nirvana_deploy.prune.refit.fitting import Choose, Fit, fitted
+from nirvana_deploy.prune.refit.least_squares import raised
 from nirvana_deploy.prune.refit.readers import (
     Reader,
     Wanted,
@@ -141,7 +142,7 @@ def refit_readers(
                 save_file(written, folder / f"layer-{min(positions):05}.safetensors")
             advance(len(positions))
 
-        refitting = _Refitting(checkpoint, kept, choose, ridge, write)
+        refitting = _Refitting(checkpoint, kept, choose, ridge, read_tokens(shape, *tokens.shape), write)
         fits = refitting.run(model, windows, micro_batch)
     return Reconstruction(
         ridge=ridge,
@@ -155,7 +156,14 @@ def take_part(work: dict[str, Any], windows: torch.Tensor, *kept: torch.Tensor) 
     """Refit for the first process, on some of the windows [N, T]."""
     checkpoint = Checkpoint.open(Path(work["checkpoint"]))
     given = None if work["kept"] is None else dict(zip(work["kept"], kept, strict=True))
-    refitting = _Refitting(checkpoint, given, None, work["ridge"], lambda positions, written: None)
+    refitting = _Refitting(
+        checkpoint,
+        given,
+        None,
+        work["ridge"],
+        read_tokens(checkpoint.shape, *windows.shape),
+        lambda positions, written: None,
+    )
     refitting.run(StreamedModel(checkpoint), windows, work["micro_batch"])
 
 
@@ -167,6 +175,8 @@ class _Refitting:
     kept: dict[str, torch.Tensor] | None
     choose: Choose | None
     ridge: float | None
+    positions: int
+    """Of all processes, in the shorter stack."""
     write: Callable[[Sequence[int], dict[str, torch.Tensor]], None]
     """What to do with the weights of a block, by name."""
 
@@ -199,9 +209,20 @@ class _Refitting:
 
     def _fit(self, reader: Reader, replay: _Replay, wanted: Sequence[Wanted], share: Share) -> Fit:
         kept = None if self.kept is None else self.kept[reader.name]
-        return fitted(
-            reader, replay.pairs(), wanted, kept=kept, choose=self.choose, ridge=self.ridge, share=share
-        )
+        ridge = self.ridge
+        if ridge is not None:
+            ridge = raised(ridge, reader.linear.weight.shape[1], self.positions)
+        return fitted(reader, replay.pairs(), wanted, kept=kept, choose=self.choose, ridge=ridge, share=share)
+
+
+def widest_input(shape: ModelShape) -> int:
+    """Inputs of the widest o or down."""
+    return max(max(layer.query_heads * shape.head_dim, layer.ffn_width) for layer in shape.layers)
+
+
+def read_tokens(shape: ModelShape, num_sequences: int, seq_len: int) -> int:
+    """Tokens of windows in the stack that reads fewest of them."""
+    return num_sequences * min(stack_lengths(shape.family, seq_len))
 
 
 def require_tokens(shape: ModelShape, num_sequences: int, seq_len: int) -> str | None:
@@ -209,18 +230,18 @@ def require_tokens(shape: ModelShape, num_sequences: int, seq_len: int) -> str |
 
     Returns what to say of fewer than all of them, where only a large ridge holds; else None.
     """
-    widest = max(max(layer.query_heads * shape.head_dim, layer.ffn_width) for layer in shape.layers)
+    widest = widest_input(shape)
     lengths = stack_lengths(shape.family, seq_len)
-    read_tokens = num_sequences * min(lengths)
-    if read_tokens >= widest:
+    read = read_tokens(shape, num_sequences, seq_len)
+    if read >= widest:
         return None
     enough = -(-widest // max(min(lengths), 1))
     stacks = " in each stack" if len(lengths) > 1 else ""
-    have = f"{num_sequences} windows of {seq_len} are {read_tokens:,} tokens{stacks}"
-    if 4 * read_tokens >= widest:
+    have = f"{num_sequences} windows of {seq_len} are {read:,} tokens{stacks}"
+    if 4 * read >= widest:
         return (
             f"{have}, fewer than the {widest:,} inputs of the widest linear: refits will stay close to the "
-            f"old weights. --num-sequences {20 * enough} would do better."
+            f"old weights, by a larger ridge. --num-sequences {20 * enough} would do better."
         )
     raise NirvanaError(
         f"Reconstruction fits linears of up to {widest:,} inputs and needs calibration tokens for at least a "

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from builders.plans import shape_of
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.curves.curve import (
     SCHEMA,
     Curve,
     Curves,
     curve_of,
-    facts_of,
     read_curves,
-    require_curves_of,
     write_curves,
 )
+from nirvana_deploy.prune.curves.facts import facts_of, require_curves_of
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def curves(tiny_llama: Path, tokens: NDArray[np.int64]) -> Curves:
     return Curves(
         groups=tuple(curve_of([0, 1, 2], [0, 0.1 * n, 0.3 * n]) for n in range(12)),
         neurons=tuple(curve_of([0, 10, 24], [0, 0.01, 0.07 + n]) for n in range(12)),
-        facts=facts_of(shape_of(tiny_llama), tokens),
+        facts=facts_of(Checkpoint.open(tiny_llama), tokens),
     )
 
 
@@ -110,9 +110,9 @@ def test_curves_without_one_half_are_refused(tmp_path: Path) -> None:
 def test_curves_of_another_model_or_other_windows_are_refused(
     curves: Curves, tiny_llama: Path, tokens: NDArray[np.int64]
 ) -> None:
-    facts, path = facts_of(shape_of(tiny_llama), tokens), Path("curves.safetensors")
+    facts, path = facts_of(Checkpoint.open(tiny_llama), tokens), Path("curves.safetensors")
     require_curves_of(curves, facts, path)
-    other = facts_of(shape_of(tiny_llama), tokens[::-1])
+    other = facts_of(Checkpoint.open(tiny_llama), tokens[::-1])
     with pytest.raises(NirvanaError, match=r"curves\.safetensors was measured on other calibration windows"):
         require_curves_of(curves, other, path)
     for key, value in (("family", "gemma3"), ("hidden_size", "96"), ("layers", "[]")):
@@ -121,7 +121,17 @@ def test_curves_of_another_model_or_other_windows_are_refused(
 
 
 def test_facts_tell_models_and_windows_apart(tiny: Path, tokens: NDArray[np.int64]) -> None:
-    facts = facts_of(shape_of(tiny), tokens)
-    assert facts == facts_of(shape_of(tiny), np.asfortranarray(tokens))
-    longer = facts_of(shape_of(tiny), np.concatenate([tokens, tokens]))
+    facts = facts_of(Checkpoint.open(tiny), tokens)
+    assert facts == facts_of(Checkpoint.open(tiny), np.asfortranarray(tokens))
+    longer = facts_of(Checkpoint.open(tiny), np.concatenate([tokens, tokens]))
     assert {key for key in facts if facts[key] != longer[key]} == {"windows_sha256"}
+
+
+def test_files_that_say_nothing_of_the_weights_are_read_where_nothing_contradicts(
+    curves: Curves, tiny_llama: Path, tokens: NDArray[np.int64]
+) -> None:
+    facts, path = facts_of(Checkpoint.open(tiny_llama), tokens), Path("curves.safetensors")
+    earlier = {key: value for key, value in facts.items() if key != "weights_sample_sha256"}
+    require_curves_of(replace(curves, facts=earlier), facts, path)
+    with pytest.raises(NirvanaError, match="a model of the same shape and other weights"):
+        require_curves_of(replace(curves, facts={**facts, "weights_sample_sha256": "0"}), facts, path)

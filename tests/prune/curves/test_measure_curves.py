@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from builders.plans import shape_of
 from builders.tiny import VOCABULARY, write_tiny
 from builders.tiny_t5 import write_t5
@@ -16,8 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.prune.curves.curve import Curves, facts_of, write_curves
+from nirvana_deploy.prune.curves.curve import Curves, write_curves
+from nirvana_deploy.prune.curves.facts import facts_of
 from nirvana_deploy.prune.curves.measure_curves import measure_curves, tried_groups
+from nirvana_deploy.prune.curves.metric import Metric
+from nirvana_deploy.prune.refit.elimination import eliminate, eliminate_groups, optimum_of
+from nirvana_deploy.prune.refit.readers import Wanted, readers_of
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "llama": partial(write_tiny, kind="llama-tied"),
@@ -53,7 +58,44 @@ def test_curves_ascend_from_zero_to_the_floors(
             assert len(curve.removed) == len(curve.kl) and curve.kl[0] == 0
             assert (np.diff(curve.removed) > 0).all() and (np.diff(curve.kl) >= 0).all()
         assert groups.kl[-1] > 1e-4 and (not layer.ffn_width or neurons.kl[-1] > 1e-4)
-    assert curves.facts == facts_of(shape, windows)
+    assert curves.facts == facts_of(Checkpoint.open(folder), windows)
+
+
+def test_what_is_predicted_is_that_of_one_full_backward(
+    tiny_llama: Path, windows: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole model in float64, one backward from likelihoods of labels drawn with the same numbers."""
+    monkeypatch.setattr(f"{measure_curves.__module__}.measure", lambda *_, **__: None)
+    monkeypatch.setattr(f"{measure_curves.__module__}.scaled_by", lambda _, curves, *__, **___: curves)
+    found = measure_curves(Checkpoint.open(tiny_llama), windows, seed=5)
+    fitted = torch.from_numpy(windows[:15])  # the other half measures the scale
+    shape, model = shape_of(tiny_llama), Checkpoint.open(tiny_llama).load(dtype=torch.float64)
+    readers = [one for p, block in enumerate(model.model.layers) for one in readers_of(shape, [p], block)]
+    met: dict[str, dict[str, torch.Tensor]] = {reader.name: {} for reader in readers}
+    for reader in readers:
+        seen = met[reader.name]
+        reader.entry.register_forward_pre_hook(lambda _, x, seen=seen: seen.update(entered=x[0]))
+        reader.linear.register_forward_hook(lambda _, x, y, seen=seen: seen.update(inputs=x[0], output=y))
+    likelihood = model(fitted).logits.log_softmax(-1)
+    draws = torch.rand(windows.shape, generator=torch.Generator().manual_seed(5))[:15].double() * (1 - 1e-4)
+    labels = (likelihood.exp().cumsum(-1) < draws[..., None]).sum(-1, keepdim=True)
+    drawn = likelihood.gather(-1, labels).sum()
+    gradients = torch.autograd.grad(drawn, [met[reader.name]["output"] for reader in readers])
+    for reader, gradient in zip(readers, gradients, strict=True):
+        seen = {name: value.detach() for name, value in met[reader.name].items()}
+        weight = Wanted(reader.behind(seen["entered"], seen["output"])).importance()
+        metric, inputs = Metric(shape.hidden_size), (seen["inputs"] * weight).flatten(0, 1)
+        metric.observe(gradient, weight)
+        columns = reader.linear.weight.detach()
+        optimum = optimum_of(inputs.T @ inputs, columns, metric=metric.root())
+        assert optimum is not None
+        if reader.groups is None:
+            curve, width = found.neurons[reader.position], columns.shape[1]
+            expected = eliminate(optimum, keep=max(1, width // 24), block=1).cost
+        else:
+            curve = found.groups[reader.position]
+            expected = eliminate_groups(optimum, reader.groups)[1]
+        np.testing.assert_allclose(curve.kl, np.array(expected) / (2 * fitted.numel()), rtol=2e-3, atol=1e-9)
 
 
 def test_curves_end_where_so_many_neurons_stay(folder: Path, windows: NDArray[np.int64]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nirvana_deploy.prune.refit.elimination import scales
-from nirvana_deploy.prune.refit.least_squares import NormalEquations
+from nirvana_deploy.prune.refit.least_squares import NormalEquations, raised
 
 
 def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -83,3 +83,23 @@ def test_observations_that_are_not_finite_have_no_solutions() -> None:
     inputs[3, 2] = torch.inf
     equations = observed(inputs, weight, wanted)
     assert equations.solution(0.1) is None and equations.solve(0.1) is None
+
+
+def test_a_ridge_grows_as_positions_fall_short() -> None:
+    assert raised(0.3, 100, 100) == raised(0.3, 100, 1000) == 0.3
+    assert raised(0.3, 100, 25) == pytest.approx(1.2)
+    assert raised(0.02, 1536, 7680, enough=5) == 0.02  # SmolLM2 as it is drawn
+    assert raised(0.02, 14336, 7680, enough=5) == pytest.approx(0.02 * 9.33, rel=1e-3)
+
+
+def test_the_raised_ridge_is_nearer_to_the_truth_where_positions_are_few() -> None:
+    generator = torch.Generator().manual_seed(1)
+    truth, errors = torch.randn(3, 200, generator=generator).double(), {}
+    weight = truth + 0.1 * torch.randn(3, 200, generator=generator).double()
+    inputs = torch.randn(40, 200, generator=generator).double()
+    wanted = inputs @ truth.T + torch.randn(40, 3, generator=generator).double()
+    for ridge in (0.3, raised(0.3, 200, 40)):
+        refit = observed(inputs, weight, wanted).solve(ridge)
+        assert refit is not None
+        errors[ridge] = float((refit.weight - truth).square().sum())
+    assert errors[raised(0.3, 200, 40)] < errors[0.3]

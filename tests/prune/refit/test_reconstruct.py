@@ -31,7 +31,9 @@ from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_quality
 from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.prune.plan_file import read_plan
+from nirvana_deploy.prune.refit.fitting import Fit, fitted
 from nirvana_deploy.prune.refit.least_squares import NormalEquations, Refit
+from nirvana_deploy.prune.refit.readers import Reader
 from nirvana_deploy.prune.refit.reconstruct import reconstruct_layers
 from nirvana_deploy.prune.saliency.units import kept_positions
 from nirvana_deploy.prune.slicing import ReplacedWeights, SlicedWeights
@@ -288,6 +290,23 @@ def test_half_precision_is_rounded_once(
     first = "model.layers.0.self_attn.o_proj.weight"  # nothing rounded stands before it
     expected = SafetensorsWeights(tmp_path / "float32").load(first)
     assert torch.equal(SafetensorsWeights(pruned).load(first), expected.to(dtype))
+
+
+def test_a_fixed_ridge_is_larger_where_inputs_outnumber_tokens(
+    tiny_llama: Path, tmp_path: Path, tokens: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: dict[int, float] = {}
+
+    def noted(reader: Reader, *args: Any, ridge: float, **more: Any) -> Fit:
+        met[reader.linear.weight.shape[1]] = ridge
+        return fitted(reader, *args, ridge=ridge, **more)
+
+    monkeypatch.setattr("nirvana_deploy.prune.refit.reconstruct.fitted", noted)
+    few = tokens[:1, :20]
+    plan = plan_for(tiny_llama, sparsity=0.3)
+    reconstruct_layers(Checkpoint.open(tiny_llama), plan, few, tmp_path / "few", ridge=0.5)
+    assert max(met) > few.size
+    assert met == {width: pytest.approx(0.5 * max(1, width / few.size)) for width in met}
 
 
 def test_weights_of_another_plan_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
