@@ -55,7 +55,7 @@ def search(
     \b
     Examples:
       nirvana-deploy search smollm2 --max-kl 0.2
-      nirvana-deploy search smollm2 --sparsity 0,0.1,0.2 --precision none,w4 --max-weights-bytes 300M
+      nirvana-deploy search smollm2 --sparsity 0,0.1,0.2 --precision none,w4 --max-weights-bytes 300MB
       nirvana-deploy search smollm2 --sparsity 0,0.2 --try recover=20m --try "saliency=flap cost=bytes"
     """
     from nirvana_deploy.pipeline.forecast.search import forecast_search

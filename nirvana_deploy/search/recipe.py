@@ -6,6 +6,7 @@ from typing import Annotated
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.recipe import Option, fields_of, recipe, share_of
+from nirvana_deploy.base.units import typed_bytes
 from nirvana_deploy.quantize.schemes import onnx_schemes
 
 FLOAT = "none"
@@ -29,7 +30,7 @@ class Target:
         float | None, Option("Decoding at least this many times as fast as the dense model.", minimum=0)
     ] = None
     max_weights_bytes: Annotated[
-        int | None, Option("Weight file of at most this, for example 300M.", minimum=1, size=True)
+        int | None, Option("Weight file of at most this, for example 300MB.", minimum=1, size=True)
     ] = None
 
     @property
@@ -37,6 +38,15 @@ class Target:
         """The limits that were given, by name."""
         limits = {field.name: getattr(self, field.name) for field in fields_of(type(self))}
         return {name: limit for name, limit in limits.items() if limit is not None}
+
+    @property
+    def typed(self) -> dict[str, str]:
+        """The limits that were given as they are typed, by option: {"--max-weights-bytes": "300MB"}."""
+        fields = {field.name: field.option.size for field in fields_of(type(self))}
+        return {
+            f"--{name.replace('_', '-')}": typed_bytes(int(limit)) if fields[name] else f"{limit:g}"
+            for name, limit in self.asked.items()
+        }
 
     @property
     def on_quality(self) -> bool:

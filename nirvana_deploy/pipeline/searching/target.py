@@ -232,12 +232,14 @@ def _at(job: Job, sparsity: float) -> Job:
 
 def folder_named(model: str, target: Target) -> str:
     """The default name of an output folder: smollm2-max-kl-0.2."""
-    return "-".join([model, *(f"{name.replace('_', '-')}-{limit:g}" for name, limit in target.asked.items())])
+    return "-".join(
+        [model, *(f"{option.removeprefix('--')}-{limit}" for option, limit in target.typed.items())]
+    )
 
 
 def _unmet(trials: list[Found], target: Target, out: Path) -> NirvanaError:
     dense = trials[0]
-    asked = ", ".join(f"--{name.replace('_', '-')} {limit:g}" for name, limit in target.asked.items())
+    asked = ", ".join(f"{option} {limit}" for option, limit in target.typed.items())
     load = loads(dense, target)
     if load.met and load.cost is not None:
         return NirvanaError(
