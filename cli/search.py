@@ -76,7 +76,8 @@ def search(
     found = search_points(model, target=target, command=command_line(), **how)
     record = found.record
     if as_json:
-        echo_json({"out": str(found.out), **record})
+        typed_here = {"next": found.commands, "next_typed_in": "the folder where this was typed"}
+        echo_json({"out": str(found.out), **record, **typed_here})
         return
     title = f"{model}: {len(found.points)} points"
     headers = [BRIEF_NAMES.get(header, header) for header in columns(record, BRIEF)]
@@ -85,6 +86,6 @@ def search(
         echo(f"Part {recipe.shard} is in {found.out}: copy the parts together, and repeat without --shard.")
         return
     echo(record["verdict"])
-    for command in record["next"]:
+    for command in found.commands:
         echo(f"  {command}")
     echo(f"Page: {found.page}")

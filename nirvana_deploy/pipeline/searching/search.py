@@ -40,6 +40,7 @@ from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.pipeline.before import UNTIMED, read_files, untimed
 from nirvana_deploy.pipeline.job import Job, JobOptions, job_of, plain
 from nirvana_deploy.pipeline.prune_export import workload_of
+from nirvana_deploy.pipeline.searching.commands import commands_inside, commands_of
 from nirvana_deploy.pipeline.searching.cuts import cuts_of, job_in, make_cuts, tried_options
 from nirvana_deploy.pipeline.searching.points import found_in, points_on_tasks, timed_points
 from nirvana_deploy.prune.choosing.choices import listed
@@ -75,6 +76,8 @@ class Searched:
     """The content of search.json."""
     page: Path | None
     """search.html; None for a part of a search."""
+    commands: tuple[str, ...] = ()
+    """To run the recommended point and to make it again, from where the search was begun."""
 
     def __repr__(self) -> str:
         taken = "none" if self.recommendation.point is None else self.recommendation.point.name
@@ -137,20 +140,23 @@ def search_points(
         points = _points(run, job, key, recipe, anew=anew)
         if part[1] > 1:
             advice = recommend(points, target)
-            record = search_record(source.name, points, advice, None)
+            record = search_record(source.name, points, advice, None, commands=())
             return Searched(out, tuple(points), advice, record, None)
         if not any(one.kl is not None for one in points):
             raise NirvanaError(f"Every point failed. The first: {points[0].failed}")
         timed, benchmark = _timed(run, points, job)
         points = _on_tasks(run, [timed.get(one.name, one) for one in points], recipe)
         advice = recommend(points, target)
-        record = search_record(source.name, points, advice, benchmark)
+        chosen = advice.point
+        inside = [] if chosen is None else commands_inside(chosen, job, out)
+        record = search_record(source.name, points, advice, benchmark, commands=inside)
         _write_pages(run, record)
         run.finish()
-    if advice.point is not None:
-        _require_verified(out, advice.point)
-        _require_quality(out, advice.point, job)
-    return Searched(out, tuple(points), advice, record, out / SEARCH_HTML)
+    if chosen is not None:
+        _require_verified(out, chosen)
+        _require_quality(out, chosen, job)
+    here = () if chosen is None else tuple(commands_of(chosen, job, out))
+    return Searched(out, tuple(points), advice, record, out / SEARCH_HTML, here)
 
 
 def job_of_search(model: str, recipe: Search, options: Mapping[str, Any], *, base: Job | None = None) -> Job:

@@ -70,9 +70,14 @@ _ERRORS: dict[Quality, str] = {"kl": "kl_standard_error", "accuracy": "accuracy_
 
 
 def search_record(
-    model: str, points: Sequence[Found], advice: Recommendation, benchmark: Mapping[str, Any] | None
+    model: str,
+    points: Sequence[Found],
+    advice: Recommendation,
+    benchmark: Mapping[str, Any] | None,
+    *,
+    commands: Sequence[str],
 ) -> dict[str, Any]:
-    """The content of search.json."""
+    """The content of search.json; ``commands`` are typed in its folder."""
     by_size = {one.name for one in front(points, "weights_bytes")}
     by_time = {one.name for one in front(points, "tpot_ms")}
     chosen = advice.point
@@ -83,7 +88,8 @@ def search_record(
         "target_given": advice.given,
         "recommended": None if chosen is None else chosen.name,
         "verdict": verdict(points, advice),
-        "next": [] if chosen is None else _next(chosen),
+        "next": list(commands),
+        "next_typed_in": "the folder of this file",
         "ways": {one.way: one.options for one in points if one.way},
         "points": [
             {
@@ -122,16 +128,6 @@ def verdict(points: Sequence[Found], advice: Recommendation) -> str:
 def _limit(name: str, limit: float) -> str:
     what, write = _LIMITS[name]
     return f"{what} at {'least' if name == 'min_speedup' else 'most'} {write(limit)}"
-
-
-def _next(chosen: Found) -> list[str]:
-    """What to type in the folder of the search: run it; and complete its folder, report included."""
-    model = f"{chosen.folder}/{chosen.variant.folder}"
-    commands = [f"nirvana-deploy generate {model} --prompt 'The capital of France is'"]
-    if chosen.sparsity:
-        recipe = f"{chosen.folder}/recipe.toml"
-        commands.append(f"nirvana-deploy prune-export --recipe {recipe} --resume --out {chosen.folder}")
-    return commands
 
 
 def search_csv(record: Mapping[str, Any]) -> str:
