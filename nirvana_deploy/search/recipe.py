@@ -134,7 +134,7 @@ class Search(Where):
 def sparsities_of(recipe: Search) -> tuple[float, ...]:
     """The sparsities, ascending; raises NirvanaError for what is none, and where nothing is to be cut."""
     found = set()
-    for word in _words(recipe.sparsities):
+    for word in _words("--sparsity", recipe.sparsities):
         try:
             value = share_of(word)
         except ValueError:
@@ -155,14 +155,12 @@ def sparsities_of(recipe: Search) -> tuple[float, ...]:
 def precisions_of(recipe: Search) -> tuple[str | None, ...]:
     """The schemes, None for float weights, as given; raises NirvanaError for a name that is none."""
     known = (FLOAT, *onnx_schemes())
-    words = list(dict.fromkeys(_words(recipe.precisions)))
+    words = list(dict.fromkeys(_words("--precision", recipe.precisions)))
     for word in words:
         if word not in known:
             raise NirvanaError(
                 f"--precision {recipe.precisions}: {word!r} is no precision; there are {', '.join(known)}."
             )
-    if not words:
-        raise NirvanaError(f"--precision is empty; it takes {', '.join(known)}.")
     return tuple(None if word == FLOAT else word for word in words)
 
 
@@ -176,5 +174,12 @@ def shard_of(recipe: Search) -> tuple[int, int]:
     raise NirvanaError(f"--shard {recipe.shard!r} is no part; it takes I/N with I from 1 to N, as 2/8.")
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _words(option: str, text: str) -> list[str]:
+    """What stands between commas; raises NirvanaError where that is nothing."""
+    words = [word.strip() for word in text.split(",")]
+    if "" in words:
+        empty = "is empty" if len(words) == 1 else "has nothing between two commas, or at an end"
+        raise NirvanaError(
+            f"{option} {text!r} {empty}.", hint="Values are separated by single commas: --sparsity 0,0.1,0.2"
+        )
+    return words
