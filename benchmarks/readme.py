@@ -35,6 +35,7 @@ from recipes import read_rows as read_recipes
 from recipes import table as recipes_table
 from recover import table as recovery_table
 from recover_bounds import on_paper
+from scaling import tables as scaling_tables
 from selection import table as selection_table
 from serve import section as serve_section
 from speculative import section as speculative_section
@@ -355,6 +356,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "quality": quality_section(),
             "quantization": quantization_section(),
             "export": export_section(),
+            "scaling": scaling_tables(),
             "job-cost": job_cost_table(json.loads(JOB_COST.read_text())["jobs"]),
             "engines": engines_section(),
             "serve": serve_section(json.loads(SERVE.read_text())),
