@@ -153,7 +153,7 @@ def search_points(
         _write_pages(run, record)
         run.finish()
     if chosen is not None:
-        _require_verified(out, chosen)
+        _require_verified(chosen, out)
         _require_quality(out, chosen, job)
     here = () if chosen is None else tuple(commands_of(chosen, job, out))
     return Searched(out, tuple(points), advice, record, out / SEARCH_HTML, here)
@@ -222,16 +222,36 @@ def _points(run: Run, base: Job, key: str, recipe: Search, *, anew: bool) -> lis
     missing = dict.fromkeys(
         replace(point, scheme=None) if point.sparsity else first for point in wanted if point not in known
     )
+    unknown = [point for point in wanted if point not in known]
     asked = cuts_of(run.out, base, cuts, missing, first)
-    failed = make_cuts(asked, recipe, run.progress, anew=anew)
-    if len(failed) < len(asked):
-        run.keep()
-    for point in wanted:
-        if point not in known:
-            folder = point.cut if point.sparsity else first.cut
-            known[point] = found_in(run.out, folder, key, point, failed=failed.get(folder))
-            _write(run, known[point])
+    for cut, failure in make_cuts(asked, recipe, run.progress, anew=anew):
+        name = cut.folder.name
+        here = [point for point in unknown if name == (point.cut if point.sparsity else first.cut)]
+        known |= _found(run, name, key, here, failure)
+    lacking = [point for point in dense if known[point].failed is not None]
+    if lacking and (other := _good_cut(known, cuts, first)) is not None:
+        run.progress.note(f"{first.cut} did not give the dense model; {other.cut} does.")
+        for cut, failure in make_cuts(cuts_of(run.out, base, cuts, [other], other), recipe, run.progress):
+            known |= _found(run, cut.folder.name, key, lacking, failure)
     return [known[point] for point in wanted]
+
+
+def _found(
+    run: Run, folder: str, key: str, points: Sequence[Point], failure: NirvanaError | None
+) -> dict[Point, Found]:
+    """What the cut in ``folder``, which is through, says of ``points``; written down at once."""
+    found = {point: found_in(run.out, folder, key, point, failed=failure) for point in points}
+    for one in found.values():
+        _write(run, one)
+    if any(one.failed is None for one in found.values()):
+        run.keep()
+    return found
+
+
+def _good_cut(known: Mapping[Point, Found], cuts: Sequence[Point], first: Point) -> Point | None:
+    """The first cut but ``first`` of which some model was measured; it lies where its own points do."""
+    good = {replace(point, scheme=None) for point, found in known.items() if found.failed is None}
+    return next((cut for cut in cuts if cut in good and cut != first), None)
 
 
 def _forget_points(run: Run) -> None:
@@ -273,13 +293,14 @@ def _adopt(run: Run, parts: Mapping[str, Part]) -> None:
 
 
 def _known(run: Run, key: str, wanted: Sequence[Point]) -> dict[Point, Found]:
-    """The points that were found before and did not fail."""
+    """The points that were found before and did not fail, nor their verification."""
     known = {}
     for point in wanted:
         path = run.out / file_of(key, point)
         if path.is_file():
             found = read_found(path, key=key, point=point)
-            if found.failed is None and (run.out / found.folder / MANIFEST).is_file():
+            sound = found.failed is None and found.unverified is None
+            if sound and (run.out / found.folder / MANIFEST).is_file():
                 known[point] = found
     return known
 
@@ -335,14 +356,12 @@ def _require_local(tasks: Sequence[str]) -> None:
         )
 
 
-def _require_verified(out: Path, found: Found) -> None:
-    """Raise VerificationError where the recommended point's folder says that it was not verified."""
-    with Run.open(out / found.folder) as cut:
-        failed = [name for name in cut.manifest["stages"] if not cut.finished(name)]
-    if failed:
+def _require_verified(found: Found, out: Path) -> None:
+    """Raise VerificationError where the recommended point failed its verification."""
+    if found.unverified is not None:
         raise VerificationError(
-            f"{found.name} is recommended, and {failed[0]} of {found.folder} did not pass.",
-            hint=f"nirvana-deploy verify {out / found.folder}",
+            f"No verified point meets the budget; {found.name} failed: {found.unverified}",
+            hint=f"{out / found.folder} is kept. Allow more, or try other --sparsity or --precision.",
         )
 
 
