@@ -39,6 +39,7 @@ from recover import table as recovery_table
 from recover_bounds import on_paper
 from recover_speed import section as recovery_speed
 from runtimes import section as runtimes_section
+from scaling import tables as scaling_tables
 from selection import table as selection_table
 from serve import section as serve_section
 from speculative import section as speculative_section
@@ -389,6 +390,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "quality": quality_section(),
             "quantization": quantization_section(),
             "export": export_section(),
+            "scaling": scaling_tables(),
             "job-cost": job_cost_table(json.loads(JOB_COST.read_text())["jobs"]),
             "engines": engines_section(),
             "intervals": _recorded(INTERVALS, intervals_section, _INTERVALS_COMMAND),

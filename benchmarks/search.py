@@ -92,6 +92,7 @@ def measured(options: argparse.Namespace, work: Path) -> Row:
         "precision": options.precision,
         "search": search
         | {"points": len(points), "failed": sum(one["failed"] is not None for one in points)},
+        "cuts": cuts_in(work / "search"),
         "singles": singles,
         "single_commands": len(cuts),
         "single_commands_run": len(singles),
@@ -101,6 +102,24 @@ def measured(options: argparse.Namespace, work: Path) -> Row:
         "kept": share <= PROMISED_SHARE and all(one["same_kl"] and one["same_bytes"] for one in singles),
         "environment": environment() | {"load_average_1min_before": load},
     }
+
+
+def cuts_in(search: Path) -> list[Row]:
+    """CPU seconds of the stages of each cut, and the bytes that it wrote; the first made what is shared.
+
+    A file that several cuts have in common is the first one's.
+    """
+    seen: set[int] = set()
+    rows = []
+    for manifest in sorted(search.glob("s*/manifest.json")):
+        stages = json.loads(manifest.read_text())["stages"]
+        files = [file.stat() for file in manifest.parent.rglob("*") if file.is_file()]
+        own = {file.st_ino: file.st_size for file in files if file.st_ino not in seen}
+        seen |= set(own)
+        taken = {name: round(stage["cpu_seconds"], 1) for name, stage in stages.items()}
+        row = {"name": manifest.parent.name, "cpu_s": round(sum(taken.values()), 1)}
+        rows.append({**row, "bytes": sum(own.values()), "stages_cpu_s": taken})
+    return rows
 
 
 def once(path: Path, measure: Callable[[], Row]) -> Row:

@@ -47,8 +47,10 @@ def show_search(found: SearchForecast, *, as_json: bool) -> None:
         else [cut.out.name, "", "finished before"]
         for cut in found.cuts
     ]
-    title = f"{len(found.cuts)} cuts, {found.points} points, into {found.out}"
+    title = f"{len(found.cuts) + len(found.refused)} cuts, {found.points} points, into {found.out}"
     echo_table(["Cut", "Would write", "Would take about"], rows, title=title)
+    for name, why in found.refused.items():
+        echo(f"{name} cannot be made, and would be left out: {why}")
     if not any(cut.left for cut in found.cuts):
         echo("All of it is finished.")
         return

@@ -10,12 +10,12 @@ import click
 from click.shell_completion import CompletionItem
 
 from nirvana_deploy.base.recipe import Field, fields_of, share_of
+from nirvana_deploy.base.units import bytes_of, typed_bytes
 
 from .arguments import suggesting
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Kind = TypeVar("Kind")
-_SIZES = {"k": 10, "m": 20, "g": 30}
 
 
 class ShownOption(click.Option):
@@ -73,18 +73,18 @@ class Share(click.ParamType[Any]):
 
 
 class Bytes(click.ParamType[Any]):
-    """A number of bytes, with an optional K, M or G (binary)."""
+    """A size with its unit: 300MB is decimal, as sizes on pages are, and 300MiB binary."""
 
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse what the user typed."""
-        text = str(value).lower().removesuffix("ib").removesuffix("b")
-        shift = _SIZES.get(text[-1:], 0)
+        if isinstance(value, int):  # a default
+            return value
         try:
-            return int(float(text[:-1] if shift else text) * (1 << shift))
-        except (ValueError, OverflowError):  # "inf" is a float
-            self.fail(f"{value!r} is no size; 2G, 512M and 1048576 are.", param, ctx)
+            return bytes_of(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Listed(click.ParamType[Any]):
@@ -184,7 +184,8 @@ def _help_of(field: Field) -> dict[str, Any]:
     """Help, and a default that is found out later, which the help text has in brackets at its end."""
     text, bracket, default = field.option.help.rpartition(" [")
     if not bracket or not default.endswith("]"):
-        return {"help": field.option.help}
+        typed = field.option.size and isinstance(field.default, int)
+        return {"help": field.option.help} | ({"show_default": typed_bytes(field.default)} if typed else {})
     return {"help": text, "show_default": default.removesuffix("]")}
 
 

@@ -88,6 +88,7 @@ def prune_export(
     from nirvana_deploy.pipeline.prune_export import run_job
     from nirvana_deploy.report.table import summary_table
 
+    short: str | None = None
     how = {"resume": resume, "force": force, "command": command_line(), "progress": TerminalProgress()}
     if job is not None:
         done = run_job(job, out=out, curves=curves, **how)
@@ -95,7 +96,8 @@ def prune_export(
         from nirvana_deploy.pipeline.searching.target import meet_target
 
         assert model is not None
-        done = meet_target(model, target, out=out, **how, **typed(options)).deployment
+        met = meet_target(model, target, out=out, **how, **typed(options))
+        done, short = met.deployment, met.shortfall
     if as_json:
         echo_json(
             {
@@ -104,6 +106,7 @@ def prune_export(
                 "manifest": done.manifest,
                 "benchmark": done.benchmark,
                 "verdict": None if done.verdict is None else asdict(done.verdict),
+                **({} if short is None else {"shortfall": short}),
             }
         )
         return
@@ -128,6 +131,8 @@ def prune_export(
         table = summary_table(done.benchmark)
         title = f"{done.plan.model['name']}, sparsity {done.plan.sparsity:g}"
         echo_table(table.headers, table.rows, title=title, beside=True)
+    if short is not None:
+        echo(f"Sparsity {done.plan.sparsity:g} meets the budget. {short}")
     if done.verdict is not None:
         echo(f"{done.verdict.title}. {done.verdict.why}")
     echo(f"Report: {done.report}")

@@ -55,7 +55,7 @@ def search(
     \b
     Examples:
       nirvana-deploy search smollm2 --max-kl 0.2
-      nirvana-deploy search smollm2 --sparsity 0,0.1,0.2 --precision none,w4 --max-weights-bytes 300M
+      nirvana-deploy search smollm2 --sparsity 0,0.1,0.2 --precision none,w4 --max-weights-bytes 300MB
       nirvana-deploy search smollm2 --sparsity 0,0.2 --try recover=20m --try "saliency=flap cost=bytes"
     """
     from nirvana_deploy.pipeline.forecast.search import forecast_search
@@ -76,7 +76,8 @@ def search(
     found = search_points(model, target=target, command=command_line(), **how)
     record = found.record
     if as_json:
-        echo_json({"out": str(found.out), **record})
+        typed_here = {"next": found.commands, "next_typed_in": "the folder where this was typed"}
+        echo_json({"out": str(found.out), **record, **typed_here})
         return
     title = f"{model}: {len(found.points)} points"
     headers = [BRIEF_NAMES.get(header, header) for header in columns(record, BRIEF)]
@@ -85,6 +86,6 @@ def search(
         echo(f"Part {recipe.shard} is in {found.out}: copy the parts together, and repeat without --shard.")
         return
     echo(record["verdict"])
-    for command in record["next"]:
+    for command in found.commands:
         echo(f"  {command}")
     echo(f"Page: {found.page}")

@@ -137,7 +137,7 @@ def described(option: click.Option) -> str:
 def _shown(option: click.Option) -> Any:
     if option.secondary_opts:
         return (option.opts if option.default else option.secondary_opts)[0]
-    return option.default
+    return option.show_default if isinstance(option.show_default, str) else option.default
 
 
 def allowed(kind: click.ParamType[Any]) -> list[str]:
@@ -146,7 +146,7 @@ def allowed(kind: click.ParamType[Any]) -> list[str]:
         return [*allowed(kind.of), "several separated by commas, or repeated"]
     if isinstance(kind, click.IntRange | click.FloatRange) and kind.min is not None:
         return [f"at least {kind.min}"]
-    return ["bytes, or a size such as 2G or 512M"] if isinstance(kind, Bytes) else []
+    return ["a size with its unit: 300MB (decimal) or 512MiB (binary)"] if isinstance(kind, Bytes) else []
 
 
 class Commands(Generated):

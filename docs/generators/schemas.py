@@ -23,6 +23,7 @@ from nirvana_deploy.output.layout import (
     NTK_FILE,
     PLAN_FILE,
     QUALITY_FILE,
+    SEARCH_FILE,
     TASKS_FILE,
     WORKLOADS_FILE,
 )
@@ -41,6 +42,7 @@ from nirvana_deploy.quantize.int8.spec import QuantizationRecord
 from nirvana_deploy.runtime.tensorrt.record import EngineRecord
 from nirvana_deploy.search.parts import Part
 from nirvana_deploy.search.point import Found
+from nirvana_deploy.search.record import SearchRecord
 
 KINDS: dict[str, tuple[str, Any]] = {
     "manifest": (MANIFEST, Manifest),
@@ -56,6 +58,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "engine": ("engine/*.json", EngineRecord),
     "point": ("points/*.json", Found),
     "part": ("parts/*.json", Part),
+    "search": (SEARCH_FILE, SearchRecord),
 }
 """Name of the schema: which files it describes, and what they are read as."""
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"

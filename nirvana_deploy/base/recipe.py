@@ -53,7 +53,7 @@ class Option:
     existing_folder: bool = False
     """A path that must be a folder."""
     size: bool = False
-    """A number of bytes, on the command line also as 512M or 2G."""
+    """A number of bytes, on the command line with its unit: 512MB, 2GiB."""
     share: bool = False
     """A share of a whole, on the command line also as 40%."""
     suggests: Callable[[], Iterable[str]] | None = None

@@ -6,11 +6,15 @@ Bytes use decimal units (1 MB = 10^6 bytes), as disks and downloads do.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from decimal import Decimal
 
 MINUS = "\N{MINUS SIGN}"
 _HOURS_FROM_S = 6000
 """A hundred minutes."""
+_SIZE = re.compile(r"(\d+\.?\d*|\.\d+) ?(?:([kmgt])(i?))?(b?)", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def format_number(value: float, *, digits: int = 3) -> str:
@@ -36,6 +40,30 @@ def _scaled(value: float, units: Sequence[str]) -> str:
 def format_bytes(value_bytes: float) -> str:
     """Bytes in decimal units with three digits: 512 B, 11.5 kB, 538 MB."""
     return _scaled(value_bytes, ("B", "kB", "MB", "GB", "TB"))
+
+
+def bytes_of(text: str) -> int:
+    """The size that "300MB", "300M" (10^6 bytes each) or "300MiB" (2^20) stands for.
+
+    Raises ValueError for anything else; for a number without a unit it says so.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} is no size: write 300MB, 2GB, or 512MiB for powers of 1024.")
+    number, power, binary, byte = found.groups(default="")
+    if not (power or byte):
+        raise ValueError(f"{text} has no unit: write {text}MB, {text}MiB, or {text}B for bytes.")
+    size = Decimal(number) * (1024 if binary else 1000) ** _POWERS[power.lower()]
+    return int(size)
+
+
+def typed_bytes(size_bytes: int) -> str:
+    """A size as :func:`bytes_of` reads it back, not rounded: 300MB, 1MiB, 1234567B."""
+    for power, letter in ((3, "G"), (2, "M"), (1, "k")):
+        for base, unit in ((1000, f"{letter}B"), (1024, f"{letter.upper()}iB")):
+            if size_bytes and size_bytes % base**power == 0:
+                return f"{size_bytes // base**power}{unit}"
+    return f"{size_bytes}B"
 
 
 def format_count(count: float) -> str:

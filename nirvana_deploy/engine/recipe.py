@@ -89,7 +89,7 @@ class EngineBuild:
     ] = None
     workspace_bytes: Annotated[
         int | None,
-        Option("Maximum workspace per layer, for example 2G.", flag="--workspace", size=True),
+        Option("Maximum workspace per layer, for example 2GiB.", flag="--workspace", size=True),
     ] = None
     weight_streaming: Annotated[bool, Option("Let the engine keep weights on the host at run time.")] = False
     strip_weights: Annotated[bool, Option("Leave the weights out; refit the engine before use.")] = False

@@ -131,7 +131,8 @@ def plain(result: Mapping[str, Any] | DataclassInstance | None) -> dict[str, Any
 
 def failed(result: Mapping[str, Any]) -> bool:
     """Whether a result, or a part of it, says that it did not pass."""
-    return any(isinstance(part, Mapping) and part.get("passed") is False for part in result.values())
+    parts = [result, *(part for part in result.values() if isinstance(part, Mapping))]
+    return any(part.get("passed") is False for part in parts)
 
 
 def _is_inside(name: str) -> bool:

@@ -92,7 +92,8 @@ class CalibrationText:
     calib: Annotated[
         str | None,
         Option(
-            "Calibration text, as prune-export takes it. [the windows that an output folder was pruned with]",
+            "Calibration text, as prune-export takes it, or the calibration.safetensors of an output folder: "
+            "its windows as they are. [the windows that an output folder was pruned with]",
             suggests=source_names,
         ),
     ] = None

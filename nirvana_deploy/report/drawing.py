@@ -105,6 +105,11 @@ def name_axes(axes: Any, *, x: str | None = None, y: str | None = None) -> None:
         axes.set_ylabel(y, **how)
 
 
+def legend_columns(names: Sequence[str]) -> int:
+    """How many columns of a legend the names leave room for."""
+    return max(1, min(len(names), _LEGEND_CHARACTERS // (max(map(len, names)) + 4)))
+
+
 def legend_below(axes: Any, *, columns: int | None = None, last_first: bool = False) -> None:
     """Name what ``axes`` shows below the figure, in as many columns as the names leave room for."""
     handles, names = axes.get_legend_handles_labels()
@@ -114,7 +119,7 @@ def legend_below(axes: Any, *, columns: int | None = None, last_first: bool = Fa
         handles,
         names,
         loc="outside lower center",
-        ncols=columns or max(1, min(len(names), _LEGEND_CHARACTERS // (max(map(len, names)) + 4))),
+        ncols=columns or legend_columns(names),
         fontsize=TEXT_POINTS,
         labelcolor=COLOURS["ink"],
         frameon=False,

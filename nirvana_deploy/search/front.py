@@ -16,8 +16,8 @@ Cost = Literal["tpot_ms", "weights_bytes"]
 
 
 def front(points: Iterable[Found], cost: Cost) -> list[Found]:
-    """The points that none beats in KL and ``cost``, ascending in cost; of equals the first."""
-    known = [one for one in points if one.kl is not None and getattr(one, cost) is not None]
+    """The verified points that none beats in KL and ``cost``, ascending in cost; of equals the first."""
+    known = [one for one in points if _sound(one) and getattr(one, cost) is not None]
     best, least = [], float("inf")
     for found in sorted(known, key=lambda one: (getattr(one, cost), one.kl)):
         assert found.kl is not None
@@ -55,13 +55,15 @@ class Recommendation:
 def recommend(points: Sequence[Found], target: Target) -> Recommendation:
     """The fastest point within a limit on quality; else the one of least KL within those on time and size.
 
-    Points that were not timed count by their size.
+    Points that were not timed count by their size. One that failed its verification is taken only where no
+    other meets the target.
     """
     given = bool(target.asked)
     target = target if given else USUAL
     measured = [one for one in points if one.failed is None and one.kl is not None]
     within = [one for one in measured if loads(one, target).met]
-    chosen = min(within, key=_quickest if target.on_quality else _truest, default=None)
+    verified = [one for one in within if _sound(one)]
+    chosen = min(verified or within, key=_quickest if target.on_quality else _truest, default=None)
     nearest = None if chosen else min(measured, key=lambda one: loads(one, target).most, default=None)
     return Recommendation(chosen, nearest, target, given)
 
@@ -71,13 +73,18 @@ def quantization_alone(points: Sequence[Found], chosen: Found) -> Found | None:
     if not chosen.sparsity or chosen.kl is None:
         return None
     for one in points:
-        if one.sparsity == 0 and one.scheme and one.kl is not None and one.kl <= chosen.kl:
+        if one.sparsity == 0 and one.scheme and _sound(one) and (one.kl or 0.0) <= chosen.kl:
             if one.tpot_ms is not None and chosen.tpot_ms is not None:
                 if one.tpot_ms <= chosen.tpot_ms:
                     return one
             elif (one.weights_bytes or 0) <= (chosen.weights_bytes or 0):
                 return one
     return None
+
+
+def _sound(found: Found) -> bool:
+    """Whether it was measured, and passed its verification."""
+    return found.kl is not None and found.unverified is None
 
 
 def _quickest(found: Found) -> tuple[float, float, float]:

@@ -33,30 +33,64 @@ def next_sparsity(trials: Sequence[Found], target: Target, *, most: float) -> fl
     ``trials`` are points of one precision, that of sparsity 0 first. With limits of both kinds the sparsity
     is the least that meets those on time and size.
     """
-    used = {one.sparsity: loads(one, target) for one in trials}
-    by_cost = used[0.0].cost is not None
-    known = {s: (load.cost if by_cost else load.quality) or 0.0 for s, load in used.items()}
-    if len(trials) > MOST_TRIALS or any(_in_band(s, load) for s, load in known.items()):
+    by_cost, known = _known(trials, target)
+    if any(_in_band(s, load) for s, load in known.items()) or _decided_by_dense(known, by_cost=by_cost):
         return None
-    if by_cost:
-        if known[0.0] <= 1:
-            return None  # the dense model meets it
-        below = max(s for s, load in known.items() if load > 1)
-        above = min((s for s, load in known.items() if load <= 1), default=None)
-    else:
-        if known[0.0] > 1:
-            return None  # quantization alone is too much
-        below = max(s for s, load in known.items() if load <= 1)
-        above = min((s for s, load in known.items() if load > 1), default=None)
+    below, above = _around(known, by_cost=by_cost)
     end = most if above is None else above
-    if above is not None and below >= above:  # noise: it is not monotone here
-        return None
-    if end - below < _STEP:
+    if _why_ended(len(trials), below, above, end) is not None:
         return None
     wanted = _by_line(known, below, above, most) if by_cost else _by_power(known, below, above)
     margin = 0.0 if above is None else _MARGIN * (end - below)
     tried = round(min(max(wanted, below + max(margin, _STEP / 2)), end - margin), 4)
     return None if tried in known else tried
+
+
+def shortfall(trials: Sequence[Found], chosen: Found, target: Target, *, most: float) -> str | None:
+    """How far from its limit ``chosen`` of :func:`best_of` is, and why no trial is nearer.
+
+    None for one within the band.
+    """
+    by_cost, known = _known(trials, target)
+    load = known[chosen.sparsity]
+    if _in_band(chosen.sparsity, load):
+        return None
+    below, above = _around(known, by_cost=by_cost)
+    end = most if above is None else above
+    why = _why_ended(len(trials), below, above, end) or f"{below:g} and {end:g} were the nearest two tried"
+    return f"It takes {load:.0%} of the budget, and none that takes {1 - BAND:.0%} or more was found: {why}."
+
+
+def _known(trials: Sequence[Found], target: Target) -> tuple[bool, dict[float, float]]:
+    """Whether time or size decides, and the load that decides by sparsity."""
+    used = {one.sparsity: loads(one, target) for one in trials}
+    by_cost = used[0.0].cost is not None
+    return by_cost, {s: (load.cost if by_cost else load.quality) or 0.0 for s, load in used.items()}
+
+
+def _decided_by_dense(known: dict[float, float], *, by_cost: bool) -> bool:
+    """Whether the dense model meets a limit on time and size, or quantization alone is too much."""
+    return known[0.0] <= 1 if by_cost else known[0.0] > 1
+
+
+def _around(known: dict[float, float], *, by_cost: bool) -> tuple[float, float | None]:
+    """The largest sparsity before the limit is crossed, and the least behind it, if any."""
+    before = [s for s, load in known.items() if (load > 1) == by_cost]
+    behind = [s for s, load in known.items() if (load > 1) != by_cost]
+    return max(before), min(behind, default=None)
+
+
+def _why_ended(trials: int, below: float, above: float | None, end: float) -> str | None:
+    """Why no further sparsity is tried; None where one may be."""
+    if above is not None and below >= above:
+        return f"measured loads are not monotone around {above:g}"
+    if end - below < _STEP:
+        if above is None:
+            return f"{end:g} is the largest sparsity that this model and recipe allow"
+        return f"between {below:g} and {above:g} no other unit goes"
+    if trials > MOST_TRIALS:
+        return f"{MOST_TRIALS} cuts were tried, which is the most, and it lies between {below:g} and {end:g}"
+    return None
 
 
 def best_of(trials: Sequence[Found], target: Target) -> Found | None:

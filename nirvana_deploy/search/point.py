@@ -60,6 +60,8 @@ class Found:
     """The output folder of the cut, relative to the search's."""
     failed: str | None = None
     """Why there is nothing more to say."""
+    unverified: str | None = None
+    """What its verification found wrong; it was measured all the same."""
     kl: float | None = None
     """Nats per token, to the dense model in float."""
     kl_standard_error: float | None = None

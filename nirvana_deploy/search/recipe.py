@@ -6,6 +6,7 @@ from typing import Annotated
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.recipe import Option, fields_of, recipe, share_of
+from nirvana_deploy.base.units import typed_bytes
 from nirvana_deploy.quantize.schemes import onnx_schemes
 
 FLOAT = "none"
@@ -36,7 +37,7 @@ class Target:
         float | None, Option("Decoding at least this many times as fast as the dense model.", minimum=0)
     ] = None
     max_weights_bytes: Annotated[
-        int | None, Option("Weight file of at most this, for example 300M.", minimum=1, size=True)
+        int | None, Option("Weight file of at most this, for example 300MB.", minimum=1, size=True)
     ] = None
 
     @property
@@ -44,6 +45,15 @@ class Target:
         """The limits that were given, by name."""
         limits = {field.name: getattr(self, field.name) for field in fields_of(type(self))}
         return {name: limit for name, limit in limits.items() if limit is not None}
+
+    @property
+    def typed(self) -> dict[str, str]:
+        """The limits that were given as they are typed, by option: {"--max-weights-bytes": "300MB"}."""
+        fields = {field.name: field.option.size for field in fields_of(type(self))}
+        return {
+            f"--{name.replace('_', '-')}": typed_bytes(int(limit)) if fields[name] else f"{limit:g}"
+            for name, limit in self.asked.items()
+        }
 
     @property
     def on_quality(self) -> bool:
@@ -131,7 +141,7 @@ class Search(Where):
 def sparsities_of(recipe: Search) -> tuple[float, ...]:
     """The sparsities, ascending; raises NirvanaError for what is none, and where nothing is to be cut."""
     found = set()
-    for word in _words(recipe.sparsities):
+    for word in _words("--sparsity", recipe.sparsities):
         try:
             value = share_of(word)
         except ValueError:
@@ -152,14 +162,12 @@ def sparsities_of(recipe: Search) -> tuple[float, ...]:
 def precisions_of(recipe: Search) -> tuple[str | None, ...]:
     """The schemes, None for float weights, as given; raises NirvanaError for a name that is none."""
     known = (FLOAT, *onnx_schemes())
-    words = list(dict.fromkeys(_words(recipe.precisions)))
+    words = list(dict.fromkeys(_words("--precision", recipe.precisions)))
     for word in words:
         if word not in known:
             raise NirvanaError(
                 f"--precision {recipe.precisions}: {word!r} is no precision; there are {', '.join(known)}."
             )
-    if not words:
-        raise NirvanaError(f"--precision is empty; it takes {', '.join(known)}.")
     return tuple(None if word == FLOAT else word for word in words)
 
 
@@ -173,5 +181,12 @@ def shard_of(recipe: Search) -> tuple[int, int]:
     raise NirvanaError(f"--shard {recipe.shard!r} is no part; it takes I/N with I from 1 to N, as 2/8.")
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _words(option: str, text: str) -> list[str]:
+    """What stands between commas; raises NirvanaError where that is nothing."""
+    words = [word.strip() for word in text.split(",")]
+    if "" in words:
+        empty = "is empty" if len(words) == 1 else "has nothing between two commas, or at an end"
+        raise NirvanaError(
+            f"{option} {text!r} {empty}.", hint="Values are separated by single commas: --sparsity 0,0.1,0.2"
+        )
+    return words

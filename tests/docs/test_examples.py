@@ -178,11 +178,17 @@ def test_an_engine_is_described_as_its_schema_says(first: Path, schemas: Any) ->
     held(schemas, "engine", engine.with_suffix(".json"))
 
 
-def test_points_of_a_search_are_as_their_schema_says(searched: Path, schemas: Any) -> None:
+def test_a_search_and_its_points_are_as_their_schemas_say(searched: Path, schemas: Any) -> None:
     files = sorted(searched.glob("points/*.json"))
     assert len(files) == 6
     for file in files:
         held(schemas, "point", file)
+    record = held(schemas, "search", searched / "search.json")
+    validate = needs("jsonschema").validate
+    for name in ("verdict", "points", "next"):
+        wrong = {key: value for key, value in record.items() if key != name}
+        with pytest.raises(needs("jsonschema").ValidationError, match=f"'{name}' is a required property"):
+            validate(wrong, schemas.schema_of("search"))
 
 
 def test_recorded_files_are_as_the_schemas_say(schemas: Any) -> None:

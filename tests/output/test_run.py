@@ -96,9 +96,10 @@ def test_a_manifest_without_needs_is_taken_to_need_all_before(tmp_path: Path) ->
     assert run_all(tmp_path) == ["b", "d", "c"]
 
 
-def test_a_failed_stage_runs_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("result", [{"pruned": {"passed": False}}, {"scheme": "int8", "passed": False}])
+def test_a_failed_stage_runs_again(tmp_path: Path, result: dict[str, Any]) -> None:
     run = begun(tmp_path)
-    stage = Stage("check", (), (), lambda: {"pruned": {"passed": False}})
+    stage = Stage("check", (), (), lambda: result)
     run.run(stage)
     assert not run.finished("check")
 

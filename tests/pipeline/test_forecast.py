@@ -159,6 +159,27 @@ def test_a_search_counts_once_what_its_cuts_share(tiny_llama: Path, tmp_path: Pa
     assert without(first, [one.name for one in first.stages]).left == ()
 
 
+def test_a_sparsity_that_no_plan_reaches_is_said_beside_those_that_one_does(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """What --dry-run says is what the search says."""
+    options = {name: value for name, value in TINY_JOB.items() if name != "sparsity"}
+    recipe = write_short_recipe(tiny_llama, tmp_path / "my.toml", **{**options, "sparsity": 0.3})
+    asked = ["search", "--recipe", str(recipe), "--sparsity", "0.2,0.99", "--precision", "none"]
+    asked += ["--no-benchmark", "--out", str(tmp_path / "out")]
+    shown = CliRunner().invoke(commands, [*asked, "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    assert "2 cuts, 2 points" in shown.output and not (tmp_path / "out").exists()
+    told = re.search(r"^s0\.99 cannot be made, and would be left out: (.*)$", shown.output, re.MULTILINE)
+    assert told is not None
+    made = CliRunner().invoke(commands, asked)
+    assert made.exit_code == 0, made.output
+    points = json.loads((tmp_path / "out/search.json").read_text(encoding="utf-8"))["points"]
+    assert [(one["name"], one["failed"]) for one in points] == [("s0.2", None), ("s0.99", told[1])]
+    with pytest.raises(NirvanaError, match=r"No cut can be made\. The first, s0\.98"):
+        forecast_search(str(tiny_llama), recipe=Search(sparsities="0.98,0.99"), **options)
+
+
 def run(*arguments: str) -> Any:
     return CliRunner().invoke(commands, ["prune-export", *arguments, "--dry-run"])
 

@@ -16,7 +16,7 @@ from builders.jobs import SHORT, SHORT_ROUNDS
 from builders.tiny import write_tiny
 from click.testing import CliRunner
 
-from nirvana_deploy.base.errors import NirvanaError, QualityError
+from nirvana_deploy.base.errors import NirvanaError, QualityError, VerificationError
 from nirvana_deploy.base.progress import SILENT
 from nirvana_deploy.cli.main import commands
 from nirvana_deploy.pipeline.job import job_of
@@ -26,9 +26,11 @@ from nirvana_deploy.pipeline.searching import cuts as cutting
 from nirvana_deploy.pipeline.searching import search as searching
 from nirvana_deploy.pipeline.searching.cuts import cuts_of, tried_options
 from nirvana_deploy.pipeline.searching.search import Searched, search_points
+from nirvana_deploy.quantize import stage as quantizing
 from nirvana_deploy.search.point import Point
 from nirvana_deploy.search.recipe import Search, Target
 from nirvana_deploy.search.ways import ways_of
+from nirvana_deploy.verify import stage as verifying
 
 pytestmark = pytest.mark.integration
 OPTIONS: dict[str, Any] = {
@@ -250,6 +252,77 @@ def test_a_killed_search_goes_on_and_a_point_that_fails_is_kept_with_its_reason(
     assert untimed(record_of(out)) == untimed(record_of(done.out))
 
 
+def test_a_model_that_fails_its_verification_takes_no_other_with_it(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is measured and recommended only where no other meets the budget: then the exit code is 3."""
+    out = tmp_path / "search"
+    how: dict[str, Any] = {"out": out, "recipe": RECIPE, **OPTIONS, "run_benchmark": False}
+    real = quantizing.quantize_onnx
+
+    def quantized(source: Path, folder: Path, *arguments: Any, **keywords: Any) -> Any:
+        made = real(source, folder, *arguments, **keywords)
+        if folder == out / "s0.2/onnx-w8":
+            raise VerificationError("13 of 14 linears are stored in 8 bits.")
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing, "quantize_onnx", quantized)
+        found = search_points(model, **how)
+        points = {one.name: one for one in found.points}
+        assert all(one.failed is None and one.kl is not None for one in found.points)
+        assert {name for name, one in points.items() if one.unverified} == {"s0.2-w8"}
+        assert "not verified: 13 of 14 linears" in (out / "search.html").read_text(encoding="utf-8")
+        assert not {one["name"]: one for one in record_of(out)["points"]}["s0.2-w8"]["on_front"]
+        worse = points["s0.2-w8"]
+        target = Target(max_kl=(worse.kl or 0) * 1.01, max_weights_bytes=worse.weights_bytes)
+        with pytest.raises(VerificationError, match=r"No verified point .*s0\.2-w8 failed: 13 of") as refused:
+            search_points(model, target=target, resume=True, **how)
+        assert refused.value.exit_code == 3
+        assert record_of(out)["recommended"] == "s0.2-w8" and "It failed its" in record_of(out)["verdict"]
+    again = search_points(model, target=target, resume=True, **how)  # it is made again
+    assert again.recommendation.point is not None
+    assert (again.recommendation.point.name, again.recommendation.point.unverified) == ("s0.2-w8", None)
+
+
+def test_the_dense_model_is_taken_from_the_next_cut_where_the_first_fails(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "search", verifying.verify_onnx
+
+    def verified(checkpoint: Path, folder: Path, **keywords: Any) -> Any:
+        report = real(checkpoint, folder, **keywords)
+        if folder != out / "s0.2/onnx":
+            return report
+        return replace(report, checks=(replace(report.checks[0], passed=False), *report.checks[1:]))
+
+    monkeypatch.setattr(verifying, "verify_onnx", verified)
+    found = search_points(model, out=out, recipe=RECIPE, **OPTIONS, run_benchmark=False)
+    points = {one.name: one for one in found.points}
+    assert {name for name, one in points.items() if one.failed} == {"s0.2", "s0.2-w8"}
+    assert "logits differ" in (points["s0.2-w8"].failed or "")
+    assert points["dense"].folder == points["dense-w8"].folder == "s0.4"
+    assert points["dense"].kl == 0 and (points["dense-w8"].kl or 0) > 0
+
+
+def test_what_a_cut_says_is_written_when_it_is_through(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cutting.run_job
+
+    def killed(job: Any, **keywords: Any) -> Any:
+        if job.pruning.sparsity == 0.4:
+            raise KeyboardInterrupt
+        return real(job, **keywords)
+
+    monkeypatch.setattr(cutting, "run_job", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search_points(model, out=tmp_path / "search", recipe=RECIPE, **OPTIONS)
+    written = [json.loads(file.read_text()) for file in (tmp_path / "search/points").iterdir()]
+    assert {one["name"] for one in written} == {"dense", "dense-w8", "s0.2", "s0.2-w8"}
+    assert all(one["kl"] is not None for one in written)
+
+
 def test_force_starts_again_with_the_same_options_and_with_others(
     done: Searched, model: str, tmp_path: Path
 ) -> None:
@@ -284,13 +357,13 @@ def test_what_a_search_made_anew_takes_from_is_made_anew(
 
     monkeypatch.setattr(cutting, "run_job", made)
     cuts = cuts_of(tmp_path, base, points, points, points[0])
-    cutting.make_cuts(cuts, Search(), SILENT, anew=True)
+    list(cutting.make_cuts(cuts, Search(), SILENT, anew=True))
     assert asked == {
         "s0.2": ([], False, True),
         "s0.4": (["s0.2"], False, True),
         "s0.4-ridge10": (["s0.2"], False, True),
     }
-    cutting.make_cuts(cuts, Search(), SILENT)
+    list(cutting.make_cuts(cuts, Search(), SILENT))
     assert asked["s0.4-ridge10"] == (["s0.2", "s0.4"], True, False)
 
 

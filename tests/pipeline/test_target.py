@@ -53,7 +53,7 @@ def test_a_size_is_met_and_the_trials_go(model: str, tmp_path: Path) -> None:
 
 
 def test_what_no_sparsity_meets_is_said_with_what_comes_nearest(model: str, tmp_path: Path) -> None:
-    with pytest.raises(NirvanaError, match=r"No sparsity meets --max-weights-bytes 1000\. Nearest: s0\.\d"):
+    with pytest.raises(NirvanaError, match=r"No sparsity meets --max-weights-bytes 1kB\. Nearest: s0\.\d"):
         meet_target(model, Target(max_weights_bytes=1000), out=tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists() and (tmp_path / "out-trials/s0.2/manifest.json").is_file()
     with pytest.raises(NirvanaError, match="there is nothing to cut"):

@@ -11,11 +11,14 @@ import pytest
 from builders.browser import Chromium, chromium
 from builders.pages import DESKTOP, PHONE, axes_without_unit, faults, pages_of
 from builders.reports import MANY, frozen_records, with_layers, with_models, write_records
+from builders.searches import OTHER, searched
 
 from nirvana_deploy.base.units import format_bytes, format_ms, format_number
 from nirvana_deploy.output.records import Records
+from nirvana_deploy.report.pages.front import front_figure, search_page
 from nirvana_deploy.report.report import write_report
 from nirvana_deploy.report.table import format_times
+from nirvana_deploy.search.ways import OWN
 
 MOST_SHEETS = 6
 FOLDERS: dict[str, Callable[[], Records]] = {
@@ -45,6 +48,34 @@ def test_text_is_legible_and_lies_on_no_other_and_the_verdict_needs_no_scrolling
         for dark in (False, True):
             assert faults(browser, page, size, dark=dark) == [], (size, dark)
     assert 1 <= pages_of(browser.pdf()) <= MOST_SHEETS
+
+
+SEARCHES: dict[str, Callable[[], dict[str, Any]]] = {
+    "six sparsities": searched,
+    "not timed": lambda: searched(timed=False),
+    "two ways and accuracy": lambda: searched(ways=(OWN, OTHER), accuracy=True),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_page_of_a_search_is_legible_too(browser: Chromium, tmp_path: Path, name: str) -> None:
+    page = tmp_path / "search.html"
+    page.write_text(search_page(SEARCHES[name]()), encoding="utf-8")
+    for size in (PHONE, DESKTOP):
+        for dark in (False, True):
+            assert faults(browser, page, size, dark=dark) == [], (size, dark)
+    assert axes_without_unit(page.read_text(encoding="utf-8")) == []
+
+
+def test_on_the_page_of_a_search_what_is_dominated_is_grey_and_the_legend_says_so() -> None:
+    record = searched()
+    for cost, flag in (("tpot_ms", "on_front"), ("weights_bytes", "on_size_front")):
+        svg = front_figure(record, cost)
+        assert svg is not None and ">dominated<" in svg
+        marks = re.findall(r'<use[^>]* style="fill: var\(--(\w+)', svg)
+        known = [one for one in record["points"] if one["kl"] is not None and one[cost] is not None]
+        assert marks.count("baseline") >= sum(not one[flag] for one in known) > 3
+        assert {mark for mark in marks if mark != "baseline"} == {"first", "second", "third"}
 
 
 def test_what_is_looked_for_is_found(browser: Chromium, tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_what_is_larger_and_loses_more_in_its_precision_is_not_timed() -> None:
     assert [one.name for one in worth_timing([*POINTS, worse, failed])] == [one.name for one in POINTS]
 
 
+def test_what_failed_its_verification_beats_no_other_and_is_taken_last() -> None:
+    wrong = replace(W4, name="wrong", kl=0.01, unverified="2 of 3 linears.")
+    points = [*POINTS, wrong]
+    assert wrong not in front(points, "tpot_ms") and W4 in front(points, "tpot_ms")
+    assert recommend(points, Target(max_kl=0.1)).point == W4
+    assert recommend(points, Target(max_kl=0.02, max_weights_bytes=200)).point == wrong
+    assert quantization_alone([wrong], CUT_W4) is None
+
+
 @pytest.mark.parametrize(
     ("target", "chosen"),
     [

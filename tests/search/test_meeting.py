@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
@@ -10,7 +11,7 @@ from random import Random
 import pytest
 
 from nirvana_deploy.search.load import loads
-from nirvana_deploy.search.meeting import BAND, MOST_TRIALS, best_of, nearest_of, next_sparsity
+from nirvana_deploy.search.meeting import BAND, MOST_TRIALS, best_of, nearest_of, next_sparsity, shortfall
 from nirvana_deploy.search.point import Found, Point, nothing_found
 from nirvana_deploy.search.recipe import Target
 
@@ -86,6 +87,49 @@ def test_a_curve_that_is_not_monotone_ends(noise: float = 0.3) -> None:
     target = Target(max_kl=0.2)
     trials = tried(lambda s: {"kl": s + noise * math.sin(40 * s) ** 2}, target)
     assert len(trials) <= MOST_TRIALS + 1
+
+
+@pytest.mark.parametrize(
+    ("kls", "said"),
+    [
+        (
+            {0.399: 0.1, 0.4: 0.4},
+            r"takes 50% of the budget, .*: between 0\.399 and 0\.4 no other unit goes\.",
+        ),
+        ({MOST: 0.08}, r"takes 40% .*: 0\.8 is the largest sparsity that this model and recipe allow\."),
+        ({0.2: 0.4, 0.3: 0.1}, r"takes 50% .*: measured loads are not monotone around 0\.2\."),
+        (
+            {0.3: 0.1, **{0.5 + n / 100: 0.4 for n in range(8)}},
+            r"8 cuts were tried, .* between 0\.3 and 0\.5\.",
+        ),
+    ],
+)
+def test_what_is_farther_from_its_limit_than_the_band_says_how_far_and_why(
+    kls: dict[float, float], said: str
+) -> None:
+    target = Target(max_kl=0.2)
+    trials = [replace(nothing_found("", Point(s), ""), kl=kl) for s, kl in {0.0: 0.0, **kls}.items()]
+    assert next_sparsity(trials, target, most=MOST) is None
+    chosen = best_of(trials, target)
+    assert chosen is not None
+    told = shortfall(trials, chosen, target, most=MOST)
+    assert told is not None and re.search(said, told), told
+
+
+def test_units_that_are_coarser_than_the_band_are_said() -> None:
+    target = Target(max_kl=0.35)
+    trials = tried(lambda s: {"kl": 0.1 * (s // 0.1), "weights_bytes": 100 - s // 0.1}, target)
+    chosen = best_of(trials, target)
+    assert chosen is not None
+    told = shortfall(trials, chosen, target, most=MOST)
+    assert told is not None and told.startswith("It takes 86% of the budget, and none that takes 95%")
+
+
+def test_what_is_within_the_band_says_nothing() -> None:
+    target = Target(max_kl=0.2)
+    trials = tried(lambda s: {"kl": s}, target)
+    chosen = best_of(trials, target)
+    assert chosen is not None and shortfall(trials, chosen, target, most=MOST) is None
 
 
 def test_limits_of_both_kinds_are_both_looked_at() -> None:

@@ -10,10 +10,13 @@ from nirvana_deploy.base.ownership.marker import require_apart
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.calibrate.mixture import files_of
 from nirvana_deploy.calibrate.windows import calibration_data
+from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.export.onnx_export import OnnxFolder, onnx_from_checkpoint
 from nirvana_deploy.export.recipe import Graph
 from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer, model_record
+from nirvana_deploy.model.reading import require_known_tokens
 from nirvana_deploy.model.sources import local_paths, resolve_model
+from nirvana_deploy.output.layout import CALIBRATION_FILE
 from nirvana_deploy.quantize.folder import QuantizedFolder, quantize_onnx
 from nirvana_deploy.quantize.graph.linears import open_folder
 from nirvana_deploy.quantize.recipe import CalibrationText, Quantization
@@ -78,11 +81,16 @@ def quantize_onnx_folder(
 
 
 def _drawn(folder: Path, text: CalibrationText, progress: Progress) -> dict[str, Any]:
-    """Calibration and held-out windows of a text, by the folder's own tokenizer."""
+    """Calibration and held-out windows of a text by the folder's tokenizer; those of a job as they are."""
     open_folder(folder)  # what cannot be quantized is refused before any text is read
+    tokenizer, path = load_tokenizer(folder), Path(text.calib or "")
+    if path.name == CALIBRATION_FILE:
+        windows = read_windows(path)["calibration"]
+        require_known_tokens(windows, len(tokenizer))
+        return {"calibration": windows}
     data = calibration_data(
         text.calib or "",
-        load_tokenizer(folder),
+        tokenizer,
         num_sequences=text.num_sequences,
         seq_len=text.seq_len,
         seed=text.seed,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import MANIFEST
@@ -26,6 +27,8 @@ class SearchForecast:
     cuts: tuple[Forecast, ...]
     """In the order in which they are made; what one takes from another is counted there alone."""
     points: int
+    refused: dict[str, str]
+    """Cuts that cannot be made -> why; the search keeps their points with that."""
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -36,7 +39,13 @@ class SearchForecast:
         """For machines."""
         least, most = self.seconds
         cuts = [cut.to_json() for cut in self.cuts]
-        return {"points": self.points, "seconds_least": least, "seconds_most": most, "cuts": cuts}
+        return {
+            "points": self.points,
+            "seconds_least": least,
+            "seconds_most": most,
+            "cuts": cuts,
+            "refused": self.refused,
+        }
 
 
 def forecast_search(
@@ -52,7 +61,8 @@ def forecast_search(
 ) -> SearchForecast:
     """What ``search_points`` with the same arguments is going to take; writes nothing.
 
-    What it makes of finished points, timing and zero-shot tasks, is left out.
+    What it makes of finished points, timing and zero-shot tasks, is left out. Raises NirvanaError where no
+    cut can be made.
     """
     recipe = recipe or Search()
     job = job_of_search(model, recipe, options, base=base)
@@ -62,19 +72,27 @@ def forecast_search(
     cuts = cuts_of(out, job, points, points, points[0])
     jobs = {cut.folder: cut.job for cut in cuts}
     speed, found = probed(), []
+    refused: dict[str, str] = {}
     for cut in cuts:
         again = (cut.folder / MANIFEST).is_file() and not force
-        planned = forecast(
-            cut.job,
-            out=cut.folder,
-            until="quality",
-            resume=again,
-            force=force,
-            speed=speed,
-            progress=progress,
-        )
+        try:
+            planned = forecast(
+                cut.job,
+                out=cut.folder,
+                until="quality",
+                resume=again,
+                force=force,
+                speed=speed,
+                progress=progress,
+            )
+        except NirvanaError as error:
+            refused[cut.folder.name] = error.message
+            continue
         names = [one.name for one in planned.forecast.stages]
-        others = [jobs[folder] for folder in cut.beside]
+        others = [jobs[folder] for folder in cut.beside if folder.name not in refused]
         found.append(without(planned.forecast, taken_stages(names, cut.job, others)))
+    if not found:
+        name, why = next(iter(refused.items()))
+        raise NirvanaError(f"No cut can be made. The first, {name}: {why}")
     count = (len(points) + (0.0 in sparsities_of(recipe))) * len(precisions_of(recipe))
-    return SearchForecast(out, tuple(found), count)
+    return SearchForecast(out, tuple(found), count, refused)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import chdir, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nirvana_deploy.base.errors import NirvanaError, QualityError
+from nirvana_deploy.base.errors import NirvanaError, QualityError, VerificationError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.recipe import Field, fields_of
 from nirvana_deploy.calibrate.recipe import Calibration
@@ -100,12 +100,11 @@ def _job_at(job: Job, sparsity: float, *, judges_dense: bool) -> Job:
 
 def make_cuts(
     cuts: Sequence[Cut], where: Where, progress: Progress, *, anew: bool = False
-) -> Mapping[str, NirvanaError]:
-    """Make the folders, turn by turn; returns what failed, by folder.
+) -> Iterator[tuple[Cut, NirvanaError | None]]:
+    """Make the folders, turn by turn; yields each when it is through, with why it was not finished, if so.
 
     ``anew`` makes them again where an earlier search left them, and takes nothing from what it left.
     """
-    failed: dict[str, NirvanaError] = {}
     made: set[Path] = set()
     here = where.processes == 1 and where.cluster is None
     work = _Worker(progress if here else SILENT, Path.cwd(), anew)
@@ -117,15 +116,13 @@ def make_cuts(
                 now = [replace(cut, beside=tuple(one for one in cut.beside if one in made)) for cut in now]
             tally.begin(len(now))
             for cut, result in run_points(now, work, where):
-                said = "is made."
-                if isinstance(result, NirvanaError):
-                    failed[cut.folder.name] = result
-                    said = f"failed: {result.message}"
-                there = tally.ended(failed=isinstance(result, NirvanaError))
-                progress.note(f"{cut.folder.name} {said} {there}")
+                failure = result if isinstance(result, NirvanaError) else None
+                said = "is made." if failure is None else f"failed: {failure.message}"
+                progress.note(f"{cut.folder.name} {said} {tally.ended(failed=failure is not None)}")
+                if failure is None or isinstance(failure, VerificationError):
+                    made.add(cut.folder)
                 advance(1)
-            made |= {cut.folder for cut in now if cut.folder.name not in failed}
-    return failed
+                yield cut, failure
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.errors import NirvanaError, VerificationError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.measure.benchmark import benchmark, variant_from_folder
@@ -16,20 +16,32 @@ from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.zero_shot.tasks import evaluate_tasks
 from nirvana_deploy.output.layout import QUALITY_FILE
 from nirvana_deploy.output.record_kinds import QualityRecord
-from nirvana_deploy.output.variants import DENSE
+from nirvana_deploy.output.run import Run
+from nirvana_deploy.output.stage import QUALITY, VERIFY
+from nirvana_deploy.output.variants import DENSE, ModelVariant, variant_named
 from nirvana_deploy.prune.plan_file import shape_of
+from nirvana_deploy.quantize.stage import require_quantized
 from nirvana_deploy.search.point import Found, Point, nothing_found
+from nirvana_deploy.verify.stage import verified
 
 
 def found_in(out: Path, folder: str, key: str, point: Point, *, failed: NirvanaError | None = None) -> Found:
-    """What is known of a point whose models lie in the output folder ``out / folder``."""
+    """What is known of a point whose models lie in the output folder ``out / folder``.
+
+    ``failed`` is why the folder was not finished. Where that is a verification, each of its models is judged
+    by its own.
+    """
     found = nothing_found(key, point, folder)
     variant = found.variant
-    if failed is not None:
+    if failed is not None and not isinstance(failed, VerificationError):
         return replace(found, failed=failed.message)
-    record = read_json(out / folder / QUALITY_FILE, QualityRecord)["variants"]
+    with Run.open(out / folder) as cut:
+        unverified = _unverified(cut, variant)
+        judged = cut.has(QUALITY)
+    record = read_json(out / folder / QUALITY_FILE, QualityRecord)["variants"] if judged else {}
     if variant.name not in record:
-        return replace(found, failed=f"{folder} has no {variant.name}")
+        why = unverified or (failed.message if failed else f"{folder} has no {variant.name}")
+        return replace(found, failed=why)
     quality, dense = record[variant.name], record[DENSE]
     return replace(
         found,
@@ -38,7 +50,21 @@ def found_in(out: Path, folder: str, key: str, point: Point, *, failed: NirvanaE
         perplexity=quality.get("perplexity"),
         perplexity_ratio=max(perplexity_ratios(quality, dense).values(), default=None),
         weights_bytes=sum(file.stat().st_size for file in (out / folder / variant.folder).glob("*.onnx*")),
+        unverified=unverified,
     )
+
+
+def _unverified(cut: Run, variant: ModelVariant) -> str | None:
+    """What was found wrong with a model, or with the one that it was quantized from."""
+    of = variant.parent or variant.name
+    try:
+        if cut.has(VERIFY):
+            verified(cut)[of].require_passed(cut.out / variant_named(of).folder, of_input=of == DENSE)
+        if variant.scheme is not None and cut.has(variant.stage):
+            require_quantized(cut, variant.scheme, of=of)
+    except VerificationError as error:
+        return error.message
+    return None
 
 
 def timed_points(

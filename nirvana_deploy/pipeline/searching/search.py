@@ -40,6 +40,7 @@ from nirvana_deploy.output.variants import DENSE
 from nirvana_deploy.pipeline.before import UNTIMED, read_files, untimed
 from nirvana_deploy.pipeline.job import Job, JobOptions, job_of, plain
 from nirvana_deploy.pipeline.prune_export import workload_of
+from nirvana_deploy.pipeline.searching.commands import commands_inside, commands_of
 from nirvana_deploy.pipeline.searching.cuts import cuts_of, job_in, make_cuts, tried_options
 from nirvana_deploy.pipeline.searching.points import found_in, points_on_tasks, timed_points
 from nirvana_deploy.prune.choosing.choices import listed
@@ -75,6 +76,8 @@ class Searched:
     """The content of search.json."""
     page: Path | None
     """search.html; None for a part of a search."""
+    commands: tuple[str, ...] = ()
+    """To run the recommended point and to make it again, from where the search was begun."""
 
     def __repr__(self) -> str:
         taken = "none" if self.recommendation.point is None else self.recommendation.point.name
@@ -137,20 +140,23 @@ def search_points(
         points = _points(run, job, key, recipe, anew=anew)
         if part[1] > 1:
             advice = recommend(points, target)
-            record = search_record(source.name, points, advice, None)
+            record = search_record(source.name, points, advice, None, commands=())
             return Searched(out, tuple(points), advice, record, None)
         if not any(one.kl is not None for one in points):
             raise NirvanaError(f"Every point failed. The first: {points[0].failed}")
         timed, benchmark = _timed(run, points, job)
         points = _on_tasks(run, [timed.get(one.name, one) for one in points], recipe)
         advice = recommend(points, target)
-        record = search_record(source.name, points, advice, benchmark)
+        chosen = advice.point
+        inside = [] if chosen is None else commands_inside(chosen, job, out)
+        record = search_record(source.name, points, advice, benchmark, commands=inside)
         _write_pages(run, record)
         run.finish()
-    if advice.point is not None:
-        _require_verified(out, advice.point)
-        _require_quality(out, advice.point, job)
-    return Searched(out, tuple(points), advice, record, out / SEARCH_HTML)
+    if chosen is not None:
+        _require_verified(chosen, out)
+        _require_quality(out, chosen, job)
+    here = () if chosen is None else tuple(commands_of(chosen, job, out))
+    return Searched(out, tuple(points), advice, record, out / SEARCH_HTML, here)
 
 
 def job_of_search(model: str, recipe: Search, options: Mapping[str, Any], *, base: Job | None = None) -> Job:
@@ -216,16 +222,36 @@ def _points(run: Run, base: Job, key: str, recipe: Search, *, anew: bool) -> lis
     missing = dict.fromkeys(
         replace(point, scheme=None) if point.sparsity else first for point in wanted if point not in known
     )
+    unknown = [point for point in wanted if point not in known]
     asked = cuts_of(run.out, base, cuts, missing, first)
-    failed = make_cuts(asked, recipe, run.progress, anew=anew)
-    if len(failed) < len(asked):
-        run.keep()
-    for point in wanted:
-        if point not in known:
-            folder = point.cut if point.sparsity else first.cut
-            known[point] = found_in(run.out, folder, key, point, failed=failed.get(folder))
-            _write(run, known[point])
+    for cut, failure in make_cuts(asked, recipe, run.progress, anew=anew):
+        name = cut.folder.name
+        here = [point for point in unknown if name == (point.cut if point.sparsity else first.cut)]
+        known |= _found(run, name, key, here, failure)
+    lacking = [point for point in dense if known[point].failed is not None]
+    if lacking and (other := _good_cut(known, cuts, first)) is not None:
+        run.progress.note(f"{first.cut} did not give the dense model; {other.cut} does.")
+        for cut, failure in make_cuts(cuts_of(run.out, base, cuts, [other], other), recipe, run.progress):
+            known |= _found(run, cut.folder.name, key, lacking, failure)
     return [known[point] for point in wanted]
+
+
+def _found(
+    run: Run, folder: str, key: str, points: Sequence[Point], failure: NirvanaError | None
+) -> dict[Point, Found]:
+    """What the cut in ``folder``, which is through, says of ``points``; written down at once."""
+    found = {point: found_in(run.out, folder, key, point, failed=failure) for point in points}
+    for one in found.values():
+        _write(run, one)
+    if any(one.failed is None for one in found.values()):
+        run.keep()
+    return found
+
+
+def _good_cut(known: Mapping[Point, Found], cuts: Sequence[Point], first: Point) -> Point | None:
+    """The first cut but ``first`` of which some model was measured; it lies where its own points do."""
+    good = {replace(point, scheme=None) for point, found in known.items() if found.failed is None}
+    return next((cut for cut in cuts if cut in good and cut != first), None)
 
 
 def _forget_points(run: Run) -> None:
@@ -267,13 +293,14 @@ def _adopt(run: Run, parts: Mapping[str, Part]) -> None:
 
 
 def _known(run: Run, key: str, wanted: Sequence[Point]) -> dict[Point, Found]:
-    """The points that were found before and did not fail."""
+    """The points that were found before and did not fail, nor their verification."""
     known = {}
     for point in wanted:
         path = run.out / file_of(key, point)
         if path.is_file():
             found = read_found(path, key=key, point=point)
-            if found.failed is None and (run.out / found.folder / MANIFEST).is_file():
+            sound = found.failed is None and found.unverified is None
+            if sound and (run.out / found.folder / MANIFEST).is_file():
                 known[point] = found
     return known
 
@@ -329,14 +356,12 @@ def _require_local(tasks: Sequence[str]) -> None:
         )
 
 
-def _require_verified(out: Path, found: Found) -> None:
-    """Raise VerificationError where the recommended point's folder says that it was not verified."""
-    with Run.open(out / found.folder) as cut:
-        failed = [name for name in cut.manifest["stages"] if not cut.finished(name)]
-    if failed:
+def _require_verified(found: Found, out: Path) -> None:
+    """Raise VerificationError where the recommended point failed its verification."""
+    if found.unverified is not None:
         raise VerificationError(
-            f"{found.name} is recommended, and {failed[0]} of {found.folder} did not pass.",
-            hint=f"nirvana-deploy verify {out / found.folder}",
+            f"No verified point meets the budget; {found.name} failed: {found.unverified}",
+            hint=f"{out / found.folder} is kept. Allow more, or try other --sparsity or --precision.",
         )
 
 

@@ -30,7 +30,7 @@ from nirvana_deploy.prune.cutting import budget_of, reads_curves, width_step
 from nirvana_deploy.prune.plan import default_gamma, largest_sparsity
 from nirvana_deploy.prune.recipe import Pruning
 from nirvana_deploy.search.load import loads
-from nirvana_deploy.search.meeting import best_of, nearest_of, next_sparsity
+from nirvana_deploy.search.meeting import best_of, nearest_of, next_sparsity, shortfall
 from nirvana_deploy.search.point import Found, Point, said
 from nirvana_deploy.search.recipe import Target
 
@@ -56,6 +56,8 @@ class Met:
     deployment: Deployment
     chosen: Found
     trials: tuple[Found, ...]
+    shortfall: str | None = None
+    """How far from the limit it is, and why no trial is nearer; None within 5 %."""
 
     def __repr__(self) -> str:
         return f"Met({said(self.chosen)}, {len(self.trials)} tried, {self.deployment!r})"
@@ -95,7 +97,15 @@ def meet_target(
     chosen = best_of(trials, target)
     if chosen is None:
         raise _unmet(trials, target, out)
-    progress.note(f"Sparsity {chosen.sparsity:g} meets the budget: {said(chosen)}")
+    short = shortfall(trials, chosen, target, most=most)
+    progress.note(" ".join(filter(None, [f"{said(chosen)} meets the budget.", short])))
+    record = {
+        "schema": 1,
+        "target": target.asked,
+        "chosen": chosen.name,
+        "shortfall": short,
+        "trials": [vars(one) for one in trials],
+    }
     try:
         done = run_job(
             _at(job, chosen.sparsity),
@@ -107,21 +117,15 @@ def meet_target(
             progress=progress,
         )
     except QualityError:  # it is made all the same
-        _finish(out, folder, target, chosen, trials)
+        _finish(out, folder, trials, record)
         raise
-    _finish(out, folder, target, chosen, trials)
-    return Met(done, chosen, tuple(trials))
+    _finish(out, folder, trials, record)
+    return Met(done, chosen, tuple(trials), short)
 
 
-def _finish(out: Path, folder: Path, target: Target, chosen: Found, trials: Sequence[Found]) -> None:
+def _finish(out: Path, folder: Path, trials: Sequence[Found], record: Mapping[str, Any]) -> None:
     """Write down what was tried, and remove it."""
     with Run.open(out, writing=True) as run, run.writing(TARGET_FILE) as path:
-        record = {
-            "schema": 1,
-            "target": target.asked,
-            "chosen": chosen.name,
-            "trials": [vars(t) for t in trials],
-        }
         write_json(path, record)
     _discard(folder, trials)
 
@@ -232,12 +236,14 @@ def _at(job: Job, sparsity: float) -> Job:
 
 def folder_named(model: str, target: Target) -> str:
     """The default name of an output folder: smollm2-max-kl-0.2."""
-    return "-".join([model, *(f"{name.replace('_', '-')}-{limit:g}" for name, limit in target.asked.items())])
+    return "-".join(
+        [model, *(f"{option.removeprefix('--')}-{limit}" for option, limit in target.typed.items())]
+    )
 
 
 def _unmet(trials: list[Found], target: Target, out: Path) -> NirvanaError:
     dense = trials[0]
-    asked = ", ".join(f"--{name.replace('_', '-')} {limit:g}" for name, limit in target.asked.items())
+    asked = ", ".join(f"{option} {limit}" for option, limit in target.typed.items())
     load = loads(dense, target)
     if load.met and load.cost is not None:
         return NirvanaError(

@@ -18,13 +18,14 @@ from nirvana_deploy.report.pages.plane import (
     MEGABYTES,
     MILLISECONDS,
     Point,
+    front_of,
     plane_figure,
 )
 from nirvana_deploy.report.table import ABSENT, format_times
 from nirvana_deploy.search.front import Cost, Recommendation, front, quantization_alone
 from nirvana_deploy.search.point import Found, said
+from nirvana_deploy.search.record import SCHEMA, PointRecord, SearchRecord
 
-SCHEMA = 2
 HEADERS = (
     "Point",
     "KL to dense",
@@ -64,38 +65,46 @@ _COLUMNS = (
     "speedup",
     "on_front",
     "failed",
+    "unverified",
 )
 Quality = Literal["kl", "accuracy"]
 _ERRORS: dict[Quality, str] = {"kl": "kl_standard_error", "accuracy": "accuracy_standard_error"}
 
 
 def search_record(
-    model: str, points: Sequence[Found], advice: Recommendation, benchmark: Mapping[str, Any] | None
+    model: str,
+    points: Sequence[Found],
+    advice: Recommendation,
+    benchmark: Mapping[str, Any] | None,
+    *,
+    commands: Sequence[str],
 ) -> dict[str, Any]:
-    """The content of search.json."""
+    """The content of search.json; ``commands`` are typed in its folder."""
     by_size = {one.name for one in front(points, "weights_bytes")}
     by_time = {one.name for one in front(points, "tpot_ms")}
     chosen = advice.point
-    return {
-        "schema": SCHEMA,
-        "model": model,
-        "target": advice.target.asked,
-        "target_given": advice.given,
-        "recommended": None if chosen is None else chosen.name,
-        "verdict": verdict(points, advice),
-        "next": [] if chosen is None else _next(chosen),
-        "ways": {one.way: one.options for one in points if one.way},
-        "points": [
-            {
-                **asdict(one),
-                "on_front": one.name in (by_time or by_size),
-                "on_size_front": one.name in by_size,
-            }
+    record = SearchRecord(
+        schema=SCHEMA,
+        model=model,
+        target=advice.target.asked,
+        target_given=advice.given,
+        recommended=None if chosen is None else chosen.name,
+        verdict=verdict(points, advice),
+        next=list(commands),
+        next_typed_in="the folder of this file",
+        ways={one.way: one.options for one in points if one.way},
+        points=[
+            PointRecord(
+                **vars(one),
+                on_front=one.name in (by_time or by_size),
+                on_size_front=one.name in by_size,
+            )
             for one in points
         ],
-        "environment": None if benchmark is None else benchmark["environment"],
-        "workload": None if benchmark is None else benchmark["workload"],
-    }
+        environment=None if benchmark is None else benchmark["environment"],
+        workload=None if benchmark is None else benchmark["workload"],
+    )
+    return asdict(record)
 
 
 def verdict(points: Sequence[Found], advice: Recommendation) -> str:
@@ -109,7 +118,9 @@ def verdict(points: Sequence[Found], advice: Recommendation) -> str:
     chosen = advice.point
     best = "the fastest" if advice.target.on_quality else "the nearest to dense"
     words = [f"Take {said(chosen)}: {best} within the budget ({asked})."]
-    if chosen.sparsity == 0 and any(one.sparsity for one in points):
+    if chosen.unverified is not None:
+        words.append(f"It failed its verification, though, and no other point is within: {chosen.unverified}")
+    elif chosen.sparsity == 0 and any(one.sparsity for one in points):
         words.append(
             "No cut is better under this budget: "
             + ("quantization alone beats pruning." if chosen.scheme else "the dense model itself is.")
@@ -122,16 +133,6 @@ def verdict(points: Sequence[Found], advice: Recommendation) -> str:
 def _limit(name: str, limit: float) -> str:
     what, write = _LIMITS[name]
     return f"{what} at {'least' if name == 'min_speedup' else 'most'} {write(limit)}"
-
-
-def _next(chosen: Found) -> list[str]:
-    """What to type in the folder of the search: run it; and complete its folder, report included."""
-    model = f"{chosen.folder}/{chosen.variant.folder}"
-    commands = [f"nirvana-deploy generate {model} --prompt 'The capital of France is'"]
-    if chosen.sparsity:
-        recipe = f"{chosen.folder}/recipe.toml"
-        commands.append(f"nirvana-deploy prune-export --recipe {recipe} --resume --out {chosen.folder}")
-    return commands
 
 
 def search_csv(record: Mapping[str, Any]) -> str:
@@ -171,6 +172,8 @@ def _row(record: Mapping[str, Any], one: Mapping[str, Any]) -> dict[str, str]:
     note = "recommended" if one["name"] == record["recommended"] else ""
     if one["failed"]:
         note = f"failed: {one['failed']}"
+    elif one["unverified"]:
+        note = f"{note or 'not verified'}: {one['unverified']}"
     elif not note and not one["on_front"]:
         note = "dominated" if one["tpot_ms"] is not None else "not timed"
     return {
@@ -188,7 +191,7 @@ def _row(record: Mapping[str, Any], one: Mapping[str, Any]) -> dict[str, str]:
 
 
 def front_figure(record: Mapping[str, Any], cost: Cost, quality: Quality = "kl") -> str | None:
-    """Quality against ``cost``: a colour for each precision, a mark for each way to cut, the front as a line.
+    """Quality against ``cost``: a mark for each precision and way to cut, the front in colour and as a line.
 
     None where fewer than two points are known.
     """
@@ -207,11 +210,13 @@ def front_figure(record: Mapping[str, Any], cost: Cost, quality: Quality = "kl")
         )
         for one in known
     }
-    front = sorted((points[one["name"]] for one in known if one[flag]), key=lambda one: one.cost)
     name = "-".join(("front", *(["accuracy"] if quality == "accuracy" else []), cost.replace("_", "-")))
-    axis = KL if quality == "kl" else ACCURACY
-    ways = dict.fromkeys(one["way"] for one in record["points"])  # the same marks in every figure
-    return plane_figure(list(points.values()), front=front, axis=axis, unit=unit, name=name, ways=ways)
+    if quality == "kl":
+        axis, best = KL, sorted((points[one["name"]] for one in known if one[flag]), key=lambda one: one.cost)
+    else:
+        axis, best = ACCURACY, list(front_of(list(points.values()), ACCURACY))
+    kinds = list(dict.fromkeys((one["scheme"] or "float", one["way"]) for one in record["points"]))
+    return plane_figure(list(points.values()), front=best, axis=axis, unit=unit, name=name, kinds=kinds)
 
 
 def search_page(record: Mapping[str, Any]) -> str:
