@@ -51,14 +51,19 @@ def recover(out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     if as_json:
         echo_json(found)
         return
+    other = found.get("other_text")
     rows = [
         [f"{one['step']:,}", f"{one['tokens']:,}", f"{one['seconds'] / 60:.1f}", f"{one['kl']:.3f}"]
+        + ([f"{one['other_kl']:.3f}"] if other else [])
         for one in found["curve"]
     ]
+    beside = [f"On {other}, not trained on"] if other else []
     echo_table(
-        ["Step", "Tokens", "Minutes", "Held-out KL, nats"],
+        ["Step", "Tokens", "Minutes", "Held-out KL, nats", *beside],
         rows,
         title=f"Trained on {found['text']}",
         beside=True,
     )
+    if stopped := found.get("stopped"):
+        echo(stopped)
     echo(f"Kept: step {found['kept_step']:,}" + (f". Report: {done.report}" if done.report else ""))

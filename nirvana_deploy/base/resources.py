@@ -30,6 +30,8 @@ _DISK_REASONS = {
 }
 _USED_UP = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says of a disk without room, whichever file is written."""
+_TORCH_WRITES_NO_MORE = ("pytorchstreamwriter failed", "unexpected pos")
+"""torch.save of a file that does not get all its bytes; it does not tell why."""
 _MEMORY_SIGNS = (
     "bad_alloc",
     "can't allocate memory",
@@ -144,7 +146,7 @@ def _number_of(error: BaseException) -> int | None:
     for number in (*_USED_UP, errno.ENOMEM):
         if _says(error, (f"(os error {number})", os.strerror(number).lower())):
             return number
-    return None
+    return errno.ENOSPC if _says(error, _TORCH_WRITES_NO_MORE) else None
 
 
 def _says(error: BaseException, signs: tuple[str, ...]) -> bool:

@@ -86,6 +86,10 @@ class Segments:
             for start in range(block + begin, min(block + end, self.length) - window + 1, window)
         ]
 
+    def needed_tokens(self, num_sequences: int) -> int:
+        """Fewest tokens of a text in which so many windows fit that a seed can draw."""
+        return self._needed(num_sequences, 0, _CALIBRATION_SEGMENTS * self._segment, self.seq_len)
+
     def require(self, num_sequences: int, heldout_sequences: int, *, source: str, share: float = 1.0) -> None:
         """Raise NirvanaError unless the requested windows fit; they are this ``share`` of a mixture's."""
         fits, heldout_fits = len(self.calibration_starts), len(self.heldout_starts)
@@ -93,7 +97,7 @@ class Segments:
             return
         calibration_end = _CALIBRATION_SEGMENTS * self._segment
         needed = max(
-            self._needed(num_sequences, 0, calibration_end, self.seq_len),
+            self.needed_tokens(num_sequences),
             self._needed(heldout_sequences, calibration_end, self._block, self.heldout_len),
         )
         fitting = f"--num-sequences {int(fits / share)}" if 0 < fits < num_sequences else "a longer text"

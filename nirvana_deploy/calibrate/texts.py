@@ -51,6 +51,11 @@ def _name_of_file(path: Path) -> str:
     return f"file {path.name}"
 
 
+def is_at_hand(source: str) -> bool:
+    """Whether it is read without a network and without the model."""
+    return source != "self" and source not in calib_sets.names()
+
+
 def require_source(source: str, tokenizer: Any) -> None:
     """Raise what :func:`read_source` would raise for a file or an unknown name, without a network."""
     if source not in known_sources():

@@ -311,18 +311,20 @@ def room_for(
     heldout_len: int,
     enough: int,
     progress: Progress = SILENT,
-) -> int:
-    """How many disjoint windows of ``seq_len`` a seed could draw from a text, beside what is held out.
+) -> Segments:
+    """The layout of a text, whose ``calibration_starts`` are the windows that a seed could draw.
 
-    ``enough`` windows are as good as more: a text that surely has as many is not tokenised for it. Raises
-    NirvanaError for a source that is unknown or unreadable.
+    ``enough`` windows are as good as more: of a text that surely has as many, which is not tokenised for it,
+    the layout is that of the least it can have. Raises NirvanaError for a source that is unknown or
+    unreadable.
     """
     text = read_source(source, tokenizer=tokenizer, progress=progress)
     surely = sum(len(document) for document in text.documents) // _MOST_CHARACTERS_A_TOKEN
-    if len(Segments(length=surely, seq_len=seq_len, heldout_len=heldout_len).calibration_starts) >= enough:
-        return enough
+    least = Segments(length=surely, seq_len=seq_len, heldout_len=heldout_len)
+    if len(least.calibration_starts) >= enough:
+        return least
     stream = token_stream(text.documents, tokenizer, progress)
-    return len(Segments(length=len(stream), seq_len=seq_len, heldout_len=heldout_len).calibration_starts)
+    return Segments(length=len(stream), seq_len=seq_len, heldout_len=heldout_len)
 
 
 def windows_of_text(

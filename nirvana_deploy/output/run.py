@@ -37,8 +37,8 @@ class Run:
     """The lifecycle of one output folder; :meth:`run` runs its stages in order.
 
     It holds the folder's lock from :meth:`begin`, or the first thing that it writes, until :meth:`close`,
-    which is also what ``with`` calls. A new run that is refused before its first stage is finished leaves
-    its place as it was; :meth:`keep` is for work that is no stage.
+    which is also what ``with`` calls. One that is refused before it has made a stage leaves its place as it
+    was; :meth:`keep` is for work that is no stage.
     """
 
     def __init__(self, out: Path, manifest: dict[str, Any], *, progress: Progress = SILENT) -> None:
@@ -55,7 +55,7 @@ class Run:
         self._made: set[str] = set()  # stages that this run made anew
         self._passed: list[str] = []  # stages asked for so far, in order
         self._claimed: set[str] = set()  # names that this run was the first to claim
-        self._before: dict[Path, bytes | None] | None = None  # what a new run wrote over before its stages
+        self._before: dict[Path, bytes | None] | None = None  # what it wrote over before its stages
 
     def __repr__(self) -> str:
         return f"Run({str(self.out)!r}, stages: {', '.join(self.manifest.get('stages', ())) or 'none'})"
@@ -98,6 +98,7 @@ class Run:
         run = cls.open(out, progress=progress) if resumed else cls(out, {}, progress=progress)
         try:
             run._take_lock()
+            run._before = dict.fromkeys(reversed(new))
             if resumed:
                 run.require_same(options, model, may_change)
                 run.changed = run.differing(options)
@@ -107,7 +108,6 @@ class Run:
                 run.manifest |= manifests.seen_from_here(out)
             else:
                 require_free(out, resume=resume, force=force)  # nobody has come in between
-                run._before = dict.fromkeys(reversed(new))
                 run._start_again(options, model, command)
             for folder in {out, *((out / name).parent for name in run.manifest["makes"])}:
                 remove_abandoned(folder)
@@ -273,6 +273,7 @@ class Run:
 
     def finish(self) -> None:
         """Say that the command has made all that it promised; remove what a run before this one left."""
+        self.keep()
         listed = self.listed()
         for name in list(self.manifest["makes"]):
             if name in listed or any(file.startswith(f"{name}/") for file in listed):
@@ -399,6 +400,7 @@ class Run:
         if gone := [name for name in names if self.has(name)]:
             for name in gone:
                 for file in self.manifest["stages"][name]["files"]:
+                    self._remember(file)
                     owned.remove(self.out, file)
                 del self.manifest["stages"][name]
             self._write()

@@ -40,7 +40,8 @@ from nirvana_deploy.prune.cutting import reads_curves, width_step
 from nirvana_deploy.prune.recipe import REFIT
 from nirvana_deploy.prune.refit.reconstruct import read_tokens, require_tokens, widest_input
 from nirvana_deploy.prune.streaming.processes import count
-from nirvana_deploy.recover.before import require_recovery
+from nirvana_deploy.recover.before import require_recovery, work_of
+from nirvana_deploy.recover.learning.needs import Work, require_room, told_of_teacher
 from nirvana_deploy.runtime.tensorrt.loading import tensorrt_module
 
 Until = Literal["checkpoint", "quality", "report"]
@@ -76,6 +77,8 @@ def checked(job: Job, dense: Checkpoint, until: Until, progress: Progress) -> Ch
         text = job.calibration
         longest = segment_tokens(text, single=choices.single)
         require_recovery(job.recovery, dense, seq_len=text.seq_len, longest=longest)
+        if told := told_of_teacher(work_of_job(job, dense.shape)):
+            progress.note(told)
     evaluation_texts(job.calibration.eval_text, dense.tokenizer)
     windows = windows_wanted(job.calibration, dense.shape)
     if by_curves(job, choices):
@@ -171,6 +174,12 @@ def within_context(job: Job, dense: Checkpoint) -> Job:
     return replace(job, calibration=fitting)
 
 
+def work_of_job(job: Job, shape: ModelShape) -> Work:
+    """What decides how much memory and disk a job's recovery takes."""
+    kept = 1 - job.pruning.sparsity
+    return work_of(job.recovery, shape, kept=kept, seq_len=job.calibration.seq_len)
+
+
 def by_curves(job: Job, choices: Choices) -> bool:
     """Whether curves are going to be measured."""
     return any(reads_curves(job.pruning, saliency) for saliency in choices.saliencies)
@@ -211,7 +220,10 @@ def require_space(job: Job, out: Path, shape: ModelShape, until: Until) -> None:
 
 
 def require_enough_memory(job: Job, choices: Choices, shape: ModelShape, until: Until) -> None:
-    """Raise NirvanaError when the memory has no room for what the job holds at once, at the very least."""
+    """Raise NirvanaError when the memory has no room for what the job holds at once, at the very least.
+
+    That of recovery is asked for with its disk: :func:`require_room_to_recover`.
+    """
     if job.pruning.reconstruct or by_curves(job, choices):
         widest = max(max(shape.head_dim * layer.query_heads, layer.ffn_width) for layer in shape.layers)
         require_memory(_EQUATION_BYTES * widest**2, what=f"Fitting the output of {widest:,} inputs")
@@ -224,6 +236,12 @@ def require_enough_memory(job: Job, choices: Choices, shape: ModelShape, until: 
             hint="Stop at the checkpoint, which takes a layer at a time: nirvana-deploy prune. Or leave the "
             "dense model out: --no-baseline.",
         )
+
+
+def require_room_to_recover(job: Job, out: Path, shape: ModelShape) -> None:
+    """Raise NirvanaError when memory or disk have no room for the job's recovery, if it has one."""
+    if job.recovery.recover is not None:
+        require_room(work_of_job(job, shape), out)
 
 
 def recorded_options(job: Job, choices: Choices, shape: ModelShape, until: Until) -> dict[str, Any]:

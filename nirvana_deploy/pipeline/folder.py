@@ -39,6 +39,7 @@ from nirvana_deploy.measure.workloads.named import NamedWorkload, load_workloads
 from nirvana_deploy.measure.workloads.sweep import Sweep, sweeps_of
 from nirvana_deploy.measure.zero_shot.tasks import require_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import (
     BENCHMARK_FILE,
@@ -152,7 +153,20 @@ def _recovery(out: Path, options: Mapping[str, Any], progress: Progress) -> tupl
     job = job_of(base.model, with_recovery(options), base=base)
     if not Path(model).is_dir():
         progress.note(f"{model} is gone; looking for {base.model} again")
+        _find_again(out, base.model, model, progress)
     return job, until
+
+
+def _find_again(out: Path, named: str, path: str, progress: Progress) -> None:
+    """Raise NirvanaError where the dense model of a folder is not at ``path`` nor where its name says."""
+    try:
+        resolve_model(named, progress=progress)
+    except NirvanaError as error:
+        raise NirvanaError(
+            f"The dense model that {out} was cut from, and is trained toward, is gone. {error.message}",
+            hint=f"Put it back at {path}, and repeat the command."
+            + (f" {error.hint}" if error.hint and error.hint not in error.message else ""),
+        ) from error
 
 
 def benchmark_folder(

@@ -34,6 +34,7 @@ from nirvana_deploy.pipeline.before import (
     read_files,
     recorded_options,
     require_enough_memory,
+    require_room_to_recover,
     require_space,
     run_beside,
     say_cost,
@@ -155,6 +156,7 @@ def run_job(
     require_space(job, out, dense.shape, until)
     if not resume:  # what is finished needs no more memory
         require_enough_memory(job, choices, dense.shape, until)
+        require_room_to_recover(job, out, dense.shape)
     with Run.begin(
         out,
         options=recorded_options(job, choices, dense.shape, until),

@@ -6,12 +6,14 @@ import importlib.util
 
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.calibrate.mixture import parts_of
-from nirvana_deploy.calibrate.texts import require_source
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.quantize.schemes import scheme_named
-from nirvana_deploy.recover.budget import budget_of, part_of
-from nirvana_deploy.recover.data import as_recover_text
+from nirvana_deploy.recover.budget import Budget, budget_of, part_of
+from nirvana_deploy.recover.data import MOST_WINDOWS, as_recover_text, require_text, watching_of
 from nirvana_deploy.recover.learning.logs import require_log
+from nirvana_deploy.recover.learning.needs import Work
+from nirvana_deploy.recover.loop import micro_batch_of
 from nirvana_deploy.recover.processes import require_fit
 from nirvana_deploy.recover.recipe import Recovery, weights_of
 
@@ -32,7 +34,7 @@ def require_recovery(
             hint="Cut with longer calibration windows: --seq-len.",
         )
     seq_len = recipe.recover_seq_len or seq_len
-    budget = budget_of(part_of(recipe.recover or "", recipe.recover_steps))
+    budget = _budget(recipe)
     if budget.tokens is not None:
         budget.steps(recipe.recover_batch * seq_len, step_seconds=0.0)
     for package in ("accelerate", *(("peft",) if recipe.recover_method == "lora" else ())):
@@ -45,8 +47,32 @@ def require_recovery(
     if not recipe.learning_rate > 0:
         raise NirvanaError(f"--learning-rate must be above 0, got {recipe.learning_rate:g}.")
     with as_recover_text():
-        for part in parts_of(recipe.recover_text, writes_text=dense.shape.family.writes_text):
-            require_source(part.source, dense.tokenizer)
+        parts = parts_of(recipe.recover_text, writes_text=dense.shape.family.writes_text)
+        require_text(parts, dense, (seq_len, longest), least=recipe.recover_batch)
+
+
+def work_of(recipe: Recovery, dense: ModelShape, *, kept: float, seq_len: int) -> Work:
+    """What decides how much memory and disk a recovery takes.
+
+    ``kept`` is the share of linear weights in the cut, ``seq_len`` the length of calibration windows.
+    """
+    seq_len, budget = recipe.recover_seq_len or seq_len, _budget(recipe)
+    known = budget.tokens is not None
+    read = budget.tokens // seq_len if budget.tokens is not None else MOST_WINDOWS
+    return Work(
+        recipe,
+        dense,
+        kept=kept,
+        seq_len=seq_len,
+        micro_batch=micro_batch_of(recipe),
+        windows=min(MOST_WINDOWS, read + watching_of(read)),
+        windows_are_known=known,
+    )
+
+
+def _budget(recipe: Recovery) -> Budget:
+    """Of each step."""
+    return budget_of(part_of(recipe.recover or "", recipe.recover_steps))
 
 
 def _require_rounding(recipe: Recovery) -> None:

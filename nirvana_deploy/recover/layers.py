@@ -8,7 +8,7 @@ keeps what it learnt. Blocks that are done wait on disk, and a killed training g
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from operator import attrgetter
 from pathlib import Path
@@ -29,7 +29,7 @@ from nirvana_deploy.recover.data import TrainingText
 from nirvana_deploy.recover.learning.compared import mean_kl
 from nirvana_deploy.recover.learning.losses import relative_error
 from nirvana_deploy.recover.learning.rounded import round_while_training, settle, stored_name
-from nirvana_deploy.recover.learning.student import require_finite
+from nirvana_deploy.recover.learning.student import NotFiniteError, require_finite
 from nirvana_deploy.recover.loop import Course, Loop
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.record import CurvePoint
@@ -74,7 +74,7 @@ class BlockByBlock:
                 self._cut,
                 self._dense,
                 text.train.tokens,
-                text.watch,
+                text.watching,
                 self._recipe,
                 loop,
                 state=self._state,
@@ -91,27 +91,30 @@ def train_layers(
     cut: Checkpoint,
     dense: Checkpoint,
     train: NDArray[np.int64],
-    watch: NDArray[np.int64],
+    watch: Sequence[NDArray[np.int64]],
     recipe: Recovery,
     loop: Loop,
     *,
     state: Path,
     advance: Advance,
 ) -> Course:
-    """Train each block of ``cut`` on windows [N, T]; [M, T] others watch; blocks go to the folder ``state``.
+    """Train each block of ``cut`` on windows [N, T]; others, [M, T] of each kind, watch.
 
-    Raises NirvanaError for a loss that is not finite (blocks that are done stay), a full disk, and memory
-    that does not hold the states of all windows.
+    Blocks go to the folder ``state``.
+
+    A block whose loss is not finite stays as it was. Raises NotFiniteError where that leaves nothing better,
+    NirvanaError for a full disk, and for memory that does not hold the states of all windows.
     """
     started, size = time.perf_counter(), loop.step_windows
     read = train[: len(train) - len(train) % size]
-    windows = torch.from_numpy(np.concatenate([read, watch]))
+    windows = torch.from_numpy(np.concatenate([read, *watch]))
     require_memory(
         2 * 4 * windows.numel() * dense.shape.hidden_size,
         what=f"Recovery layer by layer, with the states of {windows.numel():,} tokens,",
         hint="Train on fewer tokens: --recover 50k.",
     )
     batches = len(read) // size
+    spoilt: NotFiniteError | None = None
     for wanted, turn in _side_by_side(cut, dense, windows, size):
         with torch.no_grad():
             wanted.left = [run().cpu() for run in wanted.runs]
@@ -120,7 +123,7 @@ def train_layers(
             _take(turn, load_file(file))
         else:
             _prepare(turn.block, recipe)
-            _train(turn, wanted.left, batches, loop)
+            spoilt = _train(turn, wanted.left, batches, loop) or spoilt
             found = _stored(turn, cut)
             with disk_errors(state), whole_file(file) as partial:
                 save_file(found, partial)
@@ -131,15 +134,30 @@ def train_layers(
         advance(len(turn.layers))
         last = (wanted.left[batches:], turn.left[batches:])
     models = StreamedModel(cut), StreamedModel(dense)
-    before = models[0].last_states(micro_batches(torch.from_numpy(watch), size))
-    kl = [mean_kl(*models, states, last[0]) for states in (before, last[1])]
-    seconds = round(time.perf_counter() - started, 3)
-    curve = (
-        CurvePoint(step=0, tokens=0, seconds=0.0, kl=kl[0]),
-        CurvePoint(step=loop.steps, tokens=loop.steps * size * train.shape[1], seconds=seconds, kl=kl[1]),
+    watching = micro_batches(windows[len(read) :], size)
+    wanted_states, *states = (
+        torch.split(torch.cat(one), [len(kind) for kind in watch])
+        for one in (last[0], models[0].last_states(watching), last[1])
     )
+    divergences = [
+        [mean_kl(*models, [one], [other]) for one, other in zip(kinds, wanted_states, strict=True)]
+        for kinds in states
+    ]
+    seconds = round(time.perf_counter() - started, 3)
+    taken = ((0, 0, 0.0), (loop.steps, loop.steps * size * train.shape[1], seconds))
+    curve = tuple(CurvePoint(*point, *kinds) for point, kinds in zip(taken, divergences, strict=True))
+    better = curve[1].chosen_by < curve[0].chosen_by
+    if spoilt is not None and not better:
+        raise spoilt
     return Course(
-        curve=curve, kept_step=loop.steps if kl[1] < kl[0] else 0, steps_done=loop.steps, seconds=seconds
+        curve=curve,
+        kept_step=loop.steps if better else 0,
+        steps_done=loop.steps,
+        seconds=seconds,
+        stopped=f"{spoilt.what}: that block stays as it was. To train it too, recover again with "
+        f"{spoilt.gentler}."
+        if spoilt is not None
+        else "",
     )
 
 
@@ -162,8 +180,11 @@ def _loss(turn: Turn, number: int, wanted: torch.Tensor) -> torch.Tensor:
     return relative_error(states.flatten(0, 1), wanted.to(states.device).flatten(0, 1))
 
 
-def _train(turn: Turn, wanted: States, batches: int, loop: Loop) -> None:
-    """Train a block in place on the first ``batches``; what does not help on the others is undone."""
+def _train(turn: Turn, wanted: States, batches: int, loop: Loop) -> NotFiniteError | None:
+    """Train a block in place on the first ``batches``; what does not help on the others is undone.
+
+    So is what ended in a loss that is not finite, which is returned.
+    """
     from transformers.optimization import get_scheduler
 
     before = {name: one.detach().clone() for name, one in turn.block.named_parameters()}
@@ -175,11 +196,17 @@ def _train(turn: Turn, wanted: States, batches: int, loop: Loop) -> None:
     schedule = get_scheduler(name, optimizer, loop.warm_up_steps, loop.steps, scheduler_specific_kwargs=shape)
     order = np.random.Generator(np.random.PCG64(loop.seed))
     numbers: list[int] = []
+    spoilt: NotFiniteError | None = None
     for step in range(1, loop.steps + 1):
         numbers = numbers or order.permutation(batches).tolist()
         number = numbers.pop()
         loss = _loss(turn, number, wanted[number])
-        require_finite(float(loss.detach()), step=step, learning_rate=schedule.get_last_lr()[0])
+        try:
+            rate = schedule.get_last_lr()[0]
+            require_finite(float(loss.detach()), step=step, learning_rate=rate, peak_rate=loop.learning_rate)
+        except NotFiniteError as found:
+            spoilt = found
+            break
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(turn.block.parameters(), 1.0)
@@ -190,6 +217,7 @@ def _train(turn: Turn, wanted: States, batches: int, loop: Loop) -> None:
         with torch.no_grad():
             for name, one in turn.block.named_parameters():
                 one.copy_(before[name])
+    return spoilt
 
 
 @torch.no_grad()

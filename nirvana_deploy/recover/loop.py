@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.units import format_seconds
 from nirvana_deploy.recover.budget import budget_of
 from nirvana_deploy.recover.learning.dtype import in_bfloat16
 from nirvana_deploy.recover.processes import share_of
@@ -31,6 +33,8 @@ class Course:
     kept_step: int
     steps_done: int
     seconds: float
+    stopped: str = ""
+    """Why training ended before its time, where its loss was no number any more."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,21 @@ def planned(recipe: Recovery, *, seq_len: int, seed: int, seconds_of_step: Calla
 
 
 def shortened(loop: Loop, recipe: Recovery, *, seq_len: int, writing_seconds: float) -> Loop:
-    """The loop in what writing the text left of a budget in time."""
+    """The loop in what gathering the text left of a budget in time; raises NirvanaError for no step."""
     budget = budget_of(recipe.recover or "")
     if budget.seconds is None:
         return loop
     step_seconds = budget.seconds / loop.steps
-    left = replace(budget, seconds=max(budget.seconds - writing_seconds, 0.0))
-    return replace(loop, steps=whole_steps(left.steps(loop.step_windows * seq_len, step_seconds)))
+    steps = int((budget.seconds - writing_seconds) / step_seconds)
+    if steps < 1:
+        raise NirvanaError(
+            f"--recover: gathering text took {format_seconds(writing_seconds)} of "
+            f"{format_seconds(budget.seconds)}, and what is left ends within the first step, which takes "
+            f"{format_seconds(step_seconds)} here.",
+            hint=f"Give at least {format_seconds(writing_seconds + 2 * step_seconds)}, or text that the "
+            "model does not have to write: --recover-text prose,pydoc:0.4",
+        )
+    return replace(loop, steps=whole_steps(steps))
 
 
 def micro_batch_of(recipe: Recovery) -> int:

@@ -16,6 +16,13 @@ class CurvePoint:
     """Of training, measuring included."""
     kl: float
     """Mean over the positions of the watching windows of KL(dense || pruned), nats."""
+    other_kl: float | None = None
+    """The same, on windows of a kind that is not trained on, if any watch."""
+
+    @property
+    def chosen_by(self) -> float:
+        """The mean of both kinds, whose least is kept."""
+        return self.kl if self.other_kl is None else (self.kl + self.other_kl) / 2
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Recovered:
     """That the budget gave; the learning rate falls to its end at the last."""
     steps_done: int
     kept_step: int
-    """Whose state was kept: the one of least KL. 0: no training; nothing was better."""
+    """Whose state was kept: the one of least KL, both kinds alike. 0: no training; nothing was better."""
     tokens: int
     """Read until ``steps_done``."""
     seconds: float
@@ -58,6 +65,10 @@ class Recovered:
     """What the cut wrote before training, prompt by prompt as ``answers.json`` has them."""
     bfloat16: bool = False
     """Whether products were computed in it."""
+    stopped: str = ""
+    """Why training ended before its time, if its loss was no number any more."""
+    other_text: str | None = None
+    """The kind of text that is not trained on and watched too, if any."""
 
     @property
     def tokens_per_second(self) -> float:

@@ -26,11 +26,14 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import SafetensorsWeights
 from nirvana_deploy.quantize.graph.linears import RECORD_FILE
 from nirvana_deploy.quantize.schemes import scheme_named
+from nirvana_deploy.recover.before import work_of
 from nirvana_deploy.recover.data import TrainingText, training_text
 from nirvana_deploy.recover.layers import BlockByBlock
 from nirvana_deploy.recover.learning.int8_decision import write_decision
 from nirvana_deploy.recover.learning.logs import LOG_FOLDER, keep_log
-from nirvana_deploy.recover.loop import Course, Loop, micro_batch_of, planned, shortened
+from nirvana_deploy.recover.learning.needs import require_room, stores_teacher
+from nirvana_deploy.recover.learning.student import NotFiniteError
+from nirvana_deploy.recover.loop import Course, Loop, planned, shortened
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.shared import TEACHER, WINDOWS, WholeModel
 
@@ -97,10 +100,17 @@ def recover_checkpoint(
     activations to a scheme that rounds them. Raises NirvanaError for too little text, time, memory or disk,
     and for a loss that is not finite.
     """
-    begun = _begun(state, identity, micro_batch=micro_batch_of(recipe))
+    kept = cut.shape.linear_parameters / dense.shape.linear_parameters
+    work = work_of(recipe, dense.shape, kept=kept, seq_len=wanted.seq_len)
+    require_room(work, state.parent)
+    begun = _begun(state, identity, micro_batch=work.micro_batch)
     if recipe.recover_for is not None and scheme_named(recipe.recover_for).activation_bits is not None:
         write_decision(cut, calibration, state, scheme=recipe.recover_for, progress=progress)
-    way: Way = (BlockByBlock if recipe.recover_method == "layers" else WholeModel)(cut, dense, recipe, state)
+    way: Way = (
+        BlockByBlock(cut, dense, recipe, state)
+        if recipe.recover_method == "layers"
+        else WholeModel(cut, dense, recipe, state, stored_teacher=stores_teacher(work))
+    )
     seq_len = wanted.seq_len
     loop = begun or planned(recipe, seq_len=seq_len, seed=wanted.seed, seconds_of_step=way.seconds_of_step)
     started = time.perf_counter()
@@ -119,7 +129,11 @@ def recover_checkpoint(
     if begun is None:
         loop = shortened(loop, recipe, seq_len=seq_len, writing_seconds=writing_seconds)
         _remember(state, identity, loop)
-    course = way.train(text, loop, progress)
+    try:
+        course = way.train(text, loop, progress)
+    except NotFiniteError:  # what is saved is no better than the cut
+        remove(state)
+        raise
     _write(out, cut, way.trained_tensors(), course, state)
     remove(state)
     return Trained(text, loop, course, writing_seconds, way.trained_parameters, way.stored_teacher)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.resources import (
-    disk_errors,
-    free_memory_bytes,
-    require_free_bytes,
-    require_memory,
-)
+from nirvana_deploy.base.resources import disk_errors
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.streaming import processes
 from nirvana_deploy.prune.streaming.loading import compute_device
@@ -43,10 +38,6 @@ from nirvana_deploy.recover.loop import Course, Loop, micro_batch_of
 from nirvana_deploy.recover.processes import share_of
 from nirvana_deploy.recover.recipe import Recovery
 
-_STATE_BYTES = 3 * 4
-"""A parameter that is trained, and its two moments."""
-_SAVED_STATES = 3
-"""The best one, the last one, and the one that is being written."""
 _BESIDE = 1.2
 """A step with its part of the optimizer, measuring and saving, in times of its gradients; of SmolLM2."""
 RECOVER = "recover"
@@ -106,18 +97,19 @@ def trained(
     training: Training,
     pruned: StatesOf,
     train: NDArray[np.int64],
-    watch: NDArray[np.int64],
+    watch: Sequence[NDArray[np.int64]],
     *,
     progress: Progress,
 ) -> Course:
-    """Train ``pruned`` in place on windows [N, T], watched by others [M, T], with all processes there are."""
+    """Train ``pruned`` in place on windows [N, T], watched by [M, T] of each kind, with all processes."""
     from nirvana_deploy.recover.training import last_whole
 
     begin = last_whole(training.state)
     if processes.count() > 1:
         training.state.mkdir(parents=True, exist_ok=True)
         with disk_errors(training.state):
-            save_file({"train": train, "watch": watch}, training.state / WINDOWS)
+            kinds = {f"watch-{kind}": windows for kind, windows in enumerate(watch)}
+            save_file({"train": train, **kinds}, training.state / WINDOWS)
     processes.tell(training.to_json(begin))
     loop = training.loop
     label = f"Recovering on {loop.steps * loop.step_windows * train.shape[1]:,} tokens"
@@ -138,8 +130,8 @@ def take_part(work: dict[str, Any]) -> None:
     _run(
         training,
         model_to_train(training.cut, training.recipe, training.state),
-        windows["train"],
-        windows["watch"],
+        windows.pop("train"),
+        [windows[name] for name in sorted(windows)],
         begin=None if work["begin"] is None else Path(work["begin"]),
         label="Recovering",
         progress=SILENT,
@@ -150,7 +142,7 @@ def _run(
     training: Training,
     pruned: StatesOf,
     train: NDArray[np.int64],
-    watch: NDArray[np.int64],
+    watch: Sequence[NDArray[np.int64]],
     *,
     begin: Path | None,
     label: str,
@@ -182,14 +174,14 @@ def _run(
 class WholeModel:
     """The cut whole in memory, with gradients and moments; the dense one beside it, or its states on disk."""
 
-    def __init__(self, cut: Checkpoint, dense: Checkpoint, recipe: Recovery, state: Path) -> None:
+    def __init__(
+        self, cut: Checkpoint, dense: Checkpoint, recipe: Recovery, state: Path, *, stored_teacher: bool
+    ) -> None:
         self._cut, self._dense, self._recipe, self._state = cut, dense, recipe, state
+        self.stored_teacher = stored_teacher
         self._pruned: StatesOf | None = model_to_train(cut, recipe, state)
         trained = [one.numel() for one in self._pruned.model.parameters() if one.requires_grad]
         self.trained_parameters = sum(trained)
-        self.stored_teacher = _stores_teacher(recipe, self.trained_parameters, dense)
-        saved_bytes = _SAVED_STATES * _STATE_BYTES * self.trained_parameters
-        require_free_bytes(state.parent, saved_bytes, what="Recovery")
 
     @property
     def _model(self) -> StatesOf:
@@ -216,36 +208,13 @@ class WholeModel:
         """Write the dense model's states to disk, if they are to lie there, without the cut in memory."""
         if self.stored_teacher:
             self._pruned = None
-            windows = np.concatenate([text.train.tokens, text.watch])
-            store_states(self._dense, windows, self._state / TEACHER, progress=progress)
+            store_states(self._dense, text.windows, self._state / TEACHER, progress=progress)
 
     def train(self, text: TrainingText, loop: Loop, progress: Progress) -> Course:
         """Together with all processes there are."""
         training = Training(self._cut, self._dense, self._recipe, loop, self._state, self.stored_teacher)
-        return trained(training, self._model, text.train.tokens, text.watch, progress=progress)
+        return trained(training, self._model, text.train.tokens, text.watching, progress=progress)
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Float32; adapters are merged."""
         return trained_tensors(self._model.model)
-
-
-def _stores_teacher(recipe: Recovery, parameters: int, dense: Checkpoint) -> bool:
-    """Whether the dense model's states go to the disk; raises NirvanaError where memory lets neither be."""
-    dense_bytes = 4 * (dense.shape.linear_parameters + dense.shape.embedding_parameters)
-    training_bytes = (4 + _STATE_BYTES) * parameters
-    free_bytes = torch.cuda.mem_get_info()[0] if compute_device().type == "cuda" else free_memory_bytes()
-    if recipe.recover_teacher == "auto" and free_bytes >= dense_bytes + training_bytes:
-        return False
-    if recipe.recover_teacher == "live":
-        require_memory(
-            dense_bytes + training_bytes,
-            what="Recovery, with the dense model, gradients and moments beside the pruned one,",
-            hint="Keep the dense model's states on disk: --recover-teacher stored.",
-        )
-        return False
-    require_memory(
-        training_bytes,
-        what="Recovery, with gradients and moments beside the pruned model,",
-        hint="Train adapters alone, --recover-method lora, or block by block, --recover-method layers.",
-    )
-    return True

@@ -22,8 +22,10 @@ from nirvana_deploy.output.stage import WHOLE, Stage, Step
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.prune.streaming.processes import count
+from nirvana_deploy.recover.before import work_of
 from nirvana_deploy.recover.budget import part_of
 from nirvana_deploy.recover.learning.compared import streamed_quality
+from nirvana_deploy.recover.learning.needs import require_room
 from nirvana_deploy.recover.recipe import Recovery
 from nirvana_deploy.recover.record import Recovered
 from nirvana_deploy.recover.recovery import TextWanted, recover_checkpoint
@@ -66,6 +68,8 @@ def recover(
     seq_len = recipe.recover_seq_len or calibration.seq_len
 
     def work() -> Recovered:
+        kept = plan.budget.linear_parameters_kept / plan.budget.linear_parameters_dense
+        require_room(work_of(recipe, dense.shape, kept=kept, seq_len=seq_len), run.out)
         with scratch_folder(run.out) as scratch:
             refit = folder / RECONSTRUCTION if plan.reconstruct is not None else None
             slice_checkpoint(models.source, plan, scratch / "cut", reconstruction=refit)
@@ -80,6 +84,7 @@ def recover(
                 replace(
                     recipe,
                     recover=part_of(recipe.recover or "", step.of),
+                    recover_steps=1,
                     recover_for=recipe.recover_for if step.last else None,
                 ),
                 TextWanted(
@@ -96,6 +101,8 @@ def recover(
         course, loop = done.course, done.loop
         if not course.kept_step:
             run.progress.note("Training made the held-out KL no better: the cut is kept as it was")
+        if course.stopped:
+            run.progress.note(course.stopped)
         return Recovered(
             options=options_of(recipe),
             seed=calibration.seed,
@@ -120,6 +127,8 @@ def recover(
             cut_kl=kl,
             cut_perplexity=math.exp(loss),
             answers_of_cut=answers,
+            stopped=course.stopped,
+            other_text=None if done.text.other is None else done.text.other.source,
         )
 
     needs = (stage.PLAN, stage.RECONSTRUCT, stage.SELECT, stage.CALIBRATE)

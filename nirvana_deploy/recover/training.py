@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,16 @@ from nirvana_deploy.base.resources import disk_errors
 from nirvana_deploy.prune.streaming.processes import is_first
 from nirvana_deploy.recover.learning.dtype import computing
 from nirvana_deploy.recover.learning.logs import LOG_FOLDER, NOWHERE, told
-from nirvana_deploy.recover.learning.student import Student, parts_of, require_finite
+from nirvana_deploy.recover.learning.student import NotFiniteError, Student, parts_of, require_finite
 from nirvana_deploy.recover.loop import Course, Loop
 from nirvana_deploy.recover.processes import share_of
 from nirvana_deploy.recover.record import CurvePoint
+
+_ELSEWHERE = (
+    "move the folder to another disk. What was saved whole stays: the same command goes on from there, prune "
+    "and prune-export with --resume"
+)
+"""Where states find room."""
 
 
 class _Windows(Dataset[dict[str, torch.Tensor]]):
@@ -57,35 +64,48 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
     control: TrainerControl
 
     def __init__(
-        self, student: Student, watch: NDArray[np.int64], *, first: int, batch: int, **kwargs: Any
+        self, student: Student, watch: Sequence[NDArray[np.int64]], *, first: int, batch: int, **kwargs: Any
     ) -> None:
-        """``first`` is the number of the first watching window."""
+        """``first`` is the number of the first watching window, of those of each kind."""
         super().__init__(model=student, **kwargs)
         self._student, self._batch = student, batch
-        self._watch, self._first = torch.from_numpy(watch), first
-        self._wanted: list[torch.Tensor] | None = None
+        self._watch, self._first = [torch.from_numpy(kind) for kind in watch], first
+        self._wanted: dict[int, list[torch.Tensor]] = {}
         self._before, self._started = 0.0, time.perf_counter()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        step, rate = self.state.global_step + 1, float(self.lr_scheduler.get_last_lr()[0])
-        require_finite(float(loss), step=step, learning_rate=rate)
+        self._require_finite(float(self.accelerator.gather(loss).mean()), step=self.state.global_step + 1)
         return loss
+
+    def _require_finite(self, loss: float, *, step: int) -> None:
+        """In all processes, or in none."""
+        rate = float(self.lr_scheduler.get_last_lr()[0])
+        require_finite(loss, step=step, learning_rate=rate, peak_rate=self.args.learning_rate)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         was_training = self._student.training
         self._student.eval()
-        parts = [one.to(self.args.device) for one in parts_of(self._watch, self._batch)]
         with computing(self.args.bf16):  # as a step does
-            if self._wanted is None:  # the dense model stays as it is
-                numbers = parts_of(torch.arange(self._first, self._first + len(self._watch)), self._batch)
-                self._wanted = [self._student.wanted_states(*one) for one in zip(parts, numbers, strict=True)]
-            total = sum(self._student.heldout_kl(*one) for one in zip(parts, self._wanted, strict=True))
+            found = [self._kl(kind) for kind in range(len(self._watch))]
         self._student.train(was_training)
-        metrics = {"eval_kl": total / self._student.positions(self._watch)}
+        metrics = dict(zip(("eval_kl", "eval_other_kl"), found, strict=False))
+        metrics["eval_chosen"] = sum(found) / len(found)
+        self._require_finite(metrics["eval_chosen"], step=self.state.global_step)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _kl(self, kind: int) -> float:
+        """Mean KL of the watching windows of one kind."""
+        windows, first = self._watch[kind], self._first + sum(map(len, self._watch[:kind]))
+        parts = [one.to(self.args.device) for one in parts_of(windows, self._batch)]
+        if kind not in self._wanted:  # the dense model stays as it is
+            numbers = parts_of(torch.arange(first, first + len(windows)), self._batch)
+            asked = zip(parts, numbers, strict=True)
+            self._wanted[kind] = [self._student.wanted_states(*one) for one in asked]
+        total = sum(self._student.heldout_kl(*one) for one in zip(parts, self._wanted[kind], strict=True))
+        return total / self._student.positions(windows)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict=self._student.trained())
@@ -107,6 +127,10 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
         self._started = time.perf_counter()
         self.train(resume_from_checkpoint=None if folder is None else str(folder))
 
+    def end_as_best(self) -> None:
+        """Take the weights of the best saved state, as a training that comes to its end does."""
+        self._load_best_model()
+
 
 class _Told(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Advances a task, and nothing on stdout."""
@@ -121,7 +145,7 @@ class _Told(TrainerCallback):  # type: ignore[misc, unused-ignore]
 def fit(
     student: Student,
     train: NDArray[np.int64],
-    watch: NDArray[np.int64],
+    watch: Sequence[NDArray[np.int64]],
     loop: Loop,
     *,
     state: Path,
@@ -129,10 +153,12 @@ def fit(
     log: str,
     advance: Advance,
 ) -> Course:
-    """Train ``student`` in place on windows [N, T]; it ends as the best state by the watching windows [M, T].
+    """Train ``student`` in place on windows [N, T]; it ends as the best state by the watching windows
+    [M, T] of each kind.
 
     ``state`` is the folder of saved states, and ``begin`` the one to go on from; ``log`` is told the course.
-    Raises NirvanaError for a loss that is not finite (the states before stay) and a full disk.
+    A loss that is not finite ends the training; raises NotFiniteError where no state before it is better than
+    the cut, and NirvanaError for a full disk (the states before stay).
     """
     every, (schedule, shape) = loop.measured_every, loop.scheduler
     arguments = TrainingArguments(
@@ -155,7 +181,7 @@ def fit(
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="kl",
+        metric_for_best_model="chosen",
         greater_is_better=False,
         logging_steps=every,
         logging_nan_inf_filter=False,
@@ -168,7 +194,8 @@ def fit(
     begin_step = 0 if begin is None else int(begin.name.rpartition("-")[2])
     advance(begin_step)
     where = log if is_first() else NOWHERE
-    with _quiet(), disk_errors(state), told(where, state / LOG_FOLDER, begin_step=begin_step) as tellers:
+    full = disk_errors(state, elsewhere=_ELSEWHERE)
+    with _quiet(), full, told(where, state / LOG_FOLDER, begin_step=begin_step) as tellers:
         trainer = _Watched(
             student,
             watch,
@@ -176,12 +203,23 @@ def fit(
             batch=loop.micro_batch,
             args=arguments,
             train_dataset=_Windows(train),
-            eval_dataset=_Windows(watch),
+            eval_dataset=_Windows(watch[0]),
             callbacks=[EarlyStoppingCallback(loop.patience), _Told(advance), *tellers],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.go_on(begin)
-    return _course(trainer.state.log_history, loop, train.shape[1], trainer.seconds)
+        spoilt: NotFiniteError | None = None
+        try:
+            trainer.go_on(begin)
+        except NotFiniteError as error:
+            spoilt = error
+        course = _course(trainer.state.log_history, loop, train.shape[1], trainer.seconds)
+        if spoilt is None:
+            return course
+        if not course.kept_step:
+            raise spoilt
+        trainer.end_as_best()
+        stopped = f"{spoilt.what}: training ended there. The best state before it is kept."
+        return replace(course, stopped=f"{stopped} To train on, recover again with {spoilt.gentler}.")
 
 
 def _course(history: Sequence[dict[str, Any]], loop: Loop, window_tokens: int, seconds: float) -> Course:
@@ -192,11 +230,13 @@ def _course(history: Sequence[dict[str, Any]], loop: Loop, window_tokens: int, s
             tokens=step * loop.step_windows * window_tokens,
             seconds=round(entry["seconds"], 3),
             kl=entry["eval_kl"],
+            other_kl=entry.get("eval_other_kl"),
         )
         for step, entry in sorted(measured.items())
     )
-    best = min(curve, key=lambda point: point.kl)
-    return Course(curve=curve, kept_step=best.step, steps_done=curve[-1].step, seconds=round(seconds, 3))
+    kept = min(curve, key=lambda point: point.chosen_by).step if curve else 0
+    done = curve[-1].step if curve else 0
+    return Course(curve=curve, kept_step=kept, steps_done=done, seconds=round(seconds, 3))
 
 
 def last_whole(state: Path) -> Path | None:

@@ -119,6 +119,10 @@ def safetensors_writes(path: Path) -> None:
     save_file({"x": torch.zeros(250_000)}, path)
 
 
+def torch_writes(path: Path) -> None:
+    torch.save({"x": torch.zeros(250_000)}, path)
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("within", [disk_errors, lambda _: exhaustion_errors("The command")])
 def test_a_full_disk_is_a_sentence(within: Callable[[Path], AbstractContextManager[None]]) -> None:
@@ -126,7 +130,7 @@ def test_a_full_disk_is_a_sentence(within: Callable[[Path], AbstractContextManag
     assert re.match(r"Cannot write /\S+: the disk is full \([\d.,]+ \wB are free\)\.\nFree some", message)
 
 
-@pytest.mark.parametrize("write", [python_writes, safetensors_writes])
+@pytest.mark.parametrize("write", [python_writes, safetensors_writes, torch_writes])
 def test_a_file_that_grows_beyond_what_may_be_is_a_sentence_and_gone(
     tmp_path: Path, write: Callable[[Path], None]
 ) -> None:
@@ -145,7 +149,9 @@ def test_a_file_that_grows_beyond_what_may_be_is_a_sentence_and_gone(
     try:
         for kind in (file, folder):
             message = said(nullcontext(), kind)
-            assert re.match(r"Cannot write .*/whole: the file is larger than .*B are free", message)
+            assert re.match(
+                r"Cannot write .*/whole: the (file is larger than|disk is full) .*B are free", message
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []

@@ -271,6 +271,34 @@ def test_a_run_that_begins_again_and_fails_at_once_leaves_the_one_before(tmp_pat
     assert run_all(tmp_path) == []
 
 
+def test_a_resumed_run_that_is_refused_in_its_first_stage_leaves_what_was_there(tmp_path: Path) -> None:
+    """With options, files and stages that it dropped on its way to it."""
+    run_all(tmp_path, resume=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def fail() -> None:
+        raise NirvanaError("the text is too short")
+
+    with pytest.raises(NirvanaError, match="too short"), begun(tmp_path, resume=True, free=2) as run:
+        with run.writing("recipe.toml") as file:
+            file.write_text("recipe")
+        run.drop(["d"])
+        run.forget("b")
+        run.run(Stage("b", ("a",), ("b", "new"), fail))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert run_all(tmp_path) == []
+
+
+def test_a_resumed_run_that_is_through_keeps_its_files(tmp_path: Path) -> None:
+    run_all(tmp_path, resume=False)
+    with pytest.raises(NirvanaError, match="not good enough"), begun(tmp_path, resume=True) as run:
+        with run.writing("recipe.toml") as file:
+            file.write_text("recipe")
+        run.finish()
+        raise NirvanaError("not good enough")
+    assert (tmp_path / "recipe.toml").read_text() == "recipe"
+
+
 def test_a_run_that_fails_later_keeps_what_is_finished(tmp_path: Path) -> None:
     def fail() -> None:
         raise NirvanaError("no")

@@ -19,6 +19,7 @@ from nirvana_deploy.cli.main import commands
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.output import stage
+from nirvana_deploy.pipeline.before import checked
 from nirvana_deploy.pipeline.folder import forecast_recovery
 from nirvana_deploy.pipeline.forecast import costs
 from nirvana_deploy.pipeline.forecast.costs import Costs
@@ -104,6 +105,66 @@ def test_memory_is_that_which_was_recorded_within_a_half(monkeypatch: pytest.Mon
     lines = (RESULTS / "recipes.jsonl").read_text(encoding="utf-8").splitlines()
     recorded = [one["peak_rss_bytes"] for one in map(json.loads, lines) if one["recipe"] == "best"]
     assert all(most / 1.5 < peak < 1.5 * most for peak in recorded)
+
+
+TRAINED = {"recover": "400k", "recover_dtype": "float32", "recover_teacher": "live"}
+
+
+def test_memory_of_recovery_is_that_which_was_recorded_within_a_third(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = (RESULTS / "recover.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [one for one in map(json.loads, lines) if one.get("batch") == 4 and "peak_rss_bytes" in one]
+    rows = [one for one in rows if (one["method"], one["for"], one["seq_len"]) == ("distill", None, None)]
+    assert len(rows) > 5
+    for row in rows:
+        counted = costs_of_smollm2(monkeypatch, **{**TRAINED, "sparsity": row["sparsity"]})
+        most = counted.of(stage.RECOVER).memory_bytes
+        assert most / 1.33 < row["peak_rss_bytes"] < 1.33 * most
+
+
+def test_memory_and_disk_of_recovery_are_those_of_method_and_teacher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def cost(**options: Any) -> costs.Cost:
+        return costs_of_smollm2(monkeypatch, **{**TRAINED, **options}).of(stage.RECOVER)
+
+    live, stored = cost(), cost(recover_teacher="stored")
+    dense = costs_of_smollm2(monkeypatch).dense
+    assert live.memory_bytes - stored.memory_bytes == pytest.approx(4 * dense.parameters, rel=0.01)
+    windows = 400_000 // 256 + 32
+    on_disk = windows * 256 * (2 * 576 + 4)
+    assert stored.spilled_bytes - live.spilled_bytes == pytest.approx(on_disk)
+    adapters, blocks = cost(recover_method="lora"), cost(recover_method="layers")
+    weights = 0.8 * dense.linear
+    assert live.memory_bytes - adapters.memory_bytes > 10 * weights  # gradients and moments of whole weights
+    assert live.spilled_bytes == pytest.approx(3 * 12 * weights)
+    assert live.spilled_bytes > 10 * adapters.spilled_bytes
+    states = 2 * 4 * 400_000 * 576
+    assert blocks.memory_bytes - 550_000_000 == pytest.approx(1.15 * states, rel=0.1)
+    assert cost(recover_micro_batch=1).memory_bytes < 0.8 * live.memory_bytes
+
+
+def test_states_on_disk_are_told_before_the_work(tiny_llama: Path) -> None:
+    said: list[str] = []
+    progress = cast(Any, SimpleNamespace(note=said.append))
+    options = {**TINY_JOB, "recover_teacher": "stored", "recover_text": "pydoc"}
+    for budget, size in (("6400", r"\d{3} kB"), ("5m", r"at most \d\.\d\d MB")):
+        job = job_of(str(tiny_llama), {**options, "recover": budget})
+        checked(job, Checkpoint.open(tiny_llama), "checkpoint", progress)
+        assert re.search(rf"dense model's states are going to take {size} on disk", "\n".join(said))
+        said.clear()
+
+
+def test_a_dry_run_refuses_a_recovery_without_room(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    prune_export(str(tiny_llama), out=out, until="checkpoint", **TINY_JOB)
+    monkeypatch.setattr("nirvana_deploy.recover.learning.needs.free_memory_bytes", lambda: 100)
+    told = forecast_recovery(out, recover="6400", recover_text="pydoc")
+    with pytest.raises(NirvanaError, match=r"Recovery by distill, 4 windows of 16 .* 100 B are free"):
+        told.require_room()
 
 
 def test_every_stage_of_every_job_has_a_cost(tiny_llama: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,29 @@ def test_what_does_not_help_is_undone(tmp_path: Path, text: Path) -> None:
     before = load_file(tmp_path / "cut/model.safetensors")
     for name, tensor in load_file(tmp_path / "recovery/model.safetensors").items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_a_block_whose_loss_is_no_number_stays_as_it_was(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = Cut(tmp_path, "llama-tied", text)
+    with pytest.raises(NirvanaError, match=r"loss is (nan|inf) at step \d+.*better than the cut"):
+        llama.recover(**{**LAYERS, "learning_rate": 1e30})
+    prepare = layers._prepare
+
+    def spoil_the_second(block: torch.nn.Module, recipe: Recovery) -> None:
+        prepare(block, recipe)
+        if len(list((tmp_path / "state").glob("layer-*"))) == 1:
+            next(block.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+
+    shutil.rmtree(tmp_path / "state", ignore_errors=True)
+    monkeypatch.setattr(layers, "_prepare", spoil_the_second)
+    done = llama.recover(**LAYERS)
+    assert done.course.kept_step == 12
+    assert "loss is nan at step 2" in done.course.stopped and "--learning-rate 0.0005" in done.course.stopped
+    written, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("recovery", "cut"))
+    same = {name for name, one in written.items() if torch.equal(one, cut[name])}
+    assert same == {name for name in written if ".layers.1." in name}
 
 
 def test_blocks_are_rounded_while_they_are_trained(tmp_path: Path, text: Path) -> None:

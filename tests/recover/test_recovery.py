@@ -16,8 +16,9 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.prune.divergence import masked_divergences
-from nirvana_deploy.recover import loop, shared, training
-from nirvana_deploy.recover.before import require_recovery
+from nirvana_deploy.recover import data, loop, shared, training
+from nirvana_deploy.recover.before import require_recovery, work_of
+from nirvana_deploy.recover.learning import needs as needs_of
 from nirvana_deploy.recover.learning.dtype import in_bfloat16
 from nirvana_deploy.recover.learning.student import Student
 from nirvana_deploy.recover.learning.teacher import LiveTeacher
@@ -59,16 +60,78 @@ def test_a_teacher_on_disk_teaches_what_a_live_one_does(cut: Cut) -> None:
         assert one.kl == pytest.approx(other.kl, rel=2e-3)
 
 
+def kept_of(cut: Cut) -> float:
+    return cut.cut.shape.linear_parameters / cut.dense.shape.linear_parameters
+
+
 def test_what_does_not_fit_beside_the_student_goes_to_the_disk(
     llama: Cut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared, "free_memory_bytes", lambda: 0)
-    assert llama.recover().stored_teacher
-    monkeypatch.setattr("nirvana_deploy.base.resources.free_memory_bytes", lambda: 0)
-    with pytest.raises(NirvanaError, match=r"beside the pruned one, needs.*\n.*--recover-teacher stored"):
-        llama.recover(recover_teacher="live")
-    with pytest.raises(NirvanaError, match=r"beside the pruned model, needs.*\n.*--recover-method lora"):
+    def leave(free_bytes: float) -> None:
+        monkeypatch.setattr(needs_of, "free_memory_bytes", lambda: int(free_bytes))
+
+    recipe = Recovery(recover="1200", recover_batch=4, recover_dtype="float32")
+    work = work_of(recipe, llama.dense.shape, kept=kept_of(llama), seq_len=SEQ_LEN)
+    model_to_train = shared.model_to_train
+    monkeypatch.setattr(shared, "model_to_train", lambda *_: pytest.fail("the cut was loaded"))
+    leave(0.95 * work.memory_bytes)
+    said = r"4 windows of 24 tokens at a time, needs .*\n.*--recover-method layers \(.*--seq-len 12"
+    with pytest.raises(NirvanaError, match=said):
         llama.recover()
+    leave(0)
+    with pytest.raises(NirvanaError, match=r"needs at least .*\nEnd other programs: nothing .* least is "):
+        llama.recover()
+    monkeypatch.setattr(shared, "model_to_train", model_to_train)
+    leave(work.memory_bytes + 0.5 * work.teacher_bytes)
+    assert llama.recover().stored_teacher
+    with pytest.raises(NirvanaError, match=r"beside the dense model, .*\n.*--recover-teacher stored \("):
+        llama.recover(recover_teacher="live")
+    leave(work.memory_bytes + work.teacher_bytes + 1)
+    assert not llama.recover().stored_teacher
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_training_keeps_for_its_way_back_is_what_autograd_keeps(llama: Cut, dtype: str) -> None:
+    """Of four windows more than of two, so that copies of weights go."""
+    pruned = shared.model_to_train(llama.cut, Recovery(), llama.folder)
+    weights = {one.untyped_storage().data_ptr() for one in pruned.model.parameters()}
+
+    def kept(windows: int) -> int:
+        found: dict[int, tuple[int, torch.Tensor]] = {}
+
+        def keep(one: torch.Tensor) -> torch.Tensor:
+            storage = one.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage.nbytes(), one
+            return one
+
+        read = torch.from_numpy(llama.windows[:windows])
+        back = torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one)
+        with back, torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            states = pruned.states(read)
+        del states
+        return sum(size for size, _ in found.values())
+
+    recipe = Recovery(recover="1200", recover_batch=2, recover_dtype=dtype)
+    work = work_of(recipe, llama.dense.shape, kept=kept_of(llama), seq_len=SEQ_LEN)
+    assert 0.8 < work.kept_back_bytes / (kept(4) - kept(2)) < 1.05
+
+
+@pytest.mark.parametrize("way", [{}, {"recover_teacher": "stored"}, {"recover_method": "layers"}])
+def test_both_kinds_that_watch_choose_what_is_kept(
+    llama: Cut, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(data, "OTHER_KINDS", ("pydoc",))
+    done = llama.recover(**way)
+    curve, other = done.course.curve, done.text.other
+    assert other is not None and all(point.other_kl is not None for point in curve)
+    assert curve[0].other_kl == pytest.approx(kl_of(llama.cut, llama.dense, other.tokens), rel=2e-3)
+    assert curve[0].kl == pytest.approx(kl_of(llama.cut, llama.dense, done.text.watch), rel=2e-3)
+    best = min(curve, key=lambda point: point.kl + (point.other_kl or 0.0))
+    assert done.course.kept_step == best.step
+    slice_checkpoint(llama.dense, llama.plan, llama.folder / "after", recovery=llama.folder / "recovery")
+    after = Checkpoint.open(llama.folder / "after")
+    assert best.other_kl == pytest.approx(kl_of(after, llama.dense, other.tokens), rel=2e-3)
 
 
 def test_merged_adapters_compute_what_unmerged_ones_do(llama: Cut) -> None:
@@ -141,6 +204,39 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(
     for name, tensor in load_file(llama.folder / "undisturbed/model.safetensors").items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-6, atol=1e-7)
     assert not (llama.folder / "state").exists()
+
+
+@pytest.mark.parametrize("full", ["weights", "moments"])
+def test_a_disk_that_fills_up_leaves_the_last_whole_state(
+    llama: Cut, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    """The limit is of a file, and written by the same writers to the same end."""
+    resource = pytest.importorskip("resource", reason="the system has no limits of a process")
+    undisturbed = llama.recover("undisturbed")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state, told = llama.folder / "state", training._Told.on_step_end
+
+    def fill(self: Any, args: Any, course: Any, *others: Any, **kwargs: Any) -> None:
+        told(self, args, course, *others, **kwargs)
+        if course.global_step == 7:  # the state of step 6 is whole
+            weights = (state / "checkpoint-6/model.safetensors").stat().st_size
+            most = weights // 2 if full == "weights" else weights + weights // 2
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Told, "on_step_end", fill)
+        try:
+            with pytest.raises(NirvanaError) as refused:
+                llama.recover("resumed")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"Cannot write {state}: the " in refused.value.message
+    assert "What was saved whole stays: the same command goes on from there" in str(refused.value.hint)
+    last = training.last_whole(state)
+    assert last is not None and last.name == "checkpoint-6"
+    resumed = llama.recover("resumed")
+    for one, other in zip(undisturbed.course.curve, resumed.course.curve, strict=True):
+        assert (one.step, one.kl) == (other.step, pytest.approx(other.kl, rel=1e-6))
 
 
 def test_another_training_does_not_go_on_from_there(llama: Cut) -> None:
@@ -244,6 +340,17 @@ def test_a_loss_of_nothing_is_refused(llama: Cut) -> None:
         require_recovery(recipe, llama.dense, seq_len=SEQ_LEN)
 
 
+def test_text_that_took_all_the_time_is_named() -> None:
+    planned = loop.Loop(
+        steps=20, wanted_windows=80, step_windows=4, micro_batch=4, learning_rate=1e-4, seed=1
+    )
+    said = (
+        r"gathering text took 97\.0 s of 1 min 40 s, .* which takes 5\.00 s here\.\nGive at least 1 min 47 s"
+    )
+    with pytest.raises(NirvanaError, match=said):
+        loop.shortened(planned, Recovery(recover="100s"), seq_len=24, writing_seconds=97.0)
+
+
 def test_what_training_spoils_is_not_kept(llama: Cut) -> None:
     done = llama.recover(learning_rate=0.3)
     assert done.course.kept_step == 0
@@ -253,18 +360,44 @@ def test_what_training_spoils_is_not_kept(llama: Cut) -> None:
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
 
 
-def test_a_loss_that_is_no_number_names_step_and_rate(llama: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "require_finite", lambda loss, **at: real(float("nan"), **at))
-    from nirvana_deploy.recover.learning.student import require_finite as real
+def test_a_rate_far_too_high_is_told_with_a_quarter_of_it(llama: Cut) -> None:
+    """Not with a quarter of what the schedule was at."""
+    said = r"The loss is nan at step \d, learning rate .*better than the cut\.\n.*--learning-rate 2\.5e\+29;"
+    with pytest.raises(NirvanaError, match=said):
+        llama.recover(learning_rate=1e30)
+    assert not (llama.folder / "recovery").exists() and not (llama.folder / "state").exists()
 
-    with pytest.raises(NirvanaError, match=r"The loss is nan at step 1, learning rate .*\n.*--learning-rate"):
-        llama.recover()
+
+@pytest.mark.parametrize("teacher", ["live", "stored"])
+def test_what_was_best_before_a_loss_that_is_no_number_is_kept(
+    llama: Cut, monkeypatch: pytest.MonkeyPatch, teacher: str
+) -> None:
+    undisturbed = llama.recover("undisturbed").course.curve
+    told = training._Told.on_step_end
+
+    def spoil(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        told(self, args, state, control, **kwargs)
+        if state.global_step == 7:
+            with torch.no_grad():
+                next(one for one in kwargs["model"].parameters() if one.requires_grad).fill_(torch.inf)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Told, "on_step_end", spoil)
+        done = llama.recover(recover_teacher=teacher)
+    assert (done.course.kept_step, done.course.steps_done) == (6, 6)
+    assert "is nan at step 8, learning rate 0.00" in done.course.stopped
+    assert done.course.stopped.endswith("recover again with --learning-rate 0.0005.")
+    assert done.course.curve[-1].kl == pytest.approx(undisturbed[2].kl, rel=2e-3)
+    slice_checkpoint(llama.dense, llama.plan, llama.folder / "after", recovery=llama.folder / "recovery")
+    kl = kl_of(Checkpoint.open(llama.folder / "after"), llama.dense, done.text.watch)
+    assert kl == pytest.approx(done.course.curve[-1].kl, rel=2e-3)
+    assert not (llama.folder / "state").exists()
 
 
 def test_a_text_too_short_says_how_many_windows_there_are(llama: Cut) -> None:
     short = llama.folder / "short.txt"
     short.write_text("A few words, and no more than that.\n" * 4)
-    with pytest.raises(NirvanaError, match=r"text for \d windows of 24 tokens.*need 6.\n.*--recover-batch 1"):
+    with pytest.raises(NirvanaError, match=r"room for \d windows of 24; .* need 6, .*\n.*--recover-batch 1"):
         llama.recover(recover_text=str(short))
 
 
@@ -272,8 +405,8 @@ def test_a_budget_in_time_is_planned_without_the_dense_model(
     llama: Cut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recovery(recover="1h", recover_batch=2)
-    monkeypatch.setattr(shared, "free_memory_bytes", lambda: 0)
-    way = shared.WholeModel(llama.cut, llama.dense, recipe, llama.folder / "state")
+    state = llama.folder / "state"
+    way = shared.WholeModel(llama.cut, llama.dense, recipe, state, stored_teacher=True)
     monkeypatch.setattr(shared, "LiveTeacher", lambda *_: pytest.fail("the dense model was loaded"))
     assert way.stored_teacher and 0 < way.seconds_of_step(SEQ_LEN) < 60
     assert all(one.grad is None for one in way._model.model.parameters())

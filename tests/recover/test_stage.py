@@ -152,6 +152,43 @@ def test_the_command_trains_again_and_makes_anew_what_was_made_from_it(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("--minutes", "0.0001"), "end within the first step"),
+        (("--tokens", "500", "--learning-rate", "1e30"), "The loss is nan at step"),
+    ],
+)
+def test_a_recovery_that_is_refused_leaves_the_one_before(
+    recovered: tuple[Path, dict[str, Any]], words: tuple[str, ...], said: str
+) -> None:
+    """With what was made from it, byte by byte."""
+    out, _ = recovered
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    told = ran("recover", str(out), *words)
+    assert told.exit_code != 0 and said in str(told.exception)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_dense_model_that_is_gone_is_named(
+    recovered: tuple[Path, dict[str, Any]], dry: tuple[str, ...]
+) -> None:
+    out, _ = recovered
+    model = out.parent / "llama"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    model.rename(out.parent / "elsewhere")
+    try:
+        told = ran("recover", str(out), "--tokens", "250", *dry)
+    finally:
+        (out.parent / "elsewhere").rename(model)
+    assert isinstance(told.exception, NirvanaError)
+    said = str(told.exception)
+    assert f"that {out} was cut from, and is trained toward, is gone. {model} does not exist" in said
+    assert f"\nPut it back at {model}, and repeat the command." in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         ((), "Say how long: --minutes M or --tokens N, one of them."),
         (("--minutes", "1", "--tokens", "5"), "one of them"),
         (("--tokens", "20"), "20 tokens are less than one step, which reads 48"),

@@ -22,6 +22,7 @@ from nirvana_deploy.model.weights import stored_shapes
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.stage import in_steps
 from nirvana_deploy.output.variants import DENSE, quantized_variant
+from nirvana_deploy.pipeline.before import work_of_job
 from nirvana_deploy.pipeline.forecast.stages import engine_forms, quantized_models
 from nirvana_deploy.pipeline.job import Job
 from nirvana_deploy.prune.checkpoint import DEFAULT_SHARD_BYTES
@@ -31,6 +32,7 @@ from nirvana_deploy.prune.curves.operations import curve_operations, refit_opera
 from nirvana_deploy.prune.cutting import reads_curves
 from nirvana_deploy.quantize.schemes import weight_schemes
 from nirvana_deploy.recover.budget import budget_of, part_of
+from nirvana_deploy.recover.learning.needs import stores_teacher
 
 _FLOAT32_BYTES = 4
 _SCORING_PASSES = 4
@@ -43,8 +45,6 @@ _INT8_PASSES, _ROUNDING_PASSES = 1.0, 2.5
 """Over the calibration windows: to observe and choose; to observe, to sum products and to round."""
 _PROBABILITY_OPERATIONS = 25
 """For each token and word of the vocabulary: logarithms and exponentials in float64."""
-_TRAINED_BYTES = 16
-"""A weight in training: itself, its gradient and two moments."""
 _ENGINE_S, _ENGINE_S_PER_BYTE = 10.0, 2e-8
 _LOADED_S, _REPORT_S, _SMALL_S, _UNITS_TIMED_S = 4.0, 3.0, 0.5, 40.0
 """Seconds that depend on no size: a process that loads a model, the report, other stages, timing units."""
@@ -246,11 +246,13 @@ class Costs:
         if recipe.recover is None:
             return Cost()
         budget = budget_of(part_of(recipe.recover, recipe.recover_steps))
-        trained = _TRAINED_BYTES * self.pruned.linear
+        work = work_of_job(self._job, self._shape)
+        stored = stores_teacher(work)
+        live = not stored and recipe.recover_method != "layers"
         cost = Cost(
             written_bytes=_FLOAT32_BYTES * self.pruned.linear,
-            spilled_bytes=3 * _FLOAT32_BYTES * self.pruned.linear,
-            memory_bytes=self._program(1.3 * (4 * (self.dense.parameters + self.dense.table) + trained)),
+            spilled_bytes=work.saved_bytes + stored * work.stored_teacher_bytes,
+            memory_bytes=self._program(work.memory_bytes + live * work.teacher_bytes),
         )
         if budget.seconds is not None:
             return replace(cost, seconds=budget.seconds)

@@ -27,6 +27,7 @@ from nirvana_deploy.pipeline.before import (
     measured_anew,
     recorded_options,
     require_enough_memory,
+    require_room_to_recover,
     require_space,
     within_context,
 )
@@ -146,6 +147,8 @@ class Planned:
         require_space(self._job, self.forecast.out, self._dense.shape, self._until)
         if not self._resume:
             require_enough_memory(self._job, self._choices, self._dense.shape, self._until)
+        if any(one.name.startswith(stage.RECOVER) for one in self.forecast.left):
+            require_room_to_recover(self._job, self.forecast.out, self._dense.shape)
 
 
 def forecast(

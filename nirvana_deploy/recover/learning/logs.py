@@ -79,7 +79,7 @@ def _wandb(folder: Path) -> Iterator[Any]:
         raise NirvanaError(
             f"wandb could not begin a run: {error}",
             hint="Log in (wandb login), set WANDB_MODE=offline, or pass --recover-log tensorboard, then "
-            "repeat the command with --resume.",
+            "repeat the command; prune and prune-export take --resume with it.",
         ) from error
     try:
         yield WandbCallback()

@@ -6,6 +6,7 @@ Of an adapter (LoRA, Hu et al., arXiv 2106.09685; ``peft``) the product is added
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from operator import attrgetter
@@ -109,14 +110,22 @@ def trained_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield stored, attrgetter(stored)(model).detach()
 
 
-def require_finite(loss: float, *, step: int, learning_rate: float) -> None:
-    """Raise NirvanaError for a loss that is NaN or infinite."""
-    if not torch.isfinite(torch.tensor(loss)):
-        raise NirvanaError(
-            f"The loss is {loss} at step {step}, learning rate {learning_rate:.2g}: training is of no use "
-            "from there on.",
-            hint=f"Repeat the command with --resume and --learning-rate {learning_rate / 4:.1g}.",
+class NotFiniteError(NirvanaError):
+    """A loss is NaN or infinite: training is of no use from there on."""
+
+    def __init__(self, loss: float, *, step: int, learning_rate: float, peak_rate: float) -> None:
+        self.what = f"The loss is {loss} at step {step}, learning rate {learning_rate:.2g}"
+        self.gentler = f"--learning-rate {peak_rate / 4:.2g}"
+        super().__init__(
+            f"{self.what}, and no state before it is better than the cut.",
+            hint=f"Repeat the command with {self.gentler}; prune and prune-export take --resume with it.",
         )
+
+
+def require_finite(loss: float, *, step: int, learning_rate: float, peak_rate: float) -> None:
+    """Raise NotFiniteError for a loss that is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise NotFiniteError(loss, step=step, learning_rate=learning_rate, peak_rate=peak_rate)
 
 
 def probe(student: Student, windows: torch.Tensor, *, micro_batch: int) -> float:

@@ -22,9 +22,9 @@ from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.resources import disk_errors, require_free_bytes
 from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
-from nirvana_deploy.model.reading import stack_lengths
 from nirvana_deploy.prune.streaming.model import StreamedModel, micro_batches
 from nirvana_deploy.recover.learning.losses import Logits
+from nirvana_deploy.recover.learning.needs import stored_bytes
 from nirvana_deploy.recover.learning.states import StatesOf
 
 _AT_ONCE_BYTES = 1 << 30
@@ -78,11 +78,6 @@ class StoredTeacher:
         return self._student.logits()
 
 
-def stored_bytes(dense: Checkpoint, windows: int, seq_len: int) -> int:
-    """What the states of so many windows take on disk."""
-    return windows * stack_lengths(dense.shape.family, seq_len)[-1] * (2 * dense.shape.hidden_size + 4)
-
-
 def store_states(dense: Checkpoint, windows: NDArray[np.int64], folder: Path, *, progress: Progress) -> None:
     """Write the states of windows [N, T] to ``folder``, unless a killed run wrote those of the same there.
 
@@ -92,7 +87,7 @@ def store_states(dense: Checkpoint, windows: NDArray[np.int64], folder: Path, *,
     made_of = {"windows_sha256": hashlib.sha256(windows.tobytes()).hexdigest()}
     if (folder / _MADE_OF).is_file() and read_json(folder / _MADE_OF) == made_of:
         return
-    needed_bytes = stored_bytes(dense, *windows.shape)
+    needed_bytes = stored_bytes(dense.shape, *windows.shape)
     require_free_bytes(folder.parent, needed_bytes, what="Keeping the dense model's states")
     progress.note(f"The dense model's states take {format_bytes(needed_bytes)} on disk during the training.")
     model = StreamedModel(dense)

@@ -22,6 +22,10 @@ def recovery_figure(done: Recovered) -> str:
     thousands = [point.tokens / 1000 for point in done.curve]
     divergences = [point.kl for point in done.curve]
     axes.plot(thousands, divergences, color=COLOURS["first"], linewidth=1.6, marker="o", markersize=4)
+    if done.other_text is not None:
+        others = [point.other_kl or 0.0 for point in done.curve]
+        axes.plot(thousands, others, color=COLOURS["first"], linewidth=1.2, linestyle="--")
+        divergences = [*divergences, *others]
     kept = next(point for point in done.curve if point.step == done.kept_step)
     axes.plot([kept.tokens / 1000], [kept.kl], color=COLOURS["second"], marker="o", markersize=8)
     axes.set_ylim(0, 1.1 * max(divergences))
@@ -29,8 +33,8 @@ def recovery_figure(done: Recovered) -> str:
     name_axes(axes, x="thousands of tokens", y="nats per token")
     entitle(axes, "Recovery: KL to dense on text set aside")
     alt = (
-        f"KL to the dense model on text set aside, from {format_number(divergences[0])} nats before training "
-        f"to {format_number(kept.kl)} after {kept.tokens:,} tokens."
+        f"KL to the dense model on text set aside, from {format_number(done.curve[0].kl)} nats before "
+        f"training to {format_number(kept.kl)} after {kept.tokens:,} tokens."
     )
     return inline_svg(figure, name="recovery", alt=alt)
 
@@ -45,4 +49,6 @@ def caption(done: Recovered) -> str:
         f"({done.train_windows:,} windows of {done.window_tokens}), {done.seconds / 60:,.1f} minutes and "
         f"{done.writing_seconds / 60:,.1f} for the text, learning rate {done.learning_rate:g}. Orange: the "
         f"state that was kept. Before, on the text of the quality table: {of_quality}."
+        + (f" Dashed: {done.other_text}, not trained on; it has half a say." if done.other_text else "")
+        + (f" {done.stopped}" if done.stopped else "")
     )
