@@ -299,9 +299,18 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def mean_accuracy(tasks: Row) -> str:
-    """Of all tasks of one checkpoint, with its standard error."""
+    """Of all tasks of one checkpoint, with its standard error; and, in brackets, of all but boolq.
+
+    A model that answers yes to all of boolq is right more often than one that reads it and is unsure.
+    """
     [found] = tasks["means"]["variants"].values()
-    return f"{found['mean']:.3f} ± {found['standard_error']:.3f}"
+    [accuracies] = tasks["variants"].values()
+    others = [
+        accuracies[task][f"{about['metric']},none"]
+        for task, about in tasks["files"].items()
+        if task != "boolq"
+    ]
+    return f"{found['mean']:.3f} ± {found['standard_error']:.3f} ({np.mean(others):.3f})"
 
 
 def median_kl(rows: Sequence[Row], kinds: Sequence[str]) -> str:

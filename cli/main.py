@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from types import FrameType
 
 import click
@@ -113,6 +114,7 @@ def main() -> None:
         _complain(brief(shown.getvalue()), talk)
         code = error.exit_code
     except NirvanaError as error:
+        _ignore_interrupts()  # a launcher ends all processes when one fails
         _complain(brief(f"Error: {error}"), talk)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
@@ -128,10 +130,16 @@ def main() -> None:
             raise
         _complain(brief(f"Error: {_of_a_place(error) or unforeseen(error)}"), talk)
         code = 1
-    for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing left to interrupt
-        signal.signal(number, signal.SIG_IGN)
+    _ignore_interrupts()
     talk.log(f"Exit code {code if isinstance(code, int) else 0}")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _ignore_interrupts() -> None:
+    """There is nothing left to interrupt."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with suppress(KeyboardInterrupt):  # one that arrives now
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _take_any_character() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nirvana_deploy.base import machine
-from nirvana_deploy.base.machine import keep_to_quota, threads_shared_by, usable_cores, usable_threads
+from nirvana_deploy.base.machine import keep_to_quota, threads_for_others, usable_cores, usable_threads
 
 V2 = {"cpu.max": "150000 100000"}
 V1 = {"cpu.cfs_quota_us": "150000\n", "cpu.cfs_period_us": "100000\n"}
@@ -54,13 +54,13 @@ def test_openmps_variable_limits_every_pool(
     monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert usable_threads() == threads
-    with threads_shared_by(3):
-        assert os.environ["OMP_NUM_THREADS"] == str(max(1, threads // 3))
+    with threads_for_others(3):
+        assert os.environ["OMP_NUM_THREADS"] == "3"
     assert os.environ["OMP_NUM_THREADS"] == asked
 
 
 def test_no_variable_is_left_where_there_was_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    with threads_shared_by(1):
-        assert os.environ["OMP_NUM_THREADS"] == str(usable_cores())
+    with threads_for_others(1):
+        assert os.environ["OMP_NUM_THREADS"] == "1"
     assert "OMP_NUM_THREADS" not in os.environ

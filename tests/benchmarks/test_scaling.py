@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
 import pytest
-from builders.scripts import ROOT, script
+from builders.scripts import ROOT
 
 RECORD: dict[str, Any] = {
     "precision": "none,w4",
@@ -18,7 +19,7 @@ RECORD: dict[str, Any] = {
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return script("scaling")
+    return importlib.import_module("scaling")
 
 
 def test_cuts_begin_behind_the_first_one_on_the_core_that_is_free(scaling: ModuleType) -> None:
