@@ -65,13 +65,17 @@ def test_twenty_answers_are_counted_and_shown_beside_accuracy(page: ModuleType) 
     assert page.written(answers) == {"prompts": 20, "loops": 20, "says_paris": False}
     found = page.written(answers | {"The capital of France is": " Paris, on the Seine."})
     assert found == {"prompts": 20, "loops": 19, "says_paris": True}
-    tasks = {"means": {"variants": {"model": {"mean": 0.4, "standard_error": 0.01}}}}
+    tasks = {
+        "files": {"boolq": {"metric": "acc"}, "piqa": {"metric": "acc_norm"}},
+        "variants": {"model": {"boolq": {"acc,none": 0.5}, "piqa": {"acc_norm,none": 0.3}}},
+        "means": {"variants": {"model": {"mean": 0.4, "standard_error": 0.01}}},
+    }
     text = {"wiki": {"perplexity": 30.0, "dense_perplexity": 20.0}}
     cut = {"sparsity": 0.2, "method": None, "text": None, "budget": "0", "texts": text}
     row = {**cut, "written": found, "tasks": tasks, "rounded": "w4", "rounded_texts": text}
     header, _, plain, rounded = page.table([row]).splitlines()
     assert header.endswith("| wiki | loops of 20 | Paris | zero-shot |")
-    assert plain.endswith("| 30.0, 1.50x | 19 | yes | 0.400 ± 0.010 |")
+    assert plain.endswith("| 30.0, 1.50x | 19 | yes | 0.400 ± 0.010 (0.300) |")
     assert rounded.endswith("| 30.0, 1.50x |  |  |  |")
 
 
