@@ -196,7 +196,8 @@ def _ours(places: Places) -> Iterator[Artifact]:
 
 def gguf(name: str, checkpoint: Path, file: Path, kind: str) -> Artifact:
     """A checkpoint as a GGUF file of a weight type."""
-    made = f"package --gguf --type {kind}; in llama.cpp by node-llama-cpp, whose calls are part of the times"
+    by = "node-llama-cpp, or llama-cpp-python without --llama-cpp; its calls are part of the times"
+    made = f"package --gguf --type {kind}; in llama.cpp by {by}"
     return Artifact(name, "llama.cpp", file, made, partial(_gguf_written, checkpoint, kind))
 
 

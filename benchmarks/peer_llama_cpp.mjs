@@ -12,8 +12,14 @@ const {getLlama, LlamaLogLevel} = await import(pathToFileURL(path.join(home, "di
 const {version} = JSON.parse(fs.readFileSync(path.join(home, "package.json"), "utf8"));
 const AT_ONCE = 16; // positions whose logits are held as objects of JavaScript
 
+// what resourceUsage says begins with the peak of the process that started this one
+const peakRssBytes = () =>
+  fs.existsSync("/proc/self/status")
+    ? Number(fs.readFileSync("/proc/self/status", "utf8").match(/VmHWM:\s+(\d+)/)[1]) * 1024
+    : process.resourceUsage().maxRSS * 1024;
+
 const answer = (record) =>
-  process.stdout.write(JSON.stringify({...record, peak_rss_bytes: process.resourceUsage().maxRSS * 1024}) + "\n");
+  process.stdout.write(JSON.stringify({...record, peak_rss_bytes: peakRssBytes()}) + "\n");
 
 const llama = await getLlama({gpu: false, build: "never", maxThreads: threads, logLevel: LlamaLogLevel.error});
 const model = await llama.loadModel({modelPath: file});

@@ -186,7 +186,7 @@ def _folder(places: Places, variant: ModelVariant, form: Form, name: str) -> Art
     assert form.flavor is not None
     options = read_json(places.out / MANIFEST)["options"]
     writing = form.writing if variant.scheme in weight_schemes() else "ort"
-    inside, head = places.out / variant.folder, options["quantize_head"]
+    inside, head = places.out / variant.folder, options.get("quantize_head", False)
     made = f"flavor {form.flavor}"
     if inside.is_dir() and options["flavor"] == form.flavor and writing == "ort":
         return Artifact(name, form.kind, inside, made)

@@ -12,6 +12,7 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 TRACE_VARIABLE = "NIRVANA_DEPLOY_TRACE"
 UNFORESEEN = "This is a fault of nirvana-deploy"
@@ -36,6 +37,16 @@ class NirvanaError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its class, whatever that is constructed from: processes hand errors to each other."""
+        return _again, (type(self), self.message, self.hint), dict(self.__dict__)
+
+
+def _again(kind: type[NirvanaError], message: str, hint: str | None) -> NirvanaError:
+    error = kind.__new__(kind)
+    NirvanaError.__init__(error, message, hint=hint)
+    return error
 
 
 class LaterVersionError(NirvanaError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,6 +75,13 @@ def read_record(path: Path, name: str | None = None) -> dict[str, Any] | None:
 def read_records(out: Path) -> Records:
     """Read the records of an output folder; raises NirvanaError when it has none, or a broken one."""
     records = Records(*(read_record(out / name, name) for name in _KINDS))
+    if records.manifest is not None:  # what a changed model left behind waits to be removed
+        known = records.stages()
+        records = replace(
+            records,
+            workloads=records.workloads if stage.WORKLOADS in known else None,
+            speculative=records.speculative if stage.SPECULATIVE in known else None,
+        )
     if records == Records(None, None, None):
         held_by_parent = (out.resolve().parent / PLAN_FILE).is_file()
         raise NirvanaError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -254,9 +254,16 @@ def recorded_options(job: Job, choices: Choices, shape: ModelShape, until: Until
     }
     if job.pruning.gamma is None:
         options["gamma"] = choices.gammas[0]
+    options["eval_text"] = as_recorded(job.calibration.eval_text)
     if not job.quantization.quantize:  # asked for at the first quantization, and the same from then on
         options.pop("quantize_head", None)
     return {"model": job.model} | {_RECORDED_AS.get(key, key): plain(value) for key, value in options.items()}
+
+
+def as_recorded(eval_text: Sequence[Path]) -> object:
+    """Texts as manifests hold them: None, one, or a list, since older folders know one at most."""
+    texts = plain(tuple(eval_text))
+    return texts if len(eval_text) > 1 else next(iter(texts), None)
 
 
 def run_beside(out: Path, run: Run) -> Run:

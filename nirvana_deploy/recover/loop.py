@@ -57,6 +57,8 @@ class Loop:
     """Of the learning rate."""
     warm_up: int | None = None
     """Steps of it; None: a share of all."""
+    step_seconds: float = 0.0
+    """As measured, where the budget is a time."""
 
     @property
     def warm_up_steps(self) -> int:
@@ -99,6 +101,7 @@ def planned(recipe: Recovery, *, seq_len: int, seed: int, seconds_of_step: Calla
         patience=recipe.recover_patience,
         schedule=recipe.recover_schedule,
         warm_up=recipe.recover_warm_up,
+        step_seconds=step_seconds,
     )
 
 
@@ -107,8 +110,8 @@ def shortened(loop: Loop, recipe: Recovery, *, seq_len: int, writing_seconds: fl
     budget = budget_of(recipe.recover or "")
     if budget.seconds is None:
         return loop
-    step_seconds = budget.seconds / loop.steps
-    steps = int((budget.seconds - writing_seconds) / step_seconds)
+    step_seconds = loop.step_seconds or budget.seconds / loop.steps
+    steps = min(loop.steps, int((budget.seconds - writing_seconds) / step_seconds))
     if steps < 1:
         raise NirvanaError(
             f"--recover: gathering text took {format_seconds(writing_seconds)} of "

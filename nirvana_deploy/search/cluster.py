@@ -56,14 +56,14 @@ def lost(error: Exception) -> NirvanaError:
     )
 
 
-def _tried(packed: bytes, threads: int) -> tuple[Any, tuple[str, str | None] | None]:
-    """(the result, None), or (None, message and hint of what went wrong), of a pickled work and piece."""
+def _tried(packed: bytes, threads: int) -> tuple[Any, NirvanaError | None]:
+    """(the result, None), or (None, what went wrong), of a pickled work and piece."""
     with threads_for_others(threads):
         work, piece = pickle.loads(packed)  # imports torch, which counts its threads then
         try:
             return work(piece), None
         except NirvanaError as error:
-            return None, (error.message, error.hint)
+            return None, error
 
 
 def _outcome(ray: ModuleType, done: Any) -> Any:
@@ -77,7 +77,7 @@ def _outcome(ray: ModuleType, done: Any) -> Any:
         losses.OutOfMemoryError,
     ) as error:
         return lost(error)
-    return result if refused is None else NirvanaError(refused[0], hint=refused[1])
+    return result if refused is None else refused
 
 
 def _ray() -> ModuleType:

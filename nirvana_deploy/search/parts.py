@@ -39,23 +39,26 @@ def place_of(shard: str, run: str) -> str:
     return f"{PARTS}/{shard.replace('/', '-of-')}-{run}.json"
 
 
-def parts_in(out: Path) -> dict[str, Part]:
+def parts_in(out: Path, *, mixed: bool = False) -> dict[str, Part]:
     """The parts in a search's folder, by the names of their files.
 
-    Raises NirvanaError where two are of different searches, or made the same cut.
+    Raises NirvanaError where two are of different searches, or of different folders and made the same cut,
+    unless they may be ``mixed``.
     """
     found = {
         f"{PARTS}/{path.name}": read_json(path, Part, schema=SCHEMA)
         for path in sorted((out / PARTS).glob("*.json"))
     }
-    for (one, first), (other, second) in combinations(found.items(), 2):
+    for (one, first), (other, second) in () if mixed else combinations(found.items(), 2):
         if first.key != second.key:
             raise NirvanaError(
                 f"{out} holds parts of two searches, {one} of {first.model} and {other} of {second.model}: "
                 f"they differ in {_difference(first, second)}.",
                 hint=_COPY,
             )
-        if same := set(first.cuts) & set(second.cuts):
+        # shards of one folder share its run's name, and cuts where one was resumed with more
+        apart = one.rpartition("-")[2] != other.rpartition("-")[2]
+        if apart and (same := set(first.cuts) & set(second.cuts)):
             raise NirvanaError(
                 f"{out} holds parts that overlap: {one} and {other} both made {min(same)}.", hint=_COPY
             )

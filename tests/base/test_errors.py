@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shlex
 import sys
 from pathlib import Path
@@ -9,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from nirvana_deploy.base import errors
-from nirvana_deploy.base.errors import install_extra, pip_install, upgrade
+from nirvana_deploy.base.errors import (
+    MissingExtraError,
+    NirvanaError,
+    VerificationError,
+    install_extra,
+    pip_install,
+    upgrade,
+)
+from nirvana_deploy.recover.learning.student import NotFiniteError
+from nirvana_deploy.runtime.tensorrt.cuda import CudaError
 
 
 @pytest.fixture
@@ -46,3 +56,19 @@ def test_a_pip_of_another_python_is_not_what_is_typed(
 ) -> None:
     monkeypatch.setattr(errors.shutil, "which", lambda name: found)
     assert shlex.split(pip_install()) == [sys.executable, "-m", "pip", "install"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        VerificationError("It differs.", hint="Look at it."),
+        MissingExtraError("--cluster", package="ray", extra="cluster"),
+        NotFiniteError(float("nan"), step=3, learning_rate=1e-3, peak_rate=1e-2),
+        CudaError("It failed.", name="cudaErrorUnknown"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_process_hands_an_error_to_another_as_it_is(error: NirvanaError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and vars(again) == vars(error)
+    assert (str(again), again.exit_code) == (str(error), error.exit_code)

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from nirvana_deploy import prune_export
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.cli.main import commands
+from nirvana_deploy.pipeline.before import as_recorded
 from nirvana_deploy.pipeline.job import Job, all_fields, job_of
 from nirvana_deploy.pipeline.recipe_file import read_recipe, recipe_toml, write_recipe
 
@@ -38,6 +39,9 @@ def test_a_text_for_quality_may_be_the_only_one_or_one_of_several(tmp_path: Path
         job = read_recipe(tmp_path / "r.toml")
         assert job.calibration.eval_text == tuple(map(Path, texts))
         assert job_of("m", {"sparsity": 0.4, "eval_text": texts}) == job
+        recorded = as_recorded(job.calibration.eval_text)  # one as manifests always held it
+        assert recorded == (texts[0] if len(texts) == 1 else list(texts))
+    assert as_recorded(()) is None
     typed = ["recipe", "m", "--sparsity", "0.4", "--eval-text", "a.txt", "--eval-text", "b, c.txt", "--json"]
     shown = CliRunner().invoke(commands, typed)
     assert json.loads(shown.stdout)["calibration"]["eval_text"] == list(texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,10 @@ def test_what_a_training_keeps_for_its_way_back_is_what_autograd_keeps(llama: Cu
     recipe = Recovery(recover="1200", recover_batch=2, recover_dtype=dtype)
     work = work_of(recipe, llama.dense.shape, kept=kept_of(llama), seq_len=SEQ_LEN)
     assert 0.8 < work.kept_back_bytes / (kept(4) - kept(2)) < 1.05
+    again = work_of(
+        replace(recipe, recover_checkpointing=True), llama.dense.shape, kept=kept_of(llama), seq_len=SEQ_LEN
+    )
+    assert again.kept_back_bytes < 0.7 * work.kept_back_bytes
 
 
 @pytest.mark.parametrize("way", [{}, {"recover_teacher": "stored"}, {"recover_method": "layers"}])

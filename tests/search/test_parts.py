@@ -55,3 +55,15 @@ def test_parts_that_made_the_same_cut_are_named(tmp_path: Path) -> None:
     other = replace(SECOND, shard="1/1", cuts=("s0.2", "s0.3"))
     with pytest.raises(NirvanaError, match=r"overlap: parts/1-of-1-run1.json and \S+ both made s0\.3\."):
         parts_in(folder_of(tmp_path, FIRST, other))
+
+
+def test_shards_of_one_folder_may_share_a_cut_and_a_search_made_anew_reads_them_mixed(tmp_path: Path) -> None:
+    """One of them was resumed with more sparsities."""
+    other = replace(SECOND, cuts=("s0.2", "s0.3"))
+    folder_of(tmp_path, FIRST)
+    write_json(tmp_path / place_of(other.shard, "run0"), asdict(other))
+    assert len(parts_in(tmp_path)) == 2
+    write_json(tmp_path / place_of("1/1", "run9"), asdict(other))
+    with pytest.raises(NirvanaError, match="overlap"):
+        parts_in(tmp_path)
+    assert len(parts_in(tmp_path, mixed=True)) == 3

@@ -93,10 +93,12 @@ def measure_sweep(
     by_value: dict[int, dict[str, list[Answered]]] = {}
     watched: list[Sample] = []
     lost: dict[str, NirvanaError] = {}
+    runtimes: dict[str, str] = {}
     for values in parts:
         left, threads = [one for one in variants if one.name not in lost], sweep.at(values[0]).threads
         with opened(left, threads=threads, lost=lost, progress=progress) as workers:
             environment = measured_environment(threads=_threads(workers))
+            runtimes |= {name: worker.loaded.runtime for name, worker in workers.items()}
             # a new one for new processes, since it counts those that run as its own; its threads stay
             watch = machine_watch()
             by_value |= _rounds(workers, sweep, values, lost=lost, watch=watch, progress=progress)
@@ -114,7 +116,10 @@ def measure_sweep(
         "workload": asdict(sweep.base) | {"threads": environment["threads"]},
         "environment": environment,
         "watch": {"samples": [asdict(one) for one in watched], "cautions": cautions(watched)},
-        "variants": [{**identity_of(variant), **curve} for variant, curve in zip(timed, curves, strict=True)],
+        "variants": [
+            {**identity_of(variant), "runtime": runtimes[variant.name], **curve}
+            for variant, curve in zip(timed, curves, strict=True)
+        ],
         "comparisons": ratios,
         "failed": failures(variants, lost),
     }

@@ -90,6 +90,7 @@ class SweptVariant(TypedDict, total=False):
     """One model along an axis."""
 
     name: Required[str]
+    runtime: str
     points: Required[Annotated[list[SweptPoint], Meta(min_length=2)]]
 
 

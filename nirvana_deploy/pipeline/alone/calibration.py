@@ -56,7 +56,8 @@ def select_calibration(
         round_to=recipe.round_to,
         reconstruct=recipe.reconstruct,
     )
-    with TemporaryDirectory() as scratch:
+    # refits are read here that were written on other nodes, which share this folder with us
+    with TemporaryDirectory(dir=None if where.cluster is None else Path.cwd()) as scratch:
         return select_cut(
             Cutter(checkpoint, cut, seed=recipe.seed, model_name=source.name, progress=progress),
             sets.calibrations,
@@ -75,6 +76,11 @@ def _require_sense(recipe: Candidates) -> None:
         raise NirvanaError(
             f"saliency {REFIT!r} compares the units of a layer, and --allocation global ranks those of all.",
             hint="Pass --allocation curves or uniform.",
+        )
+    if REFIT in saliencies and len(saliencies) > 1 and not recipe.reconstruct:
+        raise NirvanaError(
+            f"saliency {REFIT!r} is always refitted, and the others are not without --reconstruct.",
+            hint="Pass --reconstruct, or leave one of them out.",
         )
     if recipe.allocation == "curves" and recipe.gammas != "M/A":
         raise NirvanaError(

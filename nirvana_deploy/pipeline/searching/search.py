@@ -37,7 +37,7 @@ from nirvana_deploy.output.layout import (
 from nirvana_deploy.output.record_kinds import QualityRecord
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.variants import DENSE
-from nirvana_deploy.pipeline.before import UNTIMED, read_files, untimed
+from nirvana_deploy.pipeline.before import UNTIMED, as_recorded, read_files, untimed
 from nirvana_deploy.pipeline.job import Job, JobOptions, job_of, plain
 from nirvana_deploy.pipeline.prune_export import workload_of
 from nirvana_deploy.pipeline.searching.commands import commands_inside, commands_of
@@ -118,7 +118,7 @@ def search_points(
     out = Path(out) if out is not None else Path(f"{source.name}-search")
     shared = _shared(job, model_record(source))
     anew = force and not (resume and (out / MANIFEST).is_file())
-    parts = {} if anew else parts_in(out)
+    parts = parts_in(out, mixed=anew)
     with Run.begin(
         out,
         options={name: value for name, value in asdict(recipe).items() if name not in _WHERE}
@@ -135,6 +135,7 @@ def search_points(
         _adopt(run, parts)
         if anew:
             _forget_points(run)
+            parts = {}
         if recipe.shard is not None:
             _write_part(run, parts, _part(source.name, shared, job, recipe))
         points = _points(run, job, key, recipe, anew=anew)
@@ -148,7 +149,7 @@ def search_points(
         points = _on_tasks(run, [timed.get(one.name, one) for one in points], recipe)
         advice = recommend(points, target)
         chosen = advice.point
-        inside = [] if chosen is None else commands_inside(chosen, job, out)
+        inside = [] if chosen is None else commands_inside(chosen, job_in(job, chosen.point.way), out)
         record = search_record(source.name, points, advice, benchmark, commands=inside)
         _write_pages(run, record)
         run.finish()
@@ -209,6 +210,7 @@ def cuts_in(base: Job, recipe: Search) -> list[Point]:
 def _shared(job: Job, model: Mapping[str, Any]) -> dict[str, Any]:
     """What all points of a search have in common."""
     options = {name: plain(value) for name, value in job.options().items() if name not in _FREE}
+    options["eval_text"] = as_recorded(job.calibration.eval_text)
     return {"files": model["files"], "options": options}
 
 
@@ -259,6 +261,7 @@ def _forget_points(run: Run) -> None:
     for name in run.manifest["makes"]:
         if name.startswith((f"{POINTS}/", f"{PARTS}/")):
             owned.remove(run.out, name)
+            run.manifest["files"].pop(name, None)
 
 
 def _part(model: str, shared: Mapping[str, Any], base: Job, recipe: Search) -> Part:

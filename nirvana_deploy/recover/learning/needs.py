@@ -19,7 +19,10 @@ from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.model.reading import stack_lengths
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.model.weights import stored_shapes
+from nirvana_deploy.output.layout import RECOVERY_STATE
 from nirvana_deploy.prune.streaming.loading import compute_device
+from nirvana_deploy.prune.streaming.processes import count
+from nirvana_deploy.quantize.schemes import scheme_named
 from nirvana_deploy.recover.learning.dtype import in_bfloat16
 from nirvana_deploy.recover.learning.losses import BLOCK_POSITIONS
 from nirvana_deploy.recover.recipe import Recovery
@@ -111,7 +114,7 @@ class Work:
         weights = 2 * _FLOAT32_BYTES + _GRADIENT_BYTES + _MOMENTS_BYTES  # and as it was before
         return (
             (_FLOAT32_BYTES + weights * self.kept) * block
-            + 2 * _FLOAT32_BYTES * states
+            + (0 if _on_gpu() else 2 * _FLOAT32_BYTES * states)  # those stay with the host
             + self.kept_back_bytes / layers
         )
 
@@ -119,7 +122,7 @@ class Work:
     def kept_back_bytes(self) -> float:
         """What a forward pass of a micro-batch keeps in all layers."""
         shape = self.dense
-        numbers = sum(
+        of_layers = [
             6 * shape.hidden_size
             + self.kept
             * (
@@ -127,7 +130,10 @@ class Work:
                 + 2 * shape.head_dim * (one.query_heads + one.kv_heads)
             )
             for one in shape.layers
-        )
+        ]
+        numbers = sum(of_layers)
+        if self.recipe.recover_checkpointing:  # what enters each layer, and one layer again
+            numbers = len(of_layers) * shape.hidden_size + max(of_layers)
         share = _IN_BFLOAT16 if in_bfloat16(self.recipe) else 1.0
         return share * _FLOAT32_BYTES * self.micro_batch * self.seq_len * numbers
 
@@ -146,16 +152,18 @@ def stores_teacher(work: Work) -> bool:
 
 
 def require_room(work: Work, place: Path) -> None:
-    """Raise NirvanaError where memory, or the disk of ``place``, does not hold a training.
+    """Raise NirvanaError where memory, or the disk of the output folder ``place``, does not hold a training.
 
-    It names what of method, teacher, windows at a time and length would do.
+    It names what of method, teacher, windows at a time and length would do. What a killed training left on
+    the disk is not needed again.
     """
     live = work.recipe.recover_teacher == "live" and work.recipe.recover_method != "layers"
     needed, free_bytes = work.memory_bytes + live * work.teacher_bytes, _free_bytes()
     if free_bytes < needed:
         raise _no_room(work, needed, free_bytes)
     stored = work.stored_teacher_bytes if stores_teacher(work) and work.windows_are_known else 0
-    require_free_bytes(place, int(work.saved_bytes) + stored, what="Recovery")
+    left = sum(one.stat().st_size for one in (place / RECOVERY_STATE).rglob("*") if one.is_file())
+    require_free_bytes(place, max(0, int(work.saved_bytes) + stored - left), what="Recovery")
 
 
 def told_of_teacher(work: Work) -> str | None:
@@ -170,9 +178,11 @@ def told_of_teacher(work: Work) -> str | None:
 
 
 def _free_bytes() -> int:
-    if compute_device().type == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    return free_memory_bytes()
+    return int(torch.cuda.mem_get_info()[0]) if _on_gpu() else free_memory_bytes()
+
+
+def _on_gpu() -> bool:
+    return compute_device().type == "cuda"
 
 
 def _no_room(work: Work, needed: float, free_bytes: int) -> NirvanaError:
@@ -199,13 +209,18 @@ def _with_less(work: Work) -> Iterator[tuple[str, float]]:
             yield "--recover-teacher stored", work.memory_bytes
         if work.micro_batch > 1:
             yield "--recover-micro-batch 1", replace(work, micro_batch=1).memory_bytes
-        if recipe.recover_method != "lora":
-            adapters = replace(recipe, recover_method="lora", recover_for=None)
+        if not recipe.recover_checkpointing:
+            again = replace(recipe, recover_checkpointing=True)
+            yield "--recover-checkpointing", replace(work, recipe=again).memory_bytes
+        if recipe.recover_method != "lora" and recipe.recover_for is None:
+            adapters = replace(recipe, recover_method="lora")
             yield "--recover-method lora", replace(work, recipe=adapters).memory_bytes
             one = replace(work, recipe=adapters, micro_batch=1)
             yield "--recover-method lora --recover-micro-batch 1", one.memory_bytes
-        blocks = replace(recipe, recover_method="layers")
-        yield "--recover-method layers", replace(work, recipe=blocks).memory_bytes
+        if count() == 1 and not (recipe.recover_for and scheme_named(recipe.recover_for).activation_bits):
+            blocks = replace(recipe, recover_method="layers", recover_checkpointing=False)
+            off = " --no-recover-checkpointing" if recipe.recover_checkpointing else ""
+            yield f"--recover-method layers{off}", replace(work, recipe=blocks).memory_bytes
     else:
         if work.windows_are_known:
             yield "half the tokens", replace(work, windows=work.windows // 2).memory_bytes

@@ -211,8 +211,9 @@ def _recovered(records: Records) -> Facts:
     if done is None:
         return ()
     options = done.options
-    led = options.get("kl_weight", 1.0) or options.get("states_weight")
-    how = "toward the dense model" if led and options["recover_method"] != "full" else "by the next token"
+    method = options["recover_method"]
+    led = method == "layers" or options.get("kl_weight", 1.0) or options.get("states_weight")
+    how = "toward the dense model" if led and method != "full" else "by the next token"
     scheme = options.get("recover_for")
     rounded = f", rounded as in {scheme}" if scheme else ""
     minutes = (done.seconds + done.writing_seconds) / 60
@@ -228,7 +229,7 @@ def _recovered(records: Records) -> Facts:
     else:
         kept = f"{format_number(kl[0])} nats before; training made it no better, and the cut was kept"
     return (
-        ("Recovery", f"{options['recover_method']}, {how}{rounded}"),
+        ("Recovery", f"{method}, {how}{rounded}"),
         ("Trained on", course),
         ("KL to dense on text set aside", kept),
     )

@@ -22,6 +22,7 @@ from nirvana_deploy.output.record_kinds import Quality
 from nirvana_deploy.report.compare.alike import Folder
 from nirvana_deploy.report.compare.comparison import quality_of
 from nirvana_deploy.report.compare.earlier import differences, other_text, require_same_model, times_apart
+from nirvana_deploy.report.findings import failed
 from nirvana_deploy.report.table import TIMES, Table, baseline_of
 
 SCHEMA = 1
@@ -154,9 +155,9 @@ def changes_since(before: Folder, now: Folder, *, tolerance: float) -> Changes:
         found += _size(pair, tolerance)
         found += _memory(pair, tolerance, compared=not apart)
     of_workloads, left_out = _workloads(before, now, tolerance)
-    found += [*of_workloads, *_sweeps(before, now, tolerance)]
+    found += [*of_workloads, *_sweeps(before, now, tolerance, left_out)]
     cautions = [*apart, *texts, *differences(before, now), *_baseline_itself(found, baselines)]
-    cautions += [*_not_judged(found), *left_out]
+    cautions += [*_not_judged(found), *left_out, *(f"{now.label}: {one}" for one in failed(new))]
     if not texts and (lacking := _without_windows(before, now, pairs)):
         cautions.append(
             f"Quality is not compared: {lacking} has no numbers by window, as of an earlier version. "
@@ -297,7 +298,8 @@ def _workloads(before: Folder, now: Folder, tolerance: float) -> tuple[list[Chan
     cautions: list[str] = []
     for old, new in _both(before, now, "workloads", "name"):
         name = str(new["name"])
-        apart = list(times_apart(old, new, now.label))
+        then, there = ({**one, "workload": one.get("environment")} for one in (old, new))  # threads are there
+        apart = list(times_apart(then, there, f"{now.label} --workload {name}"))
         if old["file"] != new["file"]:
             apart = ["Times are not compared: its file is another."]
         cautions += [f"Workload {name}: {why}" for why in apart]
@@ -320,10 +322,11 @@ def _answered(pair: _Pair, key: str) -> _Samples:
     return old, new
 
 
-def _sweeps(before: Folder, now: Folder, tolerance: float) -> Iterator[Change]:
-    """Changes at the values that a sweep of the same request has in both."""
+def _sweeps(before: Folder, now: Folder, tolerance: float, left_out: list[str]) -> Iterator[Change]:
+    """Changes at the values that a sweep of the same request has in both; ``left_out`` is told the others."""
     for old, new in _both(before, now, "sweeps", "axis"):
-        if list(times_apart(old, new, now.label)):
+        if apart := list(times_apart(old, new, now.label)):
+            left_out += [f"Sweep of {new['axis']}: {why}" for why in apart]
             continue
         baseline = str(new["variants"][0]["name"])
         points = {pair.name: _points(pair) for pair in _pairs(old, new)}
