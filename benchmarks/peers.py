@@ -365,6 +365,13 @@ def draw(record: Record, path: Path) -> None:
     axes.set_ylabel("KL to dense, nats per token (0.0001: at most that)")
     axes.legend(frameon=False)
     bare(axes, ticks=True)
+    ticks = [
+        tick for tick in (2, 3, 4, 6, 8, 10, 15, 20, 30, 40, 60, 80, 120) if _within(tick, axes.get_xlim())
+    ]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_yticks([], minor=True)
     entitle(axes, "Left and down is better")
     label_points(axes, points, line=[], bold=0)
     figure.savefig(path, dpi=150)
