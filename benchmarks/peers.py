@@ -365,9 +365,8 @@ def draw(record: Record, path: Path) -> None:
     axes.set_ylabel("KL to dense, nats per token (0.0001: at most that)")
     axes.legend(frameon=False)
     bare(axes, ticks=True)
-    ticks = [
-        tick for tick in (2, 3, 4, 6, 8, 10, 15, 20, 30, 40, 60, 80, 120) if _within(tick, axes.get_xlim())
-    ]
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (2, 3, 4, 6, 8, 10, 15, 20, 30, 40, 60, 80, 120) if low <= tick <= high]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter("{x:g}")
