@@ -379,6 +379,8 @@ manifest = {
         "benchmark": stage(61.3, 820_000_000, ["benchmark.json"]),
         "quality": stage(29.5, 1_560_000_000, [], quality),
         "answers": stage(2.1, 1_010_000_000, ["answers.json"], answers),
+        "workloads": stage(48.0, 1_090_000_000, ["workloads.json"]),
+        "speculative": stage(95.0, 1_240_000_000, ["speculative/speculative.json"]),
     },
 }
 
