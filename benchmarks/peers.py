@@ -50,6 +50,16 @@ BASELINE = "transformers fp32"
 OURS = "ours: dense"
 """Speed-ups are over it."""
 PROMPTS = (128, 512)
+WANTED = (
+    ("ours: pruned-w4", "onnxruntime-genai builder int4", None, 1.5),
+    ("ours: pruned-w4", "llama.cpp q4_0", None, 1.3),
+    ("ours: pruned-w4", "ours: pruned in llama.cpp q4_0", None, 1.0),
+    ("ours: dense-w8", "llama.cpp q8_0", None, 1.0),
+    ("ours: dense-w4", "llama.cpp q4_0", None, 1.0),
+    ("ours: dense-int8", OURS, 512, 2.0),
+    ("ours: dense-w4", OURS, 512, 1.0),
+)
+"""(one of ours, another, prompt or None for decode, how many times as fast it is to be at least)."""
 AS_GOOD_NATS = 0.005
 """Two models of no more than this between their KLs to dense are taken to be as good as each other."""
 
@@ -321,8 +331,31 @@ def _kl(model: Record) -> float:
     return float(model["quality"]["kl_vs_dense"])
 
 
+def promises(record: Record) -> list[str]:
+    """What was wanted of ours, a line each, and whether it is there: the interval says, or does not."""
+    models = {one["name"]: one for one in ran(record)}
+    lines = []
+    for name, other, prompt, least in WANTED:
+        if name not in models or other not in models:
+            continue
+        fast, slow = models[name], models[other]
+        if prompt is None:
+            found, what = over(record, fast, slow), "decode"
+        else:
+            times = [one["prefill_ms"].get(str(prompt)) for one in (slow, fast)]
+            if None in times:
+                continue
+            found, what = ratio_of(*times), f"prefill of {prompt}"
+        said = "kept" if found.low >= least else "missed" if found.high < least else "not decided"
+        lines.append(
+            f"- {said}: {what} of {name} at least {least:g} times as fast as of {other}: {found.p50:.2f} "
+            f"({found.low:.2f} to {found.high:.2f})"
+        )
+    return lines
+
+
 def section(record: Record) -> str:
-    """Cautions, table, verdict, how each was made, and where it was measured."""
+    """Cautions, table, verdict, promises, how each was made, and where it was measured."""
     where, quality = record["environment"], record["quality"]
     made = "\n".join(f"- {one['name']}: {one['made']}{_about(one)}." for one in record["models"])
     return "\n".join(
@@ -331,6 +364,8 @@ def section(record: Record) -> str:
             table(record),
             "",
             verdict(record),
+            "",
+            *promises(record),
             "",
             made,
             "",

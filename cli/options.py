@@ -170,7 +170,7 @@ def _option(field: Field, *, required: bool) -> Callable[[Command], Command]:
             flag, field.name, multiple=True, type=Listed(_type(field)), callback=_flat, **shown
         )
     if field.required:
-        return click.option(flag, field.name, type=_type(field), required=required, default=None, **shown)
+        return click.option(flag, field.name, type=_type(field), required=required, **shown)
     return click.option(
         flag,
         field.name,

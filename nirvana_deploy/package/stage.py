@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nirvana_deploy.base.artifact import files_under
 from nirvana_deploy.base.errors import NirvanaError
@@ -225,28 +225,25 @@ def _package_seq2seq(
     return made[0]
 
 
-def package_speculative(
-    source: Path | str,
-    out: Path | str | None = None,
-    *,
-    target: str | None = None,
-    draft: str | None = None,
-    draft_tokens: int | None = None,
-    threads: int | None = None,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> SpeculativePackage:
-    """Write a model with its draft as one folder for onnxruntime-genai, proved and measured.
+class Pairing(NamedTuple):
+    """What is asked of a target with its draft, as ``pipeline/alone/packages.py`` takes it."""
 
-    ``target`` [dense] and ``draft`` [the smallest pruned one] are models of the output folder ``source``, or
-    ONNX folders; a ``source`` that is an ONNX folder is the target. ``out`` None: ``source``/speculative.
-    ``draft_tokens`` None takes the fastest of 1 to 6. Raises NirvanaError for a model that is not there, a
-    pair that does not go together, and an onnxruntime-genai that is missing or too old; VerificationError,
-    the folder kept, where the draft changes an answer.
-    """
-    source = Path(source)
+    target: str | None
+    draft: str | None
+    draft_tokens: int | None
+    threads: int | None
+
+
+def speculative_package(
+    source: Path, out: Path | str | None, asked: Pairing, *, force: bool, progress: Progress
+) -> SpeculativePackage:
+    """Write, prove and measure a target with its draft; raises as ``package_speculative`` says."""
+    draft_tokens = asked.draft_tokens
     models = _models_of(source)
-    names = (target or (DENSE if models else str(source)), draft or _smallest_cut(models, source))
+    names = (
+        asked.target or (DENSE if models else str(source)),
+        asked.draft or _smallest_cut(models, source),
+    )
     target_folder, draft_folder = (_model_folder(name, models, source) for name in names)
     place = Path(out or _own_place(source) / SPECULATIVE)
     require_speculative()
@@ -259,7 +256,9 @@ def package_speculative(
         shown = [name if name in models else Path(name).name for name in names]
         try:
             names_shown = (shown[0], shown[1])
-            made.append(tried_out(place, names_shown, draft_tokens=tried, threads=threads, progress=progress))
+            made.append(
+                tried_out(place, names_shown, draft_tokens=tried, threads=asked.threads, progress=progress)
+            )
         except BaseException:  # nothing vouches for it
             remove(place)
             raise

@@ -202,3 +202,16 @@ def test_a_peer_that_hangs_takes_no_other_with_it(
     assert models["never"]["reason"] is None and models["never"]["quality"]["kl_vs_dense"] == 0
     assert f"| 2 | {late} | 0 |" in page.table(record)
     assert record["watch"]["samples"][0]["read_gb_per_s"] > 0
+
+
+def test_a_promise_is_kept_missed_or_not_decided_by_its_interval(page: ModuleType) -> None:
+    def timed(name: str, *decode_ms: float) -> dict[str, Any]:
+        return {"name": name, "decode_ms": list(decode_ms), "prefill_ms": {}}
+
+    others = [
+        timed("onnxruntime-genai builder int4", *[20.0] * 9),
+        timed("llama.cpp q4_0", *[12.0] * 9),
+        timed("ours: pruned in llama.cpp q4_0", 8, 12, 8, 12, 8, 12, 8, 12, 10),
+    ]
+    found = page.promises({"models": [timed("ours: pruned-w4", *[10.0] * 9), *others]})
+    assert [line.partition(":")[0] for line in found] == ["- kept", "- missed", "- not decided"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -66,3 +68,11 @@ def test_names_are_separated_by_commas_or_repeated() -> None:
     assert names.convert("int8, w4", None, None) == ("int8", "w4")
     with pytest.raises(click.BadParameter, match="'w9' is not one of"):
         names.convert("int8,w9", None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "option"), [("quantize", "--scheme"), ("generate", "--prompt"), ("select-calib", "--sparsity")]
+)
+def test_what_has_no_default_is_asked_for_by_name(words: str, option: str, tmp_path: Path) -> None:
+    found = CliRunner().invoke(commands, [words, str(tmp_path)])
+    assert found.exit_code == 2 and f"Missing option '{option}'" in found.output

@@ -69,7 +69,7 @@ def running(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_open_answers_end(folder: Path, number: signal.Signals) -> None:
     with running(folder) as (child, said):
-        body = {"prompt": "Once", "max_tokens": 200, "stream": True, "seed": 1}
+        body = {"prompt": "Once", "max_tokens": 480, "stream": True, "seed": 1}
         with closing(sent(said["url"], "/v1/completions", body)) as sock:
             text = sock.recv(64)
             child.send_signal(number)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nirvana_deploy.base.errors import VerificationError
 from nirvana_deploy.base.progress import SILENT, Progress
@@ -53,16 +52,14 @@ def package_speculative(
     pair that does not go together, and an onnxruntime-genai that is missing or too old; VerificationError,
     the folder kept, where the draft changes an answer.
     """
-    options: dict[str, Any] = {"target": target, "draft": draft, "draft_tokens": draft_tokens}
+    source, asked = Path(source), packaging.Pairing(target, draft, draft_tokens, threads)
     try:
-        made = packaging.package_speculative(
-            source, out, **options, threads=threads, force=force, progress=progress
-        )
+        made = packaging.speculative_package(source, out, asked, force=force, progress=progress)
     except VerificationError:
-        if (Path(source) / MANIFEST).is_file():
-            _tell_in(Path(source), progress)
+        if (source / MANIFEST).is_file():
+            _tell_in(source, progress)
         raise
-    _tell(Path(source), made.path, progress)
+    _tell(source, made.path, progress)
     return made
 
 
