@@ -102,7 +102,7 @@ def half_written(out: Path) -> None:
         ),
         (
             changed("manifest", lambda m: m.update(complete=False)),
-            "the last stage is answers",
+            "the last stage is speculative",
             "--resume --out",
         ),
         (changed("manifest", lambda m: m["stages"].clear()), "no stage is finished", "--resume --out"),

@@ -33,6 +33,7 @@ from nirvana_deploy.runtime.text import load_text_side  # noqa: E402
 from nirvana_deploy.serve import connections  # noqa: E402
 from nirvana_deploy.serve import model as models  # noqa: E402
 from nirvana_deploy.serve import server as servers  # noqa: E402
+from nirvana_deploy.serve.batch import Batch  # noqa: E402
 from nirvana_deploy.serve.model import ServedModel  # noqa: E402
 from nirvana_deploy.serve.recipe import KEY_VARIABLE  # noqa: E402
 from nirvana_deploy.serve.server import Server  # noqa: E402
@@ -341,7 +342,20 @@ def test_a_body_without_length_is_refused_when_it_is_too_long(server: Server) ->
     assert b" 413 " in answer.partition(b"\r\n")[0] and b"larger than" in answer
 
 
-def test_overload_is_told_with_a_time_to_come_back(folder: Path) -> None:
+@pytest.fixture
+def go_on(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Once set, answers go on; until then they stand at their first token, on any machine."""
+    event, write = threading.Event(), Batch._write
+
+    def held(batch: Batch, argument: None) -> None:
+        assert event.wait(60)
+        write(batch, argument)
+
+    monkeypatch.setattr(Batch, "_write", held)
+    return event
+
+
+def test_overload_is_told_with_a_time_to_come_back(folder: Path, go_on: threading.Event) -> None:
     with served(folder, slots=1, queue=1) as busy:
         long = {"prompt": "Once", "max_tokens": 480, "temperature": 0, "stop": ["never"], "stream": True}
         streams = [_stream(busy, long) for _ in range(2)]
@@ -354,16 +368,18 @@ def test_overload_is_told_with_a_time_to_come_back(folder: Path) -> None:
         )
         for stream in streams:  # who goes away frees slot and place
             stream.close()
+        go_on.set()
         _until(lambda: asked(busy, "GET", "/health")[2]["active"] == 0)
         assert asked(busy, "POST", COMPLETIONS, ASKED)[0] == 200
 
 
-def test_a_client_that_goes_away_unanswered_frees_its_slot(folder: Path) -> None:
+def test_a_client_that_goes_away_unanswered_frees_its_slot(folder: Path, go_on: threading.Event) -> None:
     with served(folder, slots=1, queue=1) as busy:
         stream = _stream(busy, {"prompt": "Once", "max_tokens": 480, "temperature": 0}, wait=False)
         _until(lambda: asked(busy, "GET", "/health")[2]["active"] == 1)
         stream.close()
         began = time.monotonic()
+        go_on.set()
         assert asked(busy, "POST", COMPLETIONS, ASKED | {"max_tokens": 1})[0] == 200
         assert _metric(busy, "nirvana_deploy_new_tokens_total") < 480 or time.monotonic() - began < 1
 
@@ -495,7 +511,7 @@ def test_a_bearer_token_is_asked_for_and_never_shown(
         servers.read_key(tmp_path / "none")
 
 
-def test_ending_waits_for_open_answers_and_takes_no_new_ones(folder: Path) -> None:
+def test_ending_waits_for_open_answers_and_takes_no_new_ones(folder: Path, go_on: threading.Event) -> None:
     found: list[Any] = []
     with served(folder, slots=1) as server:
         body = {"prompt": "Once", "max_tokens": 60, "temperature": 0}
@@ -506,6 +522,7 @@ def test_ending_waits_for_open_answers_and_takes_no_new_ones(folder: Path) -> No
         for thread in threads:
             thread.start()
         _until(lambda: asked(server, "GET", "/health")[2]["waiting"] == 2)
+        threading.Timer(0.2, go_on.set).start()
         server.end()
         for thread in threads:
             thread.join()

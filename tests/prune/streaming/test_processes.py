@@ -148,7 +148,9 @@ def test_a_lost_process_ends_all_with_one_message_and_nothing_half_written(
     )
     assert done.returncode == 1
     assert "Signal 9" in done.stderr  # as the launcher says of the other one
-    assert done.stderr.count("Error: A process of this run was lost") == 1, done.stderr[-3000:]
+    # The launcher may end the other one before it has heard of the loss itself.
+    ends = ("Error: A process of this run was lost", "Interrupted. Finished stages are kept")
+    assert sum(done.stderr.count(end) for end in ends) == 1, done.stderr[-3000:]
     assert "repeat the command with --resume" in done.stderr
     assert "cli/main.py" not in done.stderr  # the launcher has a trace of its own
     assert {path.name for path in out.iterdir()} == whole
