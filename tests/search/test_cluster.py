@@ -202,10 +202,12 @@ def test_a_piece_has_its_result_its_threads_and_its_gpus(
 
 def workers_of(node: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Its processes that do a piece at this moment."""
-    with suppress(psutil.NoSuchProcess):
-        processes = psutil.Process(node.pid).children(recursive=True)
-        return [one for one in processes if one.cmdline()[:1] == ["ray::_tried"]]
-    return []
+    found = []
+    for one in psutil.Process(node.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # one that ends hides no other
+            if one.cmdline()[:1] == ["ray::_tried"]:
+                found.append(one)
+    return found
 
 
 def lose_a_worker_and_a_node(nodes: list[subprocess.Popen[bytes]], out: Path) -> None:
