@@ -26,7 +26,7 @@ from typing import Any
 
 from consumers import section as where_it_runs  # the scripts beside this one
 from engine_promises import is_twin
-from frontier import table as frontier_table
+from frontier import section as frontier_section
 from frontier import verdict as frontier_verdict
 from intervals import section as intervals_section
 from job_cost import table as job_cost_table
@@ -62,7 +62,7 @@ JOB_COST = RESULTS / "job-cost.json"
 DECODE_SPEED = RESULTS / "decode-speed.json"
 ENGINES = RESULTS / "engines.json"
 RECIPES = RESULTS / "recipes.jsonl"
-FRONTIER = RESULTS / "frontier.json"
+SEARCH = RESULTS / "search-smollm2-best.json"
 ZERO_SHOT = RESULTS / "zero-shot.json"
 RECOVERY = RESULTS / "recover.jsonl"
 RECOVERY_SPEED = RESULTS / "recover-speed.jsonl"
@@ -149,21 +149,9 @@ def recipes_section() -> str:
     return recipes_table(read_recipes(RECIPES))
 
 
-def frontier_section() -> str:
-    """The table of frontier.json, and what it says."""
-    record = json.loads(FRONTIER.read_text())
-    where, load = record["environment"], record["workload"]
-    note = (
-        f"Perplexities are times dense's; the mean is geometric. Decode in onnxruntime-genai behind "
-        f"{load['prompt_tokens']} tokens, {load['rounds']} rounds in turns, {where['threads']} thread(s) of "
-        f"{where['cpu']}; load average before the start {where['load_average_1min']:.1f}."
-    )
-    return "\n".join([frontier_table(record), "", frontier_verdict(record), "", note])
-
-
 def verdict_section() -> str:
-    """What frontier.json says about pruning beside quantization, for the front page."""
-    return frontier_verdict(json.loads(FRONTIER.read_text()))
+    """What the search on record says about pruning beside quantization, for the front page."""
+    return frontier_verdict(json.loads(SEARCH.read_text()))
 
 
 def zero_shot_section() -> str:
@@ -386,7 +374,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "recovery": recovery_section(),
             "recovery-speed": recovery_speed(read_recipes(RECOVERY_SPEED)),
             "recovery-bounds": on_paper("8b"),
-            "frontier": frontier_section(),
+            "frontier": frontier_section(json.loads(SEARCH.read_text())),
             "quality": quality_section(),
             "quantization": quantization_section(),
             "export": export_section(),

@@ -33,8 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from frontier import judged as judged_folders  # the scripts beside this one
-from frontier import texts_of
+from kinds import judged as judged_folders  # the scripts beside this one
+from kinds import texts_of
 from numpy.typing import NDArray
 from recipes import mean_accuracy, read_rows, with_tasks
 

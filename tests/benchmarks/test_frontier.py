@@ -1,4 +1,4 @@
-"""What counts as worth its cost: arithmetic on invented models."""
+"""What counts as worth its cost: invented points of a search."""
 
 from __future__ import annotations
 
@@ -18,44 +18,57 @@ def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return frontier
 
 
-def model(removed: float, precision: str, ms: float, *perplexities: float) -> dict[str, Any]:
-    texts = {kind: {"perplexity": one} for kind, one in zip(("wiki", "code"), perplexities, strict=True)}
+def point(sparsity: float, scheme: str | None, ms: float, kl: float, *, on_front: bool) -> dict[str, Any]:
+    name = "-".join([f"s{sparsity:g}" if sparsity else "dense", *([scheme] if scheme else [])])
     return {
-        "removed_share": removed,
-        "precision": precision,
-        "p50_ms": ms,
-        "weights_bytes": 1e6,
-        "texts": texts,
+        "name": name,
+        "sparsity": sparsity,
+        "scheme": scheme,
+        "kl": kl,
+        "kl_standard_error": 0.01,
+        "perplexity": 10.0,
+        "perplexity_ratio": 1.0,
+        "accuracy": None,
+        "accuracy_standard_error": None,
+        "weights_bytes": 1_000_000,
+        "tpot_ms": ms,
+        "speedup": 12 / ms,
+        "speedup_interval": [12 / ms - 0.1, 12 / ms + 0.1],
+        "failed": None,
+        "unverified": None,
+        "on_front": on_front,
     }
 
 
-DENSE = model(0.0, "fp32", 12.0, 10.0, 20.0)
-PRUNED = model(0.2, "fp32", 10.0, 20.0, 40.0)
-DENSE_W4 = model(0.0, "w4", 4.0, 11.0, 22.0)
-PRUNED_W4 = model(0.2, "w4", 3.0, 20.0, 80.0)
-MODELS = [DENSE, PRUNED, DENSE_W4, PRUNED_W4]
-
-
-def test_the_cost_of_a_model_is_the_geometric_mean_over_kinds_of_text(page: ModuleType) -> None:
-    assert page.cost(PRUNED_W4, DENSE) == pytest.approx(8**0.5)
-
-
-def test_a_model_that_another_beats_in_both_is_not_on_the_frontier(page: ModuleType) -> None:
-    best = [page.label(one) for one in page.frontier(MODELS, DENSE)]
-    assert best == ["20% removed, w4", "dense w4", "dense fp32"]
-
-
-def test_the_table_names_the_kind_of_text_that_suffers_most(page: ModuleType, tmp_path: Path) -> None:
-    lines = page.table({"models": MODELS}).splitlines()
-    assert len(lines) == 2 + len(MODELS)
-    assert "| 20% removed, w4 | 3.00 | 4.00 | 1 | 2.83x | 4.00x code | 2.00x | 4.00x | yes |" in lines
-    page.draw({"models": MODELS}, tmp_path / "frontier.png")
-    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+POINTS = [
+    point(0.0, None, 12.0, 0.0, on_front=True),
+    point(0.2, None, 10.0, 0.3, on_front=False),
+    point(0.0, "w4", 4.0, 0.1, on_front=True),
+    point(0.2, "w4", 3.0, 0.4, on_front=True),
+]
+RECORD = {
+    "points": POINTS,
+    "recommended": "dense-w4",
+    "environment": {"threads": 2, "cpu": "a CPU", "onnxruntime": "1.2", "load_average_1min": 0.5},
+    "workload": {"prompt_tokens": 128, "repeats": 9},
+}
 
 
 def test_the_verdict_names_what_beats_pruning(page: ModuleType) -> None:
-    said = page.verdict({"models": MODELS})
-    assert said == (
+    assert page.verdict(RECORD) == (
         "Speed beside quality: In fp32 dense w4 beats every pruned model. "
         "In w4 pruning is on the frontier at 20%."
     )
+
+
+def test_the_section_is_the_page_of_the_search_and_where_it_was_timed(page: ModuleType) -> None:
+    lines = page.section(RECORD).splitlines()
+    assert lines[0].startswith("| Point | KL to dense |") and lines[1].count("|") == lines[0].count("|")
+    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| dense", "| s0.2", "| dense-w4", "| s0.2-w4"]
+    assert "4.00 ms" in lines[4] and lines[4].endswith("| 1.00 MB | recommended |")
+    assert "9 rounds in turns, 2 threads of a CPU" in lines[-1] and "0.5" in lines[-1]
+
+
+def test_the_picture_has_a_line_for_each_precision(page: ModuleType, tmp_path: Path) -> None:
+    page.draw(RECORD, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
