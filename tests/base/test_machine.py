@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nirvana_deploy.base import machine
-from nirvana_deploy.base.machine import keep_to_quota, threads_for_others, usable_cores, usable_threads
+from nirvana_deploy.base.machine import (
+    keep_to_quota,
+    peak_rss_bytes,
+    reset_peak_rss,
+    threads_for_others,
+    usable_cores,
+    usable_threads,
+)
 
 V2 = {"cpu.max": "150000 100000"}
 V1 = {"cpu.cfs_quota_us": "150000\n", "cpu.cfs_period_us": "100000\n"}
@@ -64,3 +73,12 @@ def test_no_variable_is_left_where_there_was_none(monkeypatch: pytest.MonkeyPatc
     with threads_for_others(1):
         assert os.environ["OMP_NUM_THREADS"] == "1"
     assert "OMP_NUM_THREADS" not in os.environ
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to give memory back")
+def test_a_new_peak_begins_without_what_was_freed() -> None:
+    pieces = [bytearray(50_000) for _ in range(4_000)]  # too small to be mapped one by one
+    held = psutil.Process().memory_info().rss
+    del pieces[:-1]  # the last one keeps the heap from shrinking by itself
+    reset_peak_rss()
+    assert peak_rss_bytes() < held - 150_000_000
