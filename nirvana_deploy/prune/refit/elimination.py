@@ -25,6 +25,8 @@ _MOST_SUBSETS = 64
 _TINY = 1e-12
 _ROWS = 1024
 """Of a matrix, worked on at once."""
+_MOVED_ROWS = 128
+"""Of a matrix, moved at once."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def _step(v: torch.Tensor, p: torch.Tensor, going: torch.Tensor) -> float:
 
 def _narrowed(v: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:
     """The columns ``stay`` of V, sorted, as a view of ``v``, which is used up."""
-    for rows in _rows_of(v):
+    for rows in _rows_of(v, _MOVED_ROWS):
         v[rows, : len(stay)] = v[rows].index_select(1, stay)
     return v[:, : len(stay)]
 
@@ -178,15 +180,15 @@ def _narrowed(v: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:
 def _packed(p: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:
     """P of the inputs ``stay``, sorted, as a view of ``p``, which is used up: a copy takes gigabytes."""
     left = len(stay)
-    for rows in _rows_of(stay):  # rows and columns only ever move toward the first
+    for rows in _rows_of(stay, _MOVED_ROWS):  # rows and columns only ever move toward the first
         p[rows, :left] = p[stay[rows]].index_select(1, stay)
     return p[:left, :left]
 
 
-def _rows_of(matrix: torch.Tensor) -> Iterator[slice]:
+def _rows_of(matrix: torch.Tensor, size: int = _ROWS) -> Iterator[slice]:
     """Blocks of its rows: temporaries of all of them would take gigabytes."""
-    for start in range(0, len(matrix), _ROWS):
-        yield slice(start, min(start + _ROWS, len(matrix)))
+    for start in range(0, len(matrix), size):
+        yield slice(start, min(start + size, len(matrix)))
 
 
 def _inverse(system: torch.Tensor) -> torch.Tensor:

@@ -122,7 +122,8 @@ def _solved(
     if kept is None:
         assert choose is not None
         kept = choose(reader, equations)
-        equations = equations.only(kept.to(weight.device))
+        whole, equations = equations, equations.only(kept.to(weight.device))
+        whole.release()
         unseen = [(inputs[:, kept.to(inputs.device)], missing) for inputs, missing in unseen]
     if ridge is None:
         ridge = _best_ridge(reader, equations, unseen) if unseen else _UNSEEN_RIDGE

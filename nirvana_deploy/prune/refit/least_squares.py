@@ -103,8 +103,13 @@ class NormalEquations:
         The weights of an input that was always zero stay. Uses up the sums.
         """
         refit = self.solution(ridge)
-        self.gram = self.gram.new_empty(0)
+        self.release()
         return refit
+
+    def release(self) -> None:
+        """Let the sums go, gigabytes of a wide linear: nothing more is asked of them."""
+        self.gram = self.gram.new_empty(0)
+        self.cross = self.cross.new_empty(0)
 
     def solution(self, ridge: float) -> Refit | None:
         """As :meth:`solve`; the sums stay."""
