@@ -3,9 +3,10 @@
     python benchmarks/budget_families.py --out benchmarks/results/budgets-families.json
 
 Each budget is one `prune-export` with that option alone: a KL, a weight file of 85 % of dense's, and a time
-of 98 % of what dense takes, since the weights of such a model are a small part of a token's time. A load is
-what was measured over what is allowed: wanted is 0.95 to 1. Below that, `next_load` is the load of the
-nearest cut that was tried and is too much; between the two lies a few units, or none.
+of 90 % of dense's by a clock of bytes, as decoding in a large model is bound by them: a token of a tiny model
+takes microseconds beside the program around it, which no cut makes shorter. (By a real clock: budgets.py on
+SmolLM2.) A load is what was measured over what is allowed: wanted is 0.95 to 1. Below that, `next_load` is
+the load of the nearest cut that was tried and is too much; between the two lies a few units, or none.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from budgets import WANTED_LOAD, met  # the script beside this one
 
-from nirvana_deploy import Workload, benchmark_folder
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.machine import environment
+from nirvana_deploy.pipeline.searching import target
+from nirvana_deploy.search.point import Found
 
 FAMILIES = (
     "llama-tied",
@@ -37,11 +40,10 @@ FAMILIES = (
     "flan-t5",
 )
 BUDGETS = ("max_kl", "max_weights_bytes", "target_tpot_ms")
-MAX_KL, SHARE_OF_BYTES, SHARE_OF_TIME = 0.15, 0.85, 0.98
-TIMES = {"prompt_tokens": 16, "new_tokens": 32, "repeats": 11}
+MAX_KL, SHARE_OF_BYTES, SHARE_OF_TIME = 0.15, 0.85, 0.9
+MS_PER_BYTE = 1e-6
 JOB = {
     "preset": "paper",
-    "gamma": 1.0,
     "round_to": 1,
     "num_sequences": 8,
     "seq_len": 32,
@@ -49,9 +51,10 @@ JOB = {
     "heldout_len": 48,
     "threads": 1,
     "run_benchmark": False,
-    **TIMES,
 }
 """A quick cut by scores alone, one unit at a time."""
+NO_GAMMA = ("olmo2",)
+"""KV heads that share a norm stay: there is nothing to divide a budget between."""
 
 
 def main() -> None:
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    target.timed_points = by_bytes
     rows = [row for family in options.family for row in of_family(family)]
     load = os.getloadavg()[0]
     record = {"schema": 1, "budgets": rows, "environment": environment() | {"load_average_1min_after": load}}
@@ -69,22 +73,30 @@ def main() -> None:
     print(table(record))
 
 
+def by_bytes(_: Path, points: Sequence[Found], *__: Any, **___: Any) -> tuple[list[Found], dict[str, Any]]:
+    """In place of ``timed_points``: a token takes as long as its weights are large."""
+    dense = next(one.weights_bytes for one in points if not one.sparsity)
+    return [
+        replace(one, tpot_ms=MS_PER_BYTE * one.weights_bytes, speedup=dense / one.weights_bytes)
+        for one in points
+    ], {}
+
+
 def of_family(family: str) -> Iterator[dict[str, Any]]:
     """A row for each budget."""
+    job = JOB if family in NO_GAMMA else JOB | {"gamma": 1.0}
     with tempfile.TemporaryDirectory(prefix="nirvana-budget-") as name:
         folder = Path(name)
         model = str(writer(family)(folder / family, family))
-        first = met(model, f"max_kl={MAX_KL:g}", folder / "kl", **JOB)
+        first = met(model, f"max_kl={MAX_KL:g}", folder / "kl", **job)
         yield row_of(family, first)
         if "trials" not in first:
             raise SystemExit(f"{family}: {first['failed']}")
-        limit = int(SHARE_OF_BYTES * first["trials"][0]["weights_bytes"])
-        yield row_of(family, met(model, f"max_weights_bytes={limit}", folder / "bytes", **JOB))
-        timed = benchmark_folder(folder / "kl", Workload(**TIMES, threads=1))
-        dense_ms = {one["name"]: one["tpot_ms"]["p50"] for one in timed["variants"]}["dense"]
-        yield row_of(
-            family, met(model, f"target_tpot_ms={SHARE_OF_TIME * dense_ms:.4g}", folder / "ms", **JOB)
-        )
+        dense_bytes = first["trials"][0]["weights_bytes"]
+        limit = int(SHARE_OF_BYTES * dense_bytes)
+        yield row_of(family, met(model, f"max_weights_bytes={limit}", folder / "bytes", **job))
+        allowed_ms = SHARE_OF_TIME * MS_PER_BYTE * dense_bytes
+        yield row_of(family, met(model, f"target_tpot_ms={allowed_ms:.6g}", folder / "ms", **job))
 
 
 def writer(family: str) -> Callable[[Path, str], Path]:

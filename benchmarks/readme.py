@@ -24,7 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from consumers import section as where_it_runs  # the scripts beside this one
+from budget_families import table as budgets_table  # the scripts beside this one
+from consumers import section as where_it_runs
 from engine_promises import is_twin
 from frontier import section as frontier_section
 from frontier import verdict as frontier_verdict
@@ -63,6 +64,7 @@ DECODE_SPEED = RESULTS / "decode-speed.json"
 ENGINES = RESULTS / "engines.json"
 RECIPES = RESULTS / "recipes.jsonl"
 SEARCH = RESULTS / "search-smollm2-best.json"
+BUDGETS = RESULTS / "budgets-families.json"
 ZERO_SHOT = RESULTS / "zero-shot.json"
 RECOVERY = RESULTS / "recover.jsonl"
 RECOVERY_SPEED = RESULTS / "recover-speed.jsonl"
@@ -375,6 +377,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "recovery-speed": recovery_speed(read_recipes(RECOVERY_SPEED)),
             "recovery-bounds": on_paper("8b"),
             "frontier": frontier_section(json.loads(SEARCH.read_text())),
+            "budgets": budgets_table(json.loads(BUDGETS.read_text())),
             "quality": quality_section(),
             "quantization": quantization_section(),
             "export": export_section(),
