@@ -2,12 +2,13 @@
 
 Means over the positions whose next token is known: T - 1 of each window, or its second half for an
 encoder-decoder, whose encoder reads the first. Sums run in float64 over blocks of positions, so memory is the
-float32 logits [T, V] of the baseline, one variant and its parent.
+float32 logits [T, V] of all models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import default_threads
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.runtime.divergence import kl_terms, log_softmax
 from nirvana_deploy.runtime.runner import Runner, window_logits
 
 _BLOCK_BYTES = 1 << 19
 """Of logits in float64 at a time: what a core's own cache holds; passes over more wait for memory."""
+_LogProbabilities = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""log p and p of a block of positions, [rows, V]."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class PositionScores:
     """KL(p || q) of the baseline's p against the variant's q, nats."""
     top1_agrees: NDArray[np.bool_]
     """Whether both rank the same token first."""
+    kl_to_parent: NDArray[np.float64] | None = None
+    """KL of its parent's distribution against the variant's, nats, if it has a parent."""
 
 
 def quality_of(
@@ -63,59 +69,77 @@ def quality_of(
         raise NirvanaError(
             f"Quality needs windows [M, T] with M >= 1 and T >= 2 tokens, got {windows.shape}."
         )
-    scores: dict[str, list[PositionScores]] = {name: [] for name in (baseline_name, *variants)}
-    to_dense = [name for name, parent in (parents or {}).items() if parent == baseline_name]
-    parents = {name: parent for name, parent in (parents or {}).items() if parent != baseline_name}
-    to_parent: dict[str, list[NDArray[np.float64]]] = {name: [] for name in parents}
+    models = {baseline_name: baseline, **variants}
+    parents = parents or {}
+    scores: dict[str, list[PositionScores]] = {name: [] for name in models}
     on = f" on {', '.join(dict.fromkeys(kinds))}" if kinds else ""
-    with progress.task(f"Quality{on}", len(windows) * len(scores)) as advance:
+    with progress.task(f"Quality{on}", len(windows) * len(models)) as advance:
         for index, window in enumerate(windows):
-            reference = _logits(baseline, window, of=f"{baseline_name}, window {index}")
-            next_tokens = window[-len(reference) :]
-            scores[baseline_name].append(position_scores(reference, reference, next_tokens))
-            of_parents: dict[str, NDArray[np.float32]] = {}
-            advance(1)
-            for name, variant in variants.items():
-                logits = _logits(variant, window, of=f"{name}, window {index}")
-                if logits.shape != reference.shape:
-                    raise NirvanaError(
-                        f"{name} has {logits.shape[1]} logits per token and {baseline_name} "
-                        f"{reference.shape[1]}; a KL divergence needs one vocabulary."
-                    )
-                scores[name].append(position_scores(reference, logits, next_tokens))
-                if name in parents:
-                    compared = position_scores(of_parents[parents[name]], logits, next_tokens)
-                    to_parent[name].append(compared.kl)
-                if name in parents.values():
-                    of_parents[name] = logits
-                del logits  # before the next variant makes its own
+            logits: dict[str, NDArray[np.float32]] = {}
+            for name, model in models.items():
+                logits[name] = _logits(model, window, of=f"{name}, window {index}")
+                _require_one_shape(name, logits[name], baseline_name, logits[baseline_name])
                 advance(1)
+            next_tokens = window[-len(logits[baseline_name]) :]
+            for name, of_window in window_scores(logits, next_tokens, parents=parents).items():
+                scores[name].append(of_window)
     found = {name: _quality(of_windows) for name, of_windows in scores.items()}
     if kinds:
         for name, of_windows in scores.items():
             found[name]["parts"] = _by_kind(of_windows, kinds)
-    for name, divergences in to_parent.items():
+    for name in parents:
+        divergences = [one.kl_to_parent for one in scores[name] if one.kl_to_parent is not None]
         found[name]["kl_vs_parent"] = float(np.concatenate(divergences).mean())
-    for name in to_dense:
-        found[name]["kl_vs_parent"] = found[name]["kl_vs_dense"]
     return found
 
 
-def position_scores(
-    baseline_logits: NDArray[np.float32], logits: NDArray[np.float32], next_tokens: NDArray[np.int64]
-) -> PositionScores:
-    """Compare two sets of logits [T - 1, V] position by position, given the true next tokens [T - 1]."""
-    count = len(next_tokens)
-    kl, likelihood = np.empty(count), np.empty(count)
-    rows = max(1, _BLOCK_BYTES // (8 * logits.shape[1]))
-    for start in range(0, count, rows):
-        block = slice(start, start + rows)
-        log_q = log_softmax(logits[block].astype(np.float64))
-        log_p = log_q if logits is baseline_logits else log_softmax(baseline_logits[block].astype(np.float64))
-        likelihood[block] = np.take_along_axis(log_q, next_tokens[block, None], axis=1)[:, 0]
-        kl[block] = kl_terms(log_p, log_q).sum(axis=1)
-    agrees = baseline_logits.argmax(axis=1) == logits.argmax(axis=1)
-    return PositionScores(negative_log_likelihood=-likelihood, kl=kl, top1_agrees=agrees)
+def window_scores(
+    logits: Mapping[str, NDArray[np.float32]],
+    next_tokens: NDArray[np.int64],
+    *,
+    parents: Mapping[str, str] | None = None,
+) -> dict[str, PositionScores]:
+    """Compare the logits [T - 1, V] of each model with those of the first, given the true next tokens.
+
+    ``parents`` are as in :func:`quality_of`. What several comparisons need of a model is computed once.
+    """
+    parents, count = parents or {}, len(next_tokens)
+    baseline, of_baseline = next(iter(logits.items()))
+    scores = {}
+    for name in logits:
+        kl = np.empty(count)
+        parent = parents.get(name)
+        to_parent = None if parent is None else kl if parent == baseline else np.empty(count)
+        scores[name] = PositionScores(np.empty(count), kl, np.empty(count, dtype=np.bool_), to_parent)
+
+    def score(block: slice) -> None:
+        likeliest = of_baseline[block].argmax(axis=1)
+        references: dict[str, _LogProbabilities] = {}
+        for name, of_model in logits.items():
+            into, log_q = scores[name], log_softmax(of_model[block].astype(np.float64))
+            if name == baseline or name in parents.values():
+                references[name] = log_q, np.exp(log_q)
+            own = np.take_along_axis(log_q, next_tokens[block, None], axis=1)[:, 0]
+            into.negative_log_likelihood[block] = -own
+            into.kl[block] = kl_terms(*references[baseline], log_q).sum(axis=1)
+            into.top1_agrees[block] = of_model[block].argmax(axis=1) == likeliest
+            if into.kl_to_parent is not None and into.kl_to_parent is not into.kl:
+                into.kl_to_parent[block] = kl_terms(*references[parents[name]], log_q).sum(axis=1)
+
+    rows = max(1, _BLOCK_BYTES // (8 * of_baseline.shape[1]))
+    with ThreadPoolExecutor(default_threads()) as pool:
+        list(pool.map(score, (slice(start, start + rows) for start in range(0, count, rows))))
+    return scores
+
+
+def _require_one_shape(
+    name: str, logits: NDArray[np.float32], baseline_name: str, reference: NDArray[np.float32]
+) -> None:
+    if logits.shape != reference.shape:
+        raise NirvanaError(
+            f"{name} has {logits.shape[1]} logits per token and {baseline_name} "
+            f"{reference.shape[1]}; a KL divergence needs one vocabulary."
+        )
 
 
 def _logits(runner: Runner, window: NDArray[np.int64], *, of: str) -> NDArray[np.float32]:

@@ -49,7 +49,8 @@ class Yardstick:
         for found, reference in zip(logits(self.windows), self._float, strict=True):
             for start in range(0, len(reference), _BLOCK_TOKENS):
                 block = slice(start, start + _BLOCK_TOKENS)
-                terms = kl_terms(log_softmax(reference[block]), log_softmax(found[block]))
+                log_p = log_softmax(reference[block])
+                terms = kl_terms(log_p, np.exp(log_p), log_softmax(found[block]))
                 total += float(terms.sum(dtype=np.float64))
             count += len(reference)
         if not np.isfinite(total):
@@ -64,7 +65,11 @@ def log_softmax(logits: NDArray[Float]) -> NDArray[Float]:
     return shifted
 
 
-def kl_terms(log_p: NDArray[Float], log_q: NDArray[Float]) -> NDArray[Float]:
-    """p (log p - log q) of log-probabilities [T, V]: their sum over V is KL(p || q), in nats."""
-    terms: NDArray[Float] = np.exp(log_p) * (log_p - log_q)
+def kl_terms(log_p: NDArray[Float], p: NDArray[Float], log_q: NDArray[Float]) -> NDArray[Float]:
+    """p (log p - log q) of log-probabilities [T, V]: their sum over V is KL(p || q), in nats.
+
+    ``p`` is exp(log p): one reference serves several q.
+    """
+    terms: NDArray[Float] = log_p - log_q
+    terms *= p
     return terms

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from nirvana_deploy.base.errors import NirvanaError
-from nirvana_deploy.measure.quality import position_scores, quality_of
+from nirvana_deploy.measure.quality import quality_of, window_scores
 from nirvana_deploy.runtime.runner import checked_prompts
 
 
@@ -40,14 +40,14 @@ WINDOWS = np.random.default_rng(5).integers(0, 13, size=(4, 70))
 def test_kl_of_two_coins_by_hand() -> None:
     # p = (1/2, 1/2), q = (1/4, 3/4): KL = log 2 - log(3) / 2
     p, q = np.log([[0.5, 0.5]]).astype(np.float32), np.log([[0.25, 0.75]]).astype(np.float32)
-    scores = position_scores(p, q, np.array([0]))
+    scores = window_scores({"p": p, "q": q}, np.array([0]))["q"]
     assert scores.kl[0] == pytest.approx(np.log(2) - np.log(3) / 2, abs=1e-7)
     assert scores.negative_log_likelihood[0] == pytest.approx(np.log(4), abs=1e-6)
 
 
 def test_scores_do_not_depend_on_a_shift_of_the_logits() -> None:
     logits = random_model(1).table
-    shifted = position_scores(logits, logits + 50, np.arange(13))
+    shifted = window_scores({"p": logits, "shifted": logits + 50}, np.arange(13))["shifted"]
     np.testing.assert_allclose(shifted.kl, 0, atol=1e-10)
 
 

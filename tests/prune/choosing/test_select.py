@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.windows import TokenWindows, calibration_candidates, calibration_data
-from nirvana_deploy.measure.quality import position_scores
+from nirvana_deploy.measure.quality import window_scores
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_checkpoint
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
@@ -58,10 +58,10 @@ def test_masked_kl_equals_that_of_the_sliced_checkpoint(
         slice_checkpoint(Checkpoint.open(tiny), plan, tmp_path / str(index))
         sliced = logits_of(tmp_path / str(index), tokens)
         for window, row in enumerate(tokens):
-            expected = position_scores(dense[window], sliced[window], row).kl.mean()
+            expected = window_scores({"p": dense[window], "q": sliced[window]}, row)["q"].kl.mean()
             assert found.divergence[index, window] == pytest.approx(expected, rel=1e-3, abs=1e-6)
             for model, loss in ((dense, found.dense_loss[window]), (sliced, found.loss[index, window])):
-                scores = position_scores(dense[window, :-1], model[window, :-1], row[1:])
+                scores = window_scores({"of": model[window, :-1]}, row[1:])["of"]
                 assert loss == pytest.approx(scores.negative_log_likelihood.mean(), rel=1e-4)
 
 
