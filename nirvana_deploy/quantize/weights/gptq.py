@@ -95,12 +95,13 @@ def feedback_codes(W: torch.Tensor, inputs: Inputs, steps: torch.Tensor, *, bits
         here, factor = rest[chunk], U[chunk, chunk]
         errors, own = torch.empty_like(here), factor.diagonal().tolist()
         rows = zip(*map(_rows, (here, steps[chunk], codes[chunk], errors)), own, strict=True)
-        for i, (weight, step, code, error, pivot) in enumerate(rows):
+        spread = zip(factor.unbind(), errors.unbind(), rows, strict=True)
+        for i, (share, lost, (weight, step, code, error, pivot)) in enumerate(spread, start=1):
             nearest_codes(weight, step, bits=bits, out=code)
             np.multiply(code, step, stored)
             np.subtract(weight, stored, error)
             np.divide(error, pivot, error)
-            here[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+            here[i:].addr_(share[i:], lost, alpha=-1)
         rest[chunk.stop :].addmm_(U[chunk, chunk.stop :].T, errors, alpha=-1)
     unordered = torch.empty_like(codes)
     unordered[order] = codes
@@ -133,11 +134,13 @@ def descended_codes(
             new, change = torch.empty_like(here), torch.empty_like(here)
             several = (here, curvature[chunk], old, steps[chunk], new, change)
             rows = zip(*map(_rows, several), strict=True)
-            for i, (slope, curve, code, step, better, moved) in enumerate(rows):
+            spread = zip(within.unbind(), change.unbind(), rows, strict=True)
+            for i, (share, step_taken, row) in enumerate(spread, start=1):
+                slope, curve, code, step, better, moved = row
                 np.divide(slope, curve, better)
                 to_codes(np.add(better, code, better), bits=bits)
                 np.multiply(np.subtract(code, better, moved), step, moved)
-                here[i + 1 :].addr_(within[i, i + 1 :], change[i])
+                here[i:].addr_(share[i:], step_taken)
             old.copy_(new)
             after = left[chunk] + change
             later = slice(chunk.stop, None)
