@@ -45,9 +45,9 @@ from selection import table as selection_table
 from serve import section as serve_section
 from speculative import section as speculative_section
 
-from nirvana_deploy.measure.answers import PROMPTS
 from nirvana_deploy.report.pages import tasks as tasks_page
 from nirvana_deploy.report.table import summary_table
+from nirvana_deploy.verify.cases import PROMPTS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

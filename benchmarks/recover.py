@@ -42,7 +42,7 @@ from nirvana_deploy.base.artifact import write_bytes
 from nirvana_deploy.base.machine import cpu_seconds, default_threads, environment, peak_rss_bytes
 from nirvana_deploy.calibrate.windows_file import read_windows
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS
+from nirvana_deploy.measure.answers import NEW_TOKENS
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.layout import CALIBRATION_FILE, CHECKPOINT, RECIPE_FILE
@@ -60,6 +60,7 @@ from nirvana_deploy.recover.recipe import METHODS
 from nirvana_deploy.recover.stage import greedy_answers
 from nirvana_deploy.report.drawing import COLOURS, bare, entitle, new_figure
 from nirvana_deploy.report.pages.quality import repeats
+from nirvana_deploy.verify.cases import PROMPTS
 
 Row = dict[str, Any]
 ASKED = (

@@ -142,6 +142,6 @@ def prune_export(
 
 def _trial(folder: Path) -> str:
     """The command that lets a model write."""
-    from nirvana_deploy.measure.answers import PROMPTS
+    from nirvana_deploy.verify.cases import PROMPTS
 
     return f"nirvana-deploy generate {shlex.quote(str(folder))} --prompt {shlex.quote(PROMPTS[0])}"

@@ -7,17 +7,11 @@ from typing import Any
 
 from nirvana_deploy.base.progress import Advance
 from nirvana_deploy.runtime.runner import NoRoomError, Runner
-from nirvana_deploy.runtime.text import stream_text
+from nirvana_deploy.runtime.text import prompt_ids, stream_text, text_of
+from nirvana_deploy.verify.cases import PROMPTS, Continued
 
-PROMPTS = (
-    "The capital of France is",
-    "Water boils at a temperature of",
-    "def is_even(number):",
-    "Anna had three apples and bought two more. Now she has",
-    "A dictionary is a book that",
-)
-"""A fact, a quantity, code, arithmetic in a story, a definition."""
 NEW_TOKENS = 24
+"""Not more than verification hears."""
 
 
 def continuations(
@@ -40,3 +34,15 @@ def continuations(
             texts[-1] = answer.text
         advance(1)
     return tuple(texts)
+
+
+def known_continuations(
+    known: Continued, tokenizer: Any, *, stops: frozenset[int] = frozenset()
+) -> tuple[str, ...] | None:
+    """What :func:`continuations` gives of a model that was heard before; None unless each prompt is known."""
+    prompts = [tuple(prompt_ids(tokenizer, prompt)) for prompt in PROMPTS]
+    if not known.keys() >= set(prompts):
+        return None
+    return tuple(
+        text_of(tokenizer, known[prompt][:NEW_TOKENS], after=prompt, hidden=stops) for prompt in prompts
+    )

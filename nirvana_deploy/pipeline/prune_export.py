@@ -14,7 +14,7 @@ from nirvana_deploy.calibrate.stage import calibrate, drawn_record
 from nirvana_deploy.engine.stage import build_engine
 from nirvana_deploy.engine.targets import BuilderOptions
 from nirvana_deploy.export.stage import export
-from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS
+from nirvana_deploy.measure.answers import NEW_TOKENS
 from nirvana_deploy.measure.contest.timing import require_all_timed
 from nirvana_deploy.measure.gate import require_quality
 from nirvana_deploy.measure.recipe import Measurement, Workload
@@ -61,6 +61,7 @@ from nirvana_deploy.report.stage import report
 from nirvana_deploy.report.table import summary_table
 from nirvana_deploy.report.verdict import Verdict
 from nirvana_deploy.runtime.recipe import Place
+from nirvana_deploy.verify.cases import PROMPTS, Continued
 from nirvana_deploy.verify.stage import verified, verify
 
 
@@ -188,12 +189,13 @@ def _deployed(run: Run, job: Job, dense: Checkpoint, plan: PrunePlan, until: Unt
     for stage in export(run, dense, job.export):
         run.run(stage)
     threads = job.measurement.threads
-    run.run(verify(run, dense, baseline=job.export.baseline, threads=threads))
+    heard: dict[str, Continued] = {}
+    run.run(verify(run, dense, baseline=job.export.baseline, threads=threads, heard=heard))
     reports = verified(run)
     whole = all(found.passed for found in reports.values())
     timed = is_timed(job, until)
     if whole:
-        _deploy(run, job, timed=timed, until=until)
+        _deploy(run, job, heard, timed=timed, until=until)
     if until == "report":
         run.run(report(run))
     else:
@@ -341,7 +343,7 @@ def workload_of(measurement: Measurement) -> Workload:
     )
 
 
-def _deploy(run: Run, job: Job, *, timed: bool, until: Until) -> None:
+def _deploy(run: Run, job: Job, heard: dict[str, Continued], *, timed: bool, until: Until) -> None:
     """Quantize, build engines, and measure what was made."""
     for of, scheme in quantized_models(job):
         recipe = Quantization(scheme=scheme, head=job.quantization.quantize_head)
@@ -352,7 +354,7 @@ def _deploy(run: Run, job: Job, *, timed: bool, until: Until) -> None:
     measurement = job.measurement
     run.run(quality(run, Place(threads=measurement.threads)))
     if until == "report":
-        run.run(answers(run, Place(threads=measurement.threads)))
+        run.run(answers(run, Place(threads=measurement.threads), heard))
     if timed:
         run.run(speed(run, workload_of(measurement)))
 

@@ -33,48 +33,42 @@ NEEDED = (0, 18)
 MOST_DRAFT_TOKENS = 16
 
 
-@contextmanager
-def genai_tokens(folder: Path) -> Iterator[Callable[[NDArray[np.int64], int], list[int]]]:
-    """Load ``folder`` in onnxruntime-genai and yield a greedy generator: (prompt [1, T], count) -> new ids.
+class GenaiModel:
+    """A folder loaded in onnxruntime-genai, which continues prompts greedily and reads texts."""
 
-    It ends at a stop token of the config, which onnxruntime-genai leaves out of the result. Raises
-    NirvanaError when onnxruntime-genai refuses the folder.
-    """
-    import onnxruntime_genai  # an optional extra: imported when it is asked for
+    def __init__(self, folder: Path) -> None:
+        """Raise NirvanaError when onnxruntime-genai refuses ``folder``."""
+        import onnxruntime_genai  # an optional extra: imported when it is asked for
 
-    model = _loaded(folder)
+        self._genai: Any = onnxruntime_genai
+        self._folder, self._model = folder, _loaded(folder)
 
-    def generate(prompt: NDArray[np.int64], new_tokens: int) -> list[int]:
-        parameters = onnxruntime_genai.GeneratorParams(model)
+    def generate(self, prompt: NDArray[np.int64], new_tokens: int) -> list[int]:
+        """New ids behind a prompt [1, T], up to a stop token of the config, which is left out."""
+        parameters = self._genai.GeneratorParams(self._model)
         length = prompt.shape[1] + new_tokens
         parameters.set_search_options(max_length=length, do_sample=False, repetition_penalty=1.0)
-        generator = onnxruntime_genai.Generator(model, parameters)
+        generator = self._genai.Generator(self._model, parameters)
         generator.append_tokens(prompt[0].astype(np.int32))
         while not generator.is_done():
             generator.generate_next_token()
         return [int(token) for token in generator.get_sequence(0)[prompt.shape[1] :]]
 
-    yield generate
+    def encoder(self) -> Callable[[str], list[int]]:
+        """Turns text into ids, with the special tokens of the folder's tokenizer.
 
-
-@contextmanager
-def genai_encoder(folder: Path) -> Iterator[Callable[[str], list[int]]]:
-    """Load ``folder`` in onnxruntime-genai and yield text -> ids, with the special tokens of its tokenizer.
-
-    Raises NirvanaError when onnxruntime-genai refuses the folder.
-    """
-    import onnxruntime_genai
-
-    model = _loaded(folder)
-    try:
-        tokenizer = onnxruntime_genai.Tokenizer(model)
-        tokenizer.update_options(add_special_tokens="true")  # left out unless asked for
-    except RuntimeError as error:
-        raise NirvanaError(
-            f"onnxruntime-genai cannot read the tokenizer in {folder}: {error}.",
-            hint=f"Its files are copied anew by: nirvana-deploy export CHECKPOINT --out {folder} --force",
-        ) from error
-    yield lambda text: [int(token) for token in tokenizer.encode(text)]
+        Raises NirvanaError when onnxruntime-genai refuses that.
+        """
+        try:
+            tokenizer = self._genai.Tokenizer(self._model)
+            tokenizer.update_options(add_special_tokens="true")  # left out unless asked for
+        except RuntimeError as error:
+            raise NirvanaError(
+                f"onnxruntime-genai cannot read the tokenizer in {self._folder}: {error}.",
+                hint="Its files are copied anew by: nirvana-deploy export CHECKPOINT "
+                f"--out {self._folder} --force",
+            ) from error
+        return lambda text: [int(token) for token in tokenizer.encode(text)]
 
 
 def _loaded(folder: Path) -> Any:

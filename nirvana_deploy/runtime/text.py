@@ -58,7 +58,7 @@ def stream_text(
     An answer ends where there is no room for more. Raises NirvanaError for a prompt of no tokens or without
     room, and for a chat template that is missing or refused.
     """
-    ids = _prompt_ids(tokenizer, prompt, chat=chat)
+    ids = prompt_ids(tokenizer, prompt, chat=chat)
     if not ids:
         raise NirvanaError("The prompt has no tokens.", hint='Pass some text: --prompt "Once upon a time"')
     continued = not chat and runner.start_token is None  # else the answer is a text of its own
@@ -154,7 +154,16 @@ def _shared(one: str, other: str) -> int:
     return next((place for place, (left, right) in enumerate(pairs) if left != right), longest)
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool) -> Sequence[int]:
+def text_of(tokenizer: Any, new_ids: Sequence[int], *, after: Sequence[int], hidden: frozenset[int]) -> str:
+    """The text of ids that continue the prompt ``after``, as :func:`stream_text` gives it."""
+    pieces = TextPieces(tokenizer, lambda _text: None, hidden=hidden, after=after)
+    for token in new_ids:
+        pieces.add(token)
+    return pieces.finish()
+
+
+def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Sequence[int]:
+    """The ids of a prompt [as the user's turn]; raises NirvanaError without a chat template that takes it."""
     if not chat:
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids

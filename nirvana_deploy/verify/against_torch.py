@@ -22,7 +22,7 @@ from nirvana_deploy.model.config import context_tokens
 from nirvana_deploy.model.families import shape_from_config
 from nirvana_deploy.model.text.stops import stop_ids
 from nirvana_deploy.output.layout import DECODER_FILE, MODEL_FILE, is_seq2seq
-from nirvana_deploy.runtime.genai import genai_encoder, genai_tokens
+from nirvana_deploy.runtime.genai import GenaiModel
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.onnxruntime.encoder_decoder import OrtSeq2Seq
 from nirvana_deploy.runtime.onnxruntime.providers import open_on_cpu
@@ -31,6 +31,8 @@ from nirvana_deploy.runtime.torch import open_checkpoint
 from nirvana_deploy.verify.cases import (
     LONGEST_TOKENS,
     LONGEST_WINDOW_TOKENS,
+    NEW_TOKENS,
+    Continued,
     decoder_cases,
     encoder_decoder_cases,
     prompts_for,
@@ -47,17 +49,19 @@ def verify_onnx(
     checkpoint: Path,
     folder: Path,
     *,
-    new_tokens: int = 32,
+    new_tokens: int = NEW_TOKENS,
     threads: int | None = None,
     relative_tolerance: float = RELATIVE_TOLERANCE,
     narrowly: float = NARROWLY,
+    heard: Continued | None = None,
     progress: Progress = SILENT,
 ) -> VerifyReport:
     """Compare the ONNX ``folder`` with the ``checkpoint`` folder; reads both, changes neither.
 
     Logits are compared at lengths, batches, paddings and pasts that the export knew nothing of; greedy tokens
     through ONNX Runtime and, if installed, onnxruntime-genai. ``relative_tolerance`` and ``narrowly`` are
-    those of float32. A difference is a result, not an exception: see ``VerifyReport.require_passed``.
+    those of float32. A difference is a result, not an exception: see ``VerifyReport.require_passed``. Greedy
+    tokens of ONNX Runtime go into ``heard``, unless the model had no room for all of them.
     Raises NirvanaError when one of the folders cannot be loaded or the ONNX file is not valid.
     """
     with progress.task(f"Verifying {folder.name}", 4) as advance:
@@ -85,20 +89,17 @@ def verify_onnx(
             new_tokens = min(new_tokens, room - max(prompt.shape[1] for prompt in prompts))
         stops = frozenset(stop_ids(checkpoint))
         found = list(map(generator(runner, new_tokens, stops), prompts))
+        if heard is not None and new_tokens >= NEW_TOKENS:
+            heard |= {
+                tuple(prompt[0].tolist()): tuple(ids) for prompt, ids in zip(prompts, found, strict=True)
+            }
         wanted = Continuations.by(reference, prompts, new_tokens=new_tokens, stops=stops, guesses=found)
         advance(1)
         runtime = "onnxruntime" if runs_as_it_is else "onnxruntime (in float32)"
-        greedy = (
-            wanted.compare(runtime, found, tolerance),
-            _genai_check(folder, wanted, tolerance, runs_as_it_is=runs_as_it_is),
-        )
+        in_genai, text = _genai_checks(checkpoint, folder, wanted, tolerance, runs_as_it_is=runs_as_it_is)
+        greedy = (wanted.compare(runtime, found, tolerance), in_genai)
         advance(1)
-    report = VerifyReport(
-        checks=tuple(checks),
-        greedy=greedy,
-        first_departure=None,
-        text=_text_checks(checkpoint, folder, asked=greedy[1].not_run is None),
-    )
+    report = VerifyReport(checks=tuple(checks), greedy=greedy, first_departure=None, text=text)
     if report.passed:
         return report
     where = first_departure(reference, folder, prompts[-1], tolerance=RELATIVE_TOLERANCE)
@@ -174,31 +175,31 @@ def _require_comparable(folder: Path, reference: Runner, runner: OrtDecoder | Or
         )
 
 
-def _text_checks(checkpoint: Path, folder: Path, *, asked: bool) -> tuple[TextCheck, ...]:
-    """Whether onnxruntime-genai makes the same ids of texts; nothing where it was not ``asked``."""
-    if not asked or not (checkpoint / "tokenizer_config.json").is_file():
-        return ()
-    tokenizer = load_tokenizer(checkpoint)
-    with genai_encoder(folder) as encode:
-        return (compare_texts("onnxruntime-genai", tokenizer, encode),)
+def _genai_checks(
+    checkpoint: Path, folder: Path, wanted: Continuations, tolerance: float, *, runs_as_it_is: bool
+) -> tuple[GreedyCheck, tuple[TextCheck, ...]]:
+    """Greedy tokens of onnxruntime-genai, and whether it makes the same ids of texts, if it can be asked."""
+    if (reason := _genai_unasked(folder, runs_as_it_is=runs_as_it_is)) is not None:
+        not_run = GreedyCheck("onnxruntime-genai", 0, wanted.new_tokens, 0, 0, passed=True, not_run=reason)
+        return not_run, ()
+    model = GenaiModel(folder)
+    found = [model.generate(prompt, wanted.new_tokens) for prompt in wanted.prompts]
+    greedy = wanted.compare("onnxruntime-genai", found, tolerance)
+    if not (checkpoint / "tokenizer_config.json").is_file():
+        return greedy, ()
+    return greedy, (compare_texts("onnxruntime-genai", load_tokenizer(checkpoint), model.encoder()),)
 
 
-def _genai_check(
-    folder: Path, wanted: Continuations, tolerance: float, *, runs_as_it_is: bool
-) -> GreedyCheck:
-    reason = None
+def _genai_unasked(folder: Path, *, runs_as_it_is: bool) -> str | None:
+    """Why onnxruntime-genai is not asked."""
     if is_seq2seq(folder):
-        reason = "onnxruntime-genai 0.18 runs no T5: Whisper and Marian are its only encoder-decoders"
-    elif not runs_as_it_is:
-        reason = "ONNX Runtime has no bfloat16 arithmetic on the CPU"
-    elif not (folder / "genai_config.json").is_file():
-        reason = "the folder has no genai_config.json: this flavor is not for onnxruntime-genai"
-    elif find_spec("onnxruntime_genai") is None:
-        reason = "onnxruntime-genai is not installed (the extra 'genai')"
-    elif not (folder / "tokenizer.json").is_file():
-        reason = "the folder has no tokenizer.json, which onnxruntime-genai needs"
-    if reason:
-        return GreedyCheck("onnxruntime-genai", 0, wanted.new_tokens, 0, 0, passed=True, not_run=reason)
-    with genai_tokens(folder) as generate:
-        found = [generate(prompt, wanted.new_tokens) for prompt in wanted.prompts]
-        return wanted.compare("onnxruntime-genai", found, tolerance)
+        return "onnxruntime-genai 0.18 runs no T5: Whisper and Marian are its only encoder-decoders"
+    if not runs_as_it_is:
+        return "ONNX Runtime has no bfloat16 arithmetic on the CPU"
+    if not (folder / "genai_config.json").is_file():
+        return "the folder has no genai_config.json: this flavor is not for onnxruntime-genai"
+    if find_spec("onnxruntime_genai") is None:
+        return "onnxruntime-genai is not installed (the extra 'genai')"
+    if not (folder / "tokenizer.json").is_file():
+        return "the folder has no tokenizer.json, which onnxruntime-genai needs"
+    return None

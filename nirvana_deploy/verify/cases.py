@@ -15,16 +15,22 @@ from nirvana_deploy.runtime.tensorrt.record import EngineRecord, is_part_of_seq2
 
 PROMPTS = (
     "The capital of France is",
+    "Water boils at a temperature of",
+    "def is_even(number):",
+    "Anna had three apples and bought two more. Now she has",
+    "A dictionary is a book that",
+)
+"""A fact, a quantity, code, arithmetic in a story, a definition: reports show how models continue them, so
+that what verification hears serves both."""
+MORE_PROMPTS = (
+    PROMPTS[0],
     "To make a good cup of coffee, you",
     "def fibonacci(n):",
     "Once upon a time, in a small village by the sea,",
     "The three laws of thermodynamics say that",
-)
-MORE_PROMPTS = (
-    *PROMPTS,
-    "Water boils at a temperature of",
-    "Anna had three apples and bought two more. Now she has",
-    "A dictionary is a book that",
+    PROMPTS[1],
+    PROMPTS[3],
+    PROMPTS[4],
     "import json\n\ndef read(path):\n",
     "The main causes of the First World War were",
     "Dear Sir or Madam, I am writing to",
@@ -47,6 +53,10 @@ DIFFICULT_TEXTS = (
     "1,234.5 \U0001f642",
 )
 """Prefix spaces, line ends, an accent that is a character of its own, digits, what takes several bytes."""
+NEW_TOKENS = 32
+"""Greedy tokens of each prompt that are compared."""
+Continued = dict[tuple[int, ...], tuple[int, ...]]
+"""Ids of a prompt -> ids of its greedy continuation: NEW_TOKENS, or up to a stop token, which is left out."""
 LONGEST_TOKENS = 64
 """Of the comparisons with a checkpoint, prompts and answers included, but the one beyond a window."""
 LONGEST_WINDOW_TOKENS = 1024

@@ -18,14 +18,31 @@ from nirvana_deploy.runtime.runner import CountsLinears
 from nirvana_deploy.runtime.table import runtime_named
 from nirvana_deploy.runtime.tensorrt.record import DECODER, read_engine_record
 from nirvana_deploy.verify.against_torch import attentions_of, dtype_of_graph, verify_onnx
-from nirvana_deploy.verify.cases import answers_of, engine_cases, prompts_for, runtime_cases
+from nirvana_deploy.verify.cases import (
+    NEW_TOKENS,
+    Continued,
+    answers_of,
+    engine_cases,
+    prompts_for,
+    runtime_cases,
+)
 from nirvana_deploy.verify.compare import compare_runners
 from nirvana_deploy.verify.report import VerifyReport
 from nirvana_deploy.verify.tolerance import device_tolerance
 
 
-def verify(run: Run, dense: Checkpoint, *, baseline: bool, threads: int | None) -> Stage:
-    """Prove both ONNX folders against their checkpoints; differences are a result, not an exception."""
+def verify(
+    run: Run,
+    dense: Checkpoint,
+    *,
+    baseline: bool,
+    threads: int | None,
+    heard: dict[str, Continued] | None = None,
+) -> Stage:
+    """Prove both ONNX folders against their checkpoints; differences are a result, not an exception.
+
+    What ONNX Runtime continues prompts with goes into ``heard``, by variant.
+    """
 
     def work() -> dict[str, Any]:
         checkpoints = {PRUNED: run.out / CHECKPOINT}
@@ -35,7 +52,10 @@ def verify(run: Run, dense: Checkpoint, *, baseline: bool, threads: int | None) 
         for name, checkpoint in checkpoints.items():
             folder = run.out / variant_named(name).folder
             with run.progress.within(name):
-                reports[name] = verify_onnx(checkpoint, folder, threads=threads, progress=run.progress)
+                own = {} if heard is None else heard.setdefault(name, {})
+                reports[name] = verify_onnx(
+                    checkpoint, folder, threads=threads, heard=own, progress=run.progress
+                )
         return {name: report.to_json() for name, report in reports.items()}
 
     return Stage(stage.VERIFY, needs=(stage.CHECKPOINT, stage.ONNX, stage.DENSE_ONNX), makes=(), work=work)
@@ -70,7 +90,7 @@ def compare_in(run: Run, runtime: str, *, threads: int | None) -> dict[str, Veri
                 counts = ", ".join(f"{count} in {kind}" for kind, count in runner.linears().most_common())
                 run.progress.note(f"Linears of {place_of(run, path)} in {runtime}: {counts}")
             vocab_size = runner.vocab_size
-            prompts, new_tokens = prompts_for(run.out / CHECKPOINT, vocab_size), 32
+            prompts, new_tokens = prompts_for(run.out / CHECKPOINT, vocab_size), NEW_TOKENS
             cases = runtime_cases(vocab_size)
             if record is not None:
                 prompts, new_tokens = answers_of(record, prompts)

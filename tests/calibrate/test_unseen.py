@@ -12,7 +12,6 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.calibrate.openings import OPENINGS
 from nirvana_deploy.calibrate.recipe import source_names
 from nirvana_deploy.calibrate.texts import known_sources, read_source
-from nirvana_deploy.measure.answers import PROMPTS
 from nirvana_deploy.verify import cases
 
 pytestmark = pytest.mark.unit
@@ -50,6 +49,6 @@ def test_documents_are_whole_and_apart() -> None:
         assert "=====" not in text.splitlines()
 
 
-@pytest.mark.parametrize("prompt", [*PROMPTS, *cases.PROMPTS, *cases.MORE_PROMPTS])
+@pytest.mark.parametrize("prompt", [*cases.PROMPTS, *cases.MORE_PROMPTS])
 def test_no_prompt_that_models_are_judged_by_stands_in_it(prompt: str) -> None:
     assert not any(prompt.strip().lower() in text.lower() for text in _DOCUMENTS)

@@ -20,7 +20,7 @@ from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.model.checkpoint import Checkpoint, config_json, load_tokenizer
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
-from nirvana_deploy.runtime.genai import genai_tokens
+from nirvana_deploy.runtime.genai import GenaiModel
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.torch import open_checkpoint
 from nirvana_deploy.verify.against_torch import verify_onnx
@@ -111,8 +111,8 @@ def test_layers_that_differ_share_buffers_in_genai_chat_and_stream(dense: Path, 
     while not generator.is_done():
         generator.generate_next_token()
         pieces.append(stream.decode(generator.get_next_tokens()[0]))
-    with genai_tokens(folder) as generate:
-        whole = generate(np.array([prompt], dtype=np.int64), 12)
+    generate = GenaiModel(folder).generate
+    whole = generate(np.array([prompt], dtype=np.int64), 12)
     assert len(pieces) == 12 and "".join(pieces) == tokenizer.decode(np.array(whole, dtype=np.int32))
 
 

@@ -10,7 +10,7 @@ from builders.tiny_t5 import write_t5
 
 from nirvana_deploy import prune_export
 from nirvana_deploy.base.reading import read_json
-from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS, continuations
+from nirvana_deploy.measure.answers import NEW_TOKENS, continuations, known_continuations
 from nirvana_deploy.measure.stage import answers
 from nirvana_deploy.output import stage
 from nirvana_deploy.output.records import read_records
@@ -19,6 +19,9 @@ from nirvana_deploy.output.run import Run
 from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.runtime.registry import open_runner
 from nirvana_deploy.runtime.text import load_text_side, stream_text
+from nirvana_deploy.verify.cases import NEW_TOKENS as HEARD_TOKENS
+from nirvana_deploy.verify.cases import PROMPTS, Continued, prompts_for
+from nirvana_deploy.verify.compare import generator
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,19 @@ def test_the_texts_are_those_that_generate_gives(tiny: Path) -> None:
         found = continuations(runner, text_side, stops=stops, advance=steps.append)
         again = stream_text(runner, text_side, PROMPTS[1], max_new_tokens=NEW_TOKENS, stops=stops)
     assert len(found) == len(steps) == len(PROMPTS) == 5 and found[1] == again.text
+
+
+def test_ids_that_were_heard_give_the_same_texts(tiny: Path) -> None:
+    text_side, stops = load_text_side(tiny)
+    known: Continued = {}
+    with open_runner(tiny, runtime="torch", threads=1) as runner:
+        found = continuations(runner, text_side, stops=stops)
+        generate = generator(runner, HEARD_TOKENS, stops)
+        for prompt in prompts_for(tiny, runner.vocab_size):
+            assert known_continuations(known, text_side, stops=stops) is None
+            known[tuple(prompt[0].tolist())] = tuple(generate(prompt))
+    assert known_continuations(known, text_side, stops=stops) == found
+    assert NEW_TOKENS <= HEARD_TOKENS
 
 
 def test_prompts_lie_on_one_line_and_differ() -> None:
@@ -69,3 +85,6 @@ def test_the_stage_asks_every_model_or_says_why_not(kind: str, tiny: Path, tmp_p
     run = Run.open(out)
     again = answers(run, Place(threads=1))
     assert not again.always and run.finished(again.name)
+    with run:
+        run.run(again, redo=True)  # asks all models, where verification was heard before
+    assert read_records(out).result(stage.ANSWERS, AnswersWritten) == record

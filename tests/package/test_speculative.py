@@ -26,7 +26,7 @@ from nirvana_deploy.package.speculative import require_pair, speculative_config,
 from nirvana_deploy.package.stage import SpeculativePackage
 from nirvana_deploy.prune.checkpoint import slice_checkpoint
 from nirvana_deploy.runtime import genai as runtime
-from nirvana_deploy.runtime.genai import genai_tokens
+from nirvana_deploy.runtime.genai import GenaiModel
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.runner import greedy_tokens
 
@@ -62,8 +62,10 @@ def test_output_is_the_targets_own(made: SpeculativePackage, pair: tuple[Path, P
     assert all(check.equal_prompts == check.prompts == 20 for check in made.report.greedy)
     assert [one.draft_tokens for one in made.found.rounds] == [1, 2, 3, 4, 5, 6]
     prompt = np.array([[5, 9, 200, 30, 44]], dtype=np.int64)
-    with OrtDecoder(pair[0]) as target, genai_tokens(made.path) as drafted:
-        assert drafted(prompt, 40) == greedy_tokens(target, prompt, max_new_tokens=40, eos_token_ids=())
+    with OrtDecoder(pair[0]) as target:
+        assert GenaiModel(made.path).generate(prompt, 40) == greedy_tokens(
+            target, prompt, max_new_tokens=40, eos_token_ids=()
+        )
 
 
 def test_the_folder_has_a_card_of_its_own_and_the_licence(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from nirvana_deploy.output.run import Run
 from nirvana_deploy.package.stage import package_gguf
 from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.recipe import Quantization
-from nirvana_deploy.runtime.genai import genai_tokens
+from nirvana_deploy.runtime.genai import GenaiModel
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.registry import open_runner
 from nirvana_deploy.runtime.runner import greedy_tokens
@@ -122,14 +122,14 @@ def require_sense_in_both_runtimes(folder: Path) -> None:
     """Greedy text of a quantized SmolLM2 is text, and onnxruntime-genai writes the same tokens."""
     decoder, tokenizer = OrtDecoder(folder), load_tokenizer(folder)
     stop = tokenizer.eos_token_id
-    with genai_tokens(folder) as generate:
-        for prompt in ("The capital of France is", "To make a good cup of coffee, you"):
-            ids = np.array([tokenizer(prompt)["input_ids"]], dtype=np.int64)
-            wanted = greedy_tokens(decoder, ids, max_new_tokens=24, eos_token_ids=frozenset({stop}))
-            assert generate(ids, 24) == [token for token in wanted if token != stop]
-            text = tokenizer.decode(wanted)
-            assert len(set(text.split())) > 4, text  # words, and not one over and over
-            assert "Paris" in text or "France" not in prompt, text
+    generate = GenaiModel(folder).generate
+    for prompt in ("The capital of France is", "To make a good cup of coffee, you"):
+        ids = np.array([tokenizer(prompt)["input_ids"]], dtype=np.int64)
+        wanted = greedy_tokens(decoder, ids, max_new_tokens=24, eos_token_ids=frozenset({stop}))
+        assert generate(ids, 24) == [token for token in wanted if token != stop]
+        text = tokenizer.decode(wanted)
+        assert len(set(text.split())) > 4, text  # words, and not one over and over
+        assert "Paris" in text or "France" not in prompt, text
 
 
 # Sanity checks on 256 tokens: a mistake in packing or scales costs several nats. What is promised is measured

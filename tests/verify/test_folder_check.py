@@ -26,7 +26,7 @@ from nirvana_deploy.prune.plan import check_plan_was_cut
 from nirvana_deploy.quantize.folder import quantize_onnx
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.schemes import SCHEMES
-from nirvana_deploy.runtime.genai import genai_encoder, genai_tokens
+from nirvana_deploy.runtime.genai import GenaiModel
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder
 from nirvana_deploy.runtime.text import load_text_side
 from nirvana_deploy.verify import folder as verifying
@@ -171,16 +171,17 @@ def test_a_genai_config_with_a_key_of_ones_own(folder: Path) -> None:
     config["model"]["nirvana"] = {"sparsity": 0.4}
     (folder / "genai_config.json").write_text(json.dumps(config))
     message = r"nirvana.*\nIt takes no key that it does not know.*--force"
-    with pytest.raises(NirvanaError, match=message), genai_tokens(folder):
-        pass
+    with pytest.raises(NirvanaError, match=message):
+        GenaiModel(folder)
 
 
 @pytest.mark.parametrize("content", ["[]", "[" * 100_000 + "]" * 100_000])
 def test_tokenizer_settings_that_onnxruntime_genai_does_not_read(folder: Path, content: str) -> None:
     (folder / "tokenizer_config.json").write_text(content)
     message = r"cannot read the tokenizer in .*\n.*--force"
-    with pytest.raises(NirvanaError, match=message), genai_encoder(folder):
-        pass
+    model = GenaiModel(folder)
+    with pytest.raises(NirvanaError, match=message):
+        model.encoder()
 
 
 def test_an_onnx_folder_alone_is_verified(exported: tuple[Path, Path], folder: Path) -> None:

@@ -15,7 +15,7 @@ from nirvana_deploy.calibrate.mixture import parts_of
 from nirvana_deploy.calibrate.stage import windows_wanted
 from nirvana_deploy.engine.stage import engine_name
 from nirvana_deploy.export.dtypes import dtype_named
-from nirvana_deploy.measure.answers import NEW_TOKENS, PROMPTS
+from nirvana_deploy.measure.answers import NEW_TOKENS
 from nirvana_deploy.measure.unit_cost import weight_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import stored_shapes
@@ -33,6 +33,7 @@ from nirvana_deploy.prune.cutting import reads_curves
 from nirvana_deploy.quantize.schemes import weight_schemes
 from nirvana_deploy.recover.budget import budget_of, part_of
 from nirvana_deploy.recover.learning.needs import stores_teacher
+from nirvana_deploy.verify.cases import PROMPTS
 
 _FLOAT32_BYTES = 4
 _SCORING_PASSES = 4
@@ -301,12 +302,14 @@ class Costs:
     def _quality(self) -> Cost:
         models, tokens = self._measured(), self._judged_tokens
         operations = tokens * (self.dense.step_operations + _PROBABILITY_OPERATIONS * self._shape.vocab_size)
-        logits = 3 * _FLOAT32_BYTES * self._job.calibration.heldout_len * self._shape.vocab_size
+        logits = len(models) * _FLOAT32_BYTES * self._job.calibration.heldout_len * self._shape.vocab_size
         return Cost(len(models) * operations, memory_bytes=self._program(sum(models) + logits))
 
     def _answers(self) -> Cost:
-        models, steps = self._measured(), len(PROMPTS) * NEW_TOKENS
-        return Cost(read_bytes=steps * sum(models), memory_bytes=self._program(max(models)))
+        jobs = quantized_models(self._job)  # verification has heard the others
+        models = [self.weights_bytes(self._sizes(of), scheme) for of, scheme in jobs]
+        steps = len(PROMPTS) * NEW_TOKENS
+        return Cost(read_bytes=steps * sum(models), memory_bytes=self._program(max(models, default=0)))
 
     def _benchmark(self) -> Cost:
         models, work = self._measured(), self._job.measurement

@@ -38,7 +38,7 @@ from nirvana_deploy.quantize.schemes import SCHEMES
 from nirvana_deploy.quantize.weights.layerwise import round_layerwise
 from nirvana_deploy.quantize.weights.rounding import RoundedWeight, round_weight
 from nirvana_deploy.runtime.divergence import Yardstick
-from nirvana_deploy.runtime.genai import genai_tokens
+from nirvana_deploy.runtime.genai import GenaiModel
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder, session_outputs
 from nirvana_deploy.runtime.runner import greedy_tokens
 
@@ -229,13 +229,13 @@ def test_genai_and_ort_generate_the_same(
         calibration=calibration,
     ).path
     decoder = OrtDecoder(folder)
-    with genai_tokens(folder) as generate:
-        for seed in range(3):
-            prompt = np.random.default_rng(seed).integers(3, 272, size=(1, 6))
-            found = generate(prompt, 12)
-            stops = frozenset({2})
-            wanted = greedy_tokens(decoder, prompt, max_new_tokens=12, eos_token_ids=stops)
-            assert found == [token for token in wanted if token not in stops]
+    generate = GenaiModel(folder).generate
+    for seed in range(3):
+        prompt = np.random.default_rng(seed).integers(3, 272, size=(1, 6))
+        found = generate(prompt, 12)
+        stops = frozenset({2})
+        wanted = greedy_tokens(decoder, prompt, max_new_tokens=12, eos_token_ids=stops)
+        assert found == [token for token in wanted if token not in stops]
 
 
 @pytest.mark.parametrize("writing", ["ort", "tensorrt"])
