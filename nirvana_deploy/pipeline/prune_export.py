@@ -51,6 +51,7 @@ from nirvana_deploy.prune.cutting import Cutter, budget_of, reads_curves
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
 from nirvana_deploy.prune.plan_file import read_plan
 from nirvana_deploy.prune.recipe import REFIT
+from nirvana_deploy.prune.refit.dense_states import DenseStates
 from nirvana_deploy.prune.slicing import in_dense_shape
 from nirvana_deploy.quantize.recipe import Quantization
 from nirvana_deploy.quantize.stage import quantize, require_quantized
@@ -280,12 +281,13 @@ def _prune(run: Run, job: Job, dense: Checkpoint, choices: Choices, given: Given
     if saliency == REFIT:
         run.run(prune.allocate(run, cutter))
         return _cut_in_steps(run, job, cutter)
+    seen = DenseStates()
     if choices.single:
-        run.run(prune.score(run, dense, recipe, saliency=saliency, seed=seed))
+        run.run(prune.score(run, cutter, saliency=saliency, states=seen))
     run.run(prune.plan(run, cutter, saliency=saliency, gamma=gamma))
     plan = prune.planned(run, reconstruct=recipe.reconstruct)
     if plan.reconstruct is not None:
-        run.run(prune.reconstruct(run, cutter, plan))
+        run.run(prune.reconstruct(run, cutter, plan, seen))
     _recover_and_slice(run, job, Models(dense, dense), plan)
     return plan
 

@@ -27,6 +27,7 @@ from nirvana_deploy.prune.curves.curve import Curves
 from nirvana_deploy.prune.curves.measure_curves import measure_curves
 from nirvana_deploy.prune.plan import Origin, PrunePlan, make_plan, plan_of
 from nirvana_deploy.prune.recipe import REFIT, Pruning
+from nirvana_deploy.prune.refit.dense_states import DenseStates
 from nirvana_deploy.prune.refit.reconstruct import Reconstruction, reconstruct_layers
 from nirvana_deploy.prune.refit.selection import select_and_refit
 from nirvana_deploy.prune.saliency.units import UnitScores
@@ -151,8 +152,10 @@ class Cutter:
         plan = self._planned(selected.groups, selected.neurons, allocated, REFIT, calibration)
         return replace(plan, reconstruct={"ridge": self.recipe.ridge}), selected.reconstruction
 
-    def refit(self, plan: PrunePlan, windows: NDArray[np.int64], out: Path) -> Reconstruction:
-        """Refit what a plan keeps; written to ``out``."""
+    def refit(
+        self, plan: PrunePlan, windows: NDArray[np.int64], out: Path, seen: DenseStates | None = None
+    ) -> Reconstruction:
+        """Refit what a plan keeps; written to ``out``. ``seen`` is what scoring left of the dense model."""
         assert plan.reconstruct is not None
         return reconstruct_layers(
             self.dense,
@@ -160,6 +163,7 @@ class Cutter:
             windows,
             out,
             ridge=_ridge(plan.reconstruct["ridge"]),
+            seen=seen,
             progress=self.progress,
         )
 

@@ -46,9 +46,11 @@ from nirvana_deploy.prune.cutting import Cutter, reads_curves
 from nirvana_deploy.prune.plan import PrunePlan
 from nirvana_deploy.prune.plan_file import read_plan, write_plan
 from nirvana_deploy.prune.recipe import Pruning
+from nirvana_deploy.prune.refit.dense_states import DenseStates
 from nirvana_deploy.prune.refit.reconstruct import Reconstruction
+from nirvana_deploy.prune.saliency.gradient import saliency_named
 from nirvana_deploy.prune.scores_file import read_scores, write_scores
-from nirvana_deploy.prune.streaming.score import score_units
+from nirvana_deploy.prune.streaming.score import score_for_refit, score_units
 
 OTHER_TEXT = "Calibrate as the run that measured them did, or leave --curves out."
 """A hint."""
@@ -126,20 +128,31 @@ def curves(run: Run, cutter: Cutter, given: Path | None = None) -> Stage:
     return Stage(stage.CURVES, needs=(stage.CALIBRATE,), makes=(CURVES_FILE,), work=work, reads=reads)
 
 
-def score(run: Run, dense: Checkpoint, recipe: Pruning, *, saliency: str, seed: int) -> Stage:
-    """Score every unit on the calibration windows."""
+def score(run: Run, cutter: Cutter, *, saliency: str, states: DenseStates) -> Stage:
+    """Score every unit on the calibration windows; ``states`` takes what a refit can use of that."""
+    recipe = cutter.recipe
 
     def work() -> dict[str, Any]:
         tokens = _windows(run)
-        scores = score_units(
-            dense,
-            tokens,
-            saliency=saliency,
-            seed=seed,
-            micro_batch=recipe.micro_batch,
-            spill_folder=run.out,
-            progress=run.progress,
-        )
+        if recipe.reconstruct and saliency_named(saliency).features is not None:
+            scores = score_for_refit(
+                cutter.dense,
+                tokens,
+                states,
+                saliency=saliency,
+                micro_batch=recipe.micro_batch,
+                progress=run.progress,
+            )
+        else:
+            scores = score_units(
+                cutter.dense,
+                tokens,
+                saliency=saliency,
+                seed=cutter.seed,
+                micro_batch=recipe.micro_batch,
+                spill_folder=run.out,
+                progress=run.progress,
+            )
         write_scores(scores, run.out / SCORES_FILE)
         return {"saliency": saliency, "tokens": int(tokens.size), "micro_batch": recipe.micro_batch}
 
@@ -227,11 +240,11 @@ def planned(run: Run, step: Step = WHOLE, *, reconstruct: bool) -> PrunePlan:
     return found
 
 
-def reconstruct(run: Run, cutter: Cutter, plan: PrunePlan) -> Stage:
-    """Refit what the plan keeps of o and down on the calibration windows."""
+def reconstruct(run: Run, cutter: Cutter, plan: PrunePlan, seen: DenseStates) -> Stage:
+    """Refit what the plan keeps of o and down on the calibration windows; ``seen`` is from scoring them."""
 
     def work() -> dict[str, Any]:
-        return _reconstructed(run, cutter.refit(plan, _windows(run), run.out / RECONSTRUCTION))
+        return _reconstructed(run, cutter.refit(plan, _windows(run), run.out / RECONSTRUCTION, seen))
 
     needs = (stage.PLAN, stage.SELECT, stage.CALIBRATE)
     return Stage(stage.RECONSTRUCT, needs=needs, makes=(RECONSTRUCTION,), work=work, reads=_CUT)

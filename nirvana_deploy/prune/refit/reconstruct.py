@@ -10,7 +10,6 @@ ridge toward the cut weights and the weights of positions are ours. Measurements
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,17 +29,16 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.reading import stack_lengths
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
+from nirvana_deploy.prune.refit.dense_states import DenseStates, aims_noted
 from nirvana_deploy.prune.refit.fitting import Choose, Fit, fitted
 from nirvana_deploy.prune.refit.least_squares import raised
 from nirvana_deploy.prune.refit.readers import (
     Reader,
     Wanted,
-    changed,
     readers_of,
     set_columns,
     stored_as,
     up_to,
-    watched,
 )
 from nirvana_deploy.prune.saliency.units import kept_positions
 from nirvana_deploy.prune.streaming.model import Runs, States, StreamedModel
@@ -77,6 +75,7 @@ def reconstruct_layers(
     ridge: float | None = DEFAULT_RIDGE,
     micro_batch: int = DEFAULT_MICRO_BATCH,
     device: torch.device | None = None,
+    seen: DenseStates | None = None,
     progress: Progress = SILENT,
 ) -> Reconstruction:
     """Refit what ``plan`` leaves of every o and down on windows [N, T]; write them to the folder ``out``.
@@ -85,9 +84,9 @@ def reconstruct_layers(
     the checkpoint; ``slice_checkpoint`` takes them in place of the plain cut. It appears whole or not at all.
     Arithmetic is float32 (the equations: float64); later blocks see the weights as stored. ``ridge`` None
     takes for each linear the best of several on a sixteenth of the windows. ``micro_batch`` is in sequences,
-    ``device`` defaults to a GPU if torch sees one. The number of processes changes no byte. Raises
-    NirvanaError for a plan that does not fit, for too few tokens (:func:`require_tokens`), and for
-    activations that are not finite.
+    ``device`` defaults to a GPU if torch sees one. ``seen`` is what another pass of the dense model left.
+    Neither that nor the number of processes changes a byte. Raises NirvanaError for a plan that does not fit,
+    for too few tokens (:func:`require_tokens`), and for activations that are not finite.
     """
     check_plan_fits(plan, checkpoint.shape)
     positions = kept_positions(checkpoint.shape, plan.kept_groups, plan.kept_neurons)
@@ -96,10 +95,11 @@ def reconstruct_layers(
         checkpoint,
         tokens,
         out,
-        kept=kept,
+        chosen=kept,
         ridge=ridge,
         micro_batch=micro_batch,
         device=device,
+        seen=seen,
         progress=progress,
     )
 
@@ -109,15 +109,16 @@ def refit_readers(
     tokens: NDArray[np.int64],
     out: Path,
     *,
-    kept: dict[str, torch.Tensor] | None = None,
-    choose: Choose | None = None,
+    chosen: dict[str, torch.Tensor] | Choose,
     ridge: float | None = DEFAULT_RIDGE,
     micro_batch: int = DEFAULT_MICRO_BATCH,
     device: torch.device | None = None,
+    seen: DenseStates | None = None,
     progress: Progress = SILENT,
 ) -> Reconstruction:
-    """As :func:`reconstruct_layers`: the inputs that stay are ``kept`` by weight name, or ``choose`` says."""
+    """As :func:`reconstruct_layers`: the inputs that stay are ``chosen`` by weight name, or it says which."""
     shape = checkpoint.shape
+    kept, choose = (chosen, None) if isinstance(chosen, dict) else (None, chosen)
     require_tokens(shape, *tokens.shape)
     if ridge is not None and not ridge > 0:
         raise NirvanaError(f"ridge must be a positive number, got {ridge}.")
@@ -142,7 +143,9 @@ def refit_readers(
                 save_file(written, folder / f"layer-{min(positions):05}.safetensors")
             advance(len(positions))
 
-        refitting = _Refitting(checkpoint, kept, choose, ridge, read_tokens(shape, *tokens.shape), write)
+        refitting = _Refitting(
+            checkpoint, kept, choose, ridge, read_tokens(shape, *tokens.shape), write, seen
+        )
         fits = refitting.run(model, windows, micro_batch)
     return Reconstruction(
         ridge=ridge,
@@ -179,10 +182,14 @@ class _Refitting:
     """Of all processes, in the shorter stack."""
     write: Callable[[Sequence[int], dict[str, torch.Tensor]], None]
     """What to do with the weights of a block, by name."""
+    seen: DenseStates | None = None
 
     def run(self, model: StreamedModel, windows: torch.Tensor, micro_batch: int) -> dict[str, Fit]:
         """Take this process's part of windows [N, T] through all blocks; returns the fits by name."""
         own, share = share_of(windows, micro_batch)
+        seen = self.seen
+        if seen is not None and not seen.of(self.checkpoint, own, micro_batch):
+            seen = None
         fits: dict[str, Fit] = {}
         if not len(own):
             return fits
@@ -191,7 +198,11 @@ class _Refitting:
             positions: Sequence[int], block: nn.Module, dense: Runs, made: Runs
         ) -> tuple[States, States]:
             readers = readers_of(self.checkpoint.shape, positions, block)
-            wanted, left = _wanted(readers, dense)
+            if seen is not None:
+                wanted, left = seen.taken(positions)
+            else:
+                with aims_noted(readers) as aims:
+                    wanted, left = aims([run().cpu() for run in dense])
             written: dict[str, torch.Tensor] = {}
             states: States = []
             for reader, after in zip(readers, wanted, strict=True):
@@ -297,24 +308,3 @@ class _Replay:
             return up_to(reader, self._runs[number])
         states = self._entered[number].to(reader.linear.weight.device)
         return up_to(reader, lambda: reader.ffn_output(states))
-
-
-def _wanted(readers: Sequence[Reader], runs: Runs) -> tuple[list[list[Wanted]], States]:
-    """(what is wanted behind each reader, the states that leave the block), before any change."""
-    entering: list[States] = [[] for _ in readers]
-    outputs: list[States] = [[] for _ in readers]
-
-    def keep(states: States, entered: torch.Tensor) -> None:
-        states.append(entered.cpu())
-
-    with ExitStack() as hooks:
-        for reader, states, given in zip(readers, entering, outputs, strict=True):
-            hooks.enter_context(watched(reader.entry, partial(keep, states)))
-            if reader.post_norm is not None:
-                hooks.enter_context(changed(reader.linear, partial(keep, given)))
-        left = [run().cpu() for run in runs]
-    wanted = []
-    for states, given in zip([*entering[1:], left], outputs, strict=True):
-        pairs = zip(states, given, strict=True) if given else ((one, None) for one in states)
-        wanted.append([Wanted(*pair) for pair in pairs])
-    return wanted, left

@@ -71,7 +71,7 @@ def select_and_refit(
         groups[reader.position] = by_removed[-1]
         return group_inputs(by_removed[-1], reader.groups, inputs)
 
-    done = refit_readers(checkpoint, tokens, out, choose=choose, ridge=ridge, progress=progress)
+    done = refit_readers(checkpoint, tokens, out, chosen=choose, ridge=ridge, progress=progress)
     return Selected(groups=tuple(groups), neurons=tuple(neurons), reconstruction=done)
 
 

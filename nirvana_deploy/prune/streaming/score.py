@@ -16,6 +16,8 @@ from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.shape import ModelShape
+from nirvana_deploy.prune.refit.dense_states import DenseStates, aims_noted
+from nirvana_deploy.prune.refit.readers import readers_of
 from nirvana_deploy.prune.saliency.feature import FeatureScore, FeatureStatistics, merged, statistics_of
 from nirvana_deploy.prune.saliency.gradient import Saliency, saliency_named
 from nirvana_deploy.prune.saliency.units import UnitScores, scored_tensors, unit_sums
@@ -74,6 +76,27 @@ def score_units(
     )
 
 
+def score_for_refit(
+    checkpoint: Checkpoint,
+    tokens: NDArray[np.int64],
+    states: DenseStates,
+    *,
+    saliency: str,
+    micro_batch: int = DEFAULT_MICRO_BATCH,
+    progress: Progress = SILENT,
+) -> UnitScores:
+    """As :func:`score_units`, by a saliency of features, for a refit on the same windows [N, T].
+
+    ``states`` takes what that will need of the dense model, if it fits into memory.
+    """
+    windows, features = torch.from_numpy(tokens), saliency_named(saliency).features
+    assert features is not None
+    if not states.begin(checkpoint, windows, micro_batch):
+        return score_units(checkpoint, tokens, saliency=saliency, micro_batch=micro_batch, progress=progress)
+    model = StreamedModel(checkpoint)
+    return _unit_scores(_feature_scores(model, windows, features, micro_batch, progress, states))
+
+
 def take_part(work: dict[str, Any], windows: torch.Tensor) -> None:
     """Score for the first process, on some of the windows [N, T]."""
     if not len(share_of(windows, work["micro_batch"])[0]):
@@ -127,7 +150,12 @@ def gradients_of(
 
 
 def _feature_scores(
-    model: StreamedModel, windows: torch.Tensor, score: FeatureScore, micro_batch: int, progress: Progress
+    model: StreamedModel,
+    windows: torch.Tensor,
+    score: FeatureScore,
+    micro_batch: int,
+    progress: Progress,
+    states: DenseStates | None = None,
 ) -> _Sums:
     """Score units by the inputs of o and down over windows [N, T]: one forward, no gradient."""
     shape, sums = model.shape, _Sums()
@@ -141,12 +169,15 @@ def _feature_scores(
             readers += [site.ffn_down for site in sites.values() if site.ffn_rows]
             seen: dict[str, FeatureStatistics] = {}
             left: States = []
-            for number, run in share.turns(runs):
-                of_run: dict[str, FeatureStatistics] = {}
-                if run is not None:
-                    with recorded_inputs(block, readers, of_run):
-                        left.append(run().cpu())
-                _add_statistics(seen, readers, of_run, share, number)
+            with aims_noted([] if states is None else readers_of(shape, layers, block)) as aims:
+                for number, run in share.turns(runs):
+                    of_run: dict[str, FeatureStatistics] = {}
+                    if run is not None:
+                        with recorded_inputs(block, readers, of_run):
+                            left.append(run().cpu())
+                    _add_statistics(seen, readers, of_run, share, number)
+            if states is not None:
+                states.keep(layers, aims(left))
             advance(len(layers))
             if not is_first():
                 return left, left

@@ -125,7 +125,7 @@ def test_every_choice_is_the_best_toward_the_dense_states(
             assert list(selected.neurons[reader.position]) == best
         return torch.tensor(best)
 
-    refit_readers(checkpoint, tokens, tmp_path / "again", choose=check, ridge=0.3)
+    refit_readers(checkpoint, tokens, tmp_path / "again", chosen=check, ridge=0.3)
 
 
 def test_what_is_chosen_beats_what_is_drawn(
