@@ -39,14 +39,17 @@ def recover(out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     if (length.minutes is None) == (length.tokens is None):
         raise click.UsageError("Say how long: --minutes M or --tokens N, one of them.")
     from nirvana_deploy.pipeline.folder import forecast_recovery, recover_folder
+    from nirvana_deploy.recover.budget import typed_as
 
     budget = f"{length.minutes:g}m" if length.minutes is not None else f"{length.tokens}"
+    option = "--tokens" if length.minutes is None else "--minutes"
     chosen: dict[str, Any] = {**typed(options), "recover": budget}
     progress = TerminalProgress()
-    if dry_run:
-        show_forecast(forecast_recovery(out, progress=progress, **chosen), as_json=as_json)
-        return
-    done = recover_folder(out, command=command_line(), progress=progress, **chosen)
+    with typed_as(option):
+        if dry_run:
+            show_forecast(forecast_recovery(out, progress=progress, **chosen), as_json=as_json)
+            return
+        done = recover_folder(out, command=command_line(), progress=progress, **chosen)
     found = done.manifest["stages"]["recover"]["result"]
     if as_json:
         echo_json(found)

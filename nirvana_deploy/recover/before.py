@@ -43,7 +43,7 @@ def require_recovery(
     require_log(recipe.recover_log, method=recipe.recover_method)
     _require_rounding(recipe)
     _require_loss(recipe)
-    require_fit(method=recipe.recover_method, step_windows=recipe.recover_batch)
+    require_fit(recipe)
     if not recipe.learning_rate > 0:
         raise NirvanaError(f"--learning-rate must be above 0, got {recipe.learning_rate:g}.")
     with as_recover_text():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from nirvana_deploy.base.errors import NirvanaError
@@ -13,6 +15,20 @@ _TOKENS = {"": 1, "k": 1_000, "M": 1_000_000}
 _WRITTEN = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>s|min|m|h|k|M|)")
 
 
+class BudgetError(NirvanaError):
+    """A budget that is too small; its message begins with the option, --recover."""
+
+
+@contextmanager
+def typed_as(option: str) -> Iterator[None]:
+    """Let a BudgetError name ``option``, by which the budget came, in place of --recover."""
+    try:
+        yield
+    except BudgetError as error:
+        error.message = error.message.replace("--recover:", f"{option}:")
+        raise
+
+
 @dataclass(frozen=True)
 class Budget:
     """One of the two."""
@@ -21,7 +37,7 @@ class Budget:
     tokens: int | None = None
 
     def steps(self, step_tokens: int, step_seconds: float) -> int:
-        """Steps of ``step_tokens`` that fit, at ``step_seconds`` each; raises NirvanaError for none."""
+        """Steps of ``step_tokens`` that fit, at ``step_seconds`` each; raises BudgetError for none."""
         if self.tokens is not None:
             found = self.tokens // step_tokens
             short = f"{self.tokens:,} tokens are less than one step, which reads {step_tokens:,}"
@@ -33,9 +49,7 @@ class Budget:
                 f"which takes {format_seconds(step_seconds)} here"
             )
         if found < 1:
-            raise NirvanaError(
-                f"--recover: {short}.", hint="Give more, or a smaller step: --recover-batch 1."
-            )
+            raise BudgetError(f"--recover: {short}.", hint="Give more, or a smaller step: --recover-batch 1.")
         return found
 
 

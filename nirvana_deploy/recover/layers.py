@@ -111,7 +111,7 @@ def train_layers(
     require_memory(
         2 * 4 * windows.numel() * dense.shape.hidden_size,
         what=f"Recovery layer by layer, with the states of {windows.numel():,} tokens,",
-        hint="Train on fewer tokens: --recover 50k.",
+        hint="Train on fewer tokens: --recover 50k, or --tokens 50000 of the command recover.",
     )
     batches = len(read) // size
     spoilt: NotFiniteError | None = None

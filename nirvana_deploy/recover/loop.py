@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.units import format_seconds
-from nirvana_deploy.recover.budget import budget_of
+from nirvana_deploy.recover.budget import BudgetError, budget_of
 from nirvana_deploy.recover.learning.dtype import in_bfloat16
 from nirvana_deploy.recover.processes import share_of
 from nirvana_deploy.recover.recipe import Recovery
@@ -85,7 +84,7 @@ def planned(recipe: Recovery, *, seq_len: int, seed: int, seconds_of_step: Calla
     """The loop of a budget, as if text cost nothing.
 
     ``seconds_of_step`` measures a step on windows of ``seq_len`` tokens, and is asked where the budget is a
-    time. Raises NirvanaError for a budget that ends within a step.
+    time. Raises BudgetError for one that ends within a step.
     """
     batch, budget = recipe.recover_batch, budget_of(recipe.recover or "")
     step_seconds = 1.0 if budget.seconds is None else seconds_of_step(seq_len)
@@ -106,14 +105,14 @@ def planned(recipe: Recovery, *, seq_len: int, seed: int, seconds_of_step: Calla
 
 
 def shortened(loop: Loop, recipe: Recovery, *, seq_len: int, writing_seconds: float) -> Loop:
-    """The loop in what gathering the text left of a budget in time; raises NirvanaError for no step."""
+    """The loop in what gathering the text left of a budget in time; raises BudgetError for no step."""
     budget = budget_of(recipe.recover or "")
     if budget.seconds is None:
         return loop
     step_seconds = loop.step_seconds or budget.seconds / loop.steps
     steps = min(loop.steps, int((budget.seconds - writing_seconds) / step_seconds))
     if steps < 1:
-        raise NirvanaError(
+        raise BudgetError(
             f"--recover: gathering text took {format_seconds(writing_seconds)} of "
             f"{format_seconds(budget.seconds)}, and what is left ends within the first step, which takes "
             f"{format_seconds(step_seconds)} here.",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.resources import disk_errors
 from nirvana_deploy.model.checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from nirvana_deploy.recover.learning.dtype import computing, in_bfloat16
 from nirvana_deploy.recover.learning.int8_decision import read_decision
 from nirvana_deploy.recover.learning.int8_training import compute_in_int8
 from nirvana_deploy.recover.learning.rounded import round_while_training
+from nirvana_deploy.recover.learning.sharding import WEIGHTS, gathered, is_sharded, widened
 from nirvana_deploy.recover.learning.states import StatesOf
 from nirvana_deploy.recover.learning.student import Student, probe, trainable, trained_tensors
 from nirvana_deploy.recover.learning.teacher import (
@@ -75,7 +77,8 @@ class Training:
 def model_to_train(cut: Checkpoint, recipe: Recovery, state: Path) -> StatesOf:
     """The cut on this process's device, with what is trained of it, rounded as it is to be deployed.
 
-    For a scheme that rounds activations, the folder ``state`` says how.
+    For a scheme that rounds activations, the folder ``state`` says how. A model that is going to be in parts
+    stays on the CPU until it is.
     """
     model = cut.load().train()
     trainable(model, recipe)
@@ -90,7 +93,7 @@ def model_to_train(cut: Checkpoint, recipe: Recovery, state: Path) -> StatesOf:
         compute_in_int8(model, read_decision(state, widths))
     elif scheme is not None:
         round_while_training(model, scheme.name)
-    return StatesOf(cut, model.to(compute_device()))
+    return StatesOf(cut, widened(model) if is_sharded() else model.to(compute_device()))
 
 
 def trained(
@@ -105,6 +108,7 @@ def trained(
     from nirvana_deploy.recover.training import last_whole
 
     begin = last_whole(training.state)
+    _require_as_saved(begin, training.state)
     if processes.count() > 1:
         training.state.mkdir(parents=True, exist_ok=True)
         with disk_errors(training.state):
@@ -114,6 +118,16 @@ def trained(
     loop = training.loop
     label = f"Recovering on {loop.steps * loop.step_windows * train.shape[1]:,} tokens"
     return _run(training, pruned, train, watch, begin=begin, label=label, progress=progress)
+
+
+def _require_as_saved(begin: Path | None, state: Path) -> None:
+    """Raise NirvanaError for a saved state of a model in parts where it is whole now, and the reverse."""
+    if begin is not None and (in_parts := (begin / WEIGHTS).is_file()) != is_sharded():
+        how = "under FSDP" if in_parts else "without FSDP"
+        raise NirvanaError(
+            f"The training was begun {how}, and {begin} holds its state.",
+            hint=f"Repeat the command {how} to go on, or remove {state} to begin again.",
+        )
 
 
 def take_part(work: dict[str, Any]) -> None:
@@ -153,7 +167,7 @@ def _run(
     teacher = (
         StoredTeacher(training.state / TEACHER, pruned)
         if training.stored_teacher
-        else LiveTeacher(training.dense, compute_device())
+        else LiveTeacher(training.dense, bfloat16=training.loop.bfloat16)
     )
     student = Student(pruned, teacher, training.recipe)
     with progress.task(label, training.loop.steps) as advance:
@@ -167,6 +181,9 @@ def _run(
             log=training.recipe.recover_log,
             advance=advance,
         )
+    if is_sharded() and (weights := gathered(student)):
+        pruned.model = model_to_train(training.cut, training.recipe, training.state).model
+        Student(pruned, teacher, training.recipe).load_state_dict(weights)
     processes.wait_for_all()  # the saved states are removed next
     return course
 
@@ -193,9 +210,7 @@ class WholeModel:
         """Of this process's share of a step."""
         shape, device = self._cut.shape, compute_device()
         teacher: Teacher = (
-            StandIn(self._model, shape.hidden_size)
-            if self.stored_teacher
-            else LiveTeacher(self._dense, device)
+            StandIn(self._model, shape.hidden_size) if self.stored_teacher else LiveTeacher(self._dense)
         )
         random = torch.Generator().manual_seed(0)
         share = (share_of(self._recipe.recover_batch), seq_len)

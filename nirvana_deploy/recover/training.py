@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import Dataset
 from transformers import (
     EarlyStoppingCallback,
@@ -35,6 +36,7 @@ from nirvana_deploy.base.resources import disk_errors
 from nirvana_deploy.prune.streaming.processes import is_first
 from nirvana_deploy.recover.learning.dtype import computing
 from nirvana_deploy.recover.learning.logs import LOG_FOLDER, NOWHERE, told
+from nirvana_deploy.recover.learning.sharding import is_sharded, let_cpu_take_part, plugin_for
 from nirvana_deploy.recover.learning.student import NotFiniteError, Student, parts_of, require_finite
 from nirvana_deploy.recover.loop import Course, Loop
 from nirvana_deploy.recover.processes import share_of
@@ -73,6 +75,22 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
         self._wanted: dict[int, list[torch.Tensor]] = {}
         self._before, self._started = 0.0, time.perf_counter()
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        if is_sharded():
+            kwargs["fsdp_plugin"] = plugin_for(self.model, bfloat16=self.args.bf16)
+        found: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        return found
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if is_sharded() and not self.is_fsdp_enabled:
+            let_cpu_take_part(self.accelerator, plugin_for(self.model, bfloat16=self.args.bf16))
+            self.is_fsdp_enabled = True
+
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        """That of the loss; accelerate has none for a model in parts."""
+        return computing(self.args.bf16) if self.is_fsdp_enabled else nullcontext()
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self._require_finite(float(self.accelerator.gather(loss).mean()), step=self.state.global_step + 1)
@@ -107,6 +125,13 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
         total = sum(self._student.heldout_kl(*one) for one in zip(parts, self._wanted[kind], strict=True))
         return total / self._student.positions(windows)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of a model in parts the weights go with the moments, gathered once."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict=self._student.trained())
 
@@ -137,6 +162,10 @@ class _Told(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
+
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        """Let a model in parts gather its weights for the held-out KL, too."""
+        register_fsdp_forward_method(model, "heldout_kl")
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._advance(1)

@@ -19,6 +19,7 @@ from nirvana_deploy.pipeline.folder import recover_folder
 from nirvana_deploy.pipeline.prune_export import prune_export
 from nirvana_deploy.prune.streaming import processes
 from nirvana_deploy.recover.processes import require_fit
+from nirvana_deploy.recover.recipe import Recovery
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -84,30 +85,16 @@ def test_what_the_first_process_cannot_do_ends_all_of_them(pruned: Path) -> None
     assert done.stderr.count("Error: nowhere.txt does not exist.") == 1
 
 
-def launched(patch: pytest.MonkeyPatch, number: int) -> None:
-    """Pretend that a launcher started ``number`` processes, of which this is the first."""
-    told = {"RANK": "0", "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for name, value in told.items():
-        patch.setenv(name, value)
-
-
 def test_a_step_that_does_not_come_out_even_says_which_would(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_count", 3)
     with pytest.raises(NirvanaError, match=r"4 windows.*by 3 processes.\n.*--recover-batch 6"):
-        require_fit(method="distill", step_windows=4)
+        require_fit(Recovery(recover="1k", recover_batch=4))
 
 
 def test_block_by_block_has_no_use_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_count", 2)
     with pytest.raises(NirvanaError, match="layers runs in one process, and 2 were launched"):
-        require_fit(method="layers", step_windows=4)
-
-
-def test_a_model_in_parts_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched(monkeypatch, 2)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(NirvanaError, match="not the model, and FSDP"), processes.together():
-        pass
+        require_fit(Recovery(recover="1k", recover_method="layers"))
 
 
 def test_a_number_of_processes_alone_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ def test_the_command_trains_again_and_makes_anew_what_was_made_from_it(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--minutes", "0.0001"), "end within the first step"),
+        (("--minutes", "0.0001"), "--minutes: 0.006 s end within the first step"),
         (("--tokens", "500", "--learning-rate", "1e30"), "The loss is nan at step"),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_dense_model_that_is_gone_is_named(
     [
         ((), "Say how long: --minutes M or --tokens N, one of them."),
         (("--minutes", "1", "--tokens", "5"), "one of them"),
-        (("--tokens", "20"), "20 tokens are less than one step, which reads 48"),
+        (("--tokens", "20"), "--tokens: 20 tokens are less than one step, which reads 48"),
         (("--tokens", "500", "--recover-text", "nowhere.txt"), "nowhere.txt"),
         (("--tokens", "500", "--learning-rate", "0"), "--learning-rate must be above 0"),
     ],

@@ -189,7 +189,7 @@ def test_a_kill_changes_nothing_and_one_step_takes_the_place_of_two(
         ({"recover": None}, r"--steps 2 trains after each cut.*missing.\n.*--recover 30m"),
         ({"saliency": "taylor"}, r"saliency taylor ranks those of the dense model.*\nLeave --saliency out"),
         ({"preset": "paper"}, r"saliency nirvana ranks.*\nLeave --preset paper out"),
-        ({"recover": "60"}, "30 tokens are less than one step, which reads 32"),
+        ({"recover": "60"}, "--recover: 30 tokens are less than one step, which reads 32"),
     ],
 )
 def test_steps_that_make_no_sense_are_refused(

@@ -64,6 +64,19 @@ def test_a_way_of_other_text_needs_one_that_judges_all(text: str, tmp_path: Path
     assert tried.calibration != judged.calibration
 
 
+@pytest.mark.parametrize("own", [{}, {"preset": "fast"}, {"heldout_sequences": 5, "new_tokens": 7}])
+@pytest.mark.parametrize("text", ["preset=fast", "preset=best", "preset=paper"])
+def test_a_preset_changes_nothing_of_what_all_ways_are_judged_by(
+    own: dict[str, object], text: str, tmp_path: Path
+) -> None:
+    job = job_of("a model", {"sparsity": 0.2, "eval_text": tmp_path / "judge.txt", **own})
+    tried = job_in(job, way(text))
+    assert tried.measurement == job.measurement
+    for name in ("eval_text", "heldout_sequences", "heldout_len"):
+        assert getattr(tried.calibration, name) == getattr(job.calibration, name)
+    assert tried.pruning == job_of("a model", {"sparsity": 0.2, "preset": tried.pruning.preset}).pruning
+
+
 def test_a_preset_of_the_same_text_is_judged_on_what_it_holds_back() -> None:
     paper = job_of("a model", {"sparsity": 0.2, "preset": "paper"})
     assert job_in(paper, way("preset=paper ridge=2")).pruning.ridge == 2

@@ -52,7 +52,8 @@ def job_in(base: Job, way: Way) -> Job:
         return base
     own = base.options()
     if "preset" in options:
-        for name in {name for preset in PRESETS.values() for name in preset}:
+        tried = {field.name for field in tried_options()}  # what judges stays as the search has it
+        for name in {name for preset in PRESETS.values() for name in preset} & tried:
             own.pop(name)
     job = job_of(base.model, {**own, **options})
     if job.calibration != base.calibration and not base.calibration.eval_text:  # a preset names text, too

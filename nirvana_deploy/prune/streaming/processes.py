@@ -53,22 +53,18 @@ def launched() -> int:
 def together() -> Iterator[None]:
     """Let the processes find each other; those that wait at the end of the block are let go.
 
-    Raises NirvanaError for a launcher that would share one model among the processes, and in place of what
-    torch says of a process that is gone; others end without a word where the first one is.
+    Raises NirvanaError in place of what torch says of a process that is gone; others end without a word
+    where the first one is.
     """
     if launched() == 1:
         yield
         return
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise NirvanaError(
-            "Processes share windows of text, not the model, and FSDP is asked for.",
-            hint="Launch it without FSDP. For a recovery in less memory: --recover-teacher stored, "
-            "--recover-method lora, --recover-micro-batch 1.",
-        )
     global _count
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+    # a model in parts is saved and loaded by way of the CPU, which NCCL does not know
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=_PATIENCE)
     _count = launched()
     try:
         yield

@@ -25,6 +25,7 @@ from nirvana_deploy.prune.streaming.processes import count
 from nirvana_deploy.quantize.schemes import scheme_named
 from nirvana_deploy.recover.learning.dtype import in_bfloat16
 from nirvana_deploy.recover.learning.losses import BLOCK_POSITIONS
+from nirvana_deploy.recover.learning.sharding import is_sharded
 from nirvana_deploy.recover.recipe import Recovery
 
 _FLOAT32_BYTES, _BFLOAT16_BYTES = 4, 2
@@ -63,7 +64,7 @@ class Work:
     @property
     def teacher_bytes(self) -> float:
         """Of the dense model in memory."""
-        return _FLOAT32_BYTES * (self.dense.linear_parameters + self.dense.embedding_parameters)
+        return _FLOAT32_BYTES * (self.dense.linear_parameters / _parts() + self.dense.embedding_parameters)
 
     @property
     def memory_bytes(self) -> float:
@@ -77,6 +78,9 @@ class Work:
         """Of the states that are saved on the way."""
         if self.recipe.recover_method == "layers":
             return _FLOAT32_BYTES * self.trained_parameters
+        if is_sharded():  # with what stays as it is
+            weights = self.kept * self.dense.linear_parameters + self.dense.embedding_parameters
+            return _SAVED_STATES * (_FLOAT32_BYTES * weights + _MOMENTS_BYTES * self.trained_parameters)
         return _SAVED_STATES * _STATE_BYTES * self.trained_parameters
 
     @property
@@ -95,12 +99,11 @@ class Work:
     def _whole(self) -> float:
         """The cut, gradients, moments, and what a forward pass keeps."""
         linear = self.kept * self.dense.linear_parameters
-        model = _FLOAT32_BYTES * (linear + self.dense.embedding_parameters)
-        copies = _BFLOAT16_BYTES * linear if in_bfloat16(self.recipe) else 0.0
+        copies = _BFLOAT16_BYTES * linear if in_bfloat16(self.recipe) and not is_sharded() else 0.0
+        trained = (_GRADIENT_BYTES + _MOMENTS_BYTES) * self.trained_parameters
         return (
-            model
-            + copies
-            + (_GRADIENT_BYTES + _MOMENTS_BYTES) * self.trained_parameters
+            (_FLOAT32_BYTES * linear + copies + trained) / _parts()
+            + _FLOAT32_BYTES * self.dense.embedding_parameters
             + self.kept_back_bytes
         )
 
@@ -179,6 +182,11 @@ def told_of_teacher(work: Work) -> str | None:
 
 def _free_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0]) if _on_gpu() else free_memory_bytes()
+
+
+def _parts() -> int:
+    """Devices that share the layers; processes of one host share its memory whatever each of them holds."""
+    return count() if is_sharded() and _on_gpu() else 1
 
 
 def _on_gpu() -> bool:

@@ -22,9 +22,11 @@ from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.resources import disk_errors, require_free_bytes
 from nirvana_deploy.base.units import format_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.prune.streaming.loading import compute_device
 from nirvana_deploy.prune.streaming.model import StreamedModel, micro_batches
 from nirvana_deploy.recover.learning.losses import Logits
 from nirvana_deploy.recover.learning.needs import stored_bytes
+from nirvana_deploy.recover.learning.sharding import is_sharded, share_layers
 from nirvana_deploy.recover.learning.states import StatesOf
 
 _AT_ONCE_BYTES = 1 << 30
@@ -44,10 +46,15 @@ class Teacher(Protocol):
 
 
 class LiveTeacher:
-    """The dense model in memory."""
+    """The dense model in memory, its layers in parts where the student's are."""
 
-    def __init__(self, dense: Checkpoint, device: torch.device) -> None:
-        self._states = StatesOf(dense, dense.load().requires_grad_(False).to(device))
+    def __init__(self, dense: Checkpoint, *, bfloat16: bool = False) -> None:
+        model = dense.load().requires_grad_(False)
+        if is_sharded():
+            share_layers(model, bfloat16=bfloat16)
+        else:
+            model.to(compute_device())
+        self._states = StatesOf(dense, model)
 
     @torch.no_grad()
     def wanted(self, windows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
