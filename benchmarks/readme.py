@@ -31,6 +31,7 @@ from frontier import section as frontier_section
 from frontier import verdict as frontier_verdict
 from intervals import section as intervals_section
 from job_cost import table as job_cost_table
+from newcomer import section as newcomer_section
 from peers import section as peers_section
 from quality import read_rows, reconstruction_table, table
 from quantization import table as quantization_table
@@ -74,9 +75,11 @@ INTERVALS = RESULTS / "intervals.json"
 PEERS = RESULTS / "peers.json"
 PEERS_PICTURE = PEERS.with_suffix(".png")
 RUNTIMES = RESULTS / "runtimes.json"
+NEWCOMER = RESULTS / "newcomer.json"
 _INTERVALS_COMMAND = (
     "python benchmarks/intervals.py --folder OUT/onnx --out benchmarks/results/intervals.json"
 )
+_NEWCOMER_COMMAND = "python benchmarks/newcomer.py --model FOLDER --json benchmarks/results/newcomer.json"
 _PEERS_COMMAND = (
     "python benchmarks/peers.py OUT --work DIR --llama-cpp NPM --json benchmarks/results/peers.json "
     "--picture benchmarks/results/peers.png"
@@ -383,6 +386,7 @@ def sections_by_page() -> dict[Path, dict[str, str]]:
             "export": export_section(),
             "scaling": scaling_tables(),
             "job-cost": job_cost_table(json.loads(JOB_COST.read_text())["jobs"]),
+            "newcomer": _recorded(NEWCOMER, newcomer_section, _NEWCOMER_COMMAND),
             "engines": engines_section(),
             "intervals": _recorded(INTERVALS, intervals_section, _INTERVALS_COMMAND),
             "peers": _recorded(PEERS, peers_with_picture, _PEERS_COMMAND),

@@ -79,6 +79,8 @@ def test_the_wheel_says_what_it_needs_and_is_for(wheel: Path, tmp_path: Path) ->
     told: Distribution = PathDistribution(info)
     said = [line for line in told.metadata.get_all("Classifier", []) if line.count("::") == 2]
     assert {line.rpartition(" ")[2] for line in said if " Python :: 3." in line} == set(VERSIONS)
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["references"]
+    assert told.metadata.get_all("Project-URL") == [f"Paper, {cited[0]['url']}"]
     (command,) = told.entry_points.select(group="console_scripts")
     assert (command.name, command.value) == ("nirvana-deploy", "nirvana_deploy.cli.main:main")
 

@@ -40,6 +40,16 @@ def blocks(page: str, kind: str) -> list[str]:
 CALLED = re.compile(r"^(?:nirvana-deploy|torchrun .*-m nirvana_deploy) (?P<words>.*)$", re.MULTILINE)
 
 
+def lines_of(page: str) -> list[str]:
+    """The command lines of a page without their comments: those of its code blocks that name no language."""
+    text = "\n".join(blocks(page, "")).replace("\\\n", " ")
+    return [
+        " ".join(line.split())
+        for line in re.sub(r" +# .*$", "", text, flags=re.MULTILINE).splitlines()
+        if line
+    ]
+
+
 def commands_of(page: str) -> Iterator[list[str]]:
     """The words of each ``nirvana-deploy`` command in the code blocks."""
     for block in blocks(page, ""):

@@ -43,6 +43,7 @@ SHORT: dict[str, Any] = {
     "threads": 1,
     **SHORT_ROUNDS,
 }
+ROOMS = "nirvana_deploy/README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 FROZEN = ROOT / "tests" / "report" / "data"
 
@@ -137,12 +138,12 @@ def test_the_fourth_example_serves_what_the_report_recommends(model: str, first:
         child.communicate()
 
 
-@pytest.mark.parametrize("page", [page for page in SITE if blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in (*SITE, ROOMS) if blocks(page, "python")])
 def test_snippets_run(
     page: str, first: Path, text: Path, schemas: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On what the first example makes, under the names of the pages."""
-    for name in ("first", "smollm2-s0.2", "last-week"):
+    for name in ("first", "smollm2-s0.2", "smollm2-s0.4", "last-week"):
         (tmp_path / name).symlink_to(first)
     (tmp_path / "tickets.txt").write_text(text.read_text()[:1200])
     (tmp_path / "mine.toml").write_text("prompt_tokens = 8\nnew_tokens = 4\nrequests = 4\n")
