@@ -149,3 +149,13 @@ class WorkloadsRecord(TypedDict, total=False):
     schema: int
     workloads: list[TimedWorkload]
     sweeps: list[SweepRecord]
+
+
+class TrafficContestRecord(TypedDict, total=False):
+    """What ``benchmark`` writes of several contenders under workloads and along sweeps: a workloads.json."""
+
+    schema: int
+    tool: Required[str]
+    cautions: list[str]
+    workloads: Required[list[TimedWorkload]]
+    sweeps: Required[list[SweepRecord]]
