@@ -14,24 +14,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any
-from urllib.request import urlopen
 
 import numpy as np
 import psutil
 
 from nirvana_deploy.base.artifact import write_json
-from nirvana_deploy.base.child import child_environment
 from nirvana_deploy.base.machine import default_threads, measured_environment
+from nirvana_deploy.measure.workloads.server import ServerProcess
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "serve.json"
@@ -44,32 +40,16 @@ _LEAVES = 10
 """One request in so many goes away early."""
 
 
-@contextmanager
-def server(folder: Path, *options: str) -> Iterator[tuple[str, str, psutil.Process]]:
-    """(base URL, model, process) of a server; SIGTERM ends it, and its exit code must be 0."""
-    command = [sys.executable, "-m", "nirvana_deploy", "serve", str(folder), "--port", "0", "--json", "-q"]
-    child = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, env=child_environment())
-    try:
-        assert child.stdout is not None
-        said = ""
-        while not said.endswith("}\n") and (line := child.stdout.readline()):
-            said += line
-        ready = json.loads(said)
-        yield ready["url"], ready["model"], psutil.Process(child.pid)
-    finally:
-        child.terminate()
-        child.communicate()  # which closes the pipe
-    if child.returncode:
-        raise SystemExit(f"The server ended with {child.returncode}.")
-
-
 def under_load(folder: Path, *, clients: int, slots: int, seconds: float, options: Sequence[str] = ()) -> Any:
     """What a server of ``folder`` did under load: counts, rates, times, memory, descriptors."""
-    with server(folder, "--slots", str(slots), *options) as (url, model, process):
-        found = asyncio.run(_load(url, model, process, clients=clients, seconds=seconds))
-        while (health := _health(url))["active"] or health["waiting"]:
+    with ServerProcess(folder.name, folder, ("--slots", str(slots), *options)) as server:
+        process = psutil.Process(server.pid)
+        found = asyncio.run(_load(server.url, server.model, process, clients=clients, seconds=seconds))
+        while (health := server.health())["active"] or health["waiting"]:
             time.sleep(0.1)
         found["descriptors"]["after"] = _settled(process, found["descriptors"]["begin"])
+    if server.exit_code:
+        raise SystemExit(f"The server ended with {server.exit_code}.")
     return {"slots": slots, "clients": clients, **found}
 
 
@@ -143,12 +123,6 @@ async def _load(url: str, model: str, process: psutil.Process, *, clients: int, 
         "rss_bytes": {"begin": memory[0], "early": int(early), "late": int(late), "most": max(memory)},
         "descriptors": {"begin": descriptors[0], "most": max(descriptors)},
     }
-
-
-def _health(url: str) -> dict[str, Any]:
-    with urlopen(f"{url.removesuffix('/v1')}/health", timeout=60) as answer:
-        found: dict[str, Any] = json.load(answer)
-    return found
 
 
 def broken(found: dict[str, Any]) -> list[str]:

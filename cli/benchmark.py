@@ -49,7 +49,8 @@ def benchmark(
     rounds, in its own process. PATH is an output folder (all its models, or OUT:pruned-w4 for one,
     OUT:dense,pruned for some), an ONNX folder, a checkpoint folder, an engine or a GGUF file. Named twice, it
     is an A/A test. All must be of one model, whose vocabulary the prompts are made of. --runtime concerns
-    those that it takes.
+    those that it takes. --workload and --sweep time them under these, and FILE holds what workloads.json
+    would.
 
     Exit code 3 when a model failed; the others keep their results.
 
@@ -64,9 +65,10 @@ def benchmark(
       nirvana-deploy benchmark smollm2-s0.4 --sweep context=128,512,2048
       nirvana-deploy benchmark smollm2-s0.4 --profile
       nirvana-deploy benchmark smollm2-s0.4:dense smollm2-s0.4:pruned-w4 smollm2-q8_0.gguf --out race.json
+      nirvana-deploy benchmark smollm2-s0.4:pruned smollm2-q8_0.gguf --workload chat --out chat.json
       nirvana-deploy benchmark smollm2-s0.4/speculative --new-tokens 128
     """
-    from nirvana_deploy.output.layout import is_speculative
+    from nirvana_deploy.output.layout import REPORT_HTML, is_speculative
     from nirvana_deploy.pipeline.contest import benchmark_contenders, is_one_output_folder
 
     said = typed(click.get_current_context().params)
@@ -78,11 +80,16 @@ def benchmark(
         _speculative(paths[0], workload, as_json=as_json)
         return
     if not is_one_output_folder(paths):
-        _require_of_contest(said)
+        _refuse(said, _OF_ONE_FOLDER, "goes with one output folder, whose report shows it.")
+        _require_meant(traffic, said)
         record = benchmark_contenders(
-            paths, workload, runtime=runtime, out=out, force=force, progress=progress
+            paths, workload, asked=traffic, runtime=runtime, out=out, force=force, progress=progress
         )
-        show_contest(record, out, as_json=as_json)
+        where = f"Record: {out}" if out is not None else None
+        if traffic.workloads or traffic.sweeps:
+            show_workloads(record, traffic, where, as_json=as_json)
+        else:
+            show_contest(record, where, as_json=as_json)
         return
     if out is not None or force:
         raise click.UsageError("--out and --force go with several contenders: a folder keeps its own record.")
@@ -92,7 +99,7 @@ def benchmark(
     if traffic.workloads or traffic.sweeps:
         _require_meant(traffic, said)
         result = benchmark_workloads(folder, traffic, workload, runtime=runtime, progress=progress)
-        show_workloads(result, traffic, folder, as_json=as_json)
+        show_workloads(result, traffic, f"Report: {folder / REPORT_HTML}", as_json=as_json)
     else:
         result = benchmark_folder(folder, workload, analysis, runtime=runtime, progress=progress)
         show_folder(result, folder, profiled=analysis.profile, as_json=as_json)
@@ -100,7 +107,7 @@ def benchmark(
 
 _OF_ONE_REQUEST = ("prompt_tokens", "new_tokens", "batch_size", "repeats")
 _ABOUT_ONE_REQUEST = ("precision", "profile", "fresh_ceilings")
-_OF_ONE_FOLDER = ("workloads", "sweeps", "profile", "fresh_ceilings")
+_OF_ONE_FOLDER = ("profile", "fresh_ceilings")
 _OF_DRAFT = ("paths", "new_tokens", "threads", "as_json")
 
 
@@ -112,11 +119,6 @@ def _refuse(said: dict[str, Any], names: Iterable[str], why: str) -> None:
             raise click.UsageError(f"{flags[name]} {why}")
 
 
-def _require_of_contest(said: dict[str, Any]) -> None:
-    """Raise a usage error for an option that only one output folder has a place for."""
-    _refuse(said, _OF_ONE_FOLDER, "goes with one output folder, whose report shows it.")
-
-
 def _require_of_draft(said: dict[str, Any]) -> None:
     """Raise a usage error for an option that timing a model with its draft has no use for."""
     others = [name for name in said if name not in _OF_DRAFT]
@@ -124,7 +126,9 @@ def _require_of_draft(said: dict[str, Any]) -> None:
 
 
 def _require_meant(traffic: Traffic, said: dict[str, Any]) -> None:
-    """Raise a usage error for an option that what is timed has no use for."""
+    """Raise a usage error for an option that a workload or a sweep has no use for."""
+    if not traffic.workloads and not traffic.sweeps:
+        return
     if not traffic.sweeps:
         _refuse(said, _OF_ONE_REQUEST, "says what the file of a workload says; leave it out.")
     _refuse(said, _ABOUT_ONE_REQUEST, "is about one request; with --workload or --sweep, leave it out.")

@@ -37,10 +37,10 @@ def show_folder(result: dict[str, Any], out: Path, *, profiled: bool, as_json: b
     require_all_timed(result)
 
 
-def show_workloads(result: dict[str, Any], traffic: Traffic, out: Path, *, as_json: bool) -> None:
+def show_workloads(result: Mapping[str, Any], traffic: Traffic, where: str | None, *, as_json: bool) -> None:
     """Print the workloads and sweeps that were just timed; ``result`` may hold earlier ones.
 
-    Then raises ContenderError where a model failed in one of them.
+    ``where`` says what holds them. Then raises ContenderError where a model failed in one of them.
     """
     from nirvana_deploy.measure.contest.timing import require_all_timed
     from nirvana_deploy.report.pages import workloads as page
@@ -54,6 +54,7 @@ def show_workloads(result: dict[str, Any], traffic: Traffic, out: Path, *, as_js
         for one in (*timed, *swept):
             require_all_timed(one)
         return
+    warn(result.get("cautions", ()))
     tables = [(page.title(one), page.explain(one), page.workload_table(one), 1, one) for one in timed]
     tables += [
         (page.sweep_title(one), page.explain_sweep(one), page.sweep_table(one), 2, one) for one in swept
@@ -62,13 +63,14 @@ def show_workloads(result: dict[str, Any], traffic: Traffic, out: Path, *, as_js
         warn([f"{title}: {caution}" for caution in page.cautions(record)])
         echo_table(table.headers, table.rows, title=title, texts=texts)
         echo(says)
-    echo(f"Report: {out / 'report.html'}")
+    if where is not None:
+        echo(where)
     for one in (*timed, *swept):
         require_all_timed(one)
 
 
-def show_contest(record: Record, out: Path | None, *, as_json: bool) -> None:
-    """Print a contest; then raises ContenderError where a contender failed."""
+def show_contest(record: Record, where: str | None, *, as_json: bool) -> None:
+    """Print a contest, and ``where`` it is kept; then raises ContenderError where a contender failed."""
     from nirvana_deploy.measure.contest.timing import require_all_timed
     from nirvana_deploy.report.compare.contest_table import contest_table, rounds_line
 
@@ -80,8 +82,8 @@ def show_contest(record: Record, out: Path | None, *, as_json: bool) -> None:
         echo_table(table.headers, table.rows)
         _show_failed(record)
         echo(rounds_line(record))
-        if out is not None:
-            echo(f"Record: {out}")
+        if where is not None:
+            echo(where)
     require_all_timed(record)
 
 

@@ -15,7 +15,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from nirvana_deploy.output.kinds.workloads import WorkloadsRecord
+from nirvana_deploy.output.kinds.workloads import TrafficContestRecord, WorkloadsRecord
 from nirvana_deploy.output.layout import (
     ANSWERS_FILE,
     BENCHMARK_FILE,
@@ -52,6 +52,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "benchmark": (BENCHMARK_FILE, BenchmarkRecord),
     "workloads": (WORKLOADS_FILE, WorkloadsRecord),
     "contest": ("benchmark --out FILE", ContestRecord),
+    "contest-workloads": ("benchmark --workload NAME --out FILE", TrafficContestRecord),
     "tasks": (TASKS_FILE, TasksRecord),
     "ntk": (NTK_FILE, KernelRecord),
     "quantization": (f"onnx-*/{RECORD_FILE}", QuantizationRecord),

@@ -26,7 +26,7 @@ from nirvana_deploy.base.resources import require_memory
 from nirvana_deploy.measure.bounds import Work
 from nirvana_deploy.measure.recipe import Workload
 from nirvana_deploy.measure.roofline.graph import work_of
-from nirvana_deploy.measure.rounds.processes import failures, require_any, started
+from nirvana_deploy.measure.rounds.processes import Model, failures, require_any, started
 from nirvana_deploy.measure.rounds.ratios import CONFIDENCE, ratio_of, too_few
 from nirvana_deploy.measure.rounds.watch import Watch, machine_watch
 from nirvana_deploy.measure.worker import RoundSample, WorkerProcess
@@ -165,25 +165,25 @@ def benchmark(
 
 @contextmanager
 def opened(
-    variants: Sequence[Variant],
+    models: Sequence[Model],
     *,
     threads: int | None,
     lost: MutableMapping[str, NirvanaError] | None,
     progress: Progress = SILENT,
 ) -> Iterator[dict[str, WorkerProcess]]:
     """As :func:`started`; raises NirvanaError where no one loads, or the memory has no room for all."""
-    require_memory_for(variant.path for variant in variants)
-    with started(variants, threads=threads, lost=lost, progress=progress) as workers:
+    require_memory_for(model.path for model in models)
+    with started(models, threads=threads, lost=lost, progress=progress) as workers:
         require_any(workers, lost or {})
         yield workers
 
 
 def require_memory_for(models: Iterable[Path]) -> None:
-    """Raise NirvanaError when the memory has no room for ONNX ``models`` side by side."""
-    folders = [path for path in models if path.is_dir()]  # an engine's weights lie on its device
+    """Raise NirvanaError when the memory has no room for ``models`` side by side."""
+    on_host = [path for path in models if not is_engine(path)]  # an engine's weights lie on its device
     require_memory(
-        sum(map(weights_bytes, folders)),
-        what=f"Measuring {len(folders)} models side by side",
+        sum(map(weights_bytes, on_host)),
+        what=f"Measuring {len(on_host)} models side by side",
         hint="Take a machine with more memory, or fewer models: --no-baseline, fewer --quantize.",
     )
 

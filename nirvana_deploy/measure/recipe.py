@@ -91,7 +91,8 @@ class Traffic:
     workloads: Annotated[
         tuple[str, ...],
         Option(
-            "Time the requests of a workload: chat, rag, batch, edge, or a TOML file. Repeat it for several.",
+            "Time the requests of a workload: chat, rag, batch, edge, server, or a TOML file. Repeat it for "
+            "several.",
             flag="--workload",
             metavar="NAME",
             suggests=_embedded_workloads,

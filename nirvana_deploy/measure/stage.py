@@ -261,7 +261,7 @@ def speed(
     before = earlier_benchmark(path) if run.has(stage.BENCHMARK) else None
 
     def work() -> Timed:
-        variants = _timed_variants(run, runtime)
+        variants = timed_variants(run, runtime)
         explain = Explained(workload, analysis or Analysis(), runtime, run.progress)
         baseline = variants[0].name
         result = benchmark(variants, workload=workload, baseline=baseline, lost={}, progress=run.progress)
@@ -282,7 +282,7 @@ def speed(
     )
 
 
-def _timed_variants(run: Run, runtime: str | None) -> list[Variant]:
+def timed_variants(run: Run, runtime: str | None) -> list[Variant]:
     """The models of the folder as they are timed, the baseline first."""
     return [
         variant_from_folder(
@@ -321,7 +321,7 @@ def traffic(
         before = read_json(path, WorkloadsRecord, schema=SCHEMA)
 
     def work() -> WorkloadsTimed:
-        variants = _timed_variants(run, runtime)
+        variants = timed_variants(run, runtime)
         named: dict[str, Any] = {one["name"]: one for one in before.get("workloads", [])}
         swept: dict[str, Any] = {one["axis"]: one for one in before.get("sweeps", [])}
         for workload in workloads:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -27,13 +26,11 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from nirvana_deploy.base.child import child_environment
+from nirvana_deploy.base.child import child_environment, died
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.machine import peak_rss_bytes
 from nirvana_deploy.base.units import format_ms
 from nirvana_deploy.runtime.runner import OnDevice, Runner
-
-_STDERR_TAIL_BYTES = 2000
 
 
 @dataclass(frozen=True)
@@ -181,14 +178,7 @@ class WorkerProcess:
         return answer
 
     def _died(self) -> NirvanaError:
-        """Return the error for a process that stopped answering."""
-        self._process.kill()  # nothing to do when it has ended by itself
-        code = self._process.wait()
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - _STDERR_TAIL_BYTES))
-        words = self._stderr.read().decode(errors="replace").strip() or "nothing"
-        hint = "A SIGKILL that nobody sent usually means that memory ran out." if code == -9 else None
-        return NirvanaError(f"The worker of {self._name!r} {how}. It last said: {words}", hint=hint)
+        return died(self._process, self._stderr, what=f"The worker of {self._name!r}")
 
     def _end(self) -> None:
         """Kill the process, busy or idle; it holds nothing to lose."""

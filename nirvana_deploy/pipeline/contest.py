@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nirvana_deploy import __version__
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.ownership.held import held
@@ -16,6 +19,7 @@ from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.base.registry import look_up, nearest_names
 from nirvana_deploy.base.shown.html import Record, html_table
+from nirvana_deploy.measure.benchmark import SCHEMA
 from nirvana_deploy.measure.contest.contender import (
     Contender,
     require_model,
@@ -24,13 +28,19 @@ from nirvana_deploy.measure.contest.contender import (
 )
 from nirvana_deploy.measure.contest.same_model import facts_of, require_same_model
 from nirvana_deploy.measure.contest.timing import require_rounds, time_contenders
-from nirvana_deploy.measure.recipe import Workload
+from nirvana_deploy.measure.recipe import Traffic, Workload
+from nirvana_deploy.measure.rounds.watch import wait_until_idle
+from nirvana_deploy.measure.workloads.session import measure_sweep, measure_workload
+from nirvana_deploy.output.kinds.workloads import TrafficContestRecord
 from nirvana_deploy.output.layout import MANIFEST
 from nirvana_deploy.output.record_kinds import ContestRecord
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.undamaged import require_undamaged
 from nirvana_deploy.pipeline.compare import labels
+from nirvana_deploy.pipeline.traffic import Asked, require_context, require_served, traffic_asked
 from nirvana_deploy.report.compare.contest_table import contest_table
+from nirvana_deploy.report.pages.workloads import workloads_table
+from nirvana_deploy.runtime.beside import context_tokens
 from nirvana_deploy.runtime.models import models_for
 from nirvana_deploy.runtime.table import runtime_named
 
@@ -47,12 +57,16 @@ def benchmark_contenders(
     contenders: Sequence[Path | str],
     workload: Workload | None = None,
     *,
+    asked: Traffic | None = None,
     runtime: str | None = None,
     out: Path | str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Record:
     """Time models of any kind against the first of them, in rounds in turn; returns a ContestRecord.
+
+    With workloads or sweeps in ``asked`` they are timed under these, as ``benchmark_workloads`` does, and it
+    returns a TrafficContestRecord; then an error is raised where all contenders fail.
 
     Each of ``contenders`` is an output folder, whose models all take part, ``OUT:VARIANT`` for one of them
     (or several, separated by commas), an ONNX folder, a checkpoint folder, an engine or a GGUF file. One
@@ -61,19 +75,20 @@ def benchmark_contenders(
 
     Raises NirvanaError for a path that is nothing to time, a file that was changed since its manifest, a
     runtime that is not installed, models that are not the same, fewer than two rounds, and an ``out`` that
-    is not ours, or there without ``force``.
+    is not ours, or there without ``force``; under a workload also for an unknown name, lengths beyond a
+    contender's context, and one that no server takes where the workload asks servers.
     """
     workload, out = workload or Workload(), None if out is None else Path(out)
-    require_rounds(workload)
+    asked = asked or Traffic()
+    if not asked.workloads:
+        require_rounds(workload)
     names = [named(one) for one in contenders]
     if not names:
         raise NirvanaError("Nothing to time.", hint="nirvana-deploy benchmark OUT OTHER ...")
     if out is None:
-        return _timed(names, workload, runtime, progress)
+        return _timed(names, asked, workload, runtime, lambda record: None, progress)
     with held(out, force=force, reads=[one.path for one in names], wrote=_wrote):
-        record = _timed(names, workload, runtime, progress)
-        write_json(out, record)
-    return record
+        return _timed(names, asked, workload, runtime, partial(write_json, out), progress)
 
 
 def is_one_output_folder(paths: Sequence[Path]) -> bool:
@@ -113,20 +128,67 @@ def _guess(path: Path) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-def _timed(names: Sequence[Named], workload: Workload, runtime: str | None, progress: Progress) -> Record:
+def _timed(
+    names: Sequence[Named],
+    asked: Traffic,
+    workload: Workload,
+    runtime: str | None,
+    keep: Callable[[Any], None],
+    progress: Progress,
+) -> Record:
+    """Time what ``names`` stand for; ``keep`` is called with the record whenever there is more of it."""
     found = _distinct([one for name in _labelled(names) for one in _contenders(*name, runtime)])
     for one in found:
         require_runtime(one)
+    traffic = _traffic(asked, workload, found, names) if asked.workloads or asked.sweeps else None
     for path in dict.fromkeys(one.path for one in found):
         require_undamaged(path, done="timed", progress=progress)
     cautions = require_same_model({one.name: facts_of(one.path) for one in found})
-    record = time_contenders(found, workload=workload, cautions=cautions, progress=progress)
+    record: dict[str, Any]
+    if traffic is None:
+        record = time_contenders(found, workload=workload, cautions=cautions, progress=progress)
+        keep(record)
+    else:
+        record = {"schema": SCHEMA, "tool": f"{TOOL} {__version__}", "cautions": cautions}
+        _time_under(traffic, found, workload, record, keep, progress)
 
     def html() -> str:
-        table = contest_table(record)
+        table = contest_table(record) if traffic is None else workloads_table(record)
         return html_table(table.headers, table.rows)
 
     return Record(record, line=", ".join(one.name for one in found), html=html)
+
+
+def _traffic(asked: Traffic, workload: Workload, found: Sequence[Contender], names: Sequence[Named]) -> Asked:
+    """What is asked for; raises NirvanaError where a contender cannot answer it."""
+    again = " ".join(["nirvana-deploy benchmark", *(str(one.path) for one in names)])
+    traffic = traffic_asked(asked, workload, again=again)
+    told = (context_tokens(one.path) for one in found if one.path.is_dir())
+    require_context(traffic, min((one for one in told if one is not None), default=None), again=again)
+    require_served(traffic[0], found)
+    return traffic
+
+
+def _time_under(
+    traffic: Asked,
+    found: Sequence[Contender],
+    workload: Workload,
+    record: dict[str, Any],
+    keep: Callable[[Any], None],
+    progress: Progress,
+) -> None:
+    """Add each workload and sweep to ``record`` when it is measured: a later failure takes none away."""
+    workloads, sweeps = traffic
+    record |= {"workloads": [], "sweeps": []}
+    if workload.wait_until_idle:
+        wait_until_idle(max_minutes=workload.max_minutes, progress=progress)
+    for one in workloads:
+        measured = measure_workload(found, one, threads=workload.threads, progress=progress)
+        record["workloads"].append(measured)
+        keep(record)
+    for sweep in sweeps:
+        record["sweeps"].append(measure_sweep(found, sweep, progress=progress))
+        keep(record)
 
 
 def _labelled(names: Sequence[Named]) -> Iterator[tuple[str, Named]]:
@@ -181,8 +243,8 @@ def _distinct(contenders: Sequence[Contender]) -> list[Contender]:
 
 def _wrote(file: Path) -> bool:
     """Whether a file is the record of a contest."""
-    try:
-        record: Any = read_json(file, ContestRecord)
-    except NirvanaError:
-        return False
-    return str(record["tool"]).startswith(f"{TOOL} ")
+    for kind in (ContestRecord, TrafficContestRecord):
+        with suppress(NirvanaError):
+            record: Any = read_json(file, kind)
+            return str(record["tool"]).startswith(f"{TOOL} ")
+    return False

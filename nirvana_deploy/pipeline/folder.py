@@ -33,10 +33,9 @@ from nirvana_deploy.measure.stage import (
     speed,
     tangent_kernel,
     tasks,
+    timed_variants,
     traffic,
 )
-from nirvana_deploy.measure.workloads.named import NamedWorkload, load_workloads, require_within_context
-from nirvana_deploy.measure.workloads.sweep import Sweep, sweeps_of
 from nirvana_deploy.measure.zero_shot.tasks import require_tasks
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.sources import resolve_model
@@ -62,6 +61,7 @@ from nirvana_deploy.pipeline.job import Job, JobOptions, job_of
 from nirvana_deploy.pipeline.presets import with_recovery
 from nirvana_deploy.pipeline.prune_export import Deployment, run_job
 from nirvana_deploy.pipeline.recipe_file import read_recipe
+from nirvana_deploy.pipeline.traffic import require_context, require_served, traffic_asked
 from nirvana_deploy.prune.choosing.choices import listed
 from nirvana_deploy.quantize.coverage import Coverage
 from nirvana_deploy.quantize.int8.spec import read_record
@@ -204,18 +204,16 @@ def benchmark_workloads(
     """Time an output folder under the workloads and along the sweeps ``asked`` for; returns workloads.json.
 
     ``workload`` says what stays along a sweep, how many rounds it has, and the threads of both. Raises
-    NirvanaError for nothing asked, an unknown name, lengths beyond the model's context, and a model whose
-    files were changed since the manifest, before any work. A model that fails is in ``failed``.
+    NirvanaError for nothing asked, an unknown name, lengths beyond the model's context, a model that no
+    server takes where a workload asks one, and a model whose files were changed since the manifest, before
+    any work. A model that fails is in ``failed``.
     """
-    out, base = Path(out), workload or Workload()
-    workloads, sweeps = load_workloads(asked.workloads), sweeps_of(asked.sweeps, base)
-    if not workloads and not sweeps:
-        raise NirvanaError(
-            "No workload and no sweep is asked for.",
-            hint=f"nirvana-deploy benchmark {out} --workload chat --sweep batch=1,2,4",
-        )
+    out, base, again = Path(out), workload or Workload(), f"nirvana-deploy benchmark {out}"
+    workloads, sweeps = traffic_asked(asked, base, again=again)
     with Run.open(out, writing=True, progress=progress) as run:
-        _require_context(out, workloads, sweeps)
+        most = Checkpoint.open(out / CHECKPOINT).context_tokens
+        require_context((workloads, sweeps), most, again=again)
+        require_served(workloads, timed_variants(run, runtime))
         _require_undamaged(run, runtime)
         if base.wait_until_idle:
             wait_until_idle(max_minutes=base.max_minutes, progress=progress)
@@ -232,20 +230,6 @@ def _require_undamaged(run: Run, runtime: str | None) -> None:
     """Raise NirvanaError where a model is not the one that the manifest lists."""
     for path in models_for(run, runtime).values():
         require_undamaged(path, done="timed", progress=run.progress)
-
-
-def _require_context(out: Path, workloads: Sequence[NamedWorkload], sweeps: Sequence[Sweep]) -> None:
-    """Raise NirvanaError where the model's context has no room for what is asked."""
-    most = Checkpoint.open(out / CHECKPOINT).context_tokens
-    again = f"nirvana-deploy benchmark {out}"
-    for one in workloads:
-        hint = f"Write a shorter one, and name its file: {again} --workload mine.toml"
-        require_within_context(one.name, one.longest(), context_tokens=most, hint=hint)
-    for sweep in sweeps:
-        fitting = sweep.within(most) if most is not None else ()
-        less = f" --sweep {sweep.axis}={','.join(map(str, fitting))}" if len(fitting) > 1 else ""
-        hint = f"{again}{less}" if less else f"Ask for less: {again} --prompt-tokens N --new-tokens N"
-        require_within_context(sweep.label, sweep.longest(), context_tokens=most, hint=hint)
 
 
 def _shown(names: Iterable[str], record: Mapping[str, Any], table: Callable[[Any], Table]) -> Record:

@@ -15,12 +15,13 @@ from nirvana_deploy.runtime.runner import Runner
 from nirvana_deploy.runtime.table import DEFAULTS, Takes, runtime_named
 from nirvana_deploy.runtime.tensorrt.record import ENGINE_SUFFIX, read_engine_record
 
-_WANTED: dict[Takes, str] = {
+KINDS: dict[Takes, str] = {
     "engine": "an engine file",
     "checkpoint": "a checkpoint folder",
     "gguf": "a GGUF file",
     "onnx": "an ONNX folder",
 }
+"""What runtimes take, in words."""
 _GGUF_SUFFIX = ".gguf"
 
 
@@ -56,7 +57,7 @@ def open_runner(path: Path, *, runtime: str | None = None, threads: int | None =
     if row.takes != kind_of(path):
         build = f"nirvana-deploy build-engine {path} --engine {row.name}"
         raise NirvanaError(
-            f"The runtime {row.name} runs {_WANTED[row.takes]}, and {path} is none.",
+            f"The runtime {row.name} runs {KINDS[row.takes]}, and {path} is none.",
             hint=build if row.takes == "engine" else None,
         )
     module, function = row.opens.split(":")

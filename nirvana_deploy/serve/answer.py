@@ -139,7 +139,8 @@ class Answer:
     def __init__(self, service: Service, asked: Asked, stops: list[str], *, chat: bool, began: float) -> None:
         self._service, self._asked, self._began = service, asked, began
         after = () if chat else asked.prompt
-        self._text = AnswerText(service.model.tokenizer, stops=stops, hidden=asked.stops, after=after)
+        hidden = service.model.stops
+        self._text = AnswerText(service.model.tokenizer, stops=stops, hidden=hidden, after=after)
         self._events: asyncio.Queue[int | Ending | Exception] = asyncio.Queue()
         self._tokens = 0
         self.ending: Ending = "stop"
@@ -163,8 +164,11 @@ class Answer:
         read, written = len(self._asked.prompt), self._tokens
         return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """The text as it is written. Whoever stops listening gives the slot back with :meth:`end`."""
+    async def pieces(self, *, each_token: bool = False) -> AsyncIterator[str]:
+        """The text as it is written; with ``each_token`` also the empty one of a token that adds none.
+
+        Whoever stops listening gives the slot back with :meth:`end`.
+        """
         while not isinstance(event := await self._events.get(), str):
             if isinstance(event, ClosedError):
                 raise Refused(503, "The server is ending.", headers={"Retry-After": "10"})
@@ -174,7 +178,8 @@ class Answer:
             self._service.metrics.new_tokens.inc()
             if self._tokens == 1:
                 self._service.metrics.first_token.observe(time.perf_counter() - self._began)
-            if text := self._text.add(event):
+            text = self._text.add(event)
+            if text or each_token:
                 yield text
             if self._text.stopped:
                 return

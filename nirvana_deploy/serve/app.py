@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.machine import peak_rss_bytes
 from nirvana_deploy.serve.answer import Answer, Service
 from nirvana_deploy.serve.batch import Asked
 from nirvana_deploy.serve.errors import Refused, error_object, fault, invalid, refusal
@@ -30,6 +31,7 @@ from nirvana_deploy.serve.wire import (
     Request,
     StreamOptions,
     TextPart,
+    Usage,
     Wire,
 )
 
@@ -91,7 +93,8 @@ def make_app(service: Service) -> FastAPI:
     async def health() -> dict[str, Any]:
         batch = service.batch
         state = {"slots": batch.slots, "active": batch.active, "waiting": batch.waiting}
-        return {"status": "ending" if service.closing else "ok", "model": model.name, **state}
+        status = "ending" if service.closing else "ok"
+        return {"status": status, "model": model.name, **state, "peak_rss_bytes": peak_rss_bytes()}
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -161,7 +164,7 @@ async def _answered(
         raise
     wire = Wire(service.model.name, chat=chat)
     if asked.stream:
-        events = _events(service, answer, wire, with_usage=asked.with_usage, until=until)
+        events = _events(service, answer, wire, asked, until=until)
         return EventStream(answer, events)
     writing = asyncio.ensure_future(_whole(answer, until, service))
     leaving = asyncio.ensure_future(_left(http))
@@ -191,7 +194,8 @@ async def _begun(
     length = _length(service, ids, most, unsaid=unsaid)
     _require_known(service.model, ids)
     sampling = _sampling(service.model.sampling, asked)
-    wanted = Asked(prompt=ids, max_new_tokens=length, stops=service.model.stops, sampling=sampling)
+    stops = frozenset[int]() if asked.ignore_eos else service.model.stops
+    wanted = Asked(prompt=ids, max_new_tokens=length, stops=stops, sampling=sampling)
     return Answer(service, wanted, asked.stop or [], chat=chat, began=began)
 
 
@@ -210,20 +214,24 @@ async def _left(http: HttpRequest) -> None:
 
 
 async def _events(
-    service: Service, answer: Answer, wire: Wire, *, with_usage: bool, until: float
+    service: Service, answer: Answer, wire: Wire, asked: Request, *, until: float
 ) -> AsyncIterator[str]:
     """An answer as server-sent events; what goes wrong after its first is one as well."""
+
+    def counts() -> Usage | None:
+        return answer.usage if asked.counts_each else None
+
     try:
-        yield _event(wire.piece("", first=True))
-        pieces = answer.pieces()
+        yield _event(wire.piece("", first=True, usage=counts()))
+        pieces = answer.pieces(each_token=asked.counts_each)
         while True:
             async with asyncio.timeout_at(until):
                 text = await anext(pieces, None)
             if text is None:
                 break
-            yield _event(wire.piece(text))
-        yield _event(wire.piece("", ending=answer.ending))
-        if with_usage:
+            yield _event(wire.piece(text, usage=counts()))
+        yield _event(wire.piece("", ending=answer.ending, usage=counts()))
+        if asked.with_usage:
             yield _event(wire.counts(answer.usage))
     except TimeoutError:
         late = service.late()
@@ -315,4 +323,5 @@ def _described(model: ServedModel) -> dict[str, Any]:
         "created": model.created,
         "owned_by": "nirvana-deploy",
         "context_tokens": model.context_tokens,
+        "vocab_size": model.runner.vocab_size,
     }

@@ -52,17 +52,22 @@ class ServedModel:
         return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-@contextmanager
-def opened(
-    folder: Path, *, name: str, runtime: str | None = None, threads: int | None = None
-) -> Iterator[ServedModel]:
-    """Load the ONNX ``folder``; raises NirvanaError for one that cannot be served."""
+def require_servable(folder: Path) -> Path:
+    """The tokenizer's folder of the ONNX ``folder``; raises NirvanaError for a model that is not served."""
     if is_seq2seq(folder):
         raise NirvanaError(
             f"{folder} holds an encoder-decoder, and only decoders are served.",
             hint=f'nirvana-deploy generate {folder} --prompt "..."',
         )
-    text_side = tokenizer_folder(folder)
+    return tokenizer_folder(folder)
+
+
+@contextmanager
+def opened(
+    folder: Path, *, name: str, runtime: str | None = None, threads: int | None = None
+) -> Iterator[ServedModel]:
+    """Load the ONNX ``folder``; raises NirvanaError for one that cannot be served."""
+    text_side = require_servable(folder)
     tokenizer, stops = load_text_side(text_side)
     renderer = Renderer(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     try:

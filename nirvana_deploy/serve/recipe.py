@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from nirvana_deploy.base.child import KEY_VARIABLE
 from nirvana_deploy.base.recipe import Option, recipe
-
-KEY_VARIABLE = "NIRVANA_DEPLOY_API_KEY"
-"""Holds the bearer token that requests must show, if any."""
 
 
 @recipe

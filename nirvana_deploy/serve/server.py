@@ -15,10 +15,11 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
+from nirvana_deploy.base.child import KEY_VARIABLE
 from nirvana_deploy.base.errors import MissingExtraError, NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
 from nirvana_deploy.base.reading import require_file
-from nirvana_deploy.serve.recipe import KEY_VARIABLE, Serving
+from nirvana_deploy.serve.recipe import Serving
 
 _EXTRA = (("fastapi", "fastapi"), ("uvicorn", "uvicorn"), ("prometheus_client", "prometheus-client"))
 """Modules that the extra ``serve`` installs, and their packages."""
@@ -59,7 +60,7 @@ def serving(
 
     Raises NirvanaError for a missing extra, an address that is not free, and a folder that cannot be served.
     """
-    _require_extra()
+    require_extra()
     from nirvana_deploy.serve.answer import Service
     from nirvana_deploy.serve.batch import Batch
     from nirvana_deploy.serve.model import opened
@@ -224,7 +225,8 @@ def read_key(file: Path | None) -> str | None:
     return key or None
 
 
-def _require_extra() -> None:
+def require_extra() -> None:
+    """Raise MissingExtraError, with the pip command, where a package of the extra ``serve`` is missing."""
     for module, package in _EXTRA:
         try:
             __import__(module)

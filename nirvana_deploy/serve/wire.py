@@ -64,6 +64,8 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool | None = None
     include_obfuscation: StrictBool | None = None
     """Padding against guesses from the sizes of packets; there is none here."""
+    continuous_usage_stats: StrictBool | None = None
+    """Beyond OpenAI's API, as of vLLM: an event for every token, each with the counts so far."""
 
 
 class Request(BaseModel):
@@ -79,6 +81,8 @@ class Request(BaseModel):
     """Beyond OpenAI's API, as of other servers; 0 and -1 are no limit."""
     repetition_penalty: Annotated[_Number, Field(ge=0.1, le=10)] | None = None
     """Likewise."""
+    ignore_eos: StrictBool | None = None
+    """Likewise, as of vLLM: the model's stop tokens end no answer, which gets its full length."""
     presence_penalty: Annotated[_Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[_Number, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)] | None = None
@@ -113,6 +117,11 @@ class Request(BaseModel):
     def with_usage(self) -> bool:
         """Whether a stream ends with the counts of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def counts_each(self) -> bool:
+        """Whether a stream has an event for every token, with the counts so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class CompletionRequest(Request):
@@ -203,14 +212,17 @@ class Wire:
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": ending}
         return {**self._head("chat.completion"), "choices": [choice], "usage": usage.model_dump()}
 
-    def piece(self, text: str, *, first: bool = False, ending: str | None = None) -> dict[str, Any]:
-        """A piece of a streamed answer; the last one says how it ended."""
+    def piece(
+        self, text: str, *, first: bool = False, ending: str | None = None, usage: Usage | None = None
+    ) -> dict[str, Any]:
+        """A piece of a streamed answer; the last one says how it ended. ``usage``: the counts so far."""
         said: dict[str, Any] = {"text": text}
         if self._chat:
             role = {"role": "assistant"} if first else {}
             said = {"delta": {**role, **({"content": text} if text or first else {})}}
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": ending}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+        counts = {} if usage is None else {"usage": usage.model_dump()}
+        return {**self._head("chat.completion.chunk"), "choices": [choice], **counts}
 
     def counts(self, usage: Usage) -> dict[str, Any]:
         """The counts at the end of a stream."""

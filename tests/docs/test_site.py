@@ -115,6 +115,6 @@ def test_the_library_is_documented(site: Path, pages: dict[Path, _Page]) -> None
 def test_the_schemas_are_published(site: Path) -> None:
     validator = needs("jsonschema").Draft202012Validator
     files = sorted(site.glob("schemas/*.schema.json"))
-    assert len(files) == 14
+    assert len(files) == 15
     for file in files:
         validator.check_schema(json.loads(file.read_text(encoding="utf-8")))

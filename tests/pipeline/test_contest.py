@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.extras import needs
 from builders.reports import frozen_records, write_records
 from click.testing import CliRunner
 
 from nirvana_deploy import benchmark_contenders, compare_with_earlier
 from nirvana_deploy.base.artifact import sha256_of
 from nirvana_deploy.base.errors import NirvanaError
+from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.cli.benchmark import benchmark
 from nirvana_deploy.cli.report import report
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.measure.recipe import Workload
+from nirvana_deploy.measure.contest.contender import Contender
+from nirvana_deploy.measure.recipe import Traffic, Workload
+from nirvana_deploy.measure.workloads.named import load_workloads
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.output.kinds.workloads import TrafficContestRecord
+from nirvana_deploy.pipeline.traffic import require_served
 
 WORKLOAD = Workload(prompt_tokens=4, new_tokens=3, repeats=2, warmup=1, threads=1)
 SHORT = ("--prompt-tokens", "4", "--new-tokens", "3", "--repeats", "2", "--threads", "1")
@@ -77,6 +83,48 @@ def test_the_models_of_a_folder_and_a_folder_beside_it_are_timed_and_written(pla
     assert names == ["out:pruned", "out/onnx", "out:pruned (2)"]
     same = asked(report, "race.json", "--against", "race.json")
     assert same.exit_code == 0 and "unchanged" in same.stdout
+
+
+def test_contenders_are_timed_under_a_workload_and_along_a_sweep(places: Path) -> None:
+    Path("mine.toml").write_text("prompt_tokens = [4, 8]\nnew_tokens = 3\nbatch_size = 2\nrequests = 12\n")
+    sweep = ("--sweep", "context=4,8", "--new-tokens", "3", "--repeats", "2")
+    words = ("--workload", "mine.toml", *sweep, "--threads", "1", "--out", "race.json")
+    found = asked(benchmark, "out:pruned", "other", *words)
+    assert found.exit_code == 0, found.output
+    for said in ("# Workload mine", "# Against prompt tokens", "Record: race.json"):
+        assert said in found.stdout
+    record = read_json(Path("race.json"), TrafficContestRecord)
+    (mine,), (context,) = record["workloads"], record["sweeps"]
+    names = ["out:pruned", "other"]
+    assert [one["name"] for one in mine["variants"]] == names == [one["name"] for one in context["variants"]]
+    (compared,) = mine["comparisons"]
+    assert (compared["variant"], compared["baseline"]) == ("other", "out:pruned")
+    assert compared["tpot_speedup"]["low"] <= compared["tpot_speedup"]["p50"]
+    assert compared["tpot_speedup"]["confidence"] > 0.95
+    replacing = ("--workload", "mine.toml", "--threads", "1", "--out", "race.json", "--force", "--json")
+    again = asked(benchmark, "other", "other", *replacing)
+    assert again.exit_code == 0, again.output
+    record = json.loads(again.stdout)
+    assert record["tool"].startswith("nirvana-deploy ") and record["sweeps"] == []
+    assert [one["name"] for one in record["workloads"][0]["variants"]] == ["other", "other (2)"]
+
+
+def test_a_workload_of_contenders_is_refused_before_any_work(places: Path) -> None:
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        needs(module)
+    with pytest.raises(NirvanaError, match=r"rag: prompt_tokens = 1536 .* make 1600 tokens, .* context is"):
+        benchmark_contenders(["out:pruned", "other"], asked=Traffic(workloads=("rag",)))
+    Path("mine.toml").write_text("prompt_tokens = 4\nnew_tokens = 3\nconcurrency = 2\nrequests = 12\n")
+    engine = Path("out.engine")
+    engine.write_bytes(b"")
+    said = r"mine has concurrency = 2, so .* a server, and pruned cannot be: .*\.engine is an engine file"
+    (workload,) = load_workloads(["mine.toml"])
+    with pytest.raises(NirvanaError, match=said):
+        require_served([workload], [Contender("other", Path("other"), ""), Contender("pruned", engine, "")])
+    for file in Path("out/onnx").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(NirvanaError, match=r"and out:pruned cannot be: No tokenizer lies in"):
+        benchmark_contenders(["out:pruned", "other"], asked=Traffic(workloads=("mine.toml",)))
 
 
 def test_a_contender_that_fails_stands_in_the_table_and_the_exit_code_is_3(places: Path) -> None:
@@ -141,7 +189,8 @@ def test_one_output_folder_keeps_its_own_record(places: Path) -> None:
     [
         (("out", "other", "--fresh-ceilings"), "--fresh-ceilings goes with one output folder"),
         (("out", "other", "--profile"), "--profile goes with one output folder"),
-        (("out", "other", "--workload", "chat"), "--workload goes with one output folder"),
+        (("out", "other", "--workload", "chat", "--repeats", "3"), "--repeats says what the file of a"),
+        (("out", "other", "--sweep", "batch=1,2", "--precision", "3%"), "--precision is about one request"),
         (("out", "--workload", "chat", "--profile"), "--profile is about one request"),
         (("out", "--sweep", "batch=1,2", "--fresh-ceilings"), "--fresh-ceilings is about one request"),
         (("out", "--sweep", "batch=1,2", "--precision", "3%"), "--precision is about one request"),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.extras import needs
 from builders.jobs import TINY_JOB
 from builders.tiny import write_tiny
 from click.testing import CliRunner
 
 import nirvana_deploy as library
-from nirvana_deploy.base.errors import ContenderError, NirvanaError
+from nirvana_deploy.base.errors import ContenderError, NirvanaError, install_extra
 from nirvana_deploy.cli.benchmark import benchmark
 from nirvana_deploy.measure.recipe import Traffic, Workload
 from nirvana_deploy.measure.worker import WorkerProcess
@@ -51,6 +53,42 @@ def test_results_are_kept_by_name_and_the_benchmark_stays(out: Path, tmp_path: P
     assert "<h2>Workload mine</h2>" in page and "<h2>Against sequences in a batch</h2>" in page
     assert (out / "benchmark.json").read_bytes() == before
     assert library.verify_folder(out).passed
+
+
+@pytest.fixture
+def clients(tmp_path: Path) -> Path:
+    """A workload of two clients."""
+    file = tmp_path / "clients.toml"
+    file.write_text("prompt_tokens = [4, 8]\nnew_tokens = 3\nconcurrency = 2\nrequests = 12\n")
+    return file
+
+
+def test_a_workload_with_clients_is_asked_through_servers(out: Path, clients: Path) -> None:
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        needs(module)
+    shown = asked(out, "--workload", clients, "--threads", 1)
+    assert shown.exit_code == 0, shown.output
+    assert "12 requests, 2 open at a time at a server of each model, in 6 rounds in turn" in shown.stdout
+    record = json.loads((out / "workloads.json").read_text())
+    (found,) = (one for one in record["workloads"] if one["name"] == "clients")
+    assert [(one["path"], one["slots"]) for one in found["variants"]] == [("dense/onnx", 2), ("onnx", 2)]
+    assert found["comparisons"][0]["rate_speedup"]["confidence"] > 0.95
+    assert "Speed-up, requests per second" in (out / "report.html").read_text()
+    assert library.verify_folder(out).passed
+
+
+def test_servers_need_their_extra_and_models_that_they_take(
+    out: Path, clients: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (out / "workloads.json").read_bytes() if (out / "workloads.json").exists() else None
+    refused = asked(out, "--workload", clients, "--runtime", "torch").exception
+    assert "clients has concurrency = 2, so each model is asked through a server, and dense" in str(refused)
+    assert "is a checkpoint folder, and what is served is an ONNX folder" in str(refused)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    missing = asked(out, "--workload", clients).exception
+    assert isinstance(missing, library.NirvanaError) and missing.hint == install_extra("serve")
+    after = (out / "workloads.json").read_bytes() if (out / "workloads.json").exists() else None
+    assert before == after
 
 
 def test_files_that_were_changed_are_not_timed(out: Path, tmp_path: Path) -> None:

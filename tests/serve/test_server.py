@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 import threading
@@ -25,6 +26,7 @@ openai = needs("openai")
 
 from builders.serving import CONTEXT_TOKENS, asked, refused, sent, served, write_served  # noqa: E402
 
+from nirvana_deploy.base.child import KEY_VARIABLE  # noqa: E402
 from nirvana_deploy.base.errors import NirvanaError  # noqa: E402
 from nirvana_deploy.base.progress import SilentProgress  # noqa: E402
 from nirvana_deploy.runtime.onnxruntime.decoder import OrtDecoder  # noqa: E402
@@ -35,7 +37,6 @@ from nirvana_deploy.serve import model as models  # noqa: E402
 from nirvana_deploy.serve import server as servers  # noqa: E402
 from nirvana_deploy.serve.batch import Batch  # noqa: E402
 from nirvana_deploy.serve.model import ServedModel  # noqa: E402
-from nirvana_deploy.serve.recipe import KEY_VARIABLE  # noqa: E402
 from nirvana_deploy.serve.server import Server  # noqa: E402
 
 pytestmark = pytest.mark.integration
@@ -168,6 +169,24 @@ def test_a_prompt_may_be_tokens(client: Any, folder: Path) -> None:
         assert answer.choices[0].text == alone(folder, "As ids", 8)
 
 
+def test_a_stop_token_that_is_ignored_ends_nothing_and_shows_nowhere(folder: Path) -> None:
+    """Every token is a stop token here; each is an event with the counts so far, also without text."""
+    with served(folder, slots=1) as running:
+        service = running._service
+        object.__setattr__(service.model, "stops", frozenset(range(service.model.runner.vocab_size)))
+        body = {"prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0}
+        status, _, brief = asked(running, "POST", COMPLETIONS, body)
+        assert (status, brief["usage"]["completion_tokens"]) == (200, 1)
+        counted = {"include_usage": True, "continuous_usage_stats": True}
+        streamed = body | {"ignore_eos": True, "stream": True, "stream_options": counted}
+        _, _, text = asked(running, "POST", COMPLETIONS, streamed)
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert [one["usage"]["completion_tokens"] for one in events] == [0, 1, 2, 3, 4, 5, 6, 6, 6]
+    assert {one["usage"]["prompt_tokens"] for one in events} == {3}
+    assert {one["choices"][0]["text"] for one in events[:-1]} == {""}
+    assert events[-2]["choices"][0]["finish_reason"] == "length" and events[-1]["choices"] == []
+
+
 def test_models_are_listed(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").context_tokens == CONTEXT_TOKENS
@@ -180,6 +199,7 @@ def test_health_and_metrics_say_what_happens(server: Server) -> None:
     asked(server, "POST", COMPLETIONS, {"prompt": "Count", "max_tokens": 7, "temperature": 0})
     assert 0 < _metric(server, "nirvana_deploy_new_tokens_total") - before <= 7
     status, _, health = asked(server, "GET", "/health")
+    assert health.pop("peak_rss_bytes") > 1e7
     assert (status, health) == (
         200,
         {"status": "ok", "model": "tiny", "slots": 4, "active": 0, "waiting": 0},
@@ -250,6 +270,14 @@ BAD_REQUESTS: list[tuple[str, Any, int, str | None, str]] = [
     (COMPLETIONS, ASKED | {"max_token": 5}, 400, "max_token", "Did you mean 'max_tokens'"),
     (COMPLETIONS, ASKED | {"stream": "yes"}, 400, "stream", "got 'yes'"),
     (COMPLETIONS, ASKED | {"seed": 2**70}, 400, "seed", "seed"),
+    (COMPLETIONS, ASKED | {"ignore_eos": 1}, 400, "ignore_eos", "got 1"),
+    (
+        COMPLETIONS,
+        ASKED | {"stream_options": {"continuous_usage_stat": True}},
+        400,
+        "stream_options.continuous_usage_stat",
+        "Did you mean 'continuous_usage_stats'",
+    ),
     (CHAT, {"messages": []}, 400, "messages", "at least 1 item"),
     (CHAT, {"messages": "Hello"}, 400, "messages", "got 'Hello'"),
     (CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role", "got 'wizard'"),

@@ -1,13 +1,14 @@
 """Workloads as files: how long prompts and answers are, how many run together, how many are timed.
 
-Four are embedded, one TOML file each beside this module; any other file is read the same way.
+Some are embedded, one TOML file each beside this module; any other file is read the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,9 @@ _SUFFIX = ".toml"
 _TAKES = "a whole number, a list of them, or { least = N, most = N }"
 _LEAST_NEW_TOKENS = 2
 """TPOT is a mean over the tokens behind the first."""
+_ROUNDS = 6
+"""The fewest whose ratios can show a difference (``rounds/ratios.py``); more would empty a server more often,
+since the clients of a round that have nothing left to ask wait for its last answer."""
 
 
 class Between(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,6 +49,9 @@ class WorkloadFile:
     new_tokens: Annotated[Lengths, Option("Lengths of answers, in tokens.", takes=_TAKES)]
     batch_size: Annotated[int, Option("Requests that run as one batch.", minimum=1)] = 1
     requests: Annotated[int, Option("Timed requests, a multiple of the batch size.", minimum=1)]
+    concurrency: Annotated[
+        int | None, Option("Requests open at a time, at a server of the model.", minimum=1)
+    ] = None
     seed: Annotated[int, Option("Random seed of lengths and prompts.", minimum=0)] = 0
 
 
@@ -73,6 +80,14 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Round:
+    """Requests that the clients of a server send, each the next one as soon as its own is answered."""
+
+    index: int
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True)
 class NamedWorkload:
     """A workload, read and checked."""
 
@@ -80,9 +95,14 @@ class NamedWorkload:
     file: WorkloadFile
 
     def to_json(self) -> dict[str, Any]:
-        """The keys of its file, as JSON has them."""
+        """The keys of its file, as JSON has them; ``concurrency`` only where it is said."""
         keys: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self.file))
-        return keys
+        return {key: value for key, value in keys.items() if value is not None}
+
+    @property
+    def at_a_time(self) -> int:
+        """Sequences that the model has at a time: of a batch, or of all clients."""
+        return self.file.concurrency or self.file.batch_size
 
     def timed(self) -> tuple[Request, ...]:
         """The batches, each with lengths drawn by the seed; the same for every model."""
@@ -99,12 +119,24 @@ class NamedWorkload:
             for index in range(file.requests // file.batch_size)
         )
 
+    def rounds(self) -> tuple[Round, ...]:
+        """The requests of a workload with ``concurrency`` in six turns, or fewer that have one per client."""
+        requests = self.timed()
+        count = min(_ROUNDS, len(requests) // self.at_a_time)
+        ends = [len(requests) * end // count for end in range(count + 1)]
+        return tuple(Round(index, requests[first:last]) for index, (first, last) in enumerate(pairwise(ends)))
+
     def longest(self) -> Request:
-        """The longest batch that it may draw."""
+        """The longest batch that it may draw, or the longest requests of all clients together."""
         file = self.file
         return Request(
-            file.batch_size, _ends(file.prompt_tokens)[1], _ends(file.new_tokens)[1], file.seed, file.requests
+            self.at_a_time, _ends(file.prompt_tokens)[1], _ends(file.new_tokens)[1], file.seed, file.requests
         )
+
+    def warmup_round(self) -> Round:
+        """One of the longest requests for each client, with prompts of their own."""
+        one = replace(self.longest(), batch_size=1)
+        return Round(0, tuple(replace(one, index=one.index + client) for client in range(self.at_a_time)))
 
 
 def embedded_names() -> tuple[str, ...]:
@@ -152,6 +184,7 @@ def _checked(name: str, values: dict[str, Any], where: str) -> NamedWorkload:
             raise NirvanaError(f"{where}: {key} = {low} is not allowed; it takes at least {least}.")
         if high < low:  # of a list they are in order
             raise NirvanaError(f"{where}: {key} has least = {low} and most = {high}, which is less.")
+    _require_clients(file, where)
     if over := file.requests % file.batch_size:
         fewer, more = file.requests - over, file.requests - over + file.batch_size
         rather = f"{fewer} or {more}" if fewer else str(more)
@@ -160,6 +193,23 @@ def _checked(name: str, values: dict[str, Any], where: str) -> NamedWorkload:
             f"{rather} would be."
         )
     return NamedWorkload(name, file)
+
+
+def _require_clients(file: WorkloadFile, where: str) -> None:
+    """Raise NirvanaError where clients of a server have batches, or some of them nothing to ask."""
+    if file.concurrency is None:
+        return
+    if file.batch_size != 1:
+        raise NirvanaError(
+            f"{where}: with concurrency = {file.concurrency} every request stands alone, and the server "
+            f"makes the batches: batch_size = {file.batch_size} is not allowed.",
+            hint="Leave batch_size out.",
+        )
+    if file.requests < file.concurrency:
+        raise NirvanaError(
+            f"{where}: requests = {file.requests} is less than concurrency = {file.concurrency}, so some "
+            "clients would have nothing to ask."
+        )
 
 
 def _ends(lengths: Lengths) -> tuple[int, int]:

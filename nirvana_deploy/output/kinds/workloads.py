@@ -17,19 +17,23 @@ from nirvana_deploy.output.record_kinds import (
 
 
 class TimedBatch(TypedDict, total=False):
-    """One batch of requests: lengths in tokens, times in ms."""
+    """One batch of requests, or one request at a server: lengths in tokens, times in ms."""
 
     prompt_tokens: Required[int]
     new_tokens: Required[int]
     ttft_ms: float
     itl_ms: list[float]
     energy_joules: float | None
+    round: int
+    """At a server: which of the rounds, counted from 0."""
 
 
 class WorkloadVariant(TypedDict, total=False):
     """One model under one workload: latencies in ms, rates, bytes, joules."""
 
     name: Required[str]
+    slots: int
+    """Answers that its server writes at a time, if it was asked through one."""
     load_ms: float | None
     peak_rss_bytes: int | None
     peak_device_bytes: int | None
@@ -41,19 +45,23 @@ class WorkloadVariant(TypedDict, total=False):
     requests_per_s: Required[Positive]
     output_tokens_per_s: Required[Positive]
     total_tokens_per_s: Required[Positive]
+    round_seconds: list[float]
+    """Of each round of requests at a server; ratios are of these."""
     energy_joules: float | None
     energy_joules_per_output_token: float | None
     batches: Required[Annotated[list[TimedBatch], Meta(min_length=1)]]
 
 
-class WorkloadComparison(TypedDict):
-    """One model under one workload against the baseline: ratios of times of the same requests."""
+class WorkloadComparison(TypedDict, total=False):
+    """One model under one workload against the baseline: ratios of times of the same requests, or rounds."""
 
-    variant: str
-    baseline: str
-    ttft_speedup: Interval
-    tpot_speedup: Interval
-    e2e_speedup: Interval
+    variant: Required[str]
+    baseline: Required[str]
+    ttft_speedup: Required[Interval]
+    tpot_speedup: Required[Interval]
+    e2e_speedup: Required[Interval]
+    rate_speedup: Interval
+    """Of requests per second, at a server."""
 
 
 class WorkloadKeys(TypedDict, total=False):
@@ -62,6 +70,8 @@ class WorkloadKeys(TypedDict, total=False):
     about: str
     batch_size: Required[int]
     requests: Required[int]
+    concurrency: int
+    """Requests open at a time, at a server."""
 
 
 class TimedWorkload(TypedDict, total=False):
@@ -139,3 +149,13 @@ class WorkloadsRecord(TypedDict, total=False):
     schema: int
     workloads: list[TimedWorkload]
     sweeps: list[SweepRecord]
+
+
+class TrafficContestRecord(TypedDict, total=False):
+    """What ``benchmark`` writes of several contenders under workloads and along sweeps: a workloads.json."""
+
+    schema: int
+    tool: Required[str]
+    cautions: list[str]
+    workloads: Required[list[TimedWorkload]]
+    sweeps: Required[list[SweepRecord]]

@@ -317,9 +317,18 @@ def _workloads(before: Folder, now: Folder, tolerance: float) -> tuple[list[Chan
 
 
 def _answered(pair: _Pair, key: str) -> _Samples:
-    """One time of every request, then and now, in the order of the file."""
-    old, new = ([_ANSWERED[key](one) for one in some.get("batches", ())] for some in (pair.old, pair.new))
+    """One time of every request, or the mean of every round at a server, then and now, in their order."""
+    old, new = (_of_rounds(some.get("batches", ()), _ANSWERED[key]) for some in (pair.old, pair.new))
     return old, new
+
+
+def _of_rounds(
+    batches: Sequence[Mapping[str, Any]], time: Callable[[Mapping[str, Any]], float]
+) -> list[float]:
+    rounds: dict[int, list[float]] = {}
+    for index, one in enumerate(batches):
+        rounds.setdefault(one.get("round", index), []).append(time(one))
+    return [fmean(of_one) for of_one in rounds.values()]
 
 
 def _sweeps(before: Folder, now: Folder, tolerance: float, left_out: list[str]) -> Iterator[Change]:

@@ -36,6 +36,7 @@ _SPEEDUPS = {
     "ttft_speedup": "Speed-up, first token",
     "tpot_speedup": "Speed-up, per output token",
     "e2e_speedup": "Speed-up, whole request",
+    "rate_speedup": "Speed-up, requests per second",
 }
 _AXES = {"context": "prompt tokens", "batch": "sequences in a batch", "threads": "threads"}
 _DRAWN = {"tpot_ms": "Decode, per token", "ttft_ms": "Time to first token"}
@@ -54,13 +55,21 @@ def title(workload: Mapping[str, Any]) -> str:
 def explain(workload: Mapping[str, Any]) -> str:
     """What such requests are for, and how many and how long they were."""
     file, batches = workload["file"], workload["variants"][0]["batches"]
-    size = file["batch_size"]
     lengths = [_range([one[key] for one in batches]) for key in ("prompt_tokens", "new_tokens")]
     count = file["requests"]
     asked = f"{count:,} request{'s' if count > 1 else ''}"
-    asked += f" in batches of {size:,}" if size > 1 else ", one at a time" if count > 1 else ""
+    asked += _how(workload) if count > 1 else ""
     said = f"{asked}: prompts of {lengths[0]} tokens, answers of {lengths[1]}."
     return " ".join(filter(None, (file.get("about"), said)))
+
+
+def _how(workload: Mapping[str, Any]) -> str:
+    """In batches, one by one, or by the clients of a server."""
+    clients, size = workload["file"].get("concurrency"), workload["file"]["batch_size"]
+    if clients is None:
+        return f" in batches of {size:,}" if size > 1 else ", one at a time"
+    rounds = len(workload["variants"][0]["round_seconds"])
+    return f", {clients:,} open at a time at a server of each model, in {rounds} rounds in turn"
 
 
 def cautions(measured: Mapping[str, Any]) -> list[str]:
@@ -84,12 +93,14 @@ def _rows(workload: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) ->
     for key, label in _LATENCIES.items():
         yield (label, *(_spread(one[key]) for one in variants))
     ratios = {one["variant"]: one for one in workload["comparisons"]}
-    for key, label in _SPEEDUPS.items() if ratios else ():
-        yield (label, *(_ratio(ratios.get(one["name"]), key) for one in variants))
+    for key, label in _SPEEDUPS.items():
+        if any(key in ratio for ratio in ratios.values()):
+            yield (label, *(_ratio(ratios.get(one["name"]), key) for one in variants))
     for key, label, write in (
         ("requests_per_s", "Requests per second", format_number),
         ("output_tokens_per_s", "Output tokens per second", format_number),
         ("total_tokens_per_s", "All tokens per second", format_number),
+        ("slots", "Answers written at a time", "{:,}".format),
         ("kv_cache_bytes", "KV cache, longest batch", format_bytes),
         ("peak_rss_bytes", "Peak memory (RSS)", format_bytes),
         ("peak_device_bytes", "Peak device memory", format_bytes),

@@ -7,9 +7,17 @@ import pytest
 from nirvana_deploy.export.footprint import Footprint
 from nirvana_deploy.measure.bounds import Work
 from nirvana_deploy.measure.worker import RoundSample
-from nirvana_deploy.measure.workloads.measured import comparisons_of, kv_cache_bytes, points_of, times_of
+from nirvana_deploy.measure.workloads.measured import (
+    comparisons_of,
+    comparisons_of_rounds,
+    kv_cache_bytes,
+    points_of,
+    times_of,
+    times_of_rounds,
+)
 from nirvana_deploy.measure.workloads.named import Request
-from nirvana_deploy.measure.workloads.turns import Answered
+from nirvana_deploy.measure.workloads.server import ServedSample
+from nirvana_deploy.measure.workloads.turns import Answered, AnsweredRound
 
 
 def answered(
@@ -32,6 +40,34 @@ def test_latencies_and_rates_by_hand() -> None:
     assert found["total_tokens_per_s"] == (2 * (8 + 3) + 2 * (4 + 2)) / 0.5
     assert found["energy_joules"] is found["energy_joules_per_output_token"] is None
     assert [one["itl_ms"] for one in found["batches"]] == [[10, 30], [60]]
+
+
+def round_of(*ttft: float, seconds: float, joules: float | None = None) -> AnsweredRound:
+    """A round of requests of four tokens, 10 ms apart."""
+    request = Request(1, 8, 4, seed=0, index=0)
+    answers = tuple(Answered(request, ServedSample(one, (10, 10, 10)), None) for one in ttft)
+    return AnsweredRound(answers, seconds, joules)
+
+
+def test_requests_that_are_open_together_share_the_seconds_of_their_round() -> None:
+    found = times_of_rounds([round_of(50, 70, seconds=0.25, joules=3), round_of(90, seconds=0.15, joules=1)])
+    assert found["ttft_ms"]["p50"] == 70 and found["tpot_ms"]["max"] == 10 and found["e2e_ms"]["max"] == 120
+    assert found["seconds"] == 0.4 and found["round_seconds"] == [0.25, 0.15]
+    assert found["requests_per_s"] == 3 / 0.4 and found["output_tokens_per_s"] == 3 * 4 / 0.4
+    assert found["energy_joules_per_output_token"] == 4 / 12
+    assert [one["round"] for one in found["batches"]] == [0, 0, 1]
+
+
+def test_ratios_of_servers_are_of_rounds() -> None:
+    """Twice as fast to the first token in each round's mean, at one and a half the rate."""
+    dense = [round_of(100, 300, seconds=0.6 * k) for k in range(1, 7)]
+    pruned = [round_of(150, 50, seconds=0.4 * k) for k in range(1, 7)]
+    (found,) = comparisons_of_rounds({"dense": dense, "pruned": pruned}, "dense")
+    assert (found["variant"], found["baseline"]) == ("pruned", "dense")
+    for metric, times in (("ttft", 2), ("tpot", 1), ("e2e", 230 / 130), ("rate", 1.5)):
+        ratio = found[f"{metric}_speedup"]
+        assert (ratio["p50"], ratio["low"]) == (pytest.approx(times), pytest.approx(times))
+        assert ratio["confidence"] > 0.95
 
 
 def test_energy_is_a_sum_or_nothing() -> None:

@@ -18,7 +18,7 @@ from nirvana_deploy.measure.workloads.named import (
 
 
 def test_the_embedded_workloads_are_whole() -> None:
-    assert embedded_names() == ("batch", "chat", "edge", "rag")
+    assert embedded_names() == ("batch", "chat", "edge", "rag", "server")
     for workload in load_workloads(embedded_names()):
         file = workload.file
         assert file.about and 1 <= file.batch_size <= 32
@@ -37,6 +37,31 @@ def test_lengths_are_drawn_by_the_seed() -> None:
     assert drawn(0) == drawn(0) != drawn(1)
     assert len(drawn(0)) == 30 and {prompt for prompt, _ in drawn(0)} == {3, 4, 5}
     assert {new for _, new in drawn(0)} == {2, 9}
+
+
+def test_requests_at_a_server_come_in_rounds_of_the_same_requests() -> None:
+    def rounds(requests: int, concurrency: int) -> list[int]:
+        file = WorkloadFile(prompt_tokens=(3, 5), new_tokens=4, requests=requests, concurrency=concurrency)
+        workload = NamedWorkload("n", file)
+        found = workload.rounds()
+        assert sum((one.requests for one in found), ()) == workload.timed()
+        assert [one.index for one in found] == list(range(len(found)))
+        asked = {request.index for request in workload.timed()}
+        first = workload.warmup_round().requests
+        assert [one.prompt_tokens for one in first] == [5] * concurrency
+        assert asked.isdisjoint({one.index for one in first}) and {one.batch_size for one in first} == {1}
+        assert workload.longest().written_tokens == concurrency * 8
+        return [len(one.requests) for one in found]
+
+    assert rounds(96, 4) == [16] * 6
+    assert rounds(27, 4) == [4, 5, 4, 5, 4, 5]
+    assert rounds(9, 4) == [4, 5]
+    assert rounds(4, 4) == [4]
+
+
+def test_a_workload_without_clients_says_nothing_of_them() -> None:
+    (chat, server) = load_workloads(["chat", "server"])
+    assert "concurrency" not in chat.to_json() and server.to_json()["concurrency"] == 4
 
 
 def test_several_names_and_files(tmp_path: Path) -> None:
@@ -67,6 +92,12 @@ def test_several_names_and_files(tmp_path: Path) -> None:
         ({"prompt_tokens": "{ least = 4, mst = 5 }"}, "it takes a whole number, a list of them, or { least"),
         ({"prompt_tokens": "{ least = 9, most = 4 }"}, "least = 9 and most = 4, which is less"),
         ({"seed": "-1"}, "seed = -1 is not allowed"),
+        ({"concurrency": "0"}, "concurrency = 0 is not allowed; .* at least 1"),
+        (
+            {"concurrency": "2", "batch_size": "2"},
+            "with concurrency = 2 every request stands alone, .*batch_size = 2 is not allowed",
+        ),
+        ({"concurrency": "8"}, "requests = 4 is less than concurrency = 8"),
     ],
 )
 def test_what_is_impossible_is_refused(tmp_path: Path, changes: dict[str, str | None], said: str) -> None:

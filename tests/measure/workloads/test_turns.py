@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.measure.worker import RoundSample
 from nirvana_deploy.measure.workloads.energy import EnergyMeter
-from nirvana_deploy.measure.workloads.named import Request
-from nirvana_deploy.measure.workloads.turns import in_turns
+from nirvana_deploy.measure.workloads.named import NamedWorkload, Request, WorkloadFile
+from nirvana_deploy.measure.workloads.server import ServedSample
+from nirvana_deploy.measure.workloads.turns import in_rounds, in_turns
 
 
 class Asked:
@@ -77,3 +79,39 @@ def test_one_that_dies_loses_nobody_elses_answers() -> None:
 def test_no_request_is_an_error() -> None:
     with pytest.raises(NirvanaError, match="chat: there is no request to time"):
         in_turns({}, [], warmup=[], vocab_size=7, label="chat", lost={})
+
+
+class Serves:
+    """A server that remembers who was asked for how much, and dies in one of its rounds."""
+
+    def __init__(self, name: str, log: list[str], dies_in: int = 0) -> None:
+        self.name, self.log, self.dies_in, self.rounds = name, log, dies_in, 0
+        self.prompts: list[NDArray[np.int64]] = []
+
+    def answer_all(
+        self, asked: Sequence[tuple[NDArray[np.int64], int]], *, clients: int
+    ) -> tuple[list[ServedSample], float]:
+        self.rounds += 1
+        if self.rounds == self.dies_in:
+            raise NirvanaError("It died.")
+        self.log.append(f"{self.name}{len(asked)}/{clients}")
+        self.prompts += [prompt for prompt, _ in asked]
+        return [ServedSample(2, (3.0,) * (new - 1)) for _, new in asked], 0.5
+
+
+def test_servers_take_turns_in_rounds_of_the_same_requests() -> None:
+    file = WorkloadFile(prompt_tokens=(3, 5), new_tokens=(2, 4), requests=7, concurrency=2)
+    workload, log, lost = NamedWorkload("x", file), list[str](), dict[str, NirvanaError]()
+    servers = {"a": Serves("a", log), "b": Serves("b", log), "c": Serves("c", log, dies_in=2)}
+    rounds = in_rounds(servers, workload, vocab_size=7, lost=lost)
+    assert log == ["a2/2", "b2/2", "c2/2", "a2/2", "b2/2", "b2/2", "a2/2", "a3/2", "b3/2"]
+    assert list(rounds) == ["a", "b"] and lost["c"].message == "It died."
+    for found in rounds.values():
+        answers = [answer for one in found for answer in one.answers]
+        assert tuple(answer.request for answer in answers) == workload.timed()
+        assert all(len(one.sample.itl_ms) == one.request.new_tokens - 1 for one in answers)
+        assert [(one.seconds, one.joules) for one in found] == [(0.5, None)] * 3
+    for one, other in zip(servers["a"].prompts, servers["b"].prompts, strict=True):
+        np.testing.assert_array_equal(one, other)
+    lengths = [len(prompt) for prompt in servers["a"].prompts]
+    assert lengths == [5, 5, *(request.prompt_tokens for request in workload.timed())]

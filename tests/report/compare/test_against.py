@@ -270,6 +270,23 @@ def test_a_workload_and_a_sweep_that_got_slower_are_found_request_by_request() -
     assert busy[f"{name}: TPOT"] == busy["TPOT, context 128"] == "as the baseline"
 
 
+def test_requests_at_a_server_are_compared_by_their_rounds() -> None:
+    """Six rounds of four requests each: the interval is that of six pairs of means."""
+    before, now = with_workloads(measured(0), 1), with_workloads(measured(0), 2)
+    means = []
+    for records in (before, now):
+        assert records.workloads is not None
+        for variant in records.workloads["workloads"][0]["variants"]:
+            for index, batch in enumerate(variant["batches"]):
+                batch["round"] = index // 4
+            times = [batch["ttft_ms"] for batch in variant["batches"]]
+            means.append(np.reshape(times, (6, 4)).mean(axis=1))
+    found = [one for one in compared(before, now).changes if one.measure.endswith(": TTFT")]
+    dense = next(one for one in found if one.variant == "dense")
+    ratios = means[2] / means[0]
+    assert (dense.low, dense.high) == (pytest.approx(ratios.min()), pytest.approx(ratios.max()))
+
+
 def test_a_workload_of_another_file_is_not_compared() -> None:
     before, now = with_workloads(measured(0), 1), with_workloads(measured(0), 2, slower=2.0)
     assert now.workloads is not None

@@ -56,6 +56,20 @@ def test_one_request_and_batches_are_told() -> None:
     assert explain(record).startswith("Offline. 64 requests in batches of 8: prompts")
 
 
+def test_clients_of_servers_are_told_with_the_ratio_of_their_rate() -> None:
+    record = copy.deepcopy(workload())
+    record["file"] |= {"requests": 1200, "concurrency": 4, "about": ""}
+    for one in record["variants"]:
+        one |= {"round_seconds": [1.0] * 6, "slots": 4}
+    assert explain(record).startswith(
+        "1,200 requests, 4 open at a time at a server of each model, in 6 rounds in turn: prompts of"
+    )
+    assert "Speed-up, requests per second" not in cells(record)
+    record["comparisons"][0]["rate_speedup"] = {"p50": 1.5, "low": 1.4, "high": 1.6, "confidence": 0.97}
+    assert cells(record)["Speed-up, requests per second"][1].startswith("1.50\N{MULTIPLICATION SIGN} (1.40")
+    assert cells(record)["Answers written at a time"] == ("4", "4")
+
+
 def test_a_single_model_has_no_speed_ups() -> None:
     record = copy.deepcopy(workload())
     record["variants"], record["comparisons"] = record["variants"][:1], []
