@@ -21,7 +21,7 @@ from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.machine import default_threads, measured_environment
 from nirvana_deploy.measure.bounds import mean_context_tokens
 from nirvana_deploy.measure.recipe import Workload
-from nirvana_deploy.measure.unit_cost import UnitTime, bytes_cost, unit_times
+from nirvana_deploy.measure.units.unit_cost import UnitTime, bytes_cost, unit_times
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.prune.curves.budget import UnitCost, weight_cost

@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 from nirvana_deploy.base.artifact import write_json
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
-from nirvana_deploy.base.recipe import names_of
 from nirvana_deploy.calibrate.stage import drawn_record
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.calibrate.windows_file import read_windows
-from nirvana_deploy.export.recipe import Export
 from nirvana_deploy.measure.answers import NEW_TOKENS, continuations, known_continuations
 from nirvana_deploy.measure.benchmark import (
     SCHEMA,
@@ -27,7 +25,6 @@ from nirvana_deploy.measure.benchmark import (
     require_memory_for,
     variant_from_folder,
 )
-from nirvana_deploy.measure.bounds import mean_context_tokens
 from nirvana_deploy.measure.evaluation_text import (
     EvaluationText,
     calibration_kinds,
@@ -38,10 +35,9 @@ from nirvana_deploy.measure.evaluation_text import (
 )
 from nirvana_deploy.measure.ntk.study import measure_ntk
 from nirvana_deploy.measure.quality import quality_of
-from nirvana_deploy.measure.recipe import Analysis, Evaluation, Measurement, Workload
+from nirvana_deploy.measure.recipe import Analysis, Evaluation, Workload
 from nirvana_deploy.measure.roofline.explained import Explained
 from nirvana_deploy.measure.rounds.elsewhere import earlier_benchmark, with_other_runtimes
-from nirvana_deploy.measure.unit_cost import bytes_cost, measured_cost
 from nirvana_deploy.measure.workloads.named import NamedWorkload
 from nirvana_deploy.measure.workloads.session import measure_sweep, measure_workload
 from nirvana_deploy.measure.workloads.sweep import Sweep
@@ -67,7 +63,6 @@ from nirvana_deploy.output.results import AnswersWritten, QualityMeasured, Timed
 from nirvana_deploy.output.run import Run
 from nirvana_deploy.output.stage import Stage
 from nirvana_deploy.output.variants import DENSE, PRUNED, ModelVariant, variants_of
-from nirvana_deploy.prune.curves.budget import UnitCost
 from nirvana_deploy.prune.plan_file import read_plan, shape_of
 from nirvana_deploy.runtime.models import models_for, place_of
 from nirvana_deploy.runtime.onnxruntime.providers import open_on_cpu
@@ -213,30 +208,6 @@ def _written(
             with _opened(run, path, place) as runner:
                 found[variant.name] = continuations(runner, text_side, stops=stops, advance=advance)
     return found
-
-
-def unit_cost(
-    run: Run, dense: Checkpoint, measure: str, *, export: Export, scheme: str | None, workload: Workload
-) -> Stage:
-    """What a KV group and a neuron cost for a decoded token, in "bytes" or "ms"; its result is a UnitCost."""
-
-    def work() -> UnitCost:
-        if measure == "bytes":
-            context = mean_context_tokens(
-                prompt_tokens=workload.prompt_tokens, new_tokens=workload.new_tokens
-            )
-            return bytes_cost(dense.shape, scheme=scheme, dtype=export.dtype, context_tokens=context)
-        return measured_cost(
-            dense,
-            scheme=scheme,
-            dtype=export.dtype,
-            flavor=export.flavor,
-            workload=workload,
-            progress=run.progress,
-        )
-
-    reads = ("cost", "quantize", *names_of(Export), *names_of(Measurement))
-    return Stage(stage.UNIT_COST, needs=(), makes=(), work=work, reads=reads)
 
 
 def _measured(run: Run) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ from nirvana_deploy.measure.answers import NEW_TOKENS
 from nirvana_deploy.measure.contest.timing import require_all_timed
 from nirvana_deploy.measure.gate import require_quality
 from nirvana_deploy.measure.recipe import Measurement, Workload
-from nirvana_deploy.measure.stage import answers, quality, speed, unit_cost
+from nirvana_deploy.measure.stage import answers, quality, speed
+from nirvana_deploy.measure.units.stage import unit_cost
 from nirvana_deploy.model.checkpoint import Checkpoint, model_record
 from nirvana_deploy.model.sources import resolve_model
 from nirvana_deploy.output.layout import BENCHMARK_FILE, CHECKPOINT, RECIPE_FILE, REPORT_HTML

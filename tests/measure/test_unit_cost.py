@@ -15,7 +15,7 @@ from nirvana_deploy.base.progress import Advance
 from nirvana_deploy.export.footprint import footprint_of
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
 from nirvana_deploy.measure.recipe import Workload
-from nirvana_deploy.measure.unit_cost import (
+from nirvana_deploy.measure.units.unit_cost import (
     FEWER_GROUPS,
     FEWER_NEURONS,
     WHOLE,

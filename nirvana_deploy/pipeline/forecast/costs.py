@@ -16,7 +16,7 @@ from nirvana_deploy.calibrate.stage import windows_wanted
 from nirvana_deploy.engine.stage import engine_name
 from nirvana_deploy.export.dtypes import dtype_named
 from nirvana_deploy.measure.answers import NEW_TOKENS
-from nirvana_deploy.measure.unit_cost import weight_bytes
+from nirvana_deploy.measure.units.unit_cost import weight_bytes
 from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.weights import stored_shapes
 from nirvana_deploy.output import stage

@@ -51,6 +51,8 @@ REFIT = "refit"
 """The work that processes share."""
 _REMEMBERED_BYTES = 1 << 28
 """Inputs of a reader up to this size are kept; larger ones are computed again."""
+_Achieved = dict[str, tuple[float, bool]]
+"""(explained share, whether the plain cut stayed) by weight name: the weights themselves are on disk."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,12 @@ def refit_readers(
         refitting = _Refitting(
             checkpoint, kept, choose, ridge, read_tokens(shape, *tokens.shape), write, seen
         )
-        fits = refitting.run(model, windows, micro_batch)
+        achieved = refitting.run(model, windows, micro_batch)
     return Reconstruction(
         ridge=ridge,
         tokens=int(tokens.size),
-        explained_share={name: fit.explained_share for name, fit in fits.items()},
-        plain=tuple(name for name, fit in fits.items() if fit.plain),
+        explained_share={name: share for name, (share, _) in achieved.items()},
+        plain=tuple(name for name, (_, plain) in achieved.items() if plain),
     )
 
 
@@ -184,15 +186,15 @@ class _Refitting:
     """What to do with the weights of a block, by name."""
     seen: DenseStates | None = None
 
-    def run(self, model: StreamedModel, windows: torch.Tensor, micro_batch: int) -> dict[str, Fit]:
-        """Take this process's part of windows [N, T] through all blocks; returns the fits by name."""
+    def run(self, model: StreamedModel, windows: torch.Tensor, micro_batch: int) -> _Achieved:
+        """Take this process's part of windows [N, T] through all blocks."""
         own, share = share_of(windows, micro_batch)
         seen = self.seen
         if seen is not None and not seen.of(self.checkpoint, own, micro_batch):
             seen = None
-        fits: dict[str, Fit] = {}
+        achieved: _Achieved = {}
         if not len(own):
-            return fits
+            return achieved
 
         def visit(
             positions: Sequence[int], block: nn.Module, dense: Runs, made: Runs
@@ -211,12 +213,12 @@ class _Refitting:
                 stored = stored_as(self.checkpoint.weights, reader.name, fit.weight)
                 set_columns(reader.linear, fit.kept, stored.float())
                 states = replay.states_behind()
-                written[reader.name], fits[reader.name] = stored, fit
+                written[reader.name], achieved[reader.name] = stored, (fit.explained_share, fit.plain)
             self.write(positions, written)
             return left, states
 
         model.transform_blocks(own, visit, micro_batch=micro_batch)
-        return fits
+        return achieved
 
     def _fit(self, reader: Reader, replay: _Replay, wanted: Sequence[Wanted], share: Share) -> Fit:
         kept = None if self.kept is None else self.kept[reader.name]

@@ -1,0 +1,1 @@
+"""What a KV group and a neuron cost for a decoded token."""
