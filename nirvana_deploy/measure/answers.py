@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +13,10 @@ from nirvana_deploy.verify.cases import PROMPTS, Continued
 
 NEW_TOKENS = 24
 """Not more than verification hears."""
+Heard = Mapping[str, Continued]
+"""By variant, what its ONNX folder says in ONNX Runtime on the CPU."""
+Texts = dict[str, tuple[str, ...]]
+"""By variant, how it continues each of PROMPTS."""
 
 
 def continuations(
@@ -34,6 +39,22 @@ def continuations(
             texts[-1] = answer.text
         advance(1)
     return tuple(texts)
+
+
+def answers_of(
+    opened: Callable[[], Runner],
+    known: Continued,
+    tokenizer: Any,
+    stops: frozenset[int],
+    advance: Advance,
+) -> tuple[str, ...]:
+    """The continuations by a model, which is ``opened`` unless all that it says is ``known``."""
+    texts = known_continuations(known, tokenizer, stops=stops)
+    if texts is None:
+        with opened() as runner:
+            return continuations(runner, tokenizer, stops=stops, advance=advance)
+    advance(len(PROMPTS))
+    return texts
 
 
 def known_continuations(

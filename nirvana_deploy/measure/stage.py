@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -17,7 +18,7 @@ from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.calibrate.stage import drawn_record
 from nirvana_deploy.calibrate.windows import TokenWindows
 from nirvana_deploy.calibrate.windows_file import read_windows
-from nirvana_deploy.measure.answers import NEW_TOKENS, continuations, known_continuations
+from nirvana_deploy.measure.answers import NEW_TOKENS, Heard, Texts, answers_of
 from nirvana_deploy.measure.benchmark import (
     SCHEMA,
     Variant,
@@ -70,7 +71,7 @@ from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.runtime.registry import is_engine, open_runner
 from nirvana_deploy.runtime.runner import Runner
 from nirvana_deploy.runtime.text import load_text_side, tokenizer_folder
-from nirvana_deploy.verify.cases import PROMPTS, Continued
+from nirvana_deploy.verify.cases import PROMPTS
 
 
 class _Measured(TypedDict):
@@ -163,11 +164,10 @@ def _qualities(
     return found
 
 
-def answers(run: Run, place: Place, heard: Mapping[str, Continued] | None = None) -> Stage:
+def answers(run: Run, place: Place, heard: Heard | None = None) -> Stage:
     """What the models write after a few prompts, greedily; in ``place`` as :func:`quality`.
 
-    A model that does not write text from nothing is not asked, and the record says so; nor is one that was
-    ``heard`` in ONNX Runtime on the CPU, by variant.
+    One that does not write text from nothing is not asked, and the record says so; nor one ``heard`` before.
     """
 
     def work() -> AnswersWritten:
@@ -176,7 +176,7 @@ def answers(run: Run, place: Place, heard: Mapping[str, Continued] | None = None
         if family.writes_text:
             result = AnswersWritten(NEW_TOKENS, PROMPTS, _written(run, models, place, heard or {}))
         else:
-            nothing: dict[str, tuple[str, ...]] = {variant.name: () for variant in models}
+            nothing: Texts = {variant.name: () for variant in models}
             why = f"{family.name} transforms a text; it does not continue one."
             result = AnswersWritten(NEW_TOKENS, (), nothing, skipped=why)
         write_json(run.out / ANSWERS_FILE, asdict(result))
@@ -191,22 +191,14 @@ def answers(run: Run, place: Place, heard: Mapping[str, Continued] | None = None
     )
 
 
-def _written(
-    run: Run, models: Mapping[ModelVariant, Path], place: Place, heard: Mapping[str, Continued]
-) -> dict[str, tuple[str, ...]]:
+def _written(run: Run, models: Mapping[ModelVariant, Path], place: Place, heard: Heard) -> Texts:
     """The continuations of each model, one model in memory at a time."""
     text_side, stops = load_text_side(tokenizer_folder(next(iter(models.values()))))
     found = {}
     with run.progress.task("Answers", len(models) * len(PROMPTS)) as advance:
-        for variant, path in models.items():
-            same = place.runtime is None and path == run.out / variant.folder
-            known = known_continuations(heard.get(variant.name, {}), text_side, stops=stops) if same else None
-            if known is not None:
-                found[variant.name] = known
-                advance(len(PROMPTS))
-                continue
-            with _opened(run, path, place) as runner:
-                found[variant.name] = continuations(runner, text_side, stops=stops, advance=advance)
+        for v, path in models.items():
+            known = heard.get(v.name, {}) if place.runtime is None and path == run.out / v.folder else {}
+            found[v.name] = answers_of(partial(_opened, run, path, place), known, text_side, stops, advance)
     return found
 
 

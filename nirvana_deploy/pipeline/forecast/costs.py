@@ -309,7 +309,11 @@ class Costs:
         jobs = quantized_models(self._job)  # verification has heard the others
         models = [self.weights_bytes(self._sizes(of), scheme) for of, scheme in jobs]
         steps = len(PROMPTS) * NEW_TOKENS
-        return Cost(read_bytes=steps * sum(models), memory_bytes=self._program(max(models, default=0)))
+        return Cost(
+            read_bytes=steps * sum(models),
+            seconds=_SMALL_S,
+            memory_bytes=self._program(max(models, default=0)),
+        )
 
     def _benchmark(self) -> Cost:
         models, work = self._measured(), self._job.measurement
