@@ -64,6 +64,7 @@ class _Watched(Trainer):  # type: ignore[misc, unused-ignore]
     """Measures the KL of watching windows in place of a loss, and says where a loss is no number."""
 
     control: TrainerControl
+    is_fsdp_enabled: bool
 
     def __init__(
         self, student: Student, watch: Sequence[NDArray[np.int64]], *, first: int, batch: int, **kwargs: Any
