@@ -51,7 +51,10 @@ def plugin_for(model: nn.Module, *, bfloat16: bool) -> Any:
 
 def widened(model: Any) -> Any:
     """``model``, whose layers are handed float32 also where its embedding is gathered in bfloat16."""
-    model.get_input_embeddings().register_forward_hook(lambda module, inputs, states: states.float())
+    table = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight is table:
+            module.register_forward_hook(lambda module, inputs, states: states.float())
     return model
 
 
