@@ -21,6 +21,7 @@ from scale import SHAPES  # the script beside this one
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NODES, CUTS = (1, 8, 64), (5, 100, 1000)
+_BFLOAT16_BYTES = 2
 FILE_SYSTEM_BYTES_S = 1e9
 """A shared file system that takes this much is common."""
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_key_value_heads": 8, "head_dim": 128}
@@ -89,12 +90,9 @@ def _of_nodes(record: dict[str, Any]) -> list[str]:
 
 def _of_layers() -> list[str]:
     """A layer of the 8B shape as it was measured, and of 70B by the ratio of products and weights."""
-    one, two = (
-        json.loads((RESULTS / f"scale-8b-{layers}-best.json").read_text(encoding="utf-8"))
-        for layers in ("1layer", "2layers")
-    )
-    layer_bytes = two["dense_bytes"] - one["dense_bytes"]
-    times = {name: one["streamed"]["stages"][name]["cpu_s"] for name in ("curves", "refit")}
+    measured = json.loads((RESULTS / "scale-8b-2layers-best.json").read_text(encoding="utf-8"))
+    stages, layer_bytes = measured["streamed"]["stages"], _BFLOAT16_BYTES * _weights(SHAPES["8b"])
+    times = {name: stages[name]["cpu_s"] / measured["layers"] for name in ("curves", "refit")}
     products = _products(LLAMA_70B) / _products(SHAPES["8b"])
     weights = _weights(LLAMA_70B) / _weights(SHAPES["8b"])
     lines = [
@@ -108,7 +106,7 @@ def _of_layers() -> list[str]:
         cells += [f"{larger * layer_bytes / 1e6:,.0f}", f"{LAYERS[name]}"]
         cells.append(f"{LAYERS[name] * sum(seconds.values()) / 3600:,.0f}")
         lines.append(f"| {' | '.join(cells)} |")
-    tokens = one["best_sequences"] * one["seq_len"]
+    tokens = measured["best_sequences"] * measured["seq_len"]
     note = (
         f"On {tokens:,} tokens. 70B was not run: its seconds are {products:.0f} times those of 8B, the ratio "
         f"of the products of an FFN's elimination (F\N{SUPERSCRIPT TWO} D), its bytes {weights:.1f} times, "
