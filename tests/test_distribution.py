@@ -27,7 +27,7 @@ DATA = {
     "nirvana_deploy/py.typed",
     *(f"nirvana_deploy/calib_sets/{name}.toml" for name in ("bookcorpus", "c4", "lambada", "wikitext")),
     *(f"nirvana_deploy/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("calib_sets/*/*.txt")),
-    *(f"nirvana_deploy/measure/workloads/{name}.toml" for name in ("batch", "chat", "edge", "rag")),
+    *(f"nirvana_deploy/measure/workloads/{name}.toml" for name in ("batch", "chat", "edge", "rag", "server")),
     *(
         f"nirvana_deploy/{path.relative_to(ROOT / 'nirvana_deploy').as_posix()}"
         for path in ROOT.glob("nirvana_deploy/report/templates/*")

@@ -213,8 +213,8 @@ def benchmark_workloads(
     with Run.open(out, writing=True, progress=progress) as run:
         most = Checkpoint.open(out / CHECKPOINT).context_tokens
         require_context((workloads, sweeps), most, again=again)
-        require_served(workloads, timed_variants(run, runtime))
         _require_undamaged(run, runtime)
+        require_served(workloads, timed_variants(run, runtime))
         if base.wait_until_idle:
             wait_until_idle(max_minutes=base.max_minutes, progress=progress)
         asked_for = [*(((one,), ()) for one in workloads), *(((), (one,)) for one in sweeps)]

@@ -315,7 +315,7 @@ def test_the_loss_is_the_sum_of_its_terms(llama: Cut, terms: tuple[float, float,
     recipe = Recovery(**options)
     windows = torch.from_numpy(llama.windows[:3])
     pruned = shared.model_to_train(llama.cut, recipe, llama.folder)
-    teacher = LiveTeacher(llama.dense, torch.device("cpu"))
+    teacher = LiveTeacher(llama.dense)
     found = Student(pruned, teacher, recipe)(windows, torch.arange(3))["loss"]
     dense, cut = llama.dense.load(), llama.cut.load()
     log_p, log_q = (model(windows).logits.log_softmax(-1) for model in (dense, cut))

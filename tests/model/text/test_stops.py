@@ -17,11 +17,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.reading import read_json
 from nirvana_deploy.export.onnx_export import onnx_from_checkpoint
-from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.checkpoint import Checkpoint, load_tokenizer
 from nirvana_deploy.model.text.stops import sampling_settings, stop_ids
 from nirvana_deploy.package.gguf_export import gguf_from_checkpoint
+from nirvana_deploy.runtime.genai import GenaiModel
 from nirvana_deploy.runtime.text import load_text_side
-from nirvana_deploy.verify.against_torch import _text_checks
+from nirvana_deploy.verify.compare import TextCheck, compare_texts
 
 GENERATION = "generation_config.json"
 NAMED: list[tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = [
@@ -112,8 +113,13 @@ def test_prompt_text_is_compared_with_genais_tokenizer(begins: bool, tmp_path: P
             tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
         ).save_pretrained(folder)
     onnx_from_checkpoint(Checkpoint.open(folder), tmp_path / "onnx")
-    (check,) = _text_checks(folder, tmp_path / "onnx", asked=True)
+
+    def compared(checkpoint: Path) -> TextCheck:
+        encode = GenaiModel(tmp_path / "onnx").encoder()
+        return compare_texts("onnxruntime-genai", load_tokenizer(checkpoint), encode)
+
+    check = compared(folder)
     assert (check.equal_texts, check.differs) == (check.texts, None)
     write_tiny(tmp_path / "other", "llama-tied")  # its tokenizer merges nothing
-    (check,) = _text_checks(tmp_path / "other", tmp_path / "onnx", asked=True)
+    check = compared(tmp_path / "other")
     assert check.equal_texts < check.texts and "to onnxruntime-genai" in (check.differs or "")
