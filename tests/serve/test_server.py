@@ -474,7 +474,7 @@ def test_a_fault_is_answered_and_told_and_the_server_goes_on(
             status, error = refused(server, COMPLETIONS, ASKED)
             assert status == 500 and "The runtime failed" in error["message"]
         assert asked(server, "POST", COMPLETIONS, ASKED)[0] == 200
-        assert asked(server, "GET", "/health")[2]["active"] == 0
+        _until(lambda: asked(server, "GET", "/health")[2]["active"] == 0)
     ours, runtimes = progress.notes
     assert "This is a fault of nirvana-deploy" in ours and "ZeroDivisionError: by accident" in ours
     assert runtimes == "The runtime failed: ZeroDivisionError: by accident"
