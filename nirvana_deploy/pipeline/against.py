@@ -23,9 +23,10 @@ def compare_with_earlier(
 ) -> Changes:
     """Say what got slower or worse beyond noise since an earlier benchmark.
 
-    Each is an output folder, a benchmark.json, or what ``benchmark --out`` wrote. ``tolerance`` is the least
-    change that counts, as a share. Raises NirvanaError for what was not measured, for another model, and for
-    benchmarks without a model in common; ``require_none_worse`` of the result raises RegressionError.
+    Each is an output folder, a benchmark.json, a workloads.json, or what ``benchmark --out`` wrote.
+    ``tolerance`` is the least change that counts, as a share. Raises NirvanaError for what was not measured,
+    for another model, and for benchmarks without a model in common; ``require_none_worse`` of the result
+    raises RegressionError.
     """
     asked = Tolerance(tolerance=tolerance)
     return changes_since(_measured(Path(before)), _measured(Path(now)), tolerance=asked.tolerance)
@@ -34,14 +35,22 @@ def compare_with_earlier(
 def _measured(path: Path) -> Folder:
     label = str(path)
     if not path.is_dir():
-        record: Any = read_json(
-            path, BenchmarkRecord, schema=_SCHEMA, hint="Name an output folder, or its benchmark.json."
-        )
-        return Folder(label, Records(None, None, dict(record), _workloads_beside(path)))
+        return Folder(label, _of_file(path))
     records = read_records(path)
-    if records.benchmark is None:
+    if records.benchmark is None and not records.workloads:
         raise NirvanaError(f"{path} was not measured.", hint=f"Measure it: nirvana-deploy benchmark {path}")
     return Folder(label, records)
+
+
+def _of_file(path: Path) -> Records:
+    """A benchmark or a contest, or what was timed under workloads alone."""
+    hint = "Name an output folder, or its benchmark.json."
+    keys = read_json(path, dict[str, Any], hint=hint)
+    if "workloads" in keys and "variants" not in keys:
+        under: Any = read_json(path, WorkloadsRecord, schema=_SCHEMA, hint=hint)
+        return Records(None, None, None, dict(under))
+    record: Any = read_json(path, BenchmarkRecord, schema=_SCHEMA, hint=hint)
+    return Records(None, None, dict(record), _workloads_beside(path))
 
 
 def _workloads_beside(benchmark: Path) -> dict[str, Any] | None:

@@ -97,6 +97,8 @@ def test_contenders_are_timed_under_a_workload_and_along_a_sweep(places: Path) -
     (mine,), (context,) = record["workloads"], record["sweeps"]
     names = ["out:pruned", "other"]
     assert [one["name"] for one in mine["variants"]] == names == [one["name"] for one in context["variants"]]
+    same = asked(report, "race.json", "--against", "race.json")
+    assert same.exit_code == 0 and "mine: TTFT" in same.stdout and "worse" not in same.stdout
     (compared,) = mine["comparisons"]
     assert (compared["variant"], compared["baseline"]) == ("other", "out:pruned")
     assert compared["tpot_speedup"]["low"] <= compared["tpot_speedup"]["p50"]
@@ -244,6 +246,8 @@ def test_against_takes_folders_and_files_and_exits_with_4(tmp_path: Path) -> Non
     assert asked(report, now, "--against", old, "--tolerance", "60%").exit_code == 0
     assert not (now / "report.html").exists()
     (old / "benchmark.json").unlink()
+    assert {one.measure.split(":")[0] for one in compare_with_earlier(now, old).changes} >= {"chat"}
+    (old / "workloads.json").unlink()
     with pytest.raises(NirvanaError, match=r"old was not measured\.\nMeasure it: nirvana-deploy benchmark"):
         compare_with_earlier(now, old)
     wrong = asked(report, now, old, "--against", old)

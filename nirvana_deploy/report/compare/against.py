@@ -136,14 +136,8 @@ def changes_since(before: Folder, now: Folder, *, tolerance: float) -> Changes:
     """
     then, new = before.records.benchmark or {}, now.records.benchmark or {}
     require_same_model(before, now)
-    old_variants = {str(one["name"]): one for one in then["variants"]}
+    old_variants = {str(one["name"]): one for one in then.get("variants") or ()}
     pairs = _pairs(then, new)
-    if not pairs:
-        raise NirvanaError(
-            f"{before.label} and {now.label} have no model in common: {', '.join(old_variants)} there, "
-            f"{', '.join(str(one['name']) for one in new['variants'])} here.",
-            hint="Compare the benchmark of the same models.",
-        )
     apart, texts = list(times_apart(then, new, now.label)), list(other_text(before, now))
     baseline = baseline_of(new) or {}
     baselines = _Pair("", old_variants.get(str(baseline.get("name")), {}), baseline)
@@ -156,6 +150,12 @@ def changes_since(before: Folder, now: Folder, *, tolerance: float) -> Changes:
         found += _memory(pair, tolerance, compared=not apart)
     of_workloads, left_out = _workloads(before, now, tolerance)
     found += [*of_workloads, *_sweeps(before, now, tolerance, left_out)]
+    if not pairs and ((then and new) or not found):
+        raise NirvanaError(
+            f"{before.label} and {now.label} have no model in common: {_models(before)} there, "
+            f"{_models(now)} here.",
+            hint="Compare benchmarks of the same models, under the same workloads.",
+        )
     cautions = [*apart, *texts, *differences(before, now), *_baseline_itself(found, baselines)]
     cautions += [*_not_judged(found), *left_out, *(f"{now.label}: {one}" for one in failed(new))]
     if not texts and (lacking := _without_windows(before, now, pairs)):
@@ -164,6 +164,18 @@ def changes_since(before: Folder, now: Folder, *, tolerance: float) -> Changes:
             f"Measure it again: nirvana-deploy evaluate {lacking}"
         )
     return Changes(before.label, tuple(found), tuple(cautions))
+
+
+def _models(folder: Folder) -> str:
+    """The models that were timed; where that was under workloads and along axes alone, those of each."""
+    if benchmark := folder.records.benchmark:
+        return ", ".join(_names(benchmark))
+    under = {**_entries(folder, "workloads", "name"), **_entries(folder, "sweeps", "axis")}
+    return "; ".join(f"{name}: {', '.join(_names(one))}" for name, one in under.items())
+
+
+def _names(timed: _Entry) -> list[str]:
+    return [str(one["name"]) for one in timed["variants"]]
 
 
 @dataclass(frozen=True)
@@ -357,16 +369,21 @@ def _points(pair: _Pair) -> dict[int, _Pair]:
 
 def _both(before: Folder, now: Folder, what: str, name: str) -> Iterator[tuple[_Entry, _Entry]]:
     """Entries of the two workloads.json of one name."""
-    then = {one[name]: one for one in (before.records.workloads or {}).get(what) or ()}
-    for new in (now.records.workloads or {}).get(what) or ():
-        if new[name] in then:
-            yield then[new[name]], new
+    then = _entries(before, what, name)
+    for key, new in _entries(now, what, name).items():
+        if key in then:
+            yield then[key], new
+
+
+def _entries(folder: Folder, what: str, name: str) -> dict[str, _Entry]:
+    return {str(one[name]): one for one in (folder.records.workloads or {}).get(what) or ()}
 
 
 def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[_Pair]:
     """The models that both have."""
-    then = {str(one["name"]): one for one in old["variants"]}
-    return [_Pair(str(one["name"]), then[one["name"]], one) for one in new["variants"] if one["name"] in then]
+    then = {str(one["name"]): one for one in old.get("variants") or ()}
+    pairs = ((str(one["name"]), one) for one in new.get("variants") or ())
+    return [_Pair(name, then[name], one) for name, one in pairs if name in then]
 
 
 def _change(

@@ -52,8 +52,8 @@ def times_apart(then: Mapping[str, Any], new: Mapping[str, Any], label: str) -> 
 
 
 def _other_runtimes(then: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    runtimes = {str(one["name"]): one.get("runtime") for one in then["variants"]}
-    pairs = [(runtimes.get(str(one["name"])), one.get("runtime")) for one in new["variants"]]
+    runtimes = {str(one["name"]): one.get("runtime") for one in then.get("variants") or ()}
+    pairs = [(runtimes.get(str(one["name"])), one.get("runtime")) for one in new.get("variants") or ()]
     others = dict.fromkeys((old, now) for old, now in pairs if None not in (old, now) and old != now)
     if others:
         said = "; ".join(f"runtime {old} before, {now} now" for old, now in others)
@@ -103,12 +103,12 @@ def differences(before: Folder, now: Folder) -> Iterator[str]:
             yield f"The recipe is another: {'; '.join(changed[:_NAMED])}{more}."
     for when, one in (("before", then), ("now", new)):
         yield from (f"{when.capitalize()}: {said}" for said in (one.get("watch") or {}).get("cautions") or ())
-    names = {str(one["name"]) for one in new["variants"]}
-    gone = [str(one["name"]) for one in then["variants"] if str(one["name"]) not in names]
+    variants = [(one.get("variants") or ()) for one in (then, new)]
+    names = {str(one["name"]) for one in variants[1]}
+    gone = [str(one["name"]) for one in variants[0] if str(one["name"]) not in names]
     if gone:
         yield f"Not measured any more: {', '.join(gone)}."
-    counts = [len((one.get("tpot_ms") or {}).get("samples") or ()) for one in then["variants"]]
-    counts += [len((one.get("tpot_ms") or {}).get("samples") or ()) for one in new["variants"]]
+    counts = [len((one.get("tpot_ms") or {}).get("samples") or ()) for some in variants for one in some]
     fewest = [1.0] * min(filter(None, counts), default=0)
     if fewest and ratio_of_runs(fewest, fewest).confidence < CONFIDENCE:
         yield (

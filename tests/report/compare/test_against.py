@@ -297,6 +297,22 @@ def test_a_workload_of_another_file_is_not_compared() -> None:
     assert f"Workload {name}: Times are not compared: its file is another." in found.cautions
 
 
+def test_workloads_alone_are_compared_with_those_of_a_folder_or_of_another_record() -> None:
+    """What ``benchmark A B --workload`` writes has no times outside of them."""
+    timed = with_workloads(measured(0), 1).workloads
+    slower = with_workloads(measured(0), 2, slower=1.2)
+    before, now = Records(None, None, None, timed), Records(None, None, None, slower.workloads)
+    found = compared(before, now)
+    assert {one.variant for one in found.worse} == {"pruned"}
+    assert {one.measure for one in found.worse} == {one.measure for one in compared(before, slower).worse}
+    assert slower.workloads is not None
+    for one in (*slower.workloads["workloads"], *slower.workloads["sweeps"]):
+        for variant in one["variants"]:
+            variant["name"] = f"their:{variant['name']}"
+    with pytest.raises(NirvanaError, match=r"no model in common: .*chat: dense, pruned.* their:dense"):
+        compared(before, now)
+
+
 def test_more_memory_is_worse_from_5_percent_on() -> None:
     for factor, verdict in ((1.04, "within tolerance"), (1.06, "worse"), (0.9, "better")):
         now = measured(0)
