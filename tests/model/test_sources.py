@@ -236,6 +236,23 @@ def test_folder_resolves_to_itself(tiny_llama: Path) -> None:
     assert (model.path, model.name, model.licence) == (tiny_llama.resolve(), tiny_llama.name, None)
 
 
+def test_a_link_to_a_folder_is_called_what_the_link_is(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache's folder may have a hash for a name; what is made of it is called by what the user typed."""
+    (tmp_path / "mine").symlink_to(tiny_llama)
+    snapshot = tmp_path / "models--org--good" / "snapshots" / REVISION
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(tiny_llama, snapshot)
+    (tmp_path / "latest").symlink_to(snapshot)
+    monkeypatch.chdir(tmp_path)
+    found = resolve_model("./mine")
+    assert (found.name, found.path) == ("mine", tiny_llama.resolve())
+    assert resolve_model("./latest").name == "good"
+    monkeypatch.chdir(tmp_path / "mine")
+    assert resolve_model(".").name == tiny_llama.resolve().name
+
+
 def test_folder_of_pickles_is_refused_with_the_command_that_converts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")

@@ -30,6 +30,7 @@ from nirvana_deploy.pipeline.forecast.stages import stages_of
 from nirvana_deploy.pipeline.job import job_of
 from nirvana_deploy.pipeline.prune_export import prune_export
 from nirvana_deploy.prune.choosing.choices import choices_of
+from nirvana_deploy.prune.refit import dense_states
 from nirvana_deploy.search.recipe import Search
 
 SMOLLM2 = {
@@ -107,6 +108,23 @@ def test_memory_is_that_which_was_recorded_within_a_half(monkeypatch: pytest.Mon
     recorded = [one["peak_rss_bytes"] for one in map(json.loads, lines) if one["recipe"] == "best"]
     usual = median(recorded)  # a process that has made several cuts holds more than one needs
     assert most / 1.5 < usual < 1.5 * most
+
+
+def test_states_that_scores_leave_to_the_refit_are_counted_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def memory(name: str, free_bytes: int, **options: Any) -> float:
+        free = SimpleNamespace(available=free_bytes)
+        monkeypatch.setattr(dense_states.psutil, "virtual_memory", lambda: free)
+        return costs_of_smollm2(monkeypatch, preset="fast", **options).of(name).memory_bytes
+
+    windows = job_of("smollm2", {"sparsity": 0.2, "preset": "fast"}).calibration
+    assert isinstance(windows.num_sequences, int)
+    kept = 2 * 30 * windows.num_sequences * windows.seq_len * 576 * 4
+    for name in (stage.SCORE, stage.RECONSTRUCT):
+        assert memory(name, 8 * kept) - memory(name, 3 * kept) == kept
+    assert memory(stage.SCORE, 8 * kept, reconstruct=False) == memory(stage.SCORE, 3 * kept)
+    assert memory(stage.SCORE, 8 * kept, saliency="nirvana") > memory(stage.SCORE, 3 * kept)
 
 
 TRAINED = {"recover": "400k", "recover_dtype": "float32", "recover_teacher": "live"}

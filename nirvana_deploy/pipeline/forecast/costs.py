@@ -30,6 +30,9 @@ from nirvana_deploy.prune.choosing.choices import Choices
 from nirvana_deploy.prune.curves.measure_curves import CURVE_TOKENS
 from nirvana_deploy.prune.curves.operations import curve_operations, refit_operations
 from nirvana_deploy.prune.cutting import reads_curves
+from nirvana_deploy.prune.recipe import REFIT
+from nirvana_deploy.prune.refit.dense_states import kept_bytes
+from nirvana_deploy.prune.saliency.gradient import saliency_named
 from nirvana_deploy.quantize.schemes import weight_schemes
 from nirvana_deploy.recover.budget import budget_of, part_of
 from nirvana_deploy.recover.learning.needs import stores_teacher
@@ -212,12 +215,25 @@ class Costs:
     def _score(self) -> Cost:
         sizes = self.dense
         operations = 2 * self._tokens * (_SCORING_PASSES * sizes.linear + 3 * sizes.table)
-        memory, spilled = self._streamed(self._states_bytes(self._tokens, len(self._shape.layers) + 1))
-        return Cost(operations, spilled_bytes=spilled, memory_bytes=memory)
+        levels = 2 if self._scores_features else len(self._shape.layers) + 1
+        memory, spilled = self._streamed(self._states_bytes(self._tokens, levels))
+        return Cost(operations, spilled_bytes=spilled, memory_bytes=memory + self._kept_for_refit())
+
+    @property
+    def _scores_features(self) -> bool:
+        """Whether every score is of features, which one pass forward tells."""
+        named = [one for one in self._choices.saliencies if one != REFIT]
+        return bool(named) and all(saliency_named(one).features is not None for one in named)
+
+    def _kept_for_refit(self) -> int:
+        """States of the dense model that scores leave to the refit."""
+        both = self._choices.single and self._job.pruning.reconstruct and self._scores_features
+        return kept_bytes(self._shape, self._tokens) if both else 0
 
     def _reconstruct(self) -> Cost:
         operations = refit_operations(self._shape, self._tokens)
         memory, spilled = self._streamed(self._states_bytes(self._tokens, 2))
+        memory += self._kept_for_refit()
         readers = sum(one.query_heads * self._shape.head_dim + one.ffn_width for one in self._shape.layers)
         kept = (1 - self._job.pruning.sparsity) * readers * self._shape.hidden_size
         return Cost(

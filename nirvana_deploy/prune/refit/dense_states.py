@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from nirvana_deploy.model.checkpoint import Checkpoint
+from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.refit.readers import Reader, Wanted, changed, watched
 from nirvana_deploy.prune.streaming.processes import count
 
@@ -56,6 +57,18 @@ def aims_noted(readers: Sequence[Reader]) -> Iterator[Callable[[States], Aims]]:
         yield aims
 
 
+def kept_bytes(shape: ModelShape, tokens: int) -> int:
+    """What the aims of all blocks on ``tokens`` take in memory; 0 where they do not fit, and none is kept.
+
+    Nor those of an encoder-decoder, whose first block leaves the position biases of the others.
+    """
+    sites = [shape.place(position)[0] for position in range(len(shape.layers))]
+    tensors = sum(2 + 2 * (site.attention_post_norm is not None) for site in sites)
+    needed_bytes = tensors * tokens * shape.hidden_size * _FLOAT32_BYTES
+    room_bytes = min(_MOST_BYTES, psutil.virtual_memory().available // _MOST_SHARE)
+    return 0 if shape.family.encoder_decoder or needed_bytes > room_bytes else needed_bytes
+
+
 class DenseStates:
     """The aims of all blocks on some windows, from one pass of the dense model for a later one."""
 
@@ -64,17 +77,9 @@ class DenseStates:
         self._kept: dict[tuple[int, ...], Aims] = {}
 
     def begin(self, checkpoint: Checkpoint, windows: torch.Tensor, micro_batch: int) -> bool:
-        """Forget what there is; whether the aims of another pass fit into memory, and are to be kept.
-
-        Not those of an encoder-decoder, whose first block leaves the position biases of the others.
-        """
+        """Forget what there is; whether the aims of another pass fit into memory, and are to be kept."""
         self._of, self._kept = None, {}
-        shape = checkpoint.shape
-        sites = [shape.place(position)[0] for position in range(len(shape.layers))]
-        tensors = sum(2 + 2 * (site.attention_post_norm is not None) for site in sites)
-        needed_bytes = tensors * windows.numel() * shape.hidden_size * _FLOAT32_BYTES
-        room_bytes = min(_MOST_BYTES, psutil.virtual_memory().available // _MOST_SHARE)
-        if count() > 1 or shape.family.encoder_decoder or needed_bytes > room_bytes:
+        if count() > 1 or not kept_bytes(checkpoint.shape, windows.numel()):
             return False  # of several processes each has some of the windows
         self._of = checkpoint.path, windows, micro_batch
         return True
