@@ -143,7 +143,7 @@ def _trade(variant: Mapping[str, Any]) -> tuple[float, float] | None:
 
 _SHORT_OF_BOUND = {
     True: "Usual reasons: a busy machine, or time spent outside the weights.",
-    False: "The bound counts bytes read. As weights shrink, what reads none of them (attention, norms, "
+    False: "That counts bytes read. As weights shrink, what reads none of them (attention, norms, "
     "rounding activations, starting each operator) becomes most of the time.",
 }
 """The usual reason, by whether the variant computes in float."""
@@ -162,10 +162,11 @@ def _speed_cautions(benchmark: Mapping[str, Any], what: str, metric: Metric) -> 
         if len(short) == 1:
             ((name, speed),) = short.items()
             possible = f"{format_times(speed.speedup)} where {format_times(speed.bound or 0.0)} is possible"
-            yield f"{what} of {name} reached {shares[name]} of its bound: {possible}. {reason}"
+            yield f"{what} of {name} reached {shares[name]} of the possible speed-up: {possible}. {reason}"
         elif short:
             found = ", ".join(f"{name} {share}" for name, share in shares.items())
-            yield f"{what} stayed below {BOUND_SHARE_ALARM:.0%} of its bound: {found}. {reason}"
+            alarm = f"{BOUND_SHARE_ALARM:.0%} of the possible speed-up over dense"
+            yield f"{what} stayed below {alarm}: {found}. {reason}"
 
 
 def _is_short(speed: Gain) -> bool:
