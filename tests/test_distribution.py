@@ -109,7 +109,10 @@ def test_the_tests_of_an_unpacked_sdist_pass(sdist: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("python_version", VERSIONS)
 def test_the_wheel_works_in_a_new_environment(python_version: str, wheel: Path, tmp_path: Path) -> None:
-    """From another folder: every module is imported, and a tiny model goes the whole way."""
+    """From another folder: every module is imported, and a tiny model goes the whole way.
+
+    Modules of ``serve/`` import what is an extra, so that is installed with it.
+    """
     python = interpreter(python_version)
     if python is None:
         pytest.skip(f"needs a Python {python_version}")
@@ -129,7 +132,7 @@ def test_the_wheel_works_in_a_new_environment(python_version: str, wheel: Path, 
     import_all = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
     for command in (
         [str(python), "-m", "venv", str(installed)],
-        [*install, "--constraint", str(ROOT / "constraints.txt"), f"{wheel}[cpu]"],
+        [*install, "--constraint", str(ROOT / "constraints.txt"), f"{wheel}[cpu,serve]"],
         [str(programs / "python"), "-c", import_all, *package_modules()],
         [str(programs / "nirvana-deploy"), "prune-export", "--recipe", str(recipe), "--out", "out"],
     ):
@@ -189,7 +192,7 @@ assert_type(nd.select_calibration("smollm2", nd.Selection(sparsity=0.4)).verdict
 assert_type(nd.recipe_toml(nd.job_of("smollm2", {"sparsity": 0.4})), str)
 nd.benchmark_folder("out", Workload(repeats=3))["variants"]
 nd.benchmark_workloads("out", nd.Traffic(workloads=("chat",), sweeps=("batch=1,2",)))["sweeps"]
-nd.evaluate_folder("out", Evaluation(eval_text=Path("notes.txt")))
+nd.evaluate_folder("out", Evaluation(eval_text=(Path("notes.txt"),)))
 nd.recover_folder("out", recover="30m")
 nd.quantize_onnx_folder("onnx", "onnx-w4", Quantization(scheme="w4"))
 assert_type([model.hub_id for model in nd.known_models().values()], list[str])
