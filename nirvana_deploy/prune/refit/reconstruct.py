@@ -29,7 +29,7 @@ from nirvana_deploy.model.checkpoint import Checkpoint
 from nirvana_deploy.model.reading import stack_lengths
 from nirvana_deploy.model.shape import ModelShape
 from nirvana_deploy.prune.plan import PrunePlan, check_plan_fits
-from nirvana_deploy.prune.refit.dense_states import DenseStates, aims_noted
+from nirvana_deploy.prune.refit.dense_states import Aims, DenseStates, aims_noted
 from nirvana_deploy.prune.refit.fitting import Choose, Fit, fitted
 from nirvana_deploy.prune.refit.least_squares import raised
 from nirvana_deploy.prune.refit.readers import (
@@ -200,16 +200,15 @@ class _Refitting:
             positions: Sequence[int], block: nn.Module, dense: Runs, made: Runs
         ) -> tuple[States, States]:
             readers = readers_of(self.checkpoint.shape, positions, block)
-            if seen is not None:
-                wanted, left = seen.taken(positions)
-            else:
-                with aims_noted(readers) as aims:
-                    wanted, left = aims([run().cpu() for run in dense])
+            wanted, left = _aims_of(readers, dense) if seen is None else seen.taken(positions)
+            dense.clear()  # what is done with is let go, since it is of all windows
             written: dict[str, torch.Tensor] = {}
             states: States = []
-            for reader, after in zip(readers, wanted, strict=True):
+            for number, reader in enumerate(readers):
+                if all(later.ffn is not None for later in readers[number:]):
+                    made.clear()
                 replay = _Replay(reader, made, states)
-                fit = self._fit(reader, replay, after, share)
+                fit = self._fit(reader, replay, wanted.pop(0), share)
                 stored = stored_as(self.checkpoint.weights, reader.name, fit.weight)
                 set_columns(reader.linear, fit.kept, stored.float())
                 states = replay.states_behind()
@@ -226,6 +225,11 @@ class _Refitting:
         if ridge is not None:
             ridge = raised(ridge, reader.linear.weight.shape[1], self.positions)
         return fitted(reader, replay.pairs(), wanted, kept=kept, choose=self.choose, ridge=ridge, share=share)
+
+
+def _aims_of(readers: Sequence[Reader], dense: Runs) -> Aims:
+    with aims_noted(readers) as aims:
+        return aims([run().cpu() for run in dense])
 
 
 def widest_input(shape: ModelShape) -> int:
@@ -274,19 +278,20 @@ class _Replay:
         self._reader = reader
         self._runs = runs
         self._entered: States = [] if reader.ffn is None else states
+        self._batches = len(runs if reader.ffn is None else states)
         self._inputs: States | None = []
         self._inputs_bytes = 0
 
     def pairs(self) -> Sequence[Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
         """For each batch, in order: computes (states [n, T, D] that the reader adds to, its inputs)."""
-        return [partial(self._noted, number) for number in range(len(self._runs))]
+        return [partial(self._noted, number) for number in range(self._batches)]
 
     def states_behind(self) -> States:
         """The states [n, T, D] behind the reader with the weights that it has now."""
         if self._inputs is not None:
             pairs = list(zip(self._entered, self._inputs, strict=True))
             return [self._behind(entered, inputs) for entered, inputs in pairs]
-        return [self._behind(*self._pair(number)) for number in range(len(self._runs))]
+        return [self._behind(*self._pair(number)) for number in range(self._batches)]
 
     def _behind(self, entered: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         device = self._reader.linear.weight.device

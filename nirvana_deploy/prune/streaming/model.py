@@ -40,8 +40,11 @@ BackwardVisit = Callable[[Sequence[int], nn.Module, Sequence[Callable[[], None]]
 and back, each to be called once); parameters that require no gradient get none."""
 Changes = Callable[[Sequence[int], nn.Module], Sequence[AbstractContextManager[None]]]
 """(positions, the block that holds them) -> changes of it, each in force while its context is open."""
-Runs = Sequence[Callable[[], torch.Tensor]]
-"""One block on each micro-batch of the states that enter it: the states that leave it, [n, T, D]."""
+Runs = list[Callable[[], torch.Tensor]]
+"""One block on each micro-batch of the states that enter it: the states that leave it, [n, T, D].
+
+They hold the states that enter: who has done with them clears the list.
+"""
 BlockVisit = Callable[[Sequence[int], nn.Module, Runs, Runs], tuple[States, States]]
 """(positions in ``shape.layers``, the block that holds them, its runs in the dense model and in the one being
 made) -> the states that leave it in both."""
@@ -260,13 +263,14 @@ class StreamedModel:
                 dense = made = [self._embedded(stack, batch) for batch in batches]
                 for block in stack.blocks:
                     with self._loaded(block) as module:
-                        runs = (
+                        runs: list[Runs] = [
                             [
                                 partial(self._run, stack, module, *one)
                                 for one in zip(states, read, strict=True)
                             ]
                             for states, read in zip((dense, made), contexts, strict=True)
-                        )
+                        ]
+                        dense = made = []  # the visit may let go of them
                         dense, made = visit(block.layers, module, *runs)
 
     def walk(self, windows: torch.Tensor, *, micro_batch: int) -> Iterator[Turn]:
@@ -280,7 +284,7 @@ class StreamedModel:
             for block in stack.blocks:
                 with self._loaded(block) as module:
                     entering = zip(left, contexts, strict=True)
-                    runs = [partial(self._run, stack, module, *one) for one in entering]
+                    runs: Runs = [partial(self._run, stack, module, *one) for one in entering]
                     turn = Turn(block.layers, block.prefix, module, runs, left=[])
                     yield turn
                     left = turn.left
