@@ -152,8 +152,8 @@ def changes_since(before: Folder, now: Folder, *, tolerance: float) -> Changes:
     found += [*of_workloads, *_sweeps(before, now, tolerance, left_out)]
     if not pairs and ((then and new) or not found):
         raise NirvanaError(
-            f"{before.label} and {now.label} have no model in common: {_models(before)} there, "
-            f"{_models(now)} here.",
+            f"{before.label} and {now.label} have no model in common that was timed alike: "
+            f"{_models(before)} there, {_models(now)} here.",
             hint="Compare benchmarks of the same models, under the same workloads.",
         )
     cautions = [*apart, *texts, *differences(before, now), *_baseline_itself(found, baselines)]

@@ -225,7 +225,9 @@ def test_what_is_missing_is_said_or_refused() -> None:
     now.benchmark["variants"] = now.benchmark["variants"][:1]
     assert compared(measured(0), now).cautions[-1] == "Not measured any more: pruned."
     now.benchmark["variants"][0]["name"] = "x"
-    with pytest.raises(NirvanaError, match="no model in common: dense, pruned there, x here"):
+    with pytest.raises(
+        NirvanaError, match="no model in common that was timed alike: dense, pruned there, x here"
+    ):
         compared(measured(0), now)
 
 
@@ -309,8 +311,10 @@ def test_workloads_alone_are_compared_with_those_of_a_folder_or_of_another_recor
     for one in (*slower.workloads["workloads"], *slower.workloads["sweeps"]):
         for variant in one["variants"]:
             variant["name"] = f"their:{variant['name']}"
-    with pytest.raises(NirvanaError, match=r"no model in common: .*chat: dense, pruned.* their:dense"):
+    with pytest.raises(NirvanaError, match=r"timed alike: .*chat: dense, pruned.* their:dense"):
         compared(before, now)
+    with pytest.raises(NirvanaError, match=r"timed alike: chat: dense, pruned.* there, dense, pruned here"):
+        compared(before, replace(measured(1), workloads=None))
 
 
 def test_more_memory_is_worse_from_5_percent_on() -> None:
