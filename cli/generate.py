@@ -11,7 +11,7 @@ import click
 from nirvana_deploy.runtime.recipe import Generation, Place
 
 from .arguments import OUTPUT_MODEL_OR_ENGINE
-from .common import echo, echo_json, echo_piece
+from .common import TerminalProgress, echo, echo_json, echo_piece
 from .options import json_option, recipe_options, taken
 
 
@@ -25,12 +25,14 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
     \b
     Examples:
       nirvana-deploy generate smollm2-s0.4 --prompt "The capital of France is"
+      nirvana-deploy generate smollm2-s0.4 --variant dense-w4 --prompt "The capital of France is"
       nirvana-deploy generate smollm2-s0.4/engine/pruned.engine --prompt "Hello" --chat
     """
     from nirvana_deploy.pipeline.alone.text import generate_text
 
     place = taken(Place, options)
-    answer = generate_text(path, place=place, on_text=None if as_json else echo_piece, **options)
+    on_text = None if as_json else echo_piece
+    answer = generate_text(path, place=place, on_text=on_text, progress=TerminalProgress(), **options)
     if as_json:
         echo_json(asdict(answer))
         return

@@ -142,8 +142,10 @@ def test_what_stands_alone_is_made_and_runs(deployment: Any, tmp_path: Path) -> 
     heard: list[str] = []
     place = library.Place(threads=1)
     answers = [
-        library.generate_text(path, "one two", max_new_tokens=8, place=place, on_text=heard.append)
-        for path in (tmp_path / "onnx", deployment.out)
+        library.generate_text(
+            path, "one two", max_new_tokens=8, variant=variant, place=place, on_text=heard.append
+        )
+        for path, variant in ((tmp_path / "onnx", None), (deployment.out, "pruned"))
     ]
     assert answers[0].text == answers[1].text and "".join(heard) == 2 * answers[0].text
     recipe = library.Quantization(scheme="w8")

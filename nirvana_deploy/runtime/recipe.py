@@ -32,6 +32,13 @@ class Generation:
     prompt: Annotated[str, Option("Text to continue.")]
     max_new_tokens: Annotated[int, Option("Maximum tokens of the answer.", minimum=1)] = 128
     chat: Annotated[bool, Option("Put the prompt into the model's chat template.")] = False
+    variant: Annotated[
+        str | None,
+        Option(
+            "Model of an output folder: dense, pruned, pruned-w4, ... "
+            "[the report's recommendation; with --runtime, which it may not fit: pruned]"
+        ),
+    ] = None
     tokenizer: Annotated[
         Path | None,
         Option(

@@ -114,7 +114,7 @@ def test_the_recommended_model_is_served_else_the_pruned_one(out: Path) -> None:
 def test_what_cannot_be_served_is_refused(out: Path, folder: Path, tmp_path: Path) -> None:
     for path, variant, said in (
         (out, "pruned-w9", "Unknown variant 'pruned-w9'. Did you mean 'pruned-w8'"),
-        (folder, "pruned", "is an ONNX folder, one model"),
+        (folder, "pruned", "is one model, not an output folder"),
         (out / "checkpoint", None, "is a checkpoint; what is served is an ONNX folder"),
         (tmp_path, None, "manifest.json"),
     ):

@@ -7,12 +7,8 @@ from pathlib import Path
 
 from nirvana_deploy.base.errors import NirvanaError
 from nirvana_deploy.base.progress import SILENT, Progress
-from nirvana_deploy.base.registry import look_up
 from nirvana_deploy.output.layout import holds_model, is_checkpoint
-from nirvana_deploy.output.records import read_records
-from nirvana_deploy.output.run import Run
-from nirvana_deploy.output.variants import PRUNED, variants_of
-from nirvana_deploy.report.verdict import verdict
+from nirvana_deploy.pipeline.alone.chosen import chosen_variant, refuse_variant
 from nirvana_deploy.runtime.openvino.ir import refuse_ir
 from nirvana_deploy.runtime.recipe import Place
 from nirvana_deploy.runtime.table import runtime_named
@@ -59,28 +55,12 @@ def served_model(path: Path, variant: str | None, *, progress: Progress = SILENT
     """
     refuse_ir(path)
     if holds_model(path):
-        if variant is not None:
-            raise NirvanaError(
-                f"{path} is an ONNX folder, one model.",
-                hint="Leave --variant out, or name its output folder.",
-            )
+        refuse_variant(path, variant)
         return path, path.resolve().name
     if path.is_file() or is_checkpoint(path):
         raise NirvanaError(
             f"{path} is {'a file' if path.is_file() else 'a checkpoint'}; what is served is an ONNX folder.",
             hint=f"nirvana-deploy export {path} --out DIR, then: nirvana-deploy serve DIR",
         )
-    with Run.open(path) as run:
-        found = {one.name: one for one in variants_of(run) if holds_model(path / one.folder)}
-    if not found:
-        raise NirvanaError(
-            f"{path} has no ONNX model yet.",
-            hint="Export it first: repeat its prune command as prune-export, with --resume.",
-        )
-    if variant is None:
-        recommended = verdict(read_records(path)).recommended
-        variant = next((name for name in (recommended, PRUNED) if name in found), next(iter(found)))
-        why = "as its report recommends" if variant == recommended else "as its report recommends none"
-        progress.note(f"Serving {variant}, {why}; --variant names another: {', '.join(found)}.")
-    chosen = look_up(variant, found, what="variant", hint=f"nirvana-deploy inspect {path}")
+    chosen = chosen_variant(path, variant, doing="Serving", progress=progress)
     return path / chosen.folder, f"{path.resolve().name}/{chosen.name}"
